@@ -1,0 +1,66 @@
+"""One place that turns errors into replies: our own tree, FastAPI's validation, and whatever nobody expected."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.api.schemas import ErrorBody, GenerateBody, GenerateParameters
+from server.errors import InvalidRequest, PreludeError
+
+log = logging.getLogger(__name__)
+
+_KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
+
+
+def error_body(error: PreludeError) -> dict[str, str]:
+    """An error as JSON, the same in replies and in streams."""
+    body = ErrorBody(error=error.message, error_type=error.family, code=error.code, remedy=error.remedy)
+    return body.model_dump()
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every error of the app leave as an ErrorBody with the right status."""
+
+    @app.exception_handler(PreludeError)
+    async def _ours(request: Request, error: PreludeError) -> JSONResponse:
+        return _reply(error.status, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = "; ".join(_problem(item) for item in error.errors())
+        return _reply(422, InvalidRequest(f"{problems}."))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        cause = error.__cause__
+        if isinstance(cause, PreludeError):  # raised while FastAPI read the body
+            return _reply(cause.status, cause)
+        return _reply(error.status_code, InvalidRequest(f"{error.detail}."), error.headers)
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        return _reply(500, PreludeError("The server failed on this request."))
+
+
+def _reply(status: int, error: PreludeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error_body(error), status, headers=headers)
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """One validation problem as a sentence, with the nearest name for an unknown field."""
+    location: Sequence[Any] = item["loc"]
+    field = ".".join(str(part) for part in location if part != "body") or "body"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _KNOWN_FIELDS, n=1)
+        return f"unknown field {field}" + (f", did you mean {near[0]}?" if near else "")
+    if item["type"] == "json_invalid":
+        return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
+    return f"{field}: {item['msg'].removeprefix('Value error, ')}"

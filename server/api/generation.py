@@ -1,0 +1,92 @@
+"""From a front end's words to a request of the engine: which soft prompt, which text, which sampling rules."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.core import GenerationRequest, SamplingParams
+from server.engine.worker import EngineWorker
+from server.errors import EmptyInput
+from server.registry.registry import Registry, Resolved
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+LONG_TEXT = 4096
+"""Characters beyond which a text is tokenised on another thread than the event loop's."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the engine, and what it was resolved to."""
+
+    request: GenerationRequest
+    resolved: Resolved | None
+
+    @property
+    def soft_prompt(self) -> SoftPrompt | None:
+        """The soft prompt that answers, or None for the frozen model alone."""
+        return None if self.resolved is None else self.resolved.soft_prompt
+
+    def headers(self, worker: EngineWorker) -> dict[str, str]:
+        """Headers that say what answered."""
+        headers = {"Prelude-Model": worker.model.name}
+        if self.resolved is not None:
+            headers |= {"Prelude-Task": self.resolved.task, "Prelude-Version": str(self.resolved.version)}
+        return headers
+
+
+async def prepare(
+    worker: EngineWorker,
+    registry: Registry,
+    *,
+    task: str | None,
+    text: str,
+    sampling: Mapping[str, Any],
+    truncate: int | None = None,
+) -> Prepared:
+    """Resolve, template and tokenise.
+
+    Args:
+        worker: for the tokenizer and the model's limits.
+        registry: where tasks are looked up.
+        task: `task` or `task@version`; None is the frozen model alone.
+        text: the user's text, before the task's template.
+        sampling: the fields of SamplingParams that the request sets itself.
+        truncate: keep only the last so many input tokens.
+
+    Raises:
+        UnknownTask, InvalidTaskName, EmptyInput.
+    """
+    resolved = None if task is None else registry.resolve(task)
+    if not text:
+        raise EmptyInput("`inputs` is empty.")
+    templated = text if resolved is None else resolved.soft_prompt.manifest.render(text)
+    if len(templated) > LONG_TEXT:
+        input_ids = await asyncio.to_thread(worker.encode, templated)
+    else:
+        input_ids = worker.encode(templated)
+    if truncate is not None:
+        input_ids = input_ids[-truncate:]
+    params = _sampling_params(sampling, resolved, worker, len(input_ids))
+    request = GenerationRequest(uuid.uuid4().hex, tuple(input_ids), params, resolved.task if resolved else None)
+    return Prepared(request, resolved)
+
+
+def _sampling_params(
+    own: Mapping[str, Any], resolved: Resolved | None, worker: EngineWorker, input_tokens: int
+) -> SamplingParams:
+    """The request's field, else the task's manifest, else the default."""
+    fields: dict[str, Any] = {"seed": secrets.randbits(63)}
+    virtual = 0
+    if resolved is not None:
+        virtual = resolved.soft_prompt.num_virtual_tokens
+        fields |= resolved.soft_prompt.manifest.generation.model_dump(exclude_none=True)
+    fields |= own
+    if "max_new_tokens" not in own:  # a default never makes a request too long, an explicit figure may
+        room = worker.model.max_model_len - virtual - input_tokens
+        fields["max_new_tokens"] = max(1, min(fields.get("max_new_tokens", SamplingParams().max_new_tokens), room))
+    return SamplingParams(**fields)

@@ -1,0 +1,91 @@
+"""Server-sent events, and noticing that a client has gone, also while it only waits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.errors import error_body
+from server.errors import PreludeError, RequestAborted
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class EventStream(Response):
+    """Sends one `data:` line per value; an error after the first byte is an event too, never a silent end.
+
+    The generator is closed as soon as the client is gone, whether or not there is anything to send, and that frees what
+    the request holds in the engine.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str]) -> None:
+        """Stream JSON values under these headers."""
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            sending.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": _encode(event), "more_body": True})
+        except PreludeError as error:
+            await send({"type": "http.response.body", "body": _encode(error_body(error)), "more_body": True})
+        except OSError:  # the client went away between two events
+            return
+        except Exception:
+            log.exception("a stream failed")
+            body = error_body(PreludeError("The server failed on this request."))
+            await send({"type": "http.response.body", "body": _encode(body), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """Await something on behalf of a client, and cancel it if the client goes away first.
+
+    Raises:
+        RequestAborted: the client is gone; nobody will read the reply.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestAborted("The client went away.")
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _encode(event: Mapping[str, Any]) -> bytes:
+    return b"data:" + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,99 @@
+"""From an upload to a PEFT directory: named files, or one zip of them, copied with a running limit on their size.
+
+A zip is never trusted: only the files of a soft prompt are taken out, under fixed names, and bytes are counted as they
+unfold, because the sizes in its directory may lie.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from fastapi import UploadFile
+
+from server.errors import InvalidSoftPrompt, PayloadTooLarge
+from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
+
+WANTED = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
+MAX_ZIP_ENTRIES = 64
+CHUNK = 2**16
+
+
+def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> None:
+    """Write the files of a soft prompt into a directory.
+
+    Raises:
+        InvalidSoftPrompt: a file has no place in a soft prompt, comes twice, or the zip is unsafe or broken.
+        PayloadTooLarge: the files unfold to more than `max_bytes`.
+    """
+    names = [PurePosixPath(file.filename or "").name for file in files]
+    if len(files) == 1 and names[0].lower().endswith(".zip"):
+        _unzip(files[0].file, directory, max_bytes)
+        return
+    for name, file in zip(names, files, strict=True):
+        if name in PICKLE_FILES:
+            (directory / name).touch()  # formats.py says what is wrong with it and how to convert it
+        elif name in WANTED:
+            max_bytes -= _copy(file.file, _new(directory, name), max_bytes)
+        elif name != "README.md":
+            raise InvalidSoftPrompt(
+                f"{name[:100]!r} is not a file of a soft prompt.",
+                remedy=f"Send {CONFIG_FILE}, {TENSOR_FILE} and optionally {MANIFEST_FILE}, or one .zip of them.",
+            )
+
+
+def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ZIP_ENTRIES:
+                raise InvalidSoftPrompt(f"The zip has {len(entries)} entries; at most {MAX_ZIP_ENTRIES} are taken.")
+            for entry in entries:
+                _check_entry(entry)
+            for entry in entries:
+                name = PurePosixPath(entry.filename).name
+                if entry.is_dir() or name not in (*WANTED, *PICKLE_FILES):
+                    continue
+                if name in PICKLE_FILES:
+                    (directory / name).touch()
+                    continue
+                with archive.open(entry) as file:
+                    max_bytes -= _copy(file, _new(directory, name), max_bytes)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as exc:
+        raise InvalidSoftPrompt(f"The zip cannot be read: {exc}.", remedy="Make a plain zip of the files.") from exc
+
+
+def _check_entry(entry: zipfile.ZipInfo) -> None:
+    """Refuse entries that point outside, are links, or are encrypted; none of them has a place in a soft prompt."""
+    path = PurePosixPath(entry.filename.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
+        raise InvalidSoftPrompt(f"The zip has an entry that leads outside: {entry.filename[:100]!r}.")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise InvalidSoftPrompt(f"The zip has a link: {entry.filename[:100]!r}.", remedy="Zip the files themselves.")
+    if entry.flag_bits & 1:
+        raise InvalidSoftPrompt("The zip is encrypted.", remedy="Make a plain zip of the files.")
+
+
+def _new(directory: Path, name: str) -> Path:
+    path = directory / name
+    if path.exists():
+        raise InvalidSoftPrompt(f"{name} comes twice.", remedy="Send each file once.")
+    return path
+
+
+def _copy(source: IO[bytes], target: Path, max_bytes: int) -> int:
+    """Copy a file and answer its size; what is over the limit is removed again."""
+    size = 0
+    with target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            size += len(chunk)
+            if size > max_bytes:
+                shutil.rmtree(target.parent, ignore_errors=True)
+                raise PayloadTooLarge("The files of the soft prompt unfold to more than the server takes.")
+            file.write(chunk)
+    return size

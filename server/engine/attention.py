@@ -1,0 +1,191 @@
+"""Our attention function, registered with transformers, and the layouts that tell it whose token is whose.
+
+All tokens of a step travel through the model as one flat row `[1, tokens]`. The model's own layers never learn where one
+sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout to
+do the attention. A layout is passed through the model's forward as the keyword `layout`.
+
+    PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
+    CachedRows    keys and values go to each sequence's slot, attention reads the slots  (serving, see kv_cache.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from server.errors import UnsupportedModel
+
+ATTENTION_NAME = "prelude"
+
+# Keywords that models pass along and that mean nothing to this function: positions are already in the rotary
+# embeddings, causality is the layout's, and nothing but the output is asked for.
+_WITHOUT_EFFECT = {
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "is_causal",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "logits_to_keep",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRules:
+    """What a layer asks of its attention beside causality."""
+
+    scaling: float
+    sliding_window: int | None = None
+    """A token sees itself and the `sliding_window - 1` tokens before it."""
+    softcap: float | None = None
+    """Scores are squashed to softcap * tanh(score / softcap), as Gemma 2 does."""
+
+
+class Layout(Protocol):
+    """How the tokens of one flat row are spread over sequences."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """Attention of one layer. Query `[heads, tokens, dim]`, key and value `[kv_heads, tokens, dim]`; answers
+        `[tokens, heads, dim]`."""
+        ...
+
+
+def attend_flat_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface. Query `[1, heads, tokens, dim]`; answers `[1, tokens, heads, dim]`.
+
+    Raises:
+        UnsupportedModel: the layer asks for something that this function does not do (attention sinks, position
+            biases, …): a wrong answer must never come out silently.
+    """
+    unknown = sorted(name for name, value_ in others.items() if value_ is not None and name not in _WITHOUT_EFFECT)
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if dropout:
+        unknown.append("dropout")
+    if unknown:
+        raise UnsupportedModel(f"The model's attention uses {', '.join(unknown)}, which the engine does not implement.")
+    rules = AttentionRules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    layer = int(getattr(module, "layer_idx", -1))
+    return layout.attend(layer, query[0], key[0], value[0], rules).unsqueeze(0), None
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="prelude"` known to transformers; the name gets no attention mask from it."""
+    AttentionInterface.register(ATTENTION_NAME, attend_flat_row)
+
+
+def attend_batch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rules: AttentionRules
+) -> torch.Tensor:
+    """Attention of a batch of sequences, with the heads that share a key head folded into the query rows.
+
+    Args:
+        query: `[batch, heads, q_len, dim]`.
+        key: `[batch, kv_heads, kv_len, dim]`, any strides; value likewise.
+        mask: `[batch or 1, 1, group * q_len, kv_len]` from `fold_mask`, in the query's dtype.
+        rules: scaling and soft-cap; windows are in the mask already.
+
+    Returns:
+        `[batch, heads, q_len, dim]`.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim)
+    if rules.softcap is None and not query.requires_grad:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=rules.scaling)
+    else:
+        # Written out where SDPA cannot do it (soft-cap), and for training, where on CPU it is 4 times faster.
+        scores = (folded @ key.transpose(-1, -2)) * rules.scaling
+        if rules.softcap is not None:
+            scores = torch.tanh(scores / rules.softcap) * rules.softcap
+        weights = (scores + mask).softmax(dim=-1, dtype=_softmax_dtype(query.dtype))
+        out = weights.to(query.dtype) @ value
+    return out.reshape(batch, heads, q_len, dim)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def visibility(
+    query_positions: torch.Tensor, key_positions: torch.Tensor, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive mask: 0 where a query may see a key (not in its future, not beyond its window), else -inf.
+
+    Shapes broadcast: `[…, q_len, 1]` against `[…, 1, kv_len]`.
+    """
+    visible = key_positions <= query_positions
+    if window is not None:
+        visible = visible & (key_positions > query_positions - window)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def fold_mask(mask: torch.Tensor, group: int) -> torch.Tensor:
+    """Repeat a mask `[batch, 1, q_len, kv_len]` for the `group` heads that share a key head, folded as queries are."""
+    return mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)
+
+
+@dataclass
+class PackedRows:
+    """Whole sequences, one behind the other, each attending causally within itself: training, and nothing cached.
+
+    Inside the attention, and only there, rows are padded to the longest one, because one batched product is faster than
+    many small ones; the rest of the model never computes a padding token.
+    """
+
+    lengths: Sequence[int]
+    """Tokens of each row, in the order of the flat row."""
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
+        lengths = torch.tensor(self.lengths)
+        self._longest = int(lengths.max())
+        offsets = torch.arange(self._longest)
+        inside = offsets[None, :] < lengths[:, None]  # (rows, longest)
+        self._pad_index = torch.where(inside, starts[:, None] + offsets, starts[:, None]).reshape(-1)
+        self._flat_index = inside.reshape(-1).nonzero().squeeze(1)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        mask = self._mask(rules.sliding_window, query, query.shape[0] // key.shape[0])
+        out = attend_batch(self._pad(query), self._pad(key), self._pad(value), mask, rules)
+        heads, dim = query.shape[0], query.shape[2]
+        return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index.to(query.device)]
+
+    def _pad(self, states: torch.Tensor) -> torch.Tensor:
+        """`[heads, tokens, dim]` to `[rows, heads, longest, dim]`; padding repeats a row's first token."""
+        heads, _, dim = states.shape
+        padded = states.transpose(0, 1).index_select(0, self._pad_index.to(states.device))
+        return padded.view(len(self.lengths), self._longest, heads, dim).transpose(1, 2)
+
+    def _mask(self, window: int | None, query: torch.Tensor, fold: int) -> torch.Tensor:
+        if window not in self._masks:
+            positions = torch.arange(self._longest, device=query.device)
+            mask = visibility(positions[:, None], positions[None, :], window, query.dtype)
+            self._masks[window] = fold_mask(mask[None, None], fold)
+        return self._masks[window]

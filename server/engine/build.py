@@ -1,0 +1,118 @@
+"""From the settings to an engine: how much memory the KV cache gets, told before it is taken."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from server.core import ModelSpec
+from server.engine.engine import Engine
+from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
+from server.engine.model import FrozenModel
+from server.engine.prefix_cache import PrefixCache
+from server.errors import ConfigurationError, InsufficientMemory
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+AUTO_SHARE = 0.5
+"""Of the free memory, what 'auto' takes for the KV cache at most: a frozen model's own activations need room too."""
+PREFIX_SHARE = 0.25
+MiB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the settings ask for, and what they get, in bytes."""
+
+    asked: int
+    granted: int
+    num_slabs: int
+    prefix_bytes: int
+    positions_per_slab: int
+
+    def __str__(self) -> str:
+        positions = self.num_slabs * self.positions_per_slab
+        cut = "" if self.granted >= self.asked else f" of the {self.asked / MiB:,.0f} MiB asked for"
+        return (
+            f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
+            f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {self.prefix_bytes / MiB:,.0f} MiB"
+        )
+
+
+def build_engine(settings: Settings, model: FrozenModel) -> Engine:
+    """Make an engine for a loaded model.
+
+    Raises:
+        ConfigurationError: the settings contradict each other.
+        InsufficientMemory: the KV cache does not fit.
+    """
+    if settings.max_batch_tokens < settings.max_sequences:
+        raise ConfigurationError(
+            f"PRELUDE_MAX_BATCH_TOKENS {settings.max_batch_tokens} is less than PRELUDE_MAX_SEQUENCES "
+            f"{settings.max_sequences}, but every sequence takes one token of a step.",
+            remedy="Raise the first or lower the second.",
+        )
+    plan = plan_memory(settings, model.spec, free_memory(model.device))
+    log.info("%s", plan)
+    return Engine(
+        model,
+        KVCache(model.spec, plan.num_slabs),
+        PrefixCache(plan.prefix_bytes),
+        settings.max_sequences,
+        settings.max_batch_tokens,
+    )
+
+
+def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
+    """Work out the KV cache's size.
+
+    Raises:
+        InsufficientMemory: it does not fit, or holds not even one sequence of the longest context; says what would.
+    """
+    per_position = bytes_per_position(model)
+    slab_length = SlotAllocator(1, model.max_model_len).slab_length
+    slab = slab_length * per_position
+    asked = settings.max_sequences * slab if settings.kv_memory == "auto" else int(settings.kv_memory)
+    granted = min(asked, max(int(free * AUTO_SHARE), slab)) if settings.kv_memory == "auto" else asked
+    need = (
+        f"{settings.max_sequences} sequences of {model.max_model_len:,} positions at {per_position:,} bytes each ask for "
+        f"{settings.max_sequences * slab / MiB:,.0f} MiB; one of them for {slab / MiB:,.0f} MiB"
+    )
+    if granted > free:
+        raise InsufficientMemory(
+            f"The KV cache needs {granted / MiB:,.0f} MiB and {free / MiB:,.0f} MiB are free ({need}).",
+            remedy=f"Set PRELUDE_KV_MEMORY to at most {free / MiB:,.0f}MiB, or lower PRELUDE_MAX_MODEL_LEN or "
+            "PRELUDE_MAX_SEQUENCES.",
+        )
+    if granted < slab:
+        raise InsufficientMemory(
+            f"PRELUDE_KV_MEMORY of {granted / MiB:,.1f} MiB does not hold one sequence ({need}).",
+            remedy=f"Set it to at least {slab / MiB:,.1f}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
+        )
+    prefix = int(granted * PREFIX_SHARE) if settings.prefix_memory == "auto" else int(settings.prefix_memory)
+    return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, slab_length)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; in a container, within its limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _container_headroom())
+
+
+def _container_headroom() -> int:
+    """What a cgroup's limit leaves, or a very large number where there is none."""
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit_file) as limit, open(used_file) as used:
+                return max(0, int(limit.read()) - int(used.read()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return 2**62

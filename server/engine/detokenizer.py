@@ -1,0 +1,49 @@
+"""From token ids to text, one at a time: never half a character, never a piece of a stop string."""
+
+from __future__ import annotations
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class Detokenizer:
+    """Incremental text of one sequence. The pieces that it gives out, joined, are the generated text.
+
+    tokenizers' DecodeStream holds back bytes that do not form a character yet; this class holds back what may still
+    become a stop string. Special tokens give no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
+        """Start with no text."""
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Text that this token makes certain, and whether a stop string has ended the sequence."""
+        self._held += self._stream.step(self._backend, token_id) or ""
+        ends = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        if ends:
+            return self._release(min(ends)), True
+        return self._release(len(self._held) - self._possible_stop()), False
+
+    def flush(self) -> str:
+        """What was held back, once it is certain that nothing follows."""
+        return self._release(len(self._held))
+
+    def _release(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(min(len(stop) - 1, len(self._held)), 0, -1)
+                if stop.startswith(self._held[-length:])
+            ),
+            default=0,
+        )

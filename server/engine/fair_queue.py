@@ -1,0 +1,51 @@
+"""Waiting sequences, taken in turn: one per task and round, so that a flood on one task does not hold up another."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Container, Iterator
+
+from server.engine.sequence import Sequence
+
+
+class FairQueue:
+    """First in, first out within a task; round robin between tasks."""
+
+    def __init__(self) -> None:
+        """An empty queue."""
+        self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for queue in self._queues.values() for sequence in queue)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of its task's queue."""
+        self._queues.setdefault(sequence.request.task, deque()).append(sequence)
+
+    def head(self, held: Container[str | None] = ()) -> Sequence | None:
+        """The sequence whose turn it is, passing over the tasks in `held`; None if nobody is left."""
+        return next((queue[0] for task, queue in self._queues.items() if task not in held), None)
+
+    def take(self, sequence: Sequence) -> None:
+        """Remove a head; its task goes to the end of the round."""
+        task = sequence.request.task
+        queue = self._queues[task]
+        assert queue[0] is sequence, "only the head of a queue is taken"
+        queue.popleft()
+        self._queues.move_to_end(task)
+        if not queue:
+            del self._queues[task]
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Remove a request wherever it waits, and answer it."""
+        for task, queue in self._queues.items():
+            for sequence in queue:
+                if sequence.request_id == request_id:
+                    queue.remove(sequence)
+                    if not queue:
+                        del self._queues[task]
+                    return sequence
+        return None

@@ -1,0 +1,70 @@
+"""Computed prefixes, by the hash of the soft prompt's numbers: never by a name, so none can be stale.
+
+A prefix `[layers, 2, n, kv_heads, head_dim]` is what the engine makes of any soft prompt. It is copied into the slot of
+each sequence that starts, so dropping one here touches nobody who is running.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from server.core import ModelSpec
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+
+class PrefixCache:
+    """Prefixes within a memory budget, least recently used out first; the newest always stays.
+
+    Attributes:
+        hits: sequences that found their prefix.
+        computed: prefixes that were put in.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """An empty cache."""
+        self.budget_bytes = budget_bytes
+        self.num_bytes = 0
+        self.hits = 0
+        self.computed = 0
+        self._prefixes: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def __contains__(self, prefix_hash: str) -> bool:
+        return prefix_hash in self._prefixes
+
+    def get(self, prefix_hash: str) -> torch.Tensor | None:
+        """The prefix, now the most recently used one, or None."""
+        prefix = self._prefixes.get(prefix_hash)
+        if prefix is not None:
+            self._prefixes.move_to_end(prefix_hash)
+            self.hits += 1
+        return prefix
+
+    def put(self, prefix_hash: str, prefix: torch.Tensor) -> None:
+        """Keep a prefix and drop the least recently used ones beyond the budget."""
+        assert prefix_hash not in self._prefixes, "a prefix is computed once"
+        self._prefixes[prefix_hash] = prefix
+        self.num_bytes += _num_bytes(prefix)
+        self.computed += 1
+        while self.num_bytes > self.budget_bytes and len(self._prefixes) > 1:
+            _, dropped = self._prefixes.popitem(last=False)
+            self.num_bytes -= _num_bytes(dropped)
+
+    def check_integrity(self) -> None:
+        """Assert that the bytes are those of the prefixes held."""
+        assert self.num_bytes == sum(_num_bytes(prefix) for prefix in self._prefixes.values())
+
+
+def prefix_of_kv(soft_prompt: SoftPrompt, model: ModelSpec) -> torch.Tensor:
+    """The prefix of a soft prompt that is keys and values already: PEFT's `[n, layers * 2 * heads * dim]`, transposed."""
+    shape = (-1, model.num_hidden_layers, 2, model.num_key_value_heads, model.head_dim)
+    prefix = soft_prompt.tensor.view(shape).permute(1, 2, 0, 3, 4)
+    return prefix.to(model.device, getattr(torch, model.dtype)).contiguous()
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

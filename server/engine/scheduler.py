@@ -1,0 +1,152 @@
+"""Who runs in the next step: admission, and the token budget that decoding and prefilling share.
+
+Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order in which
+they were admitted, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
+behind it overtakes, so a long request is not starved by short ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from server.core import ModelSpec
+from server.engine.fair_queue import FairQueue
+from server.engine.kv_cache import KVCache, Slot
+from server.engine.layout import Span
+from server.engine.prefix_cache import PrefixCache, prefix_of_kv
+from server.engine.sequence import Sequence
+
+
+class Scheduler:
+    """The queues of an engine, and the slots and prefixes of those who run.
+
+    Attributes:
+        waiting: accepted, not yet admitted.
+        running: admitted, in the order of admission; each owns a slot.
+    """
+
+    def __init__(
+        self, model: ModelSpec, kv_cache: KVCache, prefixes: PrefixCache, max_sequences: int, max_batch_tokens: int
+    ) -> None:
+        """Start with empty queues."""
+        assert max_batch_tokens >= max_sequences, "every running sequence must be able to decode in each step"
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []
+        self._model = model
+        self._kv_cache = kv_cache
+        self._prefixes = prefixes
+        self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
+        self._max_sequences = max_sequences
+        self._max_batch_tokens = max_batch_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue an accepted sequence."""
+        self.waiting.add(sequence)
+
+    def schedule(self) -> list[tuple[Sequence, Span]]:
+        """Admit whom there is room for, and share out the next step's tokens; empty if there is nothing to do.
+
+        Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
+        """
+        self._admit()
+        decoding = sorted((s for s in self.running if s.num_pending == 1), key=_slot)
+        budget = self._max_batch_tokens - len(decoding)
+        shares = [(sequence, 1) for sequence in decoding]
+        for sequence in self.running:
+            if sequence.num_pending > 1 and budget > 0:
+                shares.append((sequence, min(sequence.num_pending, budget)))
+                budget -= shares[-1][1]
+        return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
+
+    def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
+        """Take a running sequence out and its slot back; `scrub` zeroes the slot first."""
+        self.running.remove(sequence)
+        self._stop_computing(sequence)
+        slot = _slot(sequence)
+        if scrub:
+            self._kv_cache.scrub(slot)
+        self._kv_cache.allocator.release(slot)
+        sequence.slot = None
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Take a sequence out wherever it is, and answer it; None if it has ended already."""
+        waiting = self.waiting.remove(request_id)
+        if waiting is not None:
+            return waiting
+        for sequence in self.running:
+            if sequence.request_id == request_id:
+                self.finish(sequence)
+                return sequence
+        return None
+
+    def keep_prefix(self, sequence: Sequence) -> bool:
+        """If this sequence computes its soft prompt's prefix and has just completed it, keep a copy for all others.
+
+        Returns:
+            False if the prefix is not finite; it is not kept then.
+        """
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is None or self._computing.get(soft_prompt.prefix_hash) is not sequence:
+            return True
+        if sequence.num_computed < sequence.num_virtual_tokens:
+            return True
+        self._stop_computing(sequence)
+        prefix = self._kv_cache.copy_out(_slot(sequence), sequence.num_virtual_tokens)
+        finite = bool(torch.isfinite(prefix).all())
+        if finite:
+            self._prefixes.put(soft_prompt.prefix_hash, prefix)
+        return finite
+
+    def check_integrity(self) -> None:
+        """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
+        self._kv_cache.allocator.check_integrity(_slot(sequence) for sequence in self.running)
+        self._prefixes.check_integrity()
+        assert all(sequence in self.running for sequence in self._computing.values())
+
+    def _admit(self) -> None:
+        budget = self._max_batch_tokens - sum(sequence.num_pending for sequence in self.running)
+        held: set[str | None] = set()
+        while budget > 0 and len(self.running) < self._max_sequences:
+            sequence = self.waiting.head(held)
+            if sequence is None:
+                return
+            if self._waits_for_prefix(sequence):
+                # It waits for another sequence's prefill, not for room: the other tasks need not wait with it.
+                held.add(sequence.request.task)
+                continue
+            slot = self._kv_cache.allocator.allocate(sequence.max_positions)
+            if slot is None:
+                return
+            self.waiting.take(sequence)
+            self.running.append(sequence)
+            sequence.slot = slot
+            self._attach_prefix(sequence)
+            budget -= sequence.num_pending
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        return sequence.soft_prompt is not None and sequence.soft_prompt.prefix_hash in self._computing
+
+    def _attach_prefix(self, sequence: Sequence) -> None:
+        """Copy the prefix in if it is known; otherwise this sequence is the one that computes it."""
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is None:
+            return
+        prefix = self._prefixes.get(soft_prompt.prefix_hash)
+        if prefix is None and soft_prompt.is_kv_prefix:
+            prefix = prefix_of_kv(soft_prompt, self._model)
+            self._prefixes.put(soft_prompt.prefix_hash, prefix)
+        if prefix is None:
+            self._computing[soft_prompt.prefix_hash] = sequence
+        else:
+            self._kv_cache.copy_in(_slot(sequence), prefix)
+            sequence.num_computed = sequence.num_virtual_tokens
+
+    def _stop_computing(self, sequence: Sequence) -> None:
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is not None and self._computing.get(soft_prompt.prefix_hash) is sequence:
+            del self._computing[soft_prompt.prefix_hash]
+
+
+def _slot(sequence: Sequence) -> Slot:
+    assert sequence.slot is not None, "a running sequence owns a slot"
+    return sequence.slot

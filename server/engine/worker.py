@@ -1,0 +1,171 @@
+"""From asyncio into the one engine thread and back.
+
+The thread owns the engine: it takes commands between steps, steps while there is work, and sleeps otherwise. Results cross
+to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its own end, an
+abort, or a step that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from server.core import Delta, FinishReason, GenerationRequest, ModelSpec
+from server.engine.engine import Engine
+from server.errors import GenerationFailed, RequestAborted, ServerDraining
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
+
+STUCK_SECONDS = 60.0
+"""A step takes far less; an engine that needs longer does not answer."""
+
+Command = Callable[[], list[Delta]]
+"""Runs on the engine thread, between two steps."""
+
+
+class EngineWorker:
+    """The engine's thread and the streams of those who wait for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Wrap an engine that nobody else touches from now on."""
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[Delta]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_turn = time.monotonic()
+        self.draining = False
+
+    @property
+    def model(self) -> ModelSpec:
+        """What may be known of the frozen model."""
+        return self._engine.model.spec
+
+    @property
+    def responsive(self) -> bool:
+        """True while the engine's thread runs and, if there is work, its last turn is not long ago."""
+        stuck = bool(self._streams) and time.monotonic() - self._last_turn > STUCK_SECONDS
+        return self._thread.is_alive() and not stuck
+
+    @property
+    def num_in_flight(self) -> int:
+        """Accepted requests that have not ended."""
+        return len(self._streams)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; safe from any thread."""
+        return self._engine.model.encode(text)
+
+    def start(self) -> None:
+        """Start the thread; results go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
+        """Submit a request and yield what every step adds to it; closing the iterator early aborts it.
+
+        Raises:
+            EmptyInput, InputTooLong: it can never run.
+            ServerDraining: nothing new is taken.
+            RequestAborted: it was cancelled by the server.
+            GenerationFailed: the engine could not finish it.
+        """
+        if self.draining:
+            raise ServerDraining("The server is shutting down.")
+        self._engine.check(request, soft_prompt)
+        stream: asyncio.Queue[Delta] = asyncio.Queue()
+        assert request.request_id not in self._streams, "request ids are unique"
+        self._streams[request.request_id] = stream
+        self._idle.clear()
+        self._send(lambda: self._add(request, soft_prompt))
+        ended = False
+        try:
+            while not ended:
+                delta = await stream.get()
+                ended = delta.finish_reason is not None
+                if delta.finish_reason is FinishReason.ABORTED:
+                    raise RequestAborted("The request was cancelled before its end.")
+                if delta.finish_reason is FinishReason.FAILED:
+                    raise GenerationFailed(delta.error or "The engine could not finish the request.")
+                yield delta
+        finally:
+            del self._streams[request.request_id]
+            if not self._streams:
+                self._idle.set()
+            if not ended:
+                self._send(lambda: self._abort(request.request_id))
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, let what runs finish for so long, then abort what is left."""
+        self.draining = True
+        if self._idle.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            log.warning("%d requests did not finish within %g s; they are aborted", len(self._streams), seconds)
+            for request_id in list(self._streams):
+                self._send(lambda request_id=request_id: self._abort(request_id))  # type: ignore[misc]
+            await self._idle.wait()
+
+    async def stop(self) -> None:
+        """End the thread; what is still in flight is aborted."""
+        await self.drain(0)
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _send(self, command: Command) -> None:
+        self._commands.put(command)
+
+    def _add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> list[Delta]:
+        self._engine.add(request, soft_prompt)
+        return []
+
+    def _abort(self, request_id: str) -> list[Delta]:
+        delta = self._engine.abort(request_id)
+        return [] if delta is None else [delta]
+
+    def _run(self) -> None:
+        """The thread: commands, then a step, then commands …"""
+        while True:
+            commands = self._take_commands()
+            self._last_turn = time.monotonic()
+            for command in commands:
+                if command is None:
+                    return
+                self._deliver(self._guarded(command))
+            self._deliver(self._guarded(self._engine.step))
+            if not self._engine.has_work:
+                self._engine.scheduler.check_integrity()
+
+    def _take_commands(self) -> list[Command | None]:
+        """All commands that have come; waits for one if there is nothing else to do."""
+        commands = [] if self._engine.has_work else [self._commands.get()]
+        while not self._commands.empty():
+            commands.append(self._commands.get())
+        return commands
+
+    def _guarded(self, work: Command) -> list[Delta]:
+        """Do a piece of work; if it raises, everybody in flight gets an error and the engine goes on empty."""
+        try:
+            return work()
+        except Exception:
+            log.exception("an engine step failed; all requests in flight end with an error")
+            return self._engine.fail_all("The engine failed while it worked on this request; nothing else is affected.")
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        if deltas and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._hand_out, deltas)
+
+    def _hand_out(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                stream.put_nowait(delta)

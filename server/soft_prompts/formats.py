@@ -1,0 +1,201 @@
+"""PEFT directories in and out: `adapter_config.json` + `adapter_model.safetensors` [+ `manifest.json`].
+
+Everything is decided by the config and the safetensors header before a tensor is allocated, and nothing is ever
+unpickled. `load_soft_prompts` answers a list because one multitask directory holds one soft prompt per task row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from server.core import ModelSpec
+from server.errors import InvalidSoftPrompt, UnsupportedPeftType
+from server.soft_prompts.manifest import Manifest, parse_json_object
+from server.soft_prompts.soft_prompt import (
+    DTYPES,
+    EMBEDDING_TYPES,
+    KV_TYPES,
+    SoftPrompt,
+    check_base_model,
+    check_finite,
+    check_shape,
+)
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
+
+MAX_JSON_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
+PICKLE_FILES = ("adapter_model.bin", "decoder.pt", "encoder.pt", "adapter_model.pt", "adapter_model.pth")
+
+
+def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int) -> list[SoftPrompt]:
+    """Load and validate every soft prompt of a PEFT directory: one, or one per row of a multitask one.
+
+    Raises:
+        InvalidSoftPrompt: a file is missing or malformed, or the numbers do not fit the model.
+        UnsupportedPeftType: an adapter of another kind.
+        BaseModelMismatch: the manifest names another frozen model.
+    """
+    config = parse_json_object(_read_small(directory / CONFIG_FILE), CONFIG_FILE)
+    manifest_path = directory / MANIFEST_FILE
+    manifest = Manifest.parse(_read_small(manifest_path)) if manifest_path.exists() else Manifest()
+    peft_type = _peft_type(config)
+    check_base_model(manifest, model)
+    with _open_tensors(directory / TENSOR_FILE) as tensors:
+        if peft_type == MULTITASK:
+            values = _multitask_rows(tensors, config, model, max_virtual_tokens)
+        else:
+            values = [_single_tensor(tensors, peft_type, config, model, max_virtual_tokens)]
+    kind = "PROMPT_TUNING" if peft_type == MULTITASK else peft_type
+    for value in values:
+        check_finite(value, model.dtype)
+    return [SoftPrompt(kind, value, manifest) for value in values]
+
+
+def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec) -> None:
+    """Write a PEFT directory that `PeftModel.from_pretrained` loads, with our manifest beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(peft_config(soft_prompt, model), indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
+    (directory / MANIFEST_FILE).write_text(soft_prompt.manifest.to_json(), encoding="utf-8")
+    save_file({"prompt_embeddings": soft_prompt.tensor.contiguous()}, directory / TENSOR_FILE, {"format": "pt"})
+
+
+def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:
+    """The keys of `adapter_config.json` that PEFT needs to rebuild the soft prompt."""
+    kv = soft_prompt.is_kv_prefix
+    config: dict[str, Any] = {
+        "base_model_name_or_path": model.name,
+        "inference_mode": True,
+        "num_attention_heads": model.num_key_value_heads if kv else None,
+        "num_layers": model.num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+        "peft_type": soft_prompt.peft_type,
+        "task_type": "CAUSAL_LM",
+        "token_dim": model.num_key_value_heads * model.head_dim if kv else model.hidden_size,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _peft_type(config: dict[str, Any]) -> str:
+    peft_type = config.get("peft_type")
+    served = ", ".join(SERVED_TYPES)
+    if not isinstance(peft_type, str) or not peft_type:
+        raise InvalidSoftPrompt(f"{CONFIG_FILE} has no peft_type.", remedy=f"Served are {served}.")
+    if peft_type not in SERVED_TYPES:
+        raise UnsupportedPeftType(f"peft_type {peft_type[:64]!r} is not a soft prompt; served are {served}.")
+    submodules = config.get("num_transformer_submodules")
+    if submodules not in (None, 1):
+        raise UnsupportedPeftType(
+            f"num_transformer_submodules is {submodules!r}: a soft prompt of an encoder-decoder model.",
+            remedy="Train the soft prompt on the decoder-only model that this server holds.",
+        )
+    return peft_type
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError as exc:
+        raise InvalidSoftPrompt(f"{path.name} is missing.") from exc
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidSoftPrompt(f"{path.name} is larger than {MAX_JSON_BYTES} bytes.")
+    return data
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file by its header; the library checks every offset against the file's size."""
+    if not path.exists():
+        pickles = [name for name in PICKLE_FILES if (path.parent / name).exists()]
+        if pickles:
+            raise InvalidSoftPrompt(
+                f"{pickles[0]} is a pickle, which can run code when it is opened: it is never read.",
+                remedy="Convert it: load it with PEFT and call save_pretrained(..., safe_serialization=True).",
+            )
+        raise InvalidSoftPrompt(f"{TENSOR_FILE} is missing.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+    header_bytes = int.from_bytes(head, "little")
+    if len(head) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+        raise InvalidSoftPrompt(
+            f"{TENSOR_FILE} is not a safetensors file: {size} bytes, of which its header claims {header_bytes}.",
+            remedy="Send the whole file as safetensors wrote it; it may have been cut off, or be of another format.",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as exc:
+        raise InvalidSoftPrompt(
+            f"{TENSOR_FILE} is damaged: {exc}.", remedy="Send the whole file as safetensors wrote it."
+        ) from exc
+
+
+def _shape(tensors: Any, name: str) -> tuple[int, ...]:
+    """Shape of a tensor from the header, once its dtype has passed."""
+    if name not in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        held = ", ".join(sorted(tensors.keys())[:5])
+        raise InvalidSoftPrompt(f"{TENSOR_FILE} has no tensor {name!r}; it holds {held or 'none'}.")
+    header = tensors.get_slice(name)
+    if header.get_dtype() not in DTYPES:
+        raise InvalidSoftPrompt(
+            f"{name} has dtype {header.get_dtype()}; taken are {', '.join(DTYPES)}.",
+            remedy="Convert the tensor to float32 and save it again.",
+        )
+    return tuple(header.get_shape())
+
+
+def _check_declared_length(config: dict[str, Any], rows: int) -> None:
+    declared = config.get("num_virtual_tokens")
+    if declared is not None and declared != rows:
+        raise InvalidSoftPrompt(
+            f"{CONFIG_FILE} says num_virtual_tokens {declared}, but prompt_embeddings has {rows} rows.",
+            remedy="Send the config and the tensor of the same save_pretrained call.",
+        )
+
+
+def _single_tensor(
+    tensors: Any, peft_type: str, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
+) -> torch.Tensor:
+    shape = _shape(tensors, "prompt_embeddings")
+    check_shape(peft_type, shape, model, max_virtual_tokens)
+    _check_declared_length(config, shape[0])
+    tensor: torch.Tensor = tensors.get_tensor("prompt_embeddings")
+    return tensor
+
+
+def _multitask_rows(
+    tensors: Any, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
+) -> list[torch.Tensor]:
+    """Multitask prompt tuning (Wang et al. 2023): per task, the shared embeddings times a low-rank matrix.
+
+    Shapes: prompt_embeddings `[n, d]`, prefix_task_cols `[tasks, n, r]`, prefix_task_rows `[tasks, r, d]`.
+    """
+    shape = _shape(tensors, "prompt_embeddings")
+    cols, rows = _shape(tensors, "prefix_task_cols"), _shape(tensors, "prefix_task_rows")
+    check_shape(MULTITASK, shape, model, max_virtual_tokens)
+    _check_declared_length(config, shape[0])
+    fits = len(cols) == len(rows) == 3 and cols == (rows[0], shape[0], rows[1]) and rows[2] == shape[1]
+    if not fits or not 1 <= cols[0] <= 1000 or not 1 <= cols[2] <= shape[1]:
+        raise InvalidSoftPrompt(
+            f"prefix_task_cols {list(cols)} and prefix_task_rows {list(rows)} do not fit prompt_embeddings "
+            f"{list(shape)}: expected [tasks, n, r] and [tasks, r, d]."
+        )
+    shared = tensors.get_tensor("prompt_embeddings").float()
+    low_rank = tensors.get_tensor("prefix_task_cols").float() @ tensors.get_tensor("prefix_task_rows").float()
+    return [(shared * scale).contiguous() for scale in low_rank]

@@ -1,0 +1,119 @@
+"""The manifest: what a soft prompt says about itself beside its numbers.
+
+Everything in it is optional, because a PEFT directory has none. Three fields change answers (`input_template`,
+`generation`, `labels`) and are therefore part of a version's identity; the others are for people.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from server.errors import InvalidSoftPrompt
+
+INPUT_FIELD = "{input}"
+
+
+class GenerationDefaults(BaseModel):
+    """Sampling defaults of a task; a request's own field always wins. Unknown names are errors: they would do nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    min_new_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    stop: tuple[str, ...] | None = None
+    seed: int | None = Field(None, ge=0)
+
+
+class BaseModelRef(BaseModel):
+    """The frozen model that a soft prompt was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str | None = None
+    fingerprint: str | None = None
+
+
+class Manifest(BaseModel):
+    """`manifest.json`. Unknown fields are kept as they are: a newer Prelude may have written them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    task: str | None = None
+    digest: str | None = None
+    prefix_hash: str | None = None
+    created_at: str | None = None
+    base_model: BaseModelRef | None = None
+    peft_type: str | None = None
+    num_virtual_tokens: int | None = None
+    hidden_size: int | None = None
+    description: str | None = None
+    input_template: str | None = None
+    generation: GenerationDefaults = GenerationDefaults()
+    labels: tuple[str, ...] | None = None
+    training: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    licence: str | None = None
+
+    @field_validator("input_template")
+    @classmethod
+    def _template_has_one_input(cls, template: str | None) -> str | None:
+        if template is not None and template.count(INPUT_FIELD) != 1:
+            raise ValueError(f"input_template must contain {INPUT_FIELD} exactly once")
+        return template
+
+    @classmethod
+    def parse(cls, data: bytes | str) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            InvalidSoftPrompt: it is not JSON, or a field has the wrong form; the message names the field.
+        """
+        try:
+            return cls.model_validate(parse_json_object(data, "manifest.json"))
+        except ValidationError as exc:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+            raise InvalidSoftPrompt(
+                f"manifest.json does not fit: {problems}.", remedy="Mend or leave out the fields that it names."
+            ) from exc
+
+    def answers_identity(self) -> str:
+        """Canonical JSON of the fields that change answers; part of the digest."""
+        fields = {
+            "input_template": self.input_template,
+            "generation": self.generation.model_dump(mode="json", exclude_none=True),
+            "labels": self.labels,
+        }
+        return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    def render(self, text: str) -> str:
+        """Put a request's text into the template, if there is one."""
+        return text if self.input_template is None else self.input_template.replace(INPUT_FIELD, text)
+
+    def to_json(self) -> str:
+        """The file's text: sorted, indented, without the fields that are not set."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        if not fields.get("generation"):
+            fields.pop("generation", None)
+        return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
+    """Parse one small JSON object of a soft prompt.
+
+    Raises:
+        InvalidSoftPrompt: not UTF-8, not JSON, too deeply nested, or not an object.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.") from exc
+    if not isinstance(value, dict):
+        raise InvalidSoftPrompt(f"{name} must hold a JSON object, not {type(value).__name__}.")
+    return value

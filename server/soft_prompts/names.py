@@ -1,0 +1,44 @@
+"""Task names, and how a request writes them: `task`, or `task@version`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from server.errors import InvalidTaskName, UnknownTask
+
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+def check_task_name(name: str) -> str:
+    """Answer the name if a task may have it.
+
+    Raises:
+        InvalidTaskName: it has other characters, is empty, or is too long.
+    """
+    if not TASK_NAME.fullmatch(name):
+        raise InvalidTaskName(f"{name[:80]!r} cannot be the name of a task.")
+    return name
+
+
+def split_version(reference: str) -> tuple[str, int | None]:
+    """Split `task@3` into task and version.
+
+    Raises:
+        InvalidTaskName: the task's name or the version's number is not one.
+    """
+    name, at, version = reference.partition("@")
+    if at and not _VERSION.fullmatch(version):
+        raise InvalidTaskName(
+            f"{reference[:80]!r} names no version.", remedy="Write task@3, with the number of a version."
+        )
+    return check_task_name(name), int(version) if at else None
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
+    """The error for a task that nobody published, with the names that it may have been meant for."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    return UnknownTask(f"There is no task {name!r}.{hint}")

@@ -1,0 +1,129 @@
+"""The soft prompt: an immutable value with two identities, and the rules that it must keep.
+
+Its `prefix_hash` identifies the numbers (the key of everything the engine caches); its `digest` identifies the numbers
+and what else changes answers (the key of a version's content). Neither depends on a name, so no cache can go stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from server.core import ModelSpec
+from server.errors import BaseModelMismatch, InvalidSoftPrompt
+from server.soft_prompts.manifest import Manifest
+
+EMBEDDING_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
+KV_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Numbers that a soft prompt may be stored in, by safetensors' names."""
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """Learned virtual tokens of one task's version.
+
+    Attributes:
+        peft_type: PEFT's name of the method that made it; decides how `tensor` is read.
+        tensor: `[num_virtual_tokens, hidden_size]` for embeddings, or
+            `[num_virtual_tokens, layers * 2 * kv_heads * head_dim]` for a KV prefix. Never written to.
+        manifest: what the soft prompt says about itself.
+        prefix_hash: sha256 over name, dtype, shape and bytes of `tensor`, and whether it is a KV prefix.
+        digest: sha256 over `prefix_hash` and the manifest's fields that change answers.
+    """
+
+    peft_type: str
+    tensor: torch.Tensor
+    manifest: Manifest = field(default_factory=Manifest)
+    prefix_hash: str = field(init=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix_hash", _prefix_hash(self.tensor, self.is_kv_prefix))
+        identity = f"{self.prefix_hash}\n{self.manifest.answers_identity()}"
+        object.__setattr__(self, "digest", hashlib.sha256(identity.encode()).hexdigest())
+
+    @property
+    def is_kv_prefix(self) -> bool:
+        """True where `tensor` holds keys and values rather than input embeddings."""
+        return self.peft_type in KV_TYPES
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the soft prompt takes at the start of every sequence."""
+        return int(self.tensor.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+def _prefix_hash(tensor: torch.Tensor, is_kv_prefix: bool) -> str:
+    kind = "kv_prefix" if is_kv_prefix else "prompt_embeddings"
+    header = f"{kind} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n"
+    digest = hashlib.sha256(header.encode())
+    # Bytes as they lie on disk: safetensors is little-endian, and so is every machine that torch runs on.
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_virtual_tokens: int) -> None:
+    """Refuse a tensor by its header alone, before any memory is allocated for it.
+
+    Raises:
+        InvalidSoftPrompt: wrong rank or width for the model, no rows, or more rows than allowed.
+    """
+    if peft_type in KV_TYPES:
+        width, meaning = model.kv_width, "layers x 2 x key-value heads x head_dim"
+    else:
+        width, meaning = model.hidden_size, "the hidden size"
+    if len(shape) != 2 or shape[1] != width:
+        raise InvalidSoftPrompt(
+            f"prompt_embeddings has shape {list(shape)}; a {peft_type} soft prompt for {model.name} has "
+            f"[num_virtual_tokens, {width}] ({meaning}).",
+            remedy=f"Train it on {model.name}, or serve the model that it was trained on.",
+        )
+    if not 1 <= shape[0] <= max_virtual_tokens:
+        raise InvalidSoftPrompt(
+            f"The soft prompt has {shape[0]} virtual tokens; this server takes 1 to {max_virtual_tokens}.",
+            remedy="Use fewer virtual tokens, or raise PRELUDE_MAX_VIRTUAL_TOKENS.",
+        )
+    if shape[0] + 2 > model.max_model_len:
+        raise InvalidSoftPrompt(
+            f"{shape[0]} virtual tokens leave no room in a context of {model.max_model_len}.",
+            remedy="Use fewer virtual tokens, or raise PRELUDE_MAX_MODEL_LEN.",
+        )
+
+
+def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:
+    """Refuse NaN and infinity, also those that only appear once the tensor is cast to the serving dtype.
+
+    Raises:
+        InvalidSoftPrompt: names the first virtual token that is not finite.
+    """
+    for stage, values in (("", tensor), (f" after the cast to {serving_dtype}", tensor.to(getattr(torch, serving_dtype)))):
+        finite = torch.isfinite(values).all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise InvalidSoftPrompt(
+                f"prompt_embeddings is not finite{stage}: virtual token {row} holds NaN or infinity.",
+                remedy="Train again with a lower learning rate or with gradient clipping.",
+            )
+
+
+def check_base_model(manifest: Manifest, model: ModelSpec) -> None:
+    """Refuse a soft prompt whose manifest names another frozen model by its fingerprint.
+
+    Raises:
+        BaseModelMismatch: names both models.
+    """
+    trained_on = manifest.base_model
+    if trained_on is None or trained_on.fingerprint is None or trained_on.fingerprint == model.fingerprint:
+        return
+    raise BaseModelMismatch(
+        f"The soft prompt was trained on {trained_on.name or 'a model'} ({trained_on.fingerprint}); "
+        f"this server holds {model.name} ({model.fingerprint})."
+    )

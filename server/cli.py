@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.errors import PreludeError
+from server.errors import ConfigurationError, InvalidSoftPrompt, PreludeError, UnknownTask
 from server.options import with_settings_options
 from server.settings import Settings
+
+if TYPE_CHECKING:  # torch is loaded by the commands that need it, so that --help answers at once
+    from server.core import ModelSpec
+    from server.soft_prompts.soft_prompt import SoftPrompt
+    from server.train.evaluate import Evaluation
 
 app = typer.Typer(
     name="prelude",
@@ -72,7 +79,9 @@ def train(
     init: Annotated[str, typer.Option(help="First values: vocab, labels or text.")] = "vocab",
     init_text: Annotated[str | None, typer.Option(help="The text for --init text.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.")] = 0,
-    input_template: Annotated[str, typer.Option(help="What the model reads; {input} is the row's input.")] = "{input}\\n",
+    input_template: Annotated[
+        str, typer.Option(help="What the model reads; {input} is the row's input.")
+    ] = "{input}\\n",
     evaluations: Annotated[int, typer.Option(min=1, help="Measurements on the validation rows on the way.")] = 8,
     description: Annotated[str | None, typer.Option(help="One line about the task, shown by GET /prompts.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data, kept in the manifest.")] = None,
@@ -85,7 +94,8 @@ def train(
 
         from server.engine.model import FrozenModel
         from server.soft_prompts.names import check_task_name
-        from server.train.run import TaskFiles, train_task, write_task
+        from server.soft_prompts.soft_prompt import check_shape
+        from server.train.run import TaskFiles, check_writable, train_task, write_task
         from server.train.trainer import Progress, TrainingConfig
 
         check_task_name(task)
@@ -101,7 +111,11 @@ def train(
             seed=seed,
             evaluations=min(evaluations, steps),
         )
+        directory = out or settings.prompts_dir / task
+        check_writable(directory)
         model = FrozenModel.load(settings)
+        shape = (num_virtual_tokens, model.spec.hidden_size)
+        check_shape("PROMPT_TUNING", shape, model.spec, settings.max_virtual_tokens)
         with tqdm(total=steps, desc=task, unit="step", dynamic_ncols=True) as bar:
 
             def show(progress: Progress) -> None:
@@ -114,9 +128,130 @@ def train(
                     )
 
             soft_prompt, result = train_task(model, files, config, show)
-        directory = out or settings.prompts_dir / task
         write_task(directory, soft_prompt, model)
         typer.echo(f"{directory}: validation exact match {result.validation.exact_match:.1%} (step {result.step})")
+
+
+@app.command(name="eval")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="Name of a task in the inbox, PRELUDE_PROMPTS_DIR.")],
+    data: Annotated[Path, typer.Option(help='JSONL, each line {"input": "…", "target": "…"}.')],
+    soft_prompt: Annotated[
+        Path | None, typer.Option(help="A PEFT directory to evaluate as TASK, instead of the inbox's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline",
+            help="Also ask the frozen model alone, zero-shot: --instruction, an empty line and the input, in the chat "
+            "template. The first line of its answer counts, whatever its case and the punctuation around it.",
+        ),
+    ] = False,
+    instruction: Annotated[str | None, typer.Option(help="What the baseline is told to do with an input.")] = None,
+    json_line: Annotated[
+        bool, typer.Option("--json", help="Print the figures again, last, as a line of JSON.")
+    ] = False,
+) -> None:
+    """Measure exact match on a data file through the served path: every row is an ordinary request to the engine.
+
+    All rows are sent at once, with the template and the generation defaults of TASK's manifest; decoding is greedy
+    unless the manifest says otherwise. An answer counts if, without the white space around it, it is the target.
+    Nothing is written: neither to the inbox nor to the store.
+    """
+    _configure_logging("warning")
+    with _errors_as_sentences():
+        if baseline != bool(instruction):
+            raise ConfigurationError(
+                "--baseline and --instruction belong together.", remedy='Give both, or neither: --instruction "…".'
+            )
+        from server.engine.build import build_engine
+        from server.engine.model import FrozenModel
+        from server.train.data import labels_of, read_data
+        from server.train.evaluate import evaluate_baseline, evaluate_task
+
+        settings = Settings.load()
+        rows = read_data(data).first(limit)
+        model = FrozenModel.load(settings)
+        found = _find_soft_prompt(settings, model.spec, task, soft_prompt)
+        engine = build_engine(settings, model)
+        labels = found.manifest.labels or labels_of(rows.rows) or ()
+        with _row_bar(task, len(rows.rows)) as on_answer:
+            result = evaluate_task(engine, found, rows, on_answer)
+        _print_evaluation(task, result, labels)
+        figures: dict[str, Any] = {
+            "task": task,
+            "model": model.spec.name,
+            "dtype": model.spec.dtype,
+            "digest": found.digest,
+        }
+        figures |= {"data_sha256": rows.sha256, **result.as_dict(labels)}
+        if instruction:
+            with _row_bar("baseline", len(rows.rows)) as on_answer:
+                alone = evaluate_baseline(engine, instruction, rows, on_answer)
+            _print_evaluation(f"{model.spec.name} alone, zero-shot", alone, labels)
+            figures["baseline"] = {"instruction": instruction, **alone.as_dict(labels)}
+        if json_line:
+            typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory: Path | None) -> SoftPrompt:
+    """What a server that starts with this inbox answers `task` with, or the one in a directory.
+
+    It is published as a server publishes it, but to a store that is gone afterwards.
+    """
+    from server.registry.inbox import scan_inbox
+    from server.registry.registry import Registry
+    from server.registry.store import LocalStore
+    from server.soft_prompts.formats import load_soft_prompts
+
+    with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
+        registry = Registry(LocalStore(Path(store)), model, settings.max_virtual_tokens)
+        if directory is not None:
+            if not directory.is_dir():
+                raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
+            contents = load_soft_prompts(directory, model, settings.max_virtual_tokens)
+            if len(contents) > 1:
+                raise InvalidSoftPrompt(
+                    f"{directory} holds {len(contents)} soft prompts.",
+                    remedy=f"Put it into {settings.prompts_dir}; there they are {directory.name}-0, ….",
+                )
+            registry.publish(task, contents, "inbox")
+        else:
+            scan_inbox(settings.prompts_dir, registry)
+        try:
+            return registry.resolve(task).soft_prompt
+        except UnknownTask as exc:
+            if task in registry.errors:
+                raise InvalidSoftPrompt(
+                    f"{settings.prompts_dir / task} cannot be served.", remedy=registry.errors[task]
+                ) from exc
+            tasks = ", ".join(live.task for live in registry.tasks()[:20]) or "nothing"
+            raise UnknownTask(
+                exc.message, remedy=f"{settings.prompts_dir} holds {tasks}; or name a directory with --soft-prompt."
+            ) from exc
+
+
+@contextmanager
+def _row_bar(description: str, rows: int) -> Iterator[Callable[[], None]]:
+    """A progress bar that counts answered rows."""
+    from tqdm import tqdm
+
+    with tqdm(total=rows, desc=description, unit="row", dynamic_ncols=True) as bar:
+
+        def show() -> None:
+            bar.update()
+
+        yield show
+
+
+def _print_evaluation(name: str, result: Evaluation, labels: Sequence[str]) -> None:
+    typer.echo(
+        f"{name}: exact match {result.exact_match:.1%} ({result.correct} of {len(result.answers)} rows), "
+        f"{result.seconds:.1f} s, {result.requests_per_second:.1f} requests/s"
+    )
+    for label, (correct, rows) in result.by_label(labels).items():
+        typer.echo(f"  {label}: {correct} of {rows}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended; the first three are text-generation-inference's words."""
 
     LENGTH = "length"
-    EOS_TOKEN = "eos_token"
+    EOS_TOKEN = "eos_token"  # noqa: S105
     STOP_SEQUENCE = "stop_sequence"
     ABORTED = "aborted"
     FAILED = "failed"

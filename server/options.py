@@ -7,8 +7,17 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
 
 from server.settings import ENV_PREFIX, Settings
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    """A setting's description, its variable and its default; in parentheses, as square brackets are markup."""
+    default = field.get_default()
+    shown = f"; default: {default.human_readable() if isinstance(default, ByteSize) else default}"
+    return f"{field.description} (env: {ENV_PREFIX}{name.upper()}{'' if default is None else shown})"
 
 
 def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,7 +31,7 @@ def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
                 str | None,
                 typer.Option(
                     f"--{name.replace('_', '-')}",
-                    help=f"{field.description} [env {ENV_PREFIX}{name.upper()}; default {field.get_default()}]",
+                    help=_help(name, field),
                     show_default=False,
                 ),
             ],

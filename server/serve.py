@@ -24,6 +24,9 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 3
+"""After the drain, how long clients may take to read what is left for them, or to finish an upload."""
+
 
 def serve(settings: Settings) -> None:
     """Run a server until it is told to stop.
@@ -46,7 +49,13 @@ def serve(settings: Settings) -> None:
     )
     app = create_app(settings, worker, registry)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False, lifespan="on"
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     log.info("ready in %.1f s", time.perf_counter() - started)
     DrainingServer(config, worker, settings.drain_seconds).run()
@@ -73,9 +82,11 @@ class DrainingServer(uvicorn.Server):
         if self._draining is not None or self._loop is None:
             self.should_exit = self.force_exit = True
             return
-        log.info("%s: finishing %d requests", signal.Signals(sig).name, self._worker.num_in_flight)
-        self._draining = asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
+        self._draining = asyncio.run_coroutine_threadsafe(self._drain(signal.Signals(sig).name), self._loop)
 
-    async def _drain(self) -> None:
-        await self._worker.drain(self._drain_seconds)
-        self.should_exit = True
+    async def _drain(self, signal_name: str) -> None:
+        log.info("%s: finishing %d requests", signal_name, self._worker.num_in_flight)
+        try:
+            await self._worker.drain(self._drain_seconds)
+        finally:
+            self.should_exit = True

@@ -7,7 +7,6 @@ A misspelt `PRELUDE_…` variable is an error: a setting that silently does noth
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +50,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
         "auto",
-        description="Numbers to serve in. auto: bfloat16 on CUDA and on CPUs with AMX or AVX512-BF16, else float32.",
+        description="Numbers to serve in: auto, bfloat16, float32 or float64. auto: bfloat16 on CUDA and on CPUs with "
+        "AMX or AVX512-BF16, else float32.",
     )
     max_model_len: int = Field(
         2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
@@ -63,7 +63,8 @@ class Settings(BaseSettings):
         "at most half of the free memory.",
     )
     prefix_memory: Memory = Field(
-        "auto", description="Memory for computed prefixes, least recently used out first. auto: a quarter of the KV cache."
+        "auto",
+        description="Memory for computed prefixes, least recently used out first. auto: a quarter of the KV cache.",
     )
     max_batch_tokens: int = Field(
         512, ge=16, description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest."
@@ -75,7 +76,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="After SIGTERM, how long requests in flight may take to finish."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level to log: debug, info, warning or error."
+    )
 
     @property
     def store_url(self) -> str:
@@ -83,21 +86,21 @@ class Settings(BaseSettings):
         return self.store or f"file:{self.prompts_dir / '.store'}"
 
     @classmethod
-    def load(cls, environ: Mapping[str, str] | None = None, **options: Any) -> Settings:
+    def load(cls, **options: Any) -> Settings:
         """Build the settings from options (those that are not None win) and the environment.
 
         Raises:
             ConfigurationError: a value does not fit, or a PRELUDE_… variable is not a setting.
         """
-        environ = os.environ if environ is None else environ
+        known = [ENV_PREFIX + name.upper() for name in cls.model_fields]
+        # pydantic reads names in any case, so a misspelt one is looked for in any case too.
         unknown = sorted(
-            name
-            for name in environ
-            if name.startswith(ENV_PREFIX) and name.removeprefix(ENV_PREFIX).lower() not in cls.model_fields
+            name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
         )
         if unknown:
-            known = ", ".join(ENV_PREFIX + name.upper() for name in cls.model_fields)
-            raise ConfigurationError(f"{', '.join(unknown)} is not a setting.", remedy=f"Settings are {known}.")
+            raise ConfigurationError(
+                f"Not a setting: {', '.join(unknown)}.", remedy=f"Settings are {', '.join(known)}."
+            )
         try:
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as exc:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from server.engine.worker import EngineWorker
+from server.errors import InvalidRequest
 from server.registry.registry import Registry
 from server.settings import Settings
 
 
-def _worker(request: Request) -> EngineWorker:
+async def _worker(request: Request) -> EngineWorker:
     worker: EngineWorker = request.app.state.worker
     return worker
 
 
-def _registry(request: Request) -> Registry:
+async def _registry(request: Request) -> Registry:
     registry: Registry = request.app.state.registry
     return registry
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
+
+
+async def known_query(request: Request) -> None:
+    """Refuse a query parameter that the route does not have, or that comes twice.
+
+    A misspelt `?task=` would otherwise be answered by the frozen model alone.
+
+    Raises:
+        InvalidRequest: names the parameter and the nearest known one.
+    """
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else "."
+            raise InvalidRequest(f"Unknown query parameter {name[:80]!r}{hint}")
+        if len(request.query_params.getlist(name)) > 1:
+            raise InvalidRequest(f"The query parameter {name} comes twice.", remedy="Give it once.")
 
 
 WorkerDep = Annotated[EngineWorker, Depends(_worker)]

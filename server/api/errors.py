@@ -22,7 +22,8 @@ _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
 def error_body(error: PreludeError) -> dict[str, str]:
     """An error as JSON, the same in replies and in streams."""
-    body = ErrorBody(error=error.message, error_type=error.family, code=error.code, remedy=error.remedy)
+    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+    body = ErrorBody(error=message, error_type=error.family, code=error.code, remedy=error.remedy)
     return body.model_dump()
 
 
@@ -57,10 +58,12 @@ def _reply(status: int, error: PreludeError, headers: Mapping[str, str] | None =
 def _problem(item: Mapping[str, Any]) -> str:
     """One validation problem as a sentence, with the nearest name for an unknown field."""
     location: Sequence[Any] = item["loc"]
-    field = ".".join(str(part) for part in location if part != "body") or "body"
+    field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _KNOWN_FIELDS, n=1)
         return f"unknown field {field}" + (f", did you mean {near[0]}?" if near else "")
     if item["type"] == "json_invalid":
         return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
+    if item["type"] == "model_attributes_type" and field == "body":
+        return "the body must be a JSON object, sent with Content-Type: application/json"
     return f"{field}: {item['msg'].removeprefix('Value error, ')}"

@@ -8,11 +8,13 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-from server.core import GenerationRequest, SamplingParams
+from server.core import GenerationRequest
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput
 from server.registry.registry import Registry, Resolved
+from server.soft_prompts.manifest import GenerationDefaults
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 LONG_TEXT = 4096
@@ -32,8 +34,8 @@ class Prepared:
         return None if self.resolved is None else self.resolved.soft_prompt
 
     def headers(self, worker: EngineWorker) -> dict[str, str]:
-        """Headers that say what answered."""
-        headers = {"Prelude-Model": worker.model.name}
+        """Headers that say what answered; a model's name that is not ASCII is percent-encoded."""
+        headers = {"Prelude-Model": quote(worker.model.name, safe=" !#$&'()*+,/:;=?@[]")}
         if self.resolved is not None:
             headers |= {"Prelude-Task": self.resolved.task, "Prelude-Version": str(self.resolved.version)}
         return headers
@@ -46,6 +48,7 @@ async def prepare(
     task: str | None,
     text: str,
     sampling: Mapping[str, Any],
+    sample: bool = False,
     truncate: int | None = None,
 ) -> Prepared:
     """Resolve, template and tokenise.
@@ -56,6 +59,7 @@ async def prepare(
         task: `task` or `task@version`; None is the frozen model alone.
         text: the user's text, before the task's template.
         sampling: the fields of SamplingParams that the request sets itself.
+        sample: the request asks for sampling and leaves the temperature to the task; 1 if that is greedy.
         truncate: keep only the last so many input tokens.
 
     Raises:
@@ -71,22 +75,11 @@ async def prepare(
         input_ids = worker.encode(templated)
     if truncate is not None:
         input_ids = input_ids[-truncate:]
-    params = _sampling_params(sampling, resolved, worker, len(input_ids))
+    defaults = GenerationDefaults() if resolved is None else resolved.soft_prompt.manifest.generation
+    if sample and not defaults.temperature:
+        sampling = {**sampling, "temperature": 1.0}
+    virtual = 0 if resolved is None else resolved.soft_prompt.num_virtual_tokens
+    room = worker.model.max_model_len - virtual - len(input_ids)
+    params = defaults.sampling_params(sampling, room=room, seed=secrets.randbits(63))
     request = GenerationRequest(uuid.uuid4().hex, tuple(input_ids), params, resolved.task if resolved else None)
     return Prepared(request, resolved)
-
-
-def _sampling_params(
-    own: Mapping[str, Any], resolved: Resolved | None, worker: EngineWorker, input_tokens: int
-) -> SamplingParams:
-    """The request's field, else the task's manifest, else the default."""
-    fields: dict[str, Any] = {"seed": secrets.randbits(63)}
-    virtual = 0
-    if resolved is not None:
-        virtual = resolved.soft_prompt.num_virtual_tokens
-        fields |= resolved.soft_prompt.manifest.generation.model_dump(exclude_none=True)
-    fields |= own
-    if "max_new_tokens" not in own:  # a default never makes a request too long, an explicit figure may
-        room = worker.model.max_model_len - virtual - input_tokens
-        fields["max_new_tokens"] = max(1, min(fields.get("max_new_tokens", SamplingParams().max_new_tokens), room))
-    return SamplingParams(**fields)

@@ -7,16 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Query, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
-from server.api.deps import RegistryDep, SettingsDep
+from server.api.deps import RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpack_upload
-from server.errors import InvalidSoftPrompt
+from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.registry.registry import LiveTask, Published, Registry
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
-from server.soft_prompts.names import check_task_name
+from server.soft_prompts.names import check_task_name, unknown_task
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such task."},
@@ -31,7 +31,7 @@ PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorBody, "description": "The store could not be written."},
 }
 
-router = APIRouter(prefix="/prompts", tags=["soft prompts"])
+router = APIRouter(prefix="/prompts", tags=["soft prompts"], dependencies=[Depends(known_query)])
 
 
 @router.get("", response_model=PromptList, response_model_exclude_none=True, responses={422: ERRORS[422]})
@@ -50,12 +50,14 @@ async def list_prompts(
 @router.get("/{task}", response_model=PromptDetail, response_model_exclude_none=True, responses=ERRORS)
 async def get_prompt(task: str, registry: RegistryDep) -> PromptDetail:
     """One task: its live version, its versions, and the manifest."""
-    resolved = registry.resolve(check_task_name(task))
-    live = next(entry for entry in registry.tasks() if entry.task == resolved.task)
+    tasks = {entry.task: entry for entry in registry.tasks()}
+    live = tasks.get(check_task_name(task))
+    if live is None:
+        raise unknown_task(task, tasks)
     return PromptDetail(
         **_summary(task, live, registry.errors.get(task)).model_dump(),
         versions=list(live.versions),
-        manifest=resolved.soft_prompt.manifest.model_dump(mode="json", exclude_none=True),
+        manifest=live.soft_prompt.manifest.model_dump(mode="json", exclude_none=True),
     )
 
 
@@ -66,11 +68,15 @@ async def put_prompt(
         list[UploadFile],
         File(description="adapter_config.json, adapter_model.safetensors and optionally manifest.json; or one .zip."),
     ],
+    request: Request,
     response: Response,
     registry: RegistryDep,
     settings: SettingsDep,
 ) -> PublishReply:
     """Publish a soft prompt under a task's name; the next request is served by it, those in flight finish on theirs."""
+    unknown = sorted(set(await request.form()) - {"files"})
+    if unknown:
+        raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
     published = await asyncio.to_thread(_publish, task, files, registry, settings)
     if not published.created:
         response.status_code = 200
@@ -86,7 +92,7 @@ async def put_prompt(
     )
 
 
-@router.delete("/{task}", status_code=204, responses=ERRORS)
+@router.delete("/{task}", status_code=204, responses={**ERRORS, 500: PUBLISH_ERRORS[500]})
 async def delete_prompt(task: str, registry: RegistryDep) -> None:
     """Retire a task and all its versions; requests in flight finish."""
     await asyncio.to_thread(registry.delete, task)

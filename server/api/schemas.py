@@ -16,7 +16,9 @@ class GenerateParameters(_Strict):
 
     adapter_id: str | None = Field(None, description="The task; the same as ?task=.")
     do_sample: bool | None = Field(None, description="false is greedy; true samples at temperature 1 unless given.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; 128 unless the task says else.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Most tokens to generate; 128 unless the task says else."
+    )
     min_new_tokens: int | None = Field(None, ge=0, description="No end-of-sequence token before so many tokens.")
     temperature: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy; anything else samples."
@@ -24,7 +26,7 @@ class GenerateParameters(_Strict):
     top_k: int | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
     top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, allow_inf_nan=False, description="Over 1 makes tokens that occurred less likely."
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Over 1 makes tokens that occurred less likely."
     )
     seed: int | None = Field(None, ge=0, lt=2**64, description="Makes sampling repeatable.")
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
@@ -36,17 +38,25 @@ class GenerateParameters(_Strict):
     details: bool | None = Field(None, description="Answer finish reason, token counts and every token.")
     best_of: int | None = Field(None, description="Only 1.")
     decoder_input_details: bool | None = Field(None, description="Only false.")
-    frequency_penalty: float | None = Field(None, description="Not offered.")
+    frequency_penalty: float | None = Field(None, description="Only 0.")
     grammar: dict[str, Any] | None = Field(None, description="Not offered.")
-    top_n_tokens: int | None = Field(None, description="Not offered.")
-    typical_p: float | None = Field(None, description="Not offered.")
+    top_n_tokens: int | None = Field(None, description="Only 0.")
+    typical_p: float | None = Field(None, description="Only 1.")
     watermark: bool | None = Field(None, description="Only false.")
 
     @model_validator(mode="after")
     def _refuse_what_is_not_offered(self) -> GenerateParameters:
-        offered = {"best_of": (None, 1), "decoder_input_details": (None, False), "watermark": (None, False)}
-        for name in (*offered, "frequency_penalty", "grammar", "top_n_tokens", "typical_p"):
-            if getattr(self, name) not in offered.get(name, (None,)):
+        neutral = {
+            "best_of": 1,
+            "decoder_input_details": False,
+            "frequency_penalty": 0,
+            "grammar": None,
+            "top_n_tokens": 0,
+            "typical_p": 1,
+            "watermark": False,
+        }
+        for name, value in neutral.items():
+            if getattr(self, name) not in (None, value):
                 raise ValueError(f"{name} is not offered by this version of the server; leave it out")
         return self
 

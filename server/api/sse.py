@@ -88,4 +88,5 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _encode(event: Mapping[str, Any]) -> bytes:
-    return b"data:" + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+    # ASCII only: clients that split lines as Unicode does would cut an event at U+2028 or U+0085 in a token's text.
+    return b"data:" + json.dumps(event).encode() + b"\n\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.deps import RegistryDep, WorkerDep
+from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.generation import Prepared, prepare
 from server.api.schemas import (
     DetailsBody,
@@ -25,6 +25,7 @@ from server.errors import InvalidRequest
 from server.registry.registry import Registry
 
 ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
     404: {"model": ErrorBody, "description": "No such task or version."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     422: {"model": ErrorBody, "description": "A field does not fit, or the request can never fit the context."},
@@ -32,7 +33,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "The server is shutting down."},
 }
 
-router = APIRouter(tags=["generate"], responses=ERRORS)
+router = APIRouter(tags=["generate"], responses=ERRORS, dependencies=[Depends(known_query)])
+
+COLDEST = 1e-5
+"""Below this temperature logits leave the range of a float; the limit is greedy, and that is what is done."""
 
 TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
 
@@ -71,6 +75,7 @@ async def _answer(
         task=_one_task(task, parameters.adapter_id),
         text=body.inputs,
         sampling=_sampling_fields(parameters, stream),
+        sample=_wants_sampling(parameters),
         truncate=parameters.truncate,
     )
     deltas = worker.generate(prepared.request, prepared.soft_prompt)
@@ -99,13 +104,16 @@ def _sampling_fields(parameters: GenerateParameters, stream: bool) -> dict[str, 
         fields["stop"] = tuple(parameters.stop)
     if parameters.ignore_eos_token is not None:
         fields["ignore_eos"] = parameters.ignore_eos_token
-    warped = parameters.top_k is not None or parameters.top_p is not None
-    if parameters.do_sample is False:
+    if parameters.do_sample is False or fields.get("temperature", 1.0) < COLDEST:
         fields["temperature"] = 0.0
-    elif "temperature" not in fields and (parameters.do_sample or warped):
-        fields["temperature"] = 1.0
     fields["logprobs"] = stream or bool(parameters.details)
     return fields
+
+
+def _wants_sampling(parameters: GenerateParameters) -> bool:
+    """Whether the request asks for sampling without saying at which temperature."""
+    asked = parameters.do_sample or parameters.top_k is not None or parameters.top_p is not None
+    return bool(asked) and parameters.do_sample is not False and parameters.temperature is None
 
 
 async def _collect(deltas: AsyncGenerator[Delta], body: GenerateBody, prepared: Prepared) -> GenerateReply:

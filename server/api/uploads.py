@@ -75,6 +75,8 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         raise InvalidSoftPrompt(f"The zip has an entry that leads outside: {entry.filename[:100]!r}.")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise InvalidSoftPrompt(f"The zip has a link: {entry.filename[:100]!r}.", remedy="Zip the files themselves.")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InvalidSoftPrompt("The zip uses a rare compression.", remedy="Make a plain zip of the files.")
     if entry.flag_bits & 1:
         raise InvalidSoftPrompt("The zip is encrypted.", remedy="Make a plain zip of the files.")
 

@@ -1,8 +1,8 @@
 """Our attention function, registered with transformers, and the layouts that tell it whose token is whose.
 
-All tokens of a step travel through the model as one flat row `[1, tokens]`. The model's own layers never learn where one
-sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout to
-do the attention. A layout is passed through the model's forward as the keyword `layout`.
+All tokens of a step travel through the model as one flat row `[1, tokens]`. The model's own layers never learn where
+one sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout
+to do the attention. A layout is passed through the model's forward as the keyword `layout`.
 
     PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
     CachedRows    keys and values go to each sequence's slot, attention reads the slots  (serving, see kv_cache.py)
@@ -54,8 +54,17 @@ class Layout(Protocol):
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """Attention of one layer. Query `[heads, tokens, dim]`, key and value `[kv_heads, tokens, dim]`; answers
-        `[tokens, heads, dim]`."""
+        """Attention of one layer.
+
+        Args:
+            layer: its index.
+            query: `[heads, tokens, dim]`.
+            key: `[kv_heads, tokens, dim]`; value likewise.
+            rules: what the layer asks beside causality.
+
+        Returns:
+            `[tokens, heads, dim]`.
+        """
         ...
 
 

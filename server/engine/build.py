@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -79,8 +80,8 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
     asked = settings.max_sequences * slab if settings.kv_memory == "auto" else int(settings.kv_memory)
     granted = min(asked, max(int(free * AUTO_SHARE), slab)) if settings.kv_memory == "auto" else asked
     need = (
-        f"{settings.max_sequences} sequences of {model.max_model_len:,} positions at {per_position:,} bytes each ask for "
-        f"{settings.max_sequences * slab / MiB:,.0f} MiB; one of them for {slab / MiB:,.0f} MiB"
+        f"{settings.max_sequences} sequences of {model.max_model_len:,} positions at {per_position:,} bytes each "
+        f"ask for {settings.max_sequences * slab / MiB:,.0f} MiB; one of them for {slab / MiB:,.0f} MiB"
     )
     if granted > free:
         raise InsufficientMemory(
@@ -111,8 +112,7 @@ def _container_headroom() -> int:
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
-            with open(limit_file) as limit, open(used_file) as used:
-                return max(0, int(limit.read()) - int(used.read()))
+            return max(0, int(Path(limit_file).read_text()) - int(Path(used_file).read_text()))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return 2**62

@@ -59,8 +59,8 @@ class Engine:
         limit = self.model.spec.max_model_len
         if virtual + inputs + new > limit:
             raise InputTooLong(
-                f"The request needs {virtual + inputs + new} positions ({virtual} virtual tokens, {inputs} input tokens, "
-                f"{new} new tokens); the context holds {limit}."
+                f"The request needs {virtual + inputs + new} positions ({virtual} virtual tokens, {inputs} input "
+                f"tokens, {new} new tokens); the context holds {limit}."
             )
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
@@ -75,9 +75,7 @@ class Engine:
 
     def fail_all(self, message: str) -> list[Delta]:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
-        deltas = []
-        for sequence in list(self.scheduler.running):
-            deltas.append(self._fail(sequence, message))
+        deltas = [self._fail(sequence, message) for sequence in list(self.scheduler.running)]
         for sequence in list(self.scheduler.waiting):
             self.scheduler.abort(sequence.request_id)
             deltas.append(Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, message))

@@ -1,9 +1,9 @@
 """Where keys and values live: one pool of positions, cut into slots, one slot per sequence.
 
 A sequence owns one contiguous slot from admission to its end, reserved for everything that it may need (virtual tokens,
-input, new tokens), so nothing is ever preempted. Slots come in lengths 256, 512, … up to the longest context. The pool is
-cut into slabs of that longest length, and a slab takes slots of one length as long as any of them is in use; this way
-any mix of lengths shares the memory, and neighbouring slots of one length can be read as a batch without gathering.
+input, new tokens), so nothing is ever preempted. Slots come in lengths 256, 512, … up to the longest context. The pool
+is cut into slabs of that longest length, and a slab takes slots of one length as long as any of them is in use; this
+way any mix of lengths shares the memory, and neighbouring slots of one length are read as a batch without gathering.
 
     pool      |----------- slab 0 -----------|----------- slab 1 -----------|--- slab 2 …
     slots     | 256 | 256 |     |     | …    |    512     |            | …  |   free
@@ -164,7 +164,7 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from calloc: the kernel gives a page when it is first written, torch.zeros would touch them all.
+    # numpy's zeros come from calloc: a page is taken when it is first written; torch.zeros would touch them all now.
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 

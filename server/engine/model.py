@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from server.core import ModelSpec
-from server.engine.attention import ATTENTION_NAME, AttentionRules, Layout, PackedRows, register_attention
+from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.checkpoint import resolve_checkpoint
-from server.errors import ConfigurationError, UnsupportedModel
+from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
+from server.errors import ConfigurationError
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -51,13 +52,15 @@ class FrozenModel:
         Raises:
             UnsupportedModel: the engine cannot serve it, with the reason.
         """
-        self.module = module.eval().requires_grad_(False)
+        module.eval()  # type: ignore[no-untyped-call]
+        self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
-        kv_heads, head_dim = _probe_attention(module)
+        kv_heads, head_dim = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
         weights = module.get_input_embeddings().weight
+        assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
         self.spec = ModelSpec(
             name=name,
             fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
@@ -70,17 +73,19 @@ class FrozenModel:
             dtype=str(module.dtype).removeprefix("torch."),
             device=str(module.device),
         )
-        _pin_longrope(module, self.spec.max_model_len)
+        pin_longrope(module, self.spec.max_model_len)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.module.device
+        device: torch.device = self.module.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are in."""
-        return self.module.dtype
+        dtype: torch.dtype = self.module.dtype
+        return dtype
 
     @classmethod
     def load(cls, settings: Settings) -> FrozenModel:
@@ -99,7 +104,8 @@ class FrozenModel:
             register_attention()
             module = AutoModelForCausalLM.from_pretrained(
                 checkpoint.location, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME
-            ).to(device)
+            )
+            module.to(device)  # type: ignore[arg-type]
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.location)
         except (OSError, ValueError) as exc:
             raise ConfigurationError(
@@ -169,87 +175,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Refuse, by the config alone, what the engine cannot serve exactly.
-
-    Raises:
-        UnsupportedModel: says which property of the model is in the way.
-    """
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{kind} is an encoder-decoder model; the engine serves decoder-only ones.")
-    text_config = config.get_text_config()
-    layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if layers:
-        raise UnsupportedModel(
-            f"{kind} has {', '.join(sorted(layers))} layers; the engine keeps keys and values of full and sliding "
-            "attention only."
-        )
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if "dynamic" in _rope_types(rope):
-        raise UnsupportedModel(
-            f"{kind} uses dynamic rotary scaling, whose frequencies depend on the longest sequence of a batch: one "
-            "request would change another's answer.",
-            remedy="Use a model with linear, yarn, llama3 or longrope scaling.",
-        )
-
-
-def _rope_types(rope_parameters: object) -> set[str]:
-    if not isinstance(rope_parameters, dict):
-        return set()
-    own = {str(rope_parameters["rope_type"])} if "rope_type" in rope_parameters else set()
-    return own.union(*(_rope_types(value) for value in rope_parameters.values()))
-
-
-class _AttentionProbe:
-    """A layout that looks at what every layer hands over and attends within one row."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, tuple[int, int, int]] = {}  # layer -> kv_heads, key dim, value dim
-        self.windows: dict[int, int | None] = {}
-        self._row = PackedRows([2])
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
-    ) -> torch.Tensor:
-        self.shapes[layer] = (key.shape[0], key.shape[2], value.shape[2])
-        self.windows[layer] = rules.sliding_window
-        return self._row.attend(layer, query, key, value, rules)
-
-
-@torch.inference_mode()
-def _probe_attention(module: PreTrainedModel) -> tuple[int, int]:
-    """Run two tokens through the model and learn `(kv_heads, head_dim)` from what its layers really hand over.
-
-    Raises:
-        UnsupportedModel: the attention does not come through our function in every layer, in one shape.
-    """
-    kind = module.config.model_type
-    probe = _AttentionProbe()
-    try:
-        embeddings = module.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device=module.device))
-        position_ids = torch.arange(2, device=module.device).unsqueeze(0)
-        module(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, layout=probe)
-    except UnsupportedModel:
-        raise
-    except Exception as exc:
-        raise UnsupportedModel(f"{kind} does not run with the engine's attention: {exc}.") from exc
-    layers = module.config.get_text_config().num_hidden_layers
-    if set(probe.shapes) != set(range(layers)):
-        raise UnsupportedModel(
-            f"Of the {layers} layers of {kind}, {len(probe.shapes)} hand their keys and values to transformers' "
-            "AttentionInterface; the others are recurrent, share a cache, or do their own attention."
-        )
-    kv_heads, key_dim, value_dim = probe.shapes[0]
-    if len(set(probe.shapes.values())) != 1 or key_dim != value_dim:
-        raise UnsupportedModel(f"The keys and values of {kind} differ in shape between layers, or from each other.")
-    layer_types = getattr(module.config.get_text_config(), "layer_types", None) or []
-    for layer, layer_type in enumerate(layer_types):
-        if layer_type == "sliding_attention" and probe.windows[layer] is None:
-            raise UnsupportedModel(f"{kind} has sliding-window layers but does not tell the attention their window.")
-    return kv_heads, key_dim
-
-
 def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:
     """Identity of the frozen model: shape-giving config fields and a sample of embedding rows in bfloat16.
 
@@ -279,25 +204,6 @@ def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         if found:
             break
     return frozenset(found)
-
-
-def _pin_longrope(module: nn.Module, max_model_len: int) -> None:
-    """Keep longrope in one regime for the whole server, whatever the longest sequence of a batch is.
-
-    transformers switches all rows to the long factors as soon as one row is long, which would let one request change
-    another's answer. A server whose context exceeds the original one uses the long factors throughout.
-    """
-    for part in module.modules():
-        if getattr(part, "rope_type", None) != "longrope":
-            continue
-        original = part.config.rope_parameters["original_max_position_embeddings"]
-        if max_model_len > original:
-            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-            device = part.inv_freq.device
-            long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](part.config, device, seq_len=original + 1)
-            part.original_inv_freq = part.long_inv_freq = long_inv_freq
-            part.inv_freq.copy_(long_inv_freq)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -60,7 +60,7 @@ class PrefixCache:
 
 
 def prefix_of_kv(soft_prompt: SoftPrompt, model: ModelSpec) -> torch.Tensor:
-    """The prefix of a soft prompt that is keys and values already: PEFT's `[n, layers * 2 * heads * dim]`, transposed."""
+    """The prefix of a soft prompt that is keys and values already: PEFT's `[n, layers * 2 * heads * dim]`, turned."""
     shape = (-1, model.num_hidden_layers, 2, model.num_key_value_heads, model.head_dim)
     prefix = soft_prompt.tensor.view(shape).permute(1, 2, 0, 3, 4)
     return prefix.to(model.device, getattr(torch, model.dtype)).contiguous()

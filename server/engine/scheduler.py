@@ -1,7 +1,7 @@
 """Who runs in the next step: admission, and the token budget that decoding and prefilling share.
 
-Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order in which
-they were admitted, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
+Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
+their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
 behind it overtakes, so a long request is not starved by short ones.
 """
 

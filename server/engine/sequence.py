@@ -15,8 +15,8 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 class Sequence:
     """A request from admission to its end.
 
-    It holds the immutable soft prompt that it began with; that reference is all the pinning there is. Its positions are,
-    in this order: virtual tokens, input tokens, output tokens.
+    It holds the immutable soft prompt that it began with; that reference is all the pinning there is. Its positions
+    are, in this order: virtual tokens, input tokens, output tokens.
     """
 
     request: GenerationRequest

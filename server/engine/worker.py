@@ -1,13 +1,14 @@
 """From asyncio into the one engine thread and back.
 
-The thread owns the engine: it takes commands between steps, steps while there is work, and sleeps otherwise. Results cross
-to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its own end, an
-abort, or a step that failed.
+The thread owns the engine: it takes commands between steps, steps while there is work, and sleeps otherwise. Results
+cross to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its own
+end, an abort, or a step that failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 60.0
 """A step takes far less; an engine that needs longer does not answer."""
+
+READ_SECONDS = 2.0
+"""How long those who wait may take to read how their request ended; a client that reads nothing holds up nobody."""
 
 Command = Callable[[], list[Delta]]
 """Runs on the engine thread, between two steps."""
@@ -41,6 +45,7 @@ class EngineWorker:
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_turn = time.monotonic()
+        self._failed = False
         self.draining = False
 
     @property
@@ -79,6 +84,8 @@ class EngineWorker:
         """
         if self.draining:
             raise ServerDraining("The server is shutting down.")
+        if self._failed:
+            raise GenerationFailed("The engine has stopped.", remedy="Restart the server; its log says why.")
         self._engine.check(request, soft_prompt)
         stream: asyncio.Queue[Delta] = asyncio.Queue()
         assert request.request_id not in self._streams, "request ids are unique"
@@ -105,21 +112,23 @@ class EngineWorker:
     async def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish for so long, then abort what is left."""
         self.draining = True
-        if self._idle.is_set():
+        if await self._idle_within(seconds):
             return
-        try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
-            log.warning("%d requests did not finish within %g s; they are aborted", len(self._streams), seconds)
-            for request_id in list(self._streams):
-                self._send(lambda request_id=request_id: self._abort(request_id))  # type: ignore[misc]
-            await self._idle.wait()
+        log.warning("%d requests did not finish within %g s; they are aborted", len(self._streams), seconds)
+        for request_id in list(self._streams):
+            self._send(lambda request_id=request_id: self._abort(request_id))  # type: ignore[misc]
+        await self._idle_within(READ_SECONDS)
 
     async def stop(self) -> None:
         """End the thread; what is still in flight is aborted."""
         await self.drain(0)
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    async def _idle_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return self._idle.is_set()
 
     def _send(self, command: Command) -> None:
         self._commands.put(command)
@@ -133,7 +142,15 @@ class EngineWorker:
         return [] if delta is None else [delta]
 
     def _run(self) -> None:
-        """The thread: commands, then a step, then commands …"""
+        """The thread. If it ends by an error, which is our bug, nobody is left waiting for it."""
+        try:
+            self._turns()
+        except Exception:
+            log.exception("the engine has stopped; the server must be restarted")
+            self._on_loop(self._fail_streams)
+
+    def _turns(self) -> None:
+        """Commands, a step, commands, a step, until told to stop."""
         while True:
             commands = self._take_commands()
             self._last_turn = time.monotonic()
@@ -161,11 +178,24 @@ class EngineWorker:
             return self._engine.fail_all("The engine failed while it worked on this request; nothing else is affected.")
 
     def _deliver(self, deltas: list[Delta]) -> None:
-        if deltas and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._hand_out, deltas)
+        if deltas:
+            self._on_loop(lambda: self._hand_out(deltas))
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(work)
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
                 stream.put_nowait(delta)
+
+    def _fail_streams(self) -> None:
+        self._failed = True
+        self._hand_out(
+            [
+                Delta(request_id, None, FinishReason.FAILED, error="The engine has stopped.")
+                for request_id in self._streams
+            ]
+        )

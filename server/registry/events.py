@@ -1,8 +1,8 @@
 """One event per change, and the fold that makes the registry's state of them.
 
-The fold is the only place that says what an event means. Version numbers come from it and are never used twice, also not
-after a delete; a retired task leaves behind what must not be forgotten: its last number, and which content of the inbox
-was already published.
+The fold is the only place that says what an event means. Version numbers come from it and are never used twice,
+also not after a delete; a retired task leaves behind what must not be forgotten: its last number, and which content of
+the inbox was already published.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from server.errors import StoreError
 
@@ -21,6 +23,8 @@ Source = Literal["api", "inbox"]
 class PublishedVersion:
     """One version of one task: a content under a number."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     task: str
     version: int
     digest: str
@@ -29,6 +33,8 @@ class PublishedVersion:
 @dataclass(frozen=True, slots=True)
 class Event:
     """One atomic change. A publish may carry several versions: a multitask soft prompt is one change."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     number: int
     kind: Literal["publish", "delete"]
@@ -46,16 +52,19 @@ class Event:
         """Read an event's file.
 
         Raises:
-            StoreError: it is not one.
+            StoreError: it is not one, or it is of a kind that only a newer Prelude knows.
         """
         try:
-            value: dict[str, Any] = json.loads(data)
-            published = tuple(PublishedVersion(**item) for item in value.pop("published"))
-            return cls(published=published, **value)
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            return _EVENT.validate_json(data)
+        except ValidationError as exc:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
             raise StoreError(
-                f"The store's event {name} cannot be read: {exc}.", remedy="Restore it from a backup of the store."
+                f"The store's event {name} cannot be read: {problems}.",
+                remedy="Restore it from a backup of the store, or run the version of Prelude that wrote it.",
             ) from exc
+
+
+_EVENT = TypeAdapter(Event)
 
 
 @dataclass

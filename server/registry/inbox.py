@@ -18,27 +18,26 @@ from server.soft_prompts.names import check_task_name
 log = logging.getLogger(__name__)
 
 
-def scan_inbox(
-    directory: Path, registry: Registry, on_entry: Callable[[str], None] = lambda name: None
-) -> None:
+def scan_inbox(directory: Path, registry: Registry, on_entry: Callable[[str], None] = lambda name: None) -> None:
     """Publish every new or changed entry; a broken one is logged and reported, and the others are served."""
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if entry.name.startswith(".") or not entry.is_dir() or not any(entry.iterdir()):
+        if entry.name.startswith(".") or not entry.is_dir():
             continue
         on_entry(entry.name)
         try:
-            _publish_entry(entry, registry)
-            registry.errors.pop(entry.name, None)
+            if any(entry.iterdir()):
+                _publish_entry(entry, registry)
+            registry.inbox_errors.pop(entry.name, None)
         except (PreludeError, OSError) as exc:
             log.warning("%s is not served: %s", entry, exc)
-            registry.errors[entry.name] = str(exc)
+            registry.inbox_errors[entry.name] = str(exc)
 
 
 def _publish_entry(entry: Path, registry: Registry) -> None:
     check_task_name(entry.name)
     contents = load_soft_prompts(entry, registry.model, registry.max_virtual_tokens)
     names = [entry.name] if len(contents) == 1 else [f"{entry.name}-{i}" for i in range(len(contents))]
-    if all(registry.inbox_digest(name) == content.digest for name, content in zip(names, contents, strict=True)):
+    if all(registry.is_from_inbox(name, content) for name, content in zip(names, contents, strict=True)):
         return
     published = registry.publish(entry.name, contents, "inbox")
     for task in published.tasks:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
-from server.registry.events import Event, PublishedVersion, Source, State
+from server.registry.events import Event, PublishedVersion, Source, State, TaskState
 from server.registry.store import LocalStore
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
-from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_shape
+from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Registry:
     Attributes:
         model: the frozen model that soft prompts must fit.
         max_virtual_tokens: the longest soft prompt that is taken.
-        errors: inbox entry or task -> why it is not served.
+        inbox_errors: inbox entry -> why it is not served, as of the last scan.
     """
 
     def __init__(self, store: LocalStore, model: ModelSpec, max_virtual_tokens: int) -> None:
@@ -70,14 +70,15 @@ class Registry:
         """
         self.model = model
         self.max_virtual_tokens = max_virtual_tokens
-        self.errors: dict[str, str] = {}
+        self.inbox_errors: dict[str, str] = {}
         self._store = store
         self._changing = threading.Lock()
         self._state = State(store.events())
         self._contents: dict[str, SoftPrompt] = {}
+        self._broken: dict[str, str] = {}  # digest -> why the content cannot be served
         self._live: dict[str, LiveTask] = {}
-        for name in self._state.tasks:
-            self._load(name)
+        self._store_errors: dict[str, str] = {}
+        self._load(self._state.tasks)
 
     def resolve(self, reference: str) -> Resolved:
         """What `task` or `task@version` stands for now.
@@ -100,10 +101,17 @@ class Registry:
         """All live tasks, by name."""
         return [live for _, live in sorted(self._live.items())]
 
-    def inbox_digest(self, task: str) -> str | None:
-        """What the inbox last published under this name."""
+    @property
+    def errors(self) -> dict[str, str]:
+        """Task or inbox entry -> why it, or a version of it, is not served."""
+        return {**self._store_errors, **self.inbox_errors}
+
+    def is_from_inbox(self, task: str, content: SoftPrompt) -> bool:
+        """Whether the inbox has published this content already, and publishing it again would mend nothing."""
         state = self._state.tasks.get(task)
-        return None if state is None else state.inbox_digest
+        if state is None or state.inbox_digest != content.digest:
+            return False
+        return state.live is None or state.versions[state.live] != content.digest or task in self._live
 
     def publish(self, name: str, soft_prompts: Sequence[SoftPrompt], source: Source) -> Published:
         """Make validated contents the live versions of a task, or of `name-0`, `name-1`, … if there are several.
@@ -119,11 +127,10 @@ class Registry:
             unchanged = all(self._is_live(task, content) for task, content in zip(names, soft_prompts, strict=True))
             if unchanged and source == "api":
                 return Published(False, tuple(self.resolve(task) for task in names))
-            for content in soft_prompts:
-                self._store.put_blob(content)
-            event = self._append(names, soft_prompts, source)
+            self._append(names, soft_prompts, source)
             self._contents.update({content.digest: content for content in soft_prompts})
-            self._refresh(*(item.task for item in event.published))
+            mended = [self._broken.pop(content.digest, None) for content in soft_prompts]
+            self._refresh(self._state.tasks if any(mended) else names)
             return Published(not unchanged, tuple(self.resolve(task) for task in names))
 
     def delete(self, name: str) -> None:
@@ -135,23 +142,27 @@ class Registry:
         """
         check_task_name(name)
         with self._changing:
-            if name not in self._live:
+            state = self._state.tasks.get(name)
+            if state is None or state.live is None:
                 raise unknown_task(name, self._live)
-            digests = {content.digest for content in self._live[name].versions.values()}
             while not self._store.append(event := self._next_event("delete", "api", deleted=name)):
                 self._catch_up()
+            digests = set(state.versions.values())
             self._state.apply(event)
-            self._refresh(name)
+            self._refresh([name])
             for digest in digests - self._referenced():
                 self._contents.pop(digest, None)
+                self._broken.pop(digest, None)
                 self._store.remove_blob(digest)
 
-    def _append(self, names: Sequence[str], contents: Sequence[SoftPrompt], source: Source) -> Event:
-        """Write the publish event; a loser of the race for its number reads what won and takes the next one.
+    def _append(self, names: Sequence[str], contents: Sequence[SoftPrompt], source: Source) -> None:
+        """Write blobs and the publish event; a loser of the race for its number reads what won and takes the next one.
 
         What is live already keeps its number: the event then only records that the inbox has published it.
         """
         while True:
+            for content in contents:  # again in each round: what won may have been a delete of the same content
+                self._store.put_blob(content)
             published = tuple(
                 PublishedVersion(task, self._number(task, content), content.digest)
                 for task, content in zip(names, contents, strict=True)
@@ -159,7 +170,7 @@ class Registry:
             event = self._next_event("publish", source, published=published)
             if self._store.append(event):
                 self._state.apply(event)
-                return event
+                return
             self._catch_up()
 
     def _number(self, task: str, content: SoftPrompt) -> int:
@@ -174,39 +185,41 @@ class Registry:
         new = [event for event in self._store.events() if event.number > self._state.last_event]
         for event in new:
             self._state.apply(event)
-        for event in new:
-            for name in [item.task for item in event.published] or [event.deleted or ""]:
-                self._load(name)
+        changed = {item.task for event in new for item in event.published}
+        self._load(changed | {event.deleted for event in new if event.deleted is not None})
 
-    def _load(self, name: str) -> None:
-        """Read a task's contents from the store and make them live; what does not fit is reported instead."""
-        state = self._state.tasks.get(name)
-        for digest in state.versions.values() if state else ():
-            if digest in self._contents:
-                continue
+    def _load(self, names: Collection[str]) -> None:
+        """Read tasks' contents from the store and make them live; what does not fit is reported instead."""
+        tasks = [self._state.tasks[name] for name in names if name in self._state.tasks]
+        for digest in {digest for task in tasks for digest in task.versions.values()} - self._contents.keys():
             try:
-                content = self._store.get_blob(digest)
-                check_base_model(content.manifest, self.model)
-                check_shape(content.peft_type, tuple(content.tensor.shape), self.model, self.max_virtual_tokens)
-                self._contents[digest] = content
+                self._contents[digest] = self._read(digest)
+                self._broken.pop(digest, None)
             except PreludeError as exc:
-                self.errors[name] = str(exc)
-        self._refresh(name)
+                self._broken[digest] = str(exc)
+        self._refresh(names)
 
-    def _refresh(self, *names: str) -> None:
+    def _read(self, digest: str) -> SoftPrompt:
+        content = self._store.get_blob(digest)
+        check_base_model(content.manifest, self.model)
+        check_shape(content.peft_type, tuple(content.tensor.shape), self.model, self.max_virtual_tokens)
+        check_finite(content.tensor, self.model.dtype)
+        return content
+
+    def _refresh(self, names: Collection[str]) -> None:
         """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
-        live = dict(self._live)
+        live, errors = dict(self._live), dict(self._store_errors)
         for name in names:
-            state = self._state.tasks.get(name)
-            versions = {
-                number: self._contents[digest]
-                for number, digest in (state.versions if state else {}).items()
-                if digest in self._contents
-            }
             live.pop(name, None)
-            if state is not None and state.live in versions:
+            errors.pop(name, None)
+            state = self._state.tasks.get(name, TaskState())
+            versions = {n: self._contents[digest] for n, digest in state.versions.items() if digest in self._contents}
+            if state.live in versions:
                 live[name] = LiveTask(name, state.live, MappingProxyType(versions))
-        self._live = live
+            broken = [self._broken[digest] for digest in state.versions.values() if digest in self._broken]
+            if broken:
+                errors[name] = broken[-1]
+        self._live, self._store_errors = live, errors
 
     def _is_live(self, task: str, content: SoftPrompt) -> bool:
         live = self._live.get(task)

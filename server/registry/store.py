@@ -3,8 +3,9 @@
     blobs/<digest>.safetensors      tensor; peft_type and manifest in its metadata
     events/000000000042.json        create-if-absent: of two writers exactly one wins a number
 
-A write goes to a temporary file, is synced, is linked to its name (which fails if the name exists), and the directory is
-synced; only then is the change acknowledged. A blob that no event names is garbage and harmless.
+A write goes to a temporary file, is synced, gets its name (an event by a link, which fails if the name exists; a blob
+by a rename, which replaces one of the same digest), and the directory is synced; only then is the change acknowledged.
+A blob that no event names is garbage and harmless.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import contextlib
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from server.errors import StoreError
+from server.errors import InvalidSoftPrompt, StoreError
 from server.registry.events import Event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -63,8 +65,11 @@ class LocalStore:
         Raises:
             StoreError: one cannot be read, or a number is missing.
         """
-        names = sorted(name for name in os.listdir(self._events) if _EVENT_NAME.fullmatch(name))
-        events = [Event.parse((self._events / name).read_bytes(), name) for name in names]
+        try:
+            names = sorted(name for name in os.listdir(self._events) if _EVENT_NAME.fullmatch(name))
+            events = [Event.parse((self._events / name).read_bytes(), name) for name in names]
+        except OSError as exc:
+            raise StoreError(f"The store's events cannot be read: {exc}.") from exc
         for expected, event in enumerate(events, 1):
             if event.number != expected:
                 raise StoreError(
@@ -78,17 +83,17 @@ class LocalStore:
         Raises:
             StoreError: the disk refuses.
         """
-        return _create(self._events / f"{event.number:012d}.json", event.to_json())
+        return _write(self._events / f"{event.number:012d}.json", event.to_json(), place=os.link)
 
     def put_blob(self, soft_prompt: SoftPrompt) -> None:
-        """Keep a soft prompt's content durably; keeping it twice is one blob.
+        """Keep a soft prompt's content durably; keeping it twice is one blob, and mends it if it was damaged.
 
         Raises:
             StoreError: the disk refuses.
         """
         metadata = {"peft_type": soft_prompt.peft_type, "manifest": soft_prompt.manifest.to_json()}
         data = save({"prompt_embeddings": soft_prompt.tensor.contiguous()}, metadata)
-        _create(self._blob(soft_prompt.digest), data)
+        _write(self._blob(soft_prompt.digest), data, place=os.replace)
 
     def get_blob(self, digest: str) -> SoftPrompt:
         """Read a content and check that it is the one that its name promises.
@@ -102,7 +107,7 @@ class LocalStore:
                 metadata = file.metadata()
                 tensor = file.get_tensor("prompt_embeddings")
             soft_prompt = SoftPrompt(metadata["peft_type"], tensor, Manifest.parse(metadata["manifest"]))
-        except (OSError, SafetensorError, KeyError, TypeError) as exc:
+        except (OSError, SafetensorError, KeyError, TypeError, InvalidSoftPrompt) as exc:
             raise StoreError(f"The store's blob {digest} cannot be read: {exc}.") from exc
         if soft_prompt.digest != digest:
             raise StoreError(
@@ -120,8 +125,8 @@ class LocalStore:
         return self._blobs / f"{digest}.safetensors"
 
 
-def _create(path: Path, data: bytes) -> bool:
-    """Create a file with all of its content, durably; False if it exists."""
+def _write(path: Path, data: bytes, *, place: Callable[[str, Path], None]) -> bool:
+    """Write a file with all of its content, durably; False if `place` refuses because it exists."""
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         try:
@@ -129,9 +134,10 @@ def _create(path: Path, data: bytes) -> bool:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, path)
+            place(temporary, path)
         finally:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
         _sync_directory(path.parent)
     except FileExistsError:
         return False

@@ -37,6 +37,8 @@ SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
 
 MAX_JSON_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20
+MAX_MULTITASK_BYTES = 2**28
+"""What the rows of a multitask soft prompt may unfold to; as files they are low-rank and small."""
 PICKLE_FILES = ("adapter_model.bin", "decoder.pt", "encoder.pt", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -78,6 +80,8 @@ def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:
     kv = soft_prompt.is_kv_prefix
     config: dict[str, Any] = {
         "base_model_name_or_path": model.name,
+        # PEFT takes the length of a CPT soft prompt from the ids that it began with; loaded, it needs no more of them.
+        "cpt_token_ids": [0] * soft_prompt.num_virtual_tokens if soft_prompt.peft_type == "CPT" else None,
         "inference_mode": True,
         "num_attention_heads": model.num_key_value_heads if kv else None,
         "num_layers": model.num_hidden_layers,
@@ -169,14 +173,27 @@ def _check_declared_length(config: dict[str, Any], rows: int) -> None:
         )
 
 
+def _check_declared_heads(config: dict[str, Any], model: ModelSpec) -> None:
+    """Layers and heads that differ can have the right width and mean something else."""
+    held = {"num_layers": model.num_hidden_layers, "num_attention_heads": model.num_key_value_heads}
+    for key, expected in held.items():
+        if config.get(key) not in (None, expected):
+            raise InvalidSoftPrompt(
+                f"{CONFIG_FILE} says {key} {config[key]!r}; the keys and values of {model.name} have {expected}.",
+                remedy=f"Train it on {model.name}, or serve the model that it was trained on.",
+            )
+
+
 def _single_tensor(
     tensors: Any, peft_type: str, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
 ) -> torch.Tensor:
     shape = _shape(tensors, "prompt_embeddings")
     check_shape(peft_type, shape, model, max_virtual_tokens)
     _check_declared_length(config, shape[0])
+    if peft_type in KV_TYPES:
+        _check_declared_heads(config, model)
     tensor: torch.Tensor = tensors.get_tensor("prompt_embeddings")
-    return tensor
+    return tensor.clone()  # get_tensor answers a view into the mapped file: it would change when the file is rewritten
 
 
 def _multitask_rows(
@@ -196,6 +213,12 @@ def _multitask_rows(
             f"prefix_task_cols {list(cols)} and prefix_task_rows {list(rows)} do not fit prompt_embeddings "
             f"{list(shape)}: expected [tasks, n, r] and [tasks, r, d]."
         )
+    if cols[0] * shape[0] * shape[1] * 4 > MAX_MULTITASK_BYTES:
+        raise InvalidSoftPrompt(
+            f"{cols[0]} tasks of {shape[0]} virtual tokens unfold to more than {MAX_MULTITASK_BYTES} bytes.",
+            remedy="Publish fewer tasks at a time.",
+        )
     shared = tensors.get_tensor("prompt_embeddings").float()
-    low_rank = tensors.get_tensor("prefix_task_cols").float() @ tensors.get_tensor("prefix_task_rows").float()
-    return [(shared * scale).contiguous() for scale in low_rank]
+    task_cols = tensors.get_tensor("prefix_task_cols").float()
+    task_rows = tensors.get_tensor("prefix_task_rows").float()
+    return [shared * (task_cols[task] @ task_rows[task]) for task in range(cols[0])]

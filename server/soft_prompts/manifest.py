@@ -7,28 +7,44 @@ Everything in it is optional, because a PEFT directory has none. Three fields ch
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from server.core import SamplingParams
 from server.errors import InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
 
 
 class GenerationDefaults(BaseModel):
-    """Sampling defaults of a task; a request's own field always wins. Unknown names are errors: they would do nothing."""
+    """Sampling defaults of a task; a request's own field wins. Unknown names are errors: they would do nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int | None = Field(None, ge=1)
     min_new_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
-    stop: tuple[str, ...] | None = None
-    seed: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(None, max_length=16)
+    seed: int | None = Field(None, ge=0, lt=2**64)
+
+    def sampling_params(self, own: Mapping[str, Any], *, room: int, seed: int) -> SamplingParams:
+        """The request's field, else the task's, else the server's default.
+
+        Args:
+            own: the fields of SamplingParams that the request sets itself.
+            room: positions that virtual and input tokens leave free. A default never makes a request too long, an
+                explicit figure may.
+            seed: where neither names one.
+        """
+        fields: dict[str, Any] = {"seed": seed, **self.model_dump(exclude_none=True), **own}
+        if "max_new_tokens" not in own:
+            fields["max_new_tokens"] = max(1, min(fields.get("max_new_tokens", SamplingParams().max_new_tokens), room))
+        return SamplingParams(**fields)
 
 
 class BaseModelRef(BaseModel):
@@ -73,15 +89,21 @@ class Manifest(BaseModel):
         """Read manifest.json.
 
         Raises:
-            InvalidSoftPrompt: it is not JSON, or a field has the wrong form; the message names the field.
+            InvalidSoftPrompt: it is not JSON, a field has the wrong form (the message names the field), or it could not
+                be written again (half of a surrogate pair, nested too deeply).
         """
         try:
-            return cls.model_validate(parse_json_object(data, "manifest.json"))
+            manifest = cls.model_validate(parse_json_object(data, "manifest.json"))
         except ValidationError as exc:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
             raise InvalidSoftPrompt(
                 f"manifest.json does not fit: {problems}.", remedy="Mend or leave out the fields that it names."
             ) from exc
+        try:
+            manifest.to_json().encode()
+        except (ValueError, RecursionError) as exc:
+            raise InvalidSoftPrompt(f"manifest.json cannot be kept: {exc}.", remedy="Leave that text out.") from exc
+        return manifest
 
     def answers_identity(self) -> str:
         """Canonical JSON of the fields that change answers; part of the digest."""

@@ -104,7 +104,10 @@ def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:
     Raises:
         InvalidSoftPrompt: names the first virtual token that is not finite.
     """
-    for stage, values in (("", tensor), (f" after the cast to {serving_dtype}", tensor.to(getattr(torch, serving_dtype)))):
+    for stage, values in (
+        ("", tensor),
+        (f" after the cast to {serving_dtype}", tensor.to(getattr(torch, serving_dtype))),
+    ):
         finite = torch.isfinite(values).all(dim=1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.engine.model import FrozenModel
@@ -32,6 +32,10 @@ class DataFile:
     path: Path
     rows: tuple[Row, ...]
     sha256: str
+
+    def first(self, limit: int | None) -> DataFile:
+        """The same file with its first rows only; all of them without a limit."""
+        return replace(self, rows=self.rows[:limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,7 @@ def _parse_row(path: Path, number: int, line: str) -> Row:
     return Row(fields["input"], fields["target"], number)
 
 
-def encode_examples(
-    data: DataFile, model: FrozenModel, manifest: Manifest, num_virtual_tokens: int
-) -> list[Example]:
+def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_virtual_tokens: int) -> list[Example]:
     """Tokenise rows exactly as serving will: the templated input alone, then the target, then the end token.
 
     Raises:

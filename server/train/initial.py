@@ -18,7 +18,13 @@ METHODS = ("vocab", "labels", "text")
 
 
 def initial_embeddings(
-    model: FrozenModel, method: str, num_virtual_tokens: int, seed: int, *, text: str | None, labels: Sequence[str] | None
+    model: FrozenModel,
+    method: str,
+    num_virtual_tokens: int,
+    seed: int,
+    *,
+    text: str | None,
+    labels: Sequence[str] | None,
 ) -> torch.Tensor:
     """Starting values `[num_virtual_tokens, hidden_size]` in float32.
 
@@ -38,7 +44,9 @@ def initial_embeddings(
         ids: list[int] = []
     elif method == "labels":
         if not labels:
-            raise InvalidTrainingData("init 'labels' needs data with class labels.", remedy="Use init 'vocab' or 'text'.")
+            raise InvalidTrainingData(
+                "init 'labels' needs data with class labels.", remedy="Use init 'vocab' or 'text'."
+            )
         ids = [token for label in labels for token in model.tokenizer.encode(label, add_special_tokens=False)]
     elif method == "text":
         if not text:

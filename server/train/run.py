@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.engine.model import FrozenModel
+from server.errors import ConfigurationError, InvalidTrainingData
 from server.soft_prompts.formats import save_soft_prompt
-from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
+from server.soft_prompts.manifest import INPUT_FIELD, BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import Example, encode_examples, labels_of, read_data
 from server.train.initial import initial_embeddings
@@ -42,6 +43,11 @@ def train_task(
     """
     training, validation = read_data(files.training), read_data(files.validation)
     labels = labels_of(training.rows)
+    if files.input_template.count(INPUT_FIELD) != 1:
+        raise InvalidTrainingData(
+            f"The input template {files.input_template!r} does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+        )
     draft = Manifest(input_template=files.input_template)
     examples = encode_examples(training, model, draft, config.num_virtual_tokens)
     held_out = encode_examples(validation, model, draft, config.num_virtual_tokens)
@@ -78,6 +84,23 @@ def train_task(
     unnamed = SoftPrompt("PROMPT_TUNING", result.prompt_embeddings, manifest)
     named = manifest.model_copy(update={"digest": unnamed.digest, "prefix_hash": unnamed.prefix_hash})
     return SoftPrompt("PROMPT_TUNING", result.prompt_embeddings, named), result
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a directory that `write_task` could not write, before the hours of training and not after them.
+
+    Raises:
+        ConfigurationError: it, or what it would be made in, cannot be written to.
+    """
+    try:
+        for wanted in (directory, directory.parent):
+            nearest = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"The soft prompt cannot be written to {directory}: {exc.strerror}.",
+            remedy="Let --out name a folder that can be written to.",
+        ) from exc
 
 
 def write_task(directory: Path, soft_prompt: SoftPrompt, model: FrozenModel) -> None:

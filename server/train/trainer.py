@@ -6,6 +6,7 @@ outside the attention and no mask. What is trained is therefore what is served.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from server.engine.attention import PackedRows
 from server.engine.model import FrozenModel
+from server.errors import InvalidTrainingData
 from server.train.data import Example
 
 
@@ -76,17 +78,28 @@ def train(
     config: TrainingConfig,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> TrainingResult:
-    """Train virtual tokens and answer the state that scored best on the validation rows."""
+    """Train virtual tokens and answer the state that scored best on the validation rows.
+
+    Raises:
+        InvalidTrainingData: the loss is not finite any more; what was trained until then is lost with it.
+    """
     prompt_embeddings = torch.nn.Parameter(initial.to(model.device, torch.float32).clone())
     optimizer = torch.optim.AdamW([prompt_embeddings], lr=config.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, config))
     batches = _batches(training, config.batch_size, config.seed)
-    measure_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)} | {config.steps}
+    measure_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)} | {
+        config.steps
+    }
     best: TrainingResult | None = None
     for step in range(1, config.steps + 1):
         started = time.perf_counter()
         batch = next(batches)
         loss = batch_loss(model, prompt_embeddings, batch).mean()
+        if not math.isfinite(loss.item()):
+            raise InvalidTrainingData(
+                f"The loss is {loss.item()} at step {step}.",
+                remedy="Lower the learning rate; a tenth of it often does.",
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([prompt_embeddings], config.max_grad_norm)
@@ -122,7 +135,7 @@ def evaluate_teacher_forced(
         logits, targets = _target_logits(model, prompt_embeddings, batch)
         total += float(F.cross_entropy(logits, targets, reduction="sum"))
         tokens += len(targets)
-        hits = (logits.argmax(dim=-1) == targets).split([len(example.target_ids) for example in batch])
+        hits = torch.split(logits.argmax(dim=-1) == targets, [len(example.target_ids) for example in batch])
         exact += sum(bool(row.all()) for row in hits)
     return Score(loss=total / tokens, exact_match=exact / len(ordered))
 
@@ -136,7 +149,7 @@ def _target_logits(
     device = model.device
     embedded = model.embed(torch.tensor([i for example in batch for i in example.fed_ids], device=device))
     pieces: list[torch.Tensor] = []
-    for tokens in embedded.split([len(example.fed_ids) for example in batch]):
+    for tokens in torch.split(embedded, [len(example.fed_ids) for example in batch]):
         pieces += (virtual, tokens)
     lengths = [n + len(example.fed_ids) for example in batch]
     position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])

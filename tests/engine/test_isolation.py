@@ -1,0 +1,145 @@
+"""Invariants 2 and 5: nobody's answer depends on the neighbours, and everybody ends exactly once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.core import FinishReason, GenerationRequest
+from server.engine.model import FrozenModel
+from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.support import (
+    EOS,
+    Outcome,
+    make_engine,
+    random_kv_prompt,
+    random_soft_prompt,
+    request,
+    run_engine,
+    tiny_model,
+)
+
+Work = list[tuple[GenerationRequest, SoftPrompt | None]]
+
+
+def mixed_work(model: FrozenModel, count: int, seed: int, **sampling: object) -> Work:
+    """Requests of all lengths over three tasks and none."""
+    rng = random.Random(seed)
+    prompts = {
+        "a": random_soft_prompt(model.spec, 5, 1),
+        "b": random_soft_prompt(model.spec, 20, 2),
+        "kv": random_kv_prompt(model.spec, 7, 3),
+    }
+    work: Work = []
+    for i in range(count):
+        task = rng.choice(["a", "b", "kv", None])
+        ids = [rng.randrange(256) for _ in range(rng.randint(1, 40))]
+        asked = request(str(i), ids, task, max_new_tokens=rng.randint(1, 20), **sampling)
+        work.append((asked, prompts[task] if task else None))
+    return work
+
+
+def alone(model: FrozenModel, work: Work) -> dict[str, Outcome]:
+    """Every request in an engine of its own."""
+    return {asked.request_id: run_engine(make_engine(model), [(asked, sp)])[asked.request_id] for asked, sp in work}
+
+
+def texts(outcomes: dict[str, Outcome]) -> dict[str, tuple[str, list[int]]]:
+    return {name: (outcome.text, outcome.token_ids) for name, outcome in outcomes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("arrive_every", [0, 2])
+def test_a_mixed_batch_gives_everybody_the_text_that_they_get_alone(dtype: torch.dtype, arrive_every: int) -> None:
+    model = tiny_model(dtype=dtype)
+    work = mixed_work(model, 24, seed=arrive_every)
+    assert texts(run_engine(make_engine(model), work, arrive_every=arrive_every)) == texts(alone(model, work))
+
+
+def test_sampling_is_reproducible_by_seed_whatever_the_batch(tiny32: FrozenModel) -> None:
+    work = mixed_work(tiny32, 16, seed=5, temperature=1.3, top_k=50, top_p=0.95, repetition_penalty=1.2)
+    assert texts(run_engine(make_engine(tiny32), work)) == texts(alone(tiny32, work))
+
+
+def test_another_seed_gives_another_answer(tiny: FrozenModel) -> None:
+    answers = {
+        run_engine(make_engine(tiny), [(request("r", [1, 2, 3], max_new_tokens=12, temperature=2.0, seed=s), None)])[
+            "r"
+        ].text
+        for s in range(4)
+    }
+    assert len(answers) == 4
+
+
+def test_sixty_four_requests_over_three_tasks_answer_as_one_at_a_time(smollm2: FrozenModel) -> None:
+    """The embedded model in float32: exactly the texts that they give alone."""
+    inputs = ["Free entry! Call now to claim your prize", "I feel great today", "Are you coming home?", "What is this?"]
+    prompts = [random_soft_prompt(smollm2.spec, 20, i) for i in range(3)]
+    for soft_prompt in prompts:
+        soft_prompt.tensor.mul_(0.1)  # the size of this model's own embeddings
+    prompts = [SoftPrompt("PROMPT_TUNING", soft_prompt.tensor) for soft_prompt in prompts]
+    work: Work = []
+    for i in range(64):
+        ids = smollm2.encode(f"{inputs[i % 4]} {i % 8}\n")
+        work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=8), prompts[i % 3]))
+    together = texts(run_engine(make_engine(smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work))
+    engine = make_engine(smollm2)
+    for asked, soft_prompt in work[:24]:  # the others ask the same again
+        assert texts(run_engine(engine, [(asked, soft_prompt)])) == {asked.request_id: together[asked.request_id]}
+    assert [together[str(i)] for i in range(24, 64)] == [together[str(i % 24)] for i in range(24, 64)]
+    assert len({text for text, _ in together.values()}) > 12
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 3), st.data())
+def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(
+    seed: int, max_sequences: int, arrive_every: int, data: st.DataObject
+) -> None:
+    model = tiny_model()
+    work = mixed_work(model, 10, seed)
+    abort = data.draw(st.dictionaries(st.integers(1, 30), st.sampled_from([str(i) for i in range(10)]), max_size=5))
+    engine = make_engine(model, max_sequences=max_sequences, num_slabs=2)
+    outcomes = run_engine(engine, work, arrive_every=arrive_every, abort=abort)
+    assert len(outcomes) == 10
+    for asked, _ in work:
+        outcome = outcomes[asked.request_id]
+        assert outcome.ends == 1
+        if outcome.finish_reason is FinishReason.LENGTH:
+            assert len(outcome.token_ids) == asked.sampling.max_new_tokens
+        elif outcome.finish_reason is FinishReason.EOS_TOKEN:
+            assert outcome.token_ids[-1] == EOS
+        else:
+            assert outcome.finish_reason is FinishReason.ABORTED
+            assert asked.request_id in abort.values()
+
+
+def test_an_abort_frees_the_slot_at_once(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny)
+    engine.add(request("r", [1, 2, 3], max_new_tokens=50), None)
+    engine.step()
+    assert engine.kv_cache.allocator.used
+    delta = engine.abort("r")
+    assert delta is not None
+    assert delta.finish_reason is FinishReason.ABORTED
+    assert not engine.kv_cache.allocator.used
+    assert not engine.has_work
+    assert engine.abort("r") is None, "a request ends once"
+
+
+def test_a_soft_prompt_that_overflows_fails_alone_and_poisons_nobody(tiny32: FrozenModel) -> None:
+    """NaN in a slot would otherwise reach its next owner: a masked position weighs 0, but 0 * NaN is NaN."""
+    bad = random_kv_prompt(tiny32.spec, 5)
+    bad = SoftPrompt("PREFIX_TUNING", torch.full_like(bad.tensor, 3e38))
+    good = request("good", [1, 2, 3], max_new_tokens=8)
+    expected = run_engine(make_engine(tiny32), [(good, None)])["good"].token_ids
+    engine = make_engine(tiny32, num_slabs=1)
+    outcomes = run_engine(engine, [(request("bad", [1, 2, 3], max_new_tokens=8), bad), (good, None)])
+    assert outcomes["bad"].finish_reason is FinishReason.FAILED
+    assert outcomes["good"].token_ids == expected
+    for i in range(8):  # every slot that the bad one may have left behind
+        again = request(f"again {i}", [1, 2, 3], max_new_tokens=8)
+        assert run_engine(engine, [(again, None)])[f"again {i}"].token_ids == expected

@@ -1,0 +1,58 @@
+"""The serving layout reads neighbouring slots as one batch, and what it reads is what was written."""
+
+from __future__ import annotations
+
+import torch
+
+from server.engine.attention import AttentionRules, PackedRows
+from server.engine.kv_cache import KVCache, Slot
+from server.engine.layout import CachedRows, Span
+from server.engine.model import FrozenModel
+
+
+def groups(layout: CachedRows) -> list[int]:
+    return [len(group.spans) for group in layout._groups]
+
+
+def test_neighbouring_decodes_are_one_run_and_everything_else_is_not(tiny: FrozenModel) -> None:
+    cache = KVCache(tiny.spec, num_slabs=4, shortest_slot=32)
+    spans = [
+        Span(Slot(32, 0), 5, 1),
+        Span(Slot(32, 32), 9, 1),
+        Span(Slot(32, 96), 2, 1),  # a hole before it
+        Span(Slot(64, 128), 2, 1),  # another length
+        Span(Slot(64, 192), 0, 4),  # a chunk
+        Span(Slot(64, 256), 0, 1),
+    ]
+    assert groups(CachedRows(cache, spans)) == [2, 1, 1, 1, 1]
+
+
+def test_positions_count_from_the_start_of_each_sequence(tiny: FrozenModel) -> None:
+    cache = KVCache(tiny.spec, num_slabs=4, shortest_slot=32)
+    layout = CachedRows(cache, [Span(Slot(32, 0), 5, 1), Span(Slot(32, 64), 2, 3)])
+    assert layout.position_ids.tolist() == [5, 2, 3, 4]
+
+
+def test_chunks_and_decodes_over_the_cache_equal_whole_rows_without_one(tiny: FrozenModel) -> None:
+    """Two sequences, computed in pieces of any size, attend as if each were computed at once."""
+    cache = KVCache(tiny.spec, num_slabs=4, shortest_slot=32)
+    heads, kv_heads, dim = 4, tiny.spec.num_key_value_heads, tiny.spec.head_dim
+    lengths, slots = [9, 6], [Slot(32, 32), Slot(32, 64)]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(heads, 15, dim, dtype=torch.float64, generator=generator)
+    key, value = torch.randn(2, kv_heads, 15, dim, dtype=torch.float64, generator=generator)
+    for rules in (AttentionRules(0.3), AttentionRules(0.3, sliding_window=3), AttentionRules(0.3, softcap=1.5)):
+        expected = PackedRows(lengths).attend(0, query, key, value, rules)
+        cut = [(0, [4, 1, 1, 2, 1]), (1, [1, 3, 1, 1])]
+        filled = [0, 0]
+        for step in range(5):
+            spans, rows = [], []
+            for sequence, pieces in cut:
+                if step < len(pieces):
+                    first = filled[sequence]
+                    spans.append(Span(slots[sequence], first, pieces[step]))
+                    offset = sum(lengths[:sequence])
+                    rows += range(offset + first, offset + first + pieces[step])
+                    filled[sequence] += pieces[step]
+            got = CachedRows(cache, spans).attend(0, query[:, rows], key[:, rows], value[:, rows], rules)
+            torch.testing.assert_close(got, expected[rows])

@@ -1,0 +1,140 @@
+"""The frozen model is never written to, is known by its content, and is refused where it would not be exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from server.engine.attention import ATTENTION_NAME, AttentionRules, PackedRows, attend_flat_row, register_attention
+from server.engine.compatibility import refuse_unsupported
+from server.engine.model import FrozenModel, choose_device, choose_dtype, weights_hash
+from server.errors import ConfigurationError, UnsupportedModel
+from tests.support import (
+    TINY,
+    byte_tokenizer,
+    make_engine,
+    random_kv_prompt,
+    random_soft_prompt,
+    request,
+    run_engine,
+    tiny_model,
+)
+
+
+def test_serving_writes_to_no_weight() -> None:
+    model = tiny_model()
+    before = weights_hash(model.module)
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    soft_prompts = [random_soft_prompt(model.spec, 5), random_kv_prompt(model.spec, 5)]
+    tensors = [soft_prompt.tensor.clone() for soft_prompt in soft_prompts]
+    run_engine(make_engine(model), [(request(str(i), [1, 2], max_new_tokens=8), soft_prompts[i % 2]) for i in range(6)])
+    assert weights_hash(model.module) == before
+    for soft_prompt, tensor in zip(soft_prompts, tensors, strict=True):
+        assert torch.equal(soft_prompt.tensor, tensor)
+
+
+def test_the_weights_hash_sees_a_single_changed_number() -> None:
+    model = tiny_model()
+    before = weights_hash(model.module)
+    with torch.no_grad():
+        next(iter(model.module.parameters()))[0, 0] += 1
+    assert weights_hash(model.module) != before
+
+
+def test_the_fingerprint_tells_models_apart_and_ignores_the_dtype() -> None:
+    fingerprint = tiny_model().spec.fingerprint
+    assert tiny_model(dtype=torch.float32).spec.fingerprint == fingerprint
+    assert tiny_model(dtype=torch.bfloat16).spec.fingerprint == fingerprint
+    assert tiny_model("qwen2").spec.fingerprint != fingerprint
+    other = tiny_model()
+    with torch.no_grad():
+        other.module.get_input_embeddings().weight.add_(0.5)
+    again = FrozenModel(other.module, other.tokenizer, name="other", max_model_len=128)
+    assert again.spec.fingerprint != fingerprint
+
+
+def test_the_context_is_at_most_the_models_own() -> None:
+    assert tiny_model(max_model_len=10_000).spec.max_model_len == 256
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("t5", {}, "encoder-decoder"),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}, "linear_att"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rotary"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_config(
+    model_type: str, fields: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        refuse_unsupported(AutoConfig.for_model(model_type, **fields))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+def test_a_model_without_the_attention_interface_is_refused(model_type: str) -> None:
+    register_attention()
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "n_head": 4}
+    config = AutoConfig.for_model(model_type, **sizes)
+    module = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModel, match=r"AttentionInterface|does not run with"):
+        FrozenModel(module, byte_tokenizer(), name=model_type, max_model_len=64)
+
+
+def test_an_attention_keyword_that_is_not_honoured_is_an_error() -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    for name in ("s_aux", "position_bias", "attention_mask"):
+        arguments = {"attention_mask": None, name: torch.zeros(1)}
+        with pytest.raises(UnsupportedModel, match=name):
+            attend_flat_row(
+                torch.nn.Module(),
+                states,
+                states,
+                states,
+                layout=PackedRows([3]),
+                **arguments,  # type: ignore[arg-type]
+            )
+
+
+def test_longrope_stays_in_one_regime_whatever_the_batch() -> None:
+    """A long neighbour would otherwise switch the frequencies of a short request."""
+    register_attention()
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    config = AutoConfig.for_model("phi3", **(TINY["phi3"] | {"sliding_window": None, "rope_parameters": rope}))
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(torch.float64)
+    model = FrozenModel(module, byte_tokenizer(), name="longrope", max_model_len=128)
+    short = request("short", [1, 2, 3], max_new_tokens=8)
+    long = request("long", list(range(60)), max_new_tokens=8)
+    alone = run_engine(make_engine(model, max_batch_tokens=128), [(short, None)])["short"].token_ids
+    together = run_engine(make_engine(model, max_batch_tokens=128), [(short, None), (long, None)])
+    assert together["short"].token_ids == alone
+
+
+def test_devices_and_dtypes_are_chosen_or_refused() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    assert choose_dtype("float64", torch.device("cpu")) == torch.float64
+    with pytest.raises(ConfigurationError, match="abacus"):
+        choose_device("abacus")
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigurationError, match="CUDA"):
+            choose_device("cuda")
+
+
+def test_training_attention_is_served_attention_for_one_whole_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 6, 4, dtype=torch.float64, generator=generator)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+    got = PackedRows([6]).attend(0, query, key, value, AttentionRules(0.5))
+    torch.testing.assert_close(got.transpose(0, 1), expected)

@@ -1,0 +1,137 @@
+"""Each row is chosen under its own rules; the filters are transformers' own, the draw is the seed's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.sampler import choose_next
+from server.engine.sequence import Sequence
+from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
+
+NO_EOS: frozenset[int] = frozenset()
+
+
+def sequence(seed: int = 0, input_ids: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Sequence:
+    return Sequence(request("r", input_ids, seed=seed, **sampling), None, Detokenizer(byte_tokenizer()))
+
+
+def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draws(row: torch.Tensor, count: int = 3000, **sampling: Any) -> Counter[int]:
+    """Tokens drawn from one row of logits by so many seeds."""
+    sequences = [sequence(seed, **sampling) for seed in range(count)]
+    chosen = choose_next(row.expand(count, -1), sequences, NO_EOS)
+    return Counter(choice.token_id for choice in chosen if choice.token_id is not None)
+
+
+def test_greedy_is_the_most_likely_token() -> None:
+    rows = logits(5)
+    assert [c.token_id for c in choose_next(rows, [sequence() for _ in range(5)], NO_EOS)] == rows.argmax(-1).tolist()
+
+
+def test_the_logits_are_not_changed() -> None:
+    rows = logits(2)
+    before = rows.clone()
+    choose_next(rows, [sequence(temperature=1.0, repetition_penalty=2.0, min_new_tokens=3)] * 2, frozenset({EOS}))
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warpers"),
+    [
+        ({"top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"top_p": 0.01}, [TopPLogitsWarper(0.01)]),
+        (
+            {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+            [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
+        ),
+        ({"repetition_penalty": 3.0}, [RepetitionPenaltyLogitsProcessor(3.0)]),
+    ],
+)
+def test_draws_follow_the_distribution_that_transformers_would_draw_from(
+    sampling: dict[str, Any], warpers: list[Any]
+) -> None:
+    row = logits()
+    expected = row
+    for warper in warpers:
+        expected = warper(torch.tensor([[1, 2, 3]]), expected)
+    probabilities = expected.softmax(-1)[0]
+    counts = draws(row, **({"temperature": 1.0} | sampling))
+    assert set(counts) <= set(probabilities.nonzero().flatten().tolist())
+    for token in probabilities.topk(3).indices.tolist():
+        p = float(probabilities[token])
+        assert counts[token] / 3000 == pytest.approx(p, abs=4 * (p * (1 - p) / 3000) ** 0.5 + 1e-9)
+
+
+def test_rows_of_different_rules_do_not_disturb_each_other() -> None:
+    rules: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 3},
+        {"temperature": 2.0, "top_p": 0.5},
+        {"repetition_penalty": 1.5},
+        {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "min_new_tokens": 2},
+    ]
+    rows = logits(len(rules))
+    together = choose_next(rows, [sequence(i, **rule) for i, rule in enumerate(rules)], frozenset({EOS}))
+    apart = [choose_next(rows[i : i + 1], [sequence(i, **rule)], frozenset({EOS}))[0] for i, rule in enumerate(rules)]
+    assert together == apart
+
+
+def test_a_seed_gives_the_same_draws_again() -> None:
+    one, two = sequence(9, temperature=1.0), sequence(9, temperature=1.0)
+    rows = [logits(seed=i) for i in range(20)]
+    assert [choose_next(r, [one], NO_EOS) for r in rows] == [choose_next(r, [two], NO_EOS) for r in rows]
+
+
+def test_end_tokens_are_not_eligible_before_min_new_tokens() -> None:
+    row = torch.zeros(1, VOCAB_SIZE)
+    row[0, EOS] = 10
+    early, late = sequence(min_new_tokens=2), sequence(min_new_tokens=2)
+    late.append(1)
+    late.append(2)
+    chosen = choose_next(row.expand(2, -1), [early, late], frozenset({EOS}))
+    assert chosen[0].token_id != EOS
+    assert chosen[1].token_id == EOS
+
+
+def test_the_repetition_penalty_covers_input_and_output() -> None:
+    row = torch.zeros(1, VOCAB_SIZE)
+    row[0, 7], row[0, 8], row[0, 9] = 3.0, 2.9, 2.8
+    asked = sequence(input_ids=(7,), repetition_penalty=2.0)
+    assert choose_next(row, [asked], NO_EOS)[0].token_id == 8
+    asked.append(8)
+    assert choose_next(row, [asked], NO_EOS)[0].token_id == 9
+
+
+def test_a_row_that_is_not_finite_chooses_nothing_and_leaves_the_others_alone() -> None:
+    rows = logits(3)
+    rows[1, 5] = float("nan")
+    for sampling in ({}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+        chosen = choose_next(rows, [sequence(**sampling) for _ in range(3)], NO_EOS)
+        assert chosen[1].token_id is None
+        assert chosen[0].token_id is not None
+        assert chosen[2].token_id is not None
+
+
+def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
+    row = logits()
+    for sampling in ({}, {"temperature": 0.3, "top_k": 2, "repetition_penalty": 2.0}):
+        choice = choose_next(row, [sequence(logprobs=True, **sampling)], NO_EOS)[0]
+        assert choice.token_id is not None
+        assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[0, choice.token_id]), abs=1e-5)
+    assert choose_next(row, [sequence()], NO_EOS)[0].logprob is None

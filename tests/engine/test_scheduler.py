@@ -1,0 +1,153 @@
+"""Who runs when: fair between tasks, prefixes computed once, budgets kept, a full pool makes everybody wait in turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core import Delta
+from server.engine.engine import Engine
+from server.engine.model import FrozenModel
+from tests.support import make_engine, random_kv_prompt, random_soft_prompt, request, run_engine
+
+
+def tokens_per_step(engine: Engine) -> list[int]:
+    """Tokens that each step computed, until the engine is idle."""
+    counts = []
+    while engine.has_work:
+        batch = engine.scheduler.schedule()
+        counts.append(sum(span.count for _, span in batch))
+        engine._commit(batch, engine._run(batch))
+    return counts
+
+
+def run(engine: Engine) -> list[Delta]:
+    """Everything that an engine answers until it is idle."""
+    deltas: list[Delta] = []
+    while engine.has_work:
+        deltas += engine.step()
+    return deltas
+
+
+def test_no_step_exceeds_its_token_budget_and_long_inputs_are_prefilled_in_chunks(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_batch_tokens=16)
+    engine.add(request("short", [1, 2], max_new_tokens=10), None)
+    engine.add(request("long", list(range(60)), max_new_tokens=2), None)
+    counts = tokens_per_step(engine)
+    assert max(counts) == 16
+    assert len(counts) >= 10
+
+
+def test_decoding_goes_on_while_another_sequence_is_prefilled(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_batch_tokens=16)
+    engine.add(request("short", [1, 2], max_new_tokens=10), None)
+    engine.step()
+    engine.add(request("long", list(range(80)), max_new_tokens=2), None)
+    for _ in range(4):  # the long one is still being prefilled
+        assert [delta.request_id for delta in engine.step()] == ["short"]
+
+
+def test_a_prefix_is_computed_once_for_all_who_wait_for_it(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
+    soft_prompt = random_soft_prompt(tiny.spec, 20)
+    for i in range(12):
+        engine.add(request(str(i), [i], "task", max_new_tokens=3), soft_prompt)
+    counts = tokens_per_step(engine)
+    assert engine.prefixes.computed == 1
+    assert engine.prefixes.hits == 11
+    assert sum(counts) == 20 + 12 * 3, "20 virtual tokens once, then an input and two output tokens each"
+
+
+def test_the_same_numbers_under_two_names_are_one_prefix(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny)
+    for name in ("a", "b"):
+        run_engine(engine, [(request(name, [1], name, max_new_tokens=2), random_soft_prompt(tiny.spec, 5, seed=7))])
+    assert engine.prefixes.computed == 1
+
+
+def test_whoever_waits_for_a_prefix_holds_up_no_other_task(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_batch_tokens=16)
+    soft_prompt = random_soft_prompt(tiny.spec, 60)  # four steps of prefill
+    engine.add(request("first", [1], "slow", max_new_tokens=1), soft_prompt)
+    engine.add(request("second", [1], "slow", max_new_tokens=1), soft_prompt)
+    engine.step()
+    engine.add(request("other", [1], "quick", max_new_tokens=1), None)
+    finished = [delta.request_id for delta in run(engine)]
+    assert finished.index("other") < finished.index("second")
+    assert finished[0] == "other"
+
+
+def test_when_the_sequence_that_computes_a_prefix_is_aborted_the_next_one_takes_over(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_batch_tokens=16)
+    soft_prompt = random_soft_prompt(tiny.spec, 60)
+    for name in ("first", "second"):
+        engine.add(request(name, [1], "task", max_new_tokens=2), soft_prompt)
+    engine.step()
+    engine.abort("first")
+    assert [delta.request_id for delta in run(engine)] == ["second", "second"]
+    assert engine.prefixes.computed == 1
+
+
+def test_prefixes_beyond_the_budget_are_dropped_and_computed_again(tiny: FrozenModel) -> None:
+    soft_prompts = [random_soft_prompt(tiny.spec, 5, seed) for seed in range(3)]
+    one = 5 * tiny.spec.kv_width * 8
+    engine = make_engine(tiny, prefix_bytes=2 * one)
+    answers = []
+    for seed in (0, 1, 2, 0):
+        outcome = run_engine(engine, [(request("r", [1, 2], max_new_tokens=6), soft_prompts[seed])])
+        answers.append(outcome["r"].token_ids)
+    assert engine.prefixes.computed == 4
+    assert engine.prefixes.num_bytes == 2 * one
+    assert answers[0] == answers[3]
+
+
+def test_a_kv_soft_prompt_needs_no_prefill(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny)
+    engine.add(request("r", [1, 2], max_new_tokens=1), random_kv_prompt(tiny.spec, 30))
+    assert tokens_per_step(engine) == [2]
+
+
+def test_a_flood_on_one_task_does_not_hold_up_another(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=2)
+    for i in range(20):
+        engine.add(request(f"flood {i}", [i], "flood", max_new_tokens=2), None)
+    engine.add(request("single", [1], "quiet", max_new_tokens=2), None)
+    finished = [delta.request_id for delta in run(engine) if delta.finish_reason]
+    assert finished.index("single") <= 2
+
+
+def test_a_long_request_that_finds_no_room_is_not_overtaken(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, num_slabs=1)  # one slab of 128: four short slots or one long one
+    engine.add(request("a", [1], max_new_tokens=20), None)
+    engine.step()
+    engine.add(request("long", list(range(100)), max_new_tokens=2), None)
+    engine.add(request("b", [1], max_new_tokens=2), None)
+    finished = [delta.request_id for delta in run(engine) if delta.finish_reason]
+    assert finished == ["a", "long", "b"]
+
+
+def test_many_requests_are_admitted_in_one_step_as_far_as_the_budget_reaches(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
+    for i in range(16):
+        engine.add(request(str(i), [i], "task", max_new_tokens=4), None)
+    engine.step()
+    assert len(engine.scheduler.running) == 16
+
+
+def test_integrity_holds_in_between_and_a_stolen_slot_is_seen(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny)
+    engine.add(request("r", [1, 2], max_new_tokens=4), None)
+    engine.step()
+    engine.scheduler.check_integrity()
+    engine.kv_cache.allocator.release(next(iter(engine.kv_cache.allocator.used)))
+    with pytest.raises(AssertionError, match="leaked or lost"):
+        engine.scheduler.check_integrity()
+
+
+def test_answers_do_not_depend_on_the_chunk_size(tiny: FrozenModel) -> None:
+    soft_prompt = random_soft_prompt(tiny.spec, 20)
+    asked = request("r", list(range(50)), "task", max_new_tokens=10)
+    answers = {
+        tuple(run_engine(make_engine(tiny, max_batch_tokens=size), [(asked, soft_prompt)])["r"].token_ids)
+        for size in (8, 16, 33, 128)
+    }
+    assert len(answers) == 1

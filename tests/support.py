@@ -86,7 +86,9 @@ def tiny_module(architecture: str = "llama", *, dtype: torch.dtype = torch.float
     register_attention()
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **TINY[architecture])
-    module = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation=attention
+    )
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             # Larger than a trained model's, so that answers depend on every token in sight.
@@ -94,7 +96,9 @@ def tiny_module(architecture: str = "llama", *, dtype: torch.dtype = torch.float
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
     module.tie_weights()
-    return module.to(dtype).eval()
+    module.to(dtype)  # type: ignore[arg-type]
+    module.eval()  # type: ignore[no-untyped-call]
+    return module
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,7 +108,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>", "<pad>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 def tiny_model(

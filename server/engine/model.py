@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from server.core import ModelSpec
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
-from server.errors import ConfigurationError
+from server.errors import ConfigurationError, UnsupportedModel
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class FrozenModel:
         module.eval()  # type: ignore[no-untyped-call]
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
         kv_heads, head_dim = probe_attention(module)
@@ -115,8 +117,8 @@ class FrozenModel:
         return cls(module, tokenizer, name=checkpoint.name, max_model_len=settings.max_model_len)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one."""
-        ids: list[int] = self.tokenizer.encode(text)
+        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread."""
+        ids: list[int] = self._backend.encode(text).ids
         return ids
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -194,6 +196,19 @@ def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: i
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The Rust tokenizer, which never cuts or pads a text here.
+
+    It is called directly because transformers' wrapper changes its state, which fails while another thread reads it.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel("The model's tokenizer has no fast (tokenizers) form.")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

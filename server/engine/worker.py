@@ -57,7 +57,7 @@ class EngineWorker:
     def responsive(self) -> bool:
         """True while the engine's thread runs and, if there is work, its last turn is not long ago."""
         stuck = bool(self._streams) and time.monotonic() - self._last_turn > STUCK_SECONDS
-        return self._thread.is_alive() and not stuck
+        return self._thread.is_alive() and not self._failed and not stuck
 
     @property
     def num_in_flight(self) -> int:

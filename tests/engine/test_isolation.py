@@ -78,18 +78,17 @@ def test_another_seed_gives_another_answer(tiny: FrozenModel) -> None:
 def test_sixty_four_requests_over_three_tasks_answer_as_one_at_a_time(smollm2: FrozenModel) -> None:
     """The embedded model in float32: exactly the texts that they give alone."""
     inputs = ["Free entry! Call now to claim your prize", "I feel great today", "Are you coming home?", "What is this?"]
-    prompts = [random_soft_prompt(smollm2.spec, 20, i) for i in range(3)]
-    for soft_prompt in prompts:
-        soft_prompt.tensor.mul_(0.1)  # the size of this model's own embeddings
-    prompts = [SoftPrompt("PROMPT_TUNING", soft_prompt.tensor) for soft_prompt in prompts]
+    # A tenth is the size of this model's own embeddings.
+    tensors = [random_soft_prompt(smollm2.spec, 20, i).tensor * 0.1 for i in range(3)]
+    prompts = [SoftPrompt("PROMPT_TUNING", tensor) for tensor in tensors]
     work: Work = []
     for i in range(64):
         ids = smollm2.encode(f"{inputs[i % 4]} {i % 8}\n")
         work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=8), prompts[i % 3]))
     together = texts(run_engine(make_engine(smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work))
     engine = make_engine(smollm2)
-    for asked, soft_prompt in work[:24]:  # the others ask the same again
-        assert texts(run_engine(engine, [(asked, soft_prompt)])) == {asked.request_id: together[asked.request_id]}
+    for asked, asked_of in work[:24]:  # the others ask the same again
+        assert texts(run_engine(engine, [(asked, asked_of)])) == {asked.request_id: together[asked.request_id]}
     assert [together[str(i)] for i in range(24, 64)] == [together[str(i % 24)] for i in range(24, 64)]
     assert len({text for text, _ in together.values()}) > 12
 

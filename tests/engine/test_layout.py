@@ -46,7 +46,8 @@ def test_chunks_and_decodes_over_the_cache_equal_whole_rows_without_one(tiny: Fr
         cut = [(0, [4, 1, 1, 2, 1]), (1, [1, 3, 1, 1])]
         filled = [0, 0]
         for step in range(5):
-            spans, rows = [], []
+            spans: list[Span] = []
+            rows: list[int] = []
             for sequence, pieces in cut:
                 if step < len(pieces):
                     first = filled[sequence]

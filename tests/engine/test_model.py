@@ -49,7 +49,7 @@ def test_the_fingerprint_tells_models_apart_and_ignores_the_dtype() -> None:
     assert tiny_model("qwen2").spec.fingerprint != fingerprint
     other = tiny_model()
     with torch.no_grad():
-        other.module.get_input_embeddings().weight.add_(0.5)
+        next(iter(other.module.get_input_embeddings().parameters())).add_(0.5)
     again = FrozenModel(other.module, other.tokenizer, name="other", max_model_len=128)
     assert again.spec.fingerprint != fingerprint
 
@@ -78,7 +78,7 @@ def test_a_model_without_the_attention_interface_is_refused(model_type: str) -> 
     register_attention()
     sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "n_head": 4}
     config = AutoConfig.for_model(model_type, **sizes)
-    module = AutoModelForCausalLM.from_config(config)
+    module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with pytest.raises(UnsupportedModel, match=r"AttentionInterface|does not run with"):
         FrozenModel(module, byte_tokenizer(), name=model_type, max_model_len=64)
 
@@ -110,7 +110,8 @@ def test_longrope_stays_in_one_regime_whatever_the_batch() -> None:
     }
     config = AutoConfig.for_model("phi3", **(TINY["phi3"] | {"sliding_window": None, "rope_parameters": rope}))
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(torch.float64)
+    module = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)  # type: ignore[no-untyped-call]
+    module.to(torch.float64)
     model = FrozenModel(module, byte_tokenizer(), name="longrope", max_model_len=128)
     short = request("short", [1, 2, 3], max_new_tokens=8)
     long = request("long", list(range(60)), max_new_tokens=8)

@@ -26,7 +26,7 @@ def reference_module(dtype: torch.dtype) -> Any:
     """The embedded model as transformers loads and runs it."""
     settings = Settings.load()
     checkpoint = resolve_checkpoint(settings.model, None, settings.cache_dir)
-    return AutoModelForCausalLM.from_pretrained(checkpoint.location, dtype=dtype, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint.location, dtype=dtype, attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,8 @@ def test_the_repetition_penalty_covers_input_and_output() -> None:
 def test_a_row_that_is_not_finite_chooses_nothing_and_leaves_the_others_alone() -> None:
     rows = logits(3)
     rows[1, 5] = float("nan")
-    for sampling in ({}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+    rules: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}]
+    for sampling in rules:
         chosen = choose_next(rows, [sequence(**sampling) for _ in range(3)], NO_EOS)
         assert chosen[1].token_id is None
         assert chosen[0].token_id is not None
@@ -130,7 +131,8 @@ def test_a_row_that_is_not_finite_chooses_nothing_and_leaves_the_others_alone() 
 
 def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
     row = logits()
-    for sampling in ({}, {"temperature": 0.3, "top_k": 2, "repetition_penalty": 2.0}):
+    rules: list[dict[str, Any]] = [{}, {"temperature": 0.3, "top_k": 2, "repetition_penalty": 2.0}]
+    for sampling in rules:
         choice = choose_next(row, [sequence(logprobs=True, **sampling)], NO_EOS)[0]
         assert choice.token_id is not None
         assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[0, choice.token_id]), abs=1e-5)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.cli import app
+from server.engine.model import FrozenModel
+from server.settings import ENV_PREFIX
+from server.soft_prompts.formats import save_soft_prompt
+from tests.support import random_soft_prompt
+from tests.train.rows import MOODS, write_rows
+
+TRAINING = ("--steps", "160", "--batch-size", "4", "--lr", "0.3", "--evaluations", "4")
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@pytest.fixture(scope="session")
+def model_directory(tiny32: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as PRELUDE_MODEL can name it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny32.module.save_pretrained(directory)
+    tiny32.tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(CHAT)
+    return directory
+
+
+@pytest.fixture
+def workplace(model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with data files to stand in, and an environment that names the tiny model."""
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    variables = {"MODEL": str(model_directory), "DTYPE": "float32", "MAX_MODEL_LEN": "128", "CACHE_DIR": "cache"}
+    for name, value in variables.items():
+        monkeypatch.setenv(ENV_PREFIX + name, value)
+    write_rows(tmp_path / "train.jsonl", MOODS * 5)
+    write_rows(tmp_path / "test.jsonl", MOODS)
+    return tmp_path
+
+
+def prelude(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def train(*arguments: str, task: str = "mood") -> Result:
+    return prelude("train", task, "--data", "train.jsonl", "--validation", "test.jsonl", *arguments)
+
+
+def refused(result: Result) -> str:
+    """What a command says that refuses: an error, what to do about it, exit status 2, and no traceback."""
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr
+    error, remedy = [line for line in result.stderr.splitlines() if line][-2:]
+    assert error.startswith("error: ")
+    assert remedy.startswith("       ")
+    assert result.stdout == ""
+    return result.stderr
+
+
+def test_what_is_trained_is_evaluated_and_nothing_else_is_written(workplace: Path) -> None:
+    trained = train(*TRAINING)
+    assert trained.exit_code == 0, trained.output
+    assert trained.stdout.startswith("step 40: validation exact match ")
+    assert trained.stdout.endswith("\nprompts/mood: validation exact match 100.0% (step 160)\n")
+    written = sorted(path.relative_to(workplace) for path in workplace.rglob("*"))
+    evaluated = prelude("eval", "mood", "--data", "test.jsonl")
+    assert evaluated.exit_code == 0, evaluated.output
+    first, *labels = evaluated.stdout.splitlines()
+    assert first.startswith("mood: exact match 100.0% (4 of 4 rows), ")
+    assert first.endswith(" requests/s")
+    assert labels == ["  no: 2 of 2", "  yes: 2 of 2"]
+    assert sorted(path.relative_to(workplace) for path in workplace.rglob("*")) == written
+
+
+def test_json_is_the_last_line_and_holds_the_figures(workplace: Path) -> None:
+    assert train(*TRAINING).exit_code == 0
+    write_rows(workplace / "test.jsonl", [*MOODS, ("good", "no")])
+    lines = prelude("eval", "mood", "--data", "test.jsonl", "--json").stdout.splitlines()
+    figures = json.loads(lines[-1])
+    assert (figures["task"], figures["model"], figures["dtype"]) == ("mood", "tiny", "float32")
+    assert (figures["rows"], figures["correct"], figures["exact_match"]) == (5, 4, 0.8)
+    assert figures["labels"] == {"no": {"correct": 2, "rows": 3}, "yes": {"correct": 2, "rows": 2}}
+    assert figures["digest"] == json.loads((workplace / "prompts/mood/manifest.json").read_text())["digest"]
+    assert figures["seconds"] > 0
+    assert "baseline" not in figures
+
+
+def test_a_directory_can_be_evaluated_instead_of_the_inbox_and_only_some_rows(workplace: Path) -> None:
+    assert train(*TRAINING, "--out", "elsewhere/first").exit_code == 0
+    assert not (workplace / "prompts").exists()
+    result = prelude("eval", "mood", "--data", "test.jsonl", "--soft-prompt", "elsewhere/first", "--limit", "3")
+    assert "mood: exact match 100.0% (3 of 3 rows)" in result.stdout
+
+
+def test_the_frozen_model_alone_is_measured_beside_it(workplace: Path) -> None:
+    assert train("--steps", "1").exit_code == 0
+    result = prelude("eval", "mood", "--data", "test.jsonl", "--baseline", "--instruction", "Is it good?", "--json")
+    assert "tiny alone, zero-shot: exact match 0.0% (0 of 4 rows)" in result.stdout
+    baseline = json.loads(result.stdout.splitlines()[-1])["baseline"]
+    assert (baseline["instruction"], baseline["rows"]) == ("Is it good?", 4)
+
+
+@pytest.mark.parametrize("given", [["--baseline"], ["--instruction", "Is it good?"]])
+def test_a_baseline_without_its_instruction_is_refused_rather_than_left_out(workplace: Path, given: list[str]) -> None:
+    assert "--baseline and --instruction belong together" in refused(
+        prelude("eval", "mood", "--data", "test.jsonl", *given)
+    )
+
+
+def test_an_unknown_task_is_refused_with_those_that_there_are(workplace: Path) -> None:
+    assert train("--steps", "1").exit_code == 0
+    message = refused(prelude("eval", "moods", "--data", "test.jsonl"))
+    assert "There is no task 'moods'. Did you mean mood?" in message
+    assert "prompts holds mood; or name a directory with --soft-prompt." in message
+
+
+def test_a_task_that_cannot_be_served_is_refused_with_the_reason(workplace: Path) -> None:
+    assert train("--steps", "1").exit_code == 0
+    (workplace / "prompts/mood/adapter_model.safetensors").unlink()
+    message = refused(prelude("eval", "mood", "--data", "test.jsonl"))
+    assert "prompts/mood cannot be served." in message
+    assert "adapter_model.safetensors is missing." in message
+
+
+def test_a_directory_that_does_not_exist_is_refused_by_name(workplace: Path) -> None:
+    message = refused(prelude("eval", "mood", "--data", "test.jsonl", "--soft-prompt", "none"))
+    assert "There is no directory none." in message
+
+
+@pytest.mark.parametrize("task", ["Mood", "a b", "tiny/mood"])
+def test_a_name_that_no_task_can_have_is_refused(workplace: Path, task: str) -> None:
+    assert "cannot be the name of a task" in refused(train(task=task))
+    assert "cannot be the name of a task" in refused(prelude("eval", task, "--data", "test.jsonl"))
+
+
+def test_bad_data_is_refused_by_line_before_a_model_is_loaded(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRELUDE_MODEL", "/none/at/all")
+    (workplace / "bad.jsonl").write_text("{}\n")
+    assert "bad.jsonl, line 1: no string field 'input'" in refused(prelude("eval", "mood", "--data", "bad.jsonl"))
+    assert "none.jsonl cannot be read" in refused(prelude("eval", "mood", "--data", "none.jsonl"))
+
+
+def test_a_row_beyond_the_context_is_refused_by_line(workplace: Path) -> None:
+    assert train("--steps", "1").exit_code == 0
+    write_rows(workplace / "long.jsonl", [*MOODS, ("x" * 200, "yes")])
+    message = refused(prelude("eval", "mood", "--data", "long.jsonl"))
+    assert "long.jsonl, line 5: " in message
+    assert "raise PRELUDE_MAX_MODEL_LEN" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--data", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--init", "random"], "Unknown init 'random'"),
+        (["--init", "text"], "Give it with --init-text"),
+        (["--input-template", "no field"], "does not hold {input} exactly once"),
+        (["--num-virtual-tokens", "600"], "this server takes 1 to 512"),
+        (["--out", "train.jsonl/mood"], "cannot be written to train.jsonl/mood"),
+    ],
+)
+def test_training_that_cannot_work_is_refused_with_a_remedy(
+    workplace: Path, arguments: list[str], problem: str
+) -> None:
+    files = sorted(workplace.rglob("*"))
+    assert problem in refused(train("--steps", "5", *arguments))
+    assert sorted(workplace.rglob("*")) == files
+
+
+def test_training_that_diverges_is_refused_with_a_remedy_and_writes_nothing(workplace: Path) -> None:
+    assert "Lower the learning rate" in refused(train("--steps", "5", "--evaluations", "1", "--lr", "inf"))
+    assert not (workplace / "prompts").exists()
+
+
+def test_a_template_is_written_with_the_escapes_of_a_shell_s_user(workplace: Path) -> None:
+    assert train("--steps", "1", "--input-template", "Text:\\t{input}\\nLabel:").exit_code == 0
+    manifest = json.loads((workplace / "prompts/mood/manifest.json").read_text())
+    assert manifest["input_template"] == "Text:\t{input}\nLabel:"
+
+
+@pytest.mark.parametrize("command", ["serve", "train", "eval"])
+def test_a_misspelt_variable_is_refused_by_every_command(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("PRELUDE_PROT", "1")
+    result = {"serve": lambda: prelude("serve"), "train": train}.get(
+        command, lambda: prelude("eval", "mood", "--data", "test.jsonl")
+    )()
+    assert "Not a setting: PRELUDE_PROT." in refused(result)
+
+
+def test_a_model_that_does_not_exist_is_refused(workplace: Path) -> None:
+    assert "PRELUDE_MODEL names /none/at/all" in refused(prelude("serve", "--model", "/none/at/all"))
+
+
+def test_an_unknown_option_is_refused(workplace: Path) -> None:
+    result = prelude("serve", "--prot", "1")
+    assert result.exit_code == 2
+    assert "--prot" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ([], ["serve", "train", "eval"]),
+        (["serve"], ["--port", "PRELUDE_PORT", "--kv-memory", "such as 2GiB"]),
+        (["train"], ['{"input": "…", "target": "…"}', "prompts/TASK", "vocab, labels or text", "{input}"]),
+        (["eval"], ["served path", "--baseline", "--instruction", "--soft-prompt", "--limit", "--json", "greedy"]),
+    ],
+)
+def test_help_teaches_what_a_command_takes(command: list[str], taught: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+    assert result.exit_code == 0
+    assert [text for text in taught if text not in result.stdout] == []
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = "import sys, server.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_refusal_in_a_real_process_shows_no_traceback(workplace: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "eval", "mood", "--data", "none.jsonl"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: none.jsonl cannot be read: No such file or directory.",
+        "       Check the path.",
+    ]
+
+
+def test_a_broken_entry_of_the_inbox_is_in_nobody_else_s_way(workplace: Path, tiny32: FrozenModel) -> None:
+    save_soft_prompt(workplace / "prompts/plain", random_soft_prompt(tiny32.spec), tiny32.spec)
+    (workplace / "prompts/broken").mkdir()
+    (workplace / "prompts/broken/adapter_config.json").write_text("{")
+    result = prelude("eval", "plain", "--data", "test.jsonl", "--limit", "2")
+    assert result.exit_code == 0, result.output
+    assert "plain: exact match 0.0% (0 of 2 rows)" in result.stdout

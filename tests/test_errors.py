@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from server import errors
+from server.errors import PreludeError
+
+FAMILIES = {"generation", "incomplete_generation", "overloaded", "validation"}
+"""The `error_type`s that text-generation-inference's clients know."""
+
+
+def class_tree(parent: type[PreludeError]) -> Iterator[type[PreludeError]]:
+    yield parent
+    for child in parent.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield from class_tree(child)
+
+
+CLASSES = list(class_tree(PreludeError))
+
+
+def documented_tree() -> dict[str, str]:
+    """child -> parent, as the docstring draws it."""
+    assert errors.__doc__ is not None
+    lines = [match for line in errors.__doc__.splitlines() if (match := re.match(r"( {4}[│├└─ ]*)([A-Z]\w+)\b", line))]
+    parents: dict[str, str] = {}
+    branch: list[tuple[int, str]] = []
+    for line in lines:
+        depth, name = len(line[1]), line[2]
+        branch = [(d, n) for d, n in branch if d < depth]
+        if branch:
+            parents[name] = branch[-1][1]
+        branch.append((depth, name))
+    return parents
+
+
+def test_the_docstring_draws_exactly_the_class_tree() -> None:
+    found = {cls.__name__: cls.__bases__[0].__name__ for cls in CLASSES if cls is not PreludeError}
+    assert documented_tree() == found
+    assert len(found) > 10
+
+
+def test_every_error_class_of_the_module_is_in_the_tree() -> None:
+    defined = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
+    assert defined == set(CLASSES)
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    assert all("code" in vars(cls) for cls in CLASSES)
+    codes = sorted(cls.code for cls in CLASSES)
+    assert all(one != other for one, other in pairwise(codes))
+    assert all(re.fullmatch(r"[a-z][a-z_]*[a-z]", code) for code in codes)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_class_has_status_family_remedy_and_docstring(cls: type[PreludeError]) -> None:
+    assert 400 <= cls.status <= 599
+    assert cls.family in FAMILIES
+    assert cls.__doc__
+    assert cls.default_remedy[0].isupper()
+    assert cls.default_remedy.endswith(".")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_the_client_did_wrong_is_a_4xx_of_the_validation_family(cls: type[PreludeError]) -> None:
+    assert (cls.status < 500) == (cls.family == "validation")
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.status < 500])
+def test_what_the_client_did_wrong_he_is_told_how_to_mend(cls: type[PreludeError]) -> None:
+    assert cls.default_remedy != PreludeError.default_remedy
+
+
+def test_an_error_is_a_sentence_and_its_remedy() -> None:
+    error = errors.EmptyInput("Nothing came.")
+    assert (error.message, error.remedy) == ("Nothing came.", errors.EmptyInput.default_remedy)
+    assert str(error) == f"Nothing came. {errors.EmptyInput.default_remedy}"
+    assert str(errors.EmptyInput("Nothing came.", remedy="Write.")) == "Nothing came. Write."

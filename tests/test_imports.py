@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import server
+
+ROOT = Path(server.__file__).parent
+FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
+
+BOTTOM = {"core", "errors", "settings"}
+EVERYTHING = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "options", "serve"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "": set(),
+    "core": set(),
+    "errors": set(),
+    "settings": {"errors"},
+    "soft_prompts": BOTTOM,
+    "registry": BOTTOM | {"soft_prompts"},
+    "engine": BOTTOM | {"soft_prompts"},
+    "train": BOTTOM | {"soft_prompts", "engine"},
+    "interpret": BOTTOM | {"soft_prompts", "engine"},
+    "api": BOTTOM | {"soft_prompts", "registry", "engine"},
+    "options": BOTTOM,
+    "serve": EVERYTHING,
+    "deploy": EVERYTHING,
+    "cli": EVERYTHING,
+}
+"""What each part of `server` may import beside itself; a new part has to be given its place here."""
+
+
+def part_of(name: str) -> str:
+    """The part that a module, or a name in one, belongs to: `engine` for server.engine.model; "" for the package."""
+    part = name.split(".")[1]
+    return part if part in {module.split(".")[1] for module in FILES} - {"__init__"} else ""
+
+
+def imports_of(source: str, module: str = "server.x") -> Iterator[str]:
+    """Full names of what a file imports, wherever in it the import stands."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def reads_environment(source: str) -> bool:
+    """True if a file touches the environment's variables."""
+    names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+    attributes = (node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute) and in_os(node))
+    imported = (name.removeprefix("os.") for name in imports_of(source) if name.startswith("os."))
+    return bool(names & {*attributes, *imported})
+
+
+def in_os(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "os"
+
+
+def test_the_checks_below_see_what_they_look_for() -> None:
+    assert set(imports_of("import a.b\nfrom server.api import app\ndef f():\n    from . import c, d")) == {
+        "a.b",
+        "server.api.app",
+        "server.c",
+        "server.d",
+    }
+    assert list(imports_of("from ..engine import model", "server.api.tgi")) == ["server.engine.model"]
+    assert part_of("server.engine.model.FrozenModel") == part_of("server.engine.__init__") == "engine"
+    assert part_of("server.__version__") == part_of("server.__init__") == ""
+    assert reads_environment("import os\nos.environ['A']")
+    assert reads_environment("from os import getenv")
+    assert not reads_environment("import os\nos.replace('a', 'b')")
+    assert len(FILES) > 30
+
+
+def test_every_part_has_a_place_in_the_order() -> None:
+    assert {part_of(module) for module in FILES} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_only_in_the_direction_of_the_design(module: str) -> None:
+    part = part_of(module)
+    used = {part_of(name) for name in imports_of(FILES[module].read_text(), module) if name.startswith("server.")}
+    assert used <= MAY_IMPORT[part] | {part, ""}
+
+
+@pytest.mark.parametrize("module", sorted(module for module in FILES if part_of(module) == "api"))
+def test_the_edge_does_not_import_torch(module: str) -> None:
+    assert "torch" not in {name.split(".")[0] for name in imports_of(FILES[module].read_text(), module)}
+
+
+@pytest.mark.parametrize("module", sorted(module for module in FILES if part_of(module) not in ("api", "serve", "cli")))
+def test_only_the_edge_knows_of_http(module: str) -> None:
+    web = {"fastapi", "starlette", "uvicorn", "httpx", "sse_starlette"}
+    assert not web & {name.split(".")[0] for name in imports_of(FILES[module].read_text(), module)}
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_no_module_is_named_after_one_of_the_standard_library(module: str) -> None:
+    assert not set(module.split(".")[1:]) - {"__init__"} & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_the_environment_is_read_in_one_place(module: str) -> None:
+    assert reads_environment(FILES[module].read_text()) == (module == "server.settings")

@@ -1,0 +1,42 @@
+"""Tiny tasks that a soft prompt can really teach a tiny random model, in a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from server.engine.model import FrozenModel
+from server.soft_prompts.manifest import Manifest
+from server.train.data import DataFile, Example, Row, encode_examples
+from server.train.trainer import TrainingConfig
+
+MOODS = (("good", "yes"), ("fine", "yes"), ("bad", "no"), ("poor", "no"))
+TEMPLATE = "{input}\n"
+LEARNS = TrainingConfig(num_virtual_tokens=20, steps=160, batch_size=4, learning_rate=0.3, evaluations=4)
+"""Enough for exact match 1.0 on MOODS."""
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
+    """Write a data file."""
+    lines = [json.dumps({"input": text, "target": target}, ensure_ascii=False) + "\n" for text, target in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def data_of(rows: Iterable[tuple[str, str]]) -> DataFile:
+    """A data file that was read, without the file."""
+    return DataFile(Path("rows.jsonl"), tuple(Row(text, target, i) for i, (text, target) in enumerate(rows, 1)), "0")
+
+
+def examples_of(model: FrozenModel, rows: Iterable[tuple[str, str]] = MOODS, virtual: int = 20) -> list[Example]:
+    """Rows as the model sees them."""
+    return encode_examples(data_of(rows), model, Manifest(input_template=TEMPLATE), virtual)
+
+
+def random_embeddings(model: FrozenModel, num_virtual_tokens: int = 5, seed: int = 0) -> torch.Tensor:
+    """Virtual tokens of the size of a soft prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_virtual_tokens, model.spec.hidden_size, generator=generator)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from server.api.generation import prepare
+from server.engine.model import FrozenModel
+from server.engine.worker import EngineWorker
+from server.errors import InvalidTrainingData
+from server.registry.registry import Registry
+from server.registry.store import LocalStore
+from server.soft_prompts.manifest import Manifest
+from server.train.data import Row, encode_examples, labels_of, read_data
+from tests.support import EOS, byte_tokenizer, make_engine, random_soft_prompt, tiny_module
+from tests.train.rows import TEMPLATE, data_of, write_rows
+
+GOOD = b'{"input": "a", "target": "b"}\n'
+
+
+def test_rows_keep_their_text_and_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n" + '{"target": " ö ", "input": "two\\nlines", "id": 7}'.encode())
+    data = read_data(path)
+    assert data.rows == (Row("a", "b", 1), Row("two\nlines", " ö ", 3))
+    assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data.path == path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"a,b", "not JSON"),
+        (b'{"input": "a"', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["a", "b"]', "no string field 'input'"),
+        (b'{"target": "b"}', "no string field 'input'"),
+        (b'{"input": "a"}', "no string field 'target'"),
+        (b'{"input": "a", "target": 1}', "no string field 'target'"),
+        (b'{"input": null, "target": "b"}', "no string field 'input'"),
+        (b'{"input": " ", "target": "b"}', "'input' is empty"),
+        (b'{"input": "a", "target": ""}', "'target' is empty"),
+        (b'{"input": "\xff", "target": "b"}', "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_and_line_with_a_remedy(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + GOOD + line + b"\n" + GOOD)
+    with pytest.raises(InvalidTrainingData) as caught:
+        read_data(path)
+    assert caught.value.message.startswith(f"{path}, line 3: ")
+    assert problem in caught.value.message
+    assert ("UTF-8" if "UTF-8" in problem else '{"input": "…", "target": "…"}') in caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InvalidTrainingData, match=r"rows\.jsonl holds no rows"):
+        read_data(path)
+
+
+def test_a_missing_file_is_refused_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(InvalidTrainingData, match=r"none\.jsonl cannot be read: No such file .* Check the path\."):
+        read_data(tmp_path / "none.jsonl")
+
+
+def test_an_example_is_the_templated_input_then_the_target_then_the_end_token(tiny: FrozenModel) -> None:
+    manifest = Manifest(input_template="Text: {input}\nLabel:")
+    [example] = encode_examples(data_of([("héllo", " yes")]), tiny, manifest, 5)
+    assert example.input_ids == tuple(tiny.tokenizer.encode("Text: héllo\nLabel:"))
+    assert example.target_ids == (*tiny.tokenizer.encode(" yes"), EOS)
+    assert example.fed_ids == example.input_ids + example.target_ids[:-1]
+
+
+def with_bos_tokenizer() -> FrozenModel:
+    """A tiny model whose tokenizer puts a token before every text, as llama's does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", bos)])
+    return FrozenModel(tiny_module(attention="prelude"), tokenizer, name="with-bos", max_model_len=128)
+
+
+async def test_an_example_is_tokenised_exactly_as_a_request_for_its_task_is(tmp_path: Path) -> None:
+    model = with_bos_tokenizer()
+    soft_prompt = random_soft_prompt(model.spec, manifest={"input_template": TEMPLATE})
+    registry = Registry(LocalStore(tmp_path), model.spec, 512)
+    registry.publish("mood", [soft_prompt], "api")
+    prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="good ä", sampling={})
+    [example] = encode_examples(data_of([("good ä", "yes")]), model, soft_prompt.manifest, 5)
+    assert example.input_ids == prepared.request.input_ids
+    assert example.input_ids[0] == model.tokenizer.bos_token_id
+    assert model.tokenizer.bos_token_id not in example.target_ids
+
+
+def test_a_row_that_exceeds_the_context_is_refused_by_line_with_both_lengths(tiny: FrozenModel) -> None:
+    template = Manifest(input_template=TEMPLATE)
+    assert tiny.spec.max_model_len == 128
+    longest = ("x" * 119, "yes")  # 5 virtual + 119 + newline + 3, and the end token is only predicted
+    [example] = encode_examples(data_of([longest]), tiny, template, 5)
+    assert 5 + len(example.fed_ids) == 128
+    with pytest.raises(InvalidTrainingData) as caught:
+        encode_examples(data_of([longest, ("x" * 120, "yes")]), tiny, template, 5)
+    assert caught.value.message == "rows.jsonl, line 2: 129 tokens with the 5 virtual ones; the context holds 128."
+    assert "PRELUDE_MAX_MODEL_LEN" in caught.value.remedy
+
+
+def test_targets_are_labels_only_where_they_are_few_and_repeated() -> None:
+    rows = data_of([(str(i), "ab"[i % 2]) for i in range(10)]).rows
+    assert labels_of(rows) == ("a", "b")
+    assert labels_of(rows[:9]) is None
+    assert labels_of(data_of([(str(i), str(i)) for i in range(10)]).rows) is None
+    assert labels_of(rows, most=1) is None
+
+
+def test_the_first_rows_of_a_file_are_still_that_file(tmp_path: Path) -> None:
+    data = read_data(write_rows(tmp_path / "rows.jsonl", [("a", "b"), ("c", "d")]))
+    assert data.first(1).rows == data.rows[:1]
+    assert data.first(1).sha256 == data.sha256
+    assert data.first(None) == data

@@ -1,0 +1,77 @@
+"""The documentation cannot fall behind: every setting, route, error and event of the tree is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server import errors
+from server.api.app import create_app
+from server.engine.model import FrozenModel
+from server.engine.worker import EngineWorker
+from server.registry.registry import Registry
+from server.registry.store import LocalStore
+from server.settings import ENV_PREFIX, Settings
+from tests.support import make_engine
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_every_setting_is_documented_with_its_option_and_default(name: str) -> None:
+    rows = [line for line in read("docs/configuration.md").splitlines() if f"| `{ENV_PREFIX}{name.upper()}` |" in line]
+    assert len(rows) == 1
+    assert f"`--{name.replace('_', '-')}`" in rows[0]
+    default = Settings.model_fields[name].get_default()
+    if isinstance(default, (str, int)) and name != "max_upload_bytes":
+        assert f"`{default}`" in rows[0]
+
+
+def test_no_setting_is_documented_that_does_not_exist() -> None:
+    documented = [line.split("`")[1] for line in read("docs/configuration.md").splitlines() if line.startswith("| `")]
+    assert documented == [ENV_PREFIX + name.upper() for name in Settings.model_fields]
+
+
+def every_error() -> list[type[errors.PreludeError]]:
+    found, queue = [], [errors.PreludeError]
+    while queue:
+        found.append(cls := queue.pop())
+        queue += cls.__subclasses__()
+    return found
+
+
+@pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.__name__)
+def test_every_error_is_documented_with_its_status(cls: type[errors.PreludeError]) -> None:
+    rows = [
+        line for line in read("docs/errors.md").splitlines() if line.startswith(f"| `{cls.code}` | `{cls.__name__}`")
+    ]
+    assert len(rows) == 1
+    status = rows[0].split("|")[3].strip()
+    assert status == str(cls.status) or not status.isdigit()
+
+
+def test_every_route_is_documented_and_no_other(tiny: FrozenModel, tmp_path: Path) -> None:
+    registry = Registry(LocalStore(tmp_path), tiny.spec, 512)
+    app = create_app(Settings(), EngineWorker(make_engine(tiny)), registry)
+    routes = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
+    documented = {line.split("`")[1] for line in read("docs/http_api.md").splitlines() if line.startswith("| `")}
+    assert documented == routes
+
+
+def test_the_architecture_page_draws_every_module() -> None:
+    page = read("docs/architecture.md")
+    modules = {path.name for path in (ROOT / "server").rglob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in modules if name not in page) == []
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    import re
+
+    for page in ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", read(page)):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

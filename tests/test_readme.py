@@ -1,0 +1,123 @@
+"""Every block of the README does what it says: the server is started with its command, and its requests are sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced shell block and, where one follows it, the JSON that it promises."""
+
+    commands: str
+    promised: object | None
+
+
+def blocks() -> list[Block]:
+    fences = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found: list[Block] = []
+    for language, body in fences:
+        if language == "json":
+            found[-1] = Block(found[-1].commands, json.loads(body))
+        else:
+            assert language == "sh", f"a block in {language} that no test runs"
+            found.append(Block(body, None))
+    return found
+
+
+def block(start: str) -> Block:
+    matching = [b for b in blocks() if b.commands.startswith(start)]
+    assert len(matching) == 1
+    return matching[0]
+
+
+CURLS = [b for b in blocks() if b.commands.startswith("curl")]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The server that `make run` starts, on a free port and with a store of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    store = tmp_path_factory.mktemp("store")
+    environ = os.environ | {"PRELUDE_PORT": str(port), "PRELUDE_STORE": f"file:{store}"}
+    with (tmp_path_factory.mktemp("log") / "serve.log").open("w+") as log:
+        server = subprocess.Popen(
+            ["bash", "-c", block("make run").commands], cwd=ROOT, env=environ, stdout=log, stderr=log, process_group=0
+        )
+        try:
+            wait_until_ready(port, server)
+            yield port
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            assert server.wait(60) in (0, -signal.SIGTERM, 143)
+
+
+def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "make run ended"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+    raise AssertionError("the server does not become ready")
+
+
+def test_the_readme_has_the_blocks_that_are_tested_here() -> None:
+    assert len(CURLS) == 3
+    assert {b.commands.split()[0] for b in blocks()} == {"make", "curl", ".venv/bin/prelude"}
+
+
+@pytest.mark.parametrize("curl", CURLS, ids=lambda b: re.findall(r"task=(\w+)", b.commands)[-1])
+def test_its_requests_are_answered_as_promised(curl: Block, port: int) -> None:
+    commands = curl.commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    run = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, check=True)
+    answers = re.findall(r'\{"generated_text".*?\}', run.stdout.decode())
+    assert json.loads(answers[-1]) == curl.promised
+
+
+def test_make_test_runs_the_tests() -> None:
+    run = subprocess.run(
+        ["make", "--dry-run", *block("make test").commands.split("#")[0].split()[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert b"pytest" in run.stdout
+
+
+def test_training_and_evaluating_work_as_shown(tmp_path: Path) -> None:
+    """The same commands on a few rows and for two steps."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    rows = [{"input": f"{word} one", "target": word} for word in ("good", "bad") for _ in range(8)]
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    commands = block(".venv/bin/prelude train").commands
+    assert "--steps 300" in commands
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands.replace("--steps 300", "--steps 2")],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    assert (tmp_path / "prompts" / "my_task" / "adapter_model.safetensors").exists()
+    assert b"exact match" in run.stdout.splitlines()[-1] or b"exact match" in run.stdout

@@ -73,6 +73,7 @@ def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec)
     (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
     (directory / MANIFEST_FILE).write_text(soft_prompt.manifest.to_json(), encoding="utf-8")
     save_file({"prompt_embeddings": soft_prompt.tensor.contiguous()}, directory / TENSOR_FILE, {"format": "pt"})
+    (directory / TENSOR_FILE).chmod(0o644)  # safetensors leaves it readable to its owner alone
 
 
 def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""The manifest: everything in it is optional, unknown facts are kept, unknown options are refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from server.core import SamplingParams
+from server.errors import InvalidSoftPrompt
+from server.soft_prompts.manifest import GenerationDefaults, Manifest
+
+FULL: dict[str, Any] = {
+    "base_model": {"fingerprint": "f", "name": "llm", "revision": "main"},
+    "created_at": "2026-01-01T00:00:00Z",
+    "description": "Größe",
+    "digest": "d",
+    "generation": {"max_new_tokens": 5, "stop": ["\n"], "temperature": 0.5},
+    "hidden_size": 32,
+    "input_template": "{input}\n",
+    "labels": ["ham", "spam"],
+    "licence": "CC0-1.0",
+    "metrics": {"exact_match": 0.95},
+    "num_virtual_tokens": 20,
+    "peft_type": "PROMPT_TUNING",
+    "prefix_hash": "h",
+    "task": "sms_spam",
+    "training": {"seed": 1, "hyperparameters": {"lr": 0.02}},
+    "a_fact_of_tomorrow": [1, {"deep": None}],
+}
+
+
+def test_a_manifest_keeps_every_field_also_unknown_ones() -> None:
+    manifest = Manifest.parse(json.dumps(FULL))
+    assert json.loads(manifest.to_json()) == FULL
+    assert Manifest.parse(manifest.to_json()) == manifest
+
+
+def test_its_text_is_sorted_readable_and_without_what_is_not_set() -> None:
+    assert Manifest().to_json() == "{}\n"
+    assert Manifest(task="a", description="ö").to_json() == '{\n  "description": "ö",\n  "task": "a"\n}\n'
+
+
+def test_names_of_our_own_methods_are_facts_like_any_other() -> None:
+    manifest = Manifest.parse('{"to_json": 1, "render": 2, "model_config": 3, "__class__": 4}')
+    assert manifest.render("x") == "x"
+    assert json.loads(manifest.to_json()) == {"to_json": 1, "render": 2, "model_config": 3, "__class__": 4}
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "rendered"),
+    [
+        (None, "a", "a"),
+        ("{input}", "a", "a"),
+        ("Text: {input}\nLabel:", "a", "Text: a\nLabel:"),
+        ("<{input}>", "{input} {other} \\1 %s", "<{input} {other} \\1 %s>"),
+        ("{other} {input}", "a", "{other} a"),
+    ],
+)
+def test_the_text_is_put_into_the_template_as_it_is(template: str | None, text: str, rendered: str) -> None:
+    assert Manifest(input_template=template).render(text) == rendered
+
+
+@pytest.mark.parametrize(
+    ("generation", "named"),
+    [
+        ({"max_tokens": 5}, "generation.max_tokens"),
+        ({"max_new_tokens": 0}, "generation.max_new_tokens"),
+        ({"temperature": -1}, "generation.temperature"),
+        ({"temperature": 1e9}, "generation.temperature"),
+        ({"top_k": 0}, "generation.top_k"),
+        ({"top_p": 1.5}, "generation.top_p"),
+        ({"repetition_penalty": 0}, "generation.repetition_penalty"),
+        ({"seed": 2**64}, "generation.seed"),
+        ({"stop": "x"}, "generation.stop"),
+        ({"stop": [""]}, "generation.stop.0"),
+    ],
+)
+def test_generation_defaults_that_a_request_could_not_ask_for_are_refused(
+    generation: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InvalidSoftPrompt) as caught:
+        Manifest.parse(json.dumps({"generation": generation}))
+    assert f"{named}: " in caught.value.message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400"])
+def test_a_temperature_is_finite(number: str) -> None:
+    with pytest.raises(InvalidSoftPrompt, match=r"generation\.temperature"):
+        Manifest.parse(f'{{"generation": {{"temperature": {number}}}}}')
+
+
+def test_a_metric_that_is_no_number_can_still_be_kept() -> None:
+    assert json.loads(Manifest.parse('{"metrics": {"loss": NaN}}').to_json()) == {"metrics": {"loss": None}}
+
+
+def test_several_problems_are_named_at_once() -> None:
+    with pytest.raises(InvalidSoftPrompt) as caught:
+        Manifest.parse('{"labels": 1, "input_template": "x", "num_virtual_tokens": "many"}')
+    assert all(field in caught.value.message for field in ("labels", "input_template", "num_virtual_tokens"))
+
+
+def test_the_request_beats_the_task_and_the_task_beats_the_server() -> None:
+    task = GenerationDefaults(temperature=0.5, top_k=3, seed=7)
+    sampling = task.sampling_params({"temperature": 0.9}, room=1000, seed=1)
+    assert sampling == SamplingParams(temperature=0.9, top_k=3, seed=7)
+    assert GenerationDefaults().sampling_params({}, room=1000, seed=1) == SamplingParams(seed=1)
+
+
+def test_only_a_default_length_shrinks_to_the_room_that_is_left() -> None:
+    task = GenerationDefaults(max_new_tokens=50)
+    assert task.sampling_params({}, room=1000, seed=0).max_new_tokens == 50
+    assert task.sampling_params({}, room=20, seed=0).max_new_tokens == 20
+    assert task.sampling_params({}, room=-5, seed=0).max_new_tokens == 1
+    assert task.sampling_params({"max_new_tokens": 30}, room=20, seed=0).max_new_tokens == 30

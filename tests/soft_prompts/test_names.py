@@ -1,0 +1,43 @@
+"""Names of tasks, and how a request writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.errors import InvalidTaskName
+from server.soft_prompts.names import check_task_name, split_version, unknown_task
+
+BAD = ["", "A", "-a", ".a", "_a", "a" * 65, "a b", "a/b", "../a", "a\n", "ä", "a@1", "a\0", "٣", "a" * 10_000]
+
+
+@pytest.mark.parametrize("name", ["a", "0", "sms_spam", "a.b-c_d", "a" * 64, "a..b"])
+def test_a_good_name_is_taken_as_it_is(name: str) -> None:
+    assert check_task_name(name) == name
+    assert split_version(name) == (name, None)
+    assert split_version(f"{name}@12") == (name, 12)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_any_other_name_is_refused_with_the_pattern_and_never_repeated_at_length(name: str) -> None:
+    with pytest.raises(InvalidTaskName) as caught:
+        check_task_name(name)
+    assert "[a-z0-9][a-z0-9._-]{0,63}" in caught.value.remedy
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.5", "x", "1@2", "9" * 10, "٣", " 1"])
+def test_a_version_is_a_positive_number(version: str) -> None:
+    with pytest.raises(InvalidTaskName, match="task@3"):
+        split_version(f"task@{version}")
+
+
+@pytest.mark.parametrize("reference", ["@1", "A@1", "@"])
+def test_a_version_needs_the_name_of_a_task(reference: str) -> None:
+    with pytest.raises(InvalidTaskName):
+        split_version(reference)
+
+
+def test_an_unknown_task_names_near_ones_and_only_those() -> None:
+    assert "Did you mean sms_spam?" in unknown_task("sms-spam", ["emotion", "sms_spam"]).message
+    assert "Did you mean" not in unknown_task("xyz", ["emotion", "sms_spam"]).message
+    assert unknown_task("xyz", []).status == 404

@@ -1,0 +1,236 @@
+"""A live server for tests: the real app on a real socket, around a tiny model that can be slowed, held or broken."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from server.api.app import create_app
+from server.engine.attention import ATTENTION_NAME, Layout
+from server.engine.engine import Engine
+from server.engine.model import FrozenModel
+from server.engine.worker import EngineWorker
+from server.registry.registry import Registry
+from server.registry.store import LocalStore
+from server.settings import Settings
+from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.support import Outcome, byte_tokenizer, make_engine, random_soft_prompt, request, run_engine, tiny_module
+
+MAX_MODEL_LEN = 192
+MAX_UPLOAD_BYTES = 2**20
+
+Files = dict[str, bytes]
+
+
+class SteeredModel(FrozenModel):
+    """A tiny llama that behaves like a slow device, one that hangs, or one that breaks."""
+
+    def __init__(self) -> None:
+        module = tiny_module(dtype=torch.float64, attention=ATTENTION_NAME)
+        super().__init__(module, byte_tokenizer(), name="tiny-llama", max_model_len=MAX_MODEL_LEN)
+        self.delay = 0.0
+        """Seconds that each forward takes longer."""
+        self.fail_after: int | None = None
+        """Forwards until one raises."""
+        self._turn = threading.Condition()
+        self._allowed: int | None = None
+
+    def allow(self, forwards: int | None) -> None:
+        """Let so many more forwards run, then hold; None lets all run."""
+        with self._turn:
+            self._allowed = forwards
+            self._turn.notify_all()
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
+    ) -> torch.Tensor:
+        with self._turn:
+            assert self._turn.wait_for(lambda: self._allowed != 0, timeout=30)
+            if self._allowed is not None:
+                self._allowed -= 1
+        time.sleep(self.delay)
+        if self.fail_after is not None:
+            if self.fail_after == 0:
+                self.fail_after = None
+                raise RuntimeError("the device is gone")
+            self.fail_after -= 1
+        return super().forward(inputs_embeds, position_ids, layout, keep)
+
+
+@dataclass
+class LiveServer:
+    """A server that listens, and what a test may look at from inside."""
+
+    url: str
+    port: int
+    client: httpx.Client
+    settings: Settings
+    model: SteeredModel
+    engine: Engine
+    worker: EngineWorker
+    registry: Registry
+    loop: asyncio.AbstractEventLoop
+
+    def generate(
+        self, inputs: str = "hello", task: str | None = None, route: str = "/generate", **parameters: Any
+    ) -> httpx.Response:
+        """POST a request; `parameters` are those of the body."""
+        query = {} if task is None else {"task": task}
+        return self.client.post(route, params=query, json={"inputs": inputs, "parameters": parameters})
+
+    def text(self, inputs: str = "hello", task: str | None = None, **parameters: Any) -> str:
+        """The text that a request is answered with."""
+        response = self.generate(inputs, task, **parameters)
+        assert response.status_code == 200, response.text
+        text: str = response.json()["generated_text"]
+        return text
+
+    def events(self, inputs: str = "hello", task: str | None = None, **parameters: Any) -> list[dict[str, Any]]:
+        """All events of a streamed answer."""
+        response = self.generate(inputs, task, "/generate_stream", **parameters)
+        assert response.status_code == 200, response.text
+        return parse_events(response.content)
+
+    def put(self, task: str, files: Files) -> httpx.Response:
+        """Upload files under a task's name."""
+        return self.client.put(f"/prompts/{task}", files=as_form(files))
+
+    def publish(self, task: str, soft_prompt: SoftPrompt) -> dict[str, Any]:
+        """Upload a soft prompt that must be taken."""
+        response = self.put(task, self.files(soft_prompt))
+        assert response.status_code in (200, 201), response.text
+        reply: dict[str, Any] = response.json()
+        return reply
+
+    def publish_random(self, task: str, seed: int = 0, manifest: Mapping[str, Any] | None = None) -> SoftPrompt:
+        """Upload a random soft prompt and answer it."""
+        soft_prompt = random_soft_prompt(self.model.spec, seed=seed, manifest=manifest)
+        self.publish(task, soft_prompt)
+        return soft_prompt
+
+    def files(self, soft_prompt: SoftPrompt) -> Files:
+        """A soft prompt as the files of a PEFT directory."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_soft_prompt(Path(folder), soft_prompt, self.model.spec)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+    @property
+    def in_flight(self) -> int:
+        """What /info says."""
+        count: int = self.client.get("/info").json()["in_flight"]
+        return count
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing in flight, and the engine holds no slot."""
+        return self.in_flight == 0 and not self.engine.kv_cache.allocator.used
+
+
+@contextmanager
+def live_server(directory: Path, *, max_sequences: int = 8, **options: Any) -> Iterator[LiveServer]:
+    """Run a server in a thread until the block ends; it must then be idle and stop by itself."""
+    settings = Settings.load(**{"prompts_dir": directory / "prompts", "max_upload_bytes": MAX_UPLOAD_BYTES, **options})
+    model = SteeredModel()
+    engine = make_engine(model, max_sequences=max_sequences)
+    worker = EngineWorker(engine)
+    registry = Registry(LocalStore.open(settings.store_url), model.spec, settings.max_virtual_tokens)
+    app = create_app(settings, worker, registry)
+    with serving(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", ws="none")) as port:
+        url = f"http://127.0.0.1:{port}"
+        loop = worker._loop
+        assert loop is not None
+        with httpx.Client(base_url=url, timeout=30) as client:
+            yield LiveServer(url, port, client, settings, model, engine, worker, registry, loop)
+        model.allow(None)
+    assert not engine.kv_cache.allocator.used
+    assert not engine.has_work
+
+
+@contextmanager
+def serving(config: uvicorn.Config) -> Iterator[int]:
+    """Run uvicorn in a thread; answers its port."""
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="uvicorn")
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive())
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server does not stop"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Poll until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.005)
+
+
+def parse_events(body: bytes) -> list[dict[str, Any]]:
+    """The JSON of every server-sent event, after checking that the body is nothing but events."""
+    *events, rest = body.split(b"\n\n")
+    assert rest == b""
+    assert all(event.startswith(b"data:") and b"\n" not in event for event in events)
+    return [json.loads(event.removeprefix(b"data:")) for event in events]
+
+
+def as_form(files: Files | Sequence[tuple[str, bytes]]) -> list[tuple[str, tuple[str, bytes]]]:
+    """Files as httpx sends them, all in the field `files`."""
+    pairs = files.items() if isinstance(files, dict) else files
+    return [("files", (name, content)) for name, content in pairs]
+
+
+def zip_of(files: Files, folder: str = "") -> bytes:
+    """A plain zip of files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(folder + name, content)
+    return buffer.getvalue()
+
+
+def engine_answer(model: FrozenModel, soft_prompt: SoftPrompt | None, text: str, **sampling: Any) -> Outcome:
+    """What an engine of its own answers, alone and without HTTP."""
+    accepted = request("alone", model.encode(text), **sampling)
+    return run_engine(make_engine(model), [(accepted, soft_prompt)])["alone"]
+
+
+def assert_error(response: httpx.Response, status: int, code: str, *parts: str) -> dict[str, str]:
+    """An error in the one shape that all have, with these parts in its message; answers the body."""
+    assert response.status_code == status, f"{response.status_code}: {response.text}"
+    body: dict[str, str] = response.json()
+    assert set(body) == {"error", "error_type", "code", "remedy"}
+    assert all(isinstance(value, str) and value for value in body.values())
+    assert body["code"] == code, body
+    for part in parts:
+        assert part in body["error"], body
+    return body
+
+
+def send_and_vanish(port: int, path: str, body: bytes) -> socket.socket:
+    """Send a request by hand; closing the socket is the client going away."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection

@@ -1,0 +1,166 @@
+"""Every error leaves in one shape, with its own status; the OpenAPI document says which ones a route can give."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from server import api, errors
+from server.api.app import create_app
+from server.api.errors import error_body
+from server.errors import PreludeError
+from tests.api.live import LiveServer, assert_error
+
+FAMILIES = {"generation", "validation", "overloaded", "incomplete_generation"}  # what huggingface_hub knows
+
+
+def _tree(cls: type[PreludeError] = PreludeError) -> Iterator[type[PreludeError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield from _tree(child)
+
+
+def _app(server: LiveServer) -> FastAPI:
+    return create_app(server.settings, server.worker, server.registry)
+
+
+async def _get(app: FastAPI, path: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.get(path)
+
+
+@pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
+async def test_every_error_of_the_tree_leaves_with_its_status_and_remedy(
+    server: LiveServer, cls: type[PreludeError]
+) -> None:
+    app = _app(server)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise cls("It went wrong.", remedy="Do better.")
+
+    body = assert_error(await _get(app, "/fails"), cls.status, cls.code, "It went wrong.")
+    assert body["remedy"] == "Do better."
+    assert body["error_type"] in FAMILIES
+    assert error_body(cls("x"))["remedy"] == cls.default_remedy
+
+
+def test_codes_are_unique_and_client_errors_are_4xx() -> None:
+    tree = list(_tree())
+    assert len({cls.code for cls in tree}) == len(tree)
+    for cls in tree:
+        if cls.family == "validation":
+            assert 400 <= cls.status < 500
+
+
+async def test_an_unexpected_error_is_a_500_that_tells_nothing_of_the_insides(server: LiveServer) -> None:
+    app = _app(server)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise RuntimeError("secret")
+
+    response = await _get(app, "/fails")
+    assert_error(response, 500, "internal_error")
+    assert "secret" not in response.text
+
+
+async def test_an_error_that_quotes_half_a_character_can_still_be_sent(server: LiveServer) -> None:
+    app = _app(server)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise errors.InvalidRequest("a\ud800b")
+
+    assert_error(await _get(app, "/fails"), 422, "invalid_request", r"a\ud800b")
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1/nothing"])
+def test_a_path_that_does_not_exist_is_404_in_the_same_shape(server: LiveServer, path: str) -> None:
+    assert_error(server.client.get(path), 404, "invalid_request", "Not Found")
+
+
+def test_a_method_that_a_route_does_not_have_is_405_and_says_which_it_has(server: LiveServer) -> None:
+    response = server.client.get("/generate")
+    assert_error(response, 405, "invalid_request", "Method Not Allowed")
+    assert response.headers["allow"] == "POST"
+    assert_error(server.client.post("/prompts/x"), 405, "invalid_request")
+
+
+def _operations(server: LiveServer) -> dict[tuple[str, str], dict[str, Any]]:
+    document = server.client.get("/openapi.json").json()
+    return {
+        (method.upper(), path): operation
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+
+
+def test_the_openapi_document_lists_every_route(server: LiveServer) -> None:
+    modules = [importlib.import_module(f"server.api.{found.name}") for found in pkgutil.iter_modules(api.__path__)]
+    routers = [module.router for module in modules if hasattr(module, "router")]
+    routes = {
+        (method, route.path)
+        for router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    assert set(_operations(server)) == routes
+    assert {
+        ("POST", "/generate"),
+        ("POST", "/generate_stream"),
+        ("POST", "/"),
+        ("GET", "/prompts"),
+        ("GET", "/prompts/{task}"),
+        ("PUT", "/prompts/{task}"),
+        ("DELETE", "/prompts/{task}"),
+        ("GET", "/health"),
+        ("GET", "/ready"),
+        ("GET", "/info"),
+    } <= routes
+
+
+def test_every_documented_error_has_the_one_shape(server: LiveServer) -> None:
+    for operation, details in _operations(server).items():
+        for status, response in details["responses"].items():
+            if int(status) >= 400:
+                schema = response["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorBody"}, (operation, status)
+                assert response["description"]
+    document = server.client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> None:
+    operations = _operations(server)
+    expected = {
+        ("POST", "/generate"): {400, 404, 413, 422, 500, 503},
+        ("POST", "/generate_stream"): {400, 404, 413, 422, 500, 503},
+        ("POST", "/"): {400, 404, 413, 422, 500, 503},
+        ("GET", "/prompts"): {422},
+        ("GET", "/prompts/{task}"): {404, 422},
+        ("PUT", "/prompts/{task}"): {400, 409, 413, 422, 500},
+        ("DELETE", "/prompts/{task}"): {404, 422, 500},
+        ("GET", "/ready"): {500, 503},
+    }
+    for operation, statuses in expected.items():
+        documented = {int(status) for status in operations[operation]["responses"]}
+        assert {status for status in documented if status >= 400} == statuses, operation
+        assert operations[operation].get("summary")
+        assert operations[operation].get("description")
+
+
+def test_the_documentation_page_is_served(server: LiveServer) -> None:
+    response = server.client.get("/docs")
+    assert response.status_code == 200
+    assert "/openapi.json" in response.text

@@ -1,0 +1,154 @@
+"""The real command in a process of its own: it comes up, answers, and ends with 0 after a drain."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine.model import FrozenModel
+from server.soft_prompts.formats import save_soft_prompt
+from tests.support import random_soft_prompt
+
+START_SECONDS = 90
+
+
+@dataclass
+class Process:
+    """A running `prelude serve`."""
+
+    popen: subprocess.Popen[bytes]
+    client: httpx.Client
+    log: Path
+
+    def ended_with(self, seconds: float) -> int:
+        """Wait for the end; answers the exit code."""
+        return self.popen.wait(seconds)
+
+
+@contextmanager
+def prelude_serve(directory: Path, **settings: str) -> Iterator[Process]:
+    """Start the command on a free port and wait until it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = directory / "log.txt"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")},
+        "PRELUDE_DTYPE": "float32",
+        "PRELUDE_STORE": f"file:{directory / 'store'}",
+        "PRELUDE_MAX_SEQUENCES": "4",
+        "HF_HUB_OFFLINE": "1",
+        **settings,
+    }
+    command = [sys.executable, "-m", "server.cli", "serve"]
+    command += ["--port", str(port), "--prompts-dir", str(directory / "prompts")]
+    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        popen = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + START_SECONDS
+            while not _is_ready(client):
+                assert popen.poll() is None, log.read_text()
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.1)
+            yield Process(popen, client, log)
+        finally:
+            popen.kill()
+            popen.wait()
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class Stream(threading.Thread):
+    """A streaming request in a thread of its own."""
+
+    def __init__(self, client: httpx.Client, max_new_tokens: int) -> None:
+        super().__init__()
+        self._client = client
+        parameters = {"max_new_tokens": max_new_tokens, "ignore_eos_token": True}
+        self._body = {"inputs": "Once upon a time", "parameters": parameters}
+        self.events: list[dict[str, Any]] = []
+        self.has_begun = threading.Event()
+
+    def run(self) -> None:
+        with self._client.stream("POST", "/generate_stream", json=self._body) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.events.append(json.loads(line.removeprefix("data:")))
+                    self.has_begun.set()
+
+
+def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
+    tmp_path: Path, smollm2: FrozenModel
+) -> None:
+    save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
+    with prelude_serve(tmp_path) as process:
+        client = process.client
+        assert [prompt["task"] for prompt in client.get("/prompts").json()["prompts"]] == ["shipped"]
+        assert client.get("/info").json()["fingerprint"] == smollm2.spec.fingerprint
+        body = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}
+        alone = client.post("/generate", json=body)
+        assert "Paris" in alone.json()["generated_text"]
+        with_task = client.post("/generate", params={"task": "shipped"}, json=body)
+        assert with_task.headers["prelude-task"] == "shipped"
+        assert with_task.json() != alone.json()
+
+        stream = Stream(client, max_new_tokens=80)
+        stream.start()
+        assert stream.has_begun.wait(30)
+        process.popen.send_signal(signal.SIGTERM)
+        refused = _until_refused(client, body)
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "server_draining"
+        assert client.get("/ready").status_code == 503
+        assert stream.is_alive(), "the stream is over, so that this test shows nothing"
+        stream.join(60)
+        assert len(stream.events) == 80
+        assert stream.events[-1]["generated_text"]
+        assert process.ended_with(15) == 0, process.log.read_text()
+    assert "Traceback" not in process.log.read_text()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{client.base_url}/health")
+
+
+def test_serve_ends_with_0_although_the_drain_time_is_up(tmp_path: Path) -> None:
+    with prelude_serve(tmp_path, PRELUDE_DRAIN_SECONDS="0.5") as process:
+        stream = Stream(process.client, max_new_tokens=1500)
+        stream.start()
+        assert stream.has_begun.wait(30)
+        process.popen.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.ended_with(15) == 0, process.log.read_text()
+        assert 0.5 <= time.monotonic() - started < 10
+        stream.join(10)
+        assert stream.events[-1]["code"] == "request_aborted"
+        assert len(stream.events) < 1500
+    assert "Traceback" not in process.log.read_text()
+
+
+def _until_refused(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
+    """The first reply after the signal has arrived; until then requests are answered."""
+    end = time.monotonic() + 10
+    while True:
+        response = client.post("/generate", json={**body, "parameters": {"max_new_tokens": 1}})
+        if response.status_code != 200:
+            return response
+        assert time.monotonic() < end

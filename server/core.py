@@ -38,6 +38,9 @@ class FinishReason(StrEnum):
     FAILED = "failed"
 
 
+COLDEST = 1e-5
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy decoding of 128 tokens."""
@@ -59,6 +62,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """True where the most likely token is taken; so cold that logits would leave a float's range is greedy too."""
+        return self.temperature < COLDEST
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,12 @@ import uvicorn
 from tqdm import tqdm
 
 from server.api.app import create_app
+from server.core import GenerationRequest, ModelSpec, SamplingParams
 from server.engine.build import build_engine
+from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
+from server.errors import ConfigurationError
 from server.registry.inbox import scan_inbox
 from server.registry.registry import Registry
 from server.registry.store import LocalStore
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 CLOSE_SECONDS = 3
 """After the drain, how long clients may take to read what is left for them, or to finish an upload."""
 
+SAME_SIGNAL_SECONDS = 1.0
+
 
 def serve(settings: Settings) -> None:
     """Run a server until it is told to stop.
@@ -35,53 +40,105 @@ def serve(settings: Settings) -> None:
         ConfigurationError, StoreError: it cannot start.
     """
     started = time.perf_counter()
-    model = FrozenModel.load(settings)
-    worker = EngineWorker(build_engine(settings, model))
-    registry = Registry(LocalStore.open(settings.store_url), model.spec, settings.max_virtual_tokens)
+    with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
+        model = FrozenModel.load(settings)
+        engine = build_engine(settings, model)
+        warm_up(engine)
+        registry = open_registry(settings, model.spec)
+        worker = EngineWorker(engine)
+        config = uvicorn.Config(
+            create_app(settings, worker, registry),
+            log_level=settings.log_level,
+            log_config=None,  # the messages of uvicorn look like ours
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
+        DrainingServer(config, worker, settings.drain_seconds, started).run([listener])
+
+
+def open_registry(settings: Settings, model: ModelSpec) -> Registry:
+    """Open the store and publish what is new in the inbox.
+
+    Raises:
+        StoreError: the store cannot be read or made.
+    """
+    registry = Registry(LocalStore.open(settings.store_url), model, settings.max_virtual_tokens)
     with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0) as bar:
 
         def show(name: str) -> None:
             bar.update()
 
         scan_inbox(settings.prompts_dir, registry, show)
-    log.info(
-        "%d tasks: %s", len(registry.tasks()), ", ".join(task.task for task in registry.tasks()[:20]) or "none yet"
-    )
-    app = create_app(settings, worker, registry)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level=settings.log_level,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=CLOSE_SECONDS,
-    )
-    log.info("ready in %.1f s", time.perf_counter() - started)
-    DrainingServer(config, worker, settings.drain_seconds).run()
+    tasks = [task.task for task in registry.tasks()]
+    log.info("%d tasks: %s", len(tasks), ", ".join(tasks[:20]) or "none yet")
+    return registry
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address; connections are accepted once uvicorn listens on it.
+
+    Raises:
+        ConfigurationError: somebody else has it, or it is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise ConfigurationError(
+            f"Cannot listen on {host}:{port}: {exc.strerror or exc}.",
+            remedy="Choose another PRELUDE_PORT (0 takes a free one) or PRELUDE_HOST.",
+        ) from exc
+    return listener
+
+
+def warm_up(engine: Engine) -> None:
+    """Take a few steps before anybody waits for one: the first of each kind sets up the device's kernels."""
+    engine.add(GenerationRequest("warm-up", (0,) * 8, SamplingParams(max_new_tokens=3, ignore_eos=True)), None)
+    while engine.has_work:
+        engine.step()
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn, but a signal first drains: new requests get 503 from a server that still answers, the others finish."""
 
-    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float) -> None:
-        """Serve `config`."""
+    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float, started: float) -> None:
+        """Serve `config`; `started` is when the process began to, by `time.perf_counter`."""
         super().__init__(config)
         self._worker = worker
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: concurrent.futures.Future[None] | None = None
+        self._signalled = 0.0
+        self._started = started
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until drained."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where and how long it took."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            log.info("ready on http://%s:%d in %.1f s", host, port, time.perf_counter() - self._started)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second one: stop at once. The process ends with 0 either way."""
-        if self._draining is not None or self._loop is None:
+        """First signal: drain. A later one: stop at once. The process ends with 0 either way.
+
+        One press of Ctrl-C can arrive twice, from the terminal and from `make`; that is one signal.
+        """
+        now = time.monotonic()
+        if self._loop is None or (self._draining is not None and now - self._signalled > SAME_SIGNAL_SECONDS):
             self.should_exit = self.force_exit = True
+        if self._loop is None or self._draining is not None:
             return
+        self._signalled = now
         self._draining = asyncio.run_coroutine_threadsafe(self._drain(signal.Signals(sig).name), self._loop)
 
     async def _drain(self, signal_name: str) -> None:

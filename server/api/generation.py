@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from server.core import GenerationRequest
 from server.engine.worker import EngineWorker
-from server.errors import EmptyInput
+from server.errors import EmptyInput, InputTooLong
 from server.registry.registry import Registry, Resolved
 from server.soft_prompts.manifest import GenerationDefaults
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -64,17 +64,13 @@ async def prepare(
 
     Raises:
         UnknownTask, InvalidTaskName, EmptyInput.
+        InputTooLong: the text can never fit, however it is tokenised.
     """
     resolved = None if task is None else registry.resolve(task)
     if not text:
         raise EmptyInput("`inputs` is empty.")
     templated = text if resolved is None else resolved.soft_prompt.manifest.render(text)
-    if len(templated) > LONG_TEXT:
-        input_ids = await asyncio.to_thread(worker.encode, templated)
-    else:
-        input_ids = worker.encode(templated)
-    if truncate is not None:
-        input_ids = input_ids[-truncate:]
+    input_ids = await _encode(worker, templated, truncate)
     defaults = GenerationDefaults() if resolved is None else resolved.soft_prompt.manifest.generation
     if sample and not defaults.temperature:
         sampling = {**sampling, "temperature": 1.0}
@@ -83,3 +79,20 @@ async def prepare(
     params = defaults.sampling_params(sampling, room=room, seed=secrets.randbits(63))
     request = GenerationRequest(uuid.uuid4().hex, tuple(input_ids), params, resolved.task if resolved else None)
     return Prepared(request, resolved)
+
+
+async def _encode(worker: EngineWorker, text: str, truncate: int | None) -> list[int]:
+    """Token ids of a templated text, the last `truncate` of them.
+
+    The tokenizer lets no other thread run while it works, a second for some million characters, so a text that can
+    never fit is refused, or cut, by its characters.
+    """
+    if len(text) > worker.max_characters:
+        if truncate is None:
+            raise InputTooLong(
+                f"The input has {len(text):,} characters; the context of {worker.model.max_model_len:,} tokens holds "
+                f"at most {worker.max_characters:,}."
+            )
+        text = text[-worker.max_characters :]
+    ids = await asyncio.to_thread(worker.encode, text) if len(text) > LONG_TEXT else worker.encode(text)
+    return ids if truncate is None else ids[-truncate:]

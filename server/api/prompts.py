@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFi
 from server.api.deps import RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpack_upload
-from server.errors import InvalidRequest, InvalidSoftPrompt
+from server.errors import InvalidRequest, InvalidSoftPrompt, UnknownTask
 from server.registry.registry import LiveTask, Published, Registry
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
@@ -53,7 +53,8 @@ async def get_prompt(task: str, registry: RegistryDep) -> PromptDetail:
     tasks = {entry.task: entry for entry in registry.tasks()}
     live = tasks.get(check_task_name(task))
     if live is None:
-        raise unknown_task(task, tasks)
+        error = unknown_task(task, tasks)
+        raise UnknownTask(error.message, remedy=registry.errors.get(task, error.remedy))
     return PromptDetail(
         **_summary(task, live, registry.errors.get(task)).model_dump(),
         versions=list(live.versions),

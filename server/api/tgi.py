@@ -35,9 +35,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(tags=["generate"], responses=ERRORS, dependencies=[Depends(known_query)])
 
-COLDEST = 1e-5
-"""Below this temperature logits leave the range of a float; the limit is greedy, and that is what is done."""
-
 TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
 
 
@@ -104,7 +101,7 @@ def _sampling_fields(parameters: GenerateParameters, stream: bool) -> dict[str, 
         fields["stop"] = tuple(parameters.stop)
     if parameters.ignore_eos_token is not None:
         fields["ignore_eos"] = parameters.ignore_eos_token
-    if parameters.do_sample is False or fields.get("temperature", 1.0) < COLDEST:
+    if parameters.do_sample is False:
         fields["temperature"] = 0.0
     fields["logprobs"] = stream or bool(parameters.details)
     return fields
@@ -165,7 +162,7 @@ def _details(last: Delta, prepared: Prepared) -> DetailsBody:
         generated_tokens=last.usage.output_tokens,
         input_length=last.usage.input_tokens,
         virtual_tokens=last.usage.virtual_tokens,
-        seed=sampling.seed if sampling.temperature > 0 else None,
+        seed=None if sampling.is_greedy else sampling.seed,
     )
 
 

@@ -43,6 +43,7 @@ class FrozenModel:
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
         eos_token_ids: tokens that end a generation.
+        longest_token: characters of the vocabulary's longest token: no token stands for more of a text.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class FrozenModel:
         text_config = module.config.get_text_config()
         kv_heads, head_dim = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
+        self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
         self.spec = ModelSpec(

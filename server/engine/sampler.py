@@ -36,7 +36,7 @@ def choose_next(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: 
         adjusted = logits
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)
-    drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
     finite = torch.isfinite(best)
     if drawn:
         chosen[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])

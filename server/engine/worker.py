@@ -64,6 +64,11 @@ class EngineWorker:
         """Accepted requests that have not ended."""
         return len(self._streams)
 
+    @property
+    def max_characters(self) -> int:
+        """A text of more characters has more tokens than the context, whatever they are."""
+        return self.model.max_model_len * self._engine.model.longest_token
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; safe from any thread."""
         return self._engine.model.encode(text)

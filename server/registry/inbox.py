@@ -13,7 +13,7 @@ from pathlib import Path
 from server.errors import PreludeError
 from server.registry.registry import Registry
 from server.soft_prompts.formats import CONFIG_FILE, load_soft_prompts
-from server.soft_prompts.names import check_task_name
+from server.soft_prompts.names import check_task_name, names_of
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def scan_inbox(directory: Path, registry: Registry, on_entry: Callable[[str], No
 def _publish_entry(entry: Path, registry: Registry) -> None:
     check_task_name(entry.name)
     contents = load_soft_prompts(entry, registry.model, registry.max_virtual_tokens)
-    names = [entry.name] if len(contents) == 1 else [f"{entry.name}-{i}" for i in range(len(contents))]
+    names = names_of(entry.name, len(contents))
     if all(registry.is_from_inbox(name, content) for name, content in zip(names, contents, strict=True)):
         return
     published = registry.publish(entry.name, contents, "inbox")

@@ -17,7 +17,7 @@ from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
 from server.registry.events import Event, PublishedVersion, Source, State, TaskState
 from server.registry.store import LocalStore
-from server.soft_prompts.names import check_task_name, split_version, unknown_task
+from server.soft_prompts.names import check_task_name, names_of, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
 
 
@@ -120,7 +120,7 @@ class Registry:
             InvalidTaskName: the name is not one, or is the frozen model's.
             StoreError: the store refuses; nothing has changed then.
         """
-        names = [name] if len(soft_prompts) == 1 else [f"{name}-{i}" for i in range(len(soft_prompts))]
+        names = names_of(name, len(soft_prompts))
         for task in names:
             self._check_free(task)
         with self._changing:

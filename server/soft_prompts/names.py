@@ -37,6 +37,11 @@ def split_version(reference: str) -> tuple[str, int | None]:
     return check_task_name(name), int(version) if at else None
 
 
+def names_of(name: str, contents: int) -> list[str]:
+    """The tasks that publishing so many contents under a name makes; rows of a multitask one are numbered."""
+    return [name] if contents == 1 else [f"{name}-{row}" for row in range(contents)]
+
+
 def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
     """The error for a task that nobody published, with the names that it may have been meant for."""
     near = difflib.get_close_matches(name, list(known), n=3)

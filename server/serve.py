@@ -10,6 +10,7 @@ import socket
 import time
 from types import FrameType
 
+import psutil
 import uvicorn
 from tqdm import tqdm
 
@@ -39,7 +40,6 @@ def serve(settings: Settings) -> None:
     Raises:
         ConfigurationError, StoreError: it cannot start.
     """
-    started = time.perf_counter()
     with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
         model = FrozenModel.load(settings)
         engine = build_engine(settings, model)
@@ -54,7 +54,7 @@ def serve(settings: Settings) -> None:
             lifespan="on",
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
-        DrainingServer(config, worker, settings.drain_seconds, started).run([listener])
+        DrainingServer(config, worker, settings.drain_seconds).run([listener])
 
 
 def open_registry(settings: Settings, model: ModelSpec) -> Registry:
@@ -105,15 +105,14 @@ def warm_up(engine: Engine) -> None:
 class DrainingServer(uvicorn.Server):
     """uvicorn, but a signal first drains: new requests get 503 from a server that still answers, the others finish."""
 
-    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float, started: float) -> None:
-        """Serve `config`; `started` is when the process began to, by `time.perf_counter`."""
+    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float) -> None:
+        """Serve `config`."""
         super().__init__(config)
         self._worker = worker
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: concurrent.futures.Future[None] | None = None
         self._signalled = 0.0
-        self._started = started
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until drained."""
@@ -121,12 +120,12 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where and how long it took."""
+        """Listen, and say where and how long it took, from the start of the process on."""
         await super().startup(sockets)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            log.info("ready on http://%s:%d in %.1f s", host, port, time.perf_counter() - self._started)
+            log.info("ready on http://%s:%d in %.1f s", host, port, time.time() - psutil.Process().create_time())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. A later one: stop at once. The process ends with 0 either way.

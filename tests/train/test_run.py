@@ -94,8 +94,6 @@ def test_what_is_written_is_served_with_the_digest_of_its_manifest(
     assert torch.equal(loaded.tensor, soft_prompt.tensor)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_what_is_written_is_loaded_by_peft_and_answers_there_as_it_was_taught(
     tiny32: FrozenModel, trained: tuple[SoftPrompt, Path, TaskFiles]
 ) -> None:

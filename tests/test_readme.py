@@ -94,6 +94,15 @@ def test_its_requests_are_answered_as_promised(curl: Block, port: int) -> None:
     assert json.loads(answers[-1]) == curl.promised
 
 
+def test_without_its_task_a_text_is_merely_continued(port: int) -> None:
+    """What the soft prompt adds: the same text, with the task and without."""
+    commands = CURLS[0].commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("?task=sms_spam", "")
+    run = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, check=True)
+    text = json.loads(run.stdout)["generated_text"]
+    assert text not in ("spam", "ham")
+    assert len(text) > 20
+
+
 def test_make_test_runs_the_tests() -> None:
     run = subprocess.run(
         ["make", "--dry-run", *block("make test").commands.split("#")[0].split()[1:]],

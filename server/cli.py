@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.errors import ConfigurationError, InvalidSoftPrompt, PreludeError, UnknownTask
+from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTrainingData, PreludeError, UnknownTask
 from server.options import with_settings_options
 from server.settings import Settings
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # torch is loaded by the commands that need it, so that --hel
     from server.core import ModelSpec
     from server.soft_prompts.soft_prompt import SoftPrompt
     from server.train.evaluate import Evaluation
+
+HIGHEST_LEARNING_RATE = 1e6
+"""Beyond it a step leaves the range of float32, and nothing could be learned long before."""
 
 app = typer.Typer(
     name="prelude",
@@ -99,6 +102,8 @@ def train(
         from server.train.trainer import Progress, TrainingConfig
 
         check_task_name(task)
+        if not lr <= HIGHEST_LEARNING_RATE:
+            raise InvalidTrainingData(f"--lr is {lr:g}.", remedy="Lower the learning rate: 0.02 is usual.")
         settings = Settings.load()
         template = input_template.replace("\\n", "\n").replace("\\t", "\t")
         files = TaskFiles(task, data, validation, template, init_text, description, licence)

@@ -41,10 +41,11 @@ def serve(settings: Settings) -> None:
         ConfigurationError, StoreError: it cannot start.
     """
     with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
+        store = LocalStore.open(settings.store_url)
         model = FrozenModel.load(settings)
         engine = build_engine(settings, model)
         warm_up(engine)
-        registry = open_registry(settings, model.spec)
+        registry = open_registry(settings, store, model.spec)
         worker = EngineWorker(engine)
         config = uvicorn.Config(
             create_app(settings, worker, registry),
@@ -57,13 +58,13 @@ def serve(settings: Settings) -> None:
         DrainingServer(config, worker, settings.drain_seconds).run([listener])
 
 
-def open_registry(settings: Settings, model: ModelSpec) -> Registry:
-    """Open the store and publish what is new in the inbox.
+def open_registry(settings: Settings, store: LocalStore, model: ModelSpec) -> Registry:
+    """Take over the store's state and publish what is new in the inbox.
 
     Raises:
-        StoreError: the store cannot be read or made.
+        StoreError: the store cannot be read.
     """
-    registry = Registry(LocalStore.open(settings.store_url), model, settings.max_virtual_tokens)
+    registry = Registry(store, model, settings.max_virtual_tokens)
     with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0) as bar:
 
         def show(name: str) -> None:
@@ -76,7 +77,7 @@ def open_registry(settings: Settings, model: ModelSpec) -> Registry:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address; connections are accepted once uvicorn listens on it.
+    """Take an address; whoever connects is answered once the server is ready.
 
     Raises:
         ConfigurationError: somebody else has it, or it is not one of this machine's.
@@ -86,6 +87,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # without it a second server could bind the same address
     except OSError as exc:
         listener.close()
         raise ConfigurationError(
@@ -122,7 +124,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where and how long it took, from the start of the process on."""
         await super().startup(sockets)
-        if self.started and sockets:
+        if self.started and sockets and not self.should_exit:
             host, port = sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             log.info("ready on http://%s:%d in %.1f s", host, port, time.time() - psutil.Process().create_time())

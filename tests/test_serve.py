@@ -20,6 +20,8 @@ import httpx
 import pytest
 
 from server.engine.model import FrozenModel
+from server.errors import ConfigurationError
+from server.serve import bind
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import random_soft_prompt
 
@@ -152,3 +154,8 @@ def _until_refused(client: httpx.Client, body: dict[str, Any]) -> httpx.Response
         if response.status_code != 200:
             return response
         assert time.monotonic() < end
+
+
+def test_an_address_is_taken_by_one_server_before_its_model_is_loaded() -> None:
+    with bind("127.0.0.1", 0) as first, pytest.raises(ConfigurationError, match="Cannot listen"):
+        bind("127.0.0.1", first.getsockname()[1])

@@ -17,6 +17,9 @@ from server.errors import InvalidRequest, PreludeError
 
 log = logging.getLogger(__name__)
 
+MOST_PROBLEMS = 5
+"""Problems of one body that are told; a body can have as many as it has bytes."""
+
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
 
@@ -36,8 +39,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = "; ".join(_problem(item) for item in error.errors())
-        return _reply(422, InvalidRequest(f"{problems}."))
+        items = error.errors()
+        problems = "; ".join(_problem(item) for item in items[:MOST_PROBLEMS])
+        more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
+        return _reply(422, InvalidRequest(f"{problems}{more}."))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -61,7 +66,7 @@ def _problem(item: Mapping[str, Any]) -> str:
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _KNOWN_FIELDS, n=1)
-        return f"unknown field {field}" + (f", did you mean {near[0]}?" if near else "")
+        return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":
         return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
     if item["type"] == "model_attributes_type" and field == "body":

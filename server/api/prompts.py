@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFi
 from server.api.deps import RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpack_upload
-from server.errors import InvalidRequest, InvalidSoftPrompt, UnknownTask
+from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError, UnknownTask
 from server.registry.registry import LiveTask, Published, Registry
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
@@ -103,11 +103,16 @@ def _publish(task: str, files: list[UploadFile], registry: Registry, settings: S
     check_task_name(task)
     if not files:
         raise InvalidSoftPrompt("The form has no files.")
-    with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
-        directory = Path(folder)
-        unpack_upload(files, directory, settings.max_upload_bytes)
-        contents = load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
-        return registry.publish(task, contents, "api")
+    try:
+        with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
+            directory = Path(folder)
+            unpack_upload(files, directory, settings.max_upload_bytes)
+            contents = load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
+    except OSError as exc:
+        raise StoreError(
+            f"The upload cannot be kept: {exc.strerror or exc}.", remedy="Make room in the server's temporary folder."
+        ) from exc
+    return registry.publish(task, contents, "api")
 
 
 def _summary(name: str, live: LiveTask | None, error: str | None) -> PromptSummary:

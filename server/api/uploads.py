@@ -6,8 +6,10 @@ unfold, because the sizes in its directory may lie.
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, PICKLE_FILES
 
 WANTED = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
 MAX_ZIP_ENTRIES = 64
+MAX_DIRECTORY_BYTES = 2**18
+END_RECORD_REACH = 2**16 + 22 + 20
+"""Bytes at a zip's end that hold its end record: the longest comment, the record, and zip64's pointer before it."""
 CHUNK = 2**16
 
 
@@ -48,6 +53,7 @@ def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) 
 
 
 def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
+    _check_directory(source)
     try:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
@@ -64,8 +70,26 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
                     continue
                 with archive.open(entry) as file:
                     max_bytes -= _copy(file, _new(directory, name), max_bytes)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as exc:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ArithmeticError, RuntimeError, ValueError) as exc:
         raise InvalidSoftPrompt(f"The zip cannot be read: {exc}.", remedy="Make a plain zip of the files.") from exc
+
+
+def _check_directory(source: IO[bytes]) -> None:
+    """Refuse a zip by its end record, before zipfile reads a directory that may have a million entries."""
+    size = source.seek(0, os.SEEK_END)
+    source.seek(max(0, size - END_RECORD_REACH))
+    tail = source.read()
+    source.seek(0)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < 22:
+        raise InvalidSoftPrompt("The zip cannot be read: it has no end.", remedy="Make a plain zip of the files.")
+    entries, directory_bytes = struct.unpack("<HI", tail[at + 10 : at + 16])
+    is_zip64 = tail[at - 20 : at - 16] == b"PK\x06\x07"
+    if is_zip64 or entries > MAX_ZIP_ENTRIES or directory_bytes > MAX_DIRECTORY_BYTES:
+        raise InvalidSoftPrompt(
+            f"The zip has {entries} entries or more; at most {MAX_ZIP_ENTRIES} are taken.",
+            remedy="Zip only the files of the soft prompt.",
+        )
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:

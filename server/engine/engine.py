@@ -135,6 +135,7 @@ class Engine:
             if not finite or (choice is not None and choice.token_id is None):
                 deltas.append(self._fail(sequence, "The model's output is not finite for this soft prompt and input."))
             elif choice is not None:
+                sequence.num_finite = span.end
                 deltas.append(self._append(sequence, choice))
         return deltas
 

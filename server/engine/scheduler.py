@@ -59,11 +59,16 @@ class Scheduler:
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
-        """Take a running sequence out and its slot back; `scrub` zeroes the slot first."""
+        """Take a running sequence out and its slot back.
+
+        The slot is zeroed first if NaN may be in it: its next owner masks what lies behind its own end, but 0 * NaN is
+        NaN. A token that could be chosen vouches for every position before it, because it attends to all of them; a
+        sequence that ends in the middle of its prefill has nobody to vouch for it.
+        """
         self.running.remove(sequence)
         self._stop_computing(sequence)
         slot = _slot(sequence)
-        if scrub:
+        if scrub or sequence.num_finite < sequence.num_computed:
             self._kv_cache.scrub(slot)
         self._kv_cache.allocator.release(slot)
         sequence.slot = None

@@ -25,6 +25,8 @@ class Sequence:
     slot: Slot | None = None
     num_computed: int = 0
     """Positions whose keys and values are in the slot."""
+    num_finite: int = 0
+    """Positions whose keys and values are known to be finite: those before a token that could be chosen."""
     output_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

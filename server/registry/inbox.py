@@ -7,6 +7,7 @@ replaced by an upload does not come back by itself.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +24,15 @@ def scan_inbox(directory: Path, registry: Registry, on_entry: Callable[[str], No
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         if entry.name.startswith(".") or not entry.is_dir():
             continue
-        on_entry(entry.name)
+        name = os.fsencode(entry.name).decode(errors="backslashreplace")  # a file system's names need not be text
+        on_entry(name)
         try:
             if any(entry.iterdir()):
                 _publish_entry(entry, registry)
-            registry.inbox_errors.pop(entry.name, None)
+            registry.inbox_errors.pop(name, None)
         except (PreludeError, OSError) as exc:
-            log.warning("%s is not served: %s", entry, exc)
-            registry.inbox_errors[entry.name] = str(exc)
+            log.warning("%s is not served: %s", directory / name, exc)
+            registry.inbox_errors[name] = str(exc).encode(errors="backslashreplace").decode()
 
 
 def _publish_entry(entry: Path, registry: Registry) -> None:

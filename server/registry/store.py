@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from server.errors import InvalidSoftPrompt, StoreError
 from server.registry.events import Event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
+
+ABANDONED_SECONDS = 24 * 3600.0
 
 _EVENT_NAME = re.compile(r"\d{12}\.json")
 
@@ -41,6 +44,7 @@ class LocalStore:
         try:
             for directory in (self._blobs, self._events):
                 directory.mkdir(parents=True, exist_ok=True)
+                _remove_abandoned(directory)
         except OSError as exc:
             raise StoreError(
                 f"The store {root} cannot be made: {exc.strerror}.",
@@ -144,6 +148,14 @@ def _write(path: Path, data: bytes, *, place: Callable[[str, Path], None]) -> bo
     except OSError as exc:
         raise StoreError(f"The store cannot write {path.name}: {exc.strerror}.") from exc
     return True
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what a killed writer left half-written; a day later nobody is still writing it."""
+    for path in directory.glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def _sync_directory(path: Path) -> None:

@@ -28,7 +28,7 @@ class GenerationDefaults(BaseModel):
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(None, max_length=16)
     seed: int | None = Field(None, ge=0, lt=2**64)
 

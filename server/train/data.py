@@ -83,6 +83,8 @@ def _parse_row(path: Path, number: int, line: str) -> Row:
             raise InvalidTrainingData(f"{path}, line {number}: no string field {name!r}.")
         if not fields[name].strip():
             raise InvalidTrainingData(f"{path}, line {number}: {name!r} is empty.")
+        if not fields[name].isprintable() and any("\ud800" <= character <= "\udfff" for character in fields[name]):
+            raise InvalidTrainingData(f"{path}, line {number}: {name!r} holds half of a surrogate pair.")
     return Row(fields["input"], fields["target"], number)
 
 

@@ -164,3 +164,11 @@ def test_the_documentation_page_is_served(server: LiveServer) -> None:
     response = server.client.get("/docs")
     assert response.status_code == 200
     assert "/openapi.json" in response.text
+
+
+def test_a_body_with_very_many_unknown_fields_is_refused_briefly(server: LiveServer) -> None:
+    parameters = {f"temperatur{i}": 1 for i in range(20_000)}
+    response = server.client.post("/generate", json={"inputs": "x", "parameters": parameters})
+    assert response.status_code == 422
+    assert "and 19,995 more" in response.json()["error"]
+    assert len(response.content) < 2000

@@ -95,7 +95,7 @@ def test_an_unknown_field_is_refused_and_the_nearest_named(server: LiveServer) -
     )
     response = server.client.post("/generate", json={"input": "hello"})
     assert_error(
-        response, 422, "invalid_request", "unknown field input, did you mean inputs?", "inputs: Field required"
+        response, 422, "invalid_request", "unknown field input (did you mean inputs?)", "inputs: Field required"
     )
     assert_error(server.generate(zzzzzz=1), 422, "invalid_request", "unknown field parameters.zzzzzz")
 

@@ -344,6 +344,22 @@ def test_a_zip_with_too_many_entries_is_refused(server: LiveServer, good: Files)
     _refused(server, {"f.zip": zip_of(many)}, f"{len(many)} entries")
 
 
+def test_a_zip_whose_directory_is_huge_is_refused_before_it_is_read(server: LiveServer, good: Files) -> None:
+    many = _zip([(f"{i}", b"") for i in range(3_000)], zipfile.ZIP_STORED)
+    packed = zip_of(good)
+    end = packed.rfind(b"PK\x05\x06")
+    zip64 = packed[:end] + b"PK\x06\x07" + bytes(16) + packed[end:]  # points to a record that may say anything
+    for content in (many, zip64):
+        _refused(server, [("x.zip", content)], "at most 64")
+
+
+def test_a_zip_entry_at_an_impossible_offset_is_refused(server: LiveServer, good: Files) -> None:
+    packed = bytearray(zip_of(good))
+    at = packed.rfind(b"PK\x01\x02")
+    packed[at + 42 : at + 46] = b"\xff\xff\xff\xff"
+    _refused(server, [("x.zip", bytes(packed))], "zip")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_zip_that_is_packed_in_a_rare_way_is_refused(server: LiveServer, good: Files, compression: int) -> None:
     _refused(server, {"f.zip": _zip(list(good.items()), compression)}, "rare compression")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.model import FrozenModel
@@ -74,3 +76,34 @@ def test_the_embedded_models_pieces_joined_are_its_decoded_text(smollm2: FrozenM
     detokenizer = Detokenizer(smollm2.tokenizer)
     joined = "".join(detokenizer.push(token_id)[0] for token_id in smollm2.encode(text)) + detokenizer.flush()
     assert joined == text
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A Llama-like tokenizer: words with ▁ for a space, and single bytes for everything else."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁hello": 256, "b": 257, "▁": 258}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+@given(st.lists(st.sampled_from([0x41, 0xE2, 0x82, 0xAC, 0xF0, 256, 257, 258]), max_size=12))
+def test_bytes_that_form_no_character_break_no_decoder(token_ids: list[int]) -> None:
+    """A byte-fallback decoder changes its mind about earlier text; a sampled sequence can bring that about."""
+    detokenizer = Detokenizer(FALLBACK)
+    out = "".join(detokenizer.push(token_id)[0] for token_id in token_ids) + detokenizer.flush()
+    whole = FALLBACK.backend_tokenizer.decode(token_ids, skip_special_tokens=True)
+    if "\ufffd" not in whole:
+        assert out == whole
+    assert len(out) <= len(whole) + out.count("\ufffd")
+
+
+def test_the_sequence_that_streaming_cannot_decode_gets_its_text() -> None:
+    detokenizer = Detokenizer(FALLBACK)
+    pieces = [detokenizer.push(token_id)[0] for token_id in (0x41, 0xE2, 257, 256)]
+    assert pieces[0] == "A"
+    assert "".join(pieces).endswith("b hello")

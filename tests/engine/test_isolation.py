@@ -145,3 +145,28 @@ def test_a_soft_prompt_that_overflows_fails_alone_and_poisons_nobody(tiny32: Fro
     for i in range(8):  # every slot that the bad one may have left behind
         again = request(f"again {i}", [1, 2, 3], max_new_tokens=8)
         assert run_engine(engine, [(again, None)])[f"again {i}"].token_ids == expected
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_a_poisonous_prefill_leaves_nothing_behind(
+    tiny32: FrozenModel,
+) -> None:
+    """Its keys and values are NaN already, and no token was chosen yet that would have shown it."""
+    values = torch.zeros(
+        5, tiny32.spec.num_hidden_layers, 2, tiny32.spec.kv_width // tiny32.spec.num_hidden_layers // 2
+    )
+    values[:, :, 1] = 3e38
+    evil = SoftPrompt("PREFIX_TUNING", values.reshape(5, -1))
+    asked = request("good", [1, 2, 3], max_new_tokens=8)
+    expected = run_engine(make_engine(tiny32), [(asked, None)])["good"].token_ids
+    engine = make_engine(tiny32, num_slabs=1, max_batch_tokens=16)
+    engine.add(request("evil", list(range(100)), max_new_tokens=4), evil)
+    engine.step()
+    engine.step()
+    slot = next(iter(engine.kv_cache.allocator.used))
+    assert not torch.isfinite(engine.kv_cache.copy_out(slot, slot.length)).all(), "the attack does nothing here"
+    engine.abort("evil")
+    # A short row is read as far as its longest neighbour reaches, masked behind its own end.
+    victims: Work = [(request(f"victim {i}", [1, 2, 3], max_new_tokens=8), None) for i in range(3)]
+    neighbour = request("neighbour", list(range(20)), max_new_tokens=8)
+    outcomes = run_engine(engine, [*victims, (neighbour, None)])
+    assert all(outcomes[f"victim {i}"].token_ids == expected for i in range(3))

@@ -215,3 +215,23 @@ def test_a_task_outlives_its_entry(home: Home) -> None:
     home.start()
     shutil.rmtree(home.prompts / "a")
     assert live(home.start()) == {"a": 1}
+
+
+def test_an_entry_whose_name_is_not_text_is_reported_as_text(home: Home) -> None:
+    entry = os.fsencode(home.prompts) + b"/bad\xff"
+    os.makedirs(entry)  # noqa: PTH103
+    Path(os.fsdecode(entry), CONFIG).write_text("{}")
+    registry = home.start()
+    assert [name.encode() for name in registry.errors] == [b"bad\\xff"]
+    registry.errors["bad\\xff"].encode()
+
+
+def test_what_a_killed_writer_left_is_removed_a_day_later(home: Home) -> None:
+    home.start()
+    old, new = (home.prompts / ".store" / "blobs" / f".tmp-{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    home.start()
+    assert not old.exists()
+    assert new.exists()

@@ -122,3 +122,10 @@ def test_the_first_rows_of_a_file_are_still_that_file(tmp_path: Path) -> None:
     assert data.first(1).rows == data.rows[:1]
     assert data.first(1).sha256 == data.sha256
     assert data.first(None) == data
+
+
+def test_half_a_surrogate_pair_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"input": "fine", "target": "a"}\n{"input": "\\ud800", "target": "a"}\n', encoding="utf-8")
+    with pytest.raises(InvalidTrainingData, match="line 2: 'input' holds half"):
+        read_data(path)

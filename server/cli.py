@@ -209,6 +209,7 @@ def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory
     from server.registry.registry import Registry
     from server.registry.store import LocalStore
     from server.soft_prompts.formats import load_soft_prompts
+    from server.soft_prompts.names import names_of
 
     with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
         registry = Registry(LocalStore(Path(store)), model, settings.max_virtual_tokens)
@@ -216,9 +217,9 @@ def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory
             if not directory.is_dir():
                 raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
             contents = load_soft_prompts(directory, model, settings.max_virtual_tokens)
-            if len(contents) > 1:
+            if names_of(task, contents) != [task]:
                 raise InvalidSoftPrompt(
-                    f"{directory} holds {len(contents)} soft prompts.",
+                    f"{directory} is a multitask soft prompt with {len(contents)} rows.",
                     remedy=f"Put it into {settings.prompts_dir}; there they are {directory.name}-0, ….",
                 )
             registry.publish(task, contents, "inbox")

@@ -38,7 +38,7 @@ def scan_inbox(directory: Path, registry: Registry, on_entry: Callable[[str], No
 def _publish_entry(entry: Path, registry: Registry) -> None:
     check_task_name(entry.name)
     contents = load_soft_prompts(entry, registry.model, registry.max_virtual_tokens)
-    names = names_of(entry.name, len(contents))
+    names = names_of(entry.name, contents)
     if all(registry.is_from_inbox(name, content) for name, content in zip(names, contents, strict=True)):
         return
     published = registry.publish(entry.name, contents, "inbox")

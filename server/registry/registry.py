@@ -120,7 +120,7 @@ class Registry:
             InvalidTaskName: the name is not one, or is the frozen model's.
             StoreError: the store refuses; nothing has changed then.
         """
-        names = names_of(name, len(soft_prompts))
+        names = names_of(name, soft_prompts)
         for task in names:
             self._check_free(task)
         with self._changing:

@@ -60,10 +60,11 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
             values = _multitask_rows(tensors, config, model, max_virtual_tokens)
         else:
             values = [_single_tensor(tensors, peft_type, config, model, max_virtual_tokens)]
-    kind = "PROMPT_TUNING" if peft_type == MULTITASK else peft_type
+    multitask = peft_type == MULTITASK
     for value in values:
         check_finite(value, model.dtype)
-    return [SoftPrompt(kind, value, manifest) for value in values]
+    kind = "PROMPT_TUNING" if multitask else peft_type
+    return [SoftPrompt(kind, value, manifest, is_multitask_row=multitask) for value in values]
 
 
 def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from server.errors import InvalidTaskName, UnknownTask
+from server.soft_prompts.soft_prompt import SoftPrompt
 
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -37,9 +38,11 @@ def split_version(reference: str) -> tuple[str, int | None]:
     return check_task_name(name), int(version) if at else None
 
 
-def names_of(name: str, contents: int) -> list[str]:
-    """The tasks that publishing so many contents under a name makes; rows of a multitask one are numbered."""
-    return [name] if contents == 1 else [f"{name}-{row}" for row in range(contents)]
+def names_of(name: str, contents: Sequence[SoftPrompt]) -> list[str]:
+    """The tasks that publishing these contents under a name makes; rows of a multitask soft prompt are numbered."""
+    if len(contents) == 1 and not contents[0].is_multitask_row:
+        return [name]
+    return [f"{name}-{row}" for row in range(len(contents))]
 
 
 def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:

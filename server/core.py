@@ -106,5 +106,5 @@ class Delta:
     token: Token | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    error: str | None = None
-    """Set with FAILED: what went wrong, in words for the client."""
+    error: Exception | None = None
+    """Set with FAILED: what the one who waits is to be told."""

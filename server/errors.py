@@ -12,6 +12,7 @@
     ├── Unauthorized                   the server wants a key, and there is none or a wrong one
     ├── Forbidden                      the key is good, but not for this
     ├── UnknownTask                    nobody published a task (or a version) of that name
+    ├── VersionUnavailable             the version exists, but cannot be read, or not be served by this model
     ├── VersionInUse                   the version is live, so it cannot be deleted
     ├── NothingToRollBackTo            nothing was live before what is live now
     ├── PreconditionFailed             the task has changed since the client looked at it
@@ -22,6 +23,7 @@
     ├── ServerDraining                 the server is shutting down and takes nothing new
     ├── RequestAborted                 the request was cancelled before its end
     ├── GenerationFailed               the engine could not finish an accepted request
+    │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
     ├── StoreError                     the store cannot be read or written
     │   └── StoreFull                  there is no space left to keep it
     └── InvalidTrainingData            a data file cannot be trained on or evaluated
@@ -141,6 +143,14 @@ class Forbidden(PreludeError):
     default_remedy = "Use a key with the scope that the message names, or have one made by `prelude keys create`."
 
 
+class VersionUnavailable(PreludeError):
+    """A published version that this server cannot serve: its blob is damaged, or it is of another model."""
+
+    status = 503
+    code = "version_unavailable"
+    default_remedy = "Activate another version, roll back, or publish the task again."
+
+
 class VersionInUse(PreludeError):
     """A version that answers requests cannot be deleted."""
 
@@ -224,6 +234,13 @@ class GenerationFailed(PreludeError):
     """The engine could not finish an accepted request."""
 
     code = "generation_failed"
+
+
+class NotFinite(GenerationFailed):
+    """The model's output holds NaN or infinity; only this request is affected."""
+
+    code = "not_finite"
+    default_remedy = "Use another version of the task: its virtual tokens lead the model out of its numeric range."
 
 
 class StoreError(PreludeError):

@@ -15,15 +15,19 @@ import uvicorn
 from tqdm import tqdm
 
 from server.api.app import create_app
-from server.core import GenerationRequest, ModelSpec, SamplingParams
+from server.api.browsers import is_loopback
+from server.core import GenerationRequest, SamplingParams
 from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
-from server.registry.inbox import scan_inbox
+from server.keys.live import ApiKeys
+from server.registry.inbox import Inbox
+from server.registry.objects import open_objects
 from server.registry.registry import Registry
-from server.registry.store import LocalStore
+from server.registry.store import Store
+from server.registry.sync import Syncer
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,15 +44,19 @@ def serve(settings: Settings) -> None:
     Raises:
         ConfigurationError, StoreError: it cannot start.
     """
+    keys = open_keys(settings)
     with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
-        store = LocalStore.open(settings.store_url)
+        check_exposure(settings, listener.getsockname()[0])
+        store = Store(open_objects(settings.store_url))
         model = FrozenModel.load(settings)
         engine = build_engine(settings, model)
         warm_up(engine)
-        registry = open_registry(settings, store, model.spec)
+        registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
+        inbox = Inbox(settings.prompts_dir, registry)
+        publish_inbox(inbox, registry)
         worker = EngineWorker(engine)
         config = uvicorn.Config(
-            create_app(settings, worker, registry),
+            create_app(settings, worker, registry, [inbox, Syncer(registry, settings.sync_seconds)], keys),
             log_level=settings.log_level,
             log_config=None,  # the messages of uvicorn look like ours
             access_log=False,
@@ -58,22 +66,53 @@ def serve(settings: Settings) -> None:
         DrainingServer(config, worker, settings.drain_seconds).run([listener])
 
 
-def open_registry(settings: Settings, store: LocalStore, model: ModelSpec) -> Registry:
-    """Take over the store's state and publish what is new in the inbox.
-
-    Raises:
-        StoreError: the store cannot be read.
-    """
-    registry = Registry(store, model, settings.max_virtual_tokens)
+def publish_inbox(inbox: Inbox, registry: Registry) -> None:
+    """Publish what is new in the inbox, and say what is served."""
     with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0) as bar:
 
         def show(name: str) -> None:
             bar.update()
 
-        scan_inbox(settings.prompts_dir, registry, show)
-    tasks = [task.task for task in registry.tasks()]
-    log.info("%d tasks: %s", len(tasks), ", ".join(tasks[:20]) or "none yet")
-    return registry
+        inbox.scan(show)
+    live = [task.name for task in registry.tasks() if task.traffic]
+    log.info("%d tasks: %s", len(live), ", ".join(live[:20]) or "none yet")
+
+
+def open_keys(settings: Settings) -> ApiKeys | None:
+    """The keys that requests must carry; None if none are asked for.
+
+    Raises:
+        ConfigurationError: the keys file cannot be used, or everybody is to be let in beside it.
+    """
+    if settings.api_keys_file is None:
+        return None
+    if settings.allow_anonymous:
+        raise ConfigurationError(
+            "PRELUDE_ALLOW_ANONYMOUS lets everybody in, PRELUDE_API_KEYS_FILE only those with a key.",
+            remedy="Leave out one of them.",
+        )
+    return ApiKeys(settings.api_keys_file)
+
+
+def check_exposure(settings: Settings, address: str) -> None:
+    """Refuse to let a network in without keys, unless that was asked for.
+
+    Args:
+        settings: what was asked for.
+        address: where the socket listens, whatever name it was given by.
+
+    Raises:
+        ConfigurationError: others than this machine's users could reach it.
+    """
+    if settings.api_keys_file is not None or is_loopback(address):
+        return
+    if not settings.allow_anonymous:
+        raise ConfigurationError(
+            f"Without API keys, everybody who reaches {address} could use, replace and delete every task.",
+            remedy="Ask for keys: `prelude keys create --file keys.json --name me --scope admin`, then "
+            "PRELUDE_API_KEYS_FILE=keys.json. Or let everybody in: PRELUDE_ALLOW_ANONYMOUS=1.",
+        )
+    log.warning("no API keys: everybody who reaches %s may use, replace and delete every task", address)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from fastapi import FastAPI
 
 from server import __version__
-from server.api import ops, prompts, tgi
+from server.api import ops, prompts, tgi, versions
+from server.api.browsers import OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
 from server.engine.worker import EngineWorker
+from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.settings import Settings
 
@@ -19,19 +23,44 @@ DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few lea
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
 
 
-def create_app(settings: Settings, worker: EngineWorker, registry: Registry) -> FastAPI:
-    """Put the routes together. The engine's thread lives as long as the app."""
+class Service(Protocol):
+    """What runs beside the app on a thread of its own: the inbox's watcher, the store's."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def stop(self) -> None:
+        """End, and wait until it has ended."""
+
+
+def create_app(
+    settings: Settings,
+    worker: EngineWorker,
+    registry: Registry,
+    services: Sequence[Service] = (),
+    keys: ApiKeys | None = None,
+) -> FastAPI:
+    """Put the routes together. The engine's thread and the services live as long as the app."""
+    assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        worker.start(registry.is_referenced)
+        registry.connect(worker)
+        for service in services:
+            service.start()
         yield
+        for service in services:
+            await asyncio.to_thread(service.stop)
         await worker.stop()
 
     app = FastAPI(title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
+    app.state.keys = keys
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
+    if keys is None:
+        app.add_middleware(OwnPagesOnly, loopback_only=not settings.allow_anonymous)
     install_error_handlers(app)
-    for module in (tgi, prompts, ops):
+    for module in (tgi, prompts, versions, ops):
         app.include_router(module.router)
     return app

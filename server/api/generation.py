@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 from server.core import GenerationRequest
 from server.engine.worker import EngineWorker
-from server.errors import EmptyInput, InputTooLong
-from server.registry.registry import Registry, Resolved
-from server.soft_prompts.manifest import GenerationDefaults
+from server.errors import EmptyInput, InputTooLong, VersionUnavailable
+from server.registry.registry import Registry
+from server.registry.views import Resolved
+from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 LONG_TEXT = 4096
@@ -27,11 +28,7 @@ class Prepared:
 
     request: GenerationRequest
     resolved: Resolved | None
-
-    @property
-    def soft_prompt(self) -> SoftPrompt | None:
-        """The soft prompt that answers, or None for the frozen model alone."""
-        return None if self.resolved is None else self.resolved.soft_prompt
+    soft_prompt: SoftPrompt | None
 
     def headers(self, worker: EngineWorker) -> dict[str, str]:
         """Headers that say what answered; a model's name that is not ASCII is percent-encoded."""
@@ -47,6 +44,7 @@ async def prepare(
     *,
     task: str | None,
     text: str,
+    user: str | None = None,
     sampling: Mapping[str, Any],
     sample: bool = False,
     truncate: int | None = None,
@@ -58,27 +56,53 @@ async def prepare(
         registry: where tasks are looked up.
         task: `task` or `task@version`; None is the frozen model alone.
         text: the user's text, before the task's template.
+        user: who asks, for a canary: the same user stays on the same side.
         sampling: the fields of SamplingParams that the request sets itself.
         sample: the request asks for sampling and leaves the temperature to the task; 1 if that is greedy.
         truncate: keep only the last so many input tokens.
 
     Raises:
-        UnknownTask, InvalidTaskName, EmptyInput.
+        UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput.
         InputTooLong: the text can never fit, however it is tokenised.
     """
-    resolved = None if task is None else registry.resolve(task)
+    request_id = uuid.uuid4().hex
+    resolved = soft_prompt = None
+    if task is not None:
+        resolved, soft_prompt = await find_soft_prompt(registry, task, user or request_id)
     if not text:
         raise EmptyInput("`inputs` is empty.")
-    templated = text if resolved is None else resolved.soft_prompt.manifest.render(text)
-    input_ids = await _encode(worker, templated, truncate)
-    defaults = GenerationDefaults() if resolved is None else resolved.soft_prompt.manifest.generation
+    manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
+    input_ids = await _encode(worker, manifest.render(text), truncate)
+    defaults = manifest.generation
     if sample and not defaults.temperature:
         sampling = {**sampling, "temperature": 1.0}
-    virtual = 0 if resolved is None else resolved.soft_prompt.num_virtual_tokens
+    virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
     room = worker.model.max_model_len - virtual - len(input_ids)
     params = defaults.sampling_params(sampling, room=room, seed=secrets.randbits(63))
-    request = GenerationRequest(uuid.uuid4().hex, tuple(input_ids), params, resolved.task if resolved else None)
-    return Prepared(request, resolved)
+    request = GenerationRequest(request_id, tuple(input_ids), params, resolved.task if resolved else None)
+    return Prepared(request, resolved, soft_prompt)
+
+
+async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:
+    """What a task's name stands for, and its soft prompt; from the store if it is not in memory, off the event loop.
+
+    If the version is deleted while it is read, the name is looked up again: it may stand for another by now.
+
+    Raises:
+        UnknownTask, InvalidTaskName.
+        VersionUnavailable: it cannot be read, or not be served by this model.
+    """
+    while True:
+        resolved = registry.resolve(reference, key)
+        soft_prompt = registry.cached(resolved)
+        if soft_prompt is not None:
+            return resolved, soft_prompt
+        try:
+            # Others may wait for the same future: whoever hangs up must not cancel it for them.
+            return resolved, await asyncio.shield(asyncio.wrap_future(registry.fetch(resolved)))
+        except VersionUnavailable:
+            if registry.resolve(reference, key) == resolved:
+                raise
 
 
 async def _encode(worker: EngineWorker, text: str, truncate: int | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Soft prompts over HTTP: list, look at, publish, delete."""
+"""Soft prompts over HTTP: list, look at, publish, delete. Their versions are in `versions.py`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
-from server.api.deps import RegistryDep, SettingsDep, known_query
+from server.api.conditions import ExpectedDep, set_etag
+from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpack_upload
-from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError, UnknownTask
-from server.registry.registry import LiveTask, Published, Registry
+from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError
+from server.registry.registry import Registry
+from server.registry.views import Task
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
-from server.soft_prompts.names import check_task_name, unknown_task
+from server.soft_prompts.names import check_task_name
+from server.soft_prompts.soft_prompt import SoftPrompt
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such task."},
     422: {"model": ErrorBody, "description": "The name or a parameter does not fit."},
 }
+CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {
+    **ERRORS,
+    412: {"model": ErrorBody, "description": "The task is not what If-Match or If-None-Match expects."},
+    500: {"model": ErrorBody, "description": "The store could not be written."},
+    507: {"model": ErrorBody, "description": "The store has no space left."},
+}
 PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
-    200: {"model": PublishReply, "description": "The content was live already; nothing changed."},
+    200: {"model": PublishReply, "description": "The content was live already, or it was a dry run; nothing changed."},
     400: {"model": ErrorBody, "description": "The body is not a multipart form."},
     409: {"model": ErrorBody, "description": "The soft prompt was trained on another frozen model."},
+    412: CHANGE_ERRORS[412],
     413: {"model": ErrorBody, "description": "The upload is too large."},
     422: {"model": ErrorBody, "description": "The files are not a soft prompt for this model."},
-    500: {"model": ErrorBody, "description": "The store could not be written."},
+    500: CHANGE_ERRORS[500],
+    507: CHANGE_ERRORS[507],
 }
 
 router = APIRouter(prefix="/prompts", tags=["soft prompts"], dependencies=[Depends(known_query)])
@@ -41,24 +52,24 @@ async def list_prompts(
     after: Annotated[str | None, Query(description="Start behind this task: `next` of the page before.")] = None,
 ) -> PromptList:
     """All tasks by name, with what is broken in the inbox."""
-    live = {task.task: task for task in registry.tasks()}
-    names = sorted(name for name in {*live, *registry.errors} if after is None or name > after)
-    page = [_summary(name, live.get(name), registry.errors.get(name)) for name in names[:limit]]
+    tasks = {task.name: task for task in registry.tasks()}
+    errors = registry.errors
+    names = sorted(name for name in {*tasks, *errors} if after is None or name > after)
+    page = [_summary(name, tasks.get(name), errors.get(name)) for name in names[:limit]]
     return PromptList(prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 
 @router.get("/{task}", response_model=PromptDetail, response_model_exclude_none=True, responses=ERRORS)
-async def get_prompt(task: str, registry: RegistryDep) -> PromptDetail:
-    """One task: its live version, its versions, and the manifest."""
-    tasks = {entry.task: entry for entry in registry.tasks()}
-    live = tasks.get(check_task_name(task))
-    if live is None:
-        error = unknown_task(task, tasks)
-        raise UnknownTask(error.message, remedy=registry.errors.get(task, error.remedy))
+async def get_prompt(task: str, registry: RegistryDep, response: Response) -> PromptDetail:
+    """One task: who answers, its versions, and the manifest. The ETag is what If-Match of a change takes."""
+    found = registry.task(task)
+    set_etag(response, found.etag)
+    shown = found.live or found.versions[max(found.versions)]
     return PromptDetail(
-        **_summary(task, live, registry.errors.get(task)).model_dump(),
-        versions=list(live.versions),
-        manifest=live.soft_prompt.manifest.model_dump(mode="json", exclude_none=True),
+        **_summary(task, found, registry.errors.get(task)).model_dump(),
+        versions=sorted(found.versions),
+        traffic=dict(found.traffic) if len(found.traffic) > 1 else None,
+        manifest=shown.content.parse_manifest().model_dump(mode="json", exclude_none=True),
     )
 
 
@@ -73,33 +84,43 @@ async def put_prompt(
     response: Response,
     registry: RegistryDep,
     settings: SettingsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    activate: Annotated[bool, Query(description="false stages it: only requests for task@version get it.")] = True,
+    dry_run: Annotated[bool, Query(description="true validates it as a publish would, and changes nothing.")] = False,
 ) -> PublishReply:
     """Publish a soft prompt under a task's name; the next request is served by it, those in flight finish on theirs."""
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
-    published = await asyncio.to_thread(_publish, task, files, registry, settings)
+    soft_prompts = await asyncio.to_thread(_validate, task, files, registry, settings)
+    published = await asyncio.to_thread(
+        registry.publish, task, soft_prompts, "api", by=key_id, activate=activate, expected=expected, dry_run=dry_run
+    )
     if not published.created:
         response.status_code = 200
+    if published.etag:
+        set_etag(response, published.etag)
     first = published.tasks[0]
     return PublishReply(
         task=first.task,
         version=first.version,
-        digest=first.soft_prompt.digest,
-        peft_type=first.soft_prompt.peft_type,
-        num_virtual_tokens=first.soft_prompt.num_virtual_tokens,
-        live=True,
+        digest=first.content.digest,
+        peft_type=first.content.peft_type,
+        num_virtual_tokens=first.content.num_virtual_tokens,
+        live=published.live,
         tasks=[TaskVersion(task=item.task, version=item.version) for item in published.tasks],
     )
 
 
-@router.delete("/{task}", status_code=204, responses={**ERRORS, 500: PUBLISH_ERRORS[500]})
-async def delete_prompt(task: str, registry: RegistryDep) -> None:
-    """Retire a task and all its versions; requests in flight finish."""
-    await asyncio.to_thread(registry.delete, task)
+@router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS)
+async def delete_prompt(task: str, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep) -> None:
+    """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
+    await asyncio.to_thread(registry.delete, task, by=key_id, expected=expected)
 
 
-def _publish(task: str, files: list[UploadFile], registry: Registry, settings: Settings) -> Published:
+def _validate(task: str, files: list[UploadFile], registry: Registry, settings: Settings) -> list[SoftPrompt]:
+    """From the form's files to soft prompts; the files are gone afterwards."""
     check_task_name(task)
     if not files:
         raise InvalidSoftPrompt("The form has no files.")
@@ -107,24 +128,23 @@ def _publish(task: str, files: list[UploadFile], registry: Registry, settings: S
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
             directory = Path(folder)
             unpack_upload(files, directory, settings.max_upload_bytes)
-            contents = load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
+            return load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
     except OSError as exc:
         raise StoreError(
             f"The upload cannot be kept: {exc.strerror or exc}.", remedy="Make room in the server's temporary folder."
         ) from exc
-    return registry.publish(task, contents, "api")
 
 
-def _summary(name: str, live: LiveTask | None, error: str | None) -> PromptSummary:
+def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
+    live = task.live if task is not None else None
     if live is None:
         return PromptSummary(task=name, error=error)
-    soft_prompt = live.soft_prompt
     return PromptSummary(
         task=name,
-        version=live.live,
-        digest=soft_prompt.digest,
-        peft_type=soft_prompt.peft_type,
-        num_virtual_tokens=soft_prompt.num_virtual_tokens,
-        description=soft_prompt.manifest.description,
+        version=live.number,
+        digest=live.content.digest,
+        peft_type=live.content.peft_type,
+        num_virtual_tokens=live.content.num_virtual_tokens,
+        description=live.content.parse_manifest().description,
         error=error,
     )

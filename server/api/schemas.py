@@ -67,6 +67,7 @@ class GenerateBody(_Strict):
     inputs: str = Field(description="The text; the task's input_template is put around it.")
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
     stream: bool = Field(False, description="Answer as server-sent events, one per token.")
+    user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
 
     @field_validator("parameters", mode="before")
     @classmethod
@@ -128,7 +129,7 @@ class TaskVersion(BaseModel):
 
 
 class PromptSummary(BaseModel):
-    """One entry of GET /prompts; a broken one has an `error`, and a version only if an older one is live."""
+    """One entry of GET /prompts; without a `version` nobody answers. In a canary it is the one that answers most."""
 
     task: str
     version: int | None = None
@@ -150,7 +151,42 @@ class PromptDetail(PromptSummary):
     """GET /prompts/{task}."""
 
     versions: list[int]
-    manifest: dict[str, Any]
+    traffic: dict[int, int] | None = Field(None, description="Shares of 100 by version, in a canary.")
+    manifest: dict[str, Any] = Field(description="What the live version says about itself; else the newest one.")
+
+
+class VersionBody(BaseModel):
+    """One version of a task."""
+
+    version: int
+    live: bool = Field(description="Whether it answers requests that name no version, all of them or a share.")
+    digest: str = Field(description="Identity of what changes answers.")
+    prefix_hash: str = Field(description="Identity of the numbers alone.")
+    peft_type: str
+    num_virtual_tokens: int
+    bytes: int
+    created_at: str
+    source: str = Field(description="api or inbox.")
+    by: str | None = Field(None, description="Id of the key, or place of the inbox, that it came from.")
+    description: str | None = None
+    metrics: dict[str, Any] | None = None
+
+
+class VersionList(BaseModel):
+    """A task's versions, newest first, and who answers."""
+
+    task: str
+    live: int | None = Field(None, description="The version that answers; in a canary the one that answers most.")
+    traffic: dict[int, int] | None = Field(None, description="Shares of 100 by version, in a canary.")
+    versions: list[VersionBody]
+
+
+class ActivateBody(BaseModel):
+    """POST /prompts/{task}/activate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(ge=1)
 
 
 class PublishReply(BaseModel):

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from server.api.auth import Generates, GuardedRoute, allow_task
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.generation import Prepared, prepare
 from server.api.schemas import (
@@ -33,7 +34,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "The server is shutting down."},
 }
 
-router = APIRouter(tags=["generate"], responses=ERRORS, dependencies=[Depends(known_query)])
+router = APIRouter(
+    tags=["generate"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
+)
 
 TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
 
@@ -66,11 +69,14 @@ async def _answer(
     body: GenerateBody, task: str | None, stream: bool, request: Request, worker: EngineWorker, registry: Registry
 ) -> Response:
     parameters = body.parameters
+    named = _one_task(task, parameters.adapter_id)
+    allow_task(request, named)
     prepared = await prepare(
         worker,
         registry,
-        task=_one_task(task, parameters.adapter_id),
+        task=named,
         text=body.inputs,
+        user=body.user,
         sampling=_sampling_fields(parameters, stream),
         sample=_wants_sampling(parameters),
         truncate=parameters.truncate,

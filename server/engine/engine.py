@@ -13,7 +13,7 @@ from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice, choose_next
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.errors import EmptyInput, InputTooLong
+from server.errors import EmptyInput, GenerationFailed, InputTooLong, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 Batch = list[tuple[Sequence, Span]]
@@ -76,10 +76,11 @@ class Engine:
 
     def fail_all(self, message: str) -> list[Delta]:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
-        deltas = [self._fail(sequence, message) for sequence in list(self.scheduler.running)]
+        deltas = [self._fail(sequence, GenerationFailed(message)) for sequence in list(self.scheduler.running)]
         for sequence in list(self.scheduler.waiting):
             self.scheduler.abort(sequence.request_id)
-            deltas.append(Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, message))
+            error = GenerationFailed(message)
+            deltas.append(Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error))
         return deltas
 
     def step(self) -> list[Delta]:
@@ -134,7 +135,8 @@ class Engine:
             finite = self.scheduler.keep_prefix(sequence)
             choice = next(remaining) if samples else None
             if not finite or (choice is not None and choice.token_id is None):
-                deltas.append(self._fail(sequence, "The model's output is not finite for this soft prompt and input."))
+                error = NotFinite("The model's output is not finite for this soft prompt and input.")
+                deltas.append(self._fail(sequence, error))
             elif choice is not None:
                 sequence.num_finite = span.end
                 deltas.append(self._append(sequence, choice))
@@ -167,6 +169,6 @@ class Engine:
             return Token(token_id, str(self.model.tokenizer.convert_ids_to_tokens(token_id)), logprob, special=True)
         return Token(token_id, text, logprob)
 
-    def _fail(self, sequence: Sequence, message: str) -> Delta:
+    def _fail(self, sequence: Sequence, error: Exception) -> Delta:
         self.scheduler.finish(sequence, scrub=True)
-        return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, message)
+        return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)

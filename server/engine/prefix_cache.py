@@ -54,6 +54,12 @@ class PrefixCache:
             _, dropped = self._prefixes.popitem(last=False)
             self.num_bytes -= _num_bytes(dropped)
 
+    def drop(self, prefix_hash: str) -> None:
+        """Forget a prefix, if it is here."""
+        dropped = self._prefixes.pop(prefix_hash, None)
+        if dropped is not None:
+            self.num_bytes -= _num_bytes(dropped)
+
     def check_integrity(self) -> None:
         """Assert that the bytes are those of the prefixes held."""
         assert self.num_bytes == sum(_num_bytes(prefix) for prefix in self._prefixes.values())

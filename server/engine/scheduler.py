@@ -7,6 +7,9 @@ behind it overtakes, so a long request is not starved by short ones.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable
+
 import torch
 
 from server.core import ModelSpec
@@ -23,6 +26,7 @@ class Scheduler:
     Attributes:
         waiting: accepted, not yet admitted.
         running: admitted, in the order of admission; each owns a slot.
+        is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class Scheduler:
         self._model = model
         self._kv_cache = kv_cache
         self._prefixes = prefixes
+        self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
+        self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
         self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
         self._max_sequences = max_sequences
         self._max_batch_tokens = max_batch_tokens
@@ -42,6 +48,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue an accepted sequence."""
         self.waiting.add(sequence)
+        if sequence.soft_prompt is not None:
+            self._users[sequence.soft_prompt.prefix_hash] += 1
 
     def schedule(self) -> list[tuple[Sequence, Span]]:
         """Admit whom there is room for, and share out the next step's tokens; empty if there is nothing to do.
@@ -72,17 +80,25 @@ class Scheduler:
             self._kv_cache.scrub(slot)
         self._kv_cache.allocator.release(slot)
         sequence.slot = None
+        self._leave(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
         """Take a sequence out wherever it is, and answer it; None if it has ended already."""
         waiting = self.waiting.remove(request_id)
         if waiting is not None:
+            self._leave(waiting)
             return waiting
         for sequence in self.running:
             if sequence.request_id == request_id:
                 self.finish(sequence)
                 return sequence
         return None
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Forget those of these prefixes that nobody wants or uses; those in use go with their last user."""
+        for prefix_hash in prefix_hashes:
+            if prefix_hash not in self._users and not self.is_wanted(prefix_hash):
+                self._prefixes.drop(prefix_hash)
 
     def keep_prefix(self, sequence: Sequence) -> bool:
         """If this sequence computes its soft prompt's prefix and has just completed it, keep a copy for all others.
@@ -107,6 +123,9 @@ class Scheduler:
         self._kv_cache.allocator.check_integrity(_slot(sequence) for sequence in self.running)
         self._prefixes.check_integrity()
         assert all(sequence in self.running for sequence in self._computing.values())
+        sequences = [*self.waiting, *self.running]
+        used = Counter(sequence.soft_prompt.prefix_hash for sequence in sequences if sequence.soft_prompt is not None)
+        assert used == self._users, "a prefix is used by nobody, or its users are not counted"
 
     def _admit(self) -> None:
         budget = self._max_batch_tokens - sum(sequence.num_pending for sequence in self.running)
@@ -145,6 +164,16 @@ class Scheduler:
         else:
             self._kv_cache.copy_in(_slot(sequence), prefix)
             sequence.num_computed = sequence.num_virtual_tokens
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence has ended: it no longer uses its prefix."""
+        if sequence.soft_prompt is None:
+            return
+        prefix_hash = sequence.soft_prompt.prefix_hash
+        self._users[prefix_hash] -= 1
+        if not self._users[prefix_hash]:
+            del self._users[prefix_hash]
+            self.drop_unused([prefix_hash])
 
     def _stop_computing(self, sequence: Sequence) -> None:
         soft_prompt = sequence.soft_prompt

@@ -13,11 +13,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable
 
-from server.core import Delta, FinishReason, GenerationRequest, ModelSpec
+from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
-from server.errors import GenerationFailed, RequestAborted, ServerDraining
+from server.errors import GenerationFailed, InvalidSoftPrompt, NotFinite, RequestAborted, ServerDraining
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,13 @@ class EngineWorker:
         """Token ids of a text; safe from any thread."""
         return self._engine.model.encode(text)
 
-    def start(self) -> None:
-        """Start the thread; results go to the running event loop."""
+    def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
+        """Start the thread; results go to the running event loop.
+
+        Args:
+            is_wanted: whether a prefix may outlive the last sequence that uses it; asked on the engine's thread.
+        """
+        self._engine.scheduler.is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -105,7 +111,7 @@ class EngineWorker:
                 if delta.finish_reason is FinishReason.ABORTED:
                     raise RequestAborted("The request was cancelled before its end.")
                 if delta.finish_reason is FinishReason.FAILED:
-                    raise GenerationFailed(delta.error or "The engine could not finish the request.")
+                    raise delta.error or GenerationFailed("The engine could not finish the request.")
                 yield delta
         finally:
             del self._streams[request.request_id]
@@ -113,6 +119,40 @@ class EngineWorker:
                 self._idle.set()
             if not ended:
                 self._send(lambda: self._abort(request.request_id))
+
+    def warm(self, soft_prompts: Iterable[SoftPrompt]) -> None:
+        """Compute prefixes that are not known yet; blocks, so not for the event loop's thread.
+
+        Each is an ordinary request of one token, in its own turn: the prefix is left behind as by any first request,
+        and the token shows that what comes after the prefix is finite too.
+
+        Raises:
+            InvalidSoftPrompt: what the model makes of one is not finite.
+            ServerDraining, RequestAborted, GenerationFailed: as `generate`.
+        """
+        assert self._loop is not None, "the worker runs before anything is published"
+        asyncio.run_coroutine_threadsafe(self._warm_all(soft_prompts), self._loop).result()
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Forget prefixes, each as the last sequence that uses it ends."""
+        hashes = tuple(prefix_hashes)
+        if hashes:
+            self._send(lambda: self._drop_unused(hashes))
+
+    async def _warm_all(self, soft_prompts: Iterable[SoftPrompt]) -> None:
+        await asyncio.gather(*(self._warm(soft_prompt) for soft_prompt in soft_prompts))
+
+    async def _warm(self, soft_prompt: SoftPrompt) -> None:
+        request_id = f"warm-{uuid.uuid4().hex}"
+        request = GenerationRequest(request_id, (0,), SamplingParams(max_new_tokens=1, ignore_eos=True), request_id)
+        try:
+            async for _ in self.generate(request, soft_prompt):
+                pass
+        except NotFinite as exc:
+            raise InvalidSoftPrompt(
+                "The model cannot use this soft prompt: what it makes of it is not finite.",
+                remedy="Train again with a lower learning rate or with gradient clipping, or serve in float32.",
+            ) from exc
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish for so long, then abort what is left."""
@@ -140,6 +180,10 @@ class EngineWorker:
 
     def _add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> list[Delta]:
         self._engine.add(request, soft_prompt)
+        return []
+
+    def _drop_unused(self, prefix_hashes: Iterable[str]) -> list[Delta]:
+        self._engine.scheduler.drop_unused(prefix_hashes)
         return []
 
     def _abort(self, request_id: str) -> list[Delta]:
@@ -200,7 +244,7 @@ class EngineWorker:
         self._failed = True
         self._hand_out(
             [
-                Delta(request_id, None, FinishReason.FAILED, error="The engine has stopped.")
+                Delta(request_id, None, FinishReason.FAILED, error=GenerationFailed("The engine has stopped."))
                 for request_id in self._streams
             ]
         )

@@ -1,56 +1,69 @@
-"""The live map: task -> version -> soft prompt.
+"""The live map: task -> who answers -> soft prompt.
 
-Readers look up one dictionary, on any thread, without a lock. A change is: validate everything -> blob -> event -> one
-assignment; it is durable before it is visible, and visible before it is acknowledged. Whoever holds a soft prompt keeps
-the immutable value, so a change never reaches a request in flight.
+Readers look up one dictionary, on any thread, without a lock. A change is: validate everything -> warm -> blob ->
+event -> one assignment; it is durable before it is visible, and visible before it is acknowledged. Whoever holds a soft
+prompt keeps the immutable value, so a change never reaches a request in flight.
 """
 
 from __future__ import annotations
 
 import datetime
+import logging
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Protocol
 
 from server.core import ModelSpec
-from server.errors import InvalidTaskName, PreludeError, UnknownTask
-from server.registry.events import Event, PublishedVersion, Source, State, TaskState
-from server.registry.store import LocalStore
+from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, UnknownTask, VersionUnavailable
+from server.registry import plans
+from server.registry.events import (
+    Activate,
+    Change,
+    Content,
+    Event,
+    NewVersion,
+    Publish,
+    RollBack,
+    SetTraffic,
+    Source,
+    State,
+    Version,
+    content_of,
+)
+from server.registry.host_cache import HostCache
+from server.registry.plans import Expected
+from server.registry.store import Store
+from server.registry.views import Published, Resolved, Task
 from server.soft_prompts.names import check_task_name, names_of, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class LiveTask:
-    """One task as requests see it."""
-
-    task: str
-    live: int
-    versions: MappingProxyType[int, SoftPrompt]
-
-    @property
-    def soft_prompt(self) -> SoftPrompt:
-        """What answers a request that names no version."""
-        return self.versions[self.live]
+HOST_MEMORY = 2**30
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """What a request's task name stood for at the moment it was looked up."""
+class PrefixHolder(Protocol):
+    """What the registry asks of an engine; it knows no more of it."""
 
-    task: str
-    version: int
-    soft_prompt: SoftPrompt
+    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
+        """Compute their prefixes, so that the first request does not pay; raises if one cannot be computed."""
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Forget these prefixes, each as the last sequence that uses it ends."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """Outcome of a publish."""
+class NoEngine:
+    """For a registry without an engine: nothing is warmed, nothing is held."""
 
-    created: bool
-    """False if every content was live already, so that nothing changed."""
-    tasks: tuple[Resolved, ...]
+    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
+        """Nothing to warm."""
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Nothing to drop."""
 
 
 class Registry:
@@ -59,11 +72,12 @@ class Registry:
     Attributes:
         model: the frozen model that soft prompts must fit.
         max_virtual_tokens: the longest soft prompt that is taken.
+        host: soft prompts in memory.
         inbox_errors: inbox entry -> why it is not served, as of the last scan.
     """
 
-    def __init__(self, store: LocalStore, model: ModelSpec, max_virtual_tokens: int) -> None:
-        """Open the store's state. A content that cannot be read, or is of another model, is reported, not served.
+    def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
+        """Fold the store's events; tensors stay in the store until somebody asks for them.
 
         Raises:
             StoreError: an event cannot be read.
@@ -72,163 +86,411 @@ class Registry:
         self.max_virtual_tokens = max_virtual_tokens
         self.inbox_errors: dict[str, str] = {}
         self._store = store
+        self._engine: PrefixHolder = NoEngine()
         self._changing = threading.Lock()
+        self._holding = threading.Lock()
+        self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
         self._state = State(store.events())
-        self._contents: dict[str, SoftPrompt] = {}
-        self._broken: dict[str, str] = {}  # digest -> why the content cannot be served
-        self._live: dict[str, LiveTask] = {}
-        self._store_errors: dict[str, str] = {}
-        self._load(self._state.tasks)
+        self.host = HostCache(host_memory, self._load, lambda digest: digest in self._state.digests)
+        self._tasks: dict[str, Task] = {}
+        self._broken: dict[str, str] = {}  # blob -> why it cannot be served
+        self._refresh(self._state.tasks)
+        self._check_all()
 
-    def resolve(self, reference: str) -> Resolved:
+    def connect(self, engine: PrefixHolder) -> None:
+        """From now on warm what is published, and drop what is deleted; start-up itself warms nothing."""
+        self._engine = engine
+
+    # Reading: any thread, no lock.
+
+    def resolve(self, reference: str, key: str = "") -> Resolved:
         """What `task` or `task@version` stands for now.
+
+        Args:
+            reference: the name that a request gives.
+            key: who asks: in a canary the same key is always on the same side.
 
         Raises:
             InvalidTaskName: it is not a task's name.
             UnknownTask: it is not live, or has no such version; names the nearest ones.
         """
-        task, version = split_version(reference)
-        live = self._live.get(task)
-        if live is None:
-            raise unknown_task(task, self._live)
-        number = live.live if version is None else version
-        if number not in live.versions:
-            versions = ", ".join(map(str, live.versions))
-            raise UnknownTask(f"Task {task!r} has no version {number}.", remedy=f"Its versions are {versions}.")
-        return Resolved(task, number, live.versions[number])
+        name, version = split_version(reference)
+        task = self._tasks.get(name)
+        if task is None:
+            raise unknown_task(name, self._live_names())
+        number = task.pick(key) if version is None else version
+        if number is None:
+            staged = ", ".join(f"{name}@{n}" for n in sorted(task.versions)[-5:])
+            raise UnknownTask(f"No version of {name!r} is live.", remedy=f"Activate one, or ask for {staged}.")
+        plans.check_version(name, task.versions, number)
+        found = task.versions[number]
+        return Resolved(name, number, found.content, found.at)
 
-    def tasks(self) -> list[LiveTask]:
-        """All live tasks, by name."""
-        return [live for _, live in sorted(self._live.items())]
+    def cached(self, resolved: Resolved) -> SoftPrompt | None:
+        """The soft prompt, if it is in memory."""
+        return self.host.get(resolved.content.digest)
+
+    def fetch(self, resolved: Resolved) -> Future[SoftPrompt]:
+        """The soft prompt from memory or from the store; the future may raise VersionUnavailable."""
+        return self.host.fetch(resolved.content)
+
+    def task(self, name: str) -> Task:
+        """One task that has versions, live or not.
+
+        Raises:
+            InvalidTaskName, UnknownTask.
+        """
+        task = self._tasks.get(check_task_name(name))
+        if task is None:
+            error = unknown_task(name, self._live_names())
+            raise UnknownTask(error.message, remedy=self.errors.get(name, error.remedy))
+        return task
+
+    def tasks(self) -> list[Task]:
+        """All tasks that have versions, by name."""
+        return [task for _, task in sorted(self._tasks.items())]
+
+    def is_referenced(self, prefix_hash: str) -> bool:
+        """Whether a version has these numbers, or one is about to."""
+        return prefix_hash in self._state.prefixes or prefix_hash in self._held
 
     @property
     def errors(self) -> dict[str, str]:
         """Task or inbox entry -> why it, or a version of it, is not served."""
-        return {**self._store_errors, **self.inbox_errors}
+        broken = self._broken
+        found = {
+            task.name: broken[version.content.blob]
+            for task in (self._tasks.values() if broken else ())
+            for version in task.versions.values()
+            if version.content.blob in broken
+        }
+        return {**found, **self.inbox_errors}
 
-    def is_from_inbox(self, task: str, content: SoftPrompt) -> bool:
-        """Whether the inbox has published this content already, and publishing it again would mend nothing."""
-        state = self._state.tasks.get(task)
-        if state is None or state.inbox_digest != content.digest:
-            return False
-        return state.live is None or state.versions[state.live] != content.digest or task in self._live
+    # Changing: any thread, one at a time.
 
-    def publish(self, name: str, soft_prompts: Sequence[SoftPrompt], source: Source) -> Published:
-        """Make validated contents the live versions of a task, or of `name-0`, `name-1`, … if there are several.
+    def publish(
+        self,
+        name: str,
+        soft_prompts: Sequence[SoftPrompt],
+        source: Source,
+        *,
+        by: str | None = None,
+        activate: bool = True,
+        expected: Expected = None,
+        dry_run: bool = False,
+    ) -> Published:
+        """Make validated contents versions of a task, or of `name-0`, `name-1`, … if there are several.
+
+        Args:
+            name: the task's.
+            soft_prompts: validated by `load_soft_prompts`.
+            source: who brings them.
+            by: the key that it was done with, or the inbox's place.
+            activate: let them answer; otherwise they can only be asked for by their number.
+            expected: what the client believes of the task.
+            dry_run: do everything but the change.
 
         Raises:
             InvalidTaskName: the name is not one, or is the frozen model's.
+            InvalidSoftPrompt: the prefix cannot be computed.
+            PreconditionFailed: somebody changed the task meanwhile.
             StoreError: the store refuses; nothing has changed then.
         """
         names = names_of(name, soft_prompts)
         for task in names:
             self._check_free(task)
-        with self._changing:
-            unchanged = all(self._is_live(task, content) for task, content in zip(names, soft_prompts, strict=True))
-            if unchanged and source == "api":
-                return Published(False, tuple(self.resolve(task) for task in names))
-            self._append(names, soft_prompts, source)
-            self._contents.update({content.digest: content for content in soft_prompts})
-            mended = [self._broken.pop(content.digest, None) for content in soft_prompts]
-            self._refresh(self._state.tasks if any(mended) else names)
-            return Published(not unchanged, tuple(self.resolve(task) for task in names))
 
-    def delete(self, name: str) -> None:
-        """Retire a task: no later request finds it, its contents leave the store.
+        def plan(contents: Sequence[Content]) -> Publish | None:
+            items = list(zip(names, contents, strict=True))
+            return plans.publish(self._state, items, source, activate, expected, self._is_broken)
+
+        preview = [content_of(soft_prompt, "") for soft_prompt in soft_prompts]
+        planned = plan(preview)  # before any work: most of what is refused is refused here
+        if planned is None:
+            return self._outcome(names, self._current(names), created=False)
+        with self._hold(soft_prompts):
+            self._engine.warm(soft_prompts)
+            if dry_run:
+                versions = {item.task: item.version for item in planned.published}
+                return self._outcome(names, versions, created=False, contents=preview)
+            contents = self._put_blobs(soft_prompts)
+            try:
+                event = self._change(lambda: plan(contents), source, by)
+            except PreconditionFailed:
+                self._remove(contents)
+                raise
+        published = event.change.published if event and isinstance(event.change, Publish) else ()
+        kept = {item.content.blob for item in published if self._owns(item.task, item.version, item.content)}
+        self._remove([content for content in contents if content.blob not in kept])
+        for soft_prompt in soft_prompts:
+            self.host.put(soft_prompt)
+        versions = {item.task: item.version for item in published} or self._current(names)
+        return self._outcome(names, versions, created=event is not None and bool(kept), contents=contents)
+
+    def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
+        """Let one version answer, alone; ends a canary.
 
         Raises:
-            InvalidTaskName: it is not a task's name.
-            UnknownTask: it is not live.
+            UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        check_task_name(name)
-        with self._changing:
-            state = self._state.tasks.get(name)
-            if state is None or state.live is None:
-                raise unknown_task(name, self._live)
-            while not self._store.append(event := self._next_event("delete", "api", deleted=name)):
-                self._catch_up()
-            digests = set(state.versions.values())
-            self._state.apply(event)
-            self._refresh([name])
-            for digest in digests - self._referenced():
-                self._contents.pop(digest, None)
-                self._broken.pop(digest, None)
-                self._store.remove_blob(digest)
+        self._warm_versions(name, [version])
+        self._change(lambda: plans.activate(self._state, name, version, expected), "api", by)
+        return self.task(name)
 
-    def _append(self, names: Sequence[str], contents: Sequence[SoftPrompt], source: Source) -> None:
-        """Write blobs and the publish event; a loser of the race for its number reads what won and takes the next one.
+    def set_traffic(
+        self, name: str, weights: Mapping[int, int], *, by: str | None = None, expected: Expected = None
+    ) -> Task:
+        """Let versions answer by weight: a canary.
 
-        What is live already keeps its number: the event then only records that the inbox has published it.
+        Raises:
+            InvalidRequest: the weights are not shares of 100.
+            UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        while True:
-            for content in contents:  # again in each round: what won may have been a delete of the same content
-                self._store.put_blob(content)
-            published = tuple(
-                PublishedVersion(task, self._number(task, content), content.digest)
-                for task, content in zip(names, contents, strict=True)
-            )
-            event = self._next_event("publish", source, published=published)
-            if self._store.append(event):
-                self._state.apply(event)
-                return
-            self._catch_up()
+        plans.set_traffic(self._state, name, weights, expected)  # a refusal comes before the work
+        self._warm_versions(name, [version for version, weight in weights.items() if weight])
+        self._change(lambda: plans.set_traffic(self._state, name, weights, expected), "api", by)
+        return self.task(name)
 
-    def _number(self, task: str, content: SoftPrompt) -> int:
-        return self._live[task].live if self._is_live(task, content) else self._state.next_version(task)
+    def roll_back(self, name: str, *, by: str | None = None, expected: Expected = None) -> Task:
+        """Let what answered before answer again; twice in a row goes back twice.
 
-    def _next_event(self, kind: str, source: Source, **changes: object) -> Event:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        return Event(self._state.last_event + 1, kind, now, source, **changes)  # type: ignore[arg-type]
+        Raises:
+            NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
+        """
+        plans.roll_back(self._state, name, expected)
+        self._warm_versions(name, [version for version, _ in self._state.tasks[name].before])
+        self._change(lambda: plans.roll_back(self._state, name, expected), "api", by)
+        return self.task(name)
 
-    def _catch_up(self) -> None:
-        """Take over what another server on the same store has written meanwhile."""
-        new = [event for event in self._store.events() if event.number > self._state.last_event]
-        for event in new:
-            self._state.apply(event)
-        changed = {item.task for event in new for item in event.published}
-        self._load(changed | {event.deleted for event in new if event.deleted is not None})
+    def delete_version(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> None:
+        """Forget a version that does not answer.
 
-    def _load(self, names: Collection[str]) -> None:
-        """Read tasks' contents from the store and make them live; what does not fit is reported instead."""
-        tasks = [self._state.tasks[name] for name in names if name in self._state.tasks]
-        for digest in {digest for task in tasks for digest in task.versions.values()} - self._contents.keys():
+        Raises:
+            VersionInUse, UnknownTask, PreconditionFailed, StoreError.
+        """
+        self._change(lambda: plans.delete_version(self._state, name, version, expected), "api", by)
+
+    def delete(self, name: str, *, by: str | None = None, expected: Expected = None) -> None:
+        """Forget a task: no later request finds it, its contents leave the store.
+
+        Raises:
+            UnknownTask, PreconditionFailed, StoreError.
+        """
+        self._change(lambda: plans.delete(self._state, name, expected), "api", by)
+
+    def retire(self, names: Sequence[str], *, by: str | None = None) -> None:
+        """Let go of tasks whose directory left the inbox: what is live from it answers no more.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        self._change(lambda: plans.retire(self._state, names), "inbox", by)
+
+    def is_from_inbox(self, name: str, soft_prompt: SoftPrompt) -> bool:
+        """Whether the inbox has published this content already, and publishing it again would mend nothing."""
+        state = self._state.tasks.get(name)
+        if state is None or state.inbox_identity != content_of(soft_prompt, "").identity:
+            return False
+        live = state.live_alone
+        return live is None or live.content.digest != soft_prompt.digest or not self._is_broken(live.content)
+
+    def from_inbox(self, by: str) -> list[str]:
+        """Tasks that an inbox at this place put live."""
+        return [
+            name
+            for name, task in list(self._state.tasks.items())
+            if task.is_from_inbox and task.live_alone is not None and task.live_alone.by == by
+        ]
+
+    def report(self, entry: str, error: str | None) -> None:
+        """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
+        others = {name: why for name, why in self.inbox_errors.items() if name != entry}
+        self.inbox_errors = others if error is None else {**others, entry: error}
+
+    def sync(self) -> None:
+        """Take over what other servers on the same store have changed since; what goes live is warmed first.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        events = self._store.events_after(self._state.last_event)
+        if not events:
+            return
+        for content in self._going_live(events):
             try:
-                self._contents[digest] = self._read(digest)
-                self._broken.pop(digest, None)
-            except PreludeError as exc:
-                self._broken[digest] = str(exc)
-        self._refresh(names)
+                self._engine.warm([self.host.fetch(content).result()])
+            except PreludeError as exc:  # the change is made all the same: another server has acknowledged it
+                log.warning("a version that another server published cannot be served: %s", exc)
+        with self._changing:
+            self._apply([event for event in events if event.number > self._state.last_event])
 
-    def _read(self, digest: str) -> SoftPrompt:
-        content = self._store.get_blob(digest)
-        check_base_model(content.manifest, self.model)
-        check_shape(content.peft_type, tuple(content.tensor.shape), self.model, self.max_virtual_tokens)
-        check_finite(content.tensor, self.model.dtype)
-        return content
+    # Within.
+
+    def _change(self, plan: Callable[[], Change | None], source: Source, by: str | None) -> Event | None:
+        """Append the event of a plan; a loser of the race for its number reads what won, and plans again.
+
+        Returns:
+            The event, or None if there was nothing to change.
+        """
+        with self._changing:
+            while True:
+                change = plan()
+                if change is None:
+                    return None
+                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+                event = Event(self._state.last_event + 1, now, source, by, change)
+                if self._store.append(event):
+                    self._remove(self._apply([event]))
+                    return event
+                won = self._store.events_after(self._state.last_event)
+                if not won:
+                    raise StoreError(f"The store refuses event {event.number} and does not show who has it.")
+                self._apply(won)
+
+    def _apply(self, events: Sequence[Event]) -> list[Content]:
+        """Take events over, with one assignment of the live map at the end.
+
+        Returns:
+            Contents that no version names any more.
+        """
+        touched: set[str] = set()
+        removed: list[Version] = []
+        for event in events:
+            names, gone = self._state.apply(event)
+            touched |= names
+            removed += gone
+        self._refresh(touched)
+        contents = [version.content for version in removed]
+        for content in contents:
+            self._broken.pop(content.blob, None)
+            if content.digest not in self._state.digests:
+                self.host.drop(content.digest)
+        self._engine.drop_unused({c.prefix_hash for c in contents if not self.is_referenced(c.prefix_hash)})
+        return contents
+
+    def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
+        contents: list[Content] = []
+        try:
+            contents.extend(map(self._store.put_blob, soft_prompts))
+        except StoreError:
+            self._remove(contents)
+            raise
+        return contents
+
+    def _remove(self, contents: Sequence[Content]) -> None:
+        """Remove blobs that no event names, or none any more; what the store refuses is left as garbage."""
+        try:
+            self._store.remove_blobs(contents)
+        except StoreError as exc:
+            log.warning("blobs that nobody needs are left for later: %s", exc)
 
     def _refresh(self, names: Collection[str]) -> None:
         """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
-        live, errors = dict(self._live), dict(self._store_errors)
+        tasks = dict(self._tasks)
         for name in names:
-            live.pop(name, None)
-            errors.pop(name, None)
-            state = self._state.tasks.get(name, TaskState())
-            versions = {n: self._contents[digest] for n, digest in state.versions.items() if digest in self._contents}
-            if state.live in versions:
-                live[name] = LiveTask(name, state.live, MappingProxyType(versions))
-            broken = [self._broken[digest] for digest in state.versions.values() if digest in self._broken]
-            if broken:
-                errors[name] = broken[-1]
-        self._live, self._store_errors = live, errors
+            state = self._state.tasks[name]
+            tasks.pop(name, None)
+            if state.versions:
+                tasks[name] = Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
+        self._tasks = tasks
 
-    def _is_live(self, task: str, content: SoftPrompt) -> bool:
-        live = self._live.get(task)
-        return live is not None and live.soft_prompt.digest == content.digest
+    @contextmanager
+    def _hold(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[None]:
+        """Keep prefixes from being dropped while the version that needs them is on its way."""
+        hashes = [soft_prompt.prefix_hash for soft_prompt in soft_prompts]
+        with self._holding:
+            self._held.update(hashes)
+        try:
+            yield
+        finally:
+            with self._holding:
+                self._held.subtract(hashes)
+                self._held += Counter()  # without those that nobody holds any more
+            self._engine.drop_unused({prefix for prefix in hashes if not self.is_referenced(prefix)})
 
-    def _referenced(self) -> set[str]:
-        return {digest for task in self._state.tasks.values() for digest in task.versions.values()}
+    def _warm_versions(self, name: str, numbers: Iterable[int]) -> None:
+        versions = self.task(name).versions
+        for number in numbers:
+            plans.check_version(name, versions, number)
+            self._engine.warm([self.host.fetch(versions[number].content).result()])
 
-    def _check_free(self, task: str) -> None:
-        check_task_name(task)
-        if task == self.model.name:
-            raise InvalidTaskName(f"{task!r} is the frozen model's name.", remedy="Choose another name for the task.")
+    def _going_live(self, events: Sequence[Event]) -> list[Content]:
+        """Contents that events let answer, as far as that can be told before they are taken over."""
+        found: list[Content] = []
+        for event in events:
+            change = event.change
+            if isinstance(change, Publish):
+                found += [item.content for item in change.published if change.activate]
+                continue
+            if not isinstance(change, Activate | SetTraffic | RollBack) or change.task not in self._state.tasks:
+                continue
+            task = self._state.tasks[change.task]
+            if isinstance(change, Activate):
+                numbers = [change.version]
+            else:
+                numbers = [n for n, _ in (change.traffic if isinstance(change, SetTraffic) else task.before)]
+            found += [task.versions[number].content for number in numbers if number in task.versions]
+        return found
+
+    def _load(self, content: Content) -> SoftPrompt:
+        """Read a content and check that this model can serve it; on a thread of the host cache."""
+        try:
+            self._check_fit(content)
+            soft_prompt = self._store.get_blob(content)
+            check_finite(soft_prompt.tensor, self.model.dtype)
+        except PreludeError as exc:
+            self._broken[content.blob] = str(exc)
+            raise VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy) from exc
+        self._broken.pop(content.blob, None)
+        return soft_prompt
+
+    def _check_fit(self, content: Content) -> None:
+        check_base_model(content.parse_manifest(), self.model)
+        check_shape(content.peft_type, content.shape, self.model, self.max_virtual_tokens)
+
+    def _check_all(self) -> None:
+        """Find out at start what cannot be served, by what events say and which blobs there are."""
+        contents = {
+            version.content.blob: version.content
+            for task in self._state.tasks.values()
+            for version in task.versions.values()
+        }
+        missing = self._store.missing_blobs(contents)
+        for blob, content in contents.items():
+            if blob in missing:
+                self._broken[blob] = f"The store's blob {blob} is missing."
+                continue
+            try:
+                self._check_fit(content)
+            except PreludeError as exc:
+                self._broken[blob] = str(exc)
+
+    def _outcome(
+        self, names: Sequence[str], versions: Mapping[str, int], *, created: bool, contents: Sequence[Content] = ()
+    ) -> Published:
+        """What a publish answers; the contents that it brought, or else those that are live."""
+        tasks = self._tasks
+        found = contents or [tasks[name].versions[versions[name]].content for name in names]
+        placed = tuple(NewVersion(name, versions[name], content) for name, content in zip(names, found, strict=True))
+        first = tasks.get(names[0])
+        live = first is not None and versions[names[0]] in dict(first.traffic)
+        return Published(created, live, placed, first.etag if first else 0)
+
+    def _current(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: version.number for name in names if (version := self._tasks[name].live) is not None}
+
+    def _owns(self, name: str, number: int, content: Content) -> bool:
+        """Whether a version was made of this very blob, rather than kept with the one that it had."""
+        task = self._state.tasks[name]
+        return number not in task.versions or task.versions[number].content.blob == content.blob
+
+    def _is_broken(self, content: Content) -> bool:
+        return content.blob in self._broken
+
+    def _live_names(self) -> Iterator[str]:
+        return (name for name, task in self._tasks.items() if task.traffic)
+
+    def _check_free(self, name: str) -> None:
+        check_task_name(name)
+        if name == self.model.name:
+            raise InvalidTaskName(f"{name!r} is the frozen model's name.", remedy="Choose another name for the task.")

@@ -1,166 +1,174 @@
-"""The durable store on a local folder: immutable blobs by digest, numbered events, each made whole or not at all.
+"""Blobs and events in a place for objects: what the registry keeps, and the rule that makes it safe.
 
-    blobs/<digest>.safetensors      tensor; peft_type and manifest in its metadata
-    events/000000000042.json        create-if-absent: of two writers exactly one wins a number
+    blobs/<digest>-<nonce>.safetensors   one per version: tensor, with peft_type and manifest; never rewritten
+    events/000000000042.json             create-if-absent: of two writers exactly one wins a number
 
-A write goes to a temporary file, is synced, gets its name (an event by a link, which fails if the name exists; a blob
-by a rename, which replaces one of the same digest), and the directory is synced; only then is the change acknowledged.
-A blob that no event names is garbage and harmless.
+A blob is whole and durable before an event names it, and an event is whole and durable before anybody hears of the
+change. A blob that no event names is garbage: its publisher lost, or was killed between the two.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import json
 import re
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+import secrets
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError
-from server.registry.events import Event
+from server.registry.events import Content, Event, content_of
+from server.registry.objects import Objects
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 ABANDONED_SECONDS = 24 * 3600.0
+"""A blob that no event names may belong to a publish that is under way; a day later it does not."""
 
+READERS = 16
+"""Events that are read at once when a server starts: an object store answers each in tens of milliseconds."""
+
+TENSOR_NAME = "prompt_embeddings"
 _EVENT_NAME = re.compile(r"\d{12}\.json")
 
 
-class LocalStore:
-    """Blobs and events under one directory."""
+class Store:
+    """Blobs and events."""
 
-    def __init__(self, root: Path) -> None:
-        """Open the store, making its directories.
-
-        Raises:
-            StoreError: they cannot be made.
-        """
-        self._blobs, self._events = root / "blobs", root / "events"
-        try:
-            for directory in (self._blobs, self._events):
-                directory.mkdir(parents=True, exist_ok=True)
-                _remove_abandoned(directory)
-        except OSError as exc:
-            raise StoreError(
-                f"The store {root} cannot be made: {exc.strerror}.",
-                remedy="Let PRELUDE_STORE name a folder that can be written to, such as file:/var/lib/prelude.",
-            ) from exc
-
-    @classmethod
-    def open(cls, url: str) -> LocalStore:
-        """Open the store that PRELUDE_STORE names.
-
-        Raises:
-            StoreError: the URL is not one that is served.
-        """
-        scheme, colon, path = url.partition(":")
-        if scheme != "file" or not colon or not path:
-            raise StoreError(f"PRELUDE_STORE is {url!r}.", remedy="Use file:PATH.")
-        return cls(Path(path.removeprefix("//")).expanduser())
+    def __init__(self, objects: Objects) -> None:
+        """Use an open place for objects."""
+        self._objects = objects
 
     def events(self) -> list[Event]:
-        """All events, in order.
+        """All events, in order; for a server that starts.
 
         Raises:
             StoreError: one cannot be read, or a number is missing.
         """
-        try:
-            names = sorted(name for name in os.listdir(self._events) if _EVENT_NAME.fullmatch(name))
-            events = [Event.parse((self._events / name).read_bytes(), name) for name in names]
-        except OSError as exc:
-            raise StoreError(f"The store's events cannot be read: {exc}.") from exc
-        for expected, event in enumerate(events, 1):
-            if event.number != expected:
+        names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
+        for expected, name in enumerate(names, 1):
+            if name != _event_name(expected):
                 raise StoreError(
                     f"The store's event {expected} is missing.", remedy="Restore it from a backup of the store."
                 )
-        return events
+        with ThreadPoolExecutor(READERS, "events") as readers:
+            return list(readers.map(self._read_event, range(1, len(names) + 1)))
+
+    def events_after(self, number: int) -> list[Event]:
+        """Events that came since, in order; one look at the store if there is none.
+
+        Raises:
+            StoreError: one cannot be read.
+        """
+        found: list[Event] = []
+        while (data := self._objects.get(_event_key(number + 1))) is not None:
+            number += 1
+            found.append(_parse(number, data))
+        return found
 
     def append(self, event: Event) -> bool:
         """Write an event durably; False if another writer has taken its number.
 
         Raises:
-            StoreError: the disk refuses.
+            StoreError: the store refuses. Whether the event is kept is then open, until somebody looks.
         """
-        return _write(self._events / f"{event.number:012d}.json", event.to_json(), place=os.link)
+        data = event.to_json()
+        key = _event_key(event.number)
+        # A write that is sent again after a lost reply finds itself.
+        return self._objects.create(key, data) or self._objects.get(key) == data
 
-    def put_blob(self, soft_prompt: SoftPrompt) -> None:
-        """Keep a soft prompt's content durably; keeping it twice is one blob, and mends it if it was damaged.
+    def put_blob(self, soft_prompt: SoftPrompt) -> Content:
+        """Keep a content durably under a name of its own, and answer what an event says of it.
 
         Raises:
-            StoreError: the disk refuses.
+            StoreError: the store refuses.
         """
         metadata = {"peft_type": soft_prompt.peft_type, "manifest": soft_prompt.manifest.to_json()}
-        data = save({"prompt_embeddings": soft_prompt.tensor.contiguous()}, metadata)
-        _write(self._blob(soft_prompt.digest), data, place=os.replace)
+        data = save({TENSOR_NAME: soft_prompt.tensor.contiguous()}, metadata)
+        blob = f"{soft_prompt.digest}-{secrets.token_hex(8)}"
+        if not self._objects.create(_blob_key(blob), data) and self._objects.get(_blob_key(blob)) != data:
+            raise StoreError(f"The store already has a blob {blob}, of another content.")
+        return content_of(soft_prompt, blob)
 
-    def get_blob(self, digest: str) -> SoftPrompt:
-        """Read a content and check that it is the one that its name promises.
+    def get_blob(self, content: Content) -> SoftPrompt:
+        """Read a content and check that it is the one that its event promises.
 
         Raises:
             StoreError: it is missing or damaged.
         """
-        path = self._blob(digest)
+        data = self._objects.get(_blob_key(content.blob))
+        if data is None:
+            raise StoreError(f"The store's blob {content.blob} is missing.", remedy=_RESTORE)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensor = file.get_tensor("prompt_embeddings")
-            soft_prompt = SoftPrompt(metadata["peft_type"], tensor, Manifest.parse(metadata["manifest"]))
-        except (OSError, SafetensorError, KeyError, TypeError, InvalidSoftPrompt) as exc:
-            raise StoreError(f"The store's blob {digest} cannot be read: {exc}.") from exc
-        if soft_prompt.digest != digest:
+            soft_prompt = _parse_blob(data)
+        except (SafetensorError, KeyError, TypeError, ValueError, InvalidSoftPrompt) as exc:
+            raise StoreError(f"The store's blob {content.blob} cannot be read: {exc}.", remedy=_RESTORE) from exc
+        if soft_prompt.digest != content.digest:
             raise StoreError(
-                f"The store's blob {digest} is damaged: its content has digest {soft_prompt.digest}.",
-                remedy="Restore it from a backup of the store, or publish the task again.",
+                f"The store's blob {content.blob} is damaged: its content has digest {soft_prompt.digest}.",
+                remedy=_RESTORE,
             )
         return soft_prompt
 
-    def remove_blob(self, digest: str) -> None:
-        """Forget a content that no version names any more."""
-        with contextlib.suppress(FileNotFoundError):
-            self._blob(digest).unlink()
+    def remove_blobs(self, contents: Iterable[Content]) -> None:
+        """Forget contents that no version names any more.
 
-    def _blob(self, digest: str) -> Path:
-        return self._blobs / f"{digest}.safetensors"
+        Raises:
+            StoreError: the store refuses; what is left is garbage, and collected later.
+        """
+        for content in contents:
+            self._objects.delete(_blob_key(content.blob))
 
+    def missing_blobs(self, named: Collection[str]) -> set[str]:
+        """Those of these blobs that the store does not have; also collects garbage that is older than a day.
 
-def _write(path: Path, data: bytes, *, place: Callable[[str, Path], None]) -> bool:
-    """Write a file with all of its content, durably; False if `place` refuses because it exists."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            place(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        _sync_directory(path.parent)
-    except FileExistsError:
-        return False
-    except OSError as exc:
-        raise StoreError(f"The store cannot write {path.name}: {exc.strerror}.") from exc
-    return True
+        Raises:
+            StoreError: the store cannot be listed.
+        """
+        present = {name.removesuffix(".safetensors") for name in self._objects.list("blobs")}
+        for blob in present.difference(named):
+            with contextlib.suppress(StoreError):  # a store that may only be read keeps its garbage
+                age = self._objects.age(_blob_key(blob))
+                if age is not None and age > ABANDONED_SECONDS:
+                    self._objects.delete(_blob_key(blob))
+        return set(named) - present
 
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what a killed writer left half-written; a day later nobody is still writing it."""
-    for path in directory.glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                path.unlink()
+    def _read_event(self, number: int) -> Event:
+        data = self._objects.get(_event_key(number))
+        if data is None:
+            raise StoreError(f"The store's event {number} is missing.", remedy="Restore it from a backup of the store.")
+        return _parse(number, data)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+_RESTORE = "Restore it from a backup of the store, or publish the task again."
+
+
+def _parse(number: int, data: bytes) -> Event:
+    event = Event.parse(data, _event_name(number))
+    if event.number != number:
+        raise StoreError(
+            f"The store's event {_event_name(number)} says that it is number {event.number}.",
+            remedy="Restore it from a backup of the store.",
+        )
+    return event
+
+
+def _parse_blob(data: bytes) -> SoftPrompt:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header["__metadata__"]
+    return SoftPrompt(metadata["peft_type"], load(data)[TENSOR_NAME], Manifest.parse(metadata["manifest"]))
+
+
+def _event_name(number: int) -> str:
+    return f"{number:012d}.json"
+
+
+def _event_key(number: int) -> str:
+    return f"events/{_event_name(number)}"
+
+
+def _blob_key(blob: str) -> str:
+    return f"blobs/{blob}.safetensors"

@@ -1,0 +1,113 @@
+"""Soft prompts in host memory: the tier between the store, which has all of them, and the engine's prefixes.
+
+Least recently used out first, within a budget. A soft prompt that is not here is loaded once, on a thread of its own,
+however many requests ask for it meanwhile; nobody else waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from server.registry.events import Content
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+LOADERS = 4
+OVERHEAD_BYTES = 4096
+"""What a soft prompt takes beside its tensor: the objects, and a manifest of usual size."""
+
+
+class HostCache:
+    """Soft prompts by digest.
+
+    Attributes:
+        budget_bytes: what may stay; a soft prompt that a sequence still holds lives on outside of it.
+        num_bytes: what is kept now.
+        hits: requests that found theirs.
+        loads: soft prompts that were read from the store.
+    """
+
+    def __init__(
+        self, budget_bytes: int, load: Callable[[Content], SoftPrompt], is_wanted: Callable[[str], bool]
+    ) -> None:
+        """An empty cache.
+
+        Args:
+            budget_bytes: what may stay.
+            load: reads a content, or raises.
+            is_wanted: whether a version with this digest exists; what was deleted while it was loaded is not kept.
+        """
+        self.budget_bytes = budget_bytes
+        self.num_bytes = 0
+        self.hits = 0
+        self.loads = 0
+        self._load = load
+        self._is_wanted = is_wanted
+        self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
+        self._loading: dict[str, Future[SoftPrompt]] = {}
+        self._lock = threading.Lock()
+        self._loaders = ThreadPoolExecutor(LOADERS, "soft-prompts")
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._kept
+
+    def get(self, digest: str) -> SoftPrompt | None:
+        """The soft prompt, now the most recently used one, or None."""
+        with self._lock:
+            soft_prompt = self._kept.get(digest)
+            if soft_prompt is not None:
+                self._kept.move_to_end(digest)
+                self.hits += 1
+            return soft_prompt
+
+    def fetch(self, content: Content) -> Future[SoftPrompt]:
+        """The soft prompt from here or from the store; those who ask while it is loaded share one future."""
+        with self._lock:
+            kept = self._kept.get(content.digest)
+            if kept is not None:
+                done: Future[SoftPrompt] = Future()
+                done.set_result(kept)
+                return done
+            if content.digest not in self._loading:
+                self._loading[content.digest] = self._loaders.submit(self._load_and_keep, content)
+            return self._loading[content.digest]
+
+    def put(self, soft_prompt: SoftPrompt) -> None:
+        """Keep a soft prompt, and drop the least recently used ones beyond the budget; the newest always stays."""
+        with self._lock:
+            self._drop(soft_prompt.digest)
+            if not self._is_wanted(soft_prompt.digest):
+                return
+            self._kept[soft_prompt.digest] = soft_prompt
+            self.num_bytes += _num_bytes(soft_prompt)
+            while self.num_bytes > self.budget_bytes and len(self._kept) > 1:
+                self._drop(next(iter(self._kept)))
+
+    def drop(self, digest: str) -> None:
+        """Forget a soft prompt; sequences that hold it keep it to their end."""
+        with self._lock:
+            self._drop(digest)
+
+    def _drop(self, digest: str) -> None:
+        dropped = self._kept.pop(digest, None)
+        if dropped is not None:
+            self.num_bytes -= _num_bytes(dropped)
+
+    def _load_and_keep(self, content: Content) -> SoftPrompt:
+        try:
+            soft_prompt = self._load(content)
+            self.loads += 1
+            self.put(soft_prompt)
+            return soft_prompt
+        finally:
+            with self._lock:
+                del self._loading[content.digest]
+
+
+def _num_bytes(soft_prompt: SoftPrompt) -> int:
+    return soft_prompt.num_bytes + OVERHEAD_BYTES

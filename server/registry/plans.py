@@ -1,0 +1,154 @@
+"""From a wish to the one event that grants it, or the reason why not: pure functions of the state.
+
+A plan is made again whenever another server's event came first, so what it checks holds at the very number of the event
+that it leads to. None means that everything is so already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
+
+from server.errors import InvalidRequest, NothingToRollBackTo, PreconditionFailed, UnknownTask, VersionInUse
+from server.registry.events import (
+    Activate,
+    Content,
+    Delete,
+    DeleteVersion,
+    NewVersion,
+    Publish,
+    Retire,
+    RollBack,
+    SetTraffic,
+    Source,
+    State,
+    TaskState,
+    alone,
+)
+from server.soft_prompts.names import check_task_name, unknown_task
+
+Expected = int | Literal["any", "none"] | None
+"""What a client believes of a task: the number of its last event, that it exists, that it does not, or nothing."""
+
+
+def publish(
+    state: State,
+    items: Sequence[tuple[str, Content]],
+    source: Source,
+    activate: bool,
+    expected: Expected,
+    is_broken: Callable[[Content], bool],
+) -> Publish | None:
+    """New versions; what answers already, alone, keeps its number, unless it cannot be served."""
+    for name, _ in items:
+        check_expected(state, name, expected)
+    published = tuple(NewVersion(name, _number(state, name, content, is_broken), content) for name, content in items)
+    is_new = any(item.version not in _task(state, item.task).versions for item in published)
+    unseen = source == "inbox" and any(
+        _task(state, item.task).inbox_identity != item.content.identity for item in published
+    )
+    return Publish(published, activate) if is_new or unseen else None
+
+
+def activate(state: State, name: str, version: int, expected: Expected) -> Activate | None:
+    """One version, alone."""
+    task = existing(state, name, expected)
+    check_version(name, task.versions, version)
+    return None if task.traffic == alone(version) else Activate(name, version)
+
+
+def set_traffic(state: State, name: str, weights: Mapping[int, int], expected: Expected) -> SetTraffic | None:
+    """Versions by weight."""
+    task = existing(state, name, expected)
+    for version in weights:
+        check_version(name, task.versions, version)
+    if min(weights.values(), default=-1) < 0 or sum(weights.values()) != 100:
+        raise InvalidRequest(
+            f"The weights {dict(weights)} are not shares of 100.",
+            remedy='Send a whole number for each version, 100 in all: {"3": 90, "4": 10}.',
+        )
+    traffic = tuple(sorted((version, weight) for version, weight in weights.items() if weight))
+    return None if task.traffic == traffic else SetTraffic(name, traffic)
+
+
+def roll_back(state: State, name: str, expected: Expected) -> RollBack:
+    """What answered before."""
+    task = existing(state, name, expected)
+    if not task.before:
+        raise NothingToRollBackTo(f"Nothing that still exists answered for {name!r} before.")
+    return RollBack(name)
+
+
+def delete_version(state: State, name: str, version: int, expected: Expected) -> DeleteVersion:
+    """A version that does not answer."""
+    task = existing(state, name, expected)
+    check_version(name, task.versions, version)
+    if version in dict(task.traffic):
+        raise VersionInUse(f"Version {version} of {name!r} answers requests.")
+    return DeleteVersion(name, version)
+
+
+def delete(state: State, name: str, expected: Expected) -> Delete:
+    """A whole task."""
+    existing(state, name, expected)
+    return Delete(name)
+
+
+def retire(state: State, names: Sequence[str]) -> Retire | None:
+    """Tasks whose directory left the inbox."""
+    gone = tuple(name for name in names if _task(state, name).inbox_identity is not None)
+    return Retire(gone) if gone else None
+
+
+def existing(state: State, name: str, expected: Expected = None) -> TaskState:
+    """A task that has versions.
+
+    Raises:
+        InvalidTaskName, UnknownTask: it is no task.
+        PreconditionFailed: it is not what the client believes.
+    """
+    check_task_name(name)
+    task = state.tasks.get(name)
+    if task is None or not task.versions:
+        raise unknown_task(name, (known for known, other in list(state.tasks.items()) if other.versions))
+    check_expected(state, name, expected)
+    return task
+
+
+def check_expected(state: State, name: str, expected: Expected) -> None:
+    """Refuse a change that rests on what is no longer so.
+
+    Raises:
+        PreconditionFailed: says what is so.
+    """
+    task = _task(state, name)
+    exists = bool(task.versions)
+    if expected is None or (expected == "any" and exists) or (expected == "none" and not exists):
+        return
+    if exists and expected == task.last_event:
+        return
+    now = f'has the ETag "{task.last_event}"' if exists else "does not exist"
+    wanted = {"any": "to exist", "none": "not to exist"}.get(str(expected), f'to have "{expected}"')
+    raise PreconditionFailed(f"Task {name!r} {now}; the request expects it {wanted}.")
+
+
+def check_version(name: str, versions: Collection[int], number: int) -> None:
+    """Refuse a number that the task does not have.
+
+    Raises:
+        UnknownTask: names those that it has.
+    """
+    if number not in versions:
+        listed = ", ".join(map(str, sorted(versions)[-20:]))
+        raise UnknownTask(f"Task {name!r} has no version {number}.", remedy=f"Its versions are {listed}.")
+
+
+def _task(state: State, name: str) -> TaskState:
+    return state.tasks.get(name) or TaskState()
+
+
+def _number(state: State, name: str, content: Content, is_broken: Callable[[Content], bool]) -> int:
+    live = _task(state, name).live_alone
+    if live is not None and live.content.identity == content.identity and not is_broken(live.content):
+        return live.number
+    return state.next_version(name)

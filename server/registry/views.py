@@ -1,0 +1,73 @@
+"""What the registry shows of its state: immutable snapshots, replaced by the next change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from server.registry.events import Content, NewVersion, Traffic, Version
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task as everybody sees it until the next change replaces it.
+
+    Attributes:
+        traffic: who answers; () if nobody does, because all versions are staged or what was live is retired.
+        etag: number of its last event.
+    """
+
+    name: str
+    traffic: Traffic
+    versions: Mapping[int, Version]
+    etag: int
+
+    @property
+    def live(self) -> Version | None:
+        """The version that answers; in a canary the one that answers most."""
+        if not self.traffic:
+            return None
+        return self.versions[max(self.traffic, key=lambda pair: pair[1])[0]]
+
+    def pick(self, key: str) -> int | None:
+        """The version that answers a request with this key: the same as long as the weights are the same.
+
+        A version whose weight grows keeps all that it had, because shares lie in the order of versions.
+        """
+        if len(self.traffic) < 2:
+            return self.traffic[0][0] if self.traffic else None
+        digest = hashlib.sha256(f"{self.name}\n{key}".encode("utf-8", "surrogatepass")).digest()
+        point = int.from_bytes(digest[:8], "big") * 100 >> 64
+        for version, weight in self.traffic:
+            point -= weight
+            if point < 0:
+                return version
+        raise AssertionError("weights sum to 100")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a request's task name stood for at the moment it was looked up."""
+
+    task: str
+    version: int
+    content: Content
+    at: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """Outcome of a publish.
+
+    Attributes:
+        created: False if nothing changed: every content was live already, or it was a dry run.
+        live: whether the version answers now; not if it is staged.
+        tasks: the versions that the contents now have, or would have.
+        etag: number of the task's last event.
+    """
+
+    created: bool
+    live: bool
+    tasks: tuple[NewVersion, ...]
+    etag: int

@@ -1,0 +1,27 @@
+"""A soft prompt as a zip that `PeftModel.from_pretrained` loads once unpacked, and that a server takes back as it is."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from pathlib import Path
+
+from server.core import ModelSpec
+from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+"""One time for all files, so that the same content is the same bytes."""
+
+
+def zip_soft_prompt(soft_prompt: SoftPrompt, model: ModelSpec) -> bytes:
+    """The three files of a PEFT directory in one zip, the same bytes every time."""
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory(prefix="prelude-download-") as folder, zipfile.ZipFile(buffer, "w") as archive:
+        save_soft_prompt(Path(folder), soft_prompt, model)
+        for path in sorted(Path(folder).iterdir()):
+            entry = zipfile.ZipInfo(path.name, _LONG_AGO)
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from typing import TextIO
+
 import pytest
 import torch
 
 from server.engine.model import FrozenModel
 from server.settings import Settings
+from tests import soak as soaking
+from tests.soak import Soak
 from tests.support import tiny_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    soaking.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    soaking.configure(config)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"soak: {'full' if config.option.soak else 'short'}, --soak-seed={config.option.soak_seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    soaking.lift_timeouts(config, items)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     """Tiny models are slower on many threads than on one."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def _screen(pytestconfig: pytest.Config) -> Iterator[TextIO]:
+    """The stderr that pytest was started with: while tests run, descriptor 2 is a file of its own."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    assert capture is not None
+    with capture.global_and_fixture_disabled():
+        descriptor = os.dup(2)
+    with os.fdopen(descriptor, "w", buffering=1) as screen:
+        yield screen
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest, _screen: TextIO) -> Soak:
+    """How much a storm does: short, or with --soak in full."""
+    options = request.config.option
+    request.node.add_report_section("setup", "dice", f"--soak-seed={options.soak_seed}")
+    return Soak(options.soak, options.soak_seed, request.node.nodeid, _screen)
 
 
 @pytest.fixture(scope="session")

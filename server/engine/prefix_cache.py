@@ -7,6 +7,7 @@ each sequence that starts, so dropping one here touches nobody who is running.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 
@@ -32,6 +33,9 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prefixes)
 
     def __contains__(self, prefix_hash: str) -> bool:
         return prefix_hash in self._prefixes

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import torch
 import uvicorn
 
-from server.api.app import create_app
+from server.api.app import Service, create_app
 from server.engine.attention import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
+from server.registry.inbox import Inbox
+from server.registry.objects import open_objects
 from server.registry.registry import Registry
-from server.registry.store import LocalStore
+from server.registry.store import Store
+from server.registry.sync import Syncer
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -143,21 +146,26 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(directory: Path, *, max_sequences: int = 8, **options: Any) -> Iterator[LiveServer]:
+def live_server(
+    directory: Path, *, max_sequences: int = 8, model: FrozenModel | None = None, **options: Any
+) -> Iterator[LiveServer]:
     """Run a server in a thread until the block ends; it must then be idle and stop by itself."""
     settings = Settings.load(**{"prompts_dir": directory / "prompts", "max_upload_bytes": MAX_UPLOAD_BYTES, **options})
-    model = SteeredModel()
+    model = model or SteeredModel()
     engine = make_engine(model, max_sequences=max_sequences)
     worker = EngineWorker(engine)
-    registry = Registry(LocalStore.open(settings.store_url), model.spec, settings.max_virtual_tokens)
-    app = create_app(settings, worker, registry)
+    store = Store(open_objects(settings.store_url))
+    registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
+    services: list[Service] = [Inbox(settings.prompts_dir, registry), Syncer(registry, settings.sync_seconds)]
+    app = create_app(settings, worker, registry, services)
     with serving(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", ws="none")) as port:
         url = f"http://127.0.0.1:{port}"
         loop = worker._loop
         assert loop is not None
         with httpx.Client(base_url=url, timeout=30) as client:
-            yield LiveServer(url, port, client, settings, model, engine, worker, registry, loop)
-        model.allow(None)
+            yield LiveServer(url, port, client, settings, cast(SteeredModel, model), engine, worker, registry, loop)
+        if isinstance(model, SteeredModel):
+            model.allow(None)
     assert not engine.kv_cache.allocator.used
     assert not engine.has_work
 

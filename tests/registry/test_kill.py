@@ -91,7 +91,7 @@ def change_for_ever(root: Path, seed: int, pipe: int) -> None:
 
 
 def nursery() -> None:
-    """For each line `root seed seconds`: fork a publisher, kill it so long after its first change, tell what it told."""
+    """Per line `root seed seconds`: fork a publisher, kill it so long after its first change, say what it said."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         root, seed, seconds = line.split()

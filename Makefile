@@ -7,7 +7,7 @@
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format
+.PHONY: help setup run test soak bench lint format
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -31,6 +31,12 @@ run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `pr
 
 test: $(INSTALLED) ## run the tests and report coverage; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --cov=server --cov-branch --cov-report=term $(ARGS)
+
+soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
+	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
+
+bench: $(INSTALLED) ## measure swaps under load, in short; ARGS are options of benchmarks/swap.py
+	$(VENV)/bin/python benchmarks/swap.py --publishes 30 --rounds 2 --seconds 8 $(ARGS)
 
 lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check

@@ -54,8 +54,8 @@ def main() -> None:
         times["written_out"].append(written_out())
     medians = {name: round(statistics.median(values) * 1000, 2) for name, values in times.items()}
     ratio = round(medians["sdpa"] / medians["written_out"], 2)
-    print(f"SDPA {medians['sdpa']} ms, written out {medians['written_out']} ms, ratio {ratio}")  # noqa: T201
-    print(json.dumps({"milliseconds": medians, "ratio": ratio, "threads": torch.get_num_threads()}))  # noqa: T201
+    print(f"SDPA {medians['sdpa']} ms, written out {medians['written_out']} ms, ratio {ratio}")
+    print(json.dumps({"milliseconds": medians, "ratio": ratio, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,245 @@
+"""How fast a published soft prompt answers, and what swapping costs those who are served meanwhile.
+
+Starts `prelude serve` on loopback with a store of its own, and measures, over HTTP:
+
+    idle        PUT of a soft prompt to the first token of a request for it, nobody else on the server
+    load        the same while clients generate on other versions of the same tasks
+    throughput  output tokens per second of those clients, with one swap a second and without, in interleaved rounds
+
+    python benchmarks/swap.py                      # all of it, some minutes
+    python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 5
+
+Prints a table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+WORDS = [
+    "the",
+    "weather",
+    "in",
+    "a",
+    "small",
+    "town",
+    "was",
+    "never",
+    "as",
+    "bad",
+    "people",
+    "said",
+    "it",
+    "would",
+    "be",
+]
+INPUT_WORDS = 30
+OUTPUT_TOKENS = 32
+NUM_VIRTUAL_TOKENS = 100
+TASKS = ("one", "two", "three")
+START_SECONDS = 120
+
+
+@dataclass
+class Server:
+    """A server under measurement."""
+
+    client: httpx.AsyncClient
+    hidden_size: int
+    published: int = 0
+
+    def form(self) -> list[tuple[str, tuple[str, bytes]]]:
+        """A soft prompt that was never seen before, as an upload."""
+        self.published += 1
+        generator = torch.Generator().manual_seed(self.published)
+        tensor = torch.randn(NUM_VIRTUAL_TOKENS, self.hidden_size, generator=generator) * 0.05
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": NUM_VIRTUAL_TOKENS, "task_type": "CAUSAL_LM"}
+        return [
+            ("files", ("adapter_config.json", json.dumps(config).encode())),
+            ("files", ("adapter_model.safetensors", save({"prompt_embeddings": tensor}))),
+        ]
+
+    async def publish(self, task: str) -> int:
+        """Upload a new version; answers its number."""
+        reply = await self.client.put(f"/prompts/{task}", files=self.form())
+        assert reply.status_code == 201, reply.text
+        version: int = reply.json()["version"]
+        return version
+
+    async def publish_to_first_token(self, task: str) -> tuple[float, float]:
+        """Seconds from the upload's first byte to the reply, and to the first token of the new version."""
+        started = time.perf_counter()
+        version = await self.publish(task)
+        replied = time.perf_counter()
+        async with self.client.stream("POST", "/generate_stream", params={"task": task}, json=body(1)) as response:
+            async for _ in response.aiter_lines():
+                first_token = time.perf_counter()
+                break
+        assert response.headers["prelude-version"] == str(version), "an older version answered"
+        return replied - started, first_token - started
+
+    async def generate(self, dice: random.Random) -> int:
+        """One request of the load; answers its output tokens."""
+        reply = await self.client.post("/generate", params={"task": dice.choice(TASKS)}, json=body(OUTPUT_TOKENS, dice))
+        assert reply.status_code == 200, reply.text
+        return OUTPUT_TOKENS
+
+
+def body(max_new_tokens: int, dice: random.Random | None = None) -> dict[str, Any]:
+    """A request of thirty words."""
+    dice = dice or random.Random(0)
+    text = " ".join(dice.choices(WORDS, k=INPUT_WORDS))
+    return {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens, "ignore_eos_token": True}}
+
+
+class Load:
+    """Clients that ask one request after the other until the block ends, and count what they get."""
+
+    def __init__(self, server: Server, clients: int) -> None:
+        self._server = server
+        self._clients = clients
+        self.tokens = 0
+
+    async def __aenter__(self) -> Load:
+        self._tasks = [asyncio.create_task(self._ask(number)) for number in range(self._clients)]
+        await asyncio.sleep(2)  # until everybody is in
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            assert isinstance(result, asyncio.CancelledError), result
+
+    async def _ask(self, number: int) -> None:
+        dice = random.Random(number)
+        while True:
+            self.tokens += await self._server.generate(dice)
+
+    async def throughput(self, seconds: float, *, swaps: bool) -> float:
+        """Output tokens per second over so many seconds, with or without a swap in each."""
+        before, started = self.tokens, time.perf_counter()
+        while (now := time.perf_counter() - started) < seconds:
+            if swaps:
+                await self._server.publish(TASKS[int(now) % len(TASKS)])
+            await asyncio.sleep(max(0.0, min(int(now) + 1, seconds) - (time.perf_counter() - started)))
+        return (self.tokens - before) / (time.perf_counter() - started)
+
+
+async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """All three measurements."""
+    for task in TASKS:
+        await server.publish(task)
+    result: dict[str, Any] = {}
+    idle = [await server.publish_to_first_token("one") for _ in tqdm(range(options.publishes), "idle")]
+    result["idle"] = summary(idle)
+    async with Load(server, options.clients) as load:
+        loaded = []
+        for i in tqdm(range(options.publishes), "load"):
+            loaded.append(await server.publish_to_first_token(TASKS[i % len(TASKS)]))
+            await asyncio.sleep(random.uniform(0, 0.3))
+        result["load"] = summary(loaded)
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for _ in tqdm(range(options.rounds), "throughput"):
+            for swaps in (False, True):
+                rates[swaps].append(await load.throughput(options.seconds, swaps=swaps))
+    ratios = [with_swaps / without for without, with_swaps in zip(rates[False], rates[True], strict=True)]
+    result["throughput"] = {
+        "without": statistics.median(rates[False]),
+        "with": statistics.median(rates[True]),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+    return result
+
+
+def summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds: medians and tails."""
+    replies, tokens = (sorted(column) for column in zip(*times, strict=True))
+    return {
+        "publishes": len(times),
+        "reply_p50_ms": 1000 * statistics.median(replies),
+        "first_token_p50_ms": 1000 * statistics.median(tokens),
+        "first_token_p99_ms": 1000 * tokens[min(len(tokens) - 1, int(0.99 * len(tokens)))],
+        "first_token_max_ms": 1000 * tokens[-1],
+    }
+
+
+@contextmanager
+def prelude_serve(folder: Path) -> Iterator[str]:
+    """A server of its own; answers its address."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
+    environment |= {name: os.environ[name] for name in ("PRELUDE_DTYPE", "PRELUDE_MODEL") if name in os.environ}
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--prompts-dir", str(folder / "prompts")]
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stderr=output)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while "ready on " not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield log.read_text().split("ready on ")[1].split()[0]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Start the server, measure, stop it."""
+    with tempfile.TemporaryDirectory(prefix="prelude-swap-") as folder, prelude_serve(Path(folder)) as url:
+        limits = httpx.Limits(max_connections=options.clients + 8)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            info = (await client.get("/info")).json()
+            result = await measure(Server(client, info["hidden_size"]), options)
+    machine = f"{os.cpu_count()} cores {platform.machine()}"
+    return {"model": info["model"], "dtype": info["dtype"], "machine": machine, **result}
+
+
+def main() -> None:
+    """Parse the options, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--publishes", type=int, default=200, help="of each latency")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of rounds of the throughput")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a round")
+    result = asyncio.run(run(parser.parse_args()))
+    print(f"\n{result['model']}, {result['dtype']}, {NUM_VIRTUAL_TOKENS} virtual tokens, {result['machine']}")
+    print(f"{'publish to first token':<28}{'p50':>8}{'p99':>8}{'max':>8}   (reply p50)")
+    for name in ("idle", "load"):
+        row = result[name]
+        print(
+            f"{name:<28}{row['first_token_p50_ms']:>5.0f} ms{row['first_token_p99_ms']:>5.0f} ms"
+            f"{row['first_token_max_ms']:>5.0f} ms   ({row['reply_p50_ms']:.0f} ms)"
+        )
+    rate = result["throughput"]
+    print(
+        f"output tokens/s: {rate['without']:.0f} without swaps, {rate['with']:.0f} with one a second, "
+        f"ratio {rate['ratio']:.3f}"
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The lowest layer of the store: a flat, durable place for objects, each written once and whole, or not at all.
+
+`create` is create-if-absent and has exactly one winner, whoever else writes at the same time: other threads, other
+processes, other machines. What it has answered True for survives a loss of power. A folder does this by itself
+(`LocalObjects`); a bucket needs the extra `store` (`remote.RemoteObjects`). Everything else about the store, what its
+objects mean and which belong together, is built on these five operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from server.errors import StoreError, StoreFull
+
+FOLDERS = ("blobs", "events")
+
+ABANDONED_SECONDS = 24 * 3600.0
+"""A temporary file of this age belongs to a writer that was killed; nobody writes for a day."""
+
+_TEMPORARY = ".tmp-"
+_KEY = re.compile(rf"(?:{'|'.join(FOLDERS)})/[A-Za-z0-9][A-Za-z0-9._-]*")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_USE_A_FOLDER = "Let PRELUDE_STORE name a folder that can be written to, such as file:/var/lib/prelude."
+_USE_A_URL = "Use file:PATH, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX."
+
+
+class Objects(Protocol):
+    """A place for objects, by keys such as `events/000000000042.json`; any thread may use it at any time.
+
+    Every operation raises a StoreError if the place refuses, or does not answer.
+    """
+
+    def list(self, folder: str) -> list[str]:
+        """Names, without their folder and sorted, of the whole objects in it; empty if there are none."""
+
+    def get(self, key: str) -> bytes | None:
+        """An object's content; None if there is no such object."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Keep a new object durably; False, with nothing changed, if there is one of this name already.
+
+        Raises:
+            StoreFull: there is no space left, and nothing has changed.
+            StoreError: it is refused. Whether the object is kept is then open, until somebody looks.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if there is one."""
+
+    def age(self, key: str) -> float | None:
+        """Seconds since an object was written; None if there is no such object."""
+
+
+def open_objects(url: str) -> Objects:
+    """Open the place that PRELUDE_STORE names, and make it if it is a folder.
+
+    Raises:
+        StoreError: the URL is of no kind that is served, or the place cannot be opened.
+    """
+    scheme, colon, path = url.partition(":")
+    if not colon or not path:
+        raise StoreError(f"PRELUDE_STORE is {url!r}.", remedy=_USE_A_URL)
+    if scheme == "file":
+        if path.startswith("//") and path[2:3] not in ("/", "~"):  # file://var/lib names the host "var"
+            raise StoreError(f"PRELUDE_STORE is {url!r}.", remedy="Write file:PATH, with no // before a relative path.")
+        return LocalObjects(Path(path.removeprefix("//")).expanduser())
+    if scheme not in ("s3", "gs", "az"):
+        raise StoreError(f"PRELUDE_STORE is of an unknown kind, {scheme!r}.", remedy=_USE_A_URL)
+    try:
+        from server.registry.remote import RemoteObjects
+    except ImportError as exc:
+        raise StoreError(
+            f"PRELUDE_STORE is {scheme}:…, and obstore, which speaks to it, cannot be imported: {exc}.",
+            remedy='Install it with `pip install "prelude-server[store]"`.',
+        ) from exc
+    return RemoteObjects(url)
+
+
+class LocalObjects:
+    """Objects as files under one directory, which several servers may share.
+
+    A write goes to a temporary file, which is synced and then linked to its name: unlike a rename, a link fails if
+    the name exists. The directory is synced last, and only then does anybody hear of the object.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Open the directory, or make it, durably; also removes what killed writers left in it.
+
+        Raises:
+            StoreError: it cannot be made.
+        """
+        self._root = root.absolute()
+        with _refusals(f"be made in {root}", _USE_A_FOLDER):
+            for folder in FOLDERS:
+                _make_directory(self._root / folder)
+            _sync_directory(self._root)
+        for folder in FOLDERS:
+            _remove_abandoned(self._root / folder)
+
+    def list(self, folder: str) -> list[str]:
+        """See Objects; temporary and other hidden files are no objects."""
+        assert folder in FOLDERS, folder
+        with _refusals(f"list {folder}"):
+            return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))
+
+    def get(self, key: str) -> bytes | None:
+        """See Objects."""
+        path = self._path(key)
+        with _refusals(f"read {key}"):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Objects."""
+        path = self._path(key)
+        with _refusals(f"write {key}"):
+            created = _link_whole(path, data)
+        try:
+            # Also where another writer was first: it may not have come this far, and its object is now relied on.
+            _sync_directory(path.parent)
+        except OSError as exc:  # never StoreFull, which promises that nothing has changed
+            raise StoreError(f"The store cannot make {key} durable: {exc.strerror or exc}.") from exc
+        return created
+
+    def delete(self, key: str) -> None:
+        """See Objects; not synced, as what comes back after a loss of power is garbage that nobody names."""
+        path = self._path(key)
+        with _refusals(f"delete {key}"):
+            path.unlink(missing_ok=True)
+
+    def age(self, key: str) -> float | None:
+        """See Objects."""
+        path = self._path(key)
+        with _refusals(f"read {key}"):
+            try:
+                return max(0.0, time.time() - path.stat().st_mtime)
+            except FileNotFoundError:
+                return None
+
+    def _path(self, key: str) -> Path:
+        assert _KEY.fullmatch(key), key
+        return self._root / key
+
+
+@contextlib.contextmanager
+def _refusals(action: str, remedy: str | None = None) -> Iterator[None]:
+    """Turn what the file system says into what a user can read."""
+    try:
+        yield
+    except OSError as exc:
+        message = f"The store cannot {action}: {exc.strerror or exc}."
+        if exc.errno in _FULL:
+            raise StoreFull(message) from exc
+        raise StoreError(message, remedy=remedy) from exc
+
+
+def _link_whole(path: Path, data: bytes) -> bool:
+    """Let a name stand for a synced file, in one step; False if it stands for one already."""
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+    # The umask decides who may read it, as with any file: a shared store may be written by several users.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        # One that stays is removed when a store is opened a day later; the outcome is already decided.
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        if exc.errno not in _NO_HARD_LINKS:
+            raise
+        raise StoreError(
+            f"The store's file system in {path.parent} has no hard links ({exc.strerror}), so it cannot tell which of "
+            "two writers was first.",
+            remedy="Let PRELUDE_STORE name a folder on a file system with hard links (ext4, XFS, NFS, APFS), or a "
+            "bucket: s3://BUCKET/PREFIX.",
+        ) from exc
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and its missing parents, so that they survive a loss of power."""
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        with contextlib.suppress(PermissionError):  # a parent that may be written to, but not read, cannot be synced
+            _sync_directory(place.parent)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # a store that may only be read keeps them
+        for path in directory.glob(f"{_TEMPORARY}*"):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # a network file system that writes names at once, and knows no such call
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,14 @@
 # Prelude, for CPU by default:
 #   docker build -t prelude-server .
-#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp --cap-drop all prelude-server
+#   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --read-only --tmpfs /tmp --cap-drop all \
+#     prelude-server
+#
+# A container listens on all its addresses. So it must be told that everybody who reaches the published port is let in,
+# as above, or be given keys, here in a volume:
+#   docker run --rm -v prelude-keys:/etc/prelude prelude-server \
+#     keys create --file /etc/prelude/keys.json --name me --scope admin
+#   docker run --rm -p 8000:8000 -v prelude-keys:/etc/prelude -e PRELUDE_API_KEYS_FILE=/etc/prelude/keys.json \
+#     --read-only --tmpfs /tmp --cap-drop all prelude-server
 #
 # Keep the store and the model cache over restarts with named volumes for /var/lib/prelude and /var/cache/prelude.
 #
@@ -58,7 +66,8 @@ LABEL org.opencontainers.image.title="Prelude" \
 RUN groupadd --gid 10001 prelude \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /var/cache/prelude \
         --shell /usr/sbin/nologin prelude \
-    && install --directory --owner=prelude --group=prelude /prompts /var/lib/prelude /var/cache/prelude
+    && install --directory --owner=prelude --group=prelude /prompts /var/lib/prelude /var/cache/prelude \
+    && install --directory --owner=prelude --group=prelude --mode=0700 /etc/prelude
 
 COPY --from=builder /opt/prelude /opt/prelude
 COPY LICENSE NOTICE /usr/share/doc/prelude/

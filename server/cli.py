@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTrainingData, PreludeError, UnknownTask
+from server import cli_keys, cli_prompts
+from server.cli_errors import errors_as_sentences
+from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTrainingData, UnknownTask
 from server.options import with_settings_options
 from server.settings import Settings
 
@@ -39,17 +41,6 @@ def main() -> None:
     """Serve any number of tasks from one frozen LLM: each task is a soft prompt."""
 
 
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Print what went wrong and what to do about it, instead of a traceback; exit with 2."""
-    try:
-        yield
-    except PreludeError as exc:
-        typer.secho(f"error: {exc.message}", fg="red", err=True)
-        typer.echo(f"       {exc.remedy}", err=True)
-        raise typer.Exit(2) from exc
-
-
 def _configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
@@ -59,7 +50,7 @@ def _configure_logging(level: str) -> None:
 
 def serve(**options: Any) -> None:
     """Serve the frozen model and every soft prompt of the inbox over HTTP."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         settings = Settings.load(**options)
         _configure_logging(settings.log_level)
         from server.serve import serve as run
@@ -68,6 +59,8 @@ def serve(**options: Any) -> None:
 
 
 app.command()(with_settings_options(serve))
+app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_prompts.app, name="prompts")
 
 
 @app.command()
@@ -92,7 +85,7 @@ def train(
 ) -> None:
     """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory."""
     _configure_logging("warning")
-    with _errors_as_sentences():
+    with errors_as_sentences():
         from tqdm import tqdm
 
         from server.engine.model import FrozenModel
@@ -165,7 +158,7 @@ def evaluate(
     Nothing is written: neither to the inbox nor to the store.
     """
     _configure_logging("warning")
-    with _errors_as_sentences():
+    with errors_as_sentences():
         if baseline != bool(instruction):
             raise ConfigurationError(
                 "--baseline and --instruction belong together.", remedy='Give both, or neither: --instruction "…".'
@@ -205,14 +198,15 @@ def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory
 
     It is published as a server publishes it, but to a store that is gone afterwards.
     """
-    from server.registry.inbox import scan_inbox
+    from server.registry.inbox import Inbox
+    from server.registry.objects import LocalObjects
     from server.registry.registry import Registry
-    from server.registry.store import LocalStore
+    from server.registry.store import Store
     from server.soft_prompts.formats import load_soft_prompts
     from server.soft_prompts.names import names_of
 
     with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
-        registry = Registry(LocalStore(Path(store)), model, settings.max_virtual_tokens)
+        registry = Registry(Store(LocalObjects(Path(store))), model, settings.max_virtual_tokens)
         if directory is not None:
             if not directory.is_dir():
                 raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
@@ -224,15 +218,15 @@ def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory
                 )
             registry.publish(task, contents, "inbox")
         else:
-            scan_inbox(settings.prompts_dir, registry)
+            Inbox(settings.prompts_dir, registry).scan(settle_seconds=0)
         try:
-            return registry.resolve(task).soft_prompt
+            return registry.fetch(registry.resolve(task)).result()
         except UnknownTask as exc:
             if task in registry.errors:
                 raise InvalidSoftPrompt(
                     f"{settings.prompts_dir / task} cannot be served.", remedy=registry.errors[task]
                 ) from exc
-            tasks = ", ".join(live.task for live in registry.tasks()[:20]) or "nothing"
+            tasks = ", ".join(live.name for live in registry.tasks()[:20]) or "nothing"
             raise UnknownTask(
                 exc.message, remedy=f"{settings.prompts_dir} holds {tasks}; or name a directory with --soft-prompt."
             ) from exc

@@ -21,7 +21,10 @@ import pytest
 
 from server.engine.model import FrozenModel
 from server.errors import ConfigurationError
-from server.serve import bind
+from server.keys.file import add_key
+from server.keys.key import Scope
+from server.serve import bind, check_exposure, open_keys
+from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import random_soft_prompt
 
@@ -159,3 +162,76 @@ def _until_refused(client: httpx.Client, body: dict[str, Any]) -> httpx.Response
 def test_an_address_is_taken_by_one_server_before_its_model_is_loaded() -> None:
     with bind("127.0.0.1", 0) as first, pytest.raises(ConfigurationError, match="Cannot listen"):
         bind("127.0.0.1", first.getsockname()[1])
+
+
+def listen(host: str, **options: Any) -> None:
+    """What a server that is to listen there does first."""
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    with bind(host, 0) as listener:
+        check_exposure(Settings(host=host, **options), listener.getsockname()[0])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "127.1", "::1"])
+def test_on_loopback_no_keys_are_needed(host: str) -> None:
+    listen(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "0", "::"])
+def test_on_other_addresses_a_server_without_keys_does_not_start_unless_everybody_is_meant(
+    host: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigurationError, match="could use, replace and delete every task") as caught:
+        listen(host)
+    for way_out in ("prelude keys create --file keys.json", "PRELUDE_API_KEYS_FILE=keys.json", "ALLOW_ANONYMOUS=1"):
+        assert way_out in caught.value.remedy
+    assert "no API keys" not in caplog.text
+    listen(host, allow_anonymous=True)
+    assert "no API keys: everybody who reaches" in caplog.text
+    listen(host, api_keys_file=tmp_path / "keys.json")
+
+
+def test_what_counts_is_the_address_that_the_socket_has_and_not_its_name() -> None:
+    with bind("0.0.0.0", 0) as listener, pytest.raises(ConfigurationError):
+        check_exposure(Settings(host="localhost"), listener.getsockname()[0])
+
+
+def test_the_keys_that_the_settings_name_are_read_before_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    assert open_keys(Settings()) is None
+    with pytest.raises(ConfigurationError, match="cannot be read") as caught:
+        open_keys(Settings(api_keys_file=path))
+    assert "prelude keys create" in caught.value.remedy
+    text = add_key(path, "ci", [Scope.ADMIN], None)[1]
+    keys = open_keys(Settings(api_keys_file=path))
+    assert keys is not None
+    assert keys.find(text) is not None
+    with pytest.raises(ConfigurationError, match="lets everybody in") as caught:
+        open_keys(Settings(api_keys_file=path, allow_anonymous=True))
+    assert caught.value.remedy == "Leave out one of them."
+
+
+def test_the_command_refuses_with_both_ways_out_and_status_2() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
+    command = [sys.executable, "-m", "server.cli", "serve", "--host", "0.0.0.0", "--port", "0", "--model", "/none"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert "PRELUDE_API_KEYS_FILE=keys.json" in done.stderr
+    assert "PRELUDE_ALLOW_ANONYMOUS=1" in done.stderr
+
+
+def test_the_command_serves_with_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    text = add_key(path, "ci", [Scope.GENERATE], None)[1]
+    with prelude_serve(tmp_path, PRELUDE_API_KEYS_FILE=str(path), PRELUDE_LOG_LEVEL="debug") as process:
+        body = {"inputs": "my-very-own-words", "parameters": {"max_new_tokens": 1}}
+        assert process.client.post("/generate", json=body).status_code == 401
+        allowed = process.client.post("/generate", json=body, headers={"Authorization": f"Bearer {text}"})
+        assert allowed.status_code == 200
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.ended_with(15) == 0
+    log = process.log.read_text()
+    assert "ready on http" in log
+    assert text.split("_")[2] not in log
+    assert "my-very-own-words" not in log

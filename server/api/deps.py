@@ -28,6 +28,12 @@ async def _settings(request: Request) -> Settings:
     return settings
 
 
+async def _key_id(request: Request) -> str | None:
+    """The id of the key that the request came with, for the record of who changed what."""
+    key_id: str | None = getattr(request.state, "key_id", None)
+    return key_id
+
+
 async def known_query(request: Request) -> None:
     """Refuse a query parameter that the route does not have, or that comes twice.
 
@@ -49,3 +55,4 @@ async def known_query(request: Request) -> None:
 WorkerDep = Annotated[EngineWorker, Depends(_worker)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
+KeyIdDep = Annotated[str | None, Depends(_key_id)]

@@ -13,12 +13,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api.schemas import ErrorBody, GenerateBody, GenerateParameters
-from server.errors import InvalidRequest, PreludeError
+from server.api.uploads import not_kept
+from server.errors import InvalidRequest, PreludeError, Unauthorized
 
 log = logging.getLogger(__name__)
 
 MOST_PROBLEMS = 5
 """Problems of one body that are told; a body can have as many as it has bytes."""
+
+WANTS_A_KEY = {"WWW-Authenticate": "Bearer"}
+
+BROKEN_BODY = "Send the whole body again, as JSON or as a multipart form; /docs says which."
 
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
@@ -35,7 +40,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(PreludeError)
     async def _ours(request: Request, error: PreludeError) -> JSONResponse:
-        return _reply(error.status, error)
+        return _reply(error.status, error, WANTS_A_KEY if isinstance(error, Unauthorized) else None)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -47,9 +52,12 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         cause = error.__cause__
+        if isinstance(cause, OSError):  # no room for an upload's files, which are spooled to disk as they arrive
+            cause = not_kept(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
             return _reply(cause.status, cause)
-        return _reply(error.status_code, InvalidRequest(f"{error.detail}."), error.headers)
+        remedy = BROKEN_BODY if error.status_code == 400 else None
+        return _reply(error.status_code, InvalidRequest(f"{error.detail}.", remedy=remedy), error.headers)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:

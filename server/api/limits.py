@@ -1,18 +1,29 @@
-"""A limit on the size of bodies, enforced while they arrive: pure ASGI, so streams pass through untouched."""
+"""Limits on bodies, enforced while they arrive: pure ASGI, so streams pass through untouched.
+
+Any body has a limit on its size. An upload's form also has one on its parts, and must come to its end.
+"""
 
 from __future__ import annotations
 
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import PayloadTooLarge
+from server.errors import InvalidRequest, PayloadTooLarge
 
 MAX_JSON_BYTES = 4 * 2**20
 MULTIPART_OVERHEAD = 64 * 2**10
 """Boundaries and part headers around an upload's files."""
+MAX_FORM_PARTS = 16
+"""Parts of an upload. Up to 1 MB one waits in memory, not on disk: their number bounds what an upload takes."""
 
 
 class BodyLimit:
-    """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed."""
+    """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed.
+
+    Of uploads it refuses those that have too many parts, or that end before their closing boundary.
+    """
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
         """Wrap an app."""
@@ -26,8 +37,10 @@ class BodyLimit:
             return
         upload = scope["method"] == "PUT" and scope["path"].startswith("/prompts/")
         limit = self._max_upload_bytes + MULTIPART_OVERHEAD if upload else MAX_JSON_BYTES
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        received = int(declared) if declared.isdigit() and int(declared) > limit else 0
+        headers = Headers(scope=scope)
+        form = FormWatch.of(headers) if upload else None
+        declared = headers.get("content-length", "0")
+        received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
 
         async def limited_receive() -> Message:
             nonlocal received
@@ -35,6 +48,8 @@ class BodyLimit:
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= limit:
+                    if form is not None:
+                        form.follow(message)
                     return message
             raise PayloadTooLarge(
                 f"The body has more than {limit:,} bytes.",
@@ -44,3 +59,54 @@ class BodyLimit:
             )
 
         await self._app(scope, limited_receive, send)
+
+
+class FormWatch:
+    """Follows a multipart body as it passes: how many parts it has, and whether it came to its end.
+
+    The parser behind it takes whatever came for the whole: of a body that breaks off it drops the last part without a
+    word, and a soft prompt would go live without its template.
+    """
+
+    def __init__(self, boundary: bytes) -> None:
+        """Begin before the first byte of a body."""
+        self._delimiter = b"\r\n--" + boundary
+        self._tail = b"\r\n"  # the first delimiter may open the body
+        self._parts = 0
+        self._is_closed = False
+
+    @classmethod
+    def of(cls, headers: Headers) -> FormWatch | None:
+        """The watch for a request's body; None if it is no multipart form, or one that the parser cannot begin with."""
+        kind, options = parse_options_header(headers.get("content-type"))
+        boundary = options.get(b"boundary")
+        return cls(boundary) if kind == b"multipart/form-data" and boundary is not None else None
+
+    def follow(self, message: Message) -> None:
+        """Look at the body's next piece.
+
+        Raises:
+            InvalidRequest: the form has too many parts.
+            HTTPException: (400, as for every form that cannot be read) the body is over and the form is not.
+        """
+        if message["type"] != "http.request" or self._is_closed:  # what comes after the last boundary is no part
+            return
+        self._search(message.get("body", b""))
+        if self._parts > MAX_FORM_PARTS:
+            raise InvalidRequest(
+                f"The form has more than {MAX_FORM_PARTS} parts.",
+                remedy="Send the files of one soft prompt, or one zip of them.",
+            )
+        if not self._is_closed and not message.get("more_body", False):
+            raise HTTPException(400, "The form is cut off: the body ends before its closing boundary")
+
+    def _search(self, piece: bytes) -> None:
+        seen = self._tail + piece
+        closing = self._delimiter + b"--"
+        end = seen.find(closing)
+        self._is_closed = end >= 0
+        known = max(0, len(self._tail) - len(self._delimiter) + 1)  # a delimiter within the tail was counted before
+        self._parts += seen.count(self._delimiter, known, end if self._is_closed else len(seen))
+        if self._is_closed and end < known:
+            self._parts -= 1  # that one, it turns out, begins no part
+        self._tail = seen[1 - len(closing) :]

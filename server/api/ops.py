@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from server import __version__
+from server.api.auth import ERRORS as AUTH_ERRORS
+from server.api.auth import Reads
 from server.api.deps import RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import ErrorBody, Health, Info
 from server.errors import PreludeError, ServerDraining
@@ -35,7 +37,7 @@ async def ready(worker: WorkerDep) -> Health:
     return Health(status="ready")
 
 
-@router.get("/info")
+@router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])
 async def info(worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
     """The frozen model and the server's limits."""
     model = worker.model

@@ -1,24 +1,29 @@
 """From an upload to a PEFT directory: named files, or one zip of them, copied with a running limit on their size.
 
 A zip is never trusted: only the files of a soft prompt are taken out, under fixed names, and bytes are counted as they
-unfold, because the sizes in its directory may lie.
+unfold, because the sizes in its directory may lie. The limit on what all files unfold to is the limit on an upload, so
+a limit on their ratio would add nothing but refusals: a bomb costs no more than an honest upload of that size, entries
+that share their bytes are counted as often as they are taken, and real soft prompts that began as zeros pack 1000:1.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fastapi import UploadFile
 
-from server.errors import InvalidSoftPrompt, PayloadTooLarge
+from server.errors import InvalidSoftPrompt, PayloadTooLarge, StoreError, StoreFull
 from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
 
 WANTED = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
@@ -27,6 +32,39 @@ MAX_DIRECTORY_BYTES = 2**18
 END_RECORD_REACH = 2**16 + 22 + 20
 """Bytes at a zip's end that hold its end record: the longest comment, the record, and zip64's pointer before it."""
 CHUNK = 2**16
+BROKEN_ZIP = (
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(EOFError, ArithmeticError, LookupError, RuntimeError, ValueError),
+)
+"""What zipfile raises on a zip that is damaged or forged: it documents only the first."""
+MAKE_PLAIN = "Make a plain zip of the files."
+
+
+@contextmanager
+def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Path]:
+    """An upload's files in a temporary directory, which is gone afterwards, however that ends.
+
+    Raises:
+        StoreError: the temporary directory cannot be written or read.
+        PreludeError: what `unpack_upload` raises.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
+            unpack_upload(files, Path(folder), max_bytes)
+            yield Path(folder)
+    except OSError as exc:
+        raise not_kept(exc) from exc
+
+
+def not_kept(exc: OSError) -> StoreError:
+    """The error for an upload that the server has no place for."""
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (StoreFull if full else StoreError)(
+        f"The upload cannot be kept: {exc.strerror or exc}.",
+        remedy="Make room in the server's temporary folder (TMPDIR), then send it again."
+        if full
+        else "Check that the server may write to its temporary folder (TMPDIR).",
+    )
 
 
 def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> None:
@@ -53,8 +91,8 @@ def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) 
 
 
 def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
-    _check_directory(source)
     try:
+        _check_directory(source)
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ZIP_ENTRIES:
@@ -63,15 +101,17 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
                 _check_entry(entry)
             for entry in entries:
                 name = PurePosixPath(entry.filename).name
-                if entry.is_dir() or name not in (*WANTED, *PICKLE_FILES):
+                if entry.filename.endswith("/") or name not in (*WANTED, *PICKLE_FILES):
                     continue
                 if name in PICKLE_FILES:
                     (directory / name).touch()
                     continue
                 with archive.open(entry) as file:
                     max_bytes -= _copy(file, _new(directory, name), max_bytes)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ArithmeticError, RuntimeError, ValueError) as exc:
-        raise InvalidSoftPrompt(f"The zip cannot be read: {exc}.", remedy="Make a plain zip of the files.") from exc
+    except (*BROKEN_ZIP, OSError) as exc:
+        if isinstance(exc, OSError) and exc.errno != errno.EINVAL:  # which is a seek to where no file can have bytes
+            raise
+        raise InvalidSoftPrompt(f"The zip cannot be read: {str(exc)[:200]}.", remedy=MAKE_PLAIN) from exc
 
 
 def _check_directory(source: IO[bytes]) -> None:
@@ -82,7 +122,7 @@ def _check_directory(source: IO[bytes]) -> None:
     source.seek(0)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < 22:
-        raise InvalidSoftPrompt("The zip cannot be read: it has no end.", remedy="Make a plain zip of the files.")
+        raise InvalidSoftPrompt("The zip cannot be read: it has no end.", remedy=MAKE_PLAIN)
     entries, directory_bytes = struct.unpack("<HI", tail[at + 10 : at + 16])
     is_zip64 = tail[at - 20 : at - 16] == b"PK\x06\x07"
     if is_zip64 or entries > MAX_ZIP_ENTRIES or directory_bytes > MAX_DIRECTORY_BYTES:
@@ -97,12 +137,14 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     path = PurePosixPath(entry.filename.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
         raise InvalidSoftPrompt(f"The zip has an entry that leads outside: {entry.filename[:100]!r}.")
-    if stat.S_ISLNK(entry.external_attr >> 16):
-        raise InvalidSoftPrompt(f"The zip has a link: {entry.filename[:100]!r}.", remedy="Zip the files themselves.")
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise InvalidSoftPrompt(
+            f"The zip has a link or a device: {entry.filename[:100]!r}.", remedy="Zip the files themselves."
+        )
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InvalidSoftPrompt("The zip uses a rare compression.", remedy="Make a plain zip of the files.")
+        raise InvalidSoftPrompt("The zip uses a rare compression.", remedy=MAKE_PLAIN)
     if entry.flag_bits & 1:
-        raise InvalidSoftPrompt("The zip is encrypted.", remedy="Make a plain zip of the files.")
+        raise InvalidSoftPrompt("The zip is encrypted.", remedy=MAKE_PLAIN)
 
 
 def _new(directory: Path, name: str) -> Path:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -26,9 +27,15 @@ Source = Literal["api", "inbox"]
 Traffic = tuple[tuple[int, int], ...]
 """Who answers: (version, weight) by version, weights summing to 100. One pair usually, more in a canary; () nobody."""
 
-JsonText = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else compact_json(value))]
-"""A JSON object in an event's file, its text in memory: ten thousand parsed manifests would take ten times the room."""
 
+def _as_text(value: Any) -> str:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return compact_json(value)
+
+
+JsonText = Annotated[str, BeforeValidator(_as_text)]
+"""A JSON object in an event's file, its text in memory: ten thousand parsed manifests would take ten times the room."""
 
 FILLED_IN = (
     "task",
@@ -261,8 +268,8 @@ class TaskState:
 
     @property
     def before(self) -> Traffic:
-        """Who answered before those who answer now; () if nobody did."""
-        return next((traffic for traffic in reversed(self.history[:-1]) if traffic), ())
+        """Who answered before those who answer now; () if nobody else did."""
+        return next((traffic for traffic in reversed(self.history) if traffic not in ((), self.traffic)), ())
 
     @property
     def is_from_inbox(self) -> bool:
@@ -276,23 +283,19 @@ class TaskState:
             self.history.append(traffic)
 
     def go_back(self) -> None:
-        """Take what answers now off the history, and whatever is below it that answered nothing."""
-        if self.history:
-            self.history.pop()
-        while self.history and not self.history[-1]:
+        """Take what answers now off the history, down to what was different and answered something."""
+        now = self.traffic
+        while self.history and self.history[-1] in ((), now):
             self.history.pop()
 
     def forget(self, number: int) -> None:
         """Remove a version, and from the history every entry that needs it."""
         del self.versions[number]
-        kept = [traffic for traffic in self.history if number not in dict(traffic)]
-        self.history = [
-            traffic for index, traffic in enumerate(kept) if index == 0 or traffic != kept[index - 1]
-        ]  # what was between two equal entries may be gone
+        self.history = [traffic for traffic in self.history if number not in dict(traffic)]
 
 
 class State:
-    """The fold of all events: every task that ever was.
+    """The fold of all events: every task that ever was. An event that does not follow changes nothing.
 
     Attributes:
         tasks: by name.
@@ -320,13 +323,14 @@ class State:
             StoreError: it does not follow from the events before it.
         """
         try:
-            touched, removed = self._change(event)
+            removed = self._change(event)
         except KeyError as exc:
             raise StoreError(
                 f"The store's event {event.number} changes {exc}, which the events before it do not know.",
                 remedy="Restore the store's events from a backup.",
             ) from exc
         self.last_event = event.number
+        touched = tasks_of(event.change)
         for name in touched:
             self.tasks[name].last_event = event.number
         for version in removed:
@@ -334,27 +338,41 @@ class State:
             _decrement(self.prefixes, version.content.prefix_hash)
         return touched, removed
 
+    def ahead(self, events: Sequence[Event]) -> State:
+        """The tasks that these events are about, as they will be once they are taken; this state stays as it is.
+
+        An event that does not follow is left out, with all after it: taking it will say why.
+        """
+        state = State()
+        for name in {name for event in events for name in tasks_of(event.change)} & self.tasks.keys():
+            task = self.tasks[name]
+            state.tasks[name] = replace(task, versions=dict(task.versions), history=list(task.history))
+        with suppress(StoreError):
+            for event in events:
+                state.apply(event)
+        return state
+
     def next_version(self, task: str) -> int:
         """The number that the next publish under this name gets."""
         return self.tasks[task].last_version + 1 if task in self.tasks else 1
 
-    def _change(self, event: Event) -> tuple[set[str], list[Version]]:
+    def _change(self, event: Event) -> list[Version]:
         change = event.change
         if isinstance(change, Publish):
             for item in change.published:
                 self._publish(item, event, change.activate)
-            return {item.task for item in change.published}, []
+            return []
         if isinstance(change, Retire):
-            for name in change.tasks:
-                self._retire(self.tasks[name])
-            return set(change.tasks), []
+            for task in [self.tasks[name] for name in change.tasks]:
+                self._retire(task)
+            return []
         task = self.tasks[change.task]
         removed: list[Version] = []
         match change:
             case Activate():
-                task.let_answer(alone(change.version))
+                task.let_answer(alone(task.versions[change.version].number))
             case SetTraffic():
-                task.let_answer(change.traffic)
+                task.let_answer(tuple((task.versions[number].number, weight) for number, weight in change.traffic))
             case RollBack():
                 task.go_back()
             case DeleteVersion():
@@ -364,7 +382,7 @@ class State:
                 removed = list(task.versions.values())
                 task.versions.clear()
                 task.history.clear()
-        return {change.task}, removed
+        return removed
 
     def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
         task = self.tasks.setdefault(item.task, TaskState())
@@ -384,6 +402,13 @@ class State:
         if task.is_from_inbox:
             task.let_answer(())
         task.inbox_identity = None
+
+
+def tasks_of(change: Change) -> set[str]:
+    """The tasks that a change is about."""
+    if isinstance(change, Publish):
+        return {item.task for item in change.published}
+    return set(change.tasks) if isinstance(change, Retire) else {change.task}
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

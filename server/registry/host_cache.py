@@ -46,7 +46,7 @@ class HostCache:
         self._load = load
         self._is_wanted = is_wanted
         self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
-        self._loading: dict[str, Future[SoftPrompt]] = {}
+        self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another of the same content may be whole
         self._lock = threading.Lock()
         self._loaders = ThreadPoolExecutor(LOADERS, "soft-prompts")
 
@@ -73,9 +73,12 @@ class HostCache:
                 done: Future[SoftPrompt] = Future()
                 done.set_result(kept)
                 return done
-            if content.digest not in self._loading:
-                self._loading[content.digest] = self._loaders.submit(self._load_and_keep, content)
-            return self._loading[content.digest]
+            loading = self._loading.get(content.blob)
+            if loading is None:
+                loading = self._loading[content.blob] = Future()
+                loading.set_running_or_notify_cancel()  # who hangs up cannot cancel it for the others
+                self._loaders.submit(self._load_and_keep, content, loading)
+            return loading
 
     def put(self, soft_prompt: SoftPrompt) -> None:
         """Keep a soft prompt, and drop the least recently used ones beyond the budget; the newest always stays."""
@@ -98,15 +101,21 @@ class HostCache:
         if dropped is not None:
             self.num_bytes -= _num_bytes(dropped)
 
-    def _load_and_keep(self, content: Content) -> SoftPrompt:
+    def _load_and_keep(self, content: Content, loading: Future[SoftPrompt]) -> None:
         try:
             soft_prompt = self._load(content)
-            self.loads += 1
             self.put(soft_prompt)
-            return soft_prompt
-        finally:
-            with self._lock:
-                del self._loading[content.digest]
+        except Exception as exc:  # noqa: BLE001 - whoever waits raises it
+            self._end(content)
+            loading.set_exception(exc)
+        else:
+            self._end(content, loads=1)
+            loading.set_result(soft_prompt)
+
+    def _end(self, content: Content, loads: int = 0) -> None:
+        with self._lock:
+            self.loads += loads
+            del self._loading[content.blob]
 
 
 def _num_bytes(soft_prompt: SoftPrompt) -> int:

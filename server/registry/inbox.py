@@ -1,9 +1,10 @@
 """The inbox: PEFT directories that people put into `prompts/`, published through the one publish path.
 
 An entry is published on first sight and whenever its content has changed since, once it has been left alone for a
-moment: a directory that is being copied is not looked at before it is whole. What was published and then deleted, or
-replaced by an upload, does not come back by itself. A directory that is removed retires its tasks if what answers came
-from it. The store, which lies in the inbox by default, is not watched.
+moment: a directory that is being copied is not read before it is whole. What was deleted through the API, or replaced
+by an upload, does not come back from a directory that stays as it is, only from one that is changed, or removed and put
+there again. A directory that is removed retires its tasks if what answers came from it. The store, which lies in the
+inbox by default, is not watched.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from watchfiles import watch
-
-from server.errors import PreludeError
+from server.errors import InvalidTaskName, PreludeError, UnknownTask
+from server.registry.events import Version, content_of
+from server.registry.folder import Folder, Signature
 from server.registry.registry import Registry
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
@@ -28,36 +29,47 @@ from server.soft_prompts.names import check_task_name, names_of
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.5
-"""How long nobody must have written to an entry before it is read."""
-
-GONE_SECONDS = 1.0
-"""How long an entry must be gone before its tasks retire: replacing a directory removes it for a moment."""
+"""How long nobody must have written to an entry before it is read. Its tasks retire once it is gone for twice as long,
+because replacing a directory removes it for a moment."""
 
 LOOK_SECONDS = 1.0
-"""How often everything is looked at, whether or not the file system tells of changes; some never do."""
+"""How often every file is looked at, whether or not the file system tells of changes; some never do."""
 
-LOOK_SHARE = 0.02
-"""Of the time, what looking may take: with very many entries it is done less often."""
+LOOK_SHARE = 0.01
+"""Of a core's time, what looking at every file may take: with very many entries it is done less often."""
 
-WAKE_MILLISECONDS = 200
-
-Signature = tuple[tuple[str, int, int, int], ...]
-"""Name, inode, size and time of the last change of every file: if it is the same, nothing was written."""
+BUG_SECONDS = 30.0
+STOP_SECONDS = 0.8
 
 
 @dataclass
 class _Entry:
-    """A directory of the inbox as it was last read.
+    """What is known of a directory of the inbox.
 
     Attributes:
-        signature: of its files then.
-        tasks: that it was published as; empty if it never could be.
+        seen: its files at the last look; None if it was not looked at yet.
+        since: when they were first seen like that.
+        read: what `seen` was when they were last read; None if they must be read.
+        tasks: what it was published as: task -> identity of the content.
+        failure: kind of error that it has now, already logged.
+        retry: whether that may pass without a change of its files.
         gone_at: since when it is missing.
+        put_back: whether it was missing since it was last published.
     """
 
-    signature: Signature
-    tasks: tuple[str, ...] = ()
+    seen: Signature | None = None
+    since: float = 0.0
+    read: Signature | None = None
+    tasks: dict[str, str] = field(default_factory=dict)
+    failure: type[Exception] | None = None
+    retry: bool = False
     gone_at: float | None = None
+    put_back: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is expected of it soon, so that it is looked at more often than the others."""
+        return self.gone_at is not None or self.seen is None or self.seen is not self.read
 
 
 class Inbox:
@@ -65,177 +77,211 @@ class Inbox:
 
     def __init__(self, directory: Path, registry: Registry) -> None:
         """Nothing is read yet."""
-        self._directory = directory
+        self._folder = Folder(directory)
         self._registry = registry
-        self._place = f"{socket.gethostname()}:{directory.absolute()}"
+        self._path = str(directory.absolute())
+        self._place = f"{socket.gethostname()}:{self._path}"
         self._entries: dict[str, _Entry] = {}
-        self._unsettled: set[str] = set()
+        self._is_first_look = True
+        self._retire_fails = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
 
     def scan(self, on_entry: Callable[[str], None] = lambda name: None, settle_seconds: float = SETTLE_SECONDS) -> None:
-        """Publish every new or changed entry, and retire what was removed while no server ran.
+        """Publish every new or changed entry, and retire what was removed, also while no server ran.
 
         A broken entry is logged and reported, and the others are served.
         """
-        for name in self._present():
-            on_entry(_shown(name))
-            self._look_at(name, settle_seconds)
-        if self._directory.is_dir():  # if it is not, it is more likely not mounted than emptied
-            self._retire_missing()
+        self._look(None, settle_seconds, on_entry)
 
     def start(self) -> None:
         """Watch from now on."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Watch no more. A publish that waits for the engine is not waited for: it is whole or it is nothing."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(5)
+            self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
-        next_look = 0.0
-        for changed in self._wake_ups():
+        next_full_look = 0.0
+        for changes in self._folder.wake_ups(self._stop):
             now = time.monotonic()
-            if now >= next_look:
-                names = {*self._present(), *self._entries}
-            else:
-                names = {*changed, *self._unsettled, *(n for n, entry in self._entries.items() if entry.gone_at)}
+            for name in [name for name, is_removed in changes.items() if is_removed and name in self._entries]:
+                self._entries[name].gone_at = now  # even if it is there again
+            is_full = now >= next_full_look
+            began = time.thread_time()
             try:
-                for name in sorted(names):
-                    self._look_at(name, SETTLE_SECONDS)
+                self._look(None if is_full else changes, SETTLE_SECONDS)
             except Exception:
-                log.exception("the inbox could not be looked at")
-            if now >= next_look:
-                spent = time.monotonic() - now
-                next_look = now + max(LOOK_SECONDS, spent / LOOK_SHARE)
+                log.exception("the inbox cannot be looked at")
+                self._stop.wait(BUG_SECONDS)  # a bug of ours, which need not be told five times a second
+            if is_full:
+                spent = time.thread_time() - began
+                next_full_look = time.monotonic() + max(LOOK_SECONDS, spent / LOOK_SHARE)
 
-    def _wake_ups(self) -> Iterator[set[str]]:
-        """Several times a second, the names of entries in which the file system saw a change, often none."""
-        while not self._stop.is_set():
-            watched = sorted(str(self._directory / name) for name in self._present())
-            try:
-                for changes in watch(
-                    self._directory,
-                    *watched,
-                    recursive=False,  # an entry has no folders, and `.store` is not ours to watch
-                    watch_filter=None,
-                    stop_event=self._stop,
-                    debounce=WAKE_MILLISECONDS,
-                    rust_timeout=WAKE_MILLISECONDS,
-                    yield_on_timeout=True,
-                    raise_interrupt=False,
-                ):
-                    yield self._names(path for _, path in changes)
-                    if watched != sorted(str(self._directory / name) for name in self._present()):
-                        break  # watch the new entries too
-            except (OSError, RuntimeError) as exc:  # no such directory yet, no events here, or no more watches to have
-                log.debug("the inbox is polled, as it cannot be watched: %s", exc)
-                self._stop.wait(WAKE_MILLISECONDS / 1000)
-                yield set()
-
-    def _names(self, paths: Iterable[str]) -> set[str]:
-        root = self._directory.absolute()
-        found: set[str] = set()
-        for path in paths:
-            with contextlib.suppress(ValueError):
-                parts = Path(path).absolute().relative_to(root).parts
-                found.update(name for name in parts[:1] if not name.startswith("."))
-        return found
-
-    def _present(self) -> list[str]:
-        try:
-            with os.scandir(self._directory) as entries:
-                return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-        except OSError:
-            return []
-
-    def _look_at(self, name: str, settle_seconds: float) -> None:
-        """Read an entry if it has changed and is at rest; let go of one that is gone."""
-        known = self._entries.get(name)
-        signature, changed_at = _signature(self._directory / name)
-        if signature is None:
-            self._unsettled.discard(name)
-            self._registry.report(_shown(name), None)
-            if known is not None:
-                self._missed(name, known)
+    def _look(
+        self,
+        changed: Collection[str] | None,
+        settle_seconds: float,
+        on_entry: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Look at these entries and at those of which something is expected, or (None) at all."""
+        names = self._folder.entries(anew=changed is None or bool(changed))
+        if names is None:  # that is not how people remove an entry: how long one is gone counts from its return
+            for entry in self._entries.values():
+                entry.gone_at = entry.gone_at and time.monotonic()
             return
-        if known is not None:
-            known.gone_at = None
-            if known.signature == signature:
-                self._unsettled.discard(name)
-                return
-        if 0 <= time.time() - changed_at < settle_seconds:
-            self._unsettled.add(name)
-            return
-        self._unsettled.discard(name)
-        self._entries[name] = _Entry(signature, known.tasks if known else ())
-        self._read(name)
+        for name in names:
+            if name not in self._entries:
+                self._entries[name] = _Entry()
+            entry = self._entries[name]
+            if changed is None or name in changed or entry.is_open:
+                if self._stop.is_set():
+                    return
+                on_entry(_shown(name))
+                self._look_at(name, entry, settle_seconds, may_retry=changed is None)
+        for name in self._entries.keys() - set(names):
+            self._miss(name, 2 * settle_seconds)
+        if self._is_first_look:
+            self._is_first_look = not self._retire_unheld()
 
-    def _read(self, name: str) -> None:
-        """Publish an entry; why it cannot be is told to whoever asks for the list of soft prompts."""
-        entry = self._directory / name
-        try:
-            if any(entry.iterdir()):
-                self._entries[name].tasks = self._publish(entry)
-            self._registry.report(_shown(name), None)
-        except (PreludeError, OSError) as exc:
-            why = str(exc).encode(errors="backslashreplace").decode()
-            if self._registry.inbox_errors.get(_shown(name)) != why:
-                log.warning("%s is not served: %s", self._directory / _shown(name), why)
-            self._registry.report(_shown(name), why)
-            if not isinstance(exc, PreludeError) or exc.status >= 500:
-                self._entries[name].signature = ()  # not the entry's fault: try again at the next look
-
-    def _publish(self, entry: Path) -> tuple[str, ...]:
-        check_task_name(entry.name)
-        registry = self._registry
-        contents = load_soft_prompts(entry, registry.model, registry.max_virtual_tokens)
-        names = tuple(names_of(entry.name, contents))
-        if not all(registry.is_from_inbox(name, content) for name, content in zip(names, contents, strict=True)):
-            for task in registry.publish(entry.name, contents, "inbox", by=self._place).tasks:
-                log.info("%s: version %d from %s", task.task, task.version, entry)
-        return names
-
-    def _missed(self, name: str, entry: _Entry) -> None:
+    def _look_at(self, name: str, entry: _Entry, settle_seconds: float, *, may_retry: bool) -> None:
+        """Read an entry if it has changed and is at rest."""
+        if entry.gone_at is not None:
+            entry.gone_at, entry.read, entry.put_back = None, None, True
         now = time.monotonic()
-        entry.gone_at = entry.gone_at or now
-        if now - entry.gone_at >= GONE_SECONDS:
-            self._retire(entry.tasks)
-            del self._entries[name]
+        signature = self._folder.signature(name)
+        if signature != entry.seen:
+            entry.seen, entry.since = signature, now
+            if self._is_first_look:  # later, nothing hangs on the file system's clock
+                written = max((file[-1] for file in signature), default=0) / 1e9
+                entry.since -= max(0.0, time.time() - written)
+        if signature == entry.read and not (entry.retry and may_retry):
+            return
+        if now - entry.since >= settle_seconds:
+            self._read(name, entry)
 
-    def _retire(self, tasks: Iterable[str]) -> None:
-        names = list(tasks)
+    def _read(self, name: str, entry: _Entry) -> None:
+        """Publish an entry; why it cannot be is told to whoever asks for the list of soft prompts."""
+        path = self._folder.path / name
+        if entry.read != entry.seen:
+            entry.failure = None  # what was said of other files was not said of these
+        entry.read, entry.retry = entry.seen, False
         try:
+            if any(path.iterdir()):
+                self._publish(path, entry)
+        except (PreludeError, OSError) as exc:
+            self._report(name, entry, exc)
+        except Exception as exc:  # a bug of ours; the other entries are served
+            log.exception("%s is not served", path)
+            self._registry.report(_shown(name), repr(exc))
+        else:
+            entry.failure = None
+            self._registry.report(_shown(name), None)
+
+    def _publish(self, path: Path, entry: _Entry) -> None:
+        check_task_name(path.name)
+        registry = self._registry
+        contents = load_soft_prompts(path, registry.model, registry.max_virtual_tokens)
+        names = names_of(path.name, contents)
+        self._check_clash(path.name, names)
+        if self._folder.signature(path.name) != entry.read:  # somebody began to write while it was read
+            entry.seen = entry.read = None
+            return
+        is_known = all(map(registry.is_from_inbox, names, contents))
+        if not is_known or (entry.put_back and None in map(self._live, names)):
+            published = registry.publish(path.name, contents, "inbox", by=self._place)
+            for task in published.tasks if published.created else ():
+                log.info("%s: version %d from %s", task.task, task.version, path)
+        entry.put_back = False
+        left = {task: identity for task, identity in entry.tasks.items() if task not in names}  # rows that are no more
+        entry.tasks = {name: content_of(content, "").identity for name, content in zip(names, contents, strict=True)}
+        if not self._retire(left):
+            entry.tasks |= left
+            entry.retry = True
+
+    def _check_clash(self, name: str, tasks: Collection[str]) -> None:
+        """Refuse a task that another entry makes: `many-0`, if it is the first row of the multitask `many`."""
+        for task in tasks:
+            for other in {task, task.rpartition("-")[0]} - {name}:
+                if other in self._entries and task in self._entries[other].tasks:
+                    raise InvalidTaskName(
+                        f"The directory {other!r} already makes the task {task!r}.", remedy="Rename one of the two."
+                    )
+
+    def _report(self, name: str, entry: _Entry, exc: PreludeError | OSError) -> None:
+        if not os.path.lexists(self._folder.path / name):
+            return  # it was removed meanwhile
+        why = str(exc).encode(errors="backslashreplace").decode()
+        if type(exc) is not entry.failure:  # a store's message may have another key in it each time
+            log.warning("%s is not served: %s", self._folder.path / _shown(name), why)
+        entry.failure = type(exc)
+        entry.retry = isinstance(exc, OSError) or exc.status >= 500
+        self._registry.report(_shown(name), why)
+
+    def _miss(self, name: str, seconds: float) -> None:
+        """Retire the tasks of an entry that is gone for so long."""
+        entry, now = self._entries[name], time.monotonic()
+        entry.gone_at = now if entry.gone_at is None else entry.gone_at
+        if now - entry.gone_at < seconds:
+            return
+        if not self._retire(entry.tasks):
+            entry.gone_at = now
+            return
+        del self._entries[name]
+        self._registry.report(_shown(name), None)
+        for other in self._entries.values():
+            other.retry |= other.failure is InvalidTaskName  # a clash may be over
+
+    def _retire_unheld(self) -> bool:
+        """Retire what this very inbox put live and no longer holds; what could not be read may hold it still."""
+        held = {task for entry in self._entries.values() for task in entry.tasks}
+        unread = [name for name, entry in self._entries.items() if not entry.tasks]
+        gone = {}
+        for task in self._registry.from_inbox(self._place):
+            live = self._live(task)
+            is_open = any(task == name or task.startswith(f"{name}-") for name in unread)
+            if live is not None and task not in held and not is_open:
+                gone[task] = live.content.identity
+        return self._retire(gone)
+
+    def _retire(self, tasks: Mapping[str, str]) -> bool:
+        """Let go of tasks that were published with these identities; False if that must be tried again."""
+        if not tasks:
+            return True
+        try:
+            self._registry.sync()  # another server may have taken them over
+            names = self._ours(tasks)
             self._registry.retire(names, by=self._place)
         except PreludeError as exc:
-            log.warning("%s cannot be retired: %s", ", ".join(names), exc)
+            if not self._retire_fails:
+                log.warning("%s cannot be retired yet: %s", ", ".join(tasks), exc)
+            self._retire_fails = True
+            return False
+        self._retire_fails = False
+        if names:
+            log.info("no longer in %s: %s", self._folder.path, ", ".join(names))
+        return True
 
-    def _retire_missing(self) -> None:
-        """Retire what this very inbox put live, and what is not in it any more."""
-        held = {task for entry in self._entries.values() for task in entry.tasks}
-        unread = [name for name in self._present() if not (name in self._entries and self._entries[name].tasks)]
-        gone = [
-            task
-            for task in self._registry.from_inbox(self._place)
-            if task not in held and not any(task == name or task.startswith(f"{name}-") for name in unread)
-        ]
-        if gone:
-            log.info("no longer in %s: %s", self._directory, ", ".join(gone))
-            self._retire(gone)
+    def _ours(self, tasks: Mapping[str, str]) -> list[str]:
+        """Those of these tasks (with the contents that we published) that no other inbox on the store has taken over.
 
+        The host does not tell: a container has another name each time that it starts.
+        """
+        found = []
+        for name, identity in tasks.items():
+            live = self._live(name)
+            is_same = live is not None and live.content.identity == identity
+            if live is None or live.source != "inbox" or (is_same and (live.by or "").endswith(f":{self._path}")):
+                found.append(name)
+        return found
 
-def _signature(entry: Path) -> tuple[Signature | None, float]:
-    """A directory's signature and the time of its last change; None if there is no such directory."""
-    try:
-        changed_at = entry.stat().st_ctime
-        with os.scandir(entry) as files:
-            stats = sorted((file.name, file.stat()) for file in files)
-    except OSError:
-        return None, 0.0
-    signature = tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return signature, max([changed_at, *(stat.st_ctime for _, stat in stats)])
+    def _live(self, task: str) -> Version | None:
+        with contextlib.suppress(UnknownTask):
+            return self._registry.task(task).live
+        return None
 
 
 def _shown(name: str) -> str:

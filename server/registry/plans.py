@@ -7,6 +7,7 @@ that it leads to. None means that everything is so already.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from server.errors import InvalidRequest, NothingToRollBackTo, PreconditionFailed, UnknownTask, VersionInUse
@@ -31,6 +32,21 @@ Expected = int | Literal["any", "none"] | None
 """What a client believes of a task: the number of its last event, that it exists, that it does not, or nothing."""
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where contents are, or would be.
+
+    Attributes:
+        versions: one of each content, with the content that it has.
+        change: what makes it so; None if everything is so already.
+        etag: the first task's until then, 0 if there is none.
+    """
+
+    versions: tuple[NewVersion, ...]
+    change: Publish | None
+    etag: int
+
+
 def publish(
     state: State,
     items: Sequence[tuple[str, Content]],
@@ -38,16 +54,18 @@ def publish(
     activate: bool,
     expected: Expected,
     is_broken: Callable[[Content], bool],
-) -> Publish | None:
-    """New versions; what answers already, alone, keeps its number, unless it cannot be served."""
+) -> Placed:
+    """New versions; what answers already, alone, stays the version that it is, unless it cannot be served."""
     for name, _ in items:
         check_expected(state, name, expected)
-    published = tuple(NewVersion(name, _number(state, name, content, is_broken), content) for name, content in items)
-    is_new = any(item.version not in _task(state, item.task).versions for item in published)
+    versions = tuple(_place(state, name, content, is_broken) for name, content in items)
+    is_new = any(item.version not in _task(state, item.task).versions for item in versions)
     unseen = source == "inbox" and any(
-        _task(state, item.task).inbox_identity != item.content.identity for item in published
+        _task(state, item.task).inbox_identity != item.content.identity for item in versions
     )
-    return Publish(published, activate) if is_new or unseen else None
+    change = Publish(versions, activate) if is_new or unseen else None
+    first = _task(state, versions[0].task)
+    return Placed(versions, change, first.last_event if first.versions else 0)
 
 
 def activate(state: State, name: str, version: int, expected: Expected) -> Activate | None:
@@ -147,8 +165,8 @@ def _task(state: State, name: str) -> TaskState:
     return state.tasks.get(name) or TaskState()
 
 
-def _number(state: State, name: str, content: Content, is_broken: Callable[[Content], bool]) -> int:
+def _place(state: State, name: str, content: Content, is_broken: Callable[[Content], bool]) -> NewVersion:
     live = _task(state, name).live_alone
     if live is not None and live.content.identity == content.identity and not is_broken(live.content):
-        return live.number
-    return state.next_version(name)
+        return NewVersion(name, live.number, live.content)
+    return NewVersion(name, state.next_version(name), content)

@@ -21,21 +21,17 @@ from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, UnknownTask, VersionUnavailable
 from server.registry import plans
 from server.registry.events import (
-    Activate,
     Change,
     Content,
     Event,
-    NewVersion,
     Publish,
-    RollBack,
-    SetTraffic,
     Source,
     State,
     Version,
     content_of,
 )
 from server.registry.host_cache import HostCache
-from server.registry.plans import Expected
+from server.registry.plans import Expected, Placed
 from server.registry.store import Store
 from server.registry.views import Published, Resolved, Task
 from server.soft_prompts.names import check_task_name, names_of, split_version, unknown_task
@@ -152,12 +148,13 @@ class Registry:
 
     def is_referenced(self, prefix_hash: str) -> bool:
         """Whether a version has these numbers, or one is about to."""
-        return prefix_hash in self._state.prefixes or prefix_hash in self._held
+        # In this order: a publish lets go of what it holds only once its version is in the state.
+        return prefix_hash in self._held or prefix_hash in self._state.prefixes
 
     @property
     def errors(self) -> dict[str, str]:
         """Task or inbox entry -> why it, or a version of it, is not served."""
-        broken = self._broken
+        broken = dict(self._broken)
         found = {
             task.name: broken[version.content.blob]
             for task in (self._tasks.values() if broken else ())
@@ -166,7 +163,8 @@ class Registry:
         }
         return {**found, **self.inbox_errors}
 
-    # Changing: any thread, one at a time.
+    # Changing: any thread, one at a time. Each starts with a look at what other servers have changed meanwhile, so that
+    # neither a refusal nor "it is so already" rests on what was so once.
 
     def publish(
         self,
@@ -200,32 +198,41 @@ class Registry:
         for task in names:
             self._check_free(task)
 
-        def plan(contents: Sequence[Content]) -> Publish | None:
+        def place(contents: Sequence[Content]) -> Placed:
             items = list(zip(names, contents, strict=True))
             return plans.publish(self._state, items, source, activate, expected, self._is_broken)
 
-        preview = [content_of(soft_prompt, "") for soft_prompt in soft_prompts]
-        planned = plan(preview)  # before any work: most of what is refused is refused here
-        if planned is None:
-            return self._outcome(names, self._current(names), created=False)
-        with self._hold(soft_prompts):
+        def plan() -> Publish | None:
+            nonlocal placed
+            placed = place(contents)
+            return placed.change
+
+        self.sync()
+        with self._changing:  # before any work: most of what is refused is refused here
+            placed = place([content_of(soft_prompt, "") for soft_prompt in soft_prompts])
+        if placed.change is None:
+            return Published(created=False, live=True, tasks=placed.versions, etag=placed.etag)
+        with self._hold(soft_prompt.prefix_hash for soft_prompt in soft_prompts):
             self._engine.warm(soft_prompts)
             if dry_run:
-                versions = {item.task: item.version for item in planned.published}
-                return self._outcome(names, versions, created=False, contents=preview)
+                return Published(created=False, live=False, tasks=placed.versions, etag=placed.etag)
             contents = self._put_blobs(soft_prompts)
             try:
-                event = self._change(lambda: plan(contents), source, by)
+                event = self._change(plan, source, by)
             except PreconditionFailed:
                 self._remove(contents)
                 raise
-        published = event.change.published if event and isinstance(event.change, Publish) else ()
-        kept = {item.content.blob for item in published if self._owns(item.task, item.version, item.content)}
-        self._remove([content for content in contents if content.blob not in kept])
+        blobs = {item.content.blob for item in placed.versions}
+        unused = [content for content in contents if content.blob not in blobs]
+        self._remove(unused)
         for soft_prompt in soft_prompts:
             self.host.put(soft_prompt)
-        versions = {item.task: item.version for item in published} or self._current(names)
-        return self._outcome(names, versions, created=event is not None and bool(kept), contents=contents)
+        return Published(
+            created=len(unused) < len(contents),
+            live=activate or contents[0] in unused,
+            tasks=placed.versions,
+            etag=event.number if event else placed.etag,
+        )
 
     def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let one version answer, alone; ends a canary.
@@ -233,6 +240,7 @@ class Registry:
         Raises:
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
+        self.sync()
         self._warm_versions(name, [version])
         self._change(lambda: plans.activate(self._state, name, version, expected), "api", by)
         return self.task(name)
@@ -246,7 +254,9 @@ class Registry:
             InvalidRequest: the weights are not shares of 100.
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        plans.set_traffic(self._state, name, weights, expected)  # a refusal comes before the work
+        self.sync()
+        with self._changing:
+            plans.set_traffic(self._state, name, weights, expected)  # a refusal comes before the work
         self._warm_versions(name, [version for version, weight in weights.items() if weight])
         self._change(lambda: plans.set_traffic(self._state, name, weights, expected), "api", by)
         return self.task(name)
@@ -257,8 +267,11 @@ class Registry:
         Raises:
             NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        plans.roll_back(self._state, name, expected)
-        self._warm_versions(name, [version for version, _ in self._state.tasks[name].before])
+        self.sync()
+        with self._changing:
+            plans.roll_back(self._state, name, expected)
+            before = self._state.tasks[name].before
+        self._warm_versions(name, [version for version, _ in before])
         self._change(lambda: plans.roll_back(self._state, name, expected), "api", by)
         return self.task(name)
 
@@ -268,6 +281,7 @@ class Registry:
         Raises:
             VersionInUse, UnknownTask, PreconditionFailed, StoreError.
         """
+        self.sync()
         self._change(lambda: plans.delete_version(self._state, name, version, expected), "api", by)
 
     def delete(self, name: str, *, by: str | None = None, expected: Expected = None) -> None:
@@ -276,6 +290,7 @@ class Registry:
         Raises:
             UnknownTask, PreconditionFailed, StoreError.
         """
+        self.sync()
         self._change(lambda: plans.delete(self._state, name, expected), "api", by)
 
     def retire(self, names: Sequence[str], *, by: str | None = None) -> None:
@@ -284,23 +299,26 @@ class Registry:
         Raises:
             StoreError: the store refuses.
         """
+        self.sync()
         self._change(lambda: plans.retire(self._state, names), "inbox", by)
 
     def is_from_inbox(self, name: str, soft_prompt: SoftPrompt) -> bool:
         """Whether the inbox has published this content already, and publishing it again would mend nothing."""
-        state = self._state.tasks.get(name)
-        if state is None or state.inbox_identity != content_of(soft_prompt, "").identity:
-            return False
-        live = state.live_alone
-        return live is None or live.content.digest != soft_prompt.digest or not self._is_broken(live.content)
+        with self._changing:
+            state = self._state.tasks.get(name)
+            if state is None or state.inbox_identity != content_of(soft_prompt, "").identity:
+                return False
+            live = state.live_alone
+            return live is None or live.content.digest != soft_prompt.digest or not self._is_broken(live.content)
 
     def from_inbox(self, by: str) -> list[str]:
         """Tasks that an inbox at this place put live."""
-        return [
-            name
-            for name, task in list(self._state.tasks.items())
-            if task.is_from_inbox and task.live_alone is not None and task.live_alone.by == by
-        ]
+        with self._changing:
+            return [
+                name
+                for name, task in self._state.tasks.items()
+                if task.is_from_inbox and task.live_alone is not None and task.live_alone.by == by
+            ]
 
     def report(self, entry: str, error: str | None) -> None:
         """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
@@ -316,13 +334,20 @@ class Registry:
         events = self._store.events_after(self._state.last_event)
         if not events:
             return
-        for content in self._going_live(events):
-            try:
-                self._engine.warm([self.host.fetch(content).result()])
-            except PreludeError as exc:  # the change is made all the same: another server has acknowledged it
-                log.warning("a version that another server published cannot be served: %s", exc)
         with self._changing:
-            self._apply([event for event in events if event.number > self._state.last_event])
+            going_live = self._going_live(events)
+        with self._hold(content.prefix_hash for content in going_live):
+            warmed: list[SoftPrompt] = []
+            for content in going_live:
+                try:
+                    warmed.append(self.host.fetch(content).result())
+                    self._engine.warm(warmed[-1:])
+                except PreludeError as exc:  # the change is made all the same: another server has acknowledged it
+                    log.warning("a version that another server published cannot be served: %s", exc)
+            with self._changing:
+                self._apply([event for event in events if event.number > self._state.last_event])
+            for soft_prompt in warmed:
+                self.host.put(soft_prompt)
 
     # Within.
 
@@ -340,12 +365,14 @@ class Registry:
                 now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
                 event = Event(self._state.last_event + 1, now, source, by, change)
                 if self._store.append(event):
-                    self._remove(self._apply([event]))
-                    return event
+                    removed = self._apply([event])
+                    break
                 won = self._store.events_after(self._state.last_event)
                 if not won:
                     raise StoreError(f"The store refuses event {event.number} and does not show who has it.")
                 self._apply(won)
+        self._remove(removed)  # without the lock: an object store takes its time for each
+        return event
 
     def _apply(self, events: Sequence[Event]) -> list[Content]:
         """Take events over, with one assignment of the live map at the end.
@@ -355,18 +382,24 @@ class Registry:
         """
         touched: set[str] = set()
         removed: list[Version] = []
-        for event in events:
-            names, gone = self._state.apply(event)
-            touched |= names
-            removed += gone
-        self._refresh(touched)
-        contents = [version.content for version in removed]
+        try:
+            for event in events:
+                names, gone = self._state.apply(event)
+                touched |= names
+                removed += gone
+        finally:  # an event that does not follow does not hide those before it
+            self._refresh(touched)
+            contents = [version.content for version in removed]
+            self._drop(contents)
+        return contents
+
+    def _drop(self, contents: Sequence[Content]) -> None:
+        """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
         for content in contents:
             self._broken.pop(content.blob, None)
             if content.digest not in self._state.digests:
                 self.host.drop(content.digest)
         self._engine.drop_unused({c.prefix_hash for c in contents if not self.is_referenced(c.prefix_hash)})
-        return contents
 
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
         contents: list[Content] = []
@@ -395,9 +428,9 @@ class Registry:
         self._tasks = tasks
 
     @contextmanager
-    def _hold(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[None]:
+    def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:
         """Keep prefixes from being dropped while the version that needs them is on its way."""
-        hashes = [soft_prompt.prefix_hash for soft_prompt in soft_prompts]
+        hashes = list(prefix_hashes)
         with self._holding:
             self._held.update(hashes)
         try:
@@ -415,22 +448,14 @@ class Registry:
             self._engine.warm([self.host.fetch(versions[number].content).result()])
 
     def _going_live(self, events: Sequence[Event]) -> list[Content]:
-        """Contents that events let answer, as far as that can be told before they are taken over."""
-        found: list[Content] = []
-        for event in events:
-            change = event.change
-            if isinstance(change, Publish):
-                found += [item.content for item in change.published if change.activate]
-                continue
-            if not isinstance(change, Activate | SetTraffic | RollBack) or change.task not in self._state.tasks:
-                continue
-            task = self._state.tasks[change.task]
-            if isinstance(change, Activate):
-                numbers = [change.version]
-            else:
-                numbers = [n for n, _ in (change.traffic if isinstance(change, SetTraffic) else task.before)]
-            found += [task.versions[number].content for number in numbers if number in task.versions]
-        return found
+        """Contents that answer once these events are taken over, and do not yet."""
+        ahead = self._state.ahead(events)
+        return [
+            task.versions[number].content
+            for name, task in ahead.tasks.items()
+            for number, _ in task.traffic
+            if name not in self._state.tasks or number not in dict(self._state.tasks[name].traffic)
+        ]
 
     def _load(self, content: Content) -> SoftPrompt:
         """Read a content and check that this model can serve it; on a thread of the host cache."""
@@ -464,25 +489,6 @@ class Registry:
                 self._check_fit(content)
             except PreludeError as exc:
                 self._broken[blob] = str(exc)
-
-    def _outcome(
-        self, names: Sequence[str], versions: Mapping[str, int], *, created: bool, contents: Sequence[Content] = ()
-    ) -> Published:
-        """What a publish answers; the contents that it brought, or else those that are live."""
-        tasks = self._tasks
-        found = contents or [tasks[name].versions[versions[name]].content for name in names]
-        placed = tuple(NewVersion(name, versions[name], content) for name, content in zip(names, found, strict=True))
-        first = tasks.get(names[0])
-        live = first is not None and versions[names[0]] in dict(first.traffic)
-        return Published(created, live, placed, first.etag if first else 0)
-
-    def _current(self, names: Sequence[str]) -> dict[str, int]:
-        return {name: version.number for name in names if (version := self._tasks[name].live) is not None}
-
-    def _owns(self, name: str, number: int, content: Content) -> bool:
-        """Whether a version was made of this very blob, rather than kept with the one that it had."""
-        task = self._state.tasks[name]
-        return number not in task.versions or task.versions[number].content.blob == content.blob
 
     def _is_broken(self, content: Content) -> bool:
         return content.blob in self._broken

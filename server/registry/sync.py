@@ -10,6 +10,8 @@ from server.registry.registry import Registry
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 0.8
+
 
 class Syncer:
     """Calls `registry.sync` on a thread, from `start` to `stop`; a store that is away for a while is asked again."""
@@ -26,22 +28,22 @@ class Syncer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more; a store that does not answer is not waited for."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(5)
+            self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
-        failing = False
+        failure: type[Exception] | None = None  # kind of error that is already logged
         while not self._stop.wait(self._seconds):
             try:
                 self._registry.sync()
-                if failing:
-                    log.info("the store answers again")
-                failing = False
-            except PreludeError as exc:
-                if not failing:
-                    log.warning("changes of other servers are not seen: %s", exc)
-                failing = True
-            except Exception:
-                log.exception("changes of other servers could not be taken over")
+            except Exception as exc:
+                if type(exc) is not failure:
+                    is_ours = not isinstance(exc, PreludeError)
+                    log.warning("changes of other servers are not seen: %s", exc, exc_info=is_ours)
+                failure = type(exc)
+            else:
+                if failure is not None:
+                    log.info("changes of other servers are seen again")
+                failure = None

@@ -33,7 +33,7 @@ class Task:
     def pick(self, key: str) -> int | None:
         """The version that answers a request with this key: the same as long as the weights are the same.
 
-        A version whose weight grows keeps all that it had, because shares lie in the order of versions.
+        Of two versions, the one whose weight grows keeps all keys that it had: shares lie in the order of versions.
         """
         if len(self.traffic) < 2:
             return self.traffic[0][0] if self.traffic else None

@@ -7,20 +7,19 @@ unpickled. `load_soft_prompts` answers a list because one multitask directory ho
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from server.core import ModelSpec
 from server.errors import InvalidSoftPrompt, UnsupportedPeftType
 from server.soft_prompts.manifest import Manifest, parse_json_object
 from server.soft_prompts.soft_prompt import (
-    DTYPES,
     EMBEDDING_TYPES,
     KV_TYPES,
     SoftPrompt,
@@ -28,6 +27,7 @@ from server.soft_prompts.soft_prompt import (
     check_finite,
     check_shape,
 )
+from server.soft_prompts.tensor_file import TensorFile, open_tensor_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -36,7 +36,6 @@ MULTITASK = "MULTITASK_PROMPT_TUNING"
 SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
 
 MAX_JSON_BYTES = 2**20
-MAX_HEADER_BYTES = 2**20
 MAX_MULTITASK_BYTES = 2**28
 """What the rows of a multitask soft prompt may unfold to; as files they are low-rank and small."""
 PICKLE_FILES = ("adapter_model.bin", "decoder.pt", "encoder.pt", "adapter_model.pt", "adapter_model.pth")
@@ -106,7 +105,7 @@ def _peft_type(config: dict[str, Any]) -> str:
     submodules = config.get("num_transformer_submodules")
     if submodules not in (None, 1):
         raise UnsupportedPeftType(
-            f"num_transformer_submodules is {submodules!r}: a soft prompt of an encoder-decoder model.",
+            f"num_transformer_submodules is {reprlib.repr(submodules)}: a soft prompt of an encoder-decoder model.",
             remedy="Train the soft prompt on the decoder-only model that this server holds.",
         )
     return peft_type
@@ -124,8 +123,8 @@ def _read_small(path: Path) -> bytes:
 
 
 @contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file by its header; the library checks every offset against the file's size."""
+def _open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open the tensor file, or say what lies in its place."""
     if not path.exists():
         pickles = [name for name in PICKLE_FILES if (path.parent / name).exists()]
         if pickles:
@@ -134,43 +133,15 @@ def _open_tensors(path: Path) -> Iterator[Any]:
                 remedy="Convert it: load it with PEFT and call save_pretrained(..., safe_serialization=True).",
             )
         raise InvalidSoftPrompt(f"{TENSOR_FILE} is missing.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-    header_bytes = int.from_bytes(head, "little")
-    if len(head) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-        raise InvalidSoftPrompt(
-            f"{TENSOR_FILE} is not a safetensors file: {size} bytes, of which its header claims {header_bytes}.",
-            remedy="Send the whole file as safetensors wrote it; it may have been cut off, or be of another format.",
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except SafetensorError as exc:
-        raise InvalidSoftPrompt(
-            f"{TENSOR_FILE} is damaged: {exc}.", remedy="Send the whole file as safetensors wrote it."
-        ) from exc
-
-
-def _shape(tensors: Any, name: str) -> tuple[int, ...]:
-    """Shape of a tensor from the header, once its dtype has passed."""
-    if name not in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-        held = ", ".join(sorted(tensors.keys())[:5])
-        raise InvalidSoftPrompt(f"{TENSOR_FILE} has no tensor {name!r}; it holds {held or 'none'}.")
-    header = tensors.get_slice(name)
-    if header.get_dtype() not in DTYPES:
-        raise InvalidSoftPrompt(
-            f"{name} has dtype {header.get_dtype()}; taken are {', '.join(DTYPES)}.",
-            remedy="Convert the tensor to float32 and save it again.",
-        )
-    return tuple(header.get_shape())
+    with open_tensor_file(path) as tensors:
+        yield tensors
 
 
 def _check_declared_length(config: dict[str, Any], rows: int) -> None:
     declared = config.get("num_virtual_tokens")
     if declared is not None and declared != rows:
         raise InvalidSoftPrompt(
-            f"{CONFIG_FILE} says num_virtual_tokens {declared}, but prompt_embeddings has {rows} rows.",
+            f"{CONFIG_FILE} says num_virtual_tokens {reprlib.repr(declared)}, but prompt_embeddings has {rows} rows.",
             remedy="Send the config and the tensor of the same save_pretrained call.",
         )
 
@@ -180,33 +151,33 @@ def _check_declared_heads(config: dict[str, Any], model: ModelSpec) -> None:
     held = {"num_layers": model.num_hidden_layers, "num_attention_heads": model.num_key_value_heads}
     for key, expected in held.items():
         if config.get(key) not in (None, expected):
+            declared = reprlib.repr(config[key])
             raise InvalidSoftPrompt(
-                f"{CONFIG_FILE} says {key} {config[key]!r}; the keys and values of {model.name} have {expected}.",
+                f"{CONFIG_FILE} says {key} {declared}; the keys and values of {model.name} have {expected}.",
                 remedy=f"Train it on {model.name}, or serve the model that it was trained on.",
             )
 
 
 def _single_tensor(
-    tensors: Any, peft_type: str, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
+    tensors: TensorFile, peft_type: str, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
 ) -> torch.Tensor:
-    shape = _shape(tensors, "prompt_embeddings")
+    shape = tensors.shape("prompt_embeddings")
     check_shape(peft_type, shape, model, max_virtual_tokens)
     _check_declared_length(config, shape[0])
     if peft_type in KV_TYPES:
         _check_declared_heads(config, model)
-    tensor: torch.Tensor = tensors.get_tensor("prompt_embeddings")
-    return tensor.clone()  # get_tensor answers a view into the mapped file: it would change when the file is rewritten
+    return tensors.read("prompt_embeddings")
 
 
 def _multitask_rows(
-    tensors: Any, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
+    tensors: TensorFile, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
 ) -> list[torch.Tensor]:
     """Multitask prompt tuning (Wang et al. 2023): per task, the shared embeddings times a low-rank matrix.
 
     Shapes: prompt_embeddings `[n, d]`, prefix_task_cols `[tasks, n, r]`, prefix_task_rows `[tasks, r, d]`.
     """
-    shape = _shape(tensors, "prompt_embeddings")
-    cols, rows = _shape(tensors, "prefix_task_cols"), _shape(tensors, "prefix_task_rows")
+    shape = tensors.shape("prompt_embeddings")
+    cols, rows = tensors.shape("prefix_task_cols"), tensors.shape("prefix_task_rows")
     check_shape(MULTITASK, shape, model, max_virtual_tokens)
     _check_declared_length(config, shape[0])
     fits = len(cols) == len(rows) == 3 and cols == (rows[0], shape[0], rows[1]) and rows[2] == shape[1]
@@ -215,12 +186,13 @@ def _multitask_rows(
             f"prefix_task_cols {list(cols)} and prefix_task_rows {list(rows)} do not fit prompt_embeddings "
             f"{list(shape)}: expected [tasks, n, r] and [tasks, r, d]."
         )
-    if cols[0] * shape[0] * shape[1] * 4 > MAX_MULTITASK_BYTES:
+    # The unfolded rows, and the larger of the two factors: its rank may exceed n, where it buys nothing.
+    if cols[0] * max(shape[0], cols[2]) * shape[1] * 4 > MAX_MULTITASK_BYTES:
         raise InvalidSoftPrompt(
             f"{cols[0]} tasks of {shape[0]} virtual tokens unfold to more than {MAX_MULTITASK_BYTES} bytes.",
             remedy="Publish fewer tasks at a time.",
         )
-    shared = tensors.get_tensor("prompt_embeddings").float()
-    task_cols = tensors.get_tensor("prefix_task_cols").float()
-    task_rows = tensors.get_tensor("prefix_task_rows").float()
+    shared = tensors.read("prompt_embeddings").float()
+    task_cols = tensors.read("prefix_task_cols").float()
+    task_rows = tensors.read("prefix_task_rows").float()
     return [shared * (task_cols[task] @ task_rows[task]) for task in range(cols[0])]

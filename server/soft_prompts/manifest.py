@@ -7,7 +7,7 @@ Everything in it is optional, because a PEFT directory has none. Three fields ch
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +16,10 @@ from server.core import SamplingParams
 from server.errors import InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
+MAX_DEPTH = 64
+"""Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
+MOST_PROBLEMS = 5
+"""Problems of one manifest that are told; it can have as many as it has bytes."""
 
 
 class GenerationDefaults(BaseModel):
@@ -95,9 +99,13 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate(parse_json_object(data, "manifest.json"))
         except ValidationError as exc:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+            items = exc.errors(include_url=False, include_context=False, include_input=False)
+            problems = "; ".join(
+                f"{'.'.join(str(part)[:80] for part in e['loc'])}: {e['msg']}" for e in items[:MOST_PROBLEMS]
+            )
+            more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
             raise InvalidSoftPrompt(
-                f"manifest.json does not fit: {problems}.", remedy="Mend or leave out the fields that it names."
+                f"manifest.json does not fit: {problems}{more}.", remedy="Mend or leave out the fields that it names."
             ) from exc
         try:
             manifest.to_json().encode()
@@ -130,12 +138,38 @@ def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
     """Parse one small JSON object of a soft prompt.
 
     Raises:
-        InvalidSoftPrompt: not UTF-8, not JSON, too deeply nested, or not an object.
+        InvalidSoftPrompt: not UTF-8 (with or without a byte order mark), not JSON, too deeply nested, not an object, or
+            an object in it names a field twice: readers would disagree on which one counts.
     """
     try:
-        value = json.loads(data)
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_without_twins)
+        _check_depth(value)
     except (ValueError, RecursionError) as exc:
         raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.") from exc
     if not isinstance(value, dict):
         raise InvalidSoftPrompt(f"{name} must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it names {twin[:80]!r} twice")
+    return fields
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")

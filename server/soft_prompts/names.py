@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from server.errors import InvalidTaskName, UnknownTask
-from server.soft_prompts.soft_prompt import SoftPrompt
+
+if TYPE_CHECKING:  # the client checks names too, and does without torch
+    from server.soft_prompts.soft_prompt import SoftPrompt
 
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

@@ -30,6 +30,7 @@ from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
+from server.serve import open_keys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -157,7 +158,7 @@ def live_server(
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
     services: list[Service] = [Inbox(settings.prompts_dir, registry), Syncer(registry, settings.sync_seconds)]
-    app = create_app(settings, worker, registry, services)
+    app = create_app(settings, worker, registry, services, open_keys(settings))
     with serving(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", ws="none")) as port:
         url = f"http://127.0.0.1:{port}"
         loop = worker._loop
@@ -237,8 +238,6 @@ def assert_error(response: httpx.Response, status: int, code: str, *parts: str) 
 def send_and_vanish(port: int, path: str, body: bytes) -> socket.socket:
     """Send a request by hand; closing the socket is the client going away."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + body)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection.sendall(f"{head}\r\n\r\n".encode() + body)
     return connection

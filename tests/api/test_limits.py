@@ -6,15 +6,20 @@ import json
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, MultipartState
+from starlette.exceptions import HTTPException
 
-from server.api.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
+from server.api.limits import MAX_FORM_PARTS, MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit, FormWatch
 from server.errors import PayloadTooLarge
-from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, assert_error
+from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, as_form, assert_error
+from tests.soak import Soak
+from tests.support import random_soft_prompt
 
 HUGE = 200 * 2**20
 
@@ -25,7 +30,7 @@ def _chunks(total: int, size: int = 2**16) -> Iterator[bytes]:
 
 
 def _head(method: str, path: str, *headers: str) -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: test", *headers, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode()
 
 
 def _reply(connection: socket.socket) -> tuple[int, dict[str, str]]:
@@ -145,6 +150,106 @@ async def test_the_limit_is_exact() -> None:
     for chunks, headers in too_much:
         with pytest.raises(PayloadTooLarge):
             await _through(chunks, headers, limit)
+
+
+# Forms that do not come to their end
+
+
+def _form(files: dict[str, bytes]) -> tuple[bytes, bytes]:
+    """Body and head of an upload."""
+    request = httpx.Request("PUT", "http://127.0.0.1", files=as_form(files))
+    body = request.read()
+    return body, f"Content-Type: {request.headers['Content-Type']}".encode()
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: %d", "Transfer-Encoding: chunked"])
+def test_a_form_without_its_last_part_is_refused_rather_than_published_without_it(
+    server: LiveServer, framing: str
+) -> None:
+    path = f"/prompts/limits-{len(framing)}"
+    template = {"input_template": "Text: {input}"}
+    files = server.files(random_soft_prompt(server.model.spec, seed=9, manifest=template))
+    assert list(files)[-1] == "manifest.json"
+    body, content_type = _form(files)
+    last = body.rfind(b"\r\n--", 0, len(body) - 10)
+    for end in (body.find(b"manifest.json"), last + 2, body.rfind(b"\r\n--"), len(body) - 4, len(body) - 3):
+        cut = body[:end]
+        framed = cut if "%d" in framing else b"%x\r\n%b\r\n0\r\n\r\n" % (len(cut), cut)
+        head = _head("PUT", path, content_type.decode(), framing.replace("%d", str(len(cut))))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            connection.sendall(head + framed)
+            status, reply = _reply(connection)
+        assert (status, reply["code"]) == (400, "invalid_request")
+        assert "cut off" in reply["error"]
+        assert "again" in reply["remedy"]
+    assert server.client.get(path).status_code == 404
+    assert server.client.put(path, files=as_form(files)).status_code == 201
+    assert server.client.get(path).json()["manifest"]["input_template"] == "Text: {input}"
+
+
+def test_what_follows_the_closing_boundary_is_no_matter(server: LiveServer) -> None:
+    body, content_type = _form(server.files(random_soft_prompt(server.model.spec, seed=9)))
+    headers = {"Content-Type": content_type.decode().partition(": ")[2]}
+    for content in (body[:-2], body, body + b"an epilogue" * 20_000, b"\r\n" + body):
+        response = server.client.put("/prompts/limits-end", content=content, headers=headers)
+        assert response.status_code in (200, 201), response.text
+
+
+def test_a_form_of_many_parts_is_refused(server: LiveServer) -> None:
+    for count, taken in ((MAX_FORM_PARTS, True), (MAX_FORM_PARTS + 1, False), (900, False)):
+        response = server.client.put("/prompts/limits-parts", files=as_form([("README.md", b"x" * 50)] * count))
+        said = "adapter_config.json is missing" if taken else f"more than {MAX_FORM_PARTS} parts"
+        assert_error(response, 422, "invalid_soft_prompt" if taken else "invalid_request", said)
+
+
+def _ends(body: bytes, boundary: bytes, sizes: Callable[[], int]) -> tuple[bool, int]:
+    """Whether a form is whole, in pieces of these sizes, and how many parts were counted."""
+    watch = FormWatch(boundary)
+    at = 0
+    try:
+        while at < len(body):
+            size = sizes()
+            watch.follow({"type": "http.request", "body": body[at : at + size], "more_body": True})
+            at += size
+        watch.follow({"type": "http.request", "body": b"", "more_body": False})
+    except HTTPException:
+        return False, watch._parts
+    return True, watch._parts
+
+
+@pytest.mark.soak
+def test_a_form_is_whole_where_the_parser_comes_to_its_end(soak: Soak) -> None:
+    dice = soak.random
+    whole = cut = 0
+    for _ in soak.rounds(300, 50_000, "forms"):
+        boundary = dice.choice((b"x", b"----------------------------0123456789", b"a--b", b"q" * 70))
+        parts = dice.randrange(1, 4)
+        content = b'Content-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        # None of it is the boundary itself: a body whose content holds that is broken, whoever reads it.
+        tricky = (b"\r\n", b"--", b"\r\n--", b"-", b"\r", b"data", b"\n--" + boundary[1:])
+        body = b"".join(
+            b"\r\n--" + boundary + b"\r\n" + content + b"".join(dice.choices(tricky, k=dice.randrange(6)))
+            for _ in range(parts)
+        )[2:]
+        body += b"\r\n--" + boundary + b"--\r\n" + dice.choice((b"", b"epilogue"))
+        if dice.random() < 0.6:
+            body = body[: dice.choice((dice.randrange(len(body)), len(body) - dice.randrange(12)))]
+        parser = MultipartParser(boundary, {})
+        try:
+            parser.write(body)
+        except FormParserError:
+            continue
+        is_whole, counted = _ends(body, boundary, lambda: dice.choice((1, 1, 2, 3, 7, 1000)))
+        assert is_whole == (parser.state == MultipartState.END), body
+        assert not is_whole or counted >= parts
+        whole, cut = whole + is_whole, cut + (not is_whole)
+    assert min(whole, cut) > 20
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 1000])
+def test_parts_are_counted_once_however_the_body_is_cut_into_pieces(size: int) -> None:
+    body = b"--b\r\n\r\na" + b"\r\n--b\r\n\r\na" * 9 + b"\r\n--b--\r\n" + b"\r\n--b\r\n" * 50
+    assert _ends(body, b"b", lambda: size) == (True, 10)
 
 
 async def test_what_is_not_http_passes_untouched() -> None:

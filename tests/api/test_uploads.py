@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import pickle
@@ -15,11 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
+from fastapi import UploadFile
 from safetensors.torch import save
 
-from tests.api.live import MAX_UPLOAD_BYTES, Files, LiveServer, as_form, assert_error, zip_of
+from server.api import uploads
+from server.api.uploads import unpack_upload, unpacked_upload
+from server.errors import InvalidSoftPrompt, StoreError, StoreFull
+from tests.api.live import (
+    MAX_UPLOAD_BYTES,
+    Files,
+    LiveServer,
+    as_form,
+    assert_error,
+    live_server,
+    wait_until,
+    zip_of,
+)
 from tests.support import random_soft_prompt
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
@@ -230,7 +246,6 @@ def test_a_form_without_files_is_refused(server: LiveServer) -> None:
     boundary = {"Content-Type": "multipart/form-data; boundary=x"}
     for content, headers in (
         (b"--x--\r\n", boundary),
-        (b"", boundary),
         (b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\ntext\r\n--x--\r\n', boundary),
         (b"files=1", {"Content-Type": "application/x-www-form-urlencoded"}),
         (b"{}", {"Content-Type": "application/json"}),
@@ -244,6 +259,7 @@ def test_a_form_without_files_is_refused(server: LiveServer) -> None:
     ("content", "content_type"),
     [
         (b"", "multipart/form-data"),
+        (b"", "multipart/form-data; boundary=x"),
         (b"no boundary at all", "multipart/form-data; boundary=x"),
         (
             b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\n\r\n--x--\r\n',
@@ -299,10 +315,11 @@ def test_a_zip_entry_that_leads_outside_is_refused(server: LiveServer, good: Fil
 
 
 def test_a_zip_with_a_link_is_refused(server: LiveServer, good: Files) -> None:
-    link = zipfile.ZipInfo(TENSORS)
-    link.external_attr = 0o120777 << 16
-    entries: list[tuple[zipfile.ZipInfo | str, bytes]] = [(CONFIG, good[CONFIG]), (link, b"/etc/passwd")]
-    _refused(server, {"f.zip": _zip(entries)}, "has a link", TENSORS)
+    for mode in (0o120777, 0o020666, 0o010644):  # a link, a device, a pipe
+        link = zipfile.ZipInfo(TENSORS)
+        link.external_attr = mode << 16
+        entries: list[tuple[zipfile.ZipInfo | str, bytes]] = [(CONFIG, good[CONFIG]), (link, b"/etc/passwd")]
+        _refused(server, {"f.zip": _zip(entries)}, "has a link or a device", TENSORS)
 
 
 def test_a_zip_bomb_is_refused_while_it_unfolds(server: LiveServer, good: Files) -> None:
@@ -336,7 +353,7 @@ def test_an_encrypted_zip_is_refused(server: LiveServer, good: Files) -> None:
         start = -1
         while (start := encrypted.find(magic, start + 1)) >= 0:
             encrypted[start + offset] |= 1
-    _refused(server, {"f.zip": bytes(encrypted)}, "encrypted")
+    _refused(server, {"f.zip": bytes(encrypted)}, "The zip is encrypted.")
 
 
 def test_a_zip_with_too_many_entries_is_refused(server: LiveServer, good: Files) -> None:
@@ -358,6 +375,33 @@ def test_a_zip_entry_at_an_impossible_offset_is_refused(server: LiveServer, good
     at = packed.rfind(b"PK\x01\x02")
     packed[at + 42 : at + 46] = b"\xff\xff\xff\xff"
     _refused(server, [("x.zip", bytes(packed))], "zip")
+
+
+def test_a_zip_entry_without_a_name_is_no_error_of_the_server(server: LiveServer, good: Files) -> None:
+    nameless = zipfile.ZipInfo("placeholder")
+    nameless.filename = ""
+    assert server.put(LIVE, {"f.zip": _zip([*good.items(), (nameless, b"x")])}).status_code in (200, 422)
+
+
+def test_a_large_zip_with_an_impossible_offset_is_refused_too(tmp_path: Path, good: Files) -> None:
+    # Over 1 MB an upload is a file, whose seek raises OSError where that of a smaller one's buffer raises ValueError.
+    packed = bytearray(zip_of(good))
+    end = packed.rfind(b"PK\x05\x06")
+    packed[end + 16 : end + 20] = struct.pack("<I", end + 2000)  # the directory began before the zip does
+    with tempfile.TemporaryFile() as file:
+        file.write(packed)
+        with pytest.raises(InvalidSoftPrompt, match="cannot be read"):
+            unpack_upload([UploadFile(file, filename="x.zip")], tmp_path, MAX_UPLOAD_BYTES)
+
+
+def test_entries_that_share_their_bytes_are_counted_as_often_as_they_are_taken(tmp_path: Path, good: Files) -> None:
+    # One kernel of bytes, named by every entry: what unfolds is what is taken, and each name is taken once.
+    packed = bytearray(zip_of({CONFIG: bytes(1000), TENSORS: b"", MANIFEST: b""}))
+    at = -1
+    while (at := packed.find(b"PK\x01\x02", at + 1)) >= 0:
+        packed[at + 42 : at + 46] = bytes(4)
+    with pytest.raises(InvalidSoftPrompt, match="cannot be read"):
+        unpack_upload([UploadFile(io.BytesIO(packed), filename="x.zip")], tmp_path, MAX_UPLOAD_BYTES)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -397,3 +441,115 @@ def test_damage_at_any_byte_is_never_the_servers_error(own_server: LiveServer, g
     for reply in replies:
         if reply.status_code >= 400:
             assert_error(reply, reply.status_code, reply.json()["code"])
+
+
+# The temporary folder
+
+
+SPOOLED = 2**20
+"""Bytes of a file from which on Starlette keeps it on disk."""
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for open files without a name")
+
+
+def _open_temporary_files() -> list[str]:
+    """Open files in the temporary folder; those of Starlette have no name there."""
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(str(link.readlink()))
+    return [link for link in links if link.startswith(tempfile.gettempdir())]
+
+
+@pytest.fixture
+def roomy_server(tmp_path: Path) -> Iterator[LiveServer]:
+    """One that takes uploads that are large enough to be spooled."""
+    with live_server(tmp_path / "roomy", max_upload_bytes=64 * 2**20) as live:
+        yield live
+
+
+def _junk(size: int) -> Iterator[bytes]:
+    """A form with a tensor file of so many bytes, which is no tensor file."""
+    yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % CONFIG.encode()
+    yield b'{"peft_type": "CPT"}\r\n'
+    yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % TENSORS.encode()
+    for _ in range(size // 2**16):
+        yield bytes(2**16)
+    yield b"\r\n--x--\r\n"
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+def test_an_upload_goes_to_disk_and_not_into_memory(roomy_server: LiveServer) -> None:
+    process = psutil.Process()
+    assert roomy_server.client.put("/prompts/x", content=_junk(2 * SPOOLED), headers=FORM).status_code == 422
+    before, peak = process.memory_info().rss, 0
+
+    def watched() -> Iterator[bytes]:
+        nonlocal peak
+        for piece in _junk(60 * 2**20):
+            peak = max(peak, process.memory_info().rss)
+            yield piece
+
+    response = roomy_server.client.put("/prompts/x", content=watched(), headers=FORM)
+    peak = max(peak, process.memory_info().rss)
+    assert_error(response, 422, "invalid_soft_prompt", "not a safetensors file")
+    assert peak - before < 20 * 2**20
+
+
+@needs_proc
+def test_its_room_on_disk_is_free_again_after_success_and_refusal(roomy_server: LiveServer, good: Files) -> None:
+    readme = {"README.md": bytes(2 * SPOOLED)}
+    assert roomy_server.put("roomy", {**good, **readme}).status_code == 201
+    wait_until(lambda: _open_temporary_files() == [])  # FastAPI closes them behind the reply
+    assert roomy_server.client.put("/prompts/roomy", content=_junk(2 * SPOOLED), headers=FORM).status_code == 422
+    wait_until(lambda: _open_temporary_files() == [])
+    assert roomy_server.client.put("/prompts/roomy", content=_junk(80 * 2**20), headers=FORM).status_code == 413
+    wait_until(lambda: _open_temporary_files() == [])
+
+
+@needs_proc
+def test_its_room_on_disk_is_free_again_when_the_client_goes_away(roomy_server: LiveServer) -> None:
+    with socket.create_connection(("127.0.0.1", roomy_server.port), timeout=5) as connection:
+        head = "PUT /prompts/roomy HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(f"{head}Content-Type: {FORM['Content-Type']}\r\n\r\n".encode())
+        for piece in list(_junk(3 * SPOOLED))[:-1]:
+            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+        wait_until(lambda: len(_open_temporary_files()) == 1)
+    wait_until(lambda: _open_temporary_files() == [])
+    assert roomy_server.client.get("/health").status_code == 200
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_a_body_is_told_as_such(
+    roomy_server: LiveServer, good: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", lambda *a, **k: open("/dev/full", "w+b", buffering=0))  # noqa: PTH123, SIM115
+        for content in (_junk(2 * SPOOLED), b"".join(_junk(2 * SPOOLED))):
+            response = roomy_server.client.put("/prompts/roomy", content=content, headers=FORM)
+            assert "TMPDIR" in assert_error(response, 507, "store_full", "No space left")["remedy"]
+    assert roomy_server.put("roomy", good).status_code == 201
+
+
+def test_a_full_disk_under_the_files_is_told_as_such(
+    server: LiveServer, good: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads, "_copy", full)
+        for files in (good, {"f.zip": zip_of(good)}):
+            assert_error(server.put("uploads-never", files), 507, "store_full", "No space left")
+
+
+def test_a_temporary_folder_that_is_missing_is_the_servers_error(
+    good: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        with pytest.raises(StoreError, match="No such file") as caught, unpacked_upload([], 1000):
+            pass
+    assert not isinstance(caught.value, StoreFull)
+    assert caught.value.status == 500

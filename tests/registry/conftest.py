@@ -1,4 +1,4 @@
-"""The frozen model that soft prompts are checked against."""
+"""The frozen model that soft prompts are checked against, and an S3 service on loopback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from server.core import ModelSpec
+from tests.registry.s3 import s3, s3_store_url
 from tests.support import tiny_model
+
+__all__ = ["s3", "s3_store_url"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import time
 from collections.abc import Callable
@@ -190,6 +191,22 @@ def _header(shape: list[int], claimed: int, held: int) -> Callable[[Path], None]
     return damage
 
 
+def _twice(directory: Path) -> None:
+    """A header that names the tensor twice: readers would disagree on which one counts."""
+    data = (directory / TENSORS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    entry = json.dumps({"prompt_embeddings": {"dtype": "F32", "shape": [0, 32], "data_offsets": [640, 640]}})
+    header = header[:-1] + b"," + entry[1:].encode()
+    (directory / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def _metadata(metadata: Any) -> Callable[[Path], None]:
+    entry = {"dtype": "F32", "shape": [5, 32], "data_offsets": [0, 640]}
+    header = {"__metadata__": metadata, "prompt_embeddings": entry}
+    return lambda directory: write_safetensors(directory / TENSORS, header, b"\0" * 640)
+
+
 def _tensor(tensor: torch.Tensor | None, **others: torch.Tensor) -> Callable[[Path], None]:
     return lambda directory: edit_tensors(directory, prompt_embeddings=tensor, **others)
 
@@ -248,6 +265,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "integers": (_tensor(torch.zeros(5, 32, dtype=torch.int32)), ["I32", "F32, F16, BF16"]),
     "tensor of another name": (_tensor(None, other=torch.zeros(5, 32)), ["'prompt_embeddings'", "holds other"]),
     "no tensor at all": (_tensor(None), ["'prompt_embeddings'", "holds none"]),
+    "a tensor twice": (_twice, ["damaged", "twice"]),
+    "odd metadata": (_metadata({"format": 1}), ["damaged", "__metadata__"]),
     # the config
     "no config": (_remove(CONFIG), [CONFIG, "missing"]),
     "config is not JSON": (_text(CONFIG, "{'peft_type': 1}"), [CONFIG, "not valid JSON"]),
@@ -257,6 +276,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "config is huge": (_text(CONFIG, "{" + " " * 2**20 + "}"), [CONFIG, "larger than"]),
     "config without peft_type": (_config(remove=("peft_type",)), ["no peft_type", "PROMPT_TUNING"]),
     "peft_type is a number": (_config(peft_type=1), ["no peft_type", "PROMPT_TUNING"]),
+    "config names a field twice": (_text(CONFIG, '{"peft_type": "CPT", "peft_type": "CPT"}'), [CONFIG, "twice"]),
+    "config is UTF-16": (_text(CONFIG, '{"peft_type": "CPT"}'.encode("utf-16")), [CONFIG, "not valid JSON"]),
+    "config says a list of rows": (_config(num_virtual_tokens=[1] * 50_000), ["num_virtual_tokens [1, 1,", "5 rows"]),
     "config says fewer rows": (_config(num_virtual_tokens=4), ["num_virtual_tokens 4", "5 rows"]),
     # the manifest
     "manifest is not JSON": (_text(MANIFEST, "{"), [MANIFEST, "not valid JSON"]),
@@ -282,6 +304,7 @@ def test_what_does_not_fit_is_refused_at_once_with_cause_and_remedy(
     error = refusal(tmp_path, spec)
     assert time.monotonic() - started < 1
     assert type(error) is InvalidSoftPrompt
+    assert len(str(error)) < 500
     for word in words:
         assert word in str(error)
 
@@ -407,6 +430,26 @@ def test_a_small_multitask_file_cannot_unfold_to_gigabytes(tmp_path: Path, spec:
     )
     with pytest.raises(InvalidSoftPrompt, match="unfold to more than"):
         load_soft_prompts(tmp_path, wide, n)
+
+
+def test_a_multitask_factor_of_high_rank_is_refused_before_it_is_read(tmp_path: Path, spec: ModelSpec) -> None:
+    wide = replace(spec, hidden_size=2048, max_model_len=1024)
+    edit_json(peft_directory(tmp_path, "MULTITASK_PROMPT_TUNING") / CONFIG, num_virtual_tokens=1)
+    shapes = {
+        "prompt_embeddings": [1, 2048],
+        "prefix_task_cols": [1000, 1, 2048],
+        "prefix_task_rows": [1000, 2048, 2048],
+    }
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * 4
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    write_safetensors(tmp_path / TENSORS, header, b"")
+    with (tmp_path / TENSORS).open("r+b") as file:  # 16 GB of holes
+        file.truncate((tmp_path / TENSORS).stat().st_size + at)
+    with pytest.raises(InvalidSoftPrompt, match="unfold to more than"):
+        load_soft_prompts(tmp_path, wide, 16)
 
 
 def test_a_multitask_row_that_overflows_is_refused(tmp_path: Path, spec: ModelSpec) -> None:

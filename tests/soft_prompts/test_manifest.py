@@ -9,7 +9,7 @@ import pytest
 
 from server.core import SamplingParams
 from server.errors import InvalidSoftPrompt
-from server.soft_prompts.manifest import GenerationDefaults, Manifest
+from server.soft_prompts.manifest import MAX_DEPTH, MOST_PROBLEMS, GenerationDefaults, Manifest
 
 FULL: dict[str, Any] = {
     "base_model": {"fingerprint": "f", "name": "llm", "revision": "main"},
@@ -114,3 +114,40 @@ def test_only_a_default_length_shrinks_to_the_room_that_is_left() -> None:
     assert task.sampling_params({}, room=20, seed=0).max_new_tokens == 20
     assert task.sampling_params({}, room=-5, seed=0).max_new_tokens == 1
     assert task.sampling_params({"max_new_tokens": 30}, room=20, seed=0).max_new_tokens == 30
+
+
+@pytest.mark.parametrize(
+    "text", ['{"labels": ["a"], "labels": ["b"]}', '{"training": {"lr": 1, "lr": 2}}', '{"x": [{"y": 1, "y": 1}]}']
+)
+def test_a_field_that_comes_twice_is_refused_at_any_depth(text: str) -> None:
+    with pytest.raises(InvalidSoftPrompt, match="twice"):
+        Manifest.parse(text)
+
+
+def test_the_encoding_is_utf_8_with_or_without_its_mark() -> None:
+    text = json.dumps(FULL, ensure_ascii=False)
+    assert Manifest.parse(text.encode()) == Manifest.parse(text.encode("utf-8-sig")) == Manifest.parse(text)
+    for encoding in ("utf-16", "utf-16-le", "utf-32", "latin-1"):
+        with pytest.raises(InvalidSoftPrompt, match="not valid JSON"):
+            Manifest.parse(text.encode(encoding))
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_what_is_nested_is_kept_up_to_a_depth_that_can_be_written_anywhere(opening: str, closing: str) -> None:
+    def nested(depth: int) -> str:  # the manifest itself is the first level
+        return '{"x":' + opening * (depth - 1) + "1" + closing * (depth - 1) + "}"
+
+    manifest = Manifest.parse(nested(MAX_DEPTH))
+    assert Manifest.parse(manifest.to_json()) == manifest
+    for depth in (MAX_DEPTH + 1, 250, 900, 100_000):
+        with pytest.raises(InvalidSoftPrompt, match="manifest"):
+            Manifest.parse(nested(depth))
+
+
+def test_of_many_problems_the_first_are_told() -> None:
+    for fields in ({"labels": [1] * 10_000}, {"generation": {"x" * 5000 + str(i): 1 for i in range(100)}}):
+        with pytest.raises(InvalidSoftPrompt) as caught:
+            Manifest.parse(json.dumps(fields))
+        assert "more" in caught.value.message
+        assert caught.value.message.count(": ") <= MOST_PROBLEMS + 1
+        assert len(caught.value.message) < 1000

@@ -1,0 +1,156 @@
+"""Who may do what: the key of a request, its scopes and its tasks, asked before the body is read.
+
+    router = APIRouter(route_class=GuardedRoute, dependencies=[Publishes])
+
+A server without keys lets everybody do everything; it then listens on loopback only, see serve.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Response, Security
+from fastapi.params import Security as SecurityParameter
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer, SecurityScopes
+
+from server.api.schemas import ErrorBody
+from server.errors import Forbidden, Unauthorized, UnknownTask
+from server.keys.key import ApiKey, Scope
+from server.keys.live import ApiKeys
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorBody, "description": "The server wants a key, and there is none or a wrong one."},
+    403: {"model": ErrorBody, "description": "The key lacks the scope, or is not for this task."},
+}
+
+# It only tells OpenAPI: FastAPI would ask it after the body, and answers in words of its own.
+_bearer = HTTPBearer(
+    scheme_name="API key",
+    bearerFormat="prelude_ID_SECRET",
+    description="Made by `prelude keys create`. A server without keys asks for none.",
+    auto_error=False,
+)
+
+
+async def _check(request: Request, security: SecurityScopes, _: Annotated[object, Depends(_bearer)]) -> None:
+    authorise(request, *map(Scope, security.scopes))
+
+
+Reads = Security(_check)
+"""Any key; where the path names a task, one that is for it."""
+Generates = Security(_check, scopes=[Scope.GENERATE])
+"""A key that may generate. The body may name the task, so the handler calls `allow_task`."""
+Publishes = Security(_check, scopes=[Scope.PUBLISH])
+"""A key that may publish, for the task that the path names."""
+
+
+class GuardedRoute(APIRoute):
+    """Asks for the key before FastAPI reads the body.
+
+    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. They ask
+    again, so the key must still be valid when a long upload is over.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        """A route with one of `Reads`, `Generates` and `Publishes` among its dependencies, or its router's."""
+        options["responses"] = {**ERRORS, **(options.get("responses") or {})}
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, behind the key."""
+        handle = super().get_route_handler()
+        guards = [item for item in self.dependencies if isinstance(item, SecurityParameter)]
+        assert guards, f"{self.path} does not say who may use it"
+        scopes = [Scope(scope) for guard in guards for scope in guard.scopes or ()]
+
+        async def handle_if_allowed(request: Request) -> Response:
+            authorise(request, *scopes)
+            with _discreet(request):
+                return await handle(request)
+
+        return handle_if_allowed
+
+
+def authorise(request: Request, *scopes: Scope) -> None:
+    """Find out whose request it is, and refuse what its key is not for; then `request.state.key_id` is set.
+
+    Raises:
+        Unauthorized: there is no key, or a wrong one.
+        Forbidden: a scope is missing, or the path names a task that the key is not for.
+    """
+    keys: ApiKeys | None = request.app.state.keys
+    key = None if keys is None else _presented(request, keys)
+    request.state.key = key
+    request.state.key_id = None if key is None else key.id
+    if key is None:
+        return
+    for scope in scopes:
+        if not key.may(scope):
+            raise Forbidden(f"The key {key.id} lacks the scope {scope}; it has {_listed(key.scopes)}.")
+    if "task" in request.path_params:
+        allow_task(request, request.path_params["task"])
+
+
+def allow_task(request: Request, task: str | None) -> None:
+    """Refuse a task that the request's key is not for; None is the frozen model alone.
+
+    A key with task patterns is given to somebody for these tasks. The frozen model alone would answer anything else.
+
+    Raises:
+        Forbidden: names the key's patterns.
+    """
+    key = _key_of(request)
+    if key is None or key.tasks is None:
+        return
+    if task is None:
+        raise Forbidden(
+            f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for the frozen model alone.",
+            remedy="Name one of them with ?task=, or use a key without task patterns.",
+        )
+    name = task.partition("@")[0]
+    if not key.is_for(name):
+        raise Forbidden(
+            f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for {name[:80]!r}.",
+            remedy="Name a task that it is for, or use another key.",
+        )
+
+
+def may_see(request: Request, task: str) -> bool:
+    """Whether lists may show a task, or a broken entry of the inbox, to whoever asks."""
+    key = _key_of(request)
+    return key is None or key.is_for(task)
+
+
+@contextmanager
+def _discreet(request: Request) -> Iterator[None]:
+    """Keep names that the key is not for out of a 404: the nearest tasks, which are meant as a help, may be others'."""
+    try:
+        yield
+    except UnknownTask:
+        key = _key_of(request)
+        if key is None or key.tasks is None:
+            raise
+        raise UnknownTask("There is no task or version of that name.") from None
+
+
+def _key_of(request: Request) -> ApiKey | None:
+    key: ApiKey | None = request.state.key  # missing where nobody has asked: an error then, not an open door
+    return key
+
+
+def _presented(request: Request, keys: ApiKeys) -> ApiKey:
+    headers = request.headers.getlist("authorization")
+    if not headers:
+        raise Unauthorized("This server wants a key, and the request carries none.")
+    scheme, _, presented = headers[0].partition(" ")
+    key = keys.find(presented.strip()) if len(headers) == 1 and scheme.lower() == "bearer" else None
+    if key is None:
+        raise Unauthorized("The request's key is not one of this server's, or it was revoked.")
+    return key
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return ", ".join(words)

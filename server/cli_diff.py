@@ -1,0 +1,180 @@
+"""What differs between two soft prompts: their manifests, their configs, and their tensors, virtual token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+
+from server.cli_files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE, files_of
+from server.errors import InvalidSoftPrompt
+from server.soft_prompts.manifest import parse_json_object
+
+Rows = NDArray[np.float64]
+"""`[virtual tokens, width]`."""
+
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as it lies in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def numbers(self) -> Rows | None:
+        """`[rows, width]` in float64; None for dtypes that no soft prompt is served in."""
+        if self.dtype not in _NUMPY_DTYPES or len(self.shape) == 0:
+            return None
+        values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype])
+        if self.dtype == "BF16":  # which numpy does not know: the upper half of a float32
+            values = (values.astype("<u4") << 16).view("<f4")
+        return values.astype(np.float64).reshape(self.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Content:
+    """One side of a comparison."""
+
+    name: str
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FieldChange:
+    """A field that the two sides do not say the same of; None where a side does not have it."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """One virtual token on both sides; the cosine is None where a norm is 0, figures are None where not finite."""
+
+    row: int
+    cosine: float | None
+    norm_a: float | None
+    norm_b: float | None
+    max_difference: float | None
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """A tensor on both sides; `rows` are compared where both have the same width, as far as both go."""
+
+    name: str
+    dtype_a: str | None
+    dtype_b: str | None
+    shape_a: tuple[int, ...] | None
+    shape_b: tuple[int, ...] | None
+    identical: bool
+    max_difference: float | None = None
+    rows: tuple[RowChange, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two soft prompts side by side."""
+
+    a: str
+    b: str
+    manifest: tuple[FieldChange, ...]
+    config: tuple[FieldChange, ...]
+    tensors: tuple[TensorChange, ...]
+
+    @property
+    def identical(self) -> bool:
+        """True if nothing differs."""
+        return not self.manifest and not self.config and all(tensor.identical for tensor in self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"identical": self.identical, **asdict(self)}
+
+
+def read_content(directory: Path, name: str) -> Content:
+    """Read a PEFT directory for a comparison.
+
+    Raises:
+        InvalidSoftPrompt: a file is missing or damaged.
+    """
+    files = {file.name: file.read_bytes() for file in files_of(directory, name)}
+    try:
+        tensors = {
+            key: Tensor(value["dtype"], tuple(value["shape"]), bytes(value["data"]))
+            for key, value in deserialize(files[TENSOR_FILE])  # type: ignore[no-untyped-call]
+        }
+    except SafetensorError as exc:
+        raise InvalidSoftPrompt(f"{TENSOR_FILE} of {name} is damaged: {exc}.") from exc
+    config = parse_json_object(files[CONFIG_FILE], f"{CONFIG_FILE} of {name}")
+    manifest = parse_json_object(files.get(MANIFEST_FILE, b"{}"), f"{MANIFEST_FILE} of {name}")
+    return Content(name, config, manifest, tensors)
+
+
+def compare(a: Content, b: Content) -> Comparison:
+    """Everything that differs; fields that are null count as fields that are not there."""
+    names = sorted({*a.tensors, *b.tensors})
+    return Comparison(
+        a=a.name,
+        b=b.name,
+        manifest=tuple(_changes(a.manifest, b.manifest)),
+        config=tuple(_changes(a.config, b.config)),
+        tensors=tuple(_compare_tensors(name, a.tensors.get(name), b.tensors.get(name)) for name in names),
+    )
+
+
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[FieldChange]:
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    for name in sorted({*flat_a, *flat_b}):
+        change = FieldChange(name, flat_a.get(name), flat_b.get(name))
+        if change.a != change.b:
+            yield change
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _compare_tensors(name: str, a: Tensor | None, b: Tensor | None) -> TensorChange:
+    rows = () if a is None or b is None or a == b else tuple(_compare_rows(a.numbers(), b.numbers()))
+    return TensorChange(
+        name,
+        dtype_a=None if a is None else a.dtype,
+        dtype_b=None if b is None else b.dtype,
+        shape_a=None if a is None else a.shape,
+        shape_b=None if b is None else b.shape,
+        identical=a == b,
+        max_difference=max((row.max_difference for row in rows if row.max_difference is not None), default=None),
+        rows=rows,
+    )
+
+
+def _compare_rows(a: Rows | None, b: Rows | None) -> Iterator[RowChange]:
+    if a is None or b is None or a.shape[1] != b.shape[1]:
+        return
+    for index, (row_a, row_b) in enumerate(zip(a, b, strict=False)):  # the shorter one ends the comparison
+        with np.errstate(all="ignore"):
+            norm_a, norm_b = float(np.linalg.norm(row_a)), float(np.linalg.norm(row_b))
+            cosine = float(row_a @ row_b) / (norm_a * norm_b) if norm_a and norm_b else float("nan")
+            difference = float(np.abs(row_a - row_b).max(initial=0.0))
+        yield RowChange(index, _finite(cosine), _finite(norm_a), _finite(norm_b), _finite(difference))
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if np.isfinite(value) else None

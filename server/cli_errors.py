@@ -1,0 +1,21 @@
+"""What a command shows of an error: a sentence and its remedy, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from server.errors import PreludeError
+
+
+@contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Print what went wrong and what to do about it, instead of a traceback; exit with 2."""
+    try:
+        yield
+    except PreludeError as exc:
+        typer.secho(f"error: {exc.message}", fg="red", err=True)
+        typer.echo(f"       {exc.remedy}", err=True)
+        raise typer.Exit(2) from exc

@@ -1,0 +1,233 @@
+"""Soft prompts as files of the one who types: found in a directory, a zip or on the hub, and written as a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTaskName
+from server.soft_prompts.names import TASK_NAME, check_task_name
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"
+FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
+"""What a soft prompt consists of; the same names as in soft_prompts/formats.py, which imports torch."""
+PICKLE_FILE = "adapter_model.bin"
+CONVERT = "Convert it: load it with PEFT and call save_pretrained(..., safe_serialization=True)."
+MAX_PULLED_BYTES = 2**32
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Files to send: the two or three of a soft prompt, or one zip."""
+
+    name: str
+    """What the directory, the zip or the repository is called."""
+    files: tuple[Path, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def task(self, given: str | None) -> str:
+        """The task to publish as: the one given, else what the source is called.
+
+        Raises:
+            InvalidTaskName: no task can be called so.
+        """
+        if given is not None:
+            return check_task_name(given)
+        if not TASK_NAME.fullmatch(self.name.lower()):
+            raise InvalidTaskName(
+                f"{self.name!r} cannot be the name of a task, even in lower case.", remedy="Name one with --task."
+            )
+        return self.name.lower()
+
+
+def find_upload(source: str) -> Upload:
+    """Find what is to be sent: a local path wins over a repository of the same name on the hub.
+
+    Raises:
+        InvalidSoftPrompt: there is nothing of that name, or it holds no soft prompt.
+    """
+    try:
+        found = _find_locally(source)
+    except OSError as exc:
+        raise InvalidSoftPrompt(f"{source} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
+    if found is not None:
+        return found
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None or source.startswith(".") or source.lower().endswith(".zip"):
+        raise InvalidSoftPrompt(
+            f"There is no {source}.",
+            remedy="Name a PEFT directory, a .zip of one, or a repository on the hub: org/name or org/name@revision.",
+        )
+    return _from_hub(hub_id[1], hub_id[2])
+
+
+def files_of(directory: Path, shown: str) -> tuple[Path, ...]:
+    """The files of a soft prompt in a directory.
+
+    Raises:
+        InvalidSoftPrompt: config or tensor is missing or cannot be read.
+    """
+    if not (directory / TENSOR_FILE).exists() and (directory / PICKLE_FILE).exists():
+        raise _pickled(shown)
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (directory / name).exists():
+            raise InvalidSoftPrompt(
+                f"{shown} holds no {name}.", remedy="Name a directory that PEFT's save_pretrained wrote."
+            )
+    return tuple(_readable(directory / name) for name in FILES if (directory / name).exists())
+
+
+def check_target(directory: Path, *, force: bool) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ConfigurationError: the directory holds something already, or is none.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigurationError(f"{directory} is not a directory.", remedy="Name another one with --out.")
+    if not force and directory.is_dir() and any(directory.iterdir()):
+        raise ConfigurationError(
+            f"{directory} is not empty.",
+            remedy="Name another directory with --out, or overwrite the soft prompt in it with --force.",
+        )
+
+
+def unpack(archive: Path, directory: Path) -> None:
+    """Write the files of a downloaded soft prompt into a directory, and nothing else that the zip may hold.
+
+    Raises:
+        InvalidSoftPrompt: the zip is damaged, or lacks a file.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            entries = [entry for entry in opened.infolist() if entry.filename in FILES]
+            if sum(entry.file_size for entry in entries) > MAX_PULLED_BYTES:
+                raise InvalidSoftPrompt("The download unfolds to more than any soft prompt has.")
+            for entry in entries:
+                with opened.open(entry) as source, (directory / entry.filename).open("xb") as target:
+                    shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, FileExistsError) as exc:
+        raise InvalidSoftPrompt(f"The download is damaged: {exc}.", remedy="Pull it again.") from exc
+    files_of(directory, "The download")
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill; what is in it takes its place under the real name at the end of the block, or not at all.
+
+    Files of other names that were there stay, so that a README of an older soft prompt is not lost.
+
+    Raises:
+        ConfigurationError: it cannot be written to.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as folder:
+            filled = Path(folder, "new")
+            filled.mkdir()
+            yield filled
+            if not directory.exists():
+                filled.rename(directory)
+                return
+            for name in FILES:
+                if (filled / name).exists():
+                    (filled / name).replace(directory / name)
+                else:
+                    (directory / name).unlink(missing_ok=True)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{directory} cannot be written: {exc.strerror or exc}.", remedy="Name another directory with --out."
+        ) from exc
+
+
+def _find_locally(source: str) -> Upload | None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Upload(path.resolve().name, files_of(path, source))
+    if not path.exists():
+        return None
+    if path.suffix.lower() != ".zip":
+        raise InvalidSoftPrompt(
+            f"{source} is neither a directory nor a .zip.", remedy=f"Name the directory that holds {TENSOR_FILE}."
+        )
+    return Upload(path.stem, (_readable(path),))
+
+
+def _readable(file: Path) -> Path:
+    if not stat.S_ISREG(file.stat().st_mode) or not os.access(file, os.R_OK):
+        raise InvalidSoftPrompt(f"{file} cannot be read.", remedy="Check that it is a file, and who may read it.")
+    return file
+
+
+def _pickled(shown: str) -> InvalidSoftPrompt:
+    return InvalidSoftPrompt(
+        f"{shown} holds only {PICKLE_FILE}, a pickle, which can run code when it is opened: it is never read.",
+        remedy=CONVERT,
+    )
+
+
+def _from_hub(repository: str, revision: str | None) -> Upload:
+    """Download what is needed of a repository into the hub's own cache; HF_TOKEN, HF_ENDPOINT, … are its library's.
+
+    Raises:
+        InvalidSoftPrompt: it cannot be had, or holds no soft prompt.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils.logging import set_verbosity_error
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what becomes an error here
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    shown = repository if revision is None else f"{repository}@{revision}"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        if not (folder / TENSOR_FILE).exists() and PICKLE_FILE in huggingface_hub.list_repo_files(
+            repository, revision=revision
+        ):
+            raise _pickled(shown)
+    except InvalidSoftPrompt:
+        raise
+    except errors.GatedRepoError as exc:
+        raise InvalidSoftPrompt(
+            f"{repository} is gated.", remedy="Ask for access on the hub, and log in with `hf auth login` or HF_TOKEN."
+        ) from exc
+    except errors.RevisionNotFoundError as exc:
+        raise InvalidSoftPrompt(
+            f"{repository} has no revision {revision}.", remedy="Name a branch, a tag or a commit of it."
+        ) from exc
+    except errors.RepositoryNotFoundError as exc:
+        raise InvalidSoftPrompt(
+            f"There is no directory {repository} here, and no repository {repository} on the hub that you may see.",
+            remedy="Check the name; for a private repository, log in with `hf auth login` or HF_TOKEN.",
+        ) from exc
+    except Exception as exc:  # its HTTP library differs from version to version, and so do its errors
+        raise InvalidSoftPrompt(
+            f"There is no directory {repository} here, and the hub cannot be asked: {_first_line(exc)}.",
+            remedy="Check the path, or try again once the hub can be reached.",
+        ) from exc
+    return Upload(repository.rpartition("/")[2], files_of(folder, shown))
+
+
+def _first_line(exc: Exception) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(exc).__name__

@@ -1,0 +1,99 @@
+"""`prelude keys`: make, list and revoke API keys in the file that a server reads them from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli_errors import errors_as_sentences
+from server.errors import ConfigurationError
+from server.keys.file import add_key, read_keys, revoke_key
+from server.keys.key import ApiKey, Scope
+from server.settings import Settings
+
+app = typer.Typer(
+    help="API keys: who may use, publish and delete tasks. The file holds hashes, not keys. "
+    "Start a server with it: prelude serve --api-keys-file keys.json. A running one follows it within a second.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+FileOption = Annotated[
+    Path | None, typer.Option("--file", help="The keys file. Default: PRELUDE_API_KEYS_FILE.", show_default=False)
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option(help="Whom or what the key is for: ci, ada's laptop.")],
+    scope: Annotated[
+        list[Scope],
+        typer.Option(
+            help="What it may do, repeatable. generate: answers. publish: upload, activate, roll back, share traffic, "
+            "download, delete. admin: everything.",
+        ),
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only tasks of this name, repeatable; * stands for anything: 'team-a-*'.", show_default=False
+        ),
+    ] = None,
+    file: FileOption = None,
+) -> None:
+    """Make a key and print it, once: the file keeps only what tells it.
+
+    Standard output is the key alone, so that it can be piped to where it is kept:
+
+    prelude keys create --file keys.json --name ci --scope publish --tasks 'team-a-*' > ci.key
+    """
+    with errors_as_sentences():
+        path = _file(file)
+        key, text = add_key(path, name, scope, tasks)
+        typer.echo(text)
+        typer.echo(f"{path}: key {key.id} ({key.name}): {_what(key)}.", err=True)
+        typer.echo("It is shown only now. Requests carry it as: Authorization: Bearer KEY", err=True)
+
+
+@app.command(name="list")
+def list_keys(file: FileOption = None) -> None:
+    """Show the keys of a file: id, name, what each may do, since when."""
+    with errors_as_sentences():
+        path = _file(file)
+        keys = read_keys(path)
+        if not keys:
+            typer.echo(f"{path} holds no key.", err=True)
+        rows = [(key.id, key.name, _what(key), f"since {key.created_at:%Y-%m-%d}") for key in keys]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `prelude keys list` shows it.")],
+    file: FileOption = None,
+) -> None:
+    """Take a key out of the file: within a second running servers refuse it."""
+    with errors_as_sentences():
+        path = _file(file)
+        key = revoke_key(path, key_id)
+        typer.echo(f"{path}: key {key.id} ({key.name}) is revoked.", err=True)
+
+
+def _file(given: Path | None) -> Path:
+    settings = Settings.load()  # also where a file is given, so that a misspelt variable is found by every command
+    path = given or settings.api_keys_file
+    if path is None:
+        raise ConfigurationError(
+            "No keys file is named.", remedy="Give --file keys.json, or set PRELUDE_API_KEYS_FILE."
+        )
+    return path
+
+
+def _what(key: ApiKey) -> str:
+    """What a key may do, in words."""
+    limit = f" for {', '.join(key.tasks)}" if key.tasks else ""
+    return f"{', '.join(key.scopes)}{limit}"

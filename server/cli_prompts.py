@@ -1,0 +1,405 @@
+"""`prelude prompts`: the soft prompts of a running server, from the shell."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli_errors import errors_as_sentences
+from server.errors import (
+    ConfigurationError,
+    InvalidTaskName,
+    NothingToRollBackTo,
+    PreconditionFailed,
+    PreludeError,
+    Unauthorized,
+    UnknownTask,
+)
+from server.soft_prompts.names import split_version
+
+if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+    from server.cli_diff import Content
+    from server.client import OnSent, PreludeClient, VersionList
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+BIG_BYTES = 2**22
+"""From here on an upload takes long enough for a progress bar."""
+
+REMEDIES: dict[type[PreludeError], str] = {
+    UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
+    Unauthorized: "Give a key of this server in PRELUDE_API_KEY or with --key.",
+    NothingToRollBackTo: "`prelude prompts list TASK` lists the versions; activate the one that you want.",
+    PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide anew, and give its new state.",
+}
+"""What to do here where the server speaks of requests."""
+
+app = typer.Typer(
+    name="prompts",
+    no_args_is_help=True,
+    help="List, publish and change the soft prompts of a running server.\n\n"
+    "They take effect on the next request; requests in flight finish on the version that they began with. "
+    "The server is the one at --url or PRELUDE_URL, and a key goes into PRELUDE_API_KEY.",
+    epilog="Exit status: 0 done, 2 refused (the reason and what to do about it are on stderr).",
+)
+
+UrlOption = Annotated[str, typer.Option("--url", envvar="PRELUDE_URL", help="Address of the server.")]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key; in the variable nobody else sees it."
+    ),
+]
+IfMatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--if-match", metavar="STATE", help="Only if the task is still in this state, as `list TASK` showed it; * any."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Name of a task.")]
+ReferenceArgument = Annotated[str, typer.Argument(metavar="TASK@N", help="A version of a task, such as sms_spam@3.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help, a paragraph a line."""
+    return "\n\n".join(["Examples:", *commands])
+
+
+@app.command(
+    name="list",
+    epilog=examples(
+        "prelude prompts list",
+        "prelude prompts list sms_spam",
+        "prelude prompts list --json | jq -r '.prompts[].task'",
+    ),
+)
+def list_prompts(
+    task: Annotated[str | None, typer.Argument(metavar="TASK", help="List the versions of this task.")] = None,
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """List all tasks, or the versions of one."""
+    if task is not None:
+        _print_versions(task, as_json, url, key)
+        return
+    with _connected(url, key) as client:
+        from server.cli_tables import console, print_json, print_tasks
+
+        entries = list(client.prompts())
+        if as_json:
+            print_json({"prompts": entries})
+        else:
+            print_tasks(entries, console())
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts versions sms_spam",
+        "prelude prompts versions sms_spam --json | jq .live",
+    )
+)
+def versions(
+    task: TaskArgument, as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, key: KeyOption = None
+) -> None:
+    """List the versions of a task, newest first; the same as `list TASK`."""
+    _print_versions(task, as_json, url, key)
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts push prompts/my_task",
+        "prelude prompts push ./checkpoint --task my_task --no-activate",
+        "prelude prompts push org/my-soft-prompt@main --task my_task --dry-run",
+    )
+)
+def push(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A PEFT directory, a .zip of one, or org/name@revision on the hub.")
+    ],
+    task: Annotated[str | None, typer.Option(help="Name to publish under. Default: what SOURCE is called.")] = None,
+    no_activate: Annotated[
+        bool, typer.Option("--no-activate", help="Keep it beside the live version; only TASK@N reaches it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the server check it, and change nothing.")] = False,
+    if_match: IfMatchOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Publish a soft prompt as a new version of a task.
+
+    SOURCE is a directory as save_pretrained or `prelude train` write it; if there is none, a repository on the hub.
+    """
+    with _connected(url, key) as client:
+        from server.cli_files import find_upload
+
+        upload = find_upload(source)
+        name = upload.task(task)
+        with _upload_bar(name, upload.num_bytes) as on_sent:
+            pushed = client.publish(
+                name, upload.files, activate=not no_activate, dry_run=dry_run, expect=if_match, on_sent=on_sent
+            )
+        for made in pushed["tasks"]:
+            reference = f"{made['task']}@{made['version']}"
+            if dry_run:
+                typer.echo(f"{reference}: the server would take it; nothing has changed")
+            elif not pushed["created"]:
+                typer.echo(f"{reference}: holds this already; nothing has changed")
+            elif pushed["live"]:
+                typer.echo(f"{reference}: published")
+            else:
+                typer.echo(f"{reference}: published, not live; `prelude prompts activate {reference}` makes it live")
+        if not dry_run:
+            for made in pushed["tasks"]:
+                _echo_live(client.versions(made["task"]))
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts pull sms_spam",
+        "prelude prompts pull sms_spam@2 --out second",
+    )
+)
+def pull(
+    reference: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task's live version, or version N.")],
+    out: Annotated[Path | None, typer.Option(help="Directory to write. Default: ./TASK.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the soft prompt in that directory.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Download a version as a PEFT directory.
+
+    PeftModel.from_pretrained loads it, and `prelude prompts push` takes it back.
+    """
+    with _connected(url, key) as client:
+        from server.cli_files import check_target, new_directory
+
+        task, number = split_version(reference)
+        directory = out or Path(task)
+        check_target(directory, force=force)
+        number = number or _only_live(client.versions(task))
+        with new_directory(directory) as filled:
+            _download(client, task, number, filled)
+        typer.echo(f"{directory}: {task}@{number}")
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts activate sms_spam@3",
+        "prelude prompts activate sms_spam 3 --if-match 42",
+    )
+)
+def activate(
+    reference: ReferenceArgument,
+    number: Annotated[int | None, typer.Argument(metavar="N", min=1, help="The version, if not in TASK@N.")] = None,
+    if_match: IfMatchOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Let a version answer its task's requests, alone."""
+    with _connected(url, key) as client:
+        task, named = split_version(reference)
+        if (named is None) == (number is None):
+            raise InvalidTaskName("Which version?", remedy=f"Name one: {task}@3.")
+        _echo_live(client.activate(task, named or number or 0, expect=if_match))
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts rollback sms_spam",
+    )
+)
+def rollback(
+    task: TaskArgument, if_match: IfMatchOption = None, url: UrlOption = DEFAULT_URL, key: KeyOption = None
+) -> None:
+    """Return to what was live before; twice in a row goes back twice."""
+    with _connected(url, key) as client:
+        _echo_live(client.roll_back(task, expect=if_match))
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts traffic sms_spam 3=90 4=10",
+    )
+)
+def traffic(
+    task: TaskArgument,
+    weights: Annotated[list[str], typer.Argument(metavar="N=PERCENT", help="Shares that sum to 100.")],
+    if_match: IfMatchOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Let several versions share a task's requests: a canary. `activate` ends it."""
+    with _connected(url, key) as client:
+        _echo_live(client.set_traffic(task, _parse_weights(weights), expect=if_match))
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts delete sms_spam@2",
+        "prelude prompts delete sms_spam --yes",
+    )
+)
+def delete(
+    reference: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task with all its versions, or version N.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    if_match: IfMatchOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Delete a task with all its versions, or one version that is not live. There is no way back."""
+    with _connected(url, key) as client:
+        task, number = split_version(reference)
+        if not yes:
+            if_match = _confirm_delete(client.versions(task), reference, number, if_match)
+        if number is None:
+            client.delete(task, expect=if_match)
+            typer.echo(f"{task}: deleted; nothing answers for it any more")
+        else:
+            client.delete_version(task, number, expect=if_match)
+            typer.echo(f"{reference}: deleted")
+            _echo_live(client.versions(task))
+
+
+@app.command(
+    epilog=examples(
+        "prelude prompts diff sms_spam@2 sms_spam@3",
+        "prelude prompts diff sms_spam ./checkpoint",
+    )
+)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="TASK for its live version, TASK@N, or a directory: ./DIR.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same for the other side.")],
+    as_json: JsonOption = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Show what differs between two soft prompts: manifest, config, and numbers, virtual token by virtual token.
+
+    A directory is written with a slash, so that it cannot be taken for a task.
+
+    Exit status as of diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.
+    """
+    with _connected(url, key) as client:
+        from server.cli_diff import compare
+        from server.cli_tables import console, print_comparison, print_json
+
+        comparison = compare(_content(client, a), _content(client, b))
+        if as_json:
+            print_json(comparison.as_dict())
+        else:
+            print_comparison(comparison, console())
+    if not comparison.identical:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _connected(url: str, key: str | None) -> Iterator[PreludeClient]:
+    """A client of the server, whose refusals are told as the shell's user can act on them."""
+    from server.client import PreludeClient
+
+    with errors_as_sentences():
+        try:
+            with PreludeClient(url, key) as client:
+                yield client
+        except PreludeError as exc:
+            if exc.remedy == exc.default_remedy:
+                exc.remedy = REMEDIES.get(type(exc), exc.remedy)
+            raise
+
+
+def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None:
+    with _connected(url, key) as client:
+        from server.cli_tables import console, print_json, print_versions
+
+        listed = client.versions(task)
+        if as_json:
+            print_json(listed)
+        else:
+            print_versions(listed, console())
+
+
+def _echo_live(listed: VersionList) -> None:
+    from server.cli_tables import live_sentence
+
+    typer.echo(live_sentence(listed))
+
+
+@contextmanager
+def _upload_bar(task: str, num_bytes: int) -> Iterator[OnSent | None]:
+    """A progress bar for a big upload, if somebody watches."""
+    if num_bytes < BIG_BYTES or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=num_bytes, desc=task, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+
+        def show(sent: int) -> None:
+            bar.update(sent)
+
+        yield show
+
+
+def _only_live(listed: VersionList) -> int:
+    """The version that answers, if it is one.
+
+    Raises:
+        InvalidTaskName: none does, or several do.
+    """
+    from server.cli_tables import live_sentence
+
+    live = listed.get("live")
+    if live is None or len(listed.get("traffic", {})) > 1:
+        raise InvalidTaskName(f"{live_sentence(listed)}.", remedy=f"Name one: {listed['task']}@N.")
+    return live
+
+
+def _download(client: PreludeClient, task: str, number: int, directory: Path) -> None:
+    from server.cli_files import unpack
+
+    with tempfile.TemporaryDirectory(prefix="prelude-pull-") as folder:
+        archive = Path(folder, "download.zip")
+        client.download(task, number, archive)
+        unpack(archive, directory)
+
+
+def _content(client: PreludeClient, side: str) -> Content:
+    """One side of a diff; what has a slash is a directory."""
+    from server.cli_diff import read_content
+
+    if "/" in side or side in (".", ".."):
+        return read_content(Path(side).expanduser(), side)
+    task, number = split_version(side)
+    number = number or _only_live(client.versions(task))
+    with tempfile.TemporaryDirectory(prefix="prelude-diff-") as folder:
+        _download(client, task, number, Path(folder))
+        return read_content(Path(folder), f"{task}@{number}")
+
+
+def _confirm_delete(listed: VersionList, reference: str, number: int | None, if_match: str | None) -> str | None:
+    """Ask, and answer the state that the user has decided on; not on a terminal nobody can be asked."""
+    from server.cli_tables import live_sentence
+
+    if not sys.stdin.isatty():
+        raise ConfigurationError(f"{reference} is not deleted without being asked for.", remedy="Give --yes.")
+    count = len(listed["versions"])
+    what = reference if number is not None else f"{reference} with {count} version{'s' if count != 1 else ''}"
+    typer.confirm(f"{live_sentence(listed)}. Delete {what} for good?", abort=True)
+    return if_match or listed.get("etag")
+
+
+def _parse_weights(weights: list[str]) -> dict[int, int]:
+    parsed: dict[int, int] = {}
+    for weight in weights:
+        version, equals, percent = weight.partition("=")
+        if not (equals and version.isdecimal() and percent.isdecimal()) or int(version) in parsed:
+            raise ConfigurationError(f"{weight!r} is not a share.", remedy="Write each version once: 3=90 4=10.")
+        parsed[int(version)] = int(percent)
+    return parsed

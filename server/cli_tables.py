@@ -1,0 +1,220 @@
+"""What the commands print: tables for people, which a pipe gets whole and without colours, and JSON for programs.
+
+Everything that a server or a file says is shown as text: neither its brackets nor its control characters mean anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from server.cli_diff import Comparison, FieldChange, TensorChange
+from server.cli_files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
+from server.client import PromptEntry, VersionList
+
+UNLIMITED = 1_000_000
+"""Width of a table that goes into a pipe: whoever reads it there wants whole lines."""
+NONE = "–"
+DIFFERENCE = "max |a-b|"
+
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+
+def console() -> Console:
+    """The console for stdout, as wide as the terminal; outside of one, nothing is cut or coloured."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(width=UNLIMITED, force_terminal=False, color_system=None, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_tasks(entries: Sequence[PromptEntry], out: Console) -> None:
+    """All tasks: what answers, what kind it is, and what is broken."""
+    if not entries:
+        out.print("No tasks yet: publish one with `prelude prompts push`.")
+        return
+    table = _table(
+        "task", "live", "type", "tokens", "description", right={"tokens"}, wrap={"task", "live", "description"}
+    )
+    for entry in entries:
+        description = _text(entry.get("description", ""))
+        if "error" in entry:
+            description = _text(f"error: {entry['error']}", "red")
+        elif "version" not in entry:
+            description = _text("no version is live", "yellow")
+        table.add_row(
+            _text(entry["task"], "bold"),
+            _text(shares(entry.get("traffic")) or entry.get("version", NONE)),
+            _text(entry.get("peft_type", NONE).lower()),
+            _text(entry.get("num_virtual_tokens", NONE)),
+            description,
+        )
+    _print(table, out)
+
+
+def print_versions(listed: VersionList, out: Console) -> None:
+    """A task's versions, newest first, and the ETag that --if-match takes."""
+    table = _table(
+        "version", "live", "when", "who", "size", "metrics", right={"version", "size"}, wrap={"who", "metrics"}
+    )
+    traffic = listed.get("traffic", {})
+    for version in listed["versions"]:
+        share = traffic.get(str(version["version"]))
+        marker = f"{share} %" if share is not None else "live" if version["live"] else ""
+        table.add_row(
+            _text(version["version"], "bold green" if version["live"] else "bold"),
+            _text(marker, "green"),
+            _text(_ago(version["created_at"])),
+            _text(version.get("by") or version["source"]),
+            _text(_size(version["bytes"])),
+            _text(", ".join(f"{name} {_metric(value)}" for name, value in version.get("metrics", {}).items())),
+        )
+    _print(table, out)
+    if "etag" in listed and out.is_terminal:  # a pipe gets the table alone; --json has the state as well
+        out.print(_text(f"state {listed['etag']}, for --if-match", "dim"))
+
+
+def live_sentence(listed: VersionList) -> str:
+    """What is live, as one line."""
+    traffic = listed.get("traffic", {})
+    if len(traffic) > 1:
+        return f"{listed['task']}: versions {shares(traffic)} are live"
+    if listed.get("live") is None:
+        return f"{listed['task']}: no version is live"
+    return f"{listed['task']}: version {listed['live']} is live"
+
+
+def shares(traffic: Mapping[str, int] | None) -> str:
+    """Weights as people read them: 3 (90 %), 4 (10 %)."""
+    weights = sorted((traffic or {}).items(), key=lambda item: int(item[0]))
+    return ", ".join(f"{version} ({weight} %)" for version, weight in weights)
+
+
+def print_comparison(comparison: Comparison, out: Console) -> None:
+    """Only what differs, side by side, and the tensors."""
+    fields = {MANIFEST_FILE: comparison.manifest, CONFIG_FILE: comparison.config}
+    tables = [_fields_table(title, comparison, changes) for title, changes in fields.items() if changes]
+    tables.append(_tensors_table(comparison))
+    tables += [_rows_table(tensor) for tensor in comparison.tensors if tensor.rows]
+    for index, table in enumerate(tables):
+        if index:
+            out.print()
+        _print(table, out)
+    if comparison.identical:
+        out.print(_text(f"{comparison.a} and {comparison.b} are identical.", "green"))
+
+
+def _fields_table(title: str, comparison: Comparison, changes: Iterable[FieldChange]) -> Table:
+    sides = (comparison.a, comparison.b)
+    table = _table(title, *sides, wrap={title, *sides})
+    for change in changes:
+        table.add_row(_text(change.name, "bold"), _value(change.a), _value(change.b))
+    return table
+
+
+def _tensors_table(comparison: Comparison) -> Table:
+    sides = (comparison.a, comparison.b)
+    table = _table(TENSOR_FILE, *sides, "identical", DIFFERENCE, right={DIFFERENCE}, wrap={TENSOR_FILE, *sides})
+    for tensor in comparison.tensors:
+        table.add_row(
+            _text(tensor.name, "bold"),
+            _kind(tensor.dtype_a, tensor.shape_a),
+            _kind(tensor.dtype_b, tensor.shape_b),
+            _text("yes", "green") if tensor.identical else _text("no", "red"),
+            _number("0" if tensor.identical else tensor.max_difference),
+        )
+    return table
+
+
+def _rows_table(tensor: TensorChange) -> Table:
+    titles = ("virtual token", "cosine", "norm a", "norm b", DIFFERENCE)
+    table = _table(*titles, right=titles)
+    for row in tensor.rows:
+        table.add_row(
+            _text(row.row, "bold"),
+            _number(None if row.cosine is None else f"{row.cosine:.4f}"),
+            *(_number(value) for value in (row.norm_a, row.norm_b, row.max_difference)),
+        )
+    return table
+
+
+def _table(*titles: str, right: Collection[str] = (), wrap: Collection[str] = ()) -> Table:
+    """A table without lines, which cut and awk can take apart; on a narrow terminal only `wrap` gives way."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        justify: Literal["right", "left"] = "right" if title in right else "left"
+        table.add_column(_text(title), justify=justify, no_wrap=title not in wrap, overflow="fold")
+    return table
+
+
+def _print(table: Table, out: Console) -> None:
+    """Print a table; a pipe gets no blanks at the ends of its lines."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as capture:
+        out.print(table)
+    out.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+
+def _text(value: object, style: str = "") -> Text:
+    """Text that means nothing but itself: no markup, no escape sequences, no line of its own."""
+    printable = "".join(character if character.isprintable() else " " for character in str(value))
+    return Text(printable, style=style)
+
+
+def _value(value: Any) -> Text:
+    """A field as JSON writes it, so that a template's line ends are seen, but without quotes; hashes are cut short."""
+    if value is None:
+        return _text(NONE, "dim")
+    written = json.dumps(value, ensure_ascii=False)
+    return _text(_HASH.sub(r"\1…", written[1:-1] if isinstance(value, str) else written))
+
+
+def _kind(dtype: str | None, shape: Sequence[int] | None) -> Text:
+    return _text(NONE, "dim") if dtype is None or shape is None else _text(f"{dtype} {list(shape)}")
+
+
+def _number(value: float | str | None) -> Text:
+    if value is None:
+        return _text(NONE, "dim")
+    return _text(value if isinstance(value, str) else f"{value:.4g}")
+
+
+def _metric(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ago(when: str) -> str:
+    """How long ago a moment was, in its largest unit; a moment that cannot be read is shown as it is."""
+    try:
+        moment = datetime.fromisoformat(when)
+    except ValueError:
+        return when
+    seconds = (datetime.now(UTC) - (moment if moment.tzinfo else moment.replace(tzinfo=UTC))).total_seconds()
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

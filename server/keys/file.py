@@ -1,0 +1,177 @@
+"""The keys file: JSON that holds no key, only what tells one.
+
+`{"keys": [{"id": "4f0c9a1e", "name": "ci", "sha256": "…", "scopes": ["publish"], "tasks": ["team-a-*"],
+"created_at": "2026-11-24T09:00:00Z"}]}`; a key without `tasks` is for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from server.errors import ConfigurationError
+from server.keys.key import ApiKey, Scope, make_key
+
+MOST_PROBLEMS = 5
+
+Keys = tuple[ApiKey, ...]
+
+
+class _Content(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: Keys
+
+    @model_validator(mode="after")
+    def _ids_are_unique(self) -> Self:
+        ids = [key.id for key in self.keys]
+        twice = next((one for one in ids if ids.count(one) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two keys have the id {twice}")
+        return self
+
+
+def how_to_make_a_key(path: Path) -> str:
+    """The remedy where there is none."""
+    return f"Make one with `prelude keys create --file {path} --name NAME --scope admin` (or generate, or publish)."
+
+
+def read_keys(path: Path) -> Keys:
+    """The keys of a file, in its order; it may hold none, as the last one may have been revoked.
+
+    Raises:
+        ConfigurationError: it cannot be read, or an entry does not fit; names the entry, and quotes no value of it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"The keys file {path} cannot be read: {exc.strerror}.", remedy=how_to_make_a_key(path)
+        ) from exc
+    try:
+        return _Content.model_validate_json(data).keys
+    except ValidationError as exc:
+        raise ConfigurationError(
+            f"The keys file {path} does not fit: {_problems(exc)}.",
+            remedy="Mend what it names, or restore the file; `prelude keys` writes it in the right form.",
+        ) from None  # the cause quotes the file
+
+
+def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
+    """Make a key, put it into the file, and answer it with the text that its holder gets; nobody can tell it again.
+
+    Raises:
+        ConfigurationError: the file cannot be changed, or there can be no such key.
+    """
+    try:
+        key, text = make_key(name, scopes, tasks)
+    except ValidationError as exc:
+        raise ConfigurationError(
+            f"There can be no such key: {_problems(exc)}.", remedy="See `prelude keys create --help` for what it takes."
+        ) from None
+    _rewrite(path, lambda keys: (*keys, key), may_be_new=True)
+    return key, text
+
+
+def revoke_key(path: Path, key_id: str) -> ApiKey:
+    """Take a key out of the file, and answer it.
+
+    Raises:
+        ConfigurationError: the file cannot be changed, or has no such key.
+    """
+    revoked: list[ApiKey] = []
+
+    def without(keys: Keys) -> Iterable[ApiKey]:
+        revoked.extend(key for key in keys if key.id == key_id)
+        if not revoked:
+            raise ConfigurationError(  # without what was given: it may be a whole key
+                f"{path} has no key of that id.",
+                remedy="Give an id as `prelude keys list` shows it: what stands between a key's two underscores.",
+            )
+        return (key for key in keys if key.id != key_id)
+
+    _rewrite(path, without)
+    return revoked[0]
+
+
+def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_new: bool = False) -> None:
+    """Replace the file in one step: whoever reads it sees the old keys or the new ones.
+
+    The draft beside it is also the lock: two changes at once could otherwise bring a revoked key back.
+    """
+    path = path.resolve()  # a link stays one
+    draft = path.with_name(f"{path.name}.new")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigurationError(
+            f"{draft} exists: somebody else is changing the keys.",
+            remedy="Try again. If no other `prelude keys` runs, remove that file.",
+        ) from None
+    except OSError as exc:
+        raise _cannot_write(path, exc) from exc
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            is_new = may_be_new and not path.exists()
+            file.write(_to_json(change(() if is_new else read_keys(path))))
+            if not is_new:
+                _make_alike(descriptor, path.stat())
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(draft, path)
+    except BaseException as exc:
+        draft.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise _cannot_write(path, exc) from exc
+        raise
+    _sync_folder(path.parent)
+
+
+def _make_alike(descriptor: int, old: os.stat_result) -> None:
+    """Let those read the new file who could read the old one: else a server would not hear of a revocation."""
+    new = os.fstat(descriptor)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o644 | 0o600)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, exc: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"The keys file {path} cannot be written: {exc.strerror}.",
+        remedy="Name a file in a folder that you may write to, and run this as the user to whom the file belongs.",
+    )
+
+
+def _to_json(keys: Iterable[ApiKey]) -> str:
+    entries = [key.model_dump(mode="json", exclude_none=True) for key in keys]
+    return json.dumps({"keys": entries}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _problems(exc: ValidationError) -> str:
+    errors = exc.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(_problem(error) for error in errors[:MOST_PROBLEMS])
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One problem, in words that name the entry by its place: key 2, tasks 1: …."""
+    place = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    place = re.sub(r"^, keys (?=\d)", ", key ", place)
+    return f"{place.removeprefix(', ')}: {message}" if place else message

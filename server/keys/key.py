@@ -1,0 +1,119 @@
+"""What a key is: an id, the hash of a secret, and what its holder may do.
+
+A key as people hold it is `prelude_<id>_<secret>`, and the secret is 256 random bits. Whoever reads a hash cannot get
+to its secret: there is nothing to guess, unlike with a password, so one plain SHA-256 is enough, and it costs a request
+a microsecond where a slow hash would cost it a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NO_HASH = "0" * 64
+"""Compared with where there is no such key, so that the time of a refusal does not tell which ids exist."""
+
+_PRESENTED = re.compile(r"prelude_([a-z0-9]{4,32})_([0-9a-f]{64})")
+
+TaskPattern = Annotated[str, Field(pattern=r"^[a-z0-9*][a-z0-9._*-]{0,63}$")]
+"""A task's name in which `*` stands for any characters, also none."""
+
+
+class Scope(StrEnum):
+    """What a key may do; every key may also look at the tasks that it is for."""
+
+    GENERATE = "generate"
+    PUBLISH = "publish"
+    ADMIN = "admin"
+
+
+class ApiKey(BaseModel):
+    """One key, without its secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9]{4,32}$")
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,100}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+    tasks: tuple[TaskPattern, ...] | None = Field(None, min_length=1)
+    created_at: AwareDatetime
+
+    @field_validator("scopes", "tasks")
+    @classmethod
+    def _no_duplicates(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if values is not None and len(set(values)) < len(values):
+            raise ValueError("the same comes twice")
+        return values
+
+    @model_validator(mode="after")
+    def _admin_is_for_all_tasks(self) -> Self:
+        if Scope.ADMIN in self.scopes and self.tasks is not None:
+            raise ValueError("a key with the scope admin is for all tasks; leave its task patterns out")
+        return self
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the key has a scope; `admin` is all of them."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    def is_for(self, task: str) -> bool:
+        """Whether the key is for a task."""
+        return self.tasks is None or any(matches(pattern, task) for pattern in self.tasks)
+
+
+def make_key(name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
+    """A new key, and the text that its holder gets; nobody can tell it again.
+
+    Raises:
+        pydantic.ValidationError: there can be no such key.
+    """
+    secret = secrets.token_hex(32)
+    key = ApiKey(
+        id=secrets.token_hex(4),
+        name=name,
+        sha256=_hash(secret),
+        scopes=tuple(scopes),
+        tasks=tuple(tasks) if tasks else None,
+        created_at=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+    )
+    return key, f"prelude_{key.id}_{secret}"
+
+
+def split_key(presented: str) -> tuple[str, str]:
+    """Id and secret of a key as it is presented; both empty if it has not the form of one."""
+    match = _PRESENTED.fullmatch(presented)
+    return (match[1], match[2]) if match else ("", "")
+
+
+def is_secret_of(key: ApiKey | None, secret: str) -> bool:
+    """Whether a secret is a key's, in a time that does not tell how nearly it is; never if there is no key."""
+    return hmac.compare_digest(_hash(secret), NO_HASH if key is None else key.sha256)
+
+
+def matches(pattern: str, task: str) -> bool:
+    """Whether a pattern covers a task's name; a regex could take for ever on many `*`."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return pattern == task
+    *middle, last = rest
+    if not (task.startswith(first) and task.endswith(last) and len(task) >= len(first) + len(last)):
+        return False
+    at, end = len(first), len(task) - len(last)
+    for piece in middle:
+        found = task.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

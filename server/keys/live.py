@@ -1,0 +1,87 @@
+"""The keys of a running server, which follows its file: a revoked key stops working without a restart."""
+
+from __future__ import annotations
+
+import logging
+import stat
+import time
+from pathlib import Path
+
+from server.errors import ConfigurationError
+from server.keys.file import how_to_make_a_key, read_keys
+from server.keys.key import ApiKey, is_secret_of, split_key
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often to look, at most, whether the file has changed."""
+
+Stamp = tuple[int, ...]
+
+
+class ApiKeys:
+    """The keys of a file, as of a second ago.
+
+    A file that becomes unreadable, or vanishes, leaves the keys as they were: a slip of the hand must not lock
+    everybody out. The log says so, once for each state of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file for the first time.
+
+        Raises:
+            ConfigurationError: it cannot be read, does not fit, or holds no key, so that nobody could do anything.
+        """
+        self._path = path
+        self._stamp = _stamp(path)  # before the file is read: what changes meanwhile is seen at the next look
+        self._looked = time.monotonic()
+        self._keys = self._read()
+        if not self._keys:
+            raise ConfigurationError(
+                f"The keys file {path} holds no key, so nobody could do anything.", remedy=how_to_make_a_key(path)
+            )
+
+    def find(self, presented: str) -> ApiKey | None:
+        """The key that somebody presents; None if it is not one of ours, or not any more."""
+        self._follow_file()
+        key_id, secret = split_key(presented)
+        key = self._keys.get(key_id)
+        return key if is_secret_of(key, secret) else None
+
+    def _follow_file(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = self._read()
+        except ConfigurationError as exc:
+            log.error("%s The keys that were read before stay valid.", exc.message)
+        else:
+            log.info("%s has changed; it now holds %d keys", self._path, len(self._keys))
+
+    def _read(self) -> dict[str, ApiKey]:
+        keys = {key.id: key for key in read_keys(self._path)}
+        if _mode(self._path) & (stat.S_IWGRP | stat.S_IWOTH):
+            log.warning("%s can be written by others, who could give themselves a key: chmod go-w it", self._path)
+        return keys
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What differs between two states of a file, also one put in its place; None if there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:  # it vanished after it was read
+        return 0

@@ -1,0 +1,170 @@
+"""A safetensors file, judged by its header and then read piece by piece.
+
+It is read, never mapped: a mapped file that somebody rewrites at that moment (the inbox is a folder for people) ends
+the whole process with SIGBUS. Nothing is allocated for what the header claims before the file's size bears it out.
+
+    8 bytes      length of the header, little-endian
+    header       JSON: {"__metadata__": {…}, name: {"dtype": "F32", "shape": [20, 576], "data_offsets": [0, 46080]}, …}
+    data         the tensors, one after the other without a gap
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from server.errors import InvalidSoftPrompt
+from server.soft_prompts.manifest import parse_json_object
+from server.soft_prompts.soft_prompt import DTYPES
+
+MAX_HEADER_BYTES = 2**20
+MAX_TENSORS = 1024
+MAX_DIMENSIONS = 8
+METADATA = "__metadata__"
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Size of a number by safetensors' name of its kind; most kinds are known only to say that they are not served."""
+SEND_WHOLE = "Send the whole file as safetensors wrote it."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the header says of one tensor; the offsets count from the first byte of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """An open safetensors file whose header fits the file."""
+
+    name: str
+    entries: dict[str, Entry]
+    _file: IO[bytes]
+    _data_start: int
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor, once its dtype has passed.
+
+        Raises:
+            InvalidSoftPrompt: there is no such tensor, or its numbers are of a kind that is not served.
+        """
+        entry = self.entries.get(tensor)
+        if entry is None:
+            held = ", ".join(name[:64] for name in sorted(self.entries)[:5])
+            raise InvalidSoftPrompt(f"{self.name} has no tensor {tensor!r}; it holds {held or 'none'}.")
+        if entry.dtype not in DTYPES:
+            raise InvalidSoftPrompt(
+                f"{tensor} has dtype {entry.dtype}; taken are {', '.join(DTYPES)}.",
+                remedy="Convert the tensor to float32 and save it again.",
+            )
+        return entry.shape
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """Read a tensor whose shape has been asked for and accepted.
+
+        Raises:
+            InvalidSoftPrompt: the file has become shorter.
+        """
+        entry = self.entries[tensor]
+        self._file.seek(self._data_start + entry.begin)
+        data = bytearray(self._file.read(entry.end - entry.begin))
+        if len(data) != entry.end - entry.begin:
+            raise _changed(self.name)
+        if not data:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+@contextmanager
+def open_tensor_file(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file and check its header against its size.
+
+    Raises:
+        InvalidSoftPrompt: it is of another format, cut off, damaged, or changes while it is read.
+    """
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, before.st_size - 8):
+            raise InvalidSoftPrompt(
+                f"{path.name} is not a safetensors file: {before.st_size} bytes, of which its header claims {length}.",
+                remedy=f"{SEND_WHOLE[:-1]}; it may have been cut off, or be of another format.",
+            )
+        entries = _entries(file.read(length), path.name, before.st_size - 8 - length)
+        yield TensorFile(path.name, entries, file, 8 + length)
+        after = os.fstat(file.fileno())
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise _changed(path.name)
+
+
+def _entries(header: bytes, name: str, data_bytes: int) -> dict[str, Entry]:
+    """The tensors of a header, in the order of their data, which they must cover without gap or overlap."""
+    if not header.startswith(b"{"):
+        raise _damaged(name, "its header does not begin with a brace.")
+    try:
+        value = parse_json_object(header, "its header")
+    except InvalidSoftPrompt as exc:
+        raise _damaged(name, exc.message) from exc
+    metadata = value.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(name, f"{METADATA} must map names to text.")
+    if len(value) > MAX_TENSORS:
+        raise _damaged(name, f"it has {len(value)} tensors; at most {MAX_TENSORS} are taken.")
+    entries = {tensor: _entry(tensor, facts, name) for tensor, facts in value.items()}
+    at = 0
+    for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at:
+            raise _damaged(name, f"the data of {tensor[:64]!r} begins at {entry.begin}, expected {at}.")
+        at = entry.end
+    if at != data_bytes:
+        raise _damaged(name, f"its header describes {at} bytes of data, and there are {data_bytes}.")
+    return entries
+
+
+def _entry(tensor: str, facts: Any, name: str) -> Entry:
+    called = repr(tensor[:64])
+    if not isinstance(facts, dict) or set(facts) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(name, f"{called} needs dtype, shape and data_offsets, and nothing else.")
+    dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _damaged(name, f"the dtype of {called} is not one of safetensors.")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _damaged(name, f"the shape of {called} is not a list of at most {MAX_DIMENSIONS} sizes.")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(name, f"the data_offsets of {called} are not the begin and end of its data.")
+    begin, end = offsets
+    if prod(shape) * BITS[dtype] != 8 * (end - begin):
+        raise _damaged(name, f"{called} of shape {shape} does not fill its {end - begin} bytes.")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _damaged(name: str, problem: str) -> InvalidSoftPrompt:
+    return InvalidSoftPrompt(f"{name} is damaged: {problem}", remedy=SEND_WHOLE)
+
+
+def _changed(name: str) -> InvalidSoftPrompt:
+    return InvalidSoftPrompt(
+        f"{name} was rewritten while it was read.", remedy="Write it under another name and rename it into place."
+    )

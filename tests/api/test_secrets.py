@@ -1,0 +1,86 @@
+"""Neither a key nor what a user writes is ever logged, at whatever level."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.keys import live as live_keys
+from server.keys.file import add_key
+from server.keys.key import Scope
+from tests.api.live import as_form, live_server
+from tests.support import random_soft_prompt
+
+TEXT = "my-very-own-words"
+TOKEN = "hf_my-very-own-token"
+CLIENTS = ("httpx", "httpcore")
+
+
+def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "keys.json"
+    text = add_key(path, "ci", [Scope.ADMIN], None)[1]
+    limited = add_key(path, "team", [Scope.GENERATE], ["team-*"])[1]
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(live_keys, "LOOK_SECONDS", 0.0)
+    statuses: list[int] = []
+    misspelt: dict[str, Any] = {TEXT: 1}
+    with live_server(tmp_path, api_keys_file=path, log_level="debug") as live:
+
+        def send(key: str | None = text, inputs: Any = TEXT, query: str = "", **parameters: Any) -> None:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            body = {"inputs": inputs, "parameters": {"max_new_tokens": 3, **parameters}}
+            statuses.extend(
+                live.client.post(route + query, json=body, headers=headers).status_code
+                for route in ("/generate", "/generate_stream")
+            )
+
+        good = {"Authorization": f"Bearer {text}"}
+        soft_prompt = random_soft_prompt(live.model.spec, manifest={"input_template": TEXT + " {input}"})
+        files = as_form(live.files(soft_prompt))
+        statuses.append(live.client.put("/prompts/mood", files=files, headers=good).status_code)
+        send()
+        send(query="?task=mood")
+        send(stop=[TEXT])
+        send(None)
+        send(TOKEN)
+        send(text + "0")
+        send(limited)
+        send(query="?task=nobody")
+        send(inputs=[TEXT])
+        send(inputs=TEXT * 10_000)
+        send(temperature=TEXT)
+        send(**misspelt)
+        broken = {"Content-Type": "application/json", **good}
+        statuses.append(live.client.post("/generate", content=f'{{"inputs": "{TEXT}', headers=broken).status_code)
+        form = as_form({"adapter_config.json": b"{" + TEXT.encode(), "adapter_model.safetensors": TEXT.encode()})
+        statuses.append(live.client.put("/prompts/mood", files=form, headers=good).status_code)
+        live.model.fail_after = 0
+        send()
+        path.write_text(f'{{"keys": "{text}"}}')
+        live.client.get("/info", headers=good)
+        monkeypatch.setattr(live.registry, "resolve", None)  # what nobody expected
+        with httpx.Client(base_url=live.url) as client:  # uvicorn closes the connection after it
+            response = client.post("/generate?task=mood", json={"inputs": TEXT}, headers=good)
+            statuses.append(response.status_code)
+    assert {200, 201, 401, 403, 404, 422, 500} <= set(statuses)
+    ours = "\n".join(
+        f"{record.getMessage()}\n{record.exc_text or ''}" for record in caplog.records if not _is_clients(record.name)
+    )
+    for expected in ("the device is gone", "not callable", "The keys that were read before stay valid."):
+        assert expected in ours, "the log was not looked at"
+    seen = ours + "".join(capfd.readouterr())
+    for hidden in (text, text.split("_")[2], limited, TOKEN, TEXT):
+        assert hidden not in seen
+
+
+def _is_clients(logger: str) -> bool:
+    return logger.split(".")[0] in CLIENTS

@@ -185,7 +185,7 @@ class Outcome:
     logprobs: list[float | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     ends: int = 0
-    error: str | None = None
+    error: Exception | None = None
 
 
 def request(request_id: str, input_ids: Sequence[int], task: str | None = None, **sampling: Any) -> GenerationRequest:

@@ -12,8 +12,9 @@ from server.api.app import create_app
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.registry.registry import Registry
-from server.registry.store import LocalStore
+from server.registry.store import Store
 from server.settings import ENV_PREFIX, Settings
+from tests.registry.fakes import MemoryObjects
 from tests.support import make_engine
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +57,8 @@ def test_every_error_is_documented_with_its_status(cls: type[errors.PreludeError
     assert status == str(cls.status) or not status.isdigit()
 
 
-def test_every_route_is_documented_and_no_other(tiny: FrozenModel, tmp_path: Path) -> None:
-    registry = Registry(LocalStore(tmp_path), tiny.spec, 512)
+def test_every_route_is_documented_and_no_other(tiny: FrozenModel) -> None:
+    registry = Registry(Store(MemoryObjects()), tiny.spec, 512)
     app = create_app(Settings(), EngineWorker(make_engine(tiny)), registry)
     routes = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
     documented = {line.split("`")[1] for line in read("docs/http_api.md").splitlines() if line.startswith("| `")}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
+from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpack_upload
-from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError
+from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError, StoreFull
 from server.registry.registry import Registry
 from server.registry.views import Task
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
-from server.soft_prompts.names import check_task_name
+from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -42,11 +44,20 @@ PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
     507: CHANGE_ERRORS[507],
 }
 
-router = APIRouter(prefix="/prompts", tags=["soft prompts"], dependencies=[Depends(known_query)])
+router = APIRouter(
+    prefix="/prompts", tags=["soft prompts"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
+)
 
 
-@router.get("", response_model=PromptList, response_model_exclude_none=True, responses={422: ERRORS[422]})
+@router.get(
+    "",
+    response_model=PromptList,
+    response_model_exclude_none=True,
+    responses={422: ERRORS[422]},
+    dependencies=[Reads],
+)
 async def list_prompts(
+    request: Request,
     registry: RegistryDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Entries of a page.")] = 100,
     after: Annotated[str | None, Query(description="Start behind this task: `next` of the page before.")] = None,
@@ -54,12 +65,18 @@ async def list_prompts(
     """All tasks by name, with what is broken in the inbox."""
     tasks = {task.name: task for task in registry.tasks()}
     errors = registry.errors
-    names = sorted(name for name in {*tasks, *errors} if after is None or name > after)
+    names = sorted(name for name in {*tasks, *errors} if (after is None or name > after) and may_see(request, name))
     page = [_summary(name, tasks.get(name), errors.get(name)) for name in names[:limit]]
     return PromptList(prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/{task}", response_model=PromptDetail, response_model_exclude_none=True, responses=ERRORS)
+@router.get(
+    "/{task}",
+    response_model=PromptDetail,
+    response_model_exclude_none=True,
+    responses=ERRORS,
+    dependencies=[Reads],
+)
 async def get_prompt(task: str, registry: RegistryDep, response: Response) -> PromptDetail:
     """One task: who answers, its versions, and the manifest. The ETag is what If-Match of a change takes."""
     found = registry.task(task)
@@ -73,7 +90,7 @@ async def get_prompt(task: str, registry: RegistryDep, response: Response) -> Pr
     )
 
 
-@router.put("/{task}", status_code=201, response_model=PublishReply, responses=PUBLISH_ERRORS)
+@router.put("/{task}", status_code=201, response_model=PublishReply, responses=PUBLISH_ERRORS, dependencies=[Publishes])
 async def put_prompt(
     task: str,
     files: Annotated[
@@ -94,6 +111,8 @@ async def put_prompt(
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
     soft_prompts = await asyncio.to_thread(_validate, task, files, registry, settings)
+    for name in names_of(task, soft_prompts):
+        allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
     published = await asyncio.to_thread(
         registry.publish, task, soft_prompts, "api", by=key_id, activate=activate, expected=expected, dry_run=dry_run
     )
@@ -113,7 +132,7 @@ async def put_prompt(
     )
 
 
-@router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS)
+@router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS, dependencies=[Publishes])
 async def delete_prompt(task: str, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep) -> None:
     """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
     await asyncio.to_thread(registry.delete, task, by=key_id, expected=expected)
@@ -130,6 +149,11 @@ def _validate(task: str, files: list[UploadFile], registry: Registry, settings: 
             unpack_upload(files, directory, settings.max_upload_bytes)
             return load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
     except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull(
+                "The server's temporary folder has no space left for the upload.",
+                remedy="Make room in the server's temporary folder, then send it again.",
+            ) from exc
         raise StoreError(
             f"The upload cannot be kept: {exc.strerror or exc}.", remedy="Make room in the server's temporary folder."
         ) from exc

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Path, Response
 from pydantic import PositiveInt, StrictInt
 
+from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import KeyIdDep, RegistryDep, known_query
 from server.api.generation import find_soft_prompt
@@ -21,18 +22,32 @@ from server.soft_prompts.archive import zip_soft_prompt
 UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
 ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}
 
-router = APIRouter(prefix="/prompts/{task}", tags=["versions"], dependencies=[Depends(known_query)])
+router = APIRouter(
+    prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
+)
 
 Number = Annotated[int, Path(ge=1, description="Number of a version.")]
 
 
-@router.get("/versions", response_model=VersionList, response_model_exclude_none=True, responses=ERRORS)
+@router.get(
+    "/versions",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=ERRORS,
+    dependencies=[Reads],
+)
 async def list_versions(task: str, registry: RegistryDep, response: Response) -> VersionList:
     """All versions of a task, newest first."""
     return _versions(registry.task(task), response)
 
 
-@router.post("/activate", response_model=VersionList, response_model_exclude_none=True, responses=ACTIVATE_ERRORS)
+@router.post(
+    "/activate",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=ACTIVATE_ERRORS,
+    dependencies=[Publishes],
+)
 async def activate(
     task: str, body: ActivateBody, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
 ) -> VersionList:
@@ -46,6 +61,7 @@ async def activate(
     response_model=VersionList,
     response_model_exclude_none=True,
     responses={**ACTIVATE_ERRORS, 409: {"model": ErrorBody, "description": "Nothing answered before."}},
+    dependencies=[Publishes],
 )
 async def roll_back(
     task: str, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
@@ -54,7 +70,13 @@ async def roll_back(
     return _versions(await asyncio.to_thread(registry.roll_back, task, by=key_id, expected=expected), response)
 
 
-@router.put("/traffic", response_model=VersionList, response_model_exclude_none=True, responses=ACTIVATE_ERRORS)
+@router.put(
+    "/traffic",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=ACTIVATE_ERRORS,
+    dependencies=[Publishes],
+)
 async def set_traffic(
     task: str,
     weights: Annotated[
@@ -80,6 +102,7 @@ async def set_traffic(
         **ERRORS,
         503: UNAVAILABLE,
     },
+    dependencies=[Publishes],
 )
 async def download(task: str, version: Number, registry: RegistryDep) -> Response:
     """A version as a zip that `PeftModel.from_pretrained` loads once unpacked, and that PUT takes back."""
@@ -103,6 +126,7 @@ async def download(task: str, version: Number, registry: RegistryDep) -> Respons
     "/versions/{version}",
     status_code=204,
     responses={**CHANGE_ERRORS, 409: {"model": ErrorBody, "description": "The version is live."}},
+    dependencies=[Publishes],
 )
 async def delete_version(
     task: str, version: Number, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep

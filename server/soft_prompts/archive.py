@@ -1,4 +1,4 @@
-"""A soft prompt as a zip that `PeftModel.from_pretrained` loads once unpacked, and that a server takes back as it is."""
+"""A soft prompt as a zip: unpacked, `PeftModel.from_pretrained` loads it; as it is, a server takes it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fakes that obey the registry's interfaces: a store in memory that can be made to fail, and an engine that takes note."""
+"""Fakes that obey the registry's interfaces: a store in memory that can fail, and an engine that takes note."""
 
 from __future__ import annotations
 

@@ -8,33 +8,75 @@ from typing import Any
 import pytest
 
 from server.errors import StoreError
-from server.registry.events import Event, PublishedVersion, Source, State
-
-
-def publish(number: int, task: str, version: int, digest: str, source: Source = "api") -> Event:
-    return Event(number, "publish", "now", source, published=(PublishedVersion(task, version, digest),))
-
-
-def delete(number: int, task: str) -> Event:
-    return Event(number, "delete", "now", "api", deleted=task)
-
-
-EVENT = Event(
-    7,
-    "publish",
-    "2026-01-01T00:00:00.000+00:00",
-    "inbox",
-    (PublishedVersion("a", 1, "x"), PublishedVersion("b", 2, "y")),
+from server.registry.events import (
+    Activate,
+    Change,
+    Content,
+    Delete,
+    DeleteVersion,
+    Event,
+    NewVersion,
+    Publish,
+    Retire,
+    RollBack,
+    SetTraffic,
+    Source,
+    State,
+    TaskState,
 )
 
 
-@pytest.mark.parametrize("event", [EVENT, delete(8, "größer")])
-def test_an_event_is_read_as_it_was_written(event: Event) -> None:
-    assert Event.parse(event.to_json(), "0.json") == event
+def content(digest: str, **manifest: Any) -> Content:
+    return Content(digest, f"prefix of {digest}", "PROMPT_TUNING", (5, 8), 160, f"{digest}-1", json.dumps(manifest))
 
 
-def _changed(**changes: Any) -> bytes:
-    return json.dumps(json.loads(EVENT.to_json()) | changes).encode()
+def publish(version: int, digest: str, task: str = "a", *, activate: bool = True) -> Publish:
+    return Publish((NewVersion(task, version, content(digest)),), activate)
+
+
+def fold(*changes: Change | tuple[Change, Source]) -> State:
+    """The state after these changes, of the API where no source is given."""
+    pairs = [change if isinstance(change, tuple) else (change, "api") for change in changes]
+    return State(Event(n, "now", source, None, change) for n, (change, source) in enumerate(pairs, 1))
+
+
+def task(*changes: Change | tuple[Change, Source]) -> TaskState:
+    return fold(*changes).tasks["a"]
+
+
+PUBLISHED = [publish(1, "x"), publish(2, "y"), publish(3, "z")]
+
+EVERY_KIND: list[Change] = [
+    Publish((NewVersion("a", 1, content("x", description="Größe")), NewVersion("b", 2, content("y"))), False),
+    Activate("a", 1),
+    SetTraffic("a", ((1, 90), (2, 10))),
+    RollBack("a"),
+    DeleteVersion("a", 1),
+    Delete("a"),
+    Retire(("a", "b")),
+]
+
+
+@pytest.mark.parametrize("change", EVERY_KIND, ids=lambda change: change.kind)
+def test_an_event_is_read_as_it_was_written(change: Change) -> None:
+    event = Event(7, "2026-01-01T00:00:00.000+00:00", "inbox", "host:/prompts", change)
+    assert Event.parse(event.to_json(), "7.json") == Event(
+        event.number, event.at, event.source, event.by, _normal(change)
+    )
+
+
+def _normal(change: Change) -> Change:
+    """With its manifests as they are written: without white space."""
+    if not isinstance(change, Publish):
+        return change
+    parsed = Event.parse(Event(1, "", "api", None, change).to_json(), "1.json").change
+    assert isinstance(parsed, Publish)
+    for before, after in zip(change.published, parsed.published, strict=True):
+        assert json.loads(before.content.manifest) == json.loads(after.content.manifest)
+    return parsed
+
+
+GOOD = json.loads(Event(7, "now", "api", None, EVERY_KIND[0]).to_json())
 
 
 @pytest.mark.parametrize(
@@ -45,14 +87,13 @@ def _changed(**changes: Any) -> bytes:
         b"[]",
         b"null",
         b"\xff\xfe",
-        EVENT.to_json()[:-5],
         b"[" * 100_000,
-        _changed(kind="activate"),
-        _changed(of_tomorrow=1),
-        _changed(number="seven"),
-        _changed(published=[{"task": "a", "version": 1}]),
-        _changed(published=[{"task": "a", "version": "x", "digest": "d"}]),
-        _changed(published=[{"task": "a", "version": 1, "digest": "d", "weight": 0.5}]),
+        json.dumps(GOOD | {"of_tomorrow": 1}).encode(),
+        json.dumps(GOOD | {"number": "seven"}).encode(),
+        json.dumps(GOOD | {"change": {"kind": "rename", "task": "a"}}).encode(),
+        json.dumps(GOOD | {"change": {"kind": "activate", "task": "a"}}).encode(),
+        json.dumps(GOOD | {"change": {"kind": "activate", "task": "a", "version": 1, "weight": 2}}).encode(),
+        json.dumps(GOOD)[:-5].encode(),
     ],
 )
 def test_what_cannot_be_understood_whole_is_an_error_that_names_the_file(data: bytes) -> None:
@@ -60,22 +101,78 @@ def test_what_cannot_be_understood_whole_is_an_error_that_names_the_file(data: b
         Event.parse(data, "000000000007.json")
 
 
-def test_the_last_publish_is_live_and_the_versions_before_it_stay() -> None:
-    task = State([publish(1, "a", 1, "x"), publish(2, "a", 2, "y")]).tasks["a"]
-    assert (task.live, task.versions, task.last_event) == (2, {1: "x", 2: "y"}, 2)
+def test_the_last_publish_answers_and_the_versions_before_it_stay() -> None:
+    state = task(*PUBLISHED)
+    assert state.traffic == ((3, 100),)
+    assert {n: version.content.digest for n, version in state.versions.items()} == {1: "x", 2: "y", 3: "z"}
+    assert (state.last_version, state.last_event) == (3, 3)
+
+
+def test_a_staged_version_changes_nothing_about_who_answers() -> None:
+    assert task(publish(1, "x"), publish(2, "y", activate=False)).traffic == ((1, 100),)
+    assert task(publish(1, "x", activate=False)).traffic == ()
+
+
+def test_rolling_back_goes_back_as_often_as_it_is_done() -> None:
+    assert task(*PUBLISHED, RollBack("a")).traffic == ((2, 100),)
+    assert task(*PUBLISHED, RollBack("a"), RollBack("a")).traffic == ((1, 100),)
+    assert task(*PUBLISHED, RollBack("a"), RollBack("a")).before == ()
+    assert task(*PUBLISHED, Activate("a", 1), RollBack("a")).traffic == ((3, 100),)
+
+
+def test_a_canary_is_in_the_history_like_any_other() -> None:
+    canary = SetTraffic("a", ((1, 90), (2, 10)))
+    assert task(*PUBLISHED, canary).traffic == ((1, 90), (2, 10))
+    assert task(*PUBLISHED, canary, RollBack("a")).traffic == ((3, 100),)
+    assert task(*PUBLISHED, canary, Activate("a", 2), RollBack("a")).traffic == ((1, 90), (2, 10))
+
+
+def test_a_deleted_version_is_passed_over_on_the_way_back() -> None:
+    assert task(*PUBLISHED, DeleteVersion("a", 2), RollBack("a")).traffic == ((1, 100),)
+    assert task(*PUBLISHED, Activate("a", 2), Activate("a", 3), DeleteVersion("a", 2)).before == ((1, 100),)
 
 
 def test_a_deleted_task_leaves_only_its_last_number_and_what_the_inbox_published() -> None:
-    state = State([publish(1, "a", 1, "x", "inbox"), publish(2, "a", 2, "y"), delete(3, "a")])
-    task = state.tasks["a"]
-    assert (task.live, task.versions, task.inbox_digest, task.last_event) == (None, {}, "x", 3)
+    state = fold((publish(1, "x"), "inbox"), publish(2, "y"), Delete("a"))
+    left = state.tasks["a"]
+    assert (left.traffic, left.versions, left.history) == ((), {}, [])
+    assert left.inbox_identity == content("x").identity
     assert state.next_version("a") == 3
+    assert (state.digests, state.prefixes) == ({}, {})
 
 
-def test_an_event_changes_only_the_tasks_that_it_names() -> None:
-    state = State([publish(1, "a", 1, "x"), publish(2, "b", 1, "x"), delete(3, "a"), delete(4, "unheard-of")])
-    assert state.tasks["b"].live == 1
-    assert state.tasks["b"].last_event == 2
-    assert set(state.tasks) == {"a", "b"}
-    assert state.last_event == 4
-    assert state.next_version("c") == 1
+def test_what_came_from_the_inbox_retires_with_its_directory_and_keeps_its_versions() -> None:
+    retired = task((publish(1, "x"), "inbox"), Retire(("a",)))
+    assert (retired.traffic, list(retired.versions), retired.inbox_identity) == ((), [1], None)
+    assert task((publish(1, "x"), "inbox"), Retire(("a",)), RollBack("a")).traffic == ((1, 100),)
+    replaced = task((publish(1, "x"), "inbox"), publish(2, "y"), Retire(("a",)))
+    assert replaced.traffic == ((2, 100),), "an upload over it is nobody's directory"
+
+
+def test_the_inbox_can_mark_what_is_live_as_its_own_without_a_new_version() -> None:
+    seen = task(publish(1, "x"), (publish(1, "x"), "inbox"))
+    assert (list(seen.versions), seen.history) == ([1], [((1, 100),)])
+    assert seen.inbox_identity == content("x").identity
+
+
+def test_a_digest_is_counted_as_long_as_a_version_has_it() -> None:
+    state = fold(publish(1, "x"), publish(1, "x", "b"), Delete("a"))
+    assert state.digests == {"x": 1}
+    assert state.prefixes == {"prefix of x": 1}
+
+
+@pytest.mark.parametrize(
+    "change", [Activate("a", 9), SetTraffic("a", ((9, 100),)), DeleteVersion("a", 9), Delete("b"), Retire(("a", "b"))]
+)
+def test_an_event_that_does_not_follow_is_an_error_and_changes_nothing(change: Change) -> None:
+    state = fold(publish(1, "x"))
+    with pytest.raises(StoreError, match="event 2"):
+        state.apply(Event(2, "now", "inbox", None, change))
+    assert (state.last_event, state.tasks["a"].traffic) == (1, ((1, 100),))
+
+
+def test_what_a_download_fills_in_is_no_difference_and_a_description_is_one() -> None:
+    plain = content("x", description="one")
+    assert content("x", description="one", task="a", prefix_hash="p", created_at="now").identity == plain.identity
+    assert content("x", description="two").identity != plain.identity
+    assert content("y", description="one").identity != plain.identity

@@ -202,16 +202,17 @@ class Registry:
             items = list(zip(names, contents, strict=True))
             return plans.publish(self._state, items, source, activate, expected, self._is_broken)
 
-        def plan() -> Publish | None:
-            nonlocal placed
-            placed = place(contents)
-            return placed.change
-
         self.sync()
         with self._changing:  # before any work: most of what is refused is refused here
             placed = place([content_of(soft_prompt, "") for soft_prompt in soft_prompts])
         if placed.change is None:
             return Published(created=False, live=True, tasks=placed.versions, etag=placed.etag)
+
+        def plan() -> Publish | None:
+            nonlocal placed
+            placed = place(contents)
+            return placed.change
+
         with self._hold(soft_prompt.prefix_hash for soft_prompt in soft_prompts):
             self._engine.warm(soft_prompts)
             if dry_run:

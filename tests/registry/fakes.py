@@ -22,6 +22,9 @@ class MemoryObjects:
         self.ages: dict[str, float] = {}
         self._lock = threading.Lock()
 
+    def blobs(self) -> list[str]:
+        return self.list("blobs")
+
     def list(self, folder: str) -> list[str]:
         self._check("list", folder)
         with self._lock:
@@ -48,9 +51,6 @@ class MemoryObjects:
 
     def age(self, key: str) -> float | None:
         return self.ages.get(key, 0.0) if key in self.objects else None
-
-    def blobs(self) -> list[str]:
-        return self.list("blobs")
 
     def _check(self, action: str, key: str) -> None:
         if self.fails(action, key):

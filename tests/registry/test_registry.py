@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,11 @@ class Shelf:
         for key in self.objects.objects:
             if key.startswith(f"blobs/{soft_prompt.digest}"):
                 self.objects.objects[key] = self.objects.objects[key][:-1]
+
+
+def refuses_to_create(folder: str, action: str, key: str) -> bool:
+    """A store that is full for one kind of objects."""
+    return action == "create" and key.startswith(folder)
 
 
 @pytest.fixture
@@ -215,7 +221,7 @@ def test_a_change_that_the_store_refuses_changes_nothing(shelf: Shelf) -> None:
     put(registry, "a", content(2))
     before, kept = snapshot(registry), dict(shelf.objects.objects)
     for refused in ("blobs", "events"):
-        shelf.objects.fails = lambda action, key, refused=refused: action == "create" and key.startswith(refused)
+        shelf.objects.fails = partial(refuses_to_create, refused)
         with pytest.raises(StoreError):
             registry.publish("a", [content(3)], "api")
         if refused == "events":

@@ -11,9 +11,10 @@ from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTrainingData
 from server.registry.registry import Registry
-from server.registry.store import LocalStore
+from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
 from server.train.data import Row, encode_examples, labels_of, read_data
+from tests.registry.fakes import MemoryObjects
 from tests.support import EOS, byte_tokenizer, make_engine, random_soft_prompt, tiny_module
 from tests.train.rows import TEMPLATE, data_of, write_rows
 
@@ -88,7 +89,7 @@ def with_bos_tokenizer() -> FrozenModel:
 async def test_an_example_is_tokenised_exactly_as_a_request_for_its_task_is(tmp_path: Path) -> None:
     model = with_bos_tokenizer()
     soft_prompt = random_soft_prompt(model.spec, manifest={"input_template": TEMPLATE})
-    registry = Registry(LocalStore(tmp_path), model.spec, 512)
+    registry = Registry(Store(MemoryObjects()), model.spec, 512)
     registry.publish("mood", [soft_prompt], "api")
     prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="good ä", sampling={})
     [example] = encode_examples(data_of([("good ä", "yes")]), model, soft_prompt.manifest, 5)

@@ -18,6 +18,9 @@ from server.errors import ConfigurationError
 ENV_PREFIX = "PRELUDE_"
 EMBEDDED_MODEL = "embedded"
 
+CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
+"""Where `prelude prompts` looks for a server; a shell that has them may start one all the same."""
+
 
 Memory = Literal["auto"] | ByteSize
 """A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
@@ -45,7 +48,8 @@ class Settings(BaseSettings):
         False, description="Without API keys, listen on other addresses than loopback too: everybody may do anything."
     )
     prompts_dir: Path = Field(
-        Path("prompts"), description="The inbox: PEFT directories in it, one per task, are published at start."
+        Path("prompts"),
+        description="The inbox: PEFT directories in it, one per task, are published, also while the server runs.",
     )
     store: str | None = Field(
         None,
@@ -110,7 +114,9 @@ class Settings(BaseSettings):
         known = [ENV_PREFIX + name.upper() for name in cls.model_fields]
         # pydantic reads names in any case, so a misspelt one is looked for in any case too.
         unknown = sorted(
-            name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+            name
+            for name in os.environ
+            if name.upper().startswith(ENV_PREFIX) and name.upper() not in (*known, *CLIENT_VARIABLES)
         )
         if unknown:
             raise ConfigurationError(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.errors import ConfigurationError
-from server.settings import ENV_PREFIX, Settings
+from server.settings import CLIENT_VARIABLES, ENV_PREFIX, Settings
 
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("org/name", "org/name"),
@@ -150,3 +150,12 @@ def test_every_setting_is_an_option_of_serve_and_its_help_names_the_variable_and
         assert f"(env: {ENV_PREFIX}{name.upper()}" in line
     assert "default: 127.0.0.1)" in shown
     assert "default: 64.0MiB)" in shown
+
+
+def test_a_shell_that_is_set_up_for_prelude_prompts_can_start_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CLIENT_VARIABLES:
+        monkeypatch.setenv(name, "x")
+    Settings.load()
+    monkeypatch.setenv("PRELUDE_URLS", "x")
+    with pytest.raises(ConfigurationError, match="PRELUDE_URLS"):
+        Settings.load()

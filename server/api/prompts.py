@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
@@ -14,8 +11,8 @@ from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
-from server.api.uploads import unpack_upload
-from server.errors import InvalidRequest, InvalidSoftPrompt, StoreError, StoreFull
+from server.api.uploads import unpacked_upload
+from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.registry.registry import Registry
 from server.registry.views import Task
 from server.settings import Settings
@@ -143,20 +140,8 @@ def _validate(task: str, files: list[UploadFile], registry: Registry, settings: 
     check_task_name(task)
     if not files:
         raise InvalidSoftPrompt("The form has no files.")
-    try:
-        with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
-            directory = Path(folder)
-            unpack_upload(files, directory, settings.max_upload_bytes)
-            return load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(
-                "The server's temporary folder has no space left for the upload.",
-                remedy="Make room in the server's temporary folder, then send it again.",
-            ) from exc
-        raise StoreError(
-            f"The upload cannot be kept: {exc.strerror or exc}.", remedy="Make room in the server's temporary folder."
-        ) from exc
+    with unpacked_upload(files, settings.max_upload_bytes) as directory:
+        return load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
 
 
 def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:

@@ -149,8 +149,14 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
         ("POST", "/"): {400, 404, 413, 422, 500, 503},
         ("GET", "/prompts"): {422},
         ("GET", "/prompts/{task}"): {404, 422},
-        ("PUT", "/prompts/{task}"): {400, 409, 413, 422, 500},
-        ("DELETE", "/prompts/{task}"): {404, 422, 500},
+        ("PUT", "/prompts/{task}"): {400, 409, 412, 413, 422, 500, 507},
+        ("DELETE", "/prompts/{task}"): {404, 412, 422, 500, 507},
+        ("GET", "/prompts/{task}/versions"): {404, 422},
+        ("POST", "/prompts/{task}/activate"): {404, 412, 422, 500, 503, 507},
+        ("POST", "/prompts/{task}/rollback"): {404, 409, 412, 422, 500, 503, 507},
+        ("PUT", "/prompts/{task}/traffic"): {404, 412, 422, 500, 503, 507},
+        ("GET", "/prompts/{task}/versions/{version}/download"): {404, 422, 503},
+        ("DELETE", "/prompts/{task}/versions/{version}"): {404, 409, 412, 422, 500, 507},
         ("GET", "/ready"): {500, 503},
     }
     for operation, statuses in expected.items():

@@ -160,10 +160,7 @@ def _table(*titles: str, right: Collection[str] = (), wrap: Collection[str] = ()
 
 
 def _print(table: Table, out: Console) -> None:
-    """Print a table; a pipe gets no blanks at the ends of its lines."""
-    if out.is_terminal:
-        out.print(table)
-        return
+    """Print a table without the blanks that rich leaves at the ends of lines."""
     with out.capture() as capture:
         out.print(table)
     out.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))

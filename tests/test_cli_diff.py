@@ -71,6 +71,12 @@ def test_the_same_numbers_in_another_dtype_are_not_identical(tmp_path: Path) -> 
     assert result.tensors[0].max_difference == 0
 
 
+def test_the_same_bytes_in_another_dtype_are_not_identical(tmp_path: Path) -> None:
+    tensor = random().bfloat16()
+    result = compared(directory(tmp_path / "a", tensor), directory(tmp_path / "b", tensor.view(torch.float16)))
+    assert not result.identical
+
+
 def test_only_fields_that_differ_are_told_and_null_is_as_good_as_nothing(tmp_path: Path) -> None:
     a = {"task": "x", "labels": ["a", "b"], "metrics": {"loss": 1.0, "rows": 3}, "licence": None}
     b = {"task": "x", "labels": ["a"], "metrics": {"loss": 2.0, "rows": 3}, "description": "new"}

@@ -139,8 +139,10 @@ def test_versions_are_listed_newest_first_as_a_table_and_as_one_json_document(se
     assert document["etag"].isdigit()
 
 
-def test_a_terminal_gets_a_table_of_its_width(server: LiveServer) -> None:
-    server.publish_random("wide", manifest={"description": "A description that " + "goes on and " * 10 + "ends."})
+def test_a_terminal_gets_a_table_of_its_width_and_a_pipe_gets_whole_lines(server: LiveServer) -> None:
+    description = "A description that " + "goes on and " * 10 + "ends."
+    server.publish_random("wide", manifest={"description": description})
+    assert any(line.endswith(description) for line in done(prompts("list")))
     for columns in (80, 120):
         status, text = on_terminal("list", columns=columns)
         assert status == 0

@@ -78,7 +78,6 @@ class Folder:
                     *self._watched(),
                     recursive=False,  # an entry has no folders, and `.store` is not ours to watch
                     watch_filter=None,
-                    stop_event=stop,
                     debounce=int(WAKE_SECONDS * 1000),
                     rust_timeout=int(WAKE_SECONDS * 1000),
                     yield_on_timeout=True,

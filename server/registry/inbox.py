@@ -214,12 +214,11 @@ class Inbox:
     def _report(self, name: str, entry: _Entry, exc: PreludeError | OSError) -> None:
         if not os.path.lexists(self._folder.path / name):
             return  # it was removed meanwhile
-        why = str(exc).encode(errors="backslashreplace").decode()
         if type(exc) is not entry.failure:  # a store's message may have another key in it each time
-            log.warning("%s is not served: %s", self._folder.path / _shown(name), why)
+            log.warning("%s is not served: %s", self._folder.path / _shown(name), exc)
         entry.failure = type(exc)
         entry.retry = isinstance(exc, OSError) or exc.status >= 500
-        self._registry.report(_shown(name), why)
+        self._registry.report(_shown(name), str(exc))
 
     def _miss(self, name: str, seconds: float) -> None:
         """Retire the tasks of an entry that is gone for so long."""

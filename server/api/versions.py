@@ -15,7 +15,7 @@ from server.api.deps import KeyIdDep, RegistryDep, known_query
 from server.api.generation import find_soft_prompt
 from server.api.prompts import CHANGE_ERRORS, ERRORS
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
-from server.registry.events import Version
+from server.registry.state import Version
 from server.registry.views import Task
 from server.soft_prompts.archive import zip_soft_prompt
 

@@ -1,19 +1,13 @@
-"""One event per change, and the fold that makes the registry's state of them.
+"""One event per change: what is written when something is published, activated, rolled back, shared or deleted.
 
-The fold is the only place that says what an event means. What answers a task's requests now is the top of its history,
-so rolling back is taking the top off. Version numbers come from the fold and are never used twice, also not after a
-delete; a deleted task leaves behind what must not be forgotten: its last number, and which content of the inbox was
-already published.
+Events say what was done; `state.py` says what that means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -226,195 +220,11 @@ class Event(_Strict):
 _EVENT = TypeAdapter(Event)
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A version of a task as the events tell it."""
-
-    task: str
-    number: int
-    content: Content
-    at: str
-    source: Source
-    by: str | None
-
-
-@dataclass
-class TaskState:
-    """What the events say about one task.
-
-    Attributes:
-        versions: by number, those that are not deleted.
-        history: who answered, oldest first; the last entry answers now.
-        last_version: highest number ever given.
-        last_event: number of the last event that changed the task: its ETag.
-        inbox_identity: what the inbox last published under this name, so that a restart does not publish it again.
-    """
-
-    versions: dict[int, Version] = field(default_factory=dict)
-    history: list[Traffic] = field(default_factory=list)
-    last_version: int = 0
-    last_event: int = 0
-    inbox_identity: str | None = None
-
-    @property
-    def traffic(self) -> Traffic:
-        """Who answers now; () if nobody does."""
-        return self.history[-1] if self.history else ()
-
-    @property
-    def live_alone(self) -> Version | None:
-        """The version that answers everything, or None in a canary or if nobody answers."""
-        return self.versions[self.traffic[0][0]] if len(self.traffic) == 1 else None
-
-    @property
-    def before(self) -> Traffic:
-        """Who answered before those who answer now; () if nobody else did."""
-        return next((traffic for traffic in reversed(self.history) if traffic not in ((), self.traffic)), ())
-
-    @property
-    def is_from_inbox(self) -> bool:
-        """Whether what answers now was put there by the inbox."""
-        live = self.live_alone
-        return live is not None and live.source == "inbox" and live.content.identity == self.inbox_identity
-
-    def let_answer(self, traffic: Traffic) -> None:
-        """Put these on top of the history."""
-        if traffic != self.traffic:
-            self.history.append(traffic)
-
-    def go_back(self) -> None:
-        """Take what answers now off the history, down to what was different and answered something."""
-        now = self.traffic
-        while self.history and self.history[-1] in ((), now):
-            self.history.pop()
-
-    def forget(self, number: int) -> None:
-        """Remove a version, and from the history every entry that needs it."""
-        del self.versions[number]
-        self.history = [traffic for traffic in self.history if number not in dict(traffic)]
-
-
-class State:
-    """The fold of all events: every task that ever was. An event that does not follow changes nothing.
-
-    Attributes:
-        tasks: by name.
-        last_event: number of the last event that was taken.
-        digests: digest -> versions that have it.
-        prefixes: prefix hash -> versions that have it.
-    """
-
-    def __init__(self, events: Iterable[Event] = ()) -> None:
-        """Fold events in the order of their numbers."""
-        self.tasks: dict[str, TaskState] = {}
-        self.last_event = 0
-        self.digests: Counter[str] = Counter()
-        self.prefixes: Counter[str] = Counter()
-        for event in events:
-            self.apply(event)
-
-    def apply(self, event: Event) -> tuple[set[str], list[Version]]:
-        """Take one more event.
-
-        Returns:
-            The tasks that it changed, and the versions that it removed.
-
-        Raises:
-            StoreError: it does not follow from the events before it.
-        """
-        try:
-            removed = self._change(event)
-        except KeyError as exc:
-            raise StoreError(
-                f"The store's event {event.number} changes {exc}, which the events before it do not know.",
-                remedy="Restore the store's events from a backup.",
-            ) from exc
-        self.last_event = event.number
-        touched = tasks_of(event.change)
-        for name in touched:
-            self.tasks[name].last_event = event.number
-        for version in removed:
-            _decrement(self.digests, version.content.digest)
-            _decrement(self.prefixes, version.content.prefix_hash)
-        return touched, removed
-
-    def ahead(self, events: Sequence[Event]) -> State:
-        """The tasks that these events are about, as they will be once they are taken; this state stays as it is.
-
-        An event that does not follow is left out, with all after it: taking it will say why.
-        """
-        state = State()
-        for name in {name for event in events for name in tasks_of(event.change)} & self.tasks.keys():
-            task = self.tasks[name]
-            state.tasks[name] = replace(task, versions=dict(task.versions), history=list(task.history))
-        with suppress(StoreError):
-            for event in events:
-                state.apply(event)
-        return state
-
-    def next_version(self, task: str) -> int:
-        """The number that the next publish under this name gets."""
-        return self.tasks[task].last_version + 1 if task in self.tasks else 1
-
-    def _change(self, event: Event) -> list[Version]:
-        change = event.change
-        if isinstance(change, Publish):
-            for item in change.published:
-                self._publish(item, event, change.activate)
-            return []
-        if isinstance(change, Retire):
-            for task in [self.tasks[name] for name in change.tasks]:
-                self._retire(task)
-            return []
-        task = self.tasks[change.task]
-        removed: list[Version] = []
-        match change:
-            case Activate():
-                task.let_answer(alone(task.versions[change.version].number))
-            case SetTraffic():
-                task.let_answer(tuple((task.versions[number].number, weight) for number, weight in change.traffic))
-            case RollBack():
-                task.go_back()
-            case DeleteVersion():
-                removed = [task.versions[change.version]]
-                task.forget(change.version)
-            case Delete():
-                removed = list(task.versions.values())
-                task.versions.clear()
-                task.history.clear()
-        return removed
-
-    def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
-        task = self.tasks.setdefault(item.task, TaskState())
-        if event.source == "inbox":
-            task.inbox_identity = item.content.identity
-        if item.version in task.versions:
-            return
-        task.versions[item.version] = Version(item.task, item.version, item.content, event.at, event.source, event.by)
-        task.last_version = max(task.last_version, item.version)
-        self.digests[item.content.digest] += 1
-        self.prefixes[item.content.prefix_hash] += 1
-        if activate:
-            task.let_answer(alone(item.version))
-
-    @staticmethod
-    def _retire(task: TaskState) -> None:
-        if task.is_from_inbox:
-            task.let_answer(())
-        task.inbox_identity = None
-
-
 def tasks_of(change: Change) -> set[str]:
     """The tasks that a change is about."""
     if isinstance(change, Publish):
         return {item.task for item in change.published}
     return set(change.tasks) if isinstance(change, Retire) else {change.task}
-
-
-def _decrement(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 def compact_json(value: Any) -> str:

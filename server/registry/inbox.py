@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
-from server.registry.events import Version, content_of
+from server.registry.events import content_of
 from server.registry.folder import Folder, Signature
 from server.registry.registry import Registry
+from server.registry.state import Version
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
 

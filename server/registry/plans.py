@@ -22,10 +22,9 @@ from server.registry.events import (
     RollBack,
     SetTraffic,
     Source,
-    State,
-    TaskState,
     alone,
 )
+from server.registry.state import State, TaskState
 from server.soft_prompts.names import check_task_name, unknown_task
 
 Expected = int | Literal["any", "none"] | None

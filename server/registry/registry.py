@@ -20,18 +20,10 @@ from typing import Protocol
 from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, UnknownTask, VersionUnavailable
 from server.registry import plans
-from server.registry.events import (
-    Change,
-    Content,
-    Event,
-    Publish,
-    Source,
-    State,
-    Version,
-    content_of,
-)
+from server.registry.events import Change, Content, Event, Publish, Source, content_of
 from server.registry.host_cache import HostCache
 from server.registry.plans import Expected, Placed
+from server.registry.state import State, Version
 from server.registry.store import Store
 from server.registry.views import Published, Resolved, Task
 from server.soft_prompts.names import check_task_name, names_of, split_version, unknown_task

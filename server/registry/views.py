@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.registry.events import Content, NewVersion, Traffic, Version
+from server.registry.events import Content, NewVersion, Traffic
+from server.registry.state import Version
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class MemoryObjects:
         self.fails: Callable[[str, str], bool] = lambda action, key: False
         """(create, get, delete or list; key) -> whether the store is to refuse it."""
         self.before_create: Callable[[str], None] = lambda key: None
+        self.loses_reply: Callable[[str, str], bool] = lambda action, key: False
+        """Whether it is to refuse what it has done already."""
         self.ages: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -42,12 +44,14 @@ class MemoryObjects:
             if key in self.objects:
                 return False
             self.objects[key] = data
-            return True
+        self._check_reply("create", key)
+        return True
 
     def delete(self, key: str) -> None:
         self._check("delete", key)
         with self._lock:
             self.objects.pop(key, None)
+        self._check_reply("delete", key)
 
     def age(self, key: str) -> float | None:
         return self.ages.get(key, 0.0) if key in self.objects else None
@@ -55,6 +59,10 @@ class MemoryObjects:
     def _check(self, action: str, key: str) -> None:
         if self.fails(action, key):
             raise StoreError(f"The store refuses to {action} {key}.")
+
+    def _check_reply(self, action: str, key: str) -> None:
+        if self.loses_reply(action, key):
+            raise StoreError(f"The store does not say whether it could {action} {key}.")
 
 
 class NotingEngine:

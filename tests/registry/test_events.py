@@ -21,9 +21,8 @@ from server.registry.events import (
     RollBack,
     SetTraffic,
     Source,
-    State,
-    TaskState,
 )
+from server.registry.state import State, TaskState
 
 
 def content(digest: str, **manifest: Any) -> Content:

@@ -26,9 +26,9 @@ import torch
 
 from server.core import ModelSpec
 from server.errors import PreludeError
-from server.registry.events import State
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry
+from server.registry.state import State
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.soak import Soak

@@ -1,0 +1,205 @@
+"""A store that refuses at any moment, or does and does not say so: nothing is lost, and nothing happens twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from server.errors import StoreError, UnknownTask, VersionUnavailable
+from server.registry.registry import Registry
+from tests.registry.fakes import NotingEngine
+from tests.registry.shelf import Shelf, content, put, serving, snapshot
+
+CHANGES: dict[str, Callable[[Registry], object]] = {
+    "publish": lambda registry: registry.publish("a", [content(9)], "api"),
+    "publish rows": lambda registry: registry.publish("m", [content(8), content(9)], "api"),
+    "stage": lambda registry: registry.publish("a", [content(9)], "api", activate=False),
+    "mark": lambda registry: registry.publish("b", [content(1)], "inbox"),
+    "activate": lambda registry: registry.activate("a", 1),
+    "traffic": lambda registry: registry.set_traffic("a", {1: 90, 3: 10}),
+    "roll back": lambda registry: registry.roll_back("a"),
+    "delete version": lambda registry: registry.delete_version("a", 2),
+    "delete": lambda registry: registry.delete("a"),
+    "retire": lambda registry: registry.retire(["a"]),
+}
+every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+def furnished() -> Shelf:
+    shelf = Shelf()
+    registry = shelf.open()
+    put(registry, "a", content(1))
+    put(registry, "a", content(2))
+    registry.publish("a", [content(3)], "inbox")
+    put(registry, "b", content(1))
+    return shelf
+
+
+def refuse_call(shelf: Shelf, refused: int) -> list[str]:
+    """Let the store refuse its n-th call from now on, and answer where the calls are noted."""
+    calls: list[str] = []
+
+    def fails(action: str, key: str) -> bool:
+        calls.append(action)
+        return len(calls) == refused
+
+    shelf.objects.fails = fails
+    return calls
+
+
+def named_blobs(registry: Registry) -> set[str]:
+    return {f"{version.content.blob}.safetensors" for task in registry.tasks() for version in task.versions.values()}
+
+
+def is_tidy(registry: Registry) -> bool:
+    """Whether the registry counts just what there is, and nothing is in memory without need."""
+    contents = [version.content for task in registry.tasks() for version in task.versions.values()]
+    return (
+        sorted(registry._state.digests.elements()) == sorted(content.digest for content in contents)
+        and sorted(registry._state.prefixes.elements()) == sorted(content.prefix_hash for content in contents)
+        and not registry._held
+        and set(registry.host._kept) <= {content.digest for content in contents}
+        and not registry.host._loading
+    )
+
+
+@every_change
+def test_whichever_call_the_store_refuses_the_change_is_made_or_not_and_can_be_made_later(
+    change: Callable[[Registry], object],
+) -> None:
+    done = furnished()
+    change(done.open())
+    before, after = snapshot(furnished().open()), snapshot(done.open())
+    for refused in range(1, 30):
+        shelf = furnished()
+        registry = shelf.open()  # with nothing in memory, so that all is read that can be
+        calls = refuse_call(shelf, refused)
+        try:
+            change(registry)
+            made = True
+        except (StoreError, VersionUnavailable):  # the latter for what could not be read
+            made = False
+        shelf.objects.fails = lambda action, key: False
+        wanted = after if made else before
+        assert snapshot(registry) == snapshot(shelf.open()) == wanted, f"call {refused}: {calls[refused - 1 :][:1]}"
+        if not made:
+            change(registry)
+        assert snapshot(registry) == snapshot(shelf.open()) == after
+        assert named_blobs(registry) <= set(shelf.objects.blobs())
+        assert shelf.num_events() == done.num_events()
+        assert is_tidy(registry)
+        for name, (traffic, _) in snapshot(registry).items():
+            assert not traffic or serving(registry, name)
+        assert registry.errors == {}
+        if len(calls) < refused:  # there was nothing left to refuse
+            break
+    assert 2 < refused < 29
+
+
+def lost_reply(shelf: Shelf, folder: str) -> None:
+    """Let the store do what it is asked next in a folder, and fail to say so."""
+
+    def loses(action: str, key: str) -> bool:
+        lost = key.startswith(folder)
+        if lost:
+            shelf.objects.loses_reply = lambda action, key: False
+        return lost
+
+    shelf.objects.loses_reply = loses
+
+
+@every_change
+def test_an_event_whose_reply_was_lost_is_taken_over_later_and_not_doubled(
+    change: Callable[[Registry], object],
+) -> None:
+    done = furnished()
+    change(done.open())
+    shelf = furnished()
+    registry, other = shelf.open(), shelf.open()
+    lost_reply(shelf, "events/")
+    with pytest.raises(StoreError):
+        change(registry)
+    for taken in (registry, other):
+        taken.sync()
+        assert snapshot(taken) == snapshot(done.open())
+        assert is_tidy(taken)
+    assert shelf.num_events() == done.num_events()
+    assert named_blobs(registry) <= set(shelf.objects.blobs()), "what may have an event keeps its blob"
+
+
+def test_a_publish_that_is_sent_again_after_a_lost_reply_finds_itself() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    lost_reply(shelf, "events/")
+    with pytest.raises(StoreError):
+        registry.publish("a", [content(9)], "api")
+    again = registry.publish("a", [content(9)], "api")
+    assert (again.created, again.live, again.tasks[0].version) == (False, True, 4)
+    assert shelf.num_events() == 5
+    assert shelf.digests().count(content(9).digest) == 1
+
+
+def test_the_next_change_takes_over_an_event_whose_reply_was_lost() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    lost_reply(shelf, "events/")
+    with pytest.raises(StoreError):
+        registry.publish("a", [content(9)], "api")
+    assert put(registry, "a", content(10)) == (5, True)
+    assert registry.roll_back("a").traffic == ((4, 100),)
+
+
+def test_a_delete_that_leaves_a_blob_behind_is_a_delete() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    shelf.objects.fails = lambda action, key: action == "delete"
+    registry.delete("a")
+    with pytest.raises(UnknownTask):
+        registry.resolve("a")
+    shelf.objects.fails = lambda action, key: False
+    assert snapshot(shelf.open()) == snapshot(registry)
+    left = [name for name in shelf.objects.blobs() if name not in named_blobs(registry)]
+    assert left
+    shelf.objects.ages = {f"blobs/{name}": 25 * 3600.0 for name in shelf.objects.blobs()}
+    reopened = shelf.open()
+    assert set(shelf.objects.blobs()) == named_blobs(reopened), "a start collects it"
+
+
+def test_of_several_rows_those_before_the_refused_one_are_removed() -> None:
+    shelf = furnished()
+    blobs = shelf.digests()
+    third = content(8).digest
+    shelf.objects.fails = lambda action, key: action == "create" and third in key
+    with pytest.raises(StoreError):
+        shelf.open().publish("m", [content(6), content(7), content(8)], "api")
+    assert shelf.digests() == blobs
+
+
+def test_a_store_that_says_taken_and_shows_nothing_is_an_error_and_no_endless_loop() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    before = snapshot(registry)
+
+    def steal(key: str) -> None:
+        if key.startswith("events/"):
+            shelf.objects.objects[key] = b""
+
+    get = shelf.objects.get
+    shelf.objects.before_create = steal
+    shelf.objects.get = lambda key: None if key == "events/000000000005.json" else get(key)  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="does not show who has it"):
+        registry.activate("a", 1)
+    assert snapshot(registry) == before
+
+
+def test_a_refused_warming_lets_go_of_what_it_held() -> None:
+    shelf, engine = furnished(), NotingEngine()
+    registry = shelf.open()
+    registry.connect(engine)
+    shelf.objects.fails = lambda action, key: action == "create"
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            registry.publish("m", [content(1), content(9)], "api")
+    assert engine.dropped == [content(9).prefix_hash] * 2, "a version of another task has the other's numbers"
+    assert is_tidy(registry)

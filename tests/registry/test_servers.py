@@ -1,0 +1,288 @@
+"""Several servers on one store: each decides on what is so in the store, however old its own view is."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+from server.errors import InvalidSoftPrompt, NothingToRollBackTo, PreludeError, StoreError, UnknownTask
+from server.registry.events import Activate, Event
+from server.registry.registry import Registry
+from server.registry.store import Store
+from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.registry.fakes import NotingEngine
+from tests.registry.shelf import Shelf, content, put, serving, snapshot
+from tests.registry.test_refusals import is_tidy, named_blobs
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def with_engine(registry: Registry) -> NotingEngine:
+    engine = NotingEngine()
+    registry.connect(engine)
+    return engine
+
+
+# A view that is old
+
+
+def test_what_was_live_once_is_not_taken_for_live(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    put(first, "a", content(1))
+    second.sync()
+    put(first, "a", content(2))
+    assert put(second, "a", content(1)) == (3, True), "not the no-op that its old view suggests"
+    put(first, "a", content(4))
+    assert second.activate("a", 3).traffic == ((3, 100),)
+    first.sync()
+    assert snapshot(first) == snapshot(second) == snapshot(shelf.open())
+
+
+def test_a_change_finds_what_another_server_has_just_made(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    for seed in (1, 2, 3):
+        put(first, "a", content(seed))
+    assert second.roll_back("a").traffic == ((2, 100),)
+    put(first, "b", content(1))
+    first.publish("b", [content(2)], "api", activate=False)
+    assert second.set_traffic("b", {1: 50, 2: 50}).traffic == ((1, 50), (2, 50))
+    first.publish("c", [content(3)], "inbox")
+    second.retire(["c"])
+    assert second.task("c").traffic == ()
+    put(first, "d", content(4))
+    second.delete("d")
+    put(first, "e", content(4))
+    put(first, "e", content(5))
+    second.delete_version("e", 1)
+    with pytest.raises(NothingToRollBackTo):
+        first.roll_back("e")
+    first.sync()
+    assert snapshot(first) == snapshot(second) == snapshot(shelf.open())
+
+
+def test_a_condition_that_another_server_told_the_client_holds(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    put(first, "a", content(1))
+    etag = first.publish("a", [content(2)], "api").etag
+    assert second.publish("a", [content(3)], "api", expected=etag).etag == etag + 1
+
+
+def test_the_etag_of_a_publish_is_its_own_events(shelf: Shelf) -> None:
+    registry = shelf.open()
+    put(registry, "b", content(1))
+    published = registry.publish("a", [content(1)], "api")
+    assert published.etag == registry.task("a").etag == 2
+    assert registry.publish("a", [content(1)], "api").etag == 2
+    assert registry.publish("a", [content(2)], "api", dry_run=True).etag == 2
+    assert registry.publish("c", [content(2)], "api", dry_run=True).etag == 0
+
+
+def test_a_publisher_who_lost_to_the_same_content_has_nothing_left_to_do(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+
+    def meanwhile(key: str) -> None:
+        if key.startswith("events/"):
+            shelf.objects.before_create = lambda key: None
+            put(first, "a", content(1))
+
+    shelf.objects.before_create = meanwhile
+    published = second.publish("a", [content(1)], "api")
+    assert (published.created, published.live, published.tasks[0].version) == (False, True, 1)
+    assert published.etag == first.task("a").etag
+    assert set(shelf.objects.blobs()) == named_blobs(second), "the blob that was not needed is removed"
+    assert snapshot(first) == snapshot(second)
+
+
+# Sync
+
+
+def test_what_goes_live_elsewhere_is_wanted_while_it_is_warmed_and_in_memory_after(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine, wanted = with_engine(second), list[bool]()
+    engine.on_warm = lambda soft_prompt: wanted.append(second.is_referenced(soft_prompt.prefix_hash))
+    put(first, "a", content(1))
+    second.sync()
+    assert wanted == [True], "else the engine would drop it as soon as it is warm"
+    assert engine.dropped == []
+    assert second.cached(second.resolve("a")) is not None
+    assert is_tidy(second)
+
+
+def test_only_what_answers_in_the_end_is_warmed(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine = with_engine(second)
+    put(first, "a", content(1))
+    put(first, "a", content(2))
+    for seed in (3, 4):
+        first.publish("b", [content(seed)], "api", activate=False)
+    first.activate("b", 2)
+    put(first, "c", content(5))
+    first.delete("c")
+    put(first, "d", content(6))
+    put(first, "d", content(7))
+    first.roll_back("d")
+    second.sync()
+    assert sorted(engine.warmed) == sorted(content(seed).prefix_hash for seed in (2, 4, 6))
+    engine.warmed.clear()
+    first.set_traffic("a", {1: 10, 2: 90})
+    second.sync()
+    assert engine.warmed == [content(1).prefix_hash], "the other answers already"
+
+
+def test_what_cannot_be_warmed_is_live_all_the_same_and_reported_if_it_cannot_be_read(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine = with_engine(second)
+
+    def refuse(soft_prompt: SoftPrompt) -> None:
+        raise InvalidSoftPrompt("Not finite here.")
+
+    engine.on_warm = refuse
+    put(first, "a", content(1))
+    put(first, "b", content(2))
+    shelf.damage(content(2))
+    second.sync()
+    assert snapshot(second) == snapshot(first), "another server has acknowledged it"
+    assert list(second.errors) == ["b"]
+
+
+def test_an_event_that_does_not_follow_hides_neither_those_before_it_nor_itself(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    put(first, "a", content(1))
+    put(first, "b", content(2))
+    Store(shelf.objects).append(Event(3, "now", "api", None, Activate("a", 9)))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="event 3"):
+            second.sync()
+        assert snapshot(second) == snapshot(first)
+    with pytest.raises(StoreError, match="event 3"):
+        shelf.open()
+
+
+def test_what_another_server_deleted_is_in_no_memory(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine = with_engine(second)
+    for task, seed in (("a", 1), ("a", 2), ("b", 2)):
+        put(first, task, content(seed))
+    second.sync()
+    assert serving(second, "a@1")
+    first.delete("a")
+    second.sync()
+    assert content(1).digest not in second.host
+    assert content(2).digest in second.host
+    assert engine.dropped == [content(1).prefix_hash]
+    with pytest.raises(UnknownTask):
+        second.resolve("a")
+    assert is_tidy(second)
+
+
+def test_a_prefix_that_a_publish_is_about_to_need_survives_a_delete(shelf: Shelf) -> None:
+    registry, other = shelf.open(), shelf.open()
+    engine = with_engine(registry)
+    put(registry, "a", content(1))
+
+    def meanwhile(key: str) -> None:
+        if key.startswith("blobs/"):
+            shelf.objects.before_create = lambda key: None
+            other.delete("a")
+            registry.sync()
+
+    shelf.objects.before_create = meanwhile
+    registry.publish("b", [content(1)], "api")
+    assert engine.dropped == []
+    registry.delete("b")
+    assert engine.dropped == [content(1).prefix_hash]
+
+
+# Everything at once
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as usual."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_a_crowd_on_two_servers_gets_answers_or_documented_errors_and_leaves_all_tidy(shelf: Shelf) -> None:
+    registries = [shelf.open(), shelf.open()]
+    for registry in registries:
+        with_engine(registry)
+    contents = [content(seed) for seed in range(3)]
+    end = time.monotonic() + 2
+
+    def change(seed: int) -> None:
+        dice = random.Random(seed)
+        while time.monotonic() < end:
+            registry, task, version = dice.choice(registries), dice.choice("ab"), dice.randint(1, 40)
+            wishes: list[Callable[[], object]] = [
+                partial(registry.publish, task, [dice.choice(contents)], "api"),
+                partial(registry.publish, task, [dice.choice(contents)], "api", expected="any"),
+                partial(registry.publish, task, [contents[0]], "inbox"),
+                partial(registry.activate, task, version),
+                partial(registry.roll_back, task),
+                partial(registry.delete, task),
+                partial(registry.delete_version, task, version),
+                partial(registry.set_traffic, task, {version: 50, version + 1: 50}),
+                partial(registry.retire, [task]),
+                registry.sync,
+            ]
+            try:
+                dice.choice(wishes)()
+            except PreludeError:
+                continue
+
+    def look(seed: int) -> None:
+        dice = random.Random(seed)
+        while time.monotonic() < end:
+            registry, task = dice.choice(registries), dice.choice("ab")
+            assert set(registry.errors) <= {"a", "b"}
+            assert all(seen.live is None or seen.live.number in seen.versions for seen in registry.tasks())
+            registry.is_from_inbox(task, contents[0])
+            registry.from_inbox("somewhere")
+            registry.is_referenced(contents[0].prefix_hash)
+            try:
+                assert registry.fetch(registry.resolve(task, str(seed))).result().digest
+            except PreludeError:
+                continue
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(change if seed % 4 else look, seed) for seed in range(8)]:
+            future.result()
+    for registry in registries:
+        registry.sync()
+        assert is_tidy(registry)
+        assert snapshot(registry) == snapshot(shelf.open())
+    assert set(shelf.objects.blobs()) == named_blobs(registries[0])
+    assert shelf.num_events() > 20
+
+
+def test_a_publish_that_waits_for_the_engine_holds_up_no_other_change(shelf: Shelf) -> None:
+    registry = shelf.open()
+    engine, door, entered = with_engine(registry), threading.Event(), threading.Event()
+
+    def wait(soft_prompt: SoftPrompt) -> None:
+        if soft_prompt.digest == content(1).digest:
+            entered.set()
+            assert door.wait(10)
+
+    engine.on_warm = wait
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(registry.publish, "a", [content(1)], "api")
+        assert entered.wait(10)
+        put(registry, "b", content(2))
+        registry.delete("b")
+        door.set()
+        assert slow.result(10).created

@@ -56,8 +56,9 @@ class BaseModelRef(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str | None = None
-    fingerprint: str | None = None
+    name: str | None = Field(None, max_length=1000)
+    fingerprint: str | None = Field(None, max_length=256)
+    """Both are quoted when they do not fit."""
 
 
 class Manifest(BaseModel):

@@ -151,3 +151,11 @@ def test_of_many_problems_the_first_are_told() -> None:
         assert "more" in caught.value.message
         assert caught.value.message.count(": ") <= MOST_PROBLEMS + 1
         assert len(caught.value.message) < 1000
+
+
+@pytest.mark.parametrize("field", ["name", "fingerprint"])
+def test_what_an_error_would_quote_of_the_base_model_is_short(field: str) -> None:
+    with pytest.raises(InvalidSoftPrompt, match=rf"base_model\.{field}: ") as caught:
+        Manifest.parse(json.dumps({"base_model": {field: "x" * 5000}}))
+    assert len(caught.value.message) < 300
+    assert Manifest.parse(json.dumps({"base_model": {field: "x" * 256}}))

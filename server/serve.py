@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import psutil
@@ -48,12 +49,11 @@ def serve(settings: Settings) -> None:
     with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
         check_exposure(settings, listener.getsockname()[0])
         store = Store(open_objects(settings.store_url))
-        model = FrozenModel.load(settings)
-        engine = build_engine(settings, model)
-        warm_up(engine)
-        registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
-        inbox = Inbox(settings.prompts_dir, registry)
-        publish_inbox(inbox, registry)
+        with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
+            engine = starter.submit(load_engine, settings).result()
+            registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
+            inbox = Inbox(settings.prompts_dir, registry)
+            starter.submit(publish_inbox, inbox, registry).result()
         worker = EngineWorker(engine)
         config = uvicorn.Config(
             create_app(settings, worker, registry, [inbox, Syncer(registry, settings.sync_seconds)], keys),
@@ -64,6 +64,17 @@ def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         DrainingServer(config, worker, settings.drain_seconds).run([listener])
+
+
+def load_engine(settings: Settings) -> Engine:
+    """The frozen model, in an engine that has taken its first steps.
+
+    Raises:
+        ConfigurationError: the model or its KV cache cannot be had as the settings ask for it.
+    """
+    engine = build_engine(settings, FrozenModel.load(settings))
+    warm_up(engine)
+    return engine
 
 
 def publish_inbox(inbox: Inbox, registry: Registry) -> None:

@@ -3,6 +3,10 @@
 The thread owns the engine: it takes commands between steps, steps while there is work, and sleeps otherwise. Results
 cross to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its own
 end, an abort, or a step that failed.
+
+It is also the only thread for which torch works on several cores. Every thread that did would get helpers of its own
+from OpenMP, and once there are more helpers than cores they sleep between any two operations instead of being ready
+for the next one: the same step takes a third longer.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
+
+import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
@@ -47,6 +53,8 @@ class EngineWorker:
         self._idle.set()
         self._last_turn = time.monotonic()
         self._failed = False
+        self._num_threads = torch.get_num_threads()
+        self._began = threading.Event()
         self.draining = False
 
     @property
@@ -83,6 +91,8 @@ class EngineWorker:
         self._engine.scheduler.is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._began.wait()
+        torch.set_num_threads(1)  # for this thread and for all that come
 
     async def generate(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
         """Submit a request and yield what every step adds to it; closing the iterator early aborts it.
@@ -169,6 +179,7 @@ class EngineWorker:
         await self.drain(0)
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        torch.set_num_threads(self._num_threads)
 
     async def _idle_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -192,6 +203,9 @@ class EngineWorker:
 
     def _run(self) -> None:
         """The thread. If it ends by an error, which is our bug, nobody is left waiting for it."""
+        torch.set_num_threads(self._num_threads)
+        torch.get_num_threads()  # a thread that has not asked yet takes the number that was set last, by any thread
+        self._began.set()
         try:
             self._turns()
         except Exception:

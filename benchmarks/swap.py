@@ -134,7 +134,8 @@ class Load:
     async def _ask(self, number: int) -> None:
         dice = random.Random(number)
         while True:
-            self.tokens += await self._server.generate(dice)
+            tokens = await self._server.generate(dice)  # not in the line below: it would add to what was before
+            self.tokens += tokens
 
     async def throughput(self, seconds: float, *, swaps: bool) -> float:
         """Output tokens per second over so many seconds, with or without a swap in each."""

@@ -7,6 +7,7 @@ unpickled. `load_soft_prompts` answers a list because one multitask directory ho
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from server.soft_prompts.soft_prompt import (
     check_finite,
     check_shape,
 )
-from server.soft_prompts.tensor_file import TensorFile, open_tensor_file
+from server.soft_prompts.tensor_file import TensorFile, open_regular, open_tensor_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -51,7 +52,8 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
     """
     config = parse_json_object(_read_small(directory / CONFIG_FILE), CONFIG_FILE)
     manifest_path = directory / MANIFEST_FILE
-    manifest = Manifest.parse(_read_small(manifest_path)) if manifest_path.exists() else Manifest()
+    # A link that leads nowhere is no manifest that was left out: without its template the task would answer otherwise.
+    manifest = Manifest.parse(_read_small(manifest_path)) if os.path.lexists(manifest_path) else Manifest()
     peft_type = _peft_type(config)
     check_base_model(manifest, model)
     with _open_tensors(directory / TENSOR_FILE) as tensors:
@@ -113,7 +115,7 @@ def _peft_type(config: dict[str, Any]) -> str:
 
 def _read_small(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError as exc:
         raise InvalidSoftPrompt(f"{path.name} is missing.") from exc

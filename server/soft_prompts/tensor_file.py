@@ -11,6 +11,7 @@ the whole process with SIGBUS. Nothing is allocated for what the header claims b
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,25 @@ class TensorFile:
         return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read it; a pipe in its place would keep whoever reads waiting for ever.
+
+    What it is decides, not what it is called, and a link counts as what it leads to.
+
+    Raises:
+        InvalidSoftPrompt: it is a directory, a pipe, a socket or a device.
+        OSError: it is missing, or may not be read.
+    """
+    _check_regular(path, path.stat())  # before: merely to open a device can have effects
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that came in between does not wait either
+    try:
+        _check_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 @contextmanager
 def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header against its size.
@@ -99,7 +119,7 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     Raises:
         InvalidSoftPrompt: it is of another format, cut off, damaged, or changes while it is read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         before = os.fstat(file.fileno())
         head = file.read(8)
         length = int.from_bytes(head, "little")
@@ -113,6 +133,11 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
         after = os.fstat(file.fileno())
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise _changed(path.name)
+
+
+def _check_regular(path: Path, facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        raise InvalidSoftPrompt(f"{path.name} is not a regular file.", remedy="Put a file of that name in its place.")
 
 
 def _entries(header: bytes, name: str, data_bytes: int) -> dict[str, Entry]:

@@ -256,6 +256,20 @@ def test_a_broken_entry_is_reported_and_the_others_are_served(home: Home) -> Non
     assert "not a safetensors file" in registry.errors["b"]
 
 
+@pytest.mark.timeout(20)  # what waits for a writer waits for ever
+def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(home: Home) -> None:
+    for name in ("a", "b"):
+        home.drop(name, 1)
+    (home.prompts / "a" / CONFIG).unlink()
+    os.mkfifo(home.prompts / "a" / CONFIG)
+    server = home.server()
+    assert live(server.scan()) == {"b": 1}
+    assert "not a regular file" in server.registry.errors["a"]
+    home.drop("a", 1)
+    assert live(server.scan()) == {"a": 1, "b": 1}
+    assert server.registry.errors == {}
+
+
 def test_an_entry_that_broke_leaves_its_last_good_version_live(home: Home) -> None:
     good = home.drop("a", 1)
     server = home.server()

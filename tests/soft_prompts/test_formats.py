@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -307,6 +309,72 @@ def test_what_does_not_fit_is_refused_at_once_with_cause_and_remedy(
     assert len(str(error)) < 500
     for word in words:
         assert word in str(error)
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))  # the name of a socket may not be long
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.parent / "pipe")
+    path.symlink_to("pipe")
+
+
+@pytest.mark.timeout(20)  # what waits for a writer waits for ever
+@pytest.mark.parametrize("make", [_pipe, _socket, _device, _link_to_a_pipe, Path.mkdir])
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
+def test_only_a_regular_file_is_read(
+    name: str, make: Callable[[Path], None], tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(peft_directory(tmp_path))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    error = refusal(tmp_path, spec)
+    assert isinstance(error, InvalidSoftPrompt)
+    assert error.message == f"{name} is not a regular file."
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_pipe_that_takes_a_files_place_at_the_last_moment_is_not_waited_for(
+    name: str, tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft_directory(tmp_path)
+    really_open = os.open
+
+    def replace_and_open(path: Path, *args: Any) -> int:
+        if path == tmp_path / name:
+            path.unlink()
+            os.mkfifo(path)
+        return really_open(path, *args)
+
+    monkeypatch.setattr(os, "open", replace_and_open)
+    assert refusal(tmp_path, spec).message == f"{name} is not a regular file."
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
+def test_a_link_that_leads_nowhere_is_a_missing_file_and_not_none(name: str, tmp_path: Path, spec: ModelSpec) -> None:
+    peft_directory(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("nowhere")
+    assert refusal(tmp_path, spec).message == f"{name} is missing."
+
+
+def test_a_link_to_a_file_is_read_as_the_file(tmp_path: Path, spec: ModelSpec) -> None:
+    peft_directory(tmp_path)
+    for name in (CONFIG, TENSORS):
+        os.rename(tmp_path / name, tmp_path / f"{name}.1")
+        (tmp_path / name).symlink_to(f"{name}.1")
+    assert load(tmp_path, spec)
 
 
 def test_an_adapter_of_another_kind_is_refused_by_name_with_what_is_served(tmp_path: Path, spec: ModelSpec) -> None:

@@ -318,6 +318,6 @@ def test_a_proxy_is_not_asked_for_this_machine_itself(server: LiveServer, monkey
 
 
 def test_neither_the_client_nor_the_commands_load_torch() -> None:
-    code = "import sys, server.client, server.cli_prompts, server.cli_tables, server.cli_diff, server.cli_files\n"
+    code = "import sys, server.client, server.cli.prompts, server.cli.tables, server.cli.diff, server.cli.files\n"
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

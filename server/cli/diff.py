@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
-from server.cli_files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE, files_of
+from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE, files_of
 from server.errors import InvalidSoftPrompt
 from server.soft_prompts.manifest import parse_json_object
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.cli_diff import Comparison, FieldChange, compare, read_content
+from server.cli.diff import Comparison, FieldChange, compare, read_content
 from server.errors import InvalidSoftPrompt
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

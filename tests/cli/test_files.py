@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server import cli_files
-from server.cli_files import check_target, find_upload, new_directory, unpack
+from server.cli import files
+from server.cli.files import check_target, find_upload, new_directory, unpack
 from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTaskName
 from server.soft_prompts import formats
 from tests.api.live import Files, zip_of
@@ -31,14 +31,14 @@ def read(directory: Path) -> Files:
 
 
 def test_the_files_are_those_that_the_server_reads_and_writes() -> None:
-    assert cli_files.FILES == (formats.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
-    assert cli_files.PICKLE_FILE in formats.PICKLE_FILES
+    assert files.FILES == (formats.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
+    assert files.PICKLE_FILE in formats.PICKLE_FILES
 
 
 def test_of_a_directory_only_the_files_of_a_soft_prompt_are_sent(tmp_path: Path) -> None:
     directory = write(tmp_path / "task", CONTENT | {"README.md": b"x", "optimizer.pt": b"x", "adapter_model.bin": b"x"})
     upload = find_upload(str(directory))
-    assert [file.name for file in upload.files] == list(cli_files.FILES)
+    assert [file.name for file in upload.files] == list(files.FILES)
     assert upload.num_bytes == sum(map(len, CONTENT.values()))
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_download_is_told_as_such(tmp_path: Path, damage: bytes) -> No
 def test_a_download_that_would_fill_the_disk_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "some.zip"
     archive.write_bytes(zip_of(CONTENT))
-    monkeypatch.setattr(cli_files, "MAX_PULLED_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_PULLED_BYTES", 10)
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidSoftPrompt, match="more than any soft prompt"):
         unpack(archive, tmp_path / "out")

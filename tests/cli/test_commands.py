@@ -229,7 +229,7 @@ def test_help_answers_without_loading_torch() -> None:
 
 def test_a_refusal_in_a_real_process_shows_no_traceback(workplace: Path) -> None:
     command = [sys.executable, "-m", "server.cli", "eval", "mood", "--data", "none.jsonl"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [

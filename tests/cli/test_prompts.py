@@ -20,16 +20,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli import app
-from server.cli_prompts import app as prompts_app
+from server.cli.prompts import app as prompts_app
 from server.keys.file import add_key
 from server.keys.key import Scope
 from server.settings import ENV_PREFIX
 from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 from tests.api.live import Files, LiveServer, live_server, wait_until, zip_of
-from tests.fake_hub import FakeHub, fake_hub
+from tests.cli.fake_hub import FakeHub, fake_hub
 from tests.support import random_soft_prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("list", "versions", "push", "pull", "activate", "rollback", "traffic", "delete", "diff")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli_errors import errors_as_sentences
+from server.cli.errors import errors_as_sentences
 from server.errors import (
     ConfigurationError,
     InvalidTaskName,
@@ -24,7 +24,7 @@ from server.errors import (
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
-    from server.cli_diff import Content
+    from server.cli.diff import Content
     from server.client import OnSent, PreludeClient, VersionList
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -90,7 +90,7 @@ def list_prompts(
         _print_versions(task, as_json, url, key)
         return
     with _connected(url, key) as client:
-        from server.cli_tables import console, print_json, print_tasks
+        from server.cli.tables import console, print_json, print_tasks
 
         entries = list(client.prompts())
         if as_json:
@@ -137,7 +137,7 @@ def push(
     SOURCE is a directory as save_pretrained or `prelude train` write it; if there is none, a repository on the hub.
     """
     with _connected(url, key) as client:
-        from server.cli_files import find_upload
+        from server.cli.files import find_upload
 
         upload = find_upload(source)
         name = upload.task(task)
@@ -178,7 +178,7 @@ def pull(
     PeftModel.from_pretrained loads it, and `prelude prompts push` takes it back.
     """
     with _connected(url, key) as client:
-        from server.cli_files import check_target, new_directory
+        from server.cli.files import check_target, new_directory
 
         task, number = split_version(reference)
         directory = out or Path(task)
@@ -287,8 +287,8 @@ def diff(
     Exit status as of diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.
     """
     with _connected(url, key) as client:
-        from server.cli_diff import compare
-        from server.cli_tables import console, print_comparison, print_json
+        from server.cli.diff import compare
+        from server.cli.tables import console, print_comparison, print_json
 
         comparison = compare(_content(client, a), _content(client, b))
         if as_json:
@@ -316,7 +316,7 @@ def _connected(url: str, key: str | None) -> Iterator[PreludeClient]:
 
 def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None:
     with _connected(url, key) as client:
-        from server.cli_tables import console, print_json, print_versions
+        from server.cli.tables import console, print_json, print_versions
 
         listed = client.versions(task)
         if as_json:
@@ -326,7 +326,7 @@ def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None
 
 
 def _echo_live(listed: VersionList) -> None:
-    from server.cli_tables import live_sentence
+    from server.cli.tables import live_sentence
 
     typer.echo(live_sentence(listed))
 
@@ -353,7 +353,7 @@ def _only_live(listed: VersionList) -> int:
     Raises:
         InvalidTaskName: none does, or several do.
     """
-    from server.cli_tables import live_sentence
+    from server.cli.tables import live_sentence
 
     live = listed.get("live")
     if live is None or len(listed.get("traffic", {})) > 1:
@@ -362,7 +362,7 @@ def _only_live(listed: VersionList) -> int:
 
 
 def _download(client: PreludeClient, task: str, number: int, directory: Path) -> None:
-    from server.cli_files import unpack
+    from server.cli.files import unpack
 
     with tempfile.TemporaryDirectory(prefix="prelude-pull-") as folder:
         archive = Path(folder, "download.zip")
@@ -372,7 +372,7 @@ def _download(client: PreludeClient, task: str, number: int, directory: Path) ->
 
 def _content(client: PreludeClient, side: str) -> Content:
     """One side of a diff; what has a slash is a directory."""
-    from server.cli_diff import read_content
+    from server.cli.diff import read_content
 
     if "/" in side or side in (".", ".."):
         return read_content(Path(side).expanduser(), side)
@@ -385,7 +385,7 @@ def _content(client: PreludeClient, side: str) -> Content:
 
 def _confirm_delete(listed: VersionList, reference: str, number: int | None, if_match: str | None) -> str | None:
     """Ask, and answer the state that the user has decided on; not on a terminal nobody can be asked."""
-    from server.cli_tables import live_sentence
+    from server.cli.tables import live_sentence
 
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{reference} is not deleted without being asked for.", remedy="Give --yes.")

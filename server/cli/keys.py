@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli_errors import errors_as_sentences
+from server.cli.errors import errors_as_sentences
 from server.errors import ConfigurationError
 from server.keys.file import add_key, read_keys, revoke_key
 from server.keys.key import ApiKey, Scope

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from server.cli_diff import Comparison, FieldChange, RowChange, TensorChange
-from server.cli_tables import UNLIMITED, live_sentence, print_comparison, print_tasks, print_versions
+from server.cli.diff import Comparison, FieldChange, RowChange, TensorChange
+from server.cli.tables import UNLIMITED, live_sentence, print_comparison, print_tasks, print_versions
 from server.client import PromptEntry, Version, VersionList
 
 LONG = "Says of a text message in English whether it is spam, and is described at a length that no terminal has."

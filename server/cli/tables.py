@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from server.cli_diff import Comparison, FieldChange, TensorChange
-from server.cli_files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
+from server.cli.diff import Comparison, FieldChange, TensorChange
+from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 from server.client import PromptEntry, VersionList
 
 UNLIMITED = 1_000_000

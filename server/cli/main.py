@@ -1,0 +1,48 @@
+"""The command line: every command builds its settings, hands them to the part that does the work, and prints.
+
+What loads torch is imported by the commands that need it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from server.cli import keys, prompts
+from server.cli.errors import errors_as_sentences
+from server.cli.evaluate import evaluate
+from server.cli.logs import configure_logging
+from server.cli.options import with_settings_options
+from server.cli.train import train
+from server.settings import Settings
+
+app = typer.Typer(
+    name="prelude",
+    help="Serve any number of tasks from one frozen LLM: each task is a soft prompt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Serve any number of tasks from one frozen LLM: each task is a soft prompt."""
+
+
+def serve(**options: Any) -> None:
+    """Serve the frozen model and every soft prompt of the inbox over HTTP."""
+    with errors_as_sentences():
+        settings = Settings.load(**options)
+        configure_logging(settings.log_level)
+        from server.serve import serve as run
+
+        run(settings)
+
+
+app.command()(with_settings_options(serve))
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.add_typer(prompts.app, name="prompts")
+app.add_typer(keys.app, name="keys")

@@ -172,7 +172,7 @@ class Delete(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Retire(_Strict):
-    """The inbox no longer holds these tasks: what came from it stops answering; its versions stay."""
+    """The inbox at `by` no longer holds these tasks: what came from it stops answering; its versions stay."""
 
     tasks: tuple[str, ...]
     kind: Literal["retire"] = "retire"

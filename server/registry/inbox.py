@@ -80,8 +80,7 @@ class Inbox:
         """Nothing is read yet."""
         self._folder = Folder(directory)
         self._registry = registry
-        self._path = str(directory.absolute())
-        self._place = f"{socket.gethostname()}:{self._path}"
+        self._place = f"{socket.gethostname()}:{directory.absolute()}"
         self._entries: dict[str, _Entry] = {}
         self._is_first_look = True
         self._retire_fails = False
@@ -191,8 +190,8 @@ class Inbox:
         if self._folder.signature(path.name) != entry.read:  # somebody began to write while it was read
             entry.seen = entry.read = None
             return
-        is_known = all(map(registry.is_from_inbox, names, contents))
-        if not is_known or (entry.put_back and None in map(self._live, names)):
+        known = [registry.is_from_inbox(*pair, self._place) for pair in zip(names, contents, strict=True)]
+        if not all(known) or (entry.put_back and None in map(self._live, names)):
             published = registry.publish(path.name, contents, "inbox", by=self._place)
             for task in published.tasks if published.created else ():
                 log.info("%s: version %d from %s", task.task, task.version, path)
@@ -236,25 +235,23 @@ class Inbox:
             other.retry |= other.failure is InvalidTaskName  # a clash may be over
 
     def _retire_unheld(self) -> bool:
-        """Retire what this very inbox put live and no longer holds; what could not be read may hold it still."""
+        """Retire what this very inbox published and no longer holds; what could not be read may hold it still."""
         held = {task for entry in self._entries.values() for task in entry.tasks}
         unread = [name for name, entry in self._entries.items() if not entry.tasks]
-        gone = {}
-        for task in self._registry.from_inbox(self._place):
-            live = self._live(task)
-            is_open = any(task == name or task.startswith(f"{name}-") for name in unread)
-            if live is not None and task not in held and not is_open:
-                gone[task] = live.content.identity
-        return self._retire(gone)
+        return self._retire(
+            {
+                task: identity
+                for task, identity in self._registry.from_inbox(self._place).items()
+                if task not in held and not any(task == name or task.startswith(f"{name}-") for name in unread)
+            }
+        )
 
     def _retire(self, tasks: Mapping[str, str]) -> bool:
         """Let go of tasks that were published with these identities; False if that must be tried again."""
         if not tasks:
             return True
         try:
-            self._registry.sync()  # another server may have taken them over
-            names = self._ours(tasks)
-            self._registry.retire(names, by=self._place)
+            names = self._registry.retire(tasks, by=self._place)
         except PreludeError as exc:
             if not self._retire_fails:
                 log.warning("%s cannot be retired yet: %s", ", ".join(tasks), exc)
@@ -264,19 +261,6 @@ class Inbox:
         if names:
             log.info("no longer in %s: %s", self._folder.path, ", ".join(names))
         return True
-
-    def _ours(self, tasks: Mapping[str, str]) -> list[str]:
-        """Those of these tasks (with the contents that we published) that no other inbox on the store has taken over.
-
-        The host does not tell: a container has another name each time that it starts.
-        """
-        found = []
-        for name, identity in tasks.items():
-            live = self._live(name)
-            is_same = live is not None and live.content.identity == identity
-            if live is None or live.source != "inbox" or (is_same and (live.by or "").endswith(f":{self._path}")):
-                found.append(name)
-        return found
 
     def _live(self, task: str) -> Version | None:
         with contextlib.suppress(UnknownTask):

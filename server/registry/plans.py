@@ -53,6 +53,7 @@ def publish(
     activate: bool,
     expected: Expected,
     is_broken: Callable[[Content], bool],
+    by: str | None = None,
 ) -> Placed:
     """New versions; what answers already, alone, stays the version that it is, unless it cannot be served."""
     for name, _ in items:
@@ -60,7 +61,7 @@ def publish(
     versions = tuple(_place(state, name, content, is_broken) for name, content in items)
     is_new = any(item.version not in _task(state, item.task).versions for item in versions)
     unseen = source == "inbox" and any(
-        _task(state, item.task).inbox_identity != item.content.identity for item in versions
+        _task(state, item.task).held_by(by) != item.content.identity for item in versions
     )
     change = Publish(versions, activate) if is_new or unseen else None
     first = _task(state, versions[0].task)
@@ -111,9 +112,9 @@ def delete(state: State, name: str, expected: Expected) -> Delete:
     return Delete(name)
 
 
-def retire(state: State, names: Sequence[str]) -> Retire | None:
-    """Tasks whose directory left the inbox."""
-    gone = tuple(name for name in names if _task(state, name).inbox_identity is not None)
+def retire(state: State, tasks: Mapping[str, str], by: str | None) -> Retire | None:
+    """Those of these tasks whose directory left the inbox at this place, and whose last content from there is this."""
+    gone = tuple(name for name, identity in tasks.items() if _task(state, name).held_by(by) == identity)
     return Retire(gone) if gone else None
 
 

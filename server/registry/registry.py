@@ -20,7 +20,7 @@ from typing import Protocol
 from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, UnknownTask, VersionUnavailable
 from server.registry import plans
-from server.registry.events import Change, Content, Event, Publish, Source, content_of
+from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of
 from server.registry.host_cache import HostCache
 from server.registry.plans import Expected, Placed
 from server.registry.state import State, Version
@@ -192,7 +192,7 @@ class Registry:
 
         def place(contents: Sequence[Content]) -> Placed:
             items = list(zip(names, contents, strict=True))
-            return plans.publish(self._state, items, source, activate, expected, self._is_broken)
+            return plans.publish(self._state, items, source, activate, expected, self._is_broken, by)
 
         self.sync()
         with self._changing:  # before any work: most of what is refused is refused here
@@ -286,32 +286,37 @@ class Registry:
         self.sync()
         self._change(lambda: plans.delete(self._state, name, expected), "api", by)
 
-    def retire(self, names: Sequence[str], *, by: str | None = None) -> None:
-        """Let go of tasks whose directory left the inbox: what is live from it answers no more.
+    def retire(self, tasks: Mapping[str, str], *, by: str | None = None) -> tuple[str, ...]:
+        """Let go of tasks whose directory left the inbox: what is live from it alone answers no more.
+
+        Args:
+            tasks: with the identity of what the inbox published. If it is no longer what an inbox at this place
+                published last, another server has taken the task over, and it stays as it is.
+            by: the inbox's place.
+
+        Returns:
+            The tasks that were let go of.
 
         Raises:
             StoreError: the store refuses.
         """
         self.sync()
-        self._change(lambda: plans.retire(self._state, names), "inbox", by)
+        event = self._change(lambda: plans.retire(self._state, tasks, by), "inbox", by)
+        return event.change.tasks if event is not None and isinstance(event.change, Retire) else ()
 
-    def is_from_inbox(self, name: str, soft_prompt: SoftPrompt) -> bool:
-        """Whether the inbox has published this content already, and publishing it again would mend nothing."""
+    def is_from_inbox(self, name: str, soft_prompt: SoftPrompt, by: str | None = None) -> bool:
+        """Whether the inbox at this place published this content already, and to do so again would mend nothing."""
         with self._changing:
             state = self._state.tasks.get(name)
-            if state is None or state.inbox_identity != content_of(soft_prompt, "").identity:
+            if state is None or state.held_by(by) != content_of(soft_prompt, "").identity:
                 return False
             live = state.live_alone
             return live is None or live.content.digest != soft_prompt.digest or not self._is_broken(live.content)
 
-    def from_inbox(self, by: str) -> list[str]:
-        """Tasks that an inbox at this place put live."""
+    def from_inbox(self, by: str) -> dict[str, str]:
+        """Tasks that the inbox at this very place holds as far as the store knows, with the contents' identities."""
         with self._changing:
-            return [
-                name
-                for name, task in self._state.tasks.items()
-                if task.is_from_inbox and task.live_alone is not None and task.live_alone.by == by
-            ]
+            return {name: task.inbox[by] for name, task in self._state.tasks.items() if by in task.inbox}
 
     def report(self, entry: str, error: str | None) -> None:
         """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""

@@ -2,7 +2,7 @@
 
 What answers a task's requests now is the top of its history, so rolling back is taking the top off. Version numbers
 come from the fold and are never used twice, also not after a delete; a deleted task leaves behind what must not be
-forgotten: its last number, and which content of the inbox was already published.
+forgotten: its last number, and which contents the inboxes have already published.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ class TaskState:
         history: who answered, oldest first; the last entry answers now.
         last_version: highest number ever given.
         last_event: number of the last event that changed the task: its ETag.
-        inbox_identity: what the inbox last published under this name, so that a restart does not publish it again.
+        inbox: by place, what the inbox there last published under this name, so that a restart of its server does not
+            publish it again; the latest last.
     """
 
     versions: dict[int, Version] = field(default_factory=dict)
     history: list[Traffic] = field(default_factory=list)
     last_version: int = 0
     last_event: int = 0
-    inbox_identity: str | None = None
+    inbox: dict[str, str] = field(default_factory=dict)
 
     @property
     def traffic(self) -> Traffic:
@@ -76,11 +77,31 @@ class TaskState:
         """Who answered before those who answer now; () if nobody else did."""
         return next((traffic for traffic in reversed(self.history) if traffic not in ((), self.traffic)), ())
 
-    @property
-    def is_from_inbox(self) -> bool:
-        """Whether what answers now was put there by the inbox."""
-        live = self.live_alone
-        return live is not None and live.source == "inbox" and live.content.identity == self.inbox_identity
+    def held_by(self, place: str | None) -> str | None:
+        """The identity of what the inbox at this place last published under this name; None if it holds nothing.
+
+        A container has another host's name each time that it starts, so a place that is new here is taken for the
+        latest one of the same path.
+        """
+        own = self.inbox.get(place or "")
+        if own is not None:
+            return own
+        return next((held for known, held in reversed(self.inbox.items()) if _path(known) == _path(place)), None)
+
+    def note_inbox(self, place: str | None, identity: str) -> None:
+        """The inbox at this place holds this content."""
+        self.inbox.pop(place or "", None)
+        self.inbox[place or ""] = identity
+
+    def let_go(self, place: str | None) -> None:
+        """The inbox at this place holds it no more; if no other inbox does, what came from there stops answering."""
+        identity, live = self.held_by(place), self.live_alone
+        self.inbox = {
+            known: held for known, held in self.inbox.items() if held != identity or _path(known) != _path(place)
+        }
+        is_live = live is not None and live.source == "inbox" and live.content.identity == identity
+        if is_live and identity not in self.inbox.values():
+            self.let_answer(())
 
     def let_answer(self, traffic: Traffic) -> None:
         """Put these on top of the history."""
@@ -151,7 +172,9 @@ class State:
         state = State()
         for name in {name for event in events for name in tasks_of(event.change)} & self.tasks.keys():
             task = self.tasks[name]
-            state.tasks[name] = replace(task, versions=dict(task.versions), history=list(task.history))
+            state.tasks[name] = replace(
+                task, versions=dict(task.versions), history=list(task.history), inbox=dict(task.inbox)
+            )
         with suppress(StoreError):
             for event in events:
                 state.apply(event)
@@ -169,7 +192,7 @@ class State:
             return []
         if isinstance(change, Retire):
             for task in [self.tasks[name] for name in change.tasks]:
-                self._retire(task)
+                task.let_go(event.by)
             return []
         task = self.tasks[change.task]
         removed: list[Version] = []
@@ -192,7 +215,7 @@ class State:
     def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
         task = self.tasks.setdefault(item.task, TaskState())
         if event.source == "inbox":
-            task.inbox_identity = item.content.identity
+            task.note_inbox(event.by, item.content.identity)
         if item.version in task.versions:
             return
         task.versions[item.version] = Version(item.task, item.version, item.content, event.at, event.source, event.by)
@@ -202,11 +225,9 @@ class State:
         if activate:
             task.let_answer(alone(item.version))
 
-    @staticmethod
-    def _retire(task: TaskState) -> None:
-        if task.is_from_inbox:
-            task.let_answer(())
-        task.inbox_identity = None
+
+def _path(place: str | None) -> str:
+    return (place or "").partition(":")[2]
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.core import ModelSpec
+from server.registry.events import content_of
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -25,6 +26,10 @@ SPEC = ModelSpec(
 
 def content(seed: int, **manifest: object) -> SoftPrompt:
     return random_soft_prompt(SPEC, seed=seed, manifest=manifest)
+
+
+def identity(soft_prompt: SoftPrompt) -> str:
+    return content_of(soft_prompt, "").identity
 
 
 class Shelf:

@@ -135,14 +135,14 @@ def test_a_deleted_task_leaves_only_its_last_number_and_what_the_inbox_published
     state = fold((publish(1, "x"), "inbox"), publish(2, "y"), Delete("a"))
     left = state.tasks["a"]
     assert (left.traffic, left.versions, left.history) == ((), {}, [])
-    assert left.inbox_identity == content("x").identity
+    assert left.held_by(None) == content("x").identity
     assert state.next_version("a") == 3
     assert (state.digests, state.prefixes) == ({}, {})
 
 
 def test_what_came_from_the_inbox_retires_with_its_directory_and_keeps_its_versions() -> None:
     retired = task((publish(1, "x"), "inbox"), Retire(("a",)))
-    assert (retired.traffic, list(retired.versions), retired.inbox_identity) == ((), [1], None)
+    assert (retired.traffic, list(retired.versions), retired.inbox) == ((), [1], {})
     assert task((publish(1, "x"), "inbox"), Retire(("a",)), RollBack("a")).traffic == ((1, 100),)
     replaced = task((publish(1, "x"), "inbox"), publish(2, "y"), Retire(("a",)))
     assert replaced.traffic == ((2, 100),), "an upload over it is nobody's directory"
@@ -151,7 +151,55 @@ def test_what_came_from_the_inbox_retires_with_its_directory_and_keeps_its_versi
 def test_the_inbox_can_mark_what_is_live_as_its_own_without_a_new_version() -> None:
     seen = task(publish(1, "x"), (publish(1, "x"), "inbox"))
     assert (list(seen.versions), seen.history) == ([1], [((1, 100),)])
-    assert seen.inbox_identity == content("x").identity
+    assert seen.held_by(None) == content("x").identity
+
+
+def by(place: str, change: Change) -> tuple[Change, str]:
+    return change, place
+
+
+def inboxes(*changes: tuple[Change, str]) -> TaskState:
+    """The task after what inboxes at these places did."""
+    return State(Event(n, "now", "inbox", place, change) for n, (change, place) in enumerate(changes, 1)).tasks["a"]
+
+
+X, Y = content("x").identity, content("y").identity
+HERE, THERE, MOVED = "one:/here", "one:/there", "two:/here"
+
+
+def test_each_inbox_holds_what_it_published_last() -> None:
+    both = inboxes(by(HERE, publish(1, "x")), by(THERE, publish(2, "y")))
+    assert (both.held_by(HERE), both.held_by(THERE)) == (X, Y)
+    assert both.held_by(None) is None
+    changed = inboxes(by(HERE, publish(1, "x")), by(THERE, publish(2, "y")), by(HERE, publish(3, "y")))
+    assert (changed.held_by(HERE), changed.held_by(THERE)) == (Y, Y)
+
+
+def test_an_inbox_on_a_host_of_another_name_holds_what_was_last_published_from_its_path() -> None:
+    history = [by(HERE, publish(1, "x")), by("two:/here", publish(2, "y")), by(THERE, publish(3, "z"))]
+    assert inboxes(*history).held_by("three:/here") == Y
+    assert inboxes(*history, by(HERE, publish(4, "x"))).held_by("three:/here") == X
+    assert inboxes(*history, by(HERE, publish(4, "x"))).held_by("two:/here") == Y, "it has a record of its own"
+
+
+def test_a_directory_that_is_removed_takes_along_what_no_other_inbox_holds() -> None:
+    published = by(HERE, publish(1, "x"))
+    for place in (HERE, MOVED):
+        assert inboxes(published, by(place, Retire(("a",)))).traffic == ()
+    for place in (THERE, "one:/elsewhere"):
+        elsewhere = inboxes(published, by(place, Retire(("a",))))
+        assert (elsewhere.traffic, elsewhere.held_by(HERE)) == (((1, 100),), X)
+    shared = [published, by(THERE, publish(1, "x")), by(HERE, Retire(("a",)))]
+    assert (inboxes(*shared).traffic, inboxes(*shared).inbox) == (((1, 100),), {THERE: X})
+    assert inboxes(*shared, by(THERE, Retire(("a",)))).traffic == ()
+    replaced = inboxes(published, by(THERE, publish(2, "y")), by(HERE, Retire(("a",))))
+    assert (replaced.traffic, replaced.inbox) == (((2, 100),), {THERE: Y})
+
+
+def test_looking_ahead_changes_nothing_about_what_inboxes_hold() -> None:
+    state = State([Event(1, "now", "inbox", HERE, publish(1, "x"))])
+    state.ahead([Event(2, "now", "inbox", THERE, publish(2, "y")), Event(3, "now", "inbox", HERE, Retire(("a",)))])
+    assert state.tasks["a"].inbox == {HERE: X}
 
 
 def test_a_digest_is_counted_as_long_as_a_version_has_it() -> None:

@@ -600,6 +600,59 @@ def test_inboxes_on_one_store_leave_each_others_tasks_alone(tmp_path: Path, spec
     assert digest(ours.registry, "c") == replaced.digest
 
 
+def test_inboxes_with_other_content_under_one_name_do_not_take_turns_at_each_restart(
+    tmp_path: Path, spec: ModelSpec
+) -> None:
+    here, there = Home(tmp_path / "here", spec), Home(tmp_path / "there", spec)
+    there.objects = here.objects
+    here.drop("a", 1)
+    theirs = there.drop("a", 2)
+    here.restart()
+    there.restart()
+    events = here.num_events
+    for home in (here, there, here):
+        registry = home.restart()
+        assert digest(registry, "a") == theirs.digest
+        assert live(registry) == {"a": 2}
+    assert here.num_events == events == 2
+    changed = here.drop("a", 3)
+    assert digest(here.restart(), "a") == changed.digest
+    assert digest(there.restart(), "a") == changed.digest
+    there.remove("a")
+    there.drop("b", 1)  # a directory with nothing in it may be one that is not mounted
+    assert digest(there.restart(), "a") == changed.digest, "what is live is not theirs"
+
+
+def test_what_two_inboxes_hold_is_served_until_both_have_let_go_of_it(tmp_path: Path, spec: ModelSpec) -> None:
+    here, there = Home(tmp_path / "here", spec), Home(tmp_path / "there", spec)
+    there.objects = here.objects
+    servers = []
+    for home in (here, there):
+        home.drop("a", 1)
+        home.drop("b", 1)
+        servers.append(home.server())
+        servers[-1].scan()
+    here.remove("a")
+    for server in (*servers, here.server(), there.server()):
+        assert live(server.scan()) == {"a": 1, "b": 1}
+    there.remove("a")
+    assert live(there.restart()) == {"b": 1}, "it was removed while no server ran"
+
+
+def test_a_container_with_another_name_brings_nothing_back(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        home.drop(name, 1)
+    home.restart().delete("a")
+    for host in ("second", "third"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        assert live(home.restart()) == {"b": 1}
+    changed = home.drop("b", 2)
+    assert digest(home.restart(), "b") == changed.digest
+    monkeypatch.setattr("socket.gethostname", lambda: "fourth")
+    assert live(home.restart()) == {"b": 2}
+    assert home.num_events == 4, "two published, one deleted, one changed"
+
+
 def test_a_container_with_another_name_may_retire_what_it_published_before(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

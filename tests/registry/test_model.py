@@ -21,11 +21,13 @@ from server.errors import (
 )
 from server.registry.events import Source, Traffic
 from server.registry.plans import Expected
-from tests.registry.shelf import Shelf, content, serving
+from tests.registry.shelf import Shelf, content, identity, serving
 from tests.registry.test_refusals import is_tidy
 
 CONTENTS = [content(seed) for seed in range(3)]
 TASKS = ("a-0", "a-1")  # which are also the rows of `a`
+PLACES = ("one:/here", "two:/there")
+"""Each server has an inbox of its own."""
 View = dict[str, tuple[Traffic, dict[int, str], int]]
 
 
@@ -38,7 +40,7 @@ class Model:
     stack: list[Traffic] = field(default_factory=list)
     last: int = 0
     etag: int = 0
-    inbox: int | None = None
+    inbox: dict[str, int] = field(default_factory=dict)
 
     @property
     def traffic(self) -> Traffic:
@@ -146,16 +148,19 @@ class TwoServers(RuleBasedStateMachine):
             self.models[task].versions, self.models[task].stack = {}, []
         self._look(server)
 
-    @rule(server=servers, names=st.lists(st.sampled_from([*TASKS, "unheard-of"]), max_size=3, unique=True))
-    def retire(self, server: int, names: list[str]) -> None:
-        self.registries[server].retire(names)
-        gone = [self.models[name] for name in names if name in TASKS and self.models[name].inbox is not None]
+    @rule(server=servers, held=st.dictionaries(st.sampled_from([*TASKS, "unheard-of"]), seeds))
+    def retire(self, server: int, held: dict[str, int]) -> None:
+        place = PLACES[server]
+        gone = [name for name in held if name in TASKS and self.models[name].inbox.get(place) == held[name]]
+        wish = {name: identity(CONTENTS[seed]) for name, seed in held.items()}
+        assert self.registries[server].retire(wish, by=place) == tuple(gone)
         if gone:
-            self._note(*gone)
-        for model in gone:
-            if model.alone and model.sources[model.alone] == "inbox" and model.answers(model.inbox or 0):
+            self._note(*(self.models[name] for name in gone))
+        for name in gone:
+            model, seed = self.models[name], self.models[name].inbox.pop(place)
+            is_live = model.alone and model.sources[model.alone] == "inbox" and model.answers(seed)
+            if is_live and seed not in model.inbox.values():
                 model.push(())
-            model.inbox = None
         self._look(server)
 
     # What servers do
@@ -202,29 +207,31 @@ class TwoServers(RuleBasedStateMachine):
     def _publish(
         self, server: int, name: str, rows: dict[str, int], source: Source, activate: bool, expected: str | None
     ) -> None:
-        wished = {task: self.models[task] for task in rows}
+        wished, by = {task: self.models[task] for task in rows}, PLACES[server] if source == "inbox" else None
         registry, contents = self.registries[server], [CONTENTS[seed] for seed in rows.values()]
         condition = self._condition(self.models[next(iter(rows))], expected)
         if not all(model.meets(expected) for model in wished.values()):
             with pytest.raises(PreconditionFailed):
-                registry.publish(name, contents, source, activate=activate, expected=condition)
+                registry.publish(name, contents, source, by=by, activate=activate, expected=condition)
             self._look(server)
             return
         new = [task for task, seed in rows.items() if not wished[task].answers(seed)]
-        unseen = source == "inbox" and any(wished[task].inbox != seed for task, seed in rows.items())
+        unseen = source == "inbox" and any(
+            wished[task].inbox.get(PLACES[server]) != seed for task, seed in rows.items()
+        )
         if new or unseen:
             self._note(*wished.values())
         versions: list[int | None] = []
         for task, model in wished.items():
             if source == "inbox":
-                model.inbox = rows[task]
+                model.inbox[PLACES[server]] = rows[task]
             if task in new:
                 model.last += 1
                 model.versions[model.last], model.sources[model.last] = rows[task], source
                 if activate:
                     model.push(((model.last, 100),))
             versions.append(model.last if task in new else model.alone)
-        published = registry.publish(name, contents, source, activate=activate, expected=condition)
+        published = registry.publish(name, contents, source, by=by, activate=activate, expected=condition)
         assert published.created == bool(new)
         assert [item.version for item in published.tasks] == versions
         first = next(iter(wished.values()))

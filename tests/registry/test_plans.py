@@ -196,8 +196,11 @@ def test_rolling_back_needs_somebody_else_who_answered() -> None:
 
 def test_only_what_the_inbox_holds_is_retired() -> None:
     state = fold((published(1, "x"), "inbox"), published(1, "x", "b"))
-    assert plans.retire(state, ["a", "b", "unheard-of"]) == Retire(("a",))
-    assert plans.retire(state, ["b", "unheard-of"]) is None
+    x, y = content("x").identity, content("y").identity
+    assert plans.retire(state, {"a": x, "b": x, "unheard-of": x}, None) == Retire(("a",))
+    assert plans.retire(state, {"b": x, "unheard-of": x}, None) is None
+    assert plans.retire(state, {"a": y}, None) is None, "somebody has put other content there since"
+    assert plans.retire(state, {"a": x}, "host:/elsewhere") is None, "it came from another inbox"
 
 
 # Whom a canary picks

@@ -9,7 +9,7 @@ import pytest
 from server.errors import StoreError, UnknownTask, VersionUnavailable
 from server.registry.registry import Registry
 from tests.registry.fakes import NotingEngine
-from tests.registry.shelf import Shelf, content, put, serving, snapshot
+from tests.registry.shelf import Shelf, content, identity, put, serving, snapshot
 
 CHANGES: dict[str, Callable[[Registry], object]] = {
     "publish": lambda registry: registry.publish("a", [content(9)], "api"),
@@ -21,7 +21,7 @@ CHANGES: dict[str, Callable[[Registry], object]] = {
     "roll back": lambda registry: registry.roll_back("a"),
     "delete version": lambda registry: registry.delete_version("a", 2),
     "delete": lambda registry: registry.delete("a"),
-    "retire": lambda registry: registry.retire(["a"]),
+    "retire": lambda registry: registry.retire({"a": identity(content(3))}),
 }
 every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 

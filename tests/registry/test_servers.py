@@ -18,7 +18,7 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.registry.fakes import NotingEngine
-from tests.registry.shelf import Shelf, content, put, serving, snapshot
+from tests.registry.shelf import Shelf, content, identity, put, serving, snapshot
 from tests.registry.test_refusals import is_tidy, named_blobs
 
 
@@ -57,7 +57,7 @@ def test_a_change_finds_what_another_server_has_just_made(shelf: Shelf) -> None:
     first.publish("b", [content(2)], "api", activate=False)
     assert second.set_traffic("b", {1: 50, 2: 50}).traffic == ((1, 50), (2, 50))
     first.publish("c", [content(3)], "inbox")
-    second.retire(["c"])
+    assert second.retire({"c": identity(content(3))}) == ("c",)
     assert second.task("c").traffic == ()
     put(first, "d", content(4))
     second.delete("d")
@@ -101,6 +101,47 @@ def test_a_publisher_who_lost_to_the_same_content_has_nothing_left_to_do(shelf: 
     assert published.etag == first.task("a").etag
     assert set(shelf.objects.blobs()) == named_blobs(second), "the blob that was not needed is removed"
     assert snapshot(first) == snapshot(second)
+
+
+# Inboxes
+
+
+def test_a_retire_that_another_server_was_faster_than_takes_nothing_from_it(shelf: Shelf) -> None:
+    for place in ("one:/prompts", "two:/prompts", "one:/other"):  # a container's new name, and another directory
+        for is_late in (False, True):
+            first, second, task = shelf.open(), shelf.open(), f"a{shelf.num_events()}"
+            first.publish(task, [content(1)], "inbox", by="one:/prompts")
+
+            def meanwhile(second: Registry = second, task: str = task, place: str = place) -> None:
+                second.publish(task, [content(2)], "inbox", by=place)
+
+            def before(key: str, meanwhile: Callable[[], None] = meanwhile) -> None:
+                if key.startswith("events/"):
+                    shelf.objects.before_create = lambda key: None
+                    meanwhile()
+
+            if is_late:
+                shelf.objects.before_create = before
+            else:
+                meanwhile()
+            first.retire({task: identity(content(1))}, by="one:/prompts")
+            for registry in (first, second, shelf.open()):
+                registry.sync()
+                assert serving(registry, task).digest == content(2).digest, (place, is_late)
+
+
+def test_what_two_inboxes_hold_answers_until_neither_does(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    tasks = {"a": identity(content(1))}
+    first.publish("a", [content(1)], "inbox", by="one:/prompts")
+    assert not second.is_from_inbox("a", content(1), "two:/other")
+    marked = second.publish("a", [content(1)], "inbox", by="two:/other")
+    assert (marked.created, marked.tasks[0].version) == (False, 1)
+    assert first.retire(tasks, by="one:/prompts") == ("a",)
+    assert first.task("a").traffic == ((1, 100),)
+    assert first.retire(tasks, by="one:/prompts") == ()
+    assert second.retire(tasks, by="two:/other") == ("a",)
+    assert second.task("a").traffic == ()
 
 
 # Sync
@@ -236,7 +277,7 @@ def test_a_crowd_on_two_servers_gets_answers_or_documented_errors_and_leaves_all
                 partial(registry.delete, task),
                 partial(registry.delete_version, task, version),
                 partial(registry.set_traffic, task, {version: 50, version + 1: 50}),
-                partial(registry.retire, [task]),
+                partial(registry.retire, {task: identity(contents[0])}),
                 registry.sync,
             ]
             try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
-from server.api.auth import Reads
+from server.api.auth import Reads, may_see
 from server.api.deps import RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import ErrorBody, Health, Info
 from server.errors import PreludeError, ServerDraining
@@ -38,8 +38,8 @@ async def ready(worker: WorkerDep) -> Health:
 
 
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])
-async def info(worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
-    """The frozen model and the server's limits."""
+async def info(request: Request, worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
+    """The frozen model and the server's limits; tasks are counted that the key is for."""
     model = worker.model
     return Info(
         model=model.name,
@@ -52,6 +52,6 @@ async def info(worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) 
         dtype=model.dtype,
         device=model.device,
         version=__version__,
-        tasks=len(registry.tasks()),
+        tasks=sum(may_see(request, task.name) for task in registry.tasks()),
         in_flight=worker.num_in_flight,
     )

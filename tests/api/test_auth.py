@@ -245,8 +245,10 @@ def test_a_key_with_patterns_changes_and_sees_its_tasks_alone(guarded: Guarded) 
     assert listed == ["team-a-mood", "team-a-new"]
     page = guarded.send("team-a", "GET", "/prompts?limit=1").json()
     assert (len(page["prompts"]), page["next"]) == (1, "team-a-mood")
+    assert guarded.send("team-a", "GET", "/info").json()["tasks"] == 2
     everything = [entry["task"] for entry in guarded.send("generate", "GET", "/prompts").json()["prompts"]]
     assert "team-b-mood" in everything
+    assert guarded.send("generate", "GET", "/info").json()["tasks"] == len(everything)
     assert guarded.send("team-a", "DELETE", "/prompts/team-a-new").status_code == 204
 
 

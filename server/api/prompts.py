@@ -82,7 +82,6 @@ async def get_prompt(task: str, registry: RegistryDep, response: Response) -> Pr
     return PromptDetail(
         **_summary(task, found, registry.errors.get(task)).model_dump(),
         versions=sorted(found.versions),
-        traffic=dict(found.traffic) if len(found.traffic) > 1 else None,
         manifest=shown.content.parse_manifest().model_dump(mode="json", exclude_none=True),
     )
 
@@ -145,15 +144,20 @@ def _validate(task: str, files: list[UploadFile], registry: Registry, settings: 
 
 
 def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
-    live = task.live if task is not None else None
-    if live is None:
+    if task is None or (live := task.live) is None:
         return PromptSummary(task=name, error=error)
     return PromptSummary(
         task=name,
         version=live.number,
+        traffic=shares(task),
         digest=live.content.digest,
         peft_type=live.content.peft_type,
         num_virtual_tokens=live.content.num_virtual_tokens,
         description=live.content.parse_manifest().description,
         error=error,
     )
+
+
+def shares(task: Task) -> dict[int, int] | None:
+    """Who answers by weight, in a canary; None where it is one version, or none."""
+    return dict(task.traffic) if len(task.traffic) > 1 else None

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+SHARES = "Shares of 100 by version, in a canary."
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -133,6 +135,7 @@ class PromptSummary(BaseModel):
 
     task: str
     version: int | None = None
+    traffic: dict[int, int] | None = Field(None, description=SHARES)
     digest: str | None = None
     peft_type: str | None = None
     num_virtual_tokens: int | None = None
@@ -151,7 +154,6 @@ class PromptDetail(PromptSummary):
     """GET /prompts/{task}."""
 
     versions: list[int]
-    traffic: dict[int, int] | None = Field(None, description="Shares of 100 by version, in a canary.")
     manifest: dict[str, Any] = Field(description="What the live version says about itself; else the newest one.")
 
 
@@ -177,7 +179,7 @@ class VersionList(BaseModel):
 
     task: str
     live: int | None = Field(None, description="The version that answers; in a canary the one that answers most.")
-    traffic: dict[int, int] | None = Field(None, description="Shares of 100 by version, in a canary.")
+    traffic: dict[int, int] | None = Field(None, description=SHARES)
     versions: list[VersionBody]
 
 

@@ -13,7 +13,7 @@ from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import KeyIdDep, RegistryDep, known_query
 from server.api.generation import find_soft_prompt
-from server.api.prompts import CHANGE_ERRORS, ERRORS
+from server.api.prompts import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
 from server.registry.state import Version
 from server.registry.views import Task
@@ -141,7 +141,7 @@ def _versions(task: Task, response: Response) -> VersionList:
     return VersionList(
         task=task.name,
         live=None if live is None else live.number,
-        traffic=dict(task.traffic) if len(task.traffic) > 1 else None,
+        traffic=shares(task),
         versions=[_version(version, task) for _, version in sorted(task.versions.items(), reverse=True)],
     )
 

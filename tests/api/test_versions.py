@@ -47,6 +47,13 @@ def versions(server: LiveServer, task: str) -> dict[str, Any]:
     return listed
 
 
+def entry_of(server: LiveServer, task: str) -> dict[str, Any]:
+    """The task in GET /prompts."""
+    page = server.client.get("/prompts", params={"limit": 1000}).json()
+    entry: dict[str, Any] = next(entry for entry in page["prompts"] if entry["task"] == task)
+    return entry
+
+
 def serving_version(server: LiveServer, reference: str, **body: Any) -> int:
     """The version that a request is answered by."""
     sent = {"inputs": "hello", "parameters": {"max_new_tokens": 1}, **body}
@@ -136,6 +143,9 @@ def test_a_canary_shares_requests_by_weight_and_keeps_a_user_on_one_side(server:
     assert reply.json()["traffic"] == {"1": 70, "2": 30}
     detail = server.client.get("/prompts/versions-canary").json()
     assert (detail["version"], detail["traffic"]) == (1, {"1": 70, "2": 30})
+    assert entry_of(server, "versions-canary") == {
+        name: value for name, value in detail.items() if name not in ("versions", "manifest")
+    }
     sides = {user: serving_version(server, "versions-canary", user=user) for user in map(str, range(60))}
     assert 5 <= sum(side == 2 for side in sides.values()) <= 32
     assert {user: serving_version(server, "versions-canary", user=user) for user in sides} == sides
@@ -145,6 +155,7 @@ def test_a_canary_shares_requests_by_weight_and_keeps_a_user_on_one_side(server:
     assert all(grown[user] == 2 for user, side in sides.items() if side == 2), "a growing share keeps its users"
     assert change(server, "versions-canary", "activate", {"version": 2}).json()["live"] == 2
     assert "traffic" not in versions(server, "versions-canary")
+    assert "traffic" not in entry_of(server, "versions-canary")
     assert change(server, "versions-canary", "rollback").json()["traffic"] == {"1": 40, "2": 60}
 
 

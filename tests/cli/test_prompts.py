@@ -121,6 +121,14 @@ def test_all_tasks_are_listed_as_a_table_and_as_one_json_document(server: LiveSe
     assert {"listed"} <= {entry["task"] for entry in document["prompts"]}
 
 
+def test_a_canary_is_listed_with_its_shares(server: LiveServer) -> None:
+    for seed in range(2):
+        server.publish_random("listed-canary", seed=seed)
+    done(prompts("traffic", "listed-canary", "1=90", "2=10"))
+    row = next(line for line in done(prompts("list")) if line.startswith("listed-canary"))
+    assert re.split(r"\s{2,}", row)[:2] == ["listed-canary", "1 (90 %), 2 (10 %)"]
+
+
 @pytest.mark.parametrize("command", ["list", "versions"])
 def test_versions_are_listed_newest_first_as_a_table_and_as_one_json_document(server: LiveServer, command: str) -> None:
     task = f"has-versions-{command}"

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced shell block and, where one follows it, the JSON that it promises."""
+    """A fenced shell block and, where one follows it, the JSON or the text that it promises."""
 
     commands: str
-    promised: object | None
+    promised: object | None = None
 
 
 def blocks() -> list[Block]:
@@ -35,9 +35,11 @@ def blocks() -> list[Block]:
     for language, body in fences:
         if language == "json":
             found[-1] = Block(found[-1].commands, json.loads(body))
+        elif language == "text":
+            found[-1] = Block(found[-1].commands, body)
         else:
             assert language == "sh", f"a block in {language} that no test runs"
-            found.append(Block(body, None))
+            found.append(Block(body))
     return found
 
 
@@ -76,7 +78,7 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
                 return
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):  # it listens before it has loaded the model
             time.sleep(0.1)
     raise AssertionError("the server does not become ready")
 
@@ -92,6 +94,28 @@ def test_its_requests_are_answered_as_promised(curl: Block, port: int) -> None:
     run = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, check=True)
     answers = re.findall(r'\{"generated_text".*?\}', run.stdout.decode())
     assert json.loads(answers[-1]) == curl.promised
+
+
+def test_the_shell_changes_and_shows_versions_as_printed(port: int) -> None:
+    publish = CURLS[-1].commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    subprocess.run(["bash", "-euo", "pipefail", "-c", publish], cwd=ROOT, capture_output=True, check=True)
+    shell = block(".venv/bin/prelude prompts")
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", shell.commands],
+        cwd=ROOT,
+        env=os.environ | {"PRELUDE_URL": f"http://127.0.0.1:{port}"},
+        capture_output=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
+    for printed, promised in zip(cells(run.stdout.decode()), cells(str(shell.promised)), strict=True):
+        assert re.fullmatch(re.escape(promised).replace("…", ".*"), printed)
+
+
+def cells(text: str) -> list[str]:
+    """A table line by line; how wide its columns are and how long ago something was is not compared."""
+    text = re.sub(r"just now|\d+ (minute|hour)s? ago", "WHEN", text)
+    return [re.sub(r" {2,}", "  ", line.strip()) for line in text.splitlines()]
 
 
 def test_without_its_task_a_text_is_merely_continued(port: int) -> None:

@@ -1,8 +1,7 @@
-"""The live map: task -> who answers -> soft prompt.
+"""How the live map changes: by what is asked of this server, and by what others on the same store have done.
 
-Readers look up one dictionary, on any thread, without a lock. A change is: validate everything -> warm -> blob ->
-event -> one assignment; it is durable before it is visible, and visible before it is acknowledged. Whoever holds a soft
-prompt keeps the immutable value, so a change never reaches a request in flight.
+A change is: validate everything -> warm -> blob -> event -> one assignment; it is durable before it is visible, and
+visible before it is acknowledged. A change never reaches a request in flight.
 """
 
 from __future__ import annotations
@@ -10,153 +9,33 @@ from __future__ import annotations
 import datetime
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from server.core import ModelSpec
-from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, UnknownTask, VersionUnavailable
+from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError
 from server.registry import plans
 from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of
-from server.registry.host_cache import HostCache
+from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.plans import Expected, Placed
-from server.registry.state import State, Version
 from server.registry.store import Store
-from server.registry.views import Published, Resolved, Task
-from server.soft_prompts.names import check_task_name, names_of, split_version, unknown_task
-from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
+from server.registry.views import Published, Task
+from server.soft_prompts.names import check_task_name, names_of
+from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
 
-HOST_MEMORY = 2**30
 
+class Registry(LiveMap):
+    """Tasks and their versions for one frozen model: the live map, and all that can be done to it.
 
-class PrefixHolder(Protocol):
-    """What the registry asks of an engine; it knows no more of it."""
-
-    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
-        """Compute their prefixes, so that the first request does not pay; raises if one cannot be computed."""
-
-    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
-        """Forget these prefixes, each as the last sequence that uses it ends."""
-
-
-class NoEngine:
-    """For a registry without an engine: nothing is warmed, nothing is held."""
-
-    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
-        """Nothing to warm."""
-
-    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
-        """Nothing to drop."""
-
-
-class Registry:
-    """Tasks and their versions for one frozen model.
-
-    Attributes:
-        model: the frozen model that soft prompts must fit.
-        max_virtual_tokens: the longest soft prompt that is taken.
-        host: soft prompts in memory.
-        inbox_errors: inbox entry -> why it is not served, as of the last scan.
+    Changes come from any thread, and are made one at a time. Each starts with a look at what other servers have changed
+    meanwhile, so that neither a refusal nor "it is so already" rests on what was so once.
     """
 
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
-        """Fold the store's events; tensors stay in the store until somebody asks for them.
-
-        Raises:
-            StoreError: an event cannot be read.
-        """
-        self.model = model
-        self.max_virtual_tokens = max_virtual_tokens
-        self.inbox_errors: dict[str, str] = {}
-        self._store = store
-        self._engine: PrefixHolder = NoEngine()
+        """As LiveMap."""
+        super().__init__(store, model, max_virtual_tokens, host_memory)
         self._changing = threading.Lock()
-        self._holding = threading.Lock()
-        self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
-        self._state = State(store.events())
-        self.host = HostCache(host_memory, self._load, lambda digest: digest in self._state.digests)
-        self._tasks: dict[str, Task] = {}
-        self._broken: dict[str, str] = {}  # blob -> why it cannot be served
-        self._refresh(self._state.tasks)
-        self._check_all()
-
-    def connect(self, engine: PrefixHolder) -> None:
-        """From now on warm what is published, and drop what is deleted; start-up itself warms nothing."""
-        self._engine = engine
-
-    # Reading: any thread, no lock.
-
-    def resolve(self, reference: str, key: str = "") -> Resolved:
-        """What `task` or `task@version` stands for now.
-
-        Args:
-            reference: the name that a request gives.
-            key: who asks: in a canary the same key is always on the same side.
-
-        Raises:
-            InvalidTaskName: it is not a task's name.
-            UnknownTask: it is not live, or has no such version; names the nearest ones.
-        """
-        name, version = split_version(reference)
-        task = self._tasks.get(name)
-        if task is None:
-            raise unknown_task(name, self._live_names())
-        number = task.pick(key) if version is None else version
-        if number is None:
-            staged = ", ".join(f"{name}@{n}" for n in sorted(task.versions)[-5:])
-            raise UnknownTask(f"No version of {name!r} is live.", remedy=f"Activate one, or ask for {staged}.")
-        plans.check_version(name, task.versions, number)
-        found = task.versions[number]
-        return Resolved(name, number, found.content, found.at)
-
-    def cached(self, resolved: Resolved) -> SoftPrompt | None:
-        """The soft prompt, if it is in memory."""
-        return self.host.get(resolved.content.digest)
-
-    def fetch(self, resolved: Resolved) -> Future[SoftPrompt]:
-        """The soft prompt from memory or from the store; the future may raise VersionUnavailable."""
-        return self.host.fetch(resolved.content)
-
-    def task(self, name: str) -> Task:
-        """One task that has versions, live or not.
-
-        Raises:
-            InvalidTaskName, UnknownTask.
-        """
-        task = self._tasks.get(check_task_name(name))
-        if task is None:
-            error = unknown_task(name, self._live_names())
-            raise UnknownTask(error.message, remedy=self.errors.get(name, error.remedy))
-        return task
-
-    def tasks(self) -> list[Task]:
-        """All tasks that have versions, by name."""
-        return [task for _, task in sorted(self._tasks.items())]
-
-    def is_referenced(self, prefix_hash: str) -> bool:
-        """Whether a version has these numbers, or one is about to."""
-        # In this order: a publish lets go of what it holds only once its version is in the state.
-        return prefix_hash in self._held or prefix_hash in self._state.prefixes
-
-    @property
-    def errors(self) -> dict[str, str]:
-        """Task or inbox entry -> why it, or a version of it, is not served."""
-        broken = dict(self._broken)
-        found = {
-            task.name: broken[version.content.blob]
-            for task in (self._tasks.values() if broken else ())
-            for version in task.versions.values()
-            if version.content.blob in broken
-        }
-        return {**found, **self.inbox_errors}
-
-    # Changing: any thread, one at a time. Each starts with a look at what other servers have changed meanwhile, so that
-    # neither a refusal nor "it is so already" rests on what was so once.
 
     def publish(
         self,
@@ -192,7 +71,7 @@ class Registry:
 
         def place(contents: Sequence[Content]) -> Placed:
             items = list(zip(names, contents, strict=True))
-            return plans.publish(self._state, items, source, activate, expected, self._is_broken, by)
+            return plans.publish(self._state, items, source, activate, expected, self._contents.is_broken, by)
 
         self.sync()
         with self._changing:  # before any work: most of what is refused is refused here
@@ -311,17 +190,14 @@ class Registry:
             if state is None or state.held_by(by) != content_of(soft_prompt, "").identity:
                 return False
             live = state.live_alone
-            return live is None or live.content.digest != soft_prompt.digest or not self._is_broken(live.content)
+            return (
+                live is None or live.content.digest != soft_prompt.digest or not self._contents.is_broken(live.content)
+            )
 
     def from_inbox(self, by: str) -> dict[str, str]:
         """Tasks that the inbox at this very place holds as far as the store knows, with the contents' identities."""
         with self._changing:
             return {name: task.inbox[by] for name, task in self._state.tasks.items() if by in task.inbox}
-
-    def report(self, entry: str, error: str | None) -> None:
-        """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
-        others = {name: why for name, why in self.inbox_errors.items() if name != entry}
-        self.inbox_errors = others if error is None else {**others, entry: error}
 
     def sync(self) -> None:
         """Take over what other servers on the same store have changed since; what goes live is warmed first.
@@ -372,33 +248,6 @@ class Registry:
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event
 
-    def _apply(self, events: Sequence[Event]) -> list[Content]:
-        """Take events over, with one assignment of the live map at the end.
-
-        Returns:
-            Contents that no version names any more.
-        """
-        touched: set[str] = set()
-        removed: list[Version] = []
-        try:
-            for event in events:
-                names, gone = self._state.apply(event)
-                touched |= names
-                removed += gone
-        finally:  # an event that does not follow does not hide those before it
-            self._refresh(touched)
-            contents = [version.content for version in removed]
-            self._drop(contents)
-        return contents
-
-    def _drop(self, contents: Sequence[Content]) -> None:
-        """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
-        for content in contents:
-            self._broken.pop(content.blob, None)
-            if content.digest not in self._state.digests:
-                self.host.drop(content.digest)
-        self._engine.drop_unused({c.prefix_hash for c in contents if not self.is_referenced(c.prefix_hash)})
-
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
         contents: list[Content] = []
         try:
@@ -415,84 +264,11 @@ class Registry:
         except StoreError as exc:
             log.warning("blobs that nobody needs are left for later: %s", exc)
 
-    def _refresh(self, names: Collection[str]) -> None:
-        """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
-        tasks = dict(self._tasks)
-        for name in names:
-            state = self._state.tasks[name]
-            tasks.pop(name, None)
-            if state.versions:
-                tasks[name] = Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
-        self._tasks = tasks
-
-    @contextmanager
-    def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:
-        """Keep prefixes from being dropped while the version that needs them is on its way."""
-        hashes = list(prefix_hashes)
-        with self._holding:
-            self._held.update(hashes)
-        try:
-            yield
-        finally:
-            with self._holding:
-                self._held.subtract(hashes)
-                self._held += Counter()  # without those that nobody holds any more
-            self._engine.drop_unused({prefix for prefix in hashes if not self.is_referenced(prefix)})
-
     def _warm_versions(self, name: str, numbers: Iterable[int]) -> None:
         versions = self.task(name).versions
         for number in numbers:
             plans.check_version(name, versions, number)
             self._engine.warm([self.host.fetch(versions[number].content).result()])
-
-    def _going_live(self, events: Sequence[Event]) -> list[Content]:
-        """Contents that answer once these events are taken over, and do not yet."""
-        ahead = self._state.ahead(events)
-        return [
-            task.versions[number].content
-            for name, task in ahead.tasks.items()
-            for number, _ in task.traffic
-            if name not in self._state.tasks or number not in dict(self._state.tasks[name].traffic)
-        ]
-
-    def _load(self, content: Content) -> SoftPrompt:
-        """Read a content and check that this model can serve it; on a thread of the host cache."""
-        try:
-            self._check_fit(content)
-            soft_prompt = self._store.get_blob(content)
-            check_finite(soft_prompt.tensor, self.model.dtype)
-        except PreludeError as exc:
-            self._broken[content.blob] = str(exc)
-            raise VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy) from exc
-        self._broken.pop(content.blob, None)
-        return soft_prompt
-
-    def _check_fit(self, content: Content) -> None:
-        check_base_model(content.parse_manifest(), self.model)
-        check_shape(content.peft_type, content.shape, self.model, self.max_virtual_tokens)
-
-    def _check_all(self) -> None:
-        """Find out at start what cannot be served, by what events say and which blobs there are."""
-        contents = {
-            version.content.blob: version.content
-            for task in self._state.tasks.values()
-            for version in task.versions.values()
-        }
-        missing = self._store.missing_blobs(contents)
-        for blob, content in contents.items():
-            if blob in missing:
-                self._broken[blob] = f"The store's blob {blob} is missing."
-                continue
-            try:
-                self._check_fit(content)
-            except PreludeError as exc:
-                self._broken[blob] = str(exc)
-
-    def _is_broken(self, content: Content) -> bool:
-        return content.blob in self._broken
-
-    def _live_names(self) -> Iterator[str]:
-        return (name for name, task in self._tasks.items() if task.traffic)
 
     def _check_free(self, name: str) -> None:
         check_task_name(name)

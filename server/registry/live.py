@@ -1,0 +1,222 @@
+"""The live map: task -> who answers -> soft prompt, and what of it is in memory.
+
+Readers look up one dictionary, on any thread, without a lock. It is replaced by one assignment when events are taken
+over, so a reader sees a task before or after a change and never in between, and whoever holds a soft prompt keeps the
+immutable value. `registry.py` says how it comes to events.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Protocol
+
+from server.core import ModelSpec
+from server.errors import UnknownTask
+from server.registry import plans
+from server.registry.contents import Contents
+from server.registry.events import Content, Event
+from server.registry.host_cache import HostCache
+from server.registry.state import State, Version
+from server.registry.store import Store
+from server.registry.views import Resolved, Task
+from server.soft_prompts.names import check_task_name, split_version, unknown_task
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+HOST_MEMORY = 2**30
+
+
+class PrefixHolder(Protocol):
+    """What the registry asks of an engine; it knows no more of it."""
+
+    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
+        """Compute their prefixes, so that the first request does not pay; raises if one cannot be computed."""
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Forget these prefixes, each as the last sequence that uses it ends."""
+
+
+class NoEngine:
+    """For a registry without an engine: nothing is warmed, nothing is held."""
+
+    def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
+        """Nothing to warm."""
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Nothing to drop."""
+
+
+class LiveMap:
+    """Tasks and their versions for one frozen model, as the events so far tell them.
+
+    Attributes:
+        model: the frozen model that soft prompts must fit.
+        max_virtual_tokens: the longest soft prompt that is taken.
+        host: soft prompts in memory.
+        inbox_errors: inbox entry -> why it is not served, as of the last scan.
+    """
+
+    def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
+        """Fold the store's events; tensors stay in the store until somebody asks for them.
+
+        Raises:
+            StoreError: an event cannot be read.
+        """
+        self.model = model
+        self.max_virtual_tokens = max_virtual_tokens
+        self.inbox_errors: dict[str, str] = {}
+        self._store = store
+        self._engine: PrefixHolder = NoEngine()
+        self._holding = threading.Lock()
+        self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
+        self._state = State(store.events())
+        self._contents = Contents(store, model, max_virtual_tokens)
+        self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
+        self._tasks: dict[str, Task] = {}
+        self._refresh(self._state.tasks)
+        self._contents.check_all(v.content for task in self._state.tasks.values() for v in task.versions.values())
+
+    def connect(self, engine: PrefixHolder) -> None:
+        """From now on warm what is published, and drop what is deleted; start-up itself warms nothing."""
+        self._engine = engine
+
+    # Reading: any thread, no lock.
+
+    def resolve(self, reference: str, key: str = "") -> Resolved:
+        """What `task` or `task@version` stands for now.
+
+        Args:
+            reference: the name that a request gives.
+            key: who asks: in a canary the same key is always on the same side.
+
+        Raises:
+            InvalidTaskName: it is not a task's name.
+            UnknownTask: it is not live, or has no such version; names the nearest ones.
+        """
+        name, version = split_version(reference)
+        task = self._tasks.get(name)
+        if task is None:
+            raise unknown_task(name, self._live_names())
+        number = task.pick(key) if version is None else version
+        if number is None:
+            staged = ", ".join(f"{name}@{n}" for n in sorted(task.versions)[-5:])
+            raise UnknownTask(f"No version of {name!r} is live.", remedy=f"Activate one, or ask for {staged}.")
+        plans.check_version(name, task.versions, number)
+        found = task.versions[number]
+        return Resolved(name, number, found.content, found.at)
+
+    def cached(self, resolved: Resolved) -> SoftPrompt | None:
+        """The soft prompt, if it is in memory."""
+        return self.host.get(resolved.content.digest)
+
+    def fetch(self, resolved: Resolved) -> Future[SoftPrompt]:
+        """The soft prompt from memory or from the store; the future may raise VersionUnavailable."""
+        return self.host.fetch(resolved.content)
+
+    def task(self, name: str) -> Task:
+        """One task that has versions, live or not.
+
+        Raises:
+            InvalidTaskName, UnknownTask.
+        """
+        task = self._tasks.get(check_task_name(name))
+        if task is None:
+            error = unknown_task(name, self._live_names())
+            raise UnknownTask(error.message, remedy=self.errors.get(name, error.remedy))
+        return task
+
+    def tasks(self) -> list[Task]:
+        """All tasks that have versions, by name."""
+        return [task for _, task in sorted(self._tasks.items())]
+
+    def is_referenced(self, prefix_hash: str) -> bool:
+        """Whether a version has these numbers, or one is about to."""
+        # In this order: a publish lets go of what it holds only once its version is in the state.
+        return prefix_hash in self._held or prefix_hash in self._state.prefixes
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """Task or inbox entry -> why it, or a version of it, is not served."""
+        broken = dict(self._contents.broken)
+        found = {
+            task.name: broken[version.content.blob]
+            for task in (self._tasks.values() if broken else ())
+            for version in task.versions.values()
+            if version.content.blob in broken
+        }
+        return {**found, **self.inbox_errors}
+
+    def report(self, entry: str, error: str | None) -> None:
+        """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
+        others = {name: why for name, why in self.inbox_errors.items() if name != entry}
+        self.inbox_errors = others if error is None else {**others, entry: error}
+
+    # Taking events over: one thread at a time.
+
+    def _apply(self, events: Sequence[Event]) -> list[Content]:
+        """Take events over, with one assignment of the live map at the end.
+
+        Returns:
+            Contents that no version names any more.
+        """
+        touched: set[str] = set()
+        removed: list[Version] = []
+        try:
+            for event in events:
+                names, gone = self._state.apply(event)
+                touched |= names
+                removed += gone
+        finally:  # an event that does not follow does not hide those before it
+            self._refresh(touched)
+            contents = [version.content for version in removed]
+            self._drop(contents)
+        return contents
+
+    def _drop(self, contents: Sequence[Content]) -> None:
+        """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
+        for content in contents:
+            self._contents.forget(content)
+            if content.digest not in self._state.digests:
+                self.host.drop(content.digest)
+        self._engine.drop_unused({c.prefix_hash for c in contents if not self.is_referenced(c.prefix_hash)})
+
+    def _refresh(self, names: Collection[str]) -> None:
+        """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
+        tasks = dict(self._tasks)
+        for name in names:
+            state = self._state.tasks[name]
+            tasks.pop(name, None)
+            if state.versions:
+                tasks[name] = Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
+        self._tasks = tasks
+
+    @contextmanager
+    def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:
+        """Keep prefixes from being dropped while the version that needs them is on its way."""
+        hashes = list(prefix_hashes)
+        with self._holding:
+            self._held.update(hashes)
+        try:
+            yield
+        finally:
+            with self._holding:
+                self._held.subtract(hashes)
+                self._held += Counter()  # without those that nobody holds any more
+            self._engine.drop_unused({prefix for prefix in hashes if not self.is_referenced(prefix)})
+
+    def _going_live(self, events: Sequence[Event]) -> list[Content]:
+        """Contents that answer once these events are taken over, and do not yet."""
+        ahead = self._state.ahead(events)
+        return [
+            task.versions[number].content
+            for name, task in ahead.tasks.items()
+            for number, _ in task.traffic
+            if name not in self._state.tasks or number not in dict(self._state.tasks[name].traffic)
+        ]
+
+    def _live_names(self) -> Iterator[str]:
+        return (name for name, task in self._tasks.items() if task.traffic)

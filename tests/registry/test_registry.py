@@ -355,6 +355,20 @@ def test_a_start_reads_no_tensor_and_a_hundred_askers_read_one_once(shelf: Shelf
     assert sum(count for key, count in shelf.objects.reads.items() if key.startswith("blobs/")) == 1
 
 
+def test_a_start_with_many_tasks_reads_each_event_once_and_no_tensor(shelf: Shelf) -> None:
+    writer = shelf.open()
+    for number in range(300):
+        writer.publish(f"t{number}", [content(number % 7, description=f"number {number}")], "api")
+    shelf.objects.reads.clear()
+    registry = shelf.open()
+    listed = [(task.name, task.live.content.parse_manifest().description) for task in registry.tasks() if task.live]
+    assert sorted(listed) == sorted((f"t{number}", f"number {number}") for number in range(300))
+    assert registry.errors == {}
+    assert shelf.objects.reads == {f"events/{number:012d}.json": 1 for number in range(1, 301)}
+    serving(registry, "t299")
+    assert len(shelf.objects.reads) == 301, "that one's tensor"
+
+
 def test_the_least_recently_used_soft_prompts_leave_memory_first(shelf: Shelf) -> None:
     writer = shelf.open()
     for seed in range(4):

@@ -4,12 +4,10 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import client as module
@@ -28,7 +26,8 @@ from server.errors import (
     VersionInUse,
 )
 from server.soft_prompts import formats
-from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, live_server, serving, zip_of
+from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, live_server, zip_of
+from tests.strangers import answering, reply
 from tests.support import random_soft_prompt
 
 FORMATS = (formats.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
@@ -44,25 +43,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 def client(server: LiveServer) -> Iterator[PreludeClient]:
     with PreludeClient(server.url) as connected:
         yield connected
-
-
-@contextmanager
-def answering(app: ASGIApp) -> Iterator[PreludeClient]:
-    """A client of something that is not our server."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", ws="none")
-    with serving(config) as port, PreludeClient(f"http://127.0.0.1:{port}") as connected:
-        yield connected
-
-
-def reply(status: int, body: bytes, **headers: str) -> ASGIApp:
-    """An app that answers everything alike."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": pairs})
-        await send({"type": "http.response.body", "body": body})
-
-    return app
 
 
 def files(server: LiveServer, directory: Path, seed: int = 0) -> list[Path]:

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.options": BOTTOM,
     "cli.files": BOTTOM | {"soft_prompts"},
     "cli.diff": BOTTOM | {"soft_prompts", "cli.files"},
-    "cli.tables": BOTTOM | {"client", "cli.files", "cli.diff"},
+    "cli.tables": BOTTOM | {"client", "cli.errors", "cli.files", "cli.diff"},
     "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.tables"},
     "cli.keys": COMMAND | {"keys"},
     "cli.train": COMMAND | {"soft_prompts", "engine", "train"},

@@ -1,4 +1,7 @@
-"""What a command shows of an error: a sentence and its remedy, never a traceback."""
+"""What a command shows of an error: a sentence and its remedy, never a traceback.
+
+Messages quote servers and files, which must not be able to steer the terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,11 @@ def errors_as_sentences() -> Iterator[None]:
     try:
         yield
     except PreludeError as exc:
-        typer.secho(f"error: {exc.message}", fg="red", err=True)
-        typer.echo(f"       {exc.remedy}", err=True)
+        typer.secho(f"error: {printable(exc.message)}", fg="red", err=True)
+        typer.echo(f"       {printable(exc.remedy)}", err=True)
         raise typer.Exit(2) from exc
+
+
+def printable(text: str) -> str:
+    """Text that means nothing but itself: no escape sequences, no line of its own."""
+    return "".join(character if character.isprintable() else " " for character in text)

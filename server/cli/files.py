@@ -64,10 +64,8 @@ def find_upload(source: str) -> Upload:
     Raises:
         InvalidSoftPrompt: there is nothing of that name, or it holds no soft prompt.
     """
-    try:
+    with _readings(source):
         found = _find_locally(source)
-    except OSError as exc:
-        raise InvalidSoftPrompt(f"{source} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
     if found is not None:
         return found
     hub_id = _HUB_ID.fullmatch(source)
@@ -79,12 +77,29 @@ def find_upload(source: str) -> Upload:
     return _from_hub(hub_id[1], hub_id[2])
 
 
+def local_path(text: str) -> Path:
+    """A path as people write it, also where no shell has replaced its ~.
+
+    Raises:
+        InvalidSoftPrompt: there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as exc:
+        raise InvalidSoftPrompt(f"{text} cannot be read: no such user.", remedy="Check the path.") from exc
+
+
 def files_of(directory: Path, shown: str) -> tuple[Path, ...]:
     """The files of a soft prompt in a directory.
 
     Raises:
         InvalidSoftPrompt: config or tensor is missing or cannot be read.
     """
+    with _readings(shown):
+        return _files_of(directory, shown)
+
+
+def _files_of(directory: Path, shown: str) -> tuple[Path, ...]:
     if not (directory / TENSOR_FILE).exists() and (directory / PICKLE_FILE).exists():
         raise _pickled(shown)
     for name in (CONFIG_FILE, TENSOR_FILE):
@@ -99,11 +114,14 @@ def check_target(directory: Path, *, force: bool) -> None:
     """Refuse to write over what is there.
 
     Raises:
-        ConfigurationError: the directory holds something already, or is none.
+        ConfigurationError: the directory holds something already, is none, or cannot be looked at.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigurationError(f"{directory} is not a directory.", remedy="Name another one with --out.")
-    if not force and directory.is_dir() and any(directory.iterdir()):
+    with _writings(directory):
+        is_directory = directory.is_dir()
+        if directory.exists() and not is_directory:
+            raise ConfigurationError(f"{directory} is not a directory.", remedy="Name another one with --out.")
+        is_taken = is_directory and any(directory.iterdir())
+    if is_taken and not force:
         raise ConfigurationError(
             f"{directory} is not empty.",
             remedy="Name another directory with --out, or overwrite the soft prompt in it with --force.",
@@ -138,7 +156,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Raises:
         ConfigurationError: it cannot be written to.
     """
-    try:
+    with _writings(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as folder:
             filled = Path(folder, "new")
@@ -152,6 +170,22 @@ def new_directory(directory: Path) -> Iterator[Path]:
                     (filled / name).replace(directory / name)
                 else:
                     (directory / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _readings(shown: str) -> Iterator[None]:
+    """What the file system refuses, as our error."""
+    try:
+        yield
+    except OSError as exc:
+        raise InvalidSoftPrompt(f"{shown} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
+
+
+@contextmanager
+def _writings(directory: Path) -> Iterator[None]:
+    """The same for what is to be written."""
+    try:
+        yield
     except OSError as exc:
         raise ConfigurationError(
             f"{directory} cannot be written: {exc.strerror or exc}.", remedy="Name another directory with --out."
@@ -159,7 +193,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 
 def _find_locally(source: str) -> Upload | None:
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return Upload(path.resolve().name, files_of(path, source))
     if not path.exists():

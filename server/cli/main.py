@@ -5,6 +5,8 @@ What loads torch is imported by the commands that need it, so that --help answer
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import typer
@@ -29,6 +31,8 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Serve any number of tasks from one frozen LLM: each task is a soft prompt."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets "?", not a traceback
 
 
 def serve(**options: Any) -> None:

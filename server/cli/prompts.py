@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.errors import errors_as_sentences
+from server.cli.errors import errors_as_sentences, printable
 from server.errors import (
     ConfigurationError,
     InvalidTaskName,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at
 DEFAULT_URL = "http://127.0.0.1:8000"
 BIG_BYTES = 2**22
 """From here on an upload takes long enough for a progress bar."""
+
+_SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
 
 REMEDIES: dict[type[PreludeError], str] = {
     UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
@@ -146,7 +149,7 @@ def push(
                 name, upload.files, activate=not no_activate, dry_run=dry_run, expect=if_match, on_sent=on_sent
             )
         for made in pushed["tasks"]:
-            reference = f"{made['task']}@{made['version']}"
+            reference = printable(f"{made['task']}@{made['version']}")
             if dry_run:
                 typer.echo(f"{reference}: the server would take it; nothing has changed")
             elif not pushed["created"]:
@@ -220,7 +223,7 @@ def rollback(
 ) -> None:
     """Return to what was live before; twice in a row goes back twice."""
     with _connected(url, key) as client:
-        _echo_live(client.roll_back(task, expect=if_match))
+        _echo_live(client.roll_back(_whole(task), expect=if_match))
 
 
 @app.command(
@@ -237,7 +240,7 @@ def traffic(
 ) -> None:
     """Let several versions share a task's requests: a canary. `activate` ends it."""
     with _connected(url, key) as client:
-        _echo_live(client.set_traffic(task, _parse_weights(weights), expect=if_match))
+        _echo_live(client.set_traffic(_whole(task), _parse_weights(weights), expect=if_match))
 
 
 @app.command(
@@ -318,17 +321,29 @@ def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None
     with _connected(url, key) as client:
         from server.cli.tables import console, print_json, print_versions
 
-        listed = client.versions(task)
+        listed = client.versions(_whole(task))
         if as_json:
             print_json(listed)
         else:
             print_versions(listed, console())
 
 
+def _whole(reference: str) -> str:
+    """The name of a task, where a version cannot be meant.
+
+    Raises:
+        InvalidTaskName: a version is named.
+    """
+    task, number = split_version(reference)
+    if number is not None:
+        raise InvalidTaskName(f"{reference} is one version.", remedy=f"Name the task: {task}.")
+    return task
+
+
 def _echo_live(listed: VersionList) -> None:
     from server.cli.tables import live_sentence
 
-    typer.echo(live_sentence(listed))
+    typer.echo(printable(live_sentence(listed)))
 
 
 @contextmanager
@@ -373,9 +388,10 @@ def _download(client: PreludeClient, task: str, number: int, directory: Path) ->
 def _content(client: PreludeClient, side: str) -> Content:
     """One side of a diff; what has a slash is a directory."""
     from server.cli.diff import read_content
+    from server.cli.files import local_path
 
     if "/" in side or side in (".", ".."):
-        return read_content(Path(side).expanduser(), side)
+        return read_content(local_path(side), side)
     task, number = split_version(side)
     number = number or _only_live(client.versions(task))
     with tempfile.TemporaryDirectory(prefix="prelude-diff-") as folder:
@@ -395,11 +411,14 @@ def _confirm_delete(listed: VersionList, reference: str, number: int | None, if_
     return if_match or listed.get("etag")
 
 
-def _parse_weights(weights: list[str]) -> dict[int, int]:
-    parsed: dict[int, int] = {}
-    for weight in weights:
-        version, equals, percent = weight.partition("=")
-        if not (equals and version.isdecimal() and percent.isdecimal()) or int(version) in parsed:
-            raise ConfigurationError(f"{weight!r} is not a share.", remedy="Write each version once: 3=90 4=10.")
-        parsed[int(version)] = int(percent)
-    return parsed
+def _parse_weights(shares: list[str]) -> dict[int, int]:
+    remedy = "Write each version once, 100 in all: 3=90 4=10."
+    weights: dict[int, int] = {}
+    for share in shares:
+        match = _SHARE.fullmatch(share)
+        if match is None or int(match[1]) in weights:
+            raise ConfigurationError(f"{share[:80]!r} is not a share.", remedy=remedy)
+        weights[int(match[1])] = int(match[2])
+    if sum(weights.values()) != 100:
+        raise ConfigurationError(f"The shares sum to {sum(weights.values())}.", remedy=remedy)
+    return weights

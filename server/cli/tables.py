@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.diff import Comparison, FieldChange, TensorChange
+from server.cli.errors import printable
 from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 from server.client import PromptEntry, VersionList
 
@@ -167,9 +168,8 @@ def _print(table: Table, out: Console) -> None:
 
 
 def _text(value: object, style: str = "") -> Text:
-    """Text that means nothing but itself: no markup, no escape sequences, no line of its own."""
-    printable = "".join(character if character.isprintable() else " " for character in str(value))
-    return Text(printable, style=style)
+    """Text that means nothing but itself: no markup either."""
+    return Text(printable(str(value)), style=style)
 
 
 def _value(value: Any) -> Text:

@@ -27,6 +27,7 @@ from server.settings import ENV_PREFIX
 from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 from tests.api.live import Files, LiveServer, live_server, wait_until, zip_of
 from tests.cli.fake_hub import FakeHub, fake_hub
+from tests.strangers import answering, reply
 from tests.support import random_soft_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -283,10 +284,54 @@ def test_of_a_canary_a_version_has_to_be_named(server: LiveServer, command: list
     assert remedy == f"Name one: {task}@N."
 
 
-@pytest.mark.parametrize("weights", [["1"], ["1=x"], ["=5"], ["1=50", "1=50"], ["1=-1"]])
-def test_weights_that_are_none_are_refused(weights: list[str]) -> None:
-    _, remedy = refused(prompts("traffic", "whatever", "--", *weights))
+@pytest.mark.parametrize(
+    "weights",
+    [["1"], ["1=x"], ["=5"], ["1=50", "1=50"], ["1=-1"], ["0=100"], ["1=50"], ["1=99", "2=2"], ["9" * 5000 + "=100"]],
+)
+def test_weights_that_are_none_are_refused_before_the_server_is_asked(weights: list[str]) -> None:
+    error, remedy = refused(prompts("traffic", "whatever", "--url", "http://127.0.0.1:9", "--", *weights))
     assert "3=90 4=10" in remedy
+    assert len(error) < 120
+
+
+@pytest.mark.parametrize("command", [["list"], ["versions"], ["rollback"], ["traffic", "1=100"]])
+def test_where_a_task_is_meant_a_version_is_refused_by_name(command: list[str]) -> None:
+    name, *rest = command
+    assert refused(prompts(name, "mood@2", *rest)) == ("mood@2 is one version.", "Name the task: mood.")
+
+
+@pytest.mark.parametrize("command", [["push", "PATH"], ["diff", "PATH", "x"], ["pull", "x", "--out", "PATH"]])
+def test_a_path_that_cannot_be_is_a_sentence(command: list[str]) -> None:
+    path = f"./{'x' * 300}"
+    error, _ = refused(prompts(*(part.replace("PATH", path) for part in command)))
+    assert "File name too long" in error
+
+
+@pytest.mark.parametrize("command", [["push", "~nobody-of-that-name/x"], ["diff", "~nobody-of-that-name/x", "x"]])
+def test_the_home_of_nobody_is_a_sentence(command: list[str]) -> None:
+    assert refused(prompts(*command))[0] == "~nobody-of-that-name/x cannot be read: no such user."
+
+
+def test_a_stranger_cannot_steer_the_terminal() -> None:
+    refusal = b'{"error": "a\\u001b[2Jb\\nc", "code": "x", "remedy": "d\\u009be", "error_type": "y"}'
+    listed = b'{"task": "a\\u001b[2Jb", "versions": []}'
+    with answering(reply(400, refusal)) as stranger:
+        assert refused(prompts("rollback", "x", "--url", stranger.url)) == ("a [2Jb c", "d e")
+    with answering(reply(200, listed)) as stranger:
+        assert done(prompts("rollback", "x", "--url", stranger.url)) == ["a [2Jb: no version is live"]
+
+
+def test_characters_that_the_terminal_does_not_have_are_replaced(server: LiveServer) -> None:
+    server.publish_random("plain", manifest={"description": "Größe"})
+    run = subprocess.run(
+        [sys.executable, "-m", "server.cli", "prompts", "list"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "Gr??e" in run.stdout
 
 
 def test_a_version_has_to_be_named_once_to_be_activated() -> None:

@@ -12,17 +12,24 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NotRequired, Self, TypedDict, cast
+from typing import Any, NotRequired, Self, TypeVar
 
 import httpx
+from pydantic import TypeAdapter
 
 from server import __version__
 from server.errors import ConfigurationError, PreconditionFailed, PreludeError, Unauthorized
 from server.soft_prompts.names import check_task_name
+
+if sys.version_info >= (3, 12):
+    from typing import TypedDict
+else:  # pydantic reads only these there
+    from typing_extensions import TypedDict
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -31,7 +38,15 @@ CHANGE_SECONDS = 600.0
 PAGE = 1000
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
+TLS_REMEDY = (
+    "If it speaks plain HTTP, as `prelude serve` does without a proxy, write http://. SSL_CERT_FILE names the "
+    "certificates of an authority of your own."
+)
+
 _HOST = re.compile(r"[\w.:-]+")
+_PASSWORD = re.compile(r"//.*@")
+
+Reply = TypeVar("Reply")
 
 OnSent = Callable[[int], None]
 """Told how many more bytes of an upload have been sent."""
@@ -57,6 +72,13 @@ class PromptEntry(TypedDict):
     num_virtual_tokens: NotRequired[int]
     description: NotRequired[str]
     error: NotRequired[str]
+
+
+class PromptPage(TypedDict):
+    """A page of the list; `next` is behind which task the following one starts."""
+
+    prompts: list[PromptEntry]
+    next: NotRequired[str]
 
 
 class Version(TypedDict):
@@ -86,6 +108,13 @@ class VersionList(TypedDict):
     etag: NotRequired[str]
 
 
+class TaskVersion(TypedDict):
+    """A task and one of its versions."""
+
+    task: str
+    version: int
+
+
 class Pushed(TypedDict):
     """What a publish made; `created` is False where nothing had to change."""
 
@@ -95,8 +124,13 @@ class Pushed(TypedDict):
     peft_type: str
     num_virtual_tokens: int
     live: bool
-    tasks: list[dict[str, Any]]
+    tasks: list[TaskVersion]
     created: NotRequired[bool]
+
+
+_PROMPT_PAGE = TypeAdapter(PromptPage)
+_VERSION_LIST = TypeAdapter(VersionList)
+_PUSHED = TypeAdapter(Pushed)
 
 
 class PreludeClient:
@@ -106,13 +140,18 @@ class PreludeClient:
         """Connect with the first request.
 
         Raises:
-            ConfigurationError: the address is not one.
+            ConfigurationError: the address is not one, or it has a password beside the key.
             Unauthorized: the key has characters that no key has.
         """
         address = _address(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         headers = {"User-Agent": f"prelude/{__version__}", "Accept": "application/json"}
         if key and key.strip():
+            if address.userinfo:
+                raise ConfigurationError(
+                    f"For {self.url} there is a key, and a name or a password in the address.",
+                    remedy="Give one of them: a request can carry only one.",
+                )
             headers["Authorization"] = f"Bearer {_checked_key(key.strip())}"
         self._http = httpx.Client(
             base_url=address,
@@ -132,9 +171,10 @@ class PreludeClient:
         """All tasks by name, page after page."""
         after: dict[str, str] = {}
         while True:
-            page = self._json("GET", "/prompts", {"prompts": list}, params={"limit": PAGE, **after})
+            with self._request("GET", "/prompts", params={"limit": PAGE, **after}) as response:
+                page = self._body(response, _PROMPT_PAGE)
             yield from page["prompts"]
-            if not page.get("next"):
+            if "next" not in page:
                 return
             after = {"after": page["next"]}
 
@@ -167,7 +207,7 @@ class PreludeClient:
         with ExitStack() as stack:
             form = [("files", (file.name, stack.enter_context(_ReportingFile(file, on_sent)))) for file in files]
             with self._request("PUT", path, params=params, files=form, headers=_if_match(expect)) as response:
-                pushed = cast(Pushed, self._body(response, {"version": int, "tasks": list}))
+                pushed = self._body(response, _PUSHED)
                 pushed["created"] = response.status_code == httpx.codes.CREATED
                 return pushed
 
@@ -203,7 +243,7 @@ class PreludeClient:
 
     def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> VersionList:
         with self._request(method, path, headers=_if_match(expect), **content) as response:
-            listed = cast(VersionList, self._body(response, {"task": str, "versions": list}))
+            listed = self._body(response, _VERSION_LIST)
             if "ETag" in response.headers:
                 listed["etag"] = response.headers["ETag"].removeprefix("W/").strip('"')
             return listed
@@ -212,19 +252,16 @@ class PreludeClient:
         with self._request("DELETE", path, headers=_if_match(expect)):
             pass
 
-    def _json(self, method: str, path: str, fields: Mapping[str, type], **content: Any) -> dict[str, Any]:
-        with self._request(method, path, **content) as response:
-            return self._body(response, fields)
-
-    def _body(self, response: httpx.Response, fields: Mapping[str, type]) -> dict[str, Any]:
-        """The JSON object that a reply holds, if it has the fields without which it is not ours."""
+    def _body(self, response: httpx.Response, kind: TypeAdapter[Reply]) -> Reply:
+        """What a reply holds, with fields that a newer server may have added, if it is what ours would answer."""
         response.read()
         try:
-            body = response.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict) or not all(isinstance(body.get(name), kind) for name, kind in fields.items()):
-            raise ServerUnreachable(f"What answers at {self.url} is not a Prelude server, or one of another version.")
+            body: Reply = response.json()
+            kind.validate_python(body, strict=True)
+        except (ValueError, RecursionError) as exc:
+            raise ServerUnreachable(
+                f"What answers at {self.url} is not a Prelude server, or one of another version."
+            ) from exc
         return body
 
     @contextmanager
@@ -240,6 +277,8 @@ class PreludeClient:
                 yield response
         except httpx.ConnectError as exc:
             reason = re.sub(r"^\[Errno -?\d+\] ", "", str(exc)) or "no connection"
+            if reason.startswith("[SSL"):
+                raise ServerUnreachable(f"No TLS with {self.url}: {reason}.", remedy=TLS_REMEDY) from exc
             raise ServerUnreachable(f"No server answers at {self.url}: {reason}.") from exc
         except httpx.TimeoutException as exc:
             waited = CONNECT_SECONDS if isinstance(exc, httpx.ConnectTimeout) else seconds
@@ -255,14 +294,14 @@ class PreludeClient:
         """The server's error as the class that it was raised as there."""
         try:
             body = response.json()
-            message, code, remedy = body["error"], body["code"], body["remedy"]
+            message, code, remedy = str(body["error"]), str(body["code"]), str(body["remedy"])
         except (ValueError, KeyError, TypeError):
             moved = response.headers.get("Location")
             where = f" and points to {moved}" if moved else ""
             return ServerUnreachable(
                 f"{self.url} answers {response.status_code} {response.reason_phrase}{where}, and not as Prelude does."
             )
-        return _error_classes().get(code, PreludeError)(str(message), remedy=str(remedy))
+        return _error_classes().get(code, PreludeError)(message, remedy=remedy)
 
 
 class _ReportingFile(io.FileIO):
@@ -287,7 +326,8 @@ def _address(url: str) -> httpx.URL:
     port = address.port or 80
     if address.scheme not in ("http", "https") or not _HOST.fullmatch(address.host) or not port < 2**16:
         raise ConfigurationError(
-            f"{url!r} is not the address of a server.", remedy="Write it in full, such as http://127.0.0.1:8000."
+            f"{_PASSWORD.sub('//…@', url)!r} is not the address of a server.",
+            remedy="Write it in full, such as http://127.0.0.1:8000.",
         )
     return address
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -213,7 +214,11 @@ def test_what_is_no_address_is_refused_with_an_example(url: str) -> None:
     ("app", "told"),
     [
         (reply(200, b"<html>hello</html>"), "is not a Prelude server"),
+        (reply(200, b"[" * 10**5), "is not a Prelude server"),
         (reply(200, b'{"versions": 3}'), "is not a Prelude server"),
+        (reply(200, b'{"task": "task", "versions": [{"version": 1}]}'), "is not a Prelude server"),
+        (reply(200, b'{"task": "task", "versions": [], "traffic": {"1": "all"}}'), "is not a Prelude server"),
+        (reply(400, b'["error"]'), "answers 400 Bad Request"),
         (reply(404, b'{"detail": "Not Found"}'), "answers 404 Not Found"),
         (reply(302, b"", location="https://elsewhere/"), "answers 302 Found and points to https://elsewhere/"),
         (reply(502, b"\xff\xfe"), "answers 502 Bad Gateway"),
@@ -231,6 +236,31 @@ def test_an_error_of_a_newer_server_keeps_its_words() -> None:
     with answering(reply(418, body)) as newer, pytest.raises(PreludeError) as caught:
         newer.versions("task")
     assert (caught.value.message, caught.value.remedy) == ("Too new.", "Update.")
+
+
+def test_fields_of_a_newer_server_are_kept() -> None:
+    body = {"prompts": [{"task": "x", "version": 1, "colour": "blue"}], "more": 1}
+    with answering(reply(200, json.dumps(body).encode())) as newer:
+        assert list(newer.prompts()) == body["prompts"]
+
+
+def test_a_list_that_is_none_is_told_as_such() -> None:
+    with answering(reply(200, b'{"prompts": [{"version": 1}]}')) as stranger, pytest.raises(ServerUnreachable):
+        list(stranger.prompts())
+
+
+def test_a_code_that_is_no_word_is_no_crash() -> None:
+    body = b'{"error": "a", "code": [], "remedy": {}}'
+    with answering(reply(400, body)) as odd, pytest.raises(PreludeError, match=r"^a "):
+        odd.versions("task")
+
+
+def test_tls_where_there_is_none_says_so() -> None:
+    with answering(reply(200, b"{}")) as plain:
+        url = plain.url.replace("http:", "https:")
+        with PreludeClient(url) as client, pytest.raises(ServerUnreachable, match=r"^No TLS with") as caught:
+            client.versions("task")
+    assert "write http://" in caught.value.remedy
 
 
 def test_a_connection_that_breaks_off_is_a_sentence() -> None:
@@ -276,6 +306,19 @@ def test_a_password_in_the_address_is_not_shown() -> None:
         nobody.versions("task")
     assert "secret" not in str(caught.value)
     assert nobody.url == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@x:99999", "ftp://me:secret@x", "http://me:se/cret@x@y z"])
+def test_a_password_in_an_address_that_is_none_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PreludeClient(url)
+    assert "cret" not in str(caught.value)
+
+
+def test_a_password_and_a_key_exclude_each_other_because_one_would_not_be_sent() -> None:
+    with pytest.raises(ConfigurationError, match="only one") as caught:
+        PreludeClient("http://me:secret@127.0.0.1:9", "key")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_path_before_the_routes_is_kept() -> None:

@@ -18,6 +18,11 @@ from server.soft_prompts.manifest import parse_json_object
 Rows = NDArray[np.float64]
 """`[virtual tokens, width]`."""
 
+WHERE_AND_WHEN = frozenset({"task", "created_at"})
+"""What a server writes into a manifest of the copy at hand, not of the soft prompt."""
+DERIVED = frozenset({"digest", "prefix_hash", "peft_type", "num_virtual_tokens", "hidden_size"})
+"""What a manifest repeats of numbers and config; where a side has it not, they are compared all the same."""
+
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
@@ -30,8 +35,8 @@ class Tensor:
     data: bytes
 
     def numbers(self) -> Rows | None:
-        """`[rows, width]` in float64; None for dtypes that no soft prompt is served in."""
-        if self.dtype not in _NUMPY_DTYPES or len(self.shape) == 0:
+        """`[rows, width]` in float64; None without any, and for dtypes that no soft prompt has."""
+        if self.dtype not in _NUMPY_DTYPES or not self.shape or not self.data:
             return None
         values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype])
         if self.dtype == "BF16":  # which numpy does not know: the upper half of a float32
@@ -123,12 +128,15 @@ def read_content(directory: Path, name: str) -> Content:
 
 
 def compare(a: Content, b: Content) -> Comparison:
-    """Everything that differs; fields that are null count as fields that are not there."""
+    """Everything that differs of two soft prompts, whatever they are called and whenever they were published.
+
+    Fields that are null count as fields that are not there.
+    """
     names = sorted({*a.tensors, *b.tensors})
     return Comparison(
         a=a.name,
         b=b.name,
-        manifest=tuple(_changes(a.manifest, b.manifest)),
+        manifest=tuple(change for change in _changes(a.manifest, b.manifest) if not _is_of_the_copy(change)),
         config=tuple(_changes(a.config, b.config)),
         tensors=tuple(_compare_tensors(name, a.tensors.get(name), b.tensors.get(name)) for name in names),
     )
@@ -140,6 +148,11 @@ def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[FieldChange
         change = FieldChange(name, flat_a.get(name), flat_b.get(name))
         if change.a != change.b:
             yield change
+
+
+def _is_of_the_copy(change: FieldChange) -> bool:
+    one_sided = change.a is None or change.b is None
+    return change.name in WHERE_AND_WHEN or (one_sided and change.name in DERIVED)
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -285,6 +285,8 @@ def diff(
 ) -> None:
     """Show what differs between two soft prompts: manifest, config, and numbers, virtual token by virtual token.
 
+    Under which name and when they were published does not count.
+
     A directory is written with a slash, so that it cannot be taken for a task.
 
     Exit status as of diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.

@@ -159,3 +159,19 @@ def test_a_damaged_side_is_told_by_its_file(tmp_path: Path, name: str, data: byt
     (path / name).write_bytes(data)
     with pytest.raises(InvalidSoftPrompt, match=told):
         read_content(path, "a")
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_a_tensor_without_numbers_is_compared_by_its_shape(tmp_path: Path, shape: tuple[int, int]) -> None:
+    a, b = directory(tmp_path / "a", torch.zeros(shape)), directory(tmp_path / "b", torch.zeros(0, 4))
+    change = compared(a, b).tensors[0]
+    assert (change.shape_a, change.identical, change.rows) == (shape, False, ())
+
+
+def test_what_a_manifest_says_of_the_copy_does_not_count(tmp_path: Path) -> None:
+    a = {"task": "x", "created_at": "2026-01-01", "digest": "d", "hidden_size": 8, "labels": ["a"]}
+    bare = compared(directory(tmp_path / "a", random(), a), directory(tmp_path / "b", random(), {"labels": ["a"]}))
+    assert bare.identical
+    other = directory(tmp_path / "c", random(), {"task": "y", "created_at": "2026-01-02", "digest": "e"})
+    result = compared(tmp_path / "a", other)
+    assert result.manifest == (FieldChange("digest", "d", "e"), FieldChange("labels", ["a"], None))

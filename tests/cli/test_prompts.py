@@ -386,6 +386,16 @@ def test_identical_soft_prompts_are_so_by_status(server: LiveServer, workplace: 
     assert done(prompts("diff", "same", "./same"))[-1] == "same@1 and ./same are identical."
 
 
+def test_what_was_pushed_is_identical_to_its_directory(server: LiveServer, workplace: Path) -> None:
+    files = content(server, input_template="{input}\n", created_at="2026-01-01T00:00:00+00:00", task="else")
+    directory(workplace / "with-manifest", files)
+    directory(workplace / "bare", {name: data for name, data in files.items() if name != MANIFEST_FILE})
+    for name in ("with-manifest", "bare"):
+        done(prompts("push", name))
+        assert done(prompts("diff", name, f"./{name}"))[-1] == f"{name}@1 and ./{name} are identical."
+    assert prompts("diff", "bare", "with-manifest").exit_code == 1
+
+
 def test_different_soft_prompts_are_shown_side_by_side_with_status_1(server: LiveServer) -> None:
     server.publish_random("differing", seed=0, manifest={"input_template": "{input}\n"})
     server.publish_random("differing", seed=1, manifest={"input_template": "Text: {input}"})

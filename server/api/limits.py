@@ -5,6 +5,8 @@ Any body has a limit on its size. An upload's form also has one on its parts, an
 
 from __future__ import annotations
 
+import re
+
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -17,6 +19,8 @@ MULTIPART_OVERHEAD = 64 * 2**10
 """Boundaries and part headers around an upload's files."""
 MAX_FORM_PARTS = 16
 """Parts of an upload. Up to 1 MB one waits in memory, not on disk: their number bounds what an upload takes."""
+
+_UPLOAD = re.compile(r"/prompts/[^/]+/?")
 
 
 class BodyLimit:
@@ -35,7 +39,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["method"] == "PUT" and scope["path"].startswith("/prompts/")
+        upload = scope["method"] == "PUT" and _UPLOAD.fullmatch(scope["path"]) is not None
         limit = self._max_upload_bytes + MULTIPART_OVERHEAD if upload else MAX_JSON_BYTES
         headers = Headers(scope=scope)
         form = FormWatch.of(headers) if upload else None

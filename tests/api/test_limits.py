@@ -110,7 +110,9 @@ def test_a_body_of_exactly_the_limit_reaches_the_endpoint(server: LiveServer) ->
     assert_error(over, 413, "payload_too_large", f"{MAX_JSON_BYTES:,} bytes")
 
 
-async def _through(chunks: list[bytes], headers: list[tuple[bytes, bytes]], limit: int) -> bytes:
+async def _through(
+    chunks: list[bytes], headers: list[tuple[bytes, bytes]], limit: int, path: str = "/prompts/x"
+) -> bytes:
     """What an app reads behind the limit."""
     queue: list[dict[str, Any]] = [
         {"type": "http.request", "body": chunk, "more_body": i + 1 < len(chunks)} for i, chunk in enumerate(chunks)
@@ -131,7 +133,7 @@ async def _through(chunks: list[bytes], headers: list[tuple[bytes, bytes]], limi
     async def send(message: Any) -> None:
         raise AssertionError("the limit itself sends nothing")
 
-    scope = {"type": "http", "method": "PUT", "path": "/prompts/x", "headers": headers}
+    scope = {"type": "http", "method": "PUT", "path": path, "headers": headers}
     await BodyLimit(app, limit - MULTIPART_OVERHEAD)(scope, receive, send)
     return read
 
@@ -150,6 +152,13 @@ async def test_the_limit_is_exact() -> None:
     for chunks, headers in too_much:
         with pytest.raises(PayloadTooLarge):
             await _through(chunks, headers, limit)
+
+
+async def test_only_an_upload_may_be_as_large_as_one() -> None:
+    body, limit = [bytes(MAX_JSON_BYTES), b"x"], 2 * MAX_JSON_BYTES
+    assert len(await _through(body, [], limit)) == MAX_JSON_BYTES + 1
+    with pytest.raises(PayloadTooLarge, match=f"{MAX_JSON_BYTES:,} bytes"):  # it is read into memory
+        await _through(body, [], limit, "/prompts/x/traffic")
 
 
 # Forms that do not come to their end

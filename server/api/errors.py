@@ -25,6 +25,8 @@ WANTS_A_KEY = {"WWW-Authenticate": "Bearer"}
 
 BROKEN_BODY = "Send the whole body again, as JSON or as a multipart form; /docs says which."
 
+ROUTES = "See /docs for the routes, and check the address before them."
+
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
 
@@ -56,6 +58,9 @@ def install_error_handlers(app: FastAPI) -> None:
             cause = not_kept(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
             return _reply(cause.status, cause)
+        if error.status_code in (404, 405):
+            missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
+            return _reply(error.status_code, missing, error.headers)
         remedy = BROKEN_BODY if error.status_code == 400 else None
         return _reply(error.status_code, InvalidRequest(f"{error.detail}.", remedy=remedy), error.headers)
 

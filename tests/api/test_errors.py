@@ -86,12 +86,12 @@ async def test_an_error_that_quotes_half_a_character_can_still_be_sent(server: L
 
 @pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1/nothing"])
 def test_a_path_that_does_not_exist_is_404_in_the_same_shape(server: LiveServer, path: str) -> None:
-    assert_error(server.client.get(path), 404, "invalid_request", "Not Found")
+    assert_error(server.client.get(path), 404, "invalid_request", f"There is no GET {path}.")
 
 
 def test_a_method_that_a_route_does_not_have_is_405_and_says_which_it_has(server: LiveServer) -> None:
     response = server.client.get("/generate")
-    assert_error(response, 405, "invalid_request", "Method Not Allowed")
+    assert_error(response, 405, "invalid_request", "There is no GET /generate.")
     assert response.headers["allow"] == "POST"
     assert_error(server.client.post("/prompts/x"), 405, "invalid_request")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 import pytest
 
 from server.errors import InvalidTaskName
@@ -35,6 +38,21 @@ def test_a_version_is_a_positive_number(version: str) -> None:
 def test_a_version_needs_the_name_of_a_task(reference: str) -> None:
     with pytest.raises(InvalidTaskName):
         split_version(reference)
+
+
+def test_ten_thousand_names_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"customer-{number:05d}-sentiment" for number in range(10_000)]
+    compared: list[int] = []
+    really = difflib.get_close_matches
+
+    def count(word: str, possibilities: Sequence[str], n: int) -> list[str]:
+        compared.append(len(possibilities))
+        return really(word, possibilities, n)
+
+    monkeypatch.setattr(difflib, "get_close_matches", count)
+    for misspelt in ("customer-00012-sentimnt", "custmer-00012-sentiment", "kustomer-00012-sentiment"):
+        assert "customer-00012-sentiment" in unknown_task(misspelt, names).message, misspelt
+    assert max(compared) < 300, "it is the event loop that would wait"
 
 
 def test_an_unknown_task_names_near_ones_and_only_those() -> None:

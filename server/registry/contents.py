@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from server.core import ModelSpec
 from server.errors import PreludeError, VersionUnavailable
@@ -18,9 +18,20 @@ class Contents:
         broken: blob -> why it cannot be served.
     """
 
-    def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int) -> None:
-        """Nothing is read yet."""
+    def __init__(
+        self, store: Store, model: ModelSpec, max_virtual_tokens: int, is_wanted: Callable[[str], bool]
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            store: where they are.
+            model: the frozen model that they must fit.
+            max_virtual_tokens: the longest soft prompt that is taken.
+            is_wanted: whether a version has these numbers, or is about to; what was deleted while it was read is not
+                broken.
+        """
         self.broken: dict[str, str] = {}
+        self._is_wanted = is_wanted
         self._store = store
         self._model = model
         self._max_virtual_tokens = max_virtual_tokens
@@ -37,6 +48,8 @@ class Contents:
             check_finite(soft_prompt.tensor, self._model.dtype)
         except PreludeError as exc:
             self.broken[content.blob] = str(exc)
+            if not self._is_wanted(content.prefix_hash):  # in this order: who deletes it forgets it last
+                self.forget(content)
             raise VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy) from exc
         self.broken.pop(content.blob, None)
         return soft_prompt

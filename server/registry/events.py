@@ -185,13 +185,17 @@ Change = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Event(_Strict):
-    """One atomic change: which, when, from where, and by whom (a key's id, or an inbox's place)."""
+    """One atomic change: which, when, from where, and by whom (a key's id, or an inbox's place).
+
+    A `nonce` makes it another one than that of a server which does the same at the same moment; old events have none.
+    """
 
     number: int
     at: str
     source: Source
     by: str | None
     change: Change
+    nonce: str = ""
 
     def to_json(self) -> bytes:
         """The event's file."""

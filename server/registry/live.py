@@ -74,7 +74,7 @@ class LiveMap:
         self._holding = threading.Lock()
         self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
         self._state = State(store.events())
-        self._contents = Contents(store, model, max_virtual_tokens)
+        self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced)
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
         self._tasks: dict[str, Task] = {}
         self._refresh(self._state.tasks)

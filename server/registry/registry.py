@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import datetime
 import logging
+import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 from server.core import ModelSpec
-from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError
+from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, StoreFull
 from server.registry import plans
 from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of
 from server.registry.live import HOST_MEMORY, LiveMap
@@ -23,6 +26,13 @@ from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
+
+EVENTS_AT_ONCE = 64
+"""Other servers' events that are taken over in one go: all contents that they let answer are held at once."""
+
+WARMERS = 4
+WARM_SECONDS = 10.0
+"""How long other servers' changes wait until the contents that they let answer are warm."""
 
 
 class Registry(LiveMap):
@@ -36,6 +46,7 @@ class Registry(LiveMap):
         """As LiveMap."""
         super().__init__(store, model, max_virtual_tokens, host_memory)
         self._changing = threading.Lock()
+        self._syncing = threading.Lock()  # of several who look at once, one reads and warms; readers need neither
 
     def publish(
         self,
@@ -90,8 +101,8 @@ class Registry(LiveMap):
                 return Published(created=False, live=False, tasks=placed.versions, etag=placed.etag)
             contents = self._put_blobs(soft_prompts)
             try:
-                event = self._change(plan, source, by)
-            except PreconditionFailed:
+                _, live = self._change(plan, source, by)
+            except (PreconditionFailed, StoreFull):  # after any other error there may be an event that names them
                 self._remove(contents)
                 raise
         blobs = {item.content.blob for item in placed.versions}
@@ -103,7 +114,7 @@ class Registry(LiveMap):
             created=len(unused) < len(contents),
             live=activate or contents[0] in unused,
             tasks=placed.versions,
-            etag=event.number if event else placed.etag,
+            etag=live[names[0]].etag,
         )
 
     def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
@@ -112,10 +123,7 @@ class Registry(LiveMap):
         Raises:
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        self.sync()
-        self._warm_versions(name, [version])
-        self._change(lambda: plans.activate(self._state, name, version, expected), "api", by)
-        return self.task(name)
+        return self._let_answer(name, lambda: plans.activate(self._state, name, version, expected), by)
 
     def set_traffic(
         self, name: str, weights: Mapping[int, int], *, by: str | None = None, expected: Expected = None
@@ -126,12 +134,7 @@ class Registry(LiveMap):
             InvalidRequest: the weights are not shares of 100.
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        self.sync()
-        with self._changing:
-            plans.set_traffic(self._state, name, weights, expected)  # a refusal comes before the work
-        self._warm_versions(name, [version for version, weight in weights.items() if weight])
-        self._change(lambda: plans.set_traffic(self._state, name, weights, expected), "api", by)
-        return self.task(name)
+        return self._let_answer(name, lambda: plans.set_traffic(self._state, name, weights, expected), by)
 
     def roll_back(self, name: str, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let what answered before answer again; twice in a row goes back twice.
@@ -139,13 +142,7 @@ class Registry(LiveMap):
         Raises:
             NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        self.sync()
-        with self._changing:
-            plans.roll_back(self._state, name, expected)
-            before = self._state.tasks[name].before
-        self._warm_versions(name, [version for version, _ in before])
-        self._change(lambda: plans.roll_back(self._state, name, expected), "api", by)
-        return self.task(name)
+        return self._let_answer(name, lambda: plans.roll_back(self._state, name, expected), by)
 
     def delete_version(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> None:
         """Forget a version that does not answer.
@@ -180,7 +177,7 @@ class Registry(LiveMap):
             StoreError: the store refuses.
         """
         self.sync()
-        event = self._change(lambda: plans.retire(self._state, tasks, by), "inbox", by)
+        event, _ = self._change(lambda: plans.retire(self._state, tasks, by), "inbox", by)
         return event.change.tasks if event is not None and isinstance(event.change, Retire) else ()
 
     def is_from_inbox(self, name: str, soft_prompt: SoftPrompt, by: str | None = None) -> bool:
@@ -205,48 +202,94 @@ class Registry(LiveMap):
         Raises:
             StoreError: the store cannot be read.
         """
-        events = self._store.events_after(self._state.last_event)
-        if not events:
-            return
-        with self._changing:
-            going_live = self._going_live(events)
-        with self._hold(content.prefix_hash for content in going_live):
-            warmed: list[SoftPrompt] = []
-            for content in going_live:
-                try:
-                    warmed.append(self.host.fetch(content).result())
-                    self._engine.warm(warmed[-1:])
-                except PreludeError as exc:  # the change is made all the same: another server has acknowledged it
-                    log.warning("a version that another server published cannot be served: %s", exc)
-            with self._changing:
-                self._apply([event for event in events if event.number > self._state.last_event])
-            for soft_prompt in warmed:
-                self.host.put(soft_prompt)
+        with self._syncing:
+            while events := self._store.events_after(self._state.last_event, EVENTS_AT_ONCE):
+                self._take_over(events)
+                if len(events) < EVENTS_AT_ONCE:
+                    return
 
     # Within.
 
-    def _change(self, plan: Callable[[], Change | None], source: Source, by: str | None) -> Event | None:
+    def _take_over(self, events: Sequence[Event]) -> None:
+        """Take over other servers' events, as far as no change of our own has met them meanwhile."""
+
+        def news() -> list[Event]:
+            return [event for event in events if event.number > self._state.last_event]
+
+        with self._changing:
+            going_live = self._going_live(news())
+        with self._hold(content.prefix_hash for content in going_live):
+            warmed = self._warm_in_time(going_live)
+            with self._changing:
+                self._apply(news())
+            for soft_prompt in warmed:
+                self.host.put(soft_prompt)
+
+    def _warm_in_time(self, contents: Sequence[Content]) -> list[SoftPrompt]:
+        """Warm what answers on other servers already, on threads of their own: none that hangs may hide later changes.
+
+        Returns:
+            Those that are warm. The others will answer all the same, as their change was acknowledged.
+        """
+        waiting, warmed = deque(contents), list[SoftPrompt]()
+
+        def warm() -> None:
+            while waiting:
+                try:
+                    soft_prompt = self.host.fetch(waiting.popleft()).result()
+                    self._engine.warm([soft_prompt])
+                    warmed.append(soft_prompt)
+                except IndexError:  # another thread took the last one
+                    return
+                except PreludeError as exc:
+                    log.warning("a version that another server published cannot be served: %s", exc)
+
+        threads = [threading.Thread(target=warm, name="warm", daemon=True) for _ in contents[:WARMERS]]
+        end = time.monotonic() + WARM_SECONDS
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            waiting.clear()
+            log.warning("versions that another server published go live before they are warm")
+        return list(warmed)
+
+    def _let_answer(self, name: str, plan: Callable[[], Change | None], by: str | None) -> Task:
+        """Warm what a plan lets answer, and make the change; what is refused is refused before the work."""
+        self.sync()
+        with self._changing:
+            change = plan()
+            ahead = [] if change is None else [Event(self._state.last_event + 1, "", "api", by, change)]
+            going_live = self._going_live(ahead)
+        self._engine.warm([self.host.fetch(content).result() for content in going_live])
+        return self._change(plan, "api", by)[1][name]
+
+    def _change(
+        self, plan: Callable[[], Change | None], source: Source, by: str | None
+    ) -> tuple[Event | None, Mapping[str, Task]]:
         """Append the event of a plan; a loser of the race for its number reads what won, and plans again.
 
         Returns:
-            The event, or None if there was nothing to change.
+            The event, or None if there was nothing to change, and the live map as it left it.
         """
         with self._changing:
             while True:
                 change = plan()
                 if change is None:
-                    return None
+                    return None, self._tasks
                 now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-                event = Event(self._state.last_event + 1, now, source, by, change)
+                event = Event(self._state.last_event + 1, now, source, by, change, secrets.token_hex(8))
                 if self._store.append(event):
                     removed = self._apply([event])
+                    live = self._tasks
                     break
                 won = self._store.events_after(self._state.last_event)
                 if not won:
                     raise StoreError(f"The store refuses event {event.number} and does not show who has it.")
                 self._apply(won)
         self._remove(removed)  # without the lock: an object store takes its time for each
-        return event
+        return event, live
 
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
         contents: list[Content] = []
@@ -263,12 +306,6 @@ class Registry(LiveMap):
             self._store.remove_blobs(contents)
         except StoreError as exc:
             log.warning("blobs that nobody needs are left for later: %s", exc)
-
-    def _warm_versions(self, name: str, numbers: Iterable[int]) -> None:
-        versions = self.task(name).versions
-        for number in numbers:
-            plans.check_version(name, versions, number)
-            self._engine.warm([self.host.fetch(versions[number].content).result()])
 
     def _check_free(self, name: str) -> None:
         check_task_name(name)

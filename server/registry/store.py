@@ -57,14 +57,14 @@ class Store:
         with ThreadPoolExecutor(READERS, "events") as readers:
             return list(readers.map(self._read_event, range(1, len(names) + 1)))
 
-    def events_after(self, number: int) -> list[Event]:
-        """Events that came since, in order; one look at the store if there is none.
+    def events_after(self, number: int, most: int | None = None) -> list[Event]:
+        """Events that came since, in order, the first `most` of them; one look at the store if there is none.
 
         Raises:
             StoreError: one cannot be read.
         """
         found: list[Event] = []
-        while (data := self._objects.get(_event_key(number + 1))) is not None:
+        while len(found) != most and (data := self._objects.get(_event_key(number + 1))) is not None:
             number += 1
             found.append(_parse(number, data))
         return found

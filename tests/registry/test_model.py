@@ -253,7 +253,7 @@ class TwoServers(RuleBasedStateMachine):
         call: Callable[..., object] = getattr(self.registries[server], method)
         if not model.versions:
             error = UnknownTask
-        elif not model.meets(expected) and error is not UnknownTask:
+        elif not model.meets(expected):
             error = PreconditionFailed
         if error is None:
             call(task, *args, expected=self._condition(model, expected))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.errors import StoreError, UnknownTask, VersionUnavailable
+from server.errors import PreconditionFailed, StoreError, StoreFull, UnknownTask, VersionUnavailable
 from server.registry.registry import Registry
 from tests.registry.fakes import NotingEngine
 from tests.registry.shelf import Shelf, content, identity, put, serving, snapshot
@@ -174,6 +174,58 @@ def test_of_several_rows_those_before_the_refused_one_are_removed() -> None:
     with pytest.raises(StoreError):
         shelf.open().publish("m", [content(6), content(7), content(8)], "api")
     assert shelf.digests() == blobs
+
+
+def test_a_full_store_is_not_filled_further_by_what_it_refuses() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    before = dict(shelf.objects.objects)
+
+    def refuse(key: str) -> None:
+        if key.startswith("events/"):
+            raise StoreFull("No space left.")
+
+    shelf.objects.before_create = refuse
+    for _ in range(2):
+        with pytest.raises(StoreFull):
+            registry.publish("m", [content(8), content(9)], "api")
+    assert shelf.objects.objects == before, "it promises that nothing has changed, so no event names the blobs"
+
+
+def test_what_is_deleted_while_it_is_read_is_not_remembered_as_broken() -> None:
+    shelf = furnished()
+    registry = shelf.open()
+    resolved = registry.resolve("a@1")
+    fails = shelf.objects.fails
+
+    def delete_and_fail(action: str, key: str) -> bool:
+        if action == "get" and content(3).digest in key:
+            shelf.objects.fails = fails
+            registry.delete("a")
+        return False
+
+    resolved = registry.resolve("a@3")
+    shelf.objects.fails = delete_and_fail
+    with pytest.raises(VersionUnavailable):
+        registry.fetch(resolved).result()
+    assert registry._contents.broken == {}
+
+
+def test_a_refusal_comes_before_the_work() -> None:
+    shelf, engine = furnished(), NotingEngine()
+    registry = shelf.open()
+    registry.connect(engine)
+    shelf.objects.reads.clear()
+    for refused in (
+        lambda: registry.activate("a", 1, expected=1),
+        lambda: registry.set_traffic("a", {1: 90, 2: 10}, expected=1),
+        lambda: registry.roll_back("a", expected=1),
+        lambda: registry.publish("a", [content(9)], "api", expected=1),
+    ):
+        with pytest.raises(PreconditionFailed):
+            refused()
+    assert engine.warmed == []
+    assert not any(key.startswith("blobs/") for key in shelf.objects.reads)
 
 
 def test_a_store_that_says_taken_and_shows_nothing_is_an_error_and_no_endless_loop() -> None:

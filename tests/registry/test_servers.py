@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
 from server.errors import InvalidSoftPrompt, NothingToRollBackTo, PreludeError, StoreError, UnknownTask
-from server.registry.events import Activate, Event
+from server.registry import plans
+from server.registry import registry as registry_module
+from server.registry.events import Activate, Content, Event
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -242,6 +245,136 @@ def test_a_prefix_that_a_publish_is_about_to_need_survives_a_delete(shelf: Shelf
     assert engine.dropped == []
     registry.delete("b")
     assert engine.dropped == [content(1).prefix_hash]
+
+
+def test_a_content_that_hangs_while_it_is_warmed_does_not_hide_later_changes(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "WARM_SECONDS", 0.2)
+    first, second = shelf.open(), shelf.open()
+    engine, door = with_engine(second), threading.Event()
+
+    def wait(soft_prompt: SoftPrompt) -> None:
+        if soft_prompt.digest == content(1).digest:
+            assert door.wait(20)
+
+    put(first, "b", content(2))
+    second.sync()
+    engine.on_warm = wait
+    put(first, "a", content(1))
+    put(first, "c", content(3))
+    first.delete("b")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second.sync).result(5)
+        assert snapshot(second) == snapshot(first)
+        assert content(3).prefix_hash in engine.warmed, "it did not have to wait for the other"
+        door.set()
+    assert serving(second, "a").digest == content(1).digest
+    assert is_tidy(second)
+
+
+def test_many_changes_are_taken_over_bit_by_bit(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "EVENTS_AT_ONCE", 8)
+    first, second = shelf.open(), shelf.open()
+    engine, seen = with_engine(second), list[int]()
+    engine.on_warm = lambda soft_prompt: seen.append(len(second.tasks()))
+    for number in range(40):
+        put(first, f"t{number}", content(number))
+    second.sync()
+    assert snapshot(second) == snapshot(first)
+    assert sorted(set(seen)) == [0, 8, 16, 24, 32], "else all their tensors would have to be held at once"
+    shelf.objects.reads.clear()
+    second.sync()
+    assert sum(shelf.objects.reads.values()) == 1
+
+
+def test_what_was_taken_over_meanwhile_is_not_warmed_any_more(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine = with_engine(second)
+    put(first, "a", content(1))
+    get = shelf.objects.get
+
+    def take_over_and_delete(key: str) -> bytes | None:
+        found = get(key)
+        if key == "events/000000000002.json" and found is None:  # the sync has read event 1
+            shelf.objects.get = get  # type: ignore[method-assign]
+            with second._changing:
+                second._apply(second._store.events_after(0))
+            second._change(lambda: plans.delete(second._state, "a", None), "api", None)
+        return found
+
+    shelf.objects.get = take_over_and_delete  # type: ignore[method-assign]
+    second.sync()
+    assert engine.warmed == []
+    assert caplog.records == [], "nobody looked for its blob"
+    assert snapshot(second) == {}
+    assert is_tidy(second)
+
+
+def test_many_who_look_at_once_warm_once(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine, door = with_engine(second), threading.Event()
+
+    def wait(soft_prompt: SoftPrompt) -> None:
+        assert door.wait(10)
+
+    engine.on_warm = wait
+    put(first, "a", content(1))
+    with ThreadPoolExecutor(4) as pool:
+        looking = [pool.submit(second.sync) for _ in range(4)]
+        time.sleep(0.1)
+        door.set()
+        for future in looking:
+            future.result(10)
+    assert engine.warmed == [content(1).prefix_hash]
+
+
+# The same at the same moment
+
+
+def test_two_servers_that_go_back_in_the_same_millisecond_go_back_twice(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedClock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> StoppedClock:
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    first, second = shelf.open(), shelf.open()
+    for seed in (1, 2, 3):
+        put(first, "a", content(seed))
+    monkeypatch.setattr(datetime, "datetime", StoppedClock)
+
+    def meanwhile(key: str) -> None:
+        shelf.objects.before_create = lambda key: None
+        first.roll_back("a")
+
+    shelf.objects.before_create = meanwhile
+    assert second.roll_back("a").traffic == ((1, 100),)
+    assert snapshot(shelf.open()) == snapshot(second)
+
+
+@pytest.mark.parametrize("change", ["activate", "traffic", "roll back"])
+def test_a_change_answers_what_it_led_to_and_not_what_came_after(shelf: Shelf, change: str) -> None:
+    registry = shelf.open()
+    for seed in (1, 2):
+        put(registry, "a", content(seed))
+    wishes = {
+        "activate": partial(registry.activate, "a", 1),
+        "traffic": partial(registry.set_traffic, "a", {1: 100}),
+        "roll back": partial(registry.roll_back, "a"),
+    }
+    remove_blobs = registry._store.remove_blobs
+
+    def delete_at_once(contents: Iterable[Content]) -> None:
+        registry._store.remove_blobs = remove_blobs  # type: ignore[method-assign]
+        remove_blobs(contents)
+        registry.delete("a")
+
+    registry._store.remove_blobs = delete_at_once  # type: ignore[method-assign]
+    task = wishes[change]()
+    assert (task.traffic, task.etag) == (((1, 100),), 3), "an ETag of what came later would let it be overwritten"
+    assert registry.tasks() == []
 
 
 # Everything at once

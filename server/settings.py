@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import ConfigurationError
@@ -103,6 +103,14 @@ class Settings(BaseSettings):
     def store_url(self) -> str:
         """The store's URL with its default filled in."""
         return self.store or f"file:{self.prompts_dir / '.store'}"
+
+    @field_validator("api_keys_file", "prompts_dir", "cache_dir")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        try:  # a file of variables, such as systemd's, is read by no shell that would replace ~
+            return None if path is None else path.expanduser()
+        except RuntimeError as exc:
+            raise ValueError(f"there is no user {path.parts[0] if path else ''}") from exc
 
     @classmethod
     def load(cls, **options: Any) -> Settings:

@@ -47,6 +47,16 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.mark.parametrize("name", ["api_keys_file", "prompts_dir", "cache_dir"])
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), "~/x")
+    assert getattr(Settings.load(), name) == Path("/home/ada/x")
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), "~nobody-of-that-name/x")
+    with pytest.raises(ConfigurationError, match="there is no user ~nobody-of-that-name"):
+        Settings.load()
+
+
 def test_the_table_above_holds_every_setting() -> None:
     assert set(VALUES) == set(Settings.model_fields)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.errors import errors_as_sentences
+from server.cli.errors import errors_as_sentences, printable
 from server.errors import ConfigurationError
 from server.keys.file import add_key, read_keys, revoke_key
 from server.keys.key import ApiKey, Scope
@@ -17,7 +17,6 @@ app = typer.Typer(
     help="API keys: who may use, publish and delete tasks. The file holds hashes, not keys. "
     "Start a server with it: prelude serve --api-keys-file keys.json. A running one follows it within a second.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
 )
 
 FileOption = Annotated[
@@ -53,7 +52,7 @@ def create(
         path = _file(file)
         key, text = add_key(path, name, scope, tasks)
         typer.echo(text)
-        typer.echo(f"{path}: key {key.id} ({key.name}): {_what(key)}.", err=True)
+        typer.echo(printable(f"{path}: key {key.id} ({key.name}): {_what(key)}."), err=True)
         typer.echo("It is shown only now. Requests carry it as: Authorization: Bearer KEY", err=True)
 
 
@@ -61,14 +60,14 @@ def create(
 def list_keys(file: FileOption = None) -> None:
     """Show the keys of a file: id, name, what each may do, since when."""
     with errors_as_sentences():
+        from server.cli.tables import console, print_keys
+
         path = _file(file)
         keys = read_keys(path)
-        if not keys:
+        if keys:
+            print_keys(keys, console())
+        else:
             typer.echo(f"{path} holds no key.", err=True)
-        rows = [(key.id, key.name, _what(key), f"since {key.created_at:%Y-%m-%d}") for key in keys]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -80,12 +79,11 @@ def revoke(
     with errors_as_sentences():
         path = _file(file)
         key = revoke_key(path, key_id)
-        typer.echo(f"{path}: key {key.id} ({key.name}) is revoked.", err=True)
+        typer.echo(printable(f"{path}: key {key.id} ({key.name}) is revoked."), err=True)
 
 
 def _file(given: Path | None) -> Path:
-    settings = Settings.load()  # also where a file is given, so that a misspelt variable is found by every command
-    path = given or settings.api_keys_file
+    path = Settings.load(api_keys_file=given).api_keys_file
     if path is None:
         raise ConfigurationError(
             "No keys file is named.", remedy="Give --file keys.json, or set PRELUDE_API_KEYS_FILE."

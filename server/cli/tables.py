@@ -10,16 +10,19 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.diff import Comparison, FieldChange, TensorChange
 from server.cli.errors import printable
 from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
-from server.client import PromptEntry, VersionList
+
+if TYPE_CHECKING:  # a command loads only what it prints
+    from server.cli.diff import Comparison, FieldChange, TensorChange
+    from server.client import PromptEntry, VersionList
+    from server.keys.key import ApiKey
 
 UNLIMITED = 1_000_000
 """Width of a table that goes into a pipe: whoever reads it there wants whole lines."""
@@ -85,6 +88,20 @@ def print_versions(listed: VersionList, out: Console) -> None:
     _print(table, out)
     if "etag" in listed and out.is_terminal:  # a pipe gets the table alone; --json has the state as well
         out.print(_text(f"state {listed['etag']}, for --if-match", "dim"))
+
+
+def print_keys(keys: Sequence[ApiKey], out: Console) -> None:
+    """API keys, without what tells them."""
+    table = _table("id", "name", "scopes", "tasks", "since", wrap={"name", "scopes", "tasks"})
+    for key in keys:
+        table.add_row(
+            _text(key.id, "bold"),
+            _text(key.name),
+            _text(", ".join(key.scopes)),
+            _text("all" if key.tasks is None else ", ".join(key.tasks)),
+            _text(f"{key.created_at:%Y-%m-%d}"),
+        )
+    _print(table, out)
 
 
 def live_sentence(listed: VersionList) -> str:

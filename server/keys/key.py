@@ -16,14 +16,30 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NO_HASH = "0" * 64
 """Compared with where there is no such key, so that the time of a refusal does not tell which ids exist."""
 
 _PRESENTED = re.compile(r"prelude_([a-z0-9]{4,32})_([0-9a-f]{64})")
 
-TaskPattern = Annotated[str, Field(pattern=r"^[a-z0-9*][a-z0-9._*-]{0,63}$")]
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,100}")
+_PATTERN = re.compile(r"[a-z0-9*][a-z0-9._*-]{0,63}")
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("a key is called by 1 to 100 characters on one line")
+    return name
+
+
+def _check_pattern(pattern: str) -> str:
+    if not _PATTERN.fullmatch(pattern):
+        raise ValueError("this is no task's name, in which * may stand for any characters, such as team-a-*")
+    return pattern
+
+
+TaskPattern = Annotated[str, AfterValidator(_check_pattern)]
 """A task's name in which `*` stands for any characters, also none."""
 
 
@@ -41,15 +57,17 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^[a-z0-9]{4,32}$")
-    name: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,100}$")
+    name: Annotated[str, AfterValidator(_check_name)]
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
-    scopes: tuple[Scope, ...] = Field(min_length=1)
-    tasks: tuple[TaskPattern, ...] | None = Field(None, min_length=1)
+    scopes: tuple[Scope, ...]
+    tasks: tuple[TaskPattern, ...] | None = None
     created_at: AwareDatetime
 
     @field_validator("scopes", "tasks")
     @classmethod
-    def _no_duplicates(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _some_and_no_duplicates(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if values == ():
+            raise ValueError("at least one is needed")
         if values is not None and len(set(values)) < len(values):
             raise ValueError("the same comes twice")
         return values

@@ -62,12 +62,13 @@ def test_hints_tell_what_the_key_may_and_how_to_send_it_but_not_the_key() -> Non
 
 def test_list_shows_every_key_and_no_hash() -> None:
     create("--name", "ci", "--scope", "publish", "--tasks", "team-a-*")
-    create("--name", "ada's laptop", "--scope", "admin")
+    create("--name", "ada's 日本語", "--scope", "admin")
     first, second = read_keys(Path("keys.json"))
-    since = f"since {first.created_at:%Y-%m-%d}"
+    since = f"{first.created_at:%Y-%m-%d}"
     assert keys("list", "--file", "keys.json").stdout.splitlines() == [
-        f"{first.id}  ci            publish for team-a-*  {since}",
-        f"{second.id}  ada's laptop  admin                 {since}",
+        "id        name          scopes   tasks     since",
+        f"{first.id}  ci            publish  team-a-*  {since}",
+        f"{second.id}  ada's 日本語  admin    all       {since}",  # three characters, six columns of a terminal
     ]
 
 
@@ -97,6 +98,19 @@ def test_the_file_of_the_settings_is_taken_where_none_is_named(monkeypatch: pyte
     assert read_keys(Path("ours.json")) == ()
 
 
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_the_file_may_lie_in_the_home_that_no_shell_has_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    if by_variable:
+        monkeypatch.setenv("PRELUDE_API_KEYS_FILE", "~/keys.json")
+    result = keys("create", "--name", "ci", "--scope", "admin", *([] if by_variable else ["--file=~/keys.json"]))
+    assert result.exit_code == 0, result.output
+    assert len(read_keys(tmp_path / "home/keys.json")) == 1
+
+
 @pytest.mark.parametrize("command", [["create", "--name", "ci", "--scope", "admin"], ["list"], ["revoke", "4f0c9a1e"]])
 def test_without_any_file_a_command_says_how_to_name_one(command: list[str]) -> None:
     assert "Give --file keys.json, or set PRELUDE_API_KEYS_FILE." in refused(keys(*command))
@@ -112,7 +126,9 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, file: l
     ("arguments", "problem"),
     [
         (["--scope", "admin", "--tasks", "a"], "leave its task patterns out"),
-        (["--scope", "publish", "--tasks", "Team A"], "tasks 1: "),
+        (["--scope", "publish", "--tasks", "Team A"], "tasks 1: this is no task's name"),
+        (["--scope", "publish", "--name", "two\nlines"], "name: a key is called by 1 to 100 characters on one line"),
+        (["--scope", "publish", "--name", ""], "name: a key is called by 1 to 100 characters on one line"),
         (["--scope", "publish", "--scope", "publish"], "comes twice"),
         (["--scope", "everything"], "'everything' is not one of"),
         ([], "--scope"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -173,8 +174,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, name: str) ->
 
 
 def test_a_key_that_cannot_be_is_refused_before_anything_is_written(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="tasks 2: String should match"):
-        add_key(path, "ci", [Scope.PUBLISH], ["fine", "Not Fine"])
+    with pytest.raises(
+        ConfigurationError, match=r"no such key: tasks 1: this is no task's name, .*, such as team-a-\*\. See"
+    ):
+        add_key(path, "ci", [Scope.PUBLISH], ["Not Fine"])
     assert not path.exists()
 
 
@@ -205,6 +208,19 @@ def test_a_file_that_does_not_fit_is_refused_by_entry_and_not_quoted(path: Path,
 def test_bytes_that_are_no_text_are_refused(path: Path) -> None:
     path.write_bytes(b'{"keys": [{"id": "\xff"}]}')
     assert "does not fit" in refusal(path).message
+
+
+def test_a_folder_that_cannot_be_synced_loses_no_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    key, _ = add_key(path, "ci", [Scope.PUBLISH], None)
+    assert read_keys(path) == (key,)
 
 
 def test_a_file_that_is_not_there_is_refused_with_the_command_that_makes_it(path: Path) -> None:

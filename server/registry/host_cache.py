@@ -15,8 +15,8 @@ from server.registry.events import Content
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 LOADERS = 4
-OVERHEAD_BYTES = 4096
-"""What a soft prompt takes beside its tensor: the objects, and a manifest of usual size."""
+OVERHEAD_BYTES = 8192
+"""What a soft prompt takes beside its tensor: the objects, and a manifest as `prelude train` writes it, 6 KB of it."""
 
 
 class HostCache:

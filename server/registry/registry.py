@@ -243,6 +243,8 @@ class Registry(LiveMap):
                     return
                 except PreludeError as exc:
                     log.warning("a version that another server published cannot be served: %s", exc)
+                except Exception:  # a bug of ours, which must not hide the change either
+                    log.exception("a version that another server published cannot be warmed")
 
         threads = [threading.Thread(target=warm, name="warm", daemon=True) for _ in contents[:WARMERS]]
         end = time.monotonic() + WARM_SECONDS

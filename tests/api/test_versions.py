@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 
 from server.engine.model import FrozenModel
 from server.registry.events import Content
+from server.registry.host_cache import OVERHEAD_BYTES
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import LiveServer, as_form, assert_error, engine_answer, live_server, wait_until
 from tests.support import random_kv_prompt, random_soft_prompt, tiny_module
@@ -393,7 +394,7 @@ def test_a_hundred_requests_for_one_cold_task_load_it_once_and_hold_nobody_up(tm
 
 def test_more_tasks_than_fit_into_memory_are_all_served(tmp_path: Path, tiny: FrozenModel) -> None:
     restarted(tmp_path, 12)
-    one = random_soft_prompt(tiny.spec).num_bytes + 4096
+    one = random_soft_prompt(tiny.spec).num_bytes + OVERHEAD_BYTES
     with live_server(tmp_path, host_memory=str(3 * one)) as server:
         for _ in range(2):
             for seed in range(12):

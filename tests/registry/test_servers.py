@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -273,6 +273,23 @@ def test_a_content_that_hangs_while_it_is_warmed_does_not_hide_later_changes(
     assert is_tidy(second)
 
 
+def test_a_bug_while_warming_does_not_hide_changes(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = shelf.open(), shelf.open()
+    engine = with_engine(second)
+
+    def fail(soft_prompt: SoftPrompt) -> None:
+        if soft_prompt.digest == content(1).digest:
+            raise ZeroDivisionError("oops")
+
+    engine.on_warm = fail
+    for number in range(10):
+        put(first, f"t{number}", content(number))
+    second.sync()
+    assert snapshot(second) == snapshot(first)
+    assert len(engine.warmed) == 9
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
 def test_many_changes_are_taken_over_bit_by_bit(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_module, "EVENTS_AT_ONCE", 8)
     first, second = shelf.open(), shelf.open()
@@ -327,6 +344,49 @@ def test_many_who_look_at_once_warm_once(shelf: Shelf) -> None:
         for future in looking:
             future.result(10)
     assert engine.warmed == [content(1).prefix_hash]
+
+
+# A store that does not answer
+
+
+def test_no_reader_waits_for_a_change_that_waits_for_the_store(shelf: Shelf) -> None:
+    registry, door, entered = shelf.open(), threading.Event(), threading.Event()
+    with_engine(registry)
+    put(registry, "a", content(1))
+    put(registry, "b", content(2))
+    registry.host.drop(content(2).digest)
+
+    def hang(key: str) -> None:
+        entered.set()
+        assert door.wait(20)
+
+    def read() -> None:
+        assert registry.cached(registry.resolve("a")) is not None
+        assert serving(registry, "b").digest == content(2).digest
+        assert [task.name for task in registry.tasks()] == ["a", "b"]
+        assert registry.task("a").traffic == ((1, 100),)
+        assert registry.is_referenced(content(1).prefix_hash)
+        assert registry.errors == {}
+        registry.report("entry", None)
+        for reference in ("c", "a@9"):
+            with pytest.raises(UnknownTask):
+                registry.resolve(reference)
+
+    shelf.objects.before_create = hang
+    with ThreadPoolExecutor(3) as pool:
+        changes: list[Future[object]] = [
+            pool.submit(registry.delete, "a"),
+            pool.submit(registry.set_traffic, "b", {1: 100}),
+        ]
+        assert entered.wait(10)
+        try:
+            pool.submit(read).result(10)
+        finally:
+            door.set()
+        for change in changes:
+            change.result(10)
+    with pytest.raises(UnknownTask):
+        registry.resolve("a")
 
 
 # The same at the same moment

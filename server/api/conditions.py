@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import Depends, Header, Response
+from fastapi import Depends, Header, Request, Response
 
 from server.errors import InvalidRequest
 from server.registry.plans import Expected
@@ -14,6 +14,7 @@ _ETAG = re.compile(r'"?([0-9]{1,12})"?')
 
 
 async def _expected(
+    request: Request,
     if_match: Annotated[str | None, Header(description='"*", or the ETag that the task must still have.')] = None,
     if_none_match: Annotated[str | None, Header(description='"*": the task must not exist yet.')] = None,
 ) -> Expected:
@@ -22,6 +23,9 @@ async def _expected(
     Raises:
         InvalidRequest: the header is neither * nor one ETag of a task.
     """
+    for name in ("If-Match", "If-None-Match"):
+        if len(request.headers.getlist(name)) > 1:
+            raise InvalidRequest(f"The header {name} comes twice.", remedy="Send it once, with one ETag.")
     if if_match is not None and if_none_match is not None:
         raise InvalidRequest("If-Match and If-None-Match exclude each other.", remedy="Send one of them.")
     if if_none_match is not None:

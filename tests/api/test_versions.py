@@ -296,6 +296,13 @@ def test_a_change_can_ask_that_the_task_exists_or_does_not(server: LiveServer) -
         assert_error(put(3, **headers), 422, "invalid_request")
 
 
+@pytest.mark.parametrize("name", ["If-Match", "If-None-Match"])
+def test_of_two_conditions_none_is_left_out(server: LiveServer, name: str) -> None:
+    server.publish_random("versions-twice", 1)
+    reply = server.client.delete("/prompts/versions-twice", headers=[(name, "*"), (name, '"0"')])
+    assert_error(reply, 422, "invalid_request", f"{name} comes twice")
+
+
 def test_of_racing_changes_with_one_etag_exactly_one_is_taken(own_server: LiveServer) -> None:
     for seed in range(6):
         own_server.publish_random("raced", seed)

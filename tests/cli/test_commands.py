@@ -31,18 +31,14 @@ def model_directory(tiny32: FrozenModel, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def workplace(model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(workplace: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with data files to stand in, and an environment that names the tiny model."""
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
     variables = {"MODEL": str(model_directory), "DTYPE": "float32", "MAX_MODEL_LEN": "128", "CACHE_DIR": "cache"}
     for name, value in variables.items():
         monkeypatch.setenv(ENV_PREFIX + name, value)
-    write_rows(tmp_path / "train.jsonl", MOODS * 5)
-    write_rows(tmp_path / "test.jsonl", MOODS)
-    return tmp_path
+    write_rows(workplace / "train.jsonl", MOODS * 5)
+    write_rows(workplace / "test.jsonl", MOODS)
+    return workplace
 
 
 def prelude(*arguments: str) -> Result:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import stat
@@ -13,15 +12,6 @@ from server.cli import app
 from server.keys.file import read_keys
 from server.keys.key import Scope
 from server.keys.live import ApiKeys
-from server.settings import ENV_PREFIX
-
-
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
 
 
 def keys(*arguments: str) -> Result:

@@ -23,7 +23,6 @@ from server.cli import app
 from server.cli.prompts import app as prompts_app
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.settings import ENV_PREFIX
 from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 from tests.api.live import Files, LiveServer, live_server, wait_until, zip_of
 from tests.cli.fake_hub import FakeHub, fake_hub
@@ -41,14 +40,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(autouse=True)
-def workplace(server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(server: LiveServer, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to stand in, and an environment that names the server."""
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX):
-            monkeypatch.delenv(name)
     monkeypatch.setenv("PRELUDE_URL", server.url)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return workplace
 
 
 def prompts(*arguments: str, **environment: str) -> Result:

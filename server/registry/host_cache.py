@@ -7,9 +7,9 @@ however many requests ask for it meanwhile; nobody else waits.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from server.registry.events import Content
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -48,7 +48,8 @@ class HostCache:
         self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
         self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another of the same content may be whole
         self._lock = threading.Lock()
-        self._loaders = ThreadPoolExecutor(LOADERS, "soft-prompts")
+        self._waiting: deque[tuple[Content, Future[SoftPrompt]]] = deque()
+        self._num_loaders = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -77,7 +78,8 @@ class HostCache:
             if loading is None:
                 loading = self._loading[content.blob] = Future()
                 loading.set_running_or_notify_cancel()  # who hangs up cannot cancel it for the others
-                self._loaders.submit(self._load_and_keep, content, loading)
+                self._waiting.append((content, loading))
+                self._start_loader()
             return loading
 
     def put(self, soft_prompt: SoftPrompt) -> None:
@@ -100,6 +102,22 @@ class HostCache:
         dropped = self._kept.pop(digest, None)
         if dropped is not None:
             self.num_bytes -= _num_bytes(dropped)
+
+    def _start_loader(self) -> None:
+        """One more, if there may be; a store that does not answer must not keep the process from ending: a daemon."""
+        if self._num_loaders < LOADERS:
+            threading.Thread(target=self._load_all, name="soft-prompts", daemon=True).start()
+            self._num_loaders += 1
+
+    def _load_all(self) -> None:
+        """Load until nothing waits."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._num_loaders -= 1
+                    return
+                content, loading = self._waiting.popleft()
+            self._load_and_keep(content, loading)
 
     def _load_and_keep(self, content: Content, loading: Future[SoftPrompt]) -> None:
         try:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from server.errors import VersionUnavailable
 from server.registry.events import Content, content_of
-from server.registry.host_cache import OVERHEAD_BYTES, HostCache
+from server.registry.host_cache import LOADERS, OVERHEAD_BYTES, HostCache
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.api.live import wait_until
 from tests.registry.shelf import content
 
 PATIENCE = 10.0
@@ -186,6 +191,42 @@ async def test_who_hangs_up_cancels_nobody_else(shelves: Shelves) -> None:
     wait(filling, PATIENCE)
     assert result(cache.fetch(CONTENTS[0])) is PROMPTS[0]
     assert shelves.reads.count("blob 0") == 1
+
+
+def load_for_ever() -> None:
+    """Begin to load what never comes, and end."""
+
+    def hang(known: Content) -> SoftPrompt:
+        threading.Event().wait()
+        raise AssertionError
+
+    HostCache(10 * ONE, hang, lambda digest: True).fetch(CONTENTS[0])
+
+
+def test_a_store_that_does_not_answer_keeps_no_process_from_its_end() -> None:
+    command = "from tests.registry.test_host_cache import load_for_ever; load_for_ever()"
+    done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], check=False, timeout=60)
+    assert done.returncode == 0
+
+
+def test_loaders_end_when_there_is_nothing_to_load(shelves: Shelves) -> None:
+    cache = shelves.cache()
+    for seed in range(3):
+        result(cache.fetch(CONTENTS[seed]))
+    wait_until(lambda: not any(thread.name.startswith("soft-prompts") for thread in threading.enumerate()))
+    assert result(cache.fetch(CONTENTS[3])) is PROMPTS[3]
+
+
+def test_no_more_are_read_at_once_than_there_are_loaders(shelves: Shelves) -> None:
+    cache = shelves.cache()
+    shelves.door.clear()
+    futures = [cache.fetch(replace(CONTENTS[0], blob=f"{i}")) for i in range(3 * LOADERS)]
+    wait_until(lambda: len(shelves.reads) == LOADERS)
+    time.sleep(0.1)
+    assert len(shelves.reads) == LOADERS
+    shelves.door.set()
+    wait(futures, PATIENCE)
+    assert len(shelves.reads) == 3 * LOADERS
 
 
 def test_a_slow_read_makes_no_reader_of_memory_wait(shelves: Shelves) -> None:

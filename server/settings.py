@@ -119,17 +119,7 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: a value does not fit, or a PRELUDE_… variable is not a setting.
         """
-        known = [ENV_PREFIX + name.upper() for name in cls.model_fields]
-        # pydantic reads names in any case, so a misspelt one is looked for in any case too.
-        unknown = sorted(
-            name
-            for name in os.environ
-            if name.upper().startswith(ENV_PREFIX) and name.upper() not in (*known, *CLIENT_VARIABLES)
-        )
-        if unknown:
-            raise ConfigurationError(
-                f"Not a setting: {', '.join(unknown)}.", remedy=f"Settings are {', '.join(known)}."
-            )
+        check_variables()
         try:
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as exc:
@@ -138,3 +128,22 @@ class Settings(BaseSettings):
                 for error in exc.errors()
             )
             raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc
+
+
+def check_variables() -> None:
+    """Refuse a misspelt variable, which would silently do nothing.
+
+    Raises:
+        ConfigurationError: a PRELUDE_… variable is not a setting.
+    """
+    known = [ENV_PREFIX + name.upper() for name in Settings.model_fields]
+    # pydantic reads names in any case, so a misspelt one is looked for in any case too.
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and name not in CLIENT_VARIABLES
+    )
+    if unknown:
+        raise ConfigurationError(
+            f"Not a setting: {', '.join(unknown)}.", remedy=f"Settings are {', '.join((*known, *CLIENT_VARIABLES))}."
+        )

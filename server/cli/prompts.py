@@ -22,6 +22,7 @@ from server.errors import (
     Unauthorized,
     UnknownTask,
 )
+from server.settings import check_variables
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
@@ -310,6 +311,7 @@ def _connected(url: str, key: str | None) -> Iterator[PreludeClient]:
     from server.client import PreludeClient
 
     with errors_as_sentences():
+        check_variables()  # a misspelt PRELUDE_URL would lead to another server
         try:
             with PreludeClient(url, key) as client:
                 yield client

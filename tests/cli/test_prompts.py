@@ -433,6 +433,15 @@ def test_without_a_server_every_command_says_how_to_start_one(workplace: Path, s
         assert "`prelude serve`" in remedy
 
 
+@pytest.mark.parametrize("variable", ["PRELUDE_URI", "prelude_url"])
+def test_a_misspelt_variable_does_not_lead_to_another_server(server: LiveServer, variable: str) -> None:
+    server.publish_random("misspelt")
+    error, remedy = refused(prompts("delete", "misspelt", "--yes", **{variable: "http://127.0.0.1:9"}))
+    assert error == f"Not a setting: {variable}."
+    assert remedy.endswith(", PRELUDE_URL, PRELUDE_API_KEY.")
+    assert live(server, "misspelt") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_examples_and_never_shows_the_key(command: str) -> None:
     wide = {"COLUMNS": "300", "TERMINAL_WIDTH": "300", "PRELUDE_API_KEY": "topsecret"}

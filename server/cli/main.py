@@ -17,6 +17,7 @@ from server.cli.evaluate import evaluate
 from server.cli.logs import configure_logging
 from server.cli.options import with_settings_options
 from server.cli.train import train
+from server.openmp import share_cores
 from server.settings import Settings
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Serve any number of tasks from one frozen LLM: each task is a soft prompt."""
+    share_cores()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets "?", not a traceback
 

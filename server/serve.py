@@ -18,9 +18,8 @@ from tqdm import tqdm
 from server.api.app import create_app
 from server.api.browsers import is_loopback
 from server.core import GenerationRequest, SamplingParams
-from server.engine.build import build_engine
+from server.engine.build import load_engine
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
 from server.keys.live import ApiKeys
@@ -50,7 +49,7 @@ def serve(settings: Settings) -> None:
         check_exposure(settings, listener.getsockname()[0])
         store = Store(open_objects(settings.store_url))
         with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
-            engine = starter.submit(load_engine, settings).result()
+            engine = starter.submit(start_engine, settings).result()
             registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
@@ -66,13 +65,13 @@ def serve(settings: Settings) -> None:
         DrainingServer(config, worker, settings.drain_seconds).run([listener])
 
 
-def load_engine(settings: Settings) -> Engine:
+def start_engine(settings: Settings) -> Engine:
     """The frozen model, in an engine that has taken its first steps.
 
     Raises:
         ConfigurationError: the model or its KV cache cannot be had as the settings ask for it.
     """
-    engine = build_engine(settings, FrozenModel.load(settings))
+    engine = load_engine(settings)
     warm_up(engine)
     return engine
 

@@ -22,6 +22,9 @@ CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
 """Where `prelude prompts` looks for a server; a shell that has them may start one all the same."""
 
 
+OPTIMISATIONS = frozenset({"compiled", "fused", "packed"})
+"""What can be switched off; see `server/engine/optimise.py`."""
+
 Memory = Literal["auto"] | ByteSize
 """A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
 
@@ -64,13 +67,18 @@ class Settings(BaseSettings):
         description="Memory for soft prompts' own vectors, least recently used out first; the others stay on disk.",
     )
     cache_dir: Path = Field(
-        Path("~/.cache/prelude"), description="Where converted models are kept, so that the second start is fast."
+        Path("~/.cache/prelude"), description="Where converted models and compiled code are kept, so that the second start is fast."
     )
     device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
         "auto",
         description="Numbers to serve in: auto, bfloat16, float32 or float64. auto: bfloat16 on CUDA and on CPUs with "
         "AMX or AVX512-BF16, else float32.",
+    )
+    optimise: str = Field(
+        "all",
+        description="What is done to the loaded model to make it faster: all, none, or some of compiled, fused and "
+        "packed, with commas between them.",
     )
     max_model_len: int = Field(
         2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
@@ -98,6 +106,19 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level to log: debug, info, warning or error."
     )
+
+    @property
+    def optimisations(self) -> frozenset[str]:
+        """The parts that `optimise` names."""
+        return OPTIMISATIONS if self.optimise == "all" else frozenset(self.optimise.split(",")) - {"none"}
+
+    @field_validator("optimise")
+    @classmethod
+    def _names_optimisations(cls, value: str) -> str:
+        unknown = sorted(set(value.split(",")) - OPTIMISATIONS) if value not in ("all", "none") else []
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(OPTIMISATIONS))}")
+        return value
 
     @property
     def store_url(self) -> str:

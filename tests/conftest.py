@@ -13,7 +13,7 @@ from server.engine.model import FrozenModel
 from server.settings import Settings
 from tests import soak as soaking
 from tests.soak import Soak
-from tests.support import tiny_model
+from tests.support import fast_smollm2, tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,5 +71,11 @@ def tiny32() -> FrozenModel:
 
 @pytest.fixture(scope="session")
 def smollm2() -> FrozenModel:
-    """The embedded model in float32, the dtype in which answers are exact."""
+    """The embedded model in float32, the dtype in which answers are exact, as transformers loads it."""
     return FrozenModel.load(Settings.load(dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def served_smollm2() -> FrozenModel:
+    """The same as a server runs it, with everything that makes it faster."""
+    return fast_smollm2("float32")

@@ -18,7 +18,9 @@ from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model import FrozenModel
+from server.engine.optimise import load_kernels, optimise
 from server.engine.prefix_cache import PrefixCache
+from server.settings import Settings
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -119,6 +121,15 @@ def tiny_model(
     """A frozen tiny model, ready for the engine."""
     module = tiny_module(architecture, dtype=dtype, attention=ATTENTION_NAME)
     return FrozenModel(module, byte_tokenizer(), name=f"tiny-{architecture}", max_model_len=max_model_len)
+
+
+def fast_smollm2(dtype: str) -> FrozenModel:
+    """The embedded model as a server runs it."""
+    settings = Settings.load(dtype=dtype)
+    model = FrozenModel.load(settings)
+    kernels = load_kernels(model, settings.optimisations, settings.cache_dir / "kernels")
+    optimise(model, settings.optimisations, kernels)
+    return model
 
 
 class RecordingModel(FrozenModel):

@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "cache_dir": ("/data/cache", Path("/data/cache")),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("float32", "float32"),
+    "optimise": ("fused,packed", "fused,packed"),
     "max_model_len": ("512", 512),
     "max_sequences": ("3", 3),
     "kv_memory": ("2GiB", 2 * 2**30),

@@ -54,16 +54,15 @@ def evaluate(
             raise ConfigurationError(
                 "--baseline and --instruction belong together.", remedy='Give both, or neither: --instruction "…".'
             )
-        from server.engine.build import build_engine
-        from server.engine.model import FrozenModel
+        from server.engine.build import load_engine
         from server.train.data import labels_of, read_data
         from server.train.evaluate import evaluate_baseline, evaluate_task
 
         settings = Settings.load()
         rows = read_data(data).first(limit)
-        model = FrozenModel.load(settings)
+        engine = load_engine(settings)
+        model = engine.model
         found = _find_soft_prompt(settings, model.spec, task, soft_prompt)
-        engine = build_engine(settings, model)
         labels = found.manifest.labels or labels_of(rows.rows) or ()
         with _row_bar(task, len(rows.rows)) as on_answer:
             result = evaluate_task(engine, found, rows, on_answer)

@@ -13,6 +13,7 @@ from server.core import ModelSpec
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.model import FrozenModel
+from server.engine.optimise import load_kernels, optimise
 from server.engine.prefix_cache import PrefixCache
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
@@ -42,6 +43,18 @@ class MemoryPlan:
             f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
             f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {self.prefix_bytes / MiB:,.0f} MiB"
         )
+
+
+def load_engine(settings: Settings) -> Engine:
+    """The frozen model that the settings name, made fast, in an engine.
+
+    Raises:
+        ConfigurationError: the model or its KV cache cannot be had as the settings ask for it.
+    """
+    model = FrozenModel.load(settings)
+    kernels = load_kernels(model, settings.optimisations, settings.cache_dir / "kernels")
+    optimise(model, settings.optimisations, kernels)
+    return build_engine(settings, model)
 
 
 def build_engine(settings: Settings, model: FrozenModel) -> Engine:

@@ -53,20 +53,20 @@ class _AttentionProbe:
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}  # layer -> kv_heads, key dim, value dim
-        self.windows: dict[int, int | None] = {}
+        self.rules: dict[int, AttentionRules] = {}
         self._row = PackedRows([2])
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
         self.shapes[layer] = (key.shape[0], key.shape[2], value.shape[2])
-        self.windows[layer] = rules.sliding_window
+        self.rules[layer] = rules
         return self._row.attend(layer, query, key, value, rules)
 
 
 @torch.inference_mode()
-def probe_attention(module: PreTrainedModel) -> tuple[int, int]:
-    """Run two tokens through the model and learn `(kv_heads, head_dim)` from what its layers really hand over.
+def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRules]]:
+    """Run two tokens through the model and learn `kv_heads`, `head_dim` and each layer's rules from its layers' calls.
 
     Raises:
         UnsupportedModel: the attention does not come through our function in every layer, in one shape.
@@ -92,9 +92,9 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int]:
         raise UnsupportedModel(f"The keys and values of {kind} differ in shape between layers, or from each other.")
     layer_types = getattr(module.config.get_text_config(), "layer_types", None) or []
     for layer, layer_type in enumerate(layer_types):
-        if layer_type == "sliding_attention" and probe.windows[layer] is None:
+        if layer_type == "sliding_attention" and probe.rules[layer].sliding_window is None:
             raise UnsupportedModel(f"{kind} has sliding-window layers but does not tell the attention their window.")
-    return kv_heads, key_dim
+    return kv_heads, key_dim, [probe.rules[layer] for layer in range(layers)]
 
 
 def pin_longrope(module: nn.Module, max_model_len: int) -> None:

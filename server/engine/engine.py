@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, Token
+from server.engine.decode_attention import DecodeAttention
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
@@ -28,6 +29,7 @@ class Engine:
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
         steps: batches that were run so far.
+        decode_attention: attends for decoding sequences, where there is a kernel for it.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class Engine:
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
         self._special_ids = frozenset(model.tokenizer.all_special_ids)
+        self.decode_attention: DecodeAttention | None = None
+        if model.kernels is not None:
+            self.decode_attention = DecodeAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.steps = 0
 
     @property
@@ -94,7 +99,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
         """Forward the batch and choose a token for every sequence whose known tokens are now all computed."""
-        layout = CachedRows(self.kv_cache, [span for _, span in batch])
+        layout = CachedRows(self.kv_cache, [span for _, span in batch], self.decode_attention)
         keep: list[int] = []
         row = 0
         for sequence, span in batch:

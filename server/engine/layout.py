@@ -6,12 +6,15 @@ attended one by one. Both read views of the pool, nothing is gathered.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from server.engine.attention import AttentionRules, attend_batch, fold_mask, visibility
+from server.engine.decode_attention import DecodeAttention
 from server.engine.kv_cache import KVCache, Slot
 
 
@@ -55,17 +58,28 @@ class _Group:
 class CachedRows:
     """Serving layout over a KV cache; see `attention.Layout`."""
 
-    def __init__(self, kv_cache: KVCache, spans: Sequence[Span]) -> None:
-        """Lay out a step. `spans` come in the order of the flat row, decoding ones sorted by slot to form runs."""
+    def __init__(self, kv_cache: KVCache, spans: Sequence[Span], decode: DecodeAttention | None = None) -> None:
+        """Lay out a step.
+
+        Args:
+            kv_cache: where keys and values go.
+            spans: in the order of the flat row, decoding ones first and sorted by slot to form runs.
+            decode: attends for the decoding ones; without it they attend in runs.
+        """
         self._kv_cache = kv_cache
+        self._decode = decode
         device = kv_cache.states.device
         starts = torch.tensor([span.slot.start for span in spans], device=device)
         counts = torch.tensor([span.count for span in spans], device=device)
         self.position_ids = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
         self._pool_positions = self.position_ids + starts.repeat_interleave(counts)
+        decoding = list(itertools.takewhile(lambda span: span.count == 1, spans)) if decode else []
+        self._num_decoding = len(decoding)
+        self._starts = np.array([span.slot.start for span in decoding], dtype=np.int64)
+        self._ends = self._starts + np.array([span.end for span in decoding], dtype=np.int64)
         self._groups: list[_Group] = []
-        row = 0
-        for span in spans:
+        row = len(decoding)
+        for span in spans[row:]:
             if self._groups and self._groups[-1].takes(span):
                 self._groups[-1].spans.append(span)
             else:
@@ -79,6 +93,9 @@ class CachedRows:
         self._kv_cache.write(layer, self._pool_positions, key, value)
         heads, tokens, dim = query.shape
         out = query.new_empty(tokens, heads, dim)
+        if self._decode is not None and self._num_decoding:
+            rows = slice(0, self._num_decoding)
+            out[rows] = self._decode.attend(layer, query[:, rows], self._starts, self._ends, rules)
         for group in self._groups:
             first, batch = group.spans[0], len(group.spans)
             keys, values = self._kv_cache.read(layer, first.slot.start, batch, first.slot.length, group.key_length)

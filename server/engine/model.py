@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -30,6 +31,9 @@ from server.engine.compatibility import pin_longrope, probe_attention, refuse_un
 from server.errors import ConfigurationError, UnsupportedModel
 from server.settings import Settings
 
+if TYPE_CHECKING:  # numba is only imported where it is used
+    from server.engine.kernels import Kernels
+
 log = logging.getLogger(__name__)
 
 FINGERPRINT_ROWS = 64
@@ -43,6 +47,8 @@ class FrozenModel:
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
         eos_token_ids: tokens that end a generation.
+        attention_rules: what each layer asks of its attention.
+        kernels: compiled code that may be used with it; see `optimise.py`.
         longest_token: characters of the vocabulary's longest token: no token stands for more of a text.
     """
 
@@ -54,13 +60,14 @@ class FrozenModel:
         Raises:
             UnsupportedModel: the engine cannot serve it, with the reason.
         """
+        self.kernels: Kernels | None = None
         module.eval()  # type: ignore[no-untyped-call]
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
-        kv_heads, head_dim = probe_attention(module)
+        kv_heads, head_dim, self.attention_rules = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
         self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight

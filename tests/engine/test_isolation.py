@@ -77,19 +77,23 @@ def test_another_seed_gives_another_answer(tiny: FrozenModel) -> None:
     assert len(answers) == 4
 
 
-def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(smollm2: FrozenModel) -> None:
+def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
+    served_smollm2: FrozenModel,
+) -> None:
     """The embedded model in float32: exactly the texts that they give alone."""
     root = Path(__file__).parents[2]
     directories = [root / "prompts" / "sms_spam", root / "prompts" / "emotion", root / "examples" / "sentiment"]
-    prompts = [load_soft_prompts(directory, smollm2.spec, 512)[0] for directory in directories]
+    prompts = [load_soft_prompts(directory, served_smollm2.spec, 512)[0] for directory in directories]
     inputs = ["Free entry! Call now to claim your prize", "I feel great today", "Are you coming home?", "What is this?"]
     work: Work = []
     for i in range(64):
         soft_prompt = prompts[i % 3]
-        ids = smollm2.encode(soft_prompt.manifest.render(f"{inputs[i % 4]} {i % 8}"))
+        ids = served_smollm2.encode(soft_prompt.manifest.render(f"{inputs[i % 4]} {i % 8}"))
         work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=8, ignore_eos=True), soft_prompt))
-    together = texts(run_engine(make_engine(smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work))
-    engine = make_engine(smollm2)
+    together = texts(
+        run_engine(make_engine(served_smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work)
+    )
+    engine = make_engine(served_smollm2)
     for asked, asked_of in work[:24]:  # the others ask the same again
         assert texts(run_engine(engine, [(asked, asked_of)])) == {asked.request_id: together[asked.request_id]}
     assert [together[str(i)] for i in range(24, 64)] == [together[str(i % 24)] for i in range(24, 64)]

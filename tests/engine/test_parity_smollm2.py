@@ -15,7 +15,8 @@ from server.engine.model import FrozenModel
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
-from tests.support import RecordingModel, logits_of_requests, make_engine, request, run_engine
+from tests.support import RecordingModel, fast_smollm2, logits_of_requests, make_engine, run_engine
+from tests.support import request as engine_request
 
 TEXTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n    return", "1 2 3 4 5"]
 NEW_TOKENS = 12
@@ -49,7 +50,8 @@ def directories(smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory) 
 def answer(model: FrozenModel, soft_prompt: SoftPrompt) -> list[list[int]]:
     """Greedy tokens for every text, in one batch."""
     requests = [
-        (request(text, model.encode(text), max_new_tokens=NEW_TOKENS, ignore_eos=True), soft_prompt) for text in TEXTS
+        (engine_request(text, model.encode(text), max_new_tokens=NEW_TOKENS, ignore_eos=True), soft_prompt)
+        for text in TEXTS
     ]
     outcomes = run_engine(make_engine(model, max_batch_tokens=24), requests, arrive_every=2)
     return [outcomes[text].token_ids for text in TEXTS]
@@ -65,7 +67,7 @@ def forced_logits(model: FrozenModel, soft_prompt: SoftPrompt, answers: list[lis
     for text, tokens in zip(TEXTS, answers, strict=True):
         for length in range(NEW_TOKENS):
             ids = model.encode(text) + tokens[:length]
-            engine.add(request(f"{text} {length}", ids, max_new_tokens=1), soft_prompt)
+            engine.add(engine_request(f"{text} {length}", ids, max_new_tokens=1), soft_prompt)
     logits = logits_of_requests(engine, recording)
     return torch.cat([logits[f"{text} {length}"] for text in TEXTS for length in range(NEW_TOKENS)])
 
@@ -82,14 +84,16 @@ def peft_logits(directory: Path, dtype: torch.dtype, model: FrozenModel, answers
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("model", ["smollm2", "served_smollm2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_logits_equal_pefts_and_tokens_wherever_the_margin_allows(
-    kind: str, smollm2: FrozenModel, directories: dict[str, Path]
+    kind: str, model: str, directories: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
-    soft_prompt = load_soft_prompts(directories[kind], smollm2.spec, 512)[0]
-    answers = answer(smollm2, soft_prompt)
-    expected = peft_logits(directories[kind], torch.float32, smollm2, answers)
-    assert (forced_logits(smollm2, soft_prompt, answers) - expected).abs().max() < 1e-3
+    ours: FrozenModel = request.getfixturevalue(model)
+    soft_prompt = load_soft_prompts(directories[kind], ours.spec, 512)[0]
+    answers = answer(ours, soft_prompt)
+    expected = peft_logits(directories[kind], torch.float32, ours, answers)
+    assert (forced_logits(ours, soft_prompt, answers) - expected).abs().max() < 1e-3
     top = expected.topk(2).values
     clear = (top[:, 0] - top[:, 1]) > 2e-3
     assert clear.sum() > 0.9 * len(clear)
@@ -104,9 +108,10 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_own(
     answers = answer(smollm2, soft_prompt)
     exact = peft_logits(directory, torch.float32, smollm2, answers)
     theirs = peft_logits(directory, torch.bfloat16, smollm2, answers)
-    ours = forced_logits(FrozenModel.load(Settings.load(dtype="bfloat16")), soft_prompt, answers)
-    assert ours.dtype == torch.float32
-    assert (ours - exact).square().mean().sqrt() <= 1.1 * (theirs - exact).square().mean().sqrt()
+    for model in (FrozenModel.load(Settings.load(dtype="bfloat16")), fast_smollm2("bfloat16")):
+        ours = forced_logits(model, soft_prompt, answers)
+        assert ours.dtype == torch.float32
+        assert (ours - exact).square().mean().sqrt() <= 1.1 * (theirs - exact).square().mean().sqrt()
 
 
 def test_the_fingerprint_depends_neither_on_the_dtype_nor_on_the_context(smollm2: FrozenModel) -> None:

@@ -35,8 +35,10 @@ test: $(INSTALLED) ## run the tests and report coverage; ARGS are options of pyt
 soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
 
-bench: $(INSTALLED) ## measure swaps under load, in short; ARGS are options of benchmarks/swap.py
-	$(VENV)/bin/python benchmarks/swap.py --publishes 30 --rounds 2 --seconds 8 $(ARGS)
+bench: $(INSTALLED) ## measure the engine's steps, swaps under load, and ten thousand tasks, in short
+	$(VENV)/bin/python benchmarks/step.py --rounds 2
+	$(VENV)/bin/python benchmarks/swap.py --publishes 30 --rounds 2 --seconds 8
+	$(VENV)/bin/python benchmarks/many_tasks.py
 
 lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check

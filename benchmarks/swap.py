@@ -58,6 +58,8 @@ OUTPUT_TOKENS = 32
 NUM_VIRTUAL_TOKENS = 100
 TASKS = ("one", "two", "three")
 START_SECONDS = 120
+KEPT = ("PRELUDE_DTYPE", "PRELUDE_MODEL", "PRELUDE_OPTIMISE")
+"""Settings that are left as the shell has them."""
 
 
 @dataclass
@@ -99,10 +101,11 @@ class Server:
         return replied - started, first_token - started
 
     async def generate(self, dice: random.Random) -> int:
-        """One request of the load; answers its output tokens."""
-        reply = await self.client.post("/generate", params={"task": dice.choice(TASKS)}, json=body(OUTPUT_TOKENS, dice))
+        """One request of the load; answers its output tokens, whose number varies: clients shall not fall into step."""
+        tokens = dice.randint(OUTPUT_TOKENS // 2, OUTPUT_TOKENS * 3 // 2)
+        reply = await self.client.post("/generate", params={"task": dice.choice(TASKS)}, json=body(tokens, dice))
         assert reply.status_code == 200, reply.text
-        return OUTPUT_TOKENS
+        return tokens
 
 
 def body(max_new_tokens: int, dice: random.Random | None = None) -> dict[str, Any]:
@@ -190,7 +193,7 @@ def summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
 def prelude_serve(folder: Path) -> Iterator[str]:
     """A server of its own; answers its address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
-    environment |= {name: os.environ[name] for name in ("PRELUDE_DTYPE", "PRELUDE_MODEL") if name in os.environ}
+    environment |= {name: os.environ[name] for name in KEPT if name in os.environ}
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--prompts-dir", str(folder / "prompts")]
     log = folder / "log.txt"
     with log.open("wb") as output:

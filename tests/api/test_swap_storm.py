@@ -190,7 +190,7 @@ class Storm:
 def test_every_answer_is_exactly_that_of_the_version_in_its_header(
     soak: Soak, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model: FrozenModel = request.getfixturevalue("smollm2" if soak.full else "tiny32")
+    model: FrozenModel = request.getfixturevalue("served_smollm2" if soak.full else "tiny32")
     texts = (" ".join(words) for words in itertools.permutations(WORDS, 3))
     contents = {task: [vocabulary_prompt(model, 100 * t + i) for i in range(6)] for t, task in enumerate(TASKS)}
     expected = {task: decided_answers(model, contents[task], texts, wanted=4) for task in TASKS}

@@ -1,0 +1,153 @@
+"""Where a step's time goes: the engine alone, without HTTP, against the matrix products that it cannot do without.
+
+Loads the model once for each set of optimisations (`PRELUDE_OPTIMISE`) and times, in interleaved rounds, steps in which
+every sequence decodes at about 170 positions, and prefills of whole inputs. Beside them, in the same rounds, the packed
+matrix products of such a step alone: the floor for this machine and these weights.
+
+    python benchmarks/step.py                      # some minutes
+    python benchmarks/step.py --rounds 2 --batches 1 16
+
+Prints a table and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from server.openmp import share_cores
+
+share_cores()  # before torch
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from server.core import GenerationRequest, SamplingParams  # noqa: E402
+from server.engine.build import load_engine  # noqa: E402
+from server.engine.engine import Engine  # noqa: E402
+from server.engine.linear import FrozenLinear, can_pack  # noqa: E402
+from server.settings import Settings  # noqa: E402
+
+CONFIGURATIONS = ("none", "packed", "fused,packed", "all")
+INPUT_TOKENS = 155
+STEPS = 12
+"""Timed in a round, after three that are not: the sequences are then about 170 positions long."""
+PREFILLS = (37, 101, 256)
+PREFILLS_PER_ROUND = 6
+
+
+class Products:
+    """The matrix products of a step alone: one of each of a model's linear layers, those that share an input as one."""
+
+    def __init__(self, engine: Engine) -> None:
+        config = engine.model.module.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        shapes = [(heads * engine.model.spec.head_dim, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+        self._layers = [[self._linear(shape, engine) for shape in shapes] for _ in range(config.num_hidden_layers)]
+        self._head = self._linear((config.vocab_size, hidden), engine)
+        self._dtype = engine.model.dtype
+
+    @staticmethod
+    def _linear(shape: tuple[int, int], engine: Engine) -> FrozenLinear:
+        weight = torch.randn(shape, dtype=engine.model.dtype) * 0.02
+        return FrozenLinear(weight, pack=can_pack(weight))
+
+    @torch.inference_mode()
+    def seconds(self, rows: int, kept: int) -> float:
+        """Time of one pass over `rows` tokens, of which so many have logits."""
+        inputs = [
+            [torch.randn(rows, linear.in_features, dtype=self._dtype) for linear in layer] for layer in self._layers
+        ]
+        last = torch.randn(kept, self._head.in_features, dtype=self._dtype)
+        began = time.perf_counter()
+        for layer, given in zip(self._layers, inputs, strict=True):
+            for linear, x in zip(layer, given, strict=True):
+                linear(x)
+        self._head(last)
+        return time.perf_counter() - began
+
+
+def request(name: str, tokens: int, new: int) -> GenerationRequest:
+    """A request without a soft prompt: a prefix that is copied in costs no step anything."""
+    return GenerationRequest(name, tuple(range(5, 5 + tokens)), SamplingParams(max_new_tokens=new, ignore_eos=True))
+
+
+def decode_seconds(engine: Engine, batch: int) -> list[float]:
+    """Times of steps in which so many sequences decode."""
+    for i in range(batch):
+        engine.add(request(f"decode-{i}", INPUT_TOKENS, 200), None)
+    while len(engine.scheduler.waiting) or any(sequence.num_pending > 1 for sequence in engine.scheduler.running):
+        engine.step()
+    times = [timed(engine.step) for _ in range(3 + STEPS)][3:]
+    for i in range(batch):
+        engine.abort(f"decode-{i}")
+    return times
+
+
+def prefill_seconds(engine: Engine, tokens: int) -> list[float]:
+    """Times of prefills of so many tokens, each with the choice of the first new one."""
+    times = []
+    for _ in range(PREFILLS_PER_ROUND):
+        engine.add(request("prefill", tokens, 1), None)
+        times.append(timed(engine.step))
+    return times
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that something takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(batches: list[int], rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds by kind of step and configuration; `products` is the floor."""
+    engines = {
+        name: load_engine(Settings.load(optimise=name, max_sequences=max(batches)))
+        for name in tqdm(CONFIGURATIONS, "loading")
+    }
+    products = Products(engines["none"])
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for number in tqdm(range(rounds + 1), "rounds"):  # the first only warms up
+        for name, engine in engines.items():
+            for batch in batches:
+                found = decode_seconds(engine, batch)
+                times[f"decode {batch}", name] += found if number else []
+            for tokens in PREFILLS:
+                found = prefill_seconds(engine, tokens)
+                times[f"prefill {tokens}", name] += found if number else []
+        for kind, rows, kept in [("decode", n, n) for n in batches] + [("prefill", n, 1) for n in PREFILLS]:
+            found = [products.seconds(rows, kept) for _ in range(PREFILLS_PER_ROUND)]
+            times[f"{kind} {rows}", "products"] += found if number else []
+    result: dict[str, dict[str, float]] = defaultdict(dict)
+    for (kind, name), values in times.items():
+        result[kind][name] = 1000 * statistics.median(values)
+    return dict(result)
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--rounds", type=int, default=4)
+    options = parser.parse_args()
+    result = measure(options.batches, options.rounds)
+    names = [*CONFIGURATIONS, "products"]
+    print(f"\nmilliseconds, medians of {options.rounds} rounds; {os.cpu_count()} cores {platform.machine()}")
+    print(f"{'':<14}" + "".join(f"{name:>14}" for name in names) + f"{'products/all':>14}")
+    for kind, row in result.items():
+        share = row["products"] / row["all"]
+        print(f"{kind:<14}" + "".join(f"{row[name]:>14.1f}" for name in names) + f"{share:>14.2f}")
+    print(json.dumps({"spin": os.environ.get("GOMP_SPINCOUNT"), "milliseconds": result}))
+
+
+if __name__ == "__main__":
+    main()

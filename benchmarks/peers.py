@@ -1,0 +1,241 @@
+"""The servers that are measured side by side, each in its strongest form for the job.
+
+    prelude          soft prompts, published before the clock starts
+    prelude-bare     the frozen model alone: the text without any prefix
+    vllm-bare        vLLM, the text without any prefix
+    vllm-prefix      vLLM, behind a text of as many tokens as the soft prompt, which its prefix cache knows
+    vllm-embeds      vLLM, virtual tokens and text as raw prompt embeddings, which every request brings along
+    transformers     `transformers serve` with continuous batching, the text without any prefix
+    peft             PEFT's own `generate` behind FastAPI, which switches adapters between requests (peft_app.py)
+
+vLLM wants a virtual environment of its own (CONTRIBUTING.md); VLLM_PYTHON names its interpreter.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import load_file, save
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+TEXT = "the weather in a small town was never as bad people said it would be when rain came over hills"
+WORDS = TEXT.split()
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the clients ask for.
+
+    Attributes:
+        clients: each sends one request after the other.
+        output_tokens: of every request, whatever the model would say.
+        num_virtual_tokens: of every soft prompt, and tokens of the text that stands for one.
+        tasks: how many of them the requests are spread over.
+        words: of an input text.
+    """
+
+    clients: int
+    output_tokens: int
+    num_virtual_tokens: int = 100
+    tasks: int = 8
+    words: int = 30
+
+    def text(self, dice: random.Random) -> str:
+        """A text that was most likely never seen before."""
+        return " ".join(dice.choices(WORDS, k=self.words))
+
+
+@dataclass
+class Model:
+    """The frozen model's files, for clients that tokenise and embed on their own."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase = field(init=False)
+    embeddings: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.embeddings = load_file(Path(self.path, "model.safetensors"))["model.embed_tokens.weight"]
+
+    def prefix_ids(self, workload: Workload, task: int) -> list[int]:
+        """Tokens of the text that stands for a soft prompt."""
+        dice = random.Random(f"prefix {task}")
+        ids: list[int] = self.tokenizer.encode(" ".join(dice.choices(WORDS, k=workload.num_virtual_tokens)))
+        return ids[: workload.num_virtual_tokens]
+
+    def soft_prompt(self, workload: Workload, task: int) -> torch.Tensor:
+        """`[num_virtual_tokens, hidden_size]`: the embeddings of that text, which lead the model nowhere strange."""
+        return self.embeddings[self.prefix_ids(workload, task)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, ready to be sent."""
+
+    path: str
+    body: bytes
+    params: dict[str, str] = field(default_factory=dict)
+
+
+class Peer:
+    """A server: how it is started, made ready, and asked."""
+
+    name = ""
+    streams = True
+
+    def __init__(self, model: Model) -> None:
+        """Serve this model."""
+        self.model = model
+
+    def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
+        """What starts it; `folder` is its own."""
+        raise NotImplementedError
+
+    async def prepare(self, client: httpx.AsyncClient, workload: Workload) -> None:
+        """Publish what it needs, before anything is timed."""
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """A request for one of the tasks."""
+        raise NotImplementedError
+
+
+class Prelude(Peer):
+    """This server."""
+
+    name = "prelude"
+
+    def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
+        """See `Peer`."""
+        options = ["--port", str(port), "--prompts-dir", str(folder), "--max-sequences", "64"]
+        return [sys.executable, "-m", "server.cli", "serve", *options]
+
+    async def prepare(self, client: httpx.AsyncClient, workload: Workload) -> None:
+        """See `Peer`."""
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": workload.num_virtual_tokens}
+        for task in range(workload.tasks):
+            tensor = self.model.soft_prompt(workload, task).contiguous()
+            files = [
+                ("files", ("adapter_config.json", json.dumps(config).encode())),
+                ("files", ("adapter_model.safetensors", save({"prompt_embeddings": tensor}))),
+            ]
+            (await client.put(f"/prompts/task-{task}", files=files)).raise_for_status()
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """See `Peer`."""
+        parameters = {"max_new_tokens": workload.output_tokens, "ignore_eos_token": True}
+        body = {"inputs": workload.text(dice), "parameters": parameters}
+        return Call("/generate_stream", json.dumps(body).encode(), self._params(task))
+
+    def _params(self, task: int) -> dict[str, str]:
+        return {"task": f"task-{task}"}
+
+
+class PreludeBare(Prelude):
+    """This server without soft prompts."""
+
+    name = "prelude-bare"
+
+    def _params(self, task: int) -> dict[str, str]:
+        return {}
+
+
+class Vllm(Peer):
+    """vLLM's OpenAI server."""
+
+    name = "vllm-bare"
+    options: Sequence[str] = ()
+
+    def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
+        """See `Peer`."""
+        python = os.environ.get("VLLM_PYTHON", sys.executable)
+        server = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model.path]
+        limits = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "bfloat16"]
+        return [*server, "--served-model-name", "model", "--port", str(port), *limits, *self.options]
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """See `Peer`."""
+        ids = self.model.tokenizer.encode(workload.text(dice))
+        return self._completion(workload, prompt=self._prefix(workload, task) + ids)
+
+    def _prefix(self, workload: Workload, task: int) -> list[int]:
+        return []
+
+    @staticmethod
+    def _completion(workload: Workload, **what: Any) -> Call:
+        sampling = {"max_tokens": workload.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+        return Call("/v1/completions", json.dumps({"model": "model", **what, **sampling}).encode())
+
+
+class VllmPrefix(Vllm):
+    """vLLM behind a text that it has cached."""
+
+    name = "vllm-prefix"
+
+    def _prefix(self, workload: Workload, task: int) -> list[int]:
+        return self.model.prefix_ids(workload, task)
+
+
+class VllmEmbeds(Vllm):
+    """vLLM given raw embeddings."""
+
+    name = "vllm-embeds"
+    options = ("--enable-prompt-embeds",)
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """See `Peer`."""
+        ids = self.model.tokenizer.encode(workload.text(dice))
+        rows = torch.cat([self.model.soft_prompt(workload, task), self.model.embeddings[ids]]).to(torch.bfloat16)
+        buffer = io.BytesIO()
+        torch.save(rows.clone(), buffer)
+        return self._completion(workload, prompt_embeds=base64.b64encode(buffer.getvalue()).decode())
+
+
+class Transformers(Peer):
+    """`transformers serve`."""
+
+    name = "transformers"
+
+    def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
+        """See `Peer`."""
+        script = Path(sys.executable).with_name("transformers")
+        options = ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
+        return [str(script), "serve", self.model.path, "--port", str(port), *options]
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """See `Peer`."""
+        body = {"model": self.model.path, "prompt": workload.text(dice), "max_tokens": workload.output_tokens}
+        return Call("/v1/completions", json.dumps({**body, "temperature": 0, "stream": True}).encode())
+
+
+class Peft(Peer):
+    """PEFT behind FastAPI."""
+
+    name = "peft"
+    streams = False
+
+    def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
+        """See `Peer`."""
+        sizes = [str(workload.tasks), str(workload.num_virtual_tokens)]
+        return [sys.executable, str(HERE / "peft_app.py"), self.model.path, str(port), *sizes]
+
+    def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
+        """See `Peer`."""
+        body = {"task": f"task-{task}", "text": workload.text(dice), "max_new_tokens": workload.output_tokens}
+        return Call("/generate", json.dumps(body).encode())
+
+
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer for peer in (Prelude, PreludeBare, Vllm, VllmPrefix, VllmEmbeds, Transformers, Peft)
+}

@@ -37,7 +37,7 @@ from server.settings import Settings  # noqa: E402
 
 CONFIGURATIONS = ("none", "packed", "fused,packed", "all")
 INPUT_TOKENS = 155
-STEPS = 12
+STEPS = 10
 """Timed in a round, after three that are not: the sequences are then about 170 positions long."""
 PREFILLS = (37, 101, 256)
 PREFILLS_PER_ROUND = 6
@@ -137,7 +137,7 @@ def main() -> None:
     """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     result = measure(options.batches, options.rounds)
     names = [*CONFIGURATIONS, "products"]

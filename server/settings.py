@@ -67,7 +67,8 @@ class Settings(BaseSettings):
         description="Memory for soft prompts' own vectors, least recently used out first; the others stay on disk.",
     )
     cache_dir: Path = Field(
-        Path("~/.cache/prelude"), description="Where converted models and compiled code are kept, so that the second start is fast."
+        Path("~/.cache/prelude"),
+        description="Where converted models and compiled code are kept, so that the second start is fast.",
     )
     device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(

@@ -30,7 +30,7 @@ REORDERED = {"reassoc", "contract", "arcp", "nsz"}
 POSITIONS_AT_ONCE = 4
 
 _LOG2_E = np.float32(1.4426950408889634)
-_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # exponents of a float32
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(128.0)  # exponents of a float32; the highest is infinity
 _HALF = np.float32(0.5)
 # Taylor's series of 2 ** f, which for |f| <= 1/2 is exact to float32's last digits.
 _C1, _C2, _C3 = np.float32(0.69314718), np.float32(0.24022651), np.float32(0.05550411)
@@ -114,10 +114,8 @@ class Kernels:
             dim: numbers per head; like `group` it is part of the code, so that loops over it need no counter.
             threads: 1 runs it on the caller's.
         """
-        kernel = _attend(group, dim, threads > 1, self._cache)
-        if threads > 1:
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        return kernel
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        return _attend(group, dim, self._cache)
 
 
 @functools.cache
@@ -173,10 +171,9 @@ def _silu_gate(gate_up: Any, out: Any) -> None:  # pragma: no cover - compiled
 
 
 @functools.cache
-def _attend(group: int, dim: int, parallel: bool, cache: bool) -> Kernel:  # noqa: C901 - one loop nest, on purpose
-    @numba.njit(parallel=parallel, fastmath=REORDERED, nogil=True, error_model="numpy", cache=cache)
+def _attend(group: int, dim: int, cache: bool) -> Kernel:  # noqa: C901 - one loop nest, on purpose
+    @numba.njit(parallel=True, fastmath=REORDERED, nogil=True, error_model="numpy", cache=cache)
     def attend(query, keys, values, starts, ends, scaling, out):  # type: ignore[no-untyped-def]  # noqa: C901
-        _ = parallel  # what is mentioned here tells apart the two that numba keeps
         kv_heads = keys.shape[1]
         for unit in numba.prange(starts.shape[0] * kv_heads):
             row, kv_head = unit // kv_heads, unit % kv_heads

@@ -13,16 +13,23 @@ wrote it. What is optimised gives no gradients: training takes the model as it w
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shutil
+import tempfile
 from collections.abc import Collection
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
-from server.engine.attention import PackedRows
+from server.engine.attention import AttentionRules, PackedRows
+from server.engine.decode_attention import DecodeAttention
 from server.engine.fused import FusedLayer, FusedRotary, has_known_parts
+from server.engine.kv_cache import KVCache
 from server.engine.linear import FrozenLinear, can_pack
 from server.engine.model import FrozenModel
 from server.engine.operators import AS_NUMPY, CompiledOperators, Operators
@@ -35,13 +42,18 @@ log = logging.getLogger(__name__)
 PROBE_ROWS = (3, 5)
 """Tokens of the rows that a layer and its replacement are compared on."""
 
-LARGEST_DIFFERENCE = {torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Of what a layer adds to its input, relative and root mean square: beyond what rounding explains in that dtype."""
-LARGEST_DIFFERENCE_OTHERWISE = 1e-3
+LARGEST_DIFFERENCE = 1e-4
+"""Of what a layer adds to its input, relative and root mean square: beyond what rounding explains in float32."""
 
 
 def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | None) -> Kernels | None:
-    """Compiled kernels, or None where they are not asked for, not installed, or of no use to this model."""
+    """Compiled kernels, tried out; or None where they are not asked for, not installed, or of no use to this model.
+
+    Args:
+        model: what they are for.
+        parts: they are made if "compiled" is among them.
+        cache_dir: where they are kept, if it can be written to; what cannot be read there is made anew.
+    """
     if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in AS_NUMPY:
         return None
     try:
@@ -49,7 +61,43 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
     except ImportError as exc:
         log.warning("decoding will be slower, because numba is missing: %s", exc)
         return None
-    return compile_kernels(cache_dir)
+    if cache_dir is None or not _can_write(cache_dir):
+        return compile_kernels(None)
+    if not any(cache_dir.iterdir()):
+        log.info("compiling kernels, once; later starts read them from %s", cache_dir)
+    try:
+        kernels = compile_kernels(cache_dir)
+        _try_out(kernels, model)
+    except Exception:  # noqa: BLE001 - numba unpickles a file that may hold anything, say half of itself
+        log.warning("the kernels in %s cannot be read; they are compiled anew", cache_dir)
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        return compile_kernels(None)
+    return kernels
+
+
+def _can_write(directory: Path) -> bool:
+    """Otherwise numba would write to where the code is, without a word."""
+    try:
+        directory.expanduser().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError as exc:
+        log.info("kernels are compiled at every start, because %s cannot be written to: %s", directory, exc.strerror)
+        return False
+
+
+def _try_out(kernels: Kernels, model: FrozenModel) -> None:
+    """Call each kernel once, which compiles or reads it."""
+    operators, spec = CompiledOperators(kernels), model.spec
+    rows = torch.ones(1, 2 * spec.head_dim, dtype=model.dtype)
+    operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5))
+    turns = torch.ones(1, spec.head_dim)
+    operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
+    kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
+    group = model.module.config.get_text_config().num_attention_heads // spec.num_key_value_heads
+    query = torch.ones(group * spec.num_key_value_heads, 1, spec.head_dim, dtype=model.dtype)
+    first = np.zeros(1, dtype=np.int64)
+    DecodeAttention(kv_cache, kernels).attend(0, query, first, first + 1, AttentionRules(1.0))
 
 
 @torch.inference_mode()
@@ -73,7 +121,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         return False
     if not all(map(has_known_parts, layers)):
         return False
-    probe = _Probe(model, rotary, operators)
+    probe = _Probe(model, rotary)
     if probe.rotated_dim != model.spec.head_dim:
         return False
 
@@ -83,7 +131,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         return FusedLayer(layer, index, model.attention_rules[index], model.spec.head_dim, operators, pack=pack_layer)
 
     # Twice, so that there is never more than one layer too many in memory.
-    if not all(probe.agree(layer, fused(index)) for index, layer in enumerate(layers)):
+    if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
         log.info("the layers of %s are not what they look like; they stay as transformers wrote them", model.spec.name)
         return False
     for index in range(len(layers)):
@@ -105,28 +153,36 @@ def _pack(module: nn.Module) -> bool:
 
 
 class _Probe:
-    """A few tokens, to compare a layer with its replacement on."""
+    """A few tokens, to compare a layer with its replacement on: in float32, so that no rounding hides a difference."""
 
-    def __init__(self, model: FrozenModel, rotary: nn.Module, operators: Operators) -> None:
+    def __init__(self, model: FrozenModel, rotary: nn.Module) -> None:
         num_tokens = sum(PROBE_ROWS)
         # Ids from all over the vocabulary: its first ones are often special tokens that were never trained.
         ids = torch.linspace(0, model.spec.vocab_size - 1, num_tokens, device=model.device).long()
-        self._x = model.embed(ids).unsqueeze(0)
-        self._position_ids = torch.cat([torch.arange(7, 7 + count, device=model.device) for count in PROBE_ROWS])[None]
+        x = model.embed(ids).unsqueeze(0)
+        self._x = x if x.dtype == torch.float64 else x.float()
+        # One row near the start of the context and one at its end: some models change on the way.
+        starts = (7, model.spec.max_model_len - PROBE_ROWS[-1])
+        rows = [
+            torch.arange(start, start + n, device=model.device) for start, n in zip(starts, PROBE_ROWS, strict=True)
+        ]
+        self._position_ids = torch.cat(rows)[None]
         self._plain = rotary(self._x, position_ids=self._position_ids)
-        self._fused = FusedRotary(rotary, operators)(self._x, position_ids=self._position_ids)
-        self._largest = LARGEST_DIFFERENCE.get(model.dtype, LARGEST_DIFFERENCE_OTHERWISE)
+        self._fused = FusedRotary(rotary, Operators())(self._x, position_ids=self._position_ids)
+        self._rules, self._head_dim = model.attention_rules, model.spec.head_dim
 
     @property
     def rotated_dim(self) -> int:
         """Numbers of a head that the rotary embedding turns; some models leave a part of each head as it is."""
         return int(self._plain[0].shape[-1])
 
-    def agree(self, layer: nn.Module, fused: FusedLayer) -> bool:
-        """Whether both add the same to their input."""
-        expected = self._added_by(layer, self._plain)
+    def agree(self, index: int, layer: nn.Module) -> bool:
+        """Whether a layer and what would replace it add the same to their input."""
+        exact = deepcopy(layer).to(self._x.dtype)
+        fused = FusedLayer(exact, index, self._rules[index], self._head_dim, Operators(), pack=False)
+        expected = self._added_by(exact, self._plain)
         error = self._added_by(fused, self._fused) - expected
-        return bool(error.norm() <= self._largest * expected.norm())
+        return bool(error.norm() <= LARGEST_DIFFERENCE * expected.norm())
 
     def _added_by(self, layer: nn.Module, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         out: torch.Tensor = layer(

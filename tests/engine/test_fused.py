@@ -210,3 +210,32 @@ def test_scaled_rotary_embeddings_are_fused_and_right(
         torch.testing.assert_close(logits(fast, first_position), expected, rtol=0, atol=1e-4)
     variant("llama", rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
     assert not torch.allclose(logits(rough("llama", dtype)), logits(plain), atol=1e-3), "the scaling does something"
+
+
+MINISTRAL = {
+    "head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.1,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_that_differs_far_into_the_context_only_is_left_alone(dtype: torch.dtype, variant: Variant) -> None:
+    variant("ministral3", **MINISTRAL)
+    fast, plain = optimised("ministral3", {"fused"}, dtype=dtype), rough("ministral3", dtype)
+    assert torch.equal(logits(fast, 200), logits(plain, 200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_layer_that_differs_by_less_than_bfloat16_rounds_is_left_alone(dtype: torch.dtype, variant: Variant) -> None:
+    variant("granite", **GRANITE | {"residual_multiplier": 0.97})
+    assert torch.equal(logits(optimised("granite", {"fused"}, dtype=dtype)), logits(rough("granite", dtype)))

@@ -156,3 +156,14 @@ def test_a_query_that_is_not_finite_is_answered_so(kernels: Kernels, heads: Head
     assert got[0, 0].isnan().all()
     assert got[0, 1:].isfinite().all()
     assert got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", ALL_HEADS, ids=str)
+def test_threads_change_no_bit(kernels: Kernels, heads: Heads, dtype: torch.dtype) -> None:
+    """Or the number of its neighbours, which decides on threads, would change a row's answer."""
+    lengths = random.Random(3).choices(range(1, 301), k=30)
+    pool = Pool.random(lengths, heads.kv_heads, heads.dim, dtype)
+    query = queries(len(lengths), heads)
+    serial = attend(kernels, pool, query, heads, 0.125, threads=1)
+    assert torch.equal(attend(kernels, pool, query, heads, 0.125, threads=2), serial)

@@ -171,3 +171,11 @@ def test_bfloat16_is_rounded_to_the_nearest_and_of_two_to_the_even_one(compiled:
     cos = cos[: len(cos) // 8 * 8].view(-1, 8)
     got = compiled.rotate(torch.ones(len(cos), 1, 8, dtype=torch.bfloat16), cos, torch.zeros_like(cos), 1)
     torch.testing.assert_close(got[:, 0], cos.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gate_beyond_any_exponent_is_torchs(dtype: torch.dtype, kernels: Kernels) -> None:
+    gates = torch.tensor([-3e38, -1e38, -1e37, -1e30, float("-inf")])
+    gate_up = torch.cat((gates, torch.ones_like(gates)))[None].to(dtype)
+    got = CompiledOperators(kernels).silu_gate(gate_up)
+    torch.testing.assert_close(got.double(), Operators().silu_gate(gate_up.double()), atol=1e-6, rtol=0, equal_nan=True)

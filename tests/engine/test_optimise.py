@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +187,31 @@ def test_a_machine_without_numba_serves_and_says_what_it_lacks(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "numba is missing" in record.getMessage()
+
+
+def test_kept_kernels_that_cannot_be_read_are_compiled_anew(tmp_path: Path) -> None:
+    script = (
+        "import logging, sys, torch; from pathlib import Path; from tests.support import tiny_model\n"
+        "from server.engine.optimise import load_kernels\n"
+        "logging.basicConfig(stream=sys.stderr)\n"
+        "assert load_kernels(tiny_model(dtype=torch.float32), {'compiled'}, Path(sys.argv[1])) is not None\n"
+    )
+
+    def start() -> str:
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    assert "cannot be read" not in start()
+    indices = list(tmp_path.rglob("*.nbi"))
+    assert indices, "nothing was kept"
+    for index in indices:
+        index.write_bytes(index.read_bytes()[:-20])
+    assert "they are compiled anew" in start()
+    assert not any(map(Path.exists, indices)), "the next start would find them again"
+
+
+def test_kernels_are_kept_nowhere_rather_than_beside_the_code(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "file").write_text("")
+    assert load_kernels(tiny_model(dtype=torch.float32), ALL, tmp_path / "file" / "kernels") is not None
+    assert "cannot be written to" in caplog.text

@@ -116,10 +116,10 @@ class Settings(BaseSettings):
     @field_validator("optimise")
     @classmethod
     def _names_optimisations(cls, value: str) -> str:
-        unknown = sorted(set(value.split(",")) - OPTIMISATIONS) if value not in ("all", "none") else []
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(OPTIMISATIONS))}")
-        return value
+        parts = [part.strip() for part in value.split(",")]
+        if parts not in (["all"], ["none"]) and not OPTIMISATIONS.issuperset(parts):
+            raise ValueError(f"{value!r} is neither all nor none nor some of {', '.join(sorted(OPTIMISATIONS))}")
+        return ",".join(parts)
 
     @property
     def store_url(self) -> str:
@@ -146,8 +146,8 @@ class Settings(BaseSettings):
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as exc:
             problems = "; ".join(
-                f"{ENV_PREFIX}{'_'.join(str(part) for part in error['loc'][:1]).upper()}: {error['msg']}"
-                for error in exc.errors()
+                f"{ENV_PREFIX}{''.join(map(str, e['loc'][:1])).upper()}: {e['msg'].removeprefix('Value error, ')}"
+                for e in exc.errors()
             )
             raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc
 

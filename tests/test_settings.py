@@ -170,3 +170,21 @@ def test_a_shell_that_is_set_up_for_prelude_prompts_can_start_a_server(monkeypat
     monkeypatch.setenv("PRELUDE_URLS", "x")
     with pytest.raises(ConfigurationError, match="PRELUDE_URLS"):
         Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("all", {"compiled", "fused", "packed"}),
+        ("none", set()),
+        ("fused, compiled", {"fused", "compiled"}),
+    ],
+)
+def test_each_optimisation_can_be_switched_off(text: str, parts: set[str]) -> None:
+    assert Settings.load(optimise=text).optimisations == parts
+
+
+@pytest.mark.parametrize("text", ["all,none", "none,fused", "fast", ""])
+def test_an_optimisation_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="neither all nor none nor some of compiled, fused, packed"):
+        Settings.load(optimise=text)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from server.api.schemas import ErrorBody, GenerateBody, GenerateParameters
 from server.api.uploads import not_kept
-from server.errors import InvalidRequest, PreludeError, Unauthorized
+from server.errors import InvalidRequest, PreludeError, StoreError, Unauthorized, VersionUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(PreludeError)
     async def _ours(request: Request, error: PreludeError) -> JSONResponse:
+        if isinstance(error, StoreError | VersionUnavailable):  # the operator's to mend, so it is told here too
+            log.error("%s %s: %s", request.method, request.url.path, error)
         return _reply(error.status, error, WANTS_A_KEY if isinstance(error, Unauthorized) else None)
 
     @app.exception_handler(RequestValidationError)
@@ -61,6 +63,8 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
             return _reply(error.status_code, missing, error.headers)
+        if isinstance(cause, ValueError | RecursionError):
+            return _reply(error.status_code, InvalidRequest(f"The body cannot be read: {_unreadable(cause)}."))
         remedy = BROKEN_BODY if error.status_code == 400 else None
         return _reply(error.status_code, InvalidRequest(f"{error.detail}.", remedy=remedy), error.headers)
 
@@ -71,6 +75,13 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _reply(status: int, error: PreludeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse(error_body(error), status, headers=headers)
+
+
+def _unreadable(cause: ValueError | RecursionError) -> str:
+    """Why JSON that was not even wrong could not be read."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {cause.start:,}"
+    return "it is nested too deeply" if isinstance(cause, RecursionError) else "it holds a number of too many digits"
 
 
 def _problem(item: Mapping[str, Any]) -> str:

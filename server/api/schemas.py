@@ -188,7 +188,7 @@ class ActivateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, strict=True)
 
 
 class PublishReply(BaseModel):

@@ -68,6 +68,9 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
     try:
         kernels = compile_kernels(cache_dir)
         _try_out(kernels, model)
+    except OSError as exc:
+        log.warning("the kernels cannot be kept in %s: %s", cache_dir, exc.strerror or exc)
+        return compile_kernels(None)
     except Exception:  # noqa: BLE001 - numba unpickles a file that may hold anything, say half of itself
         log.warning("the kernels in %s cannot be read; they are compiled anew", cache_dir)
         shutil.rmtree(cache_dir, ignore_errors=True)

@@ -16,6 +16,7 @@ from server.core import SamplingParams
 from server.errors import InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
+MANIFEST_NAME = "manifest.json"
 MAX_DEPTH = 64
 """Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
 MOST_PROBLEMS = 5
@@ -102,7 +103,8 @@ class Manifest(BaseModel):
         except ValidationError as exc:
             items = exc.errors(include_url=False, include_context=False, include_input=False)
             problems = "; ".join(
-                f"{'.'.join(str(part)[:80] for part in e['loc'])}: {e['msg']}" for e in items[:MOST_PROBLEMS]
+                f"{'.'.join(str(part)[:80] for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+                for e in items[:MOST_PROBLEMS]
             )
             more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
             raise InvalidSoftPrompt(
@@ -142,14 +144,15 @@ def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
         InvalidSoftPrompt: not UTF-8 (with or without a byte order mark), not JSON, too deeply nested, not an object, or
             an object in it names a field twice: readers would disagree on which one counts.
     """
+    remedy = f"Mend or leave out {name}." if name == MANIFEST_NAME else None
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_without_twins)
         _check_depth(value)
     except (ValueError, RecursionError) as exc:
-        raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.") from exc
+        raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.", remedy=remedy) from exc
     if not isinstance(value, dict):
-        raise InvalidSoftPrompt(f"{name} must hold a JSON object, not {type(value).__name__}.")
+        raise InvalidSoftPrompt(f"{name} must hold a JSON object, not {type(value).__name__}.", remedy=remedy)
     return value
 
 

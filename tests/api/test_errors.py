@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from server import api, errors
 from server.api.app import create_app
 from server.api.errors import error_body
-from server.errors import PreludeError
+from server.errors import PreludeError, StoreError
 from tests.api.live import LiveServer, assert_error
 
 FAMILIES = {"generation", "validation", "overloaded", "incomplete_generation"}  # what huggingface_hub knows
@@ -82,6 +82,33 @@ async def test_an_error_that_quotes_half_a_character_can_still_be_sent(server: L
         raise errors.InvalidRequest("a\ud800b")
 
     assert_error(await _get(app, "/fails"), 422, "invalid_request", r"a\ud800b")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"inputs": "\xff"}', "it is not UTF-8 at byte 12"),
+        (b'{"inputs": ' + b"[" * 100_000, "it is nested too deeply"),
+        (b'{"inputs": 1' + b"0" * 5000 + b"}", "it holds a number of too many digits"),
+    ],
+    ids=["bytes", "nesting", "digits"],
+)
+def test_a_body_that_cannot_be_read_is_told_why(server: LiveServer, content: bytes, why: str) -> None:
+    reply = server.client.post("/generate", content=content, headers={"content-type": "application/json"})
+    assert_error(reply, 400, "invalid_request", why)
+
+
+async def test_a_store_that_fails_is_told_to_the_operator_too(
+    server: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = _app(server)
+
+    @app.get("/stores")
+    async def stores() -> None:
+        raise StoreError("The disk is gone.")
+
+    await _get(app, "/stores")
+    assert "GET /stores: The disk is gone." in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1/nothing"])

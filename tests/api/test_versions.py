@@ -133,6 +133,7 @@ def test_a_version_that_is_not_there_cannot_be_activated(server: LiveServer) -> 
     server.publish_random("versions-two", 1)
     assert_error(change(server, "versions-two", "activate", {"version": 2}), 404, "unknown_task", "no version 2")
     bodies: list[Any] = [{}, {"version": 0}, {"version": "x"}, {"version": 1, "versoin": 2}, []]
+    bodies += [{"version": True}, {"version": 1.0}, {"version": "1"}]  # a slip must not decide what is live
     for body in bodies:
         assert_error(change(server, "versions-two", "activate", body), 422, "invalid_request")
 

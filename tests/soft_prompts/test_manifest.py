@@ -159,3 +159,10 @@ def test_what_an_error_would_quote_of_the_base_model_is_short(field: str) -> Non
         Manifest.parse(json.dumps({"base_model": {field: "x" * 5000}}))
     assert len(caught.value.message) < 300
     assert Manifest.parse(json.dumps({"base_model": {field: "x" * 256}}))
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_manifest_that_cannot_be_kept_can_be_left_out(text: str) -> None:
+    with pytest.raises(InvalidSoftPrompt) as caught:
+        Manifest.parse(text)
+    assert caught.value.remedy == "Mend or leave out manifest.json."

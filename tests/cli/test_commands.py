@@ -33,7 +33,7 @@ def model_directory(tiny32: FrozenModel, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def workplace(workplace: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with data files to stand in, and an environment that names the tiny model."""
-    variables = {"MODEL": str(model_directory), "DTYPE": "float32", "MAX_MODEL_LEN": "128", "CACHE_DIR": "cache"}
+    variables = {"MODEL": str(model_directory), "DTYPE": "float32", "MAX_MODEL_LEN": "128"}
     for name, value in variables.items():
         monkeypatch.setenv(ENV_PREFIX + name, value)
     write_rows(workplace / "train.jsonl", MOODS * 5)

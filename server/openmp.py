@@ -3,8 +3,8 @@
 A matrix product is shared out to threads that meet at its end. GNU's OpenMP lets whoever is early spin for some
 milliseconds before it sleeps. That is right on a machine with nothing else to do. But where another program, or this
 server's own event loop, has taken a core, the early thread spins on the core that the late one needs, at each of the
-hundreds of meetings of a step: steps took 5 times as long at the median and 40 times at the worst
-(`benchmarks/RESULTS.md`). Spinning for some ten microseconds and then sleeping costs a few percent on an idle machine.
+hundreds of meetings of a step: beside one busy program two cores gave a third of the tokens that they give with short
+spinning (`benchmarks/RESULTS.md`), and on an idle machine short spinning costs nothing that could be measured.
 """
 
 from __future__ import annotations

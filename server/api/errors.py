@@ -63,8 +63,8 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
             return _reply(error.status_code, missing, error.headers)
-        if isinstance(cause, ValueError | RecursionError):
-            return _reply(error.status_code, InvalidRequest(f"The body cannot be read: {_unreadable(cause)}."))
+        if (why := _unreadable(cause)) is not None:
+            return _reply(error.status_code, InvalidRequest(f"The body cannot be read: {why}."))
         remedy = BROKEN_BODY if error.status_code == 400 else None
         return _reply(error.status_code, InvalidRequest(f"{error.detail}.", remedy=remedy), error.headers)
 
@@ -77,11 +77,14 @@ def _reply(status: int, error: PreludeError, headers: Mapping[str, str] | None =
     return JSONResponse(error_body(error), status, headers=headers)
 
 
-def _unreadable(cause: ValueError | RecursionError) -> str:
-    """Why JSON that was not even wrong could not be read."""
+def _unreadable(cause: BaseException | None) -> str | None:
+    """Why JSON that was not even wrong could not be read; None if it was something else, such as a form."""
     if isinstance(cause, UnicodeDecodeError):
         return f"it is not UTF-8 at byte {cause.start:,}"
-    return "it is nested too deeply" if isinstance(cause, RecursionError) else "it holds a number of too many digits"
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply"
+    is_too_long = type(cause) is ValueError and "integer string conversion" in str(cause)
+    return "it holds a number of too many digits" if is_too_long else None
 
 
 def _problem(item: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The layout of a serving step: where each token's keys and values go, and what each token attends to.
 
-Tokens that are alone in their step (decoding) read the slots of neighbours as one batch; chunks of a prefill are
-attended one by one. Both read views of the pool, nothing is gathered.
+Tokens that are alone in their step (decoding) are attended by the compiled kernel, each for itself; where there is
+none, they read the slots of neighbours as one batch. Chunks of a prefill are attended one by one. All of them read the
+pool as it lies, nothing is gathered.
 """
 
 from __future__ import annotations

@@ -31,11 +31,10 @@ class FrozenLinear(nn.Module):
         self.is_packed = pack
         self._bias = None if bias is None else bias.detach()
         self._weight = weight.detach()
-        if pack:
+        if pack:  # a torch without oneDNN has none of these
             self._weight = _mkldnn("_reorder_linear_weight")(self._weight.contiguous(), PACKED_FOR)
-
-        self._multiply = _mkldnn("_linear_pointwise")
-        self._multiply_and_add = self._multiply.binary
+            self._multiply = _mkldnn("_linear_pointwise")
+            self._multiply_and_add = self._multiply.binary
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[…, in_features]` to `[…, out_features]`."""

@@ -81,7 +81,7 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
 def _can_write(directory: Path) -> bool:
     """Otherwise numba would write to where the code is, without a word."""
     try:
-        directory.expanduser().mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             return True
     except OSError as exc:

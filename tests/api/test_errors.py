@@ -98,6 +98,14 @@ def test_a_body_that_cannot_be_read_is_told_why(server: LiveServer, content: byt
     assert_error(reply, 400, "invalid_request", why)
 
 
+def test_a_form_that_cannot_be_read_is_not_taken_for_json(server: LiveServer) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    content = b"--b\r\nContent-Disposition form-data\r\n\r\nx\r\n--b--\r\n"
+    reply = server.client.put("/prompts/t", content=content, headers=headers)
+    assert_error(reply, 400, "invalid_request")
+    assert "digits" not in reply.text
+
+
 async def test_a_store_that_fails_is_told_to_the_operator_too(
     server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -124,3 +124,11 @@ def test_only_what_onednn_multiplies_is_packed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not can_pack(torch.zeros(4, 4))
     assert not can_pack(torch.zeros(4, 4, dtype=torch.bfloat16))
+
+
+def test_what_is_not_packed_needs_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without it, on a Mac say, has none of these operators."""
+    monkeypatch.setattr("server.engine.linear._mkldnn", lambda name: pytest.fail(f"{name} is asked for"))
+    linear = FrozenLinear(torch.eye(3), pack=False)
+    assert torch.equal(linear(torch.ones(1, 3)), torch.ones(1, 3))
+    assert torch.equal(linear.added_to(torch.ones(1, 3), torch.ones(1, 3)), 2 * torch.ones(1, 3))

@@ -110,6 +110,10 @@ class Peer:
         """A request for one of the tasks."""
         raise NotImplementedError
 
+    def is_token(self, line: str) -> bool:
+        """Whether a line of a stream brings a token."""
+        return line.startswith("data:") and not line.endswith("[DONE]")
+
 
 class Prelude(Peer):
     """This server."""
@@ -179,9 +183,10 @@ class Vllm(Peer):
 
 
 class VllmPrefix(Vllm):
-    """vLLM behind a text that it has cached."""
+    """vLLM behind a text that it has cached: in blocks short enough that the cache holds nearly all of it."""
 
     name = "vllm-prefix"
+    options = ("--block-size", "32")
 
     def _prefix(self, workload: Workload, task: int) -> list[int]:
         return self.model.prefix_ids(workload, task)
@@ -210,13 +215,29 @@ class Transformers(Peer):
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
         script = Path(sys.executable).with_name("transformers")
+        for file in Path(self.model.path).iterdir():
+            (folder / file.name).symlink_to(file)
+        _change(folder / "config.json", architectures=["LlamaForCausalLM"])  # which this server must be told
+        _change(folder / "generation_config.json", eos_token_id=None)  # so that no answer ends early
+        self._served = str(folder)
         options = ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
-        return [str(script), "serve", self.model.path, "--port", str(port), *options]
+        return [str(script), "serve", self._served, "--port", str(port), *options]
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
         """See `Peer`."""
-        body = {"model": self.model.path, "prompt": workload.text(dice), "max_tokens": workload.output_tokens}
+        body = {"model": self._served, "prompt": workload.text(dice), "max_tokens": workload.output_tokens}
         return Call("/v1/completions", json.dumps({**body, "temperature": 0, "stream": True}).encode())
+
+    def is_token(self, line: str) -> bool:
+        """See `Peer`; the last line only says that it is over."""
+        return super().is_token(line) and '"finish_reason":"length"' not in line
+
+
+def _change(linked: Path, **fields: object) -> None:
+    """Replace a link to a JSON object by a copy with other fields."""
+    content = json.loads(linked.read_text())
+    linked.unlink()
+    linked.write_text(json.dumps({**content, **fields}))
 
 
 class Peft(Peer):

@@ -1,7 +1,8 @@
 """Prelude beside what a user would pick instead, over HTTP, one server after the other on the same machine.
 
 Every server gets the same model, dtype and kind of texts, from clients that each send one request after the other for a
-fixed time. Rounds are interleaved: in each, every server is started, made ready, warmed up, measured and stopped.
+fixed time. Rounds are interleaved: in each, every server is started, made ready, measured under one load after the
+other, each warmed up first, and stopped.
 
     python benchmarks/serve.py                                        # all that can be started here; long
     python benchmarks/serve.py --peers prelude vllm-prefix --workloads classify --rounds 1 --seconds 10
@@ -43,7 +44,8 @@ WORKLOADS = {
     "single": Workload(clients=1, output_tokens=32),
 }
 START_SECONDS = 300
-WARM_UP_SECONDS = 4.0
+WARM_UP_SECONDS = 3.0
+"""At least; and every client has had an answer before anything is counted."""
 
 
 @dataclass
@@ -77,11 +79,15 @@ class Load:
     def __init__(self, peer: Peer, workload: Workload, client: httpx.AsyncClient) -> None:
         self._peer, self._workload, self._client = peer, workload, client
         self._measured: Measured | None = None
+        self._cold = set(range(workload.clients))  # clients that have had no answer yet
+        self._warm = asyncio.Event()
 
     async def run(self, seconds: float) -> Measured:
         """Warm up, then count what ends within so many seconds."""
         tasks = [asyncio.create_task(self._ask(number)) for number in range(self._workload.clients)]
         await asyncio.sleep(WARM_UP_SECONDS)
+        warm = asyncio.create_task(self._warm.wait())
+        await asyncio.wait([warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
         self._measured = measured = Measured()
         began = time.perf_counter()
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
@@ -98,6 +104,9 @@ class Load:
         dice = random.Random(time.time_ns() + number)
         for count in itertools.count(number):
             await self._send(self._peer.call(self._workload, count % self._workload.tasks, dice))
+            self._cold.discard(number)
+            if not self._cold:
+                self._warm.set()
 
     async def _send(self, call: Call) -> None:
         began = time.perf_counter()
@@ -109,7 +118,7 @@ class Load:
             if reply.status_code != 200:
                 raise RuntimeError(f"{reply.status_code}: {(await reply.aread())[:300]!r}")
             async for line in reply.aiter_lines():
-                if line.startswith("data:") and not line.endswith("[DONE]"):
+                if self._peer.is_token(line):
                     arrivals.append(time.perf_counter())
                     if self._measured is not None:
                         self._measured.tokens += 1
@@ -179,17 +188,21 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Workload -> server -> figures, medians of the rounds."""
     settings = Settings.load()
     model = Model(resolve_checkpoint(settings.model, None, settings.cache_dir).location)
-    rounds = list(itertools.product(range(options.rounds), options.workloads, options.peers))
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for _, name, peer_name in (bar := tqdm(rounds, "rounds")):
-        bar.set_postfix_str(f"{name} {peer_name}")
-        peer, workload = PEERS[peer_name](model), WORKLOADS[name]
-        with (
-            tempfile.TemporaryDirectory(prefix="prelude-serve-") as folder,
-            started(peer, workload, Path(folder)) as (url, process),
-        ):
-            measured = asyncio.run(measure(peer, workload, url, process, options.seconds))
-        found[name, peer_name].append(measured.figures())
+    turns = list(itertools.product(range(options.rounds), options.peers))
+    with tqdm(total=len(turns) * len(options.workloads), desc="measuring") as bar:
+        for _, peer_name in turns:
+            peer, workloads = PEERS[peer_name](model), [WORKLOADS[name] for name in options.workloads]
+            bar.set_postfix_str(f"starting {peer_name}")
+            with (
+                tempfile.TemporaryDirectory(prefix="prelude-serve-") as folder,
+                started(peer, workloads[0], Path(folder)) as (url, process),
+            ):
+                for name, workload in zip(options.workloads, workloads, strict=True):
+                    bar.set_postfix_str(f"{peer_name} {name}")
+                    measured = asyncio.run(measure(peer, workload, url, process, options.seconds))
+                    found[name, peer_name].append(measured.figures())
+                    bar.update()
     result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (name, peer_name), rows in found.items():
         keys = rows[0].keys()

@@ -17,6 +17,7 @@ import torch
 from server.engine.attention import AttentionRules, attend_batch, fold_mask, visibility
 from server.engine.decode_attention import DecodeAttention
 from server.engine.kv_cache import KVCache, Slot
+from server.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,24 @@ class Span:
     def end(self) -> int:
         """Positions of the sequence that are filled once the step has run."""
         return self.start + self.count
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a step's tokens are, worked out on the host: `[tokens]` each."""
+
+    position_ids: np.ndarray
+    """Each token's position in its own sequence."""
+    pool_positions: np.ndarray
+    """Where its keys and values go."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Places:
+        """Of the tokens of a flat row."""
+        starts, firsts, counts = np.array([(s.slot.start, s.start, s.count) for s in spans], dtype=np.int64).T
+        rows = np.arange(counts.sum())
+        position_ids = rows + np.repeat(firsts - (counts.cumsum() - counts), counts)
+        return cls(position_ids, position_ids + np.repeat(starts, counts))
 
 
 @dataclass
@@ -69,11 +88,10 @@ class CachedRows:
         """
         self._kv_cache = kv_cache
         self._decode = decode
-        device = kv_cache.states.device
-        starts = torch.tensor([span.slot.start for span in spans], device=device)
-        counts = torch.tensor([span.count for span in spans], device=device)
-        self.position_ids = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
-        self._pool_positions = self.position_ids + starts.repeat_interleave(counts)
+        places = Places.of(spans)
+        self.position_ids, self._pool_positions = upload(
+            [places.position_ids, places.pool_positions], kv_cache.states.device
+        )
         decoding = list(itertools.takewhile(lambda span: span.count == 1, spans)) if decode else []
         self._num_decoding = len(decoding)
         self._starts = np.array([span.slot.start for span in decoding], dtype=np.int64)

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from server.engine.sequence import Sequence
+from server.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +30,30 @@ def choose_next(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: 
     """Choose a token for each row of `logits` `[rows, vocab_size]` (float32 or float64), which it does not change."""
     ruled = [i for i, sequence in enumerate(sequences) if _changes_logits(sequence)]
     if ruled:
-        rows = logits[ruled]
+        index = _on(logits.device, ruled)
+        rows = logits[index]
         for row, i in zip(rows, ruled, strict=True):
             _apply_penalties(row, sequences[i], eos_token_ids)
-        adjusted = logits.index_copy(0, torch.tensor(ruled, device=logits.device), rows)
+        adjusted = logits.index_copy(0, index, rows)
     else:
         adjusted = logits
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)
     drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
-    finite = torch.isfinite(best)
     if drawn:
-        chosen[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
+        index = _on(logits.device, drawn)
+        chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
+    # -1 marks a row that cannot be used, so that the host waits for one copy only.
+    tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()
     logprobs = _logprobs(logits, chosen, sequences)
     return [
-        Choice(token, logprob) if ok else Choice(None, None)
-        for token, ok, logprob in zip(chosen.tolist(), finite.tolist(), logprobs, strict=True)
+        Choice(token, logprob) if token >= 0 else Choice(None, None)
+        for token, logprob in zip(tokens, logprobs, strict=True)
     ]
+
+
+def _on(device: torch.device, values: Rows[int] | Rows[float] | Rows[bool]) -> torch.Tensor:
+    return upload([np.array(values)], device)[0]
 
 
 def _changes_logits(sequence: Sequence) -> bool:
@@ -56,33 +65,33 @@ def _apply_penalties(row: torch.Tensor, sequence: Sequence, eos_token_ids: froze
     """Repetition penalty over the tokens seen, and no end token before `min_new_tokens`; in place on `[vocab_size]`."""
     params = sequence.sampling
     if params.repetition_penalty != 1.0 and sequence.seen_ids:
-        seen = torch.tensor(sorted(sequence.seen_ids), device=row.device)
+        seen = _on(row.device, sorted(sequence.seen_ids))
         scores = row[seen]
         penalty = params.repetition_penalty
         row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if len(sequence.output_ids) < params.min_new_tokens:
-        row[list(eos_token_ids)] = float("-inf")
+        row.index_fill_(0, _on(row.device, sorted(eos_token_ids)), float("-inf"))
 
 
 def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     """Draw one token per row, `[rows]`, after temperature, top-k and top-p."""
     device = logits.device
     params = [sequence.sampling for sequence in sequences]
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=logits.dtype)
+    temperature = _on(device, [p.temperature for p in params]).to(logits.dtype)
     scaled = logits / temperature[:, None]
     vocab_size = scaled.shape[1]
     top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
     if min(top_k) < vocab_size:
         most = max(k for k in top_k if k < vocab_size)
         values = scaled.topk(most, dim=-1).values
-        kth = torch.tensor([min(k, most) - 1 for k in top_k], device=device)[:, None]
-        limited = torch.tensor([k < vocab_size for k in top_k], device=device)[:, None]
+        kth = _on(device, [min(k, most) - 1 for k in top_k])[:, None]
+        limited = _on(device, [k < vocab_size for k in top_k])[:, None]
         scaled = scaled.masked_fill(limited & (scaled < values.gather(1, kth)), float("-inf"))
     probabilities = scaled.softmax(dim=-1, dtype=torch.float64)
     if any(p.top_p < 1.0 for p in params):
-        probabilities = _keep_top_p(probabilities, torch.tensor([p.top_p for p in params], device=device))
+        probabilities = _keep_top_p(probabilities, _on(device, [p.top_p for p in params]))
     cumulative = probabilities.cumsum(dim=-1)
-    uniform = torch.tensor([[sequence.rng.random()] for sequence in sequences], device=device, dtype=torch.float64)
+    uniform = _on(device, [sequence.rng.random() for sequence in sequences])[:, None]
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
     # Rounding can put the draw behind the last token that has any probability; step back onto it.
     last = vocab_size - 1 - (probabilities.flip(1) > 0).int().argmax(dim=1)
@@ -103,8 +112,9 @@ def _logprobs(logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequen
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
     found: list[float | None] = [None] * len(sequences)
     if wanted:
-        rows = logits[wanted]
-        values = rows.gather(1, chosen[wanted][:, None]).squeeze(1) - rows.logsumexp(dim=-1)
+        index = _on(logits.device, wanted)
+        rows = logits[index]
+        values = rows.gather(1, chosen[index][:, None]).squeeze(1) - rows.logsumexp(dim=-1)
         for i, value in zip(wanted, values.tolist(), strict=True):
             found[i] = value
     return found

@@ -22,7 +22,7 @@ CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
 """Where `prelude prompts` looks for a server; a shell that has them may start one all the same."""
 
 
-OPTIMISATIONS = frozenset({"compiled", "fused", "packed"})
+OPTIMISATIONS = frozenset({"compiled", "fused", "graphs", "packed"})
 """What can be switched off; see `server/engine/optimise.py`."""
 
 Memory = Literal["auto"] | ByteSize
@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     )
     optimise: str = Field(
         "all",
-        description="What is done to the loaded model to make it faster: all, none, or some of compiled, fused and "
-        "packed, with commas between them.",
+        description="What is done to the loaded model to make it faster: all, none, or some of compiled, fused, "
+        "graphs and packed, with commas between them.",
     )
     max_model_len: int = Field(
         2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."

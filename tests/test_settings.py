@@ -175,9 +175,10 @@ def test_a_shell_that_is_set_up_for_prelude_prompts_can_start_a_server(monkeypat
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("all", {"compiled", "fused", "packed"}),
+        ("all", {"compiled", "fused", "graphs", "packed"}),
         ("none", set()),
         ("fused, compiled", {"fused", "compiled"}),
+        ("graphs", {"graphs"}),
     ],
 )
 def test_each_optimisation_can_be_switched_off(text: str, parts: set[str]) -> None:
@@ -186,5 +187,5 @@ def test_each_optimisation_can_be_switched_off(text: str, parts: set[str]) -> No
 
 @pytest.mark.parametrize("text", ["all,none", "none,fused", "fast", ""])
 def test_an_optimisation_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="neither all nor none nor some of compiled, fused, packed"):
+    with pytest.raises(ConfigurationError, match="neither all nor none nor some of compiled, fused, graphs, packed"):
         Settings.load(optimise=text)

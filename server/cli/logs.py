@@ -7,8 +7,9 @@ import sys
 
 
 def configure_logging(level: str) -> None:
-    """Show what is of a level or above; a library's every request to the hub is not of interest."""
+    """Show what is of a level or above; libraries' words on every request and every layer are not of interest."""
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "torch.nn.attention.varlen"):
+        logging.getLogger(library).setLevel(logging.WARNING)

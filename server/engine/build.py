@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from server.core import ModelSpec
+from server.engine.decode_graphs import capture
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.model import FrozenModel
@@ -72,13 +73,16 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         )
     plan = plan_memory(settings, model.spec, free_memory(model.device))
     log.info("%s", plan)
-    return Engine(
+    engine = Engine(
         model,
         KVCache(model.spec, plan.num_slabs),
         PrefixCache(plan.prefix_bytes),
         settings.max_sequences,
         settings.max_batch_tokens,
     )
+    if "graphs" in settings.optimisations:
+        engine.graphs = capture(model, engine.kv_cache, engine.varlen, settings.max_sequences)
+    return engine
 
 
 def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:

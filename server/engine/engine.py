@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, Token
 from server.engine.decode_attention import DecodeAttention
+from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
@@ -14,6 +16,8 @@ from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice, choose_next
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.upload import upload
+from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import EmptyInput, GenerationFailed, InputTooLong, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -30,6 +34,8 @@ class Engine:
         scheduler: who waits and who runs.
         steps: batches that were run so far.
         decode_attention: attends for decoding sequences, where there is a kernel for it.
+        varlen: attends for all of a step at once, where CUDA can.
+        graphs: replay steps that only decode, where they were captured.
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class Engine:
         self.decode_attention: DecodeAttention | None = None
         if model.kernels is not None:
             self.decode_attention = DecodeAttention.over(kv_cache, model.attention_rules, model.kernels)
+        self.varlen = varlen_attention(model.spec, model.attention_rules)
+        self.graphs: DecodeGraphs | None = None
         self.steps = 0
 
     @property
@@ -99,36 +107,33 @@ class Engine:
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
         """Forward the batch and choose a token for every sequence whose known tokens are now all computed."""
-        layout = CachedRows(self.kv_cache, [span for _, span in batch], self.decode_attention)
-        keep: list[int] = []
-        row = 0
-        for sequence, span in batch:
-            row += span.count
-            if span.end == sequence.num_known:
-                keep.append(row - 1)
-        device = self.model.device
-        logits = self.model.forward(
-            self._embed(batch), layout.position_ids, layout, torch.tensor(keep, device=device, dtype=torch.long)
-        )
+        if self.graphs is not None and self.graphs.takes(len(batch)) and all(_decodes(*row) for row in batch):
+            logits = self.graphs.run(
+                [sequence.token_at(span.start) for sequence, span in batch],
+                [span.start for _, span in batch],
+                [span.slot.start for _, span in batch],
+            )
+        else:
+            logits = self._forward(batch)
         sampled = [sequence for sequence, span in batch if span.end == sequence.num_known]
         return choose_next(logits, sampled, self.model.eos_token_ids) if sampled else []
 
-    def _embed(self, batch: Batch) -> torch.Tensor:
-        """Input embeddings of a step, `[tokens, hidden_size]`: virtual tokens from soft prompts, the others by id."""
-        ids: list[int] = []
-        virtual: list[tuple[int, torch.Tensor]] = []  # (first row, embeddings)
-        for sequence, span in batch:
-            n = sequence.num_virtual_tokens
-            if span.start < n:
-                assert sequence.soft_prompt is not None, "only a soft prompt has virtual tokens"
-                rows = sequence.soft_prompt.tensor[span.start : min(span.end, n)]
-                virtual.append((len(ids), rows))
-                ids += [0] * len(rows)
-            ids += [sequence.token_at(position) for position in range(max(span.start, n), span.end)]
-        embeddings = self.model.embed(torch.tensor(ids, device=self.model.device))
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits `[sampled, vocab_size]` of any batch."""
+        layout = self._lay_out([span for _, span in batch])
+        ids, virtual = _tokens(batch)
+        last_rows = np.cumsum([span.count for _, span in batch]) - 1
+        keep = last_rows[[span.end == sequence.num_known for sequence, span in batch]]
+        token_ids, kept = upload([np.array(ids), keep], self.model.device)
+        embeddings = self.model.embed(token_ids)
         for first, rows in virtual:
             embeddings[first : first + len(rows)] = rows.to(self.model.device, self.model.dtype)
-        return embeddings
+        return self.model.forward(embeddings, layout.position_ids, layout, kept)
+
+    def _lay_out(self, spans: list[Span]) -> VarlenRows | CachedRows:
+        if self.varlen is not None:
+            return VarlenRows.of(self.kv_cache, self.varlen, spans)
+        return CachedRows(self.kv_cache, spans, self.decode_attention)
 
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""
@@ -177,3 +182,23 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
         self.scheduler.finish(sequence, scrub=True)
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
+
+
+def _decodes(sequence: Sequence, span: Span) -> bool:
+    """Whether a share of a step is one token that asks for the next: the last known one, so no virtual token."""
+    return span.count == 1 and span.end == sequence.num_known
+
+
+def _tokens(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
+    """Token ids of a step's flat row, and the virtual tokens in it, by their first row; their ids mean nothing."""
+    ids: list[int] = []
+    virtual: list[tuple[int, torch.Tensor]] = []
+    for sequence, span in batch:
+        n = sequence.num_virtual_tokens
+        if span.start < n:
+            assert sequence.soft_prompt is not None, "only a soft prompt has virtual tokens"
+            rows = sequence.soft_prompt.tensor[span.start : min(span.end, n)]
+            virtual.append((len(ids), rows))
+            ids += [0] * len(rows)
+        ids += [sequence.token_at(position) for position in range(max(span.start, n), span.end)]
+    return ids, virtual

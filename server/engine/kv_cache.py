@@ -118,15 +118,17 @@ class KVCache:
     Attributes:
         states: `[layers, 2, positions, kv_heads, head_dim]`, keys at index 0 and values at 1.
         allocator: which positions belong to whom.
+        scratch: the last position, which is in no slot: what only fills up a batch is written there, read by nobody.
     """
 
     def __init__(self, model: ModelSpec, num_slabs: int, shortest_slot: int = SHORTEST_SLOT) -> None:
         """Reserve the pool. On the CPU its pages are only touched as sequences fill them."""
         self.allocator = SlotAllocator(num_slabs, model.max_model_len, shortest_slot)
+        self.scratch = self.allocator.num_positions
         shape = (
             model.num_hidden_layers,
             2,
-            self.allocator.num_positions,
+            self.scratch + 1,
             model.num_key_value_heads,
             model.head_dim,
         )

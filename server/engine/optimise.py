@@ -6,6 +6,7 @@ Nothing that the engine does depends on this pass, and each part of it can be sw
     packed     weights of matrix products laid out for the CPU's library, once       linear.py
     compiled   norms, rotary embeddings and gates of fused layers, and the           kernels.py, operators.py,
                attention of decoding sequences, by machine code made at the start    decode_attention.py
+    graphs     steps that only decode as CUDA graphs, once the engine is built       decode_graphs.py
 
 A layer is replaced only if its replacement gives the same on a few tokens; otherwise the model runs as transformers
 wrote it. What is optimised gives no gradients: training takes the model as it was loaded.

@@ -1,0 +1,154 @@
+"""The serving layout for CUDA: all tokens of a step attend in one call per layer of torch's `varlen_attn`.
+
+Decoding sequences and chunks of prefills alike read their slots in the pool as it lies. What this relies on, in torch's
+flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
+
+- Once `seqused_k` is given, `cu_seq_k[i]` is only the place where sequence i begins, and `cu_seq_k[i + 1]` is not its
+  end: `sum_s_k = cu_seqlens_k[i]`, `actual_seqlen_k = seqused_k[i]`. So slots may lie in any order, and nothing behind
+  `seqused_k[i]` counts, whatever it is.
+- Causality and windows are aligned to the end: query r of n sees keys up to `r + seqused_k - n`, and with
+  `window_size=(left, 0)` those from `left` before that on.
+- `max_q` and `max_k` are upper bounds: they size the grid and decide how a long sequence is split, nothing else.
+- With `max_q == 1` and no window at all, the query heads that share a key head become rows of one product, and long
+  sequences are split over the device; with `(-1, 0)` neither is done. A lone query at its sequence's end needs no mask,
+  so a step that only decodes asks for none, and a sliding window is where its keys begin.
+
+That all this holds on a device is what tests/engine/test_varlen_rows.py checks where there is one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+
+from server.core import ModelSpec
+from server.engine.attention import AttentionRules
+from server.engine.kv_cache import KVCache
+from server.engine.layout import Places, Span
+from server.engine.upload import upload
+
+VarlenAttention = Callable[..., torch.Tensor]
+"""`torch.nn.attention.varlen.varlen_attn`, or what computes the same."""
+
+LARGEST_HEAD = 256
+"""Numbers per head that flash attention takes at most, in multiples of 8."""
+
+
+def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
+    """The function that attends for a model, or None where `CachedRows` has to: the one place that decides it."""
+    device = torch.device(model.device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None  # flash attention begins with Ampere
+    if model.dtype != "bfloat16" or model.head_dim % 8 or model.head_dim > LARGEST_HEAD:
+        return None
+    if any(rule.softcap for rule in rules):
+        return None  # varlen_attn has no soft-cap
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        return None  # an older torch's
+    return cast(VarlenAttention, varlen_attn)  # the log-sum-exp that it can answer too is not asked for
+
+
+class VarlenRows:
+    """Serving layout over a KV cache; see `attention.Layout`."""
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        attention: VarlenAttention,
+        position_ids: torch.Tensor,
+        pool_positions: torch.Tensor,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+        first_rows: torch.Tensor,
+        *,
+        max_q: int,
+        max_k: int,
+    ) -> None:
+        """Lay out a step whose indices are on the device already; `of` makes them.
+
+        Args:
+            kv_cache: where keys and values go.
+            attention: computes what `varlen_attn` does.
+            position_ids: `[tokens]`, each token's position in its own sequence.
+            pool_positions: `[tokens]`, where its keys and values go.
+            starts: `[sequences + 1]` int32, where slots begin in the pool; the last number is read by nobody.
+            ends: `[sequences]` int32, positions of each sequence that are filled once the step has run.
+            first_rows: `[sequences + 1]` int32, where each sequence's tokens begin in the flat row, and its end.
+            max_q: no sequence has more tokens in this step.
+            max_k: no sequence has more positions filled.
+        """
+        self.position_ids = position_ids
+        self._kv_cache, self._attention = kv_cache, attention
+        self._pool_positions, self._first_rows = pool_positions, first_rows
+        self._max_q, self._max_k = max_q, max_k
+        self._whole = (starts, ends)
+        self._windows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @classmethod
+    def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
+        """Lay out a step of any decodes and chunks, in the order of the flat row."""
+        places = Places.of(spans)
+        starts = np.array([*(span.slot.start for span in spans), 0], dtype=np.int64)
+        ends = np.array([span.end for span in spans], dtype=np.int64)
+        counts = np.array([0, *(span.count for span in spans)], dtype=np.int64)
+        indices = np.concatenate([starts, ends, counts.cumsum()])
+        position_ids, pool_positions, on_device = upload(
+            [places.position_ids, places.pool_positions, indices], kv_cache.states.device
+        )
+        first, second, third = torch.split(on_device.int(), [len(starts), len(ends), len(counts)])
+        return cls(
+            kv_cache,
+            attention,
+            position_ids,
+            pool_positions,
+            first,
+            second,
+            third,
+            max_q=int(counts.max()),
+            max_k=int(ends.max()),
+        )
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `attention.Layout.attend`."""
+        assert rules.softcap is None, "varlen_attention has looked at every layer"
+        self._kv_cache.write(layer, self._pool_positions, key, value)
+        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, as they lie
+        starts, ends = self._whole
+        window = (-1, 0) if rules.sliding_window is None else (rules.sliding_window - 1, 0)
+        if self._max_q == 1:
+            window = (-1, -1)
+            if rules.sliding_window is not None:
+                starts, ends = self._window(rules.sliding_window)
+        return self._attention(
+            query.transpose(0, 1),
+            keys,
+            values,
+            self._first_rows,
+            starts,
+            self._max_q,
+            self._max_k,
+            scale=rules.scaling,
+            window_size=window,
+            enable_gqa=True,
+            seqused_k=ends,
+        )
+
+    def _window(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Starts and ends of the last positions of each slot; made once per step, shared by the layers."""
+        if length not in self._windows:
+            starts, ends = self._whole
+            hidden = (ends - length).clamp_(min=0)
+            shifted = starts.clone()
+            shifted[:-1] += hidden
+            self._windows[length] = (shifted, ends - hidden)
+        return self._windows[length]

@@ -1,0 +1,175 @@
+"""The layout for CUDA attends like the one for CPUs, whatever the order and the lengths of the slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from server.core import ModelSpec
+from server.engine.attention import AttentionRules
+from server.engine.kv_cache import KVCache
+from server.engine.layout import CachedRows, Span
+from server.engine.model import FrozenModel
+from server.engine.varlen_rows import VarlenRows, varlen_attention
+from tests.engine.optimised import answers, assert_same, rough
+from tests.engine.varlen_reference import reference_varlen_attn
+from tests.support import make_engine
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on CUDA, and there is none")
+WINDOWS = [None, 1, 3, 8, 1000]
+
+
+def spans_of(cache: KVCache, rng: random.Random, *, only_decodes: bool = False) -> list[Span]:
+    """Sequences anywhere in the pool, in any order, decoding or prefilling."""
+    slots = [slot for n in (100, 10, 60, 20, 30, 128, 5) if (slot := cache.allocator.allocate(n)) is not None]
+    rng.shuffle(slots)
+    counts = [1 if only_decodes or rng.random() < 0.5 else rng.randint(1, slot.length) for slot in slots]
+    return [Span(slot, rng.randint(0, slot.length - count), count) for slot, count in zip(slots, counts, strict=True)]
+
+
+def states(cache: KVCache, tokens: int, seed: int, heads: int = 4) -> list[torch.Tensor]:
+    """Query, key and value of a flat row, views as a layer hands them over."""
+    kv_heads, dim = cache.states.shape[3:]
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator, dtype=torch.float64)
+    return list(torch.split(row.to(cache.states), [heads, kv_heads, kv_heads], dim=1))
+
+
+def filled(spec: ModelSpec, seed: int) -> KVCache:
+    cache = KVCache(spec, num_slabs=6, shortest_slot=16)
+    cache.states.copy_(torch.randn(cache.states.shape, generator=torch.Generator().manual_seed(seed)))
+    return cache
+
+
+@pytest.mark.parametrize("only_decodes", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("seed", range(5))
+def test_it_attends_like_the_layout_for_cpus(
+    tiny: FrozenModel, seed: int, window: int | None, only_decodes: bool
+) -> None:
+    plain, varlen = filled(tiny.spec, seed), filled(tiny.spec, seed)
+    spans = spans_of(plain, random.Random(seed), only_decodes=only_decodes)
+    rows = [part.transpose(0, 1) for part in states(plain, sum(span.count for span in spans), seed)]
+    layouts = CachedRows(plain, spans), VarlenRows.of(varlen, reference_varlen_attn, spans)
+    rules = AttentionRules(0.3, window)
+    for layer in range(2):
+        expected, got = (layout.attend(layer, rows[0], rows[1], rows[2], rules) for layout in layouts)
+        torch.testing.assert_close(got, expected)
+    assert layouts[1].position_ids.tolist() == layouts[0].position_ids.tolist()
+    assert torch.equal(plain.states, varlen.states)
+
+
+@pytest.mark.parametrize("only_decodes", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_nothing_is_read_but_what_is_filled(tiny: FrozenModel, window: int | None, only_decodes: bool) -> None:
+    clean, poisoned = filled(tiny.spec, 1), filled(tiny.spec, 1)
+    spans = spans_of(clean, random.Random(1), only_decodes=only_decodes)
+    outside = torch.ones(clean.states.shape[2], dtype=torch.bool)
+    for span in spans:
+        outside[span.slot.start : span.slot.start + span.end] = False
+    poisoned.states[:, :, outside] = float("nan")
+    rows = [part.transpose(0, 1) for part in states(clean, sum(span.count for span in spans), 1)]
+    got, expected = (
+        VarlenRows.of(cache, reference_varlen_attn, spans).attend(
+            1, rows[0], rows[1], rows[2], AttentionRules(1, window)
+        )
+        for cache in (poisoned, clean)
+    )
+    assert torch.isfinite(got).all()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("only_decodes", "sliding", "asked"),
+    [(True, None, (-1, -1)), (True, 8, (-1, -1)), (False, None, (-1, 0)), (False, 8, (7, 0))],
+)
+def test_a_step_that_only_decodes_asks_for_no_mask(
+    tiny: FrozenModel, only_decodes: bool, sliding: int | None, asked: tuple[int, int]
+) -> None:
+    """Only then does flash attention put the heads that share keys together, and split long sequences."""
+    cache = filled(tiny.spec, 0)
+    spans = spans_of(cache, random.Random(3), only_decodes=only_decodes)
+    seen = []
+
+    def attention(*args: Any, window_size: tuple[int, int], **others: Any) -> torch.Tensor:
+        seen.append((args[5] == 1, window_size))
+        return reference_varlen_attn(*args, window_size=window_size, **others)
+
+    rows = [part.transpose(0, 1) for part in states(cache, sum(span.count for span in spans), 0)]
+    VarlenRows.of(cache, attention, spans).attend(0, rows[0], rows[1], rows[2], AttentionRules(0.3, sliding))
+    assert seen == [(only_decodes, asked)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2"])
+def test_an_engine_answers_the_same_by_either_layout(architecture: str) -> None:
+    engine = make_engine(rough(architecture))
+    engine.varlen = reference_varlen_attn
+    assert_same(answers(engine, arrive_every=2), answers(make_engine(rough(architecture)), arrive_every=2))
+
+
+def test_the_reference_is_called_like_torch_s_own() -> None:
+    own, torch_s = (inspect.signature(function).parameters for function in (reference_varlen_attn, varlen_attn))
+    assert [name for name in torch_s if name in own] == list(own)
+    assert all(own[name].kind == torch_s[name].kind for name in own)
+
+
+PLAIN = [AttentionRules(0.1), AttentionRules(0.1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "capability", "takes"),
+    [
+        ({}, PLAIN, (8, 0), True),
+        ({}, PLAIN, (9, 0), True),
+        ({}, PLAIN, (7, 5), False),
+        ({"dtype": "float32"}, PLAIN, (9, 0), False),
+        ({"head_dim": 12}, PLAIN, (9, 0), False),
+        ({"head_dim": 512}, PLAIN, (9, 0), False),
+        ({"device": "cpu"}, PLAIN, (9, 0), False),
+        ({}, [*PLAIN, AttentionRules(0.1, softcap=5.0)], (9, 0), False),
+    ],
+)
+def test_what_flash_attention_does_not_do_is_left_to_the_other_layout(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: FrozenModel,
+    changes: dict[str, Any],
+    rules: list[AttentionRules],
+    capability: tuple[int, int],
+    takes: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    spec = dataclasses.replace(tiny.spec, **{"device": "cuda:0", "dtype": "bfloat16", "head_dim": 64, **changes})
+    assert varlen_attention(spec, rules) is (varlen_attn if takes else None)
+
+
+@needs_cuda
+@pytest.mark.parametrize("only_decodes", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_torch_s_own_attention_does_what_the_reference_does(
+    tiny: FrozenModel, head_dim: int, window: int | None, only_decodes: bool
+) -> None:
+    spec = dataclasses.replace(tiny.spec, dtype="bfloat16", head_dim=head_dim)
+    spec_on_device = dataclasses.replace(spec, device="cuda")
+    on_host, on_device = filled(spec, 2), KVCache(spec_on_device, 6, 16)
+    spans = spans_of(on_host, random.Random(2), only_decodes=only_decodes)
+    outside = torch.ones(on_host.states.shape[2], dtype=torch.bool)
+    for span in spans:
+        outside[span.slot.start : span.slot.start + span.end] = False
+    on_host.states[:, :, outside] = float("nan")
+    on_device.states.copy_(on_host.states)
+    rows = [part.transpose(0, 1) for part in states(on_host, sum(span.count for span in spans), 2)]
+    rules = AttentionRules(0.1, window)
+    expected = VarlenRows.of(on_host, reference_varlen_attn, spans).attend(1, rows[0], rows[1], rows[2], rules)
+    query, key, value = (part.cuda() for part in rows)
+    with torch.inference_mode():
+        attention = varlen_attention(spec_on_device, [rules])
+        assert attention is not None
+        got = VarlenRows.of(on_device, attention, spans).attend(1, query, key, value, rules)
+    torch.testing.assert_close(got.cpu().float(), expected.float(), rtol=2e-2, atol=2e-2)

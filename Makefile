@@ -7,7 +7,7 @@
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test soak bench lint format
+.PHONY: help setup run test soak bench bench-gpu lint format
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -22,7 +22,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED) ## make .venv and install Prelude, the embedded model and the tools into it
 
@@ -39,6 +39,9 @@ bench: $(INSTALLED) ## measure the engine's steps, swaps under load, and ten tho
 	$(VENV)/bin/python benchmarks/step.py --rounds 2
 	$(VENV)/bin/python benchmarks/swap.py --publishes 30 --rounds 2 --seconds 8
 	$(VENV)/bin/python benchmarks/many_tasks.py
+
+bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU, in under 8 minutes
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check

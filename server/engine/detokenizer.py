@@ -33,7 +33,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Text that this token makes certain, and whether a stop string has ended the sequence."""
-        self._held += self._decode(token_id)
+        text = self._decode(token_id)
+        if not self._stop:
+            return text, False
+        self._held += text
         ends = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
         if ends:
             return self._release(min(ends)), True

@@ -128,6 +128,8 @@ class Scheduler:
         assert used == self._users, "a prefix is used by nobody, or its users are not counted"
 
     def _admit(self) -> None:
+        if not len(self.waiting):
+            return
         budget = self._max_batch_tokens - sum(sequence.num_pending for sequence in self.running)
         held: set[str | None] = set()
         while budget > 0 and len(self.running) < self._max_sequences:

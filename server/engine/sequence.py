@@ -33,6 +33,9 @@ class Sequence:
         self.rng = random.Random(self.sampling.seed)
         self.seen_ids = set(self.request.input_ids)
         """Token ids of input and output, for the repetition penalty."""
+        self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
+        """Positions of its soft prompt."""
+        self._num_given = self.num_virtual_tokens + len(self.request.input_ids)
 
     @property
     def request_id(self) -> str:
@@ -45,19 +48,14 @@ class Sequence:
         return self.request.sampling
 
     @property
-    def num_virtual_tokens(self) -> int:
-        """Positions of its soft prompt."""
-        return 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
-
-    @property
     def num_known(self) -> int:
         """Positions whose token is known, computed or not."""
-        return self.num_virtual_tokens + len(self.request.input_ids) + len(self.output_ids)
+        return self._num_given + len(self.output_ids)
 
     @property
     def num_pending(self) -> int:
         """Positions that the next steps must compute: 1 while decoding, more while prefilling."""
-        return self.num_known - self.num_computed
+        return self._num_given + len(self.output_ids) - self.num_computed
 
     @property
     def max_positions(self) -> int:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
 from server.engine.decode_graphs import LARGEST_BUCKET, CudaRecorder, DecodeGraphs, Forward, buckets, capture
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.optimise import optimise
+from server.engine.varlen_rows import VarlenAttention
 from tests.engine.optimised import answers, assert_same, optimised, rough
 from tests.engine.varlen_reference import reference_varlen_attn
-from tests.support import make_engine, random_soft_prompt, request, run_engine, tiny_model
+from tests.support import TINY, VOCAB_SIZE, make_engine, random_soft_prompt, request, run_engine, tiny_model
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on CUDA, and there is none")
 
@@ -174,6 +177,26 @@ def test_without_cuda_nothing_is_captured_and_nothing_said(caplog: pytest.LogCap
     assert engine.varlen is None
     assert capture(model, engine.kv_cache, engine.varlen, 2) is None
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("architecture", sorted(TINY.keys() - {"gemma2"}))
+def test_what_is_captured_asks_the_device_for_no_number(architecture: str, fused: bool) -> None:
+    """Which would make the host wait, and cannot be captured. Fake tensors have no numbers to answer with."""
+    model = rough(architecture, torch.bfloat16)
+    optimise(model, {"fused"} if fused else set(), None)
+    recorded: list[Forward] = []
+
+    def record(forward: Forward) -> Forward:
+        recorded.append(forward)
+        return forward
+
+    attention = cast(VarlenAttention, varlen_attn)
+    assert capture(model, make_engine(model).kv_cache, attention, 4, record) is not None
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert [tuple(forward().shape) for forward in recorded] == [(4, VOCAB_SIZE), (2, VOCAB_SIZE), (1, VOCAB_SIZE)]
+        with pytest.raises(DataDependentOutputException):
+            recorded[0]()[0, 0].item()
 
 
 @needs_cuda

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, Token
-from server.engine.decode_attention import DecodeAttention
+from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import KVCache
@@ -33,7 +33,7 @@ class Engine:
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
         steps: batches that were run so far.
-        decode_attention: attends for decoding sequences, where there is a kernel for it.
+        compiled: attends on a CPU, where there is compiled code for it.
         varlen: attends for all of a step at once, where CUDA can.
         graphs: replay steps that only decode, where they were captured.
     """
@@ -47,9 +47,7 @@ class Engine:
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
         self._special_ids = frozenset(model.tokenizer.all_special_ids)
-        self.decode_attention: DecodeAttention | None = None
-        if model.kernels is not None:
-            self.decode_attention = DecodeAttention.over(kv_cache, model.attention_rules, model.kernels)
+        self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.varlen = varlen_attention(model.spec, model.attention_rules)
         self.graphs: DecodeGraphs | None = None
         self.steps = 0
@@ -130,10 +128,12 @@ class Engine:
             embeddings[first : first + len(rows)] = rows.to(self.model.device, self.model.dtype)
         return self.model.forward(embeddings, layout.position_ids, layout, kept)
 
-    def _lay_out(self, spans: list[Span]) -> VarlenRows | CachedRows:
+    def _lay_out(self, spans: list[Span]) -> VarlenRows | CompiledRows | CachedRows:
         if self.varlen is not None:
             return VarlenRows.of(self.kv_cache, self.varlen, spans)
-        return CachedRows(self.kv_cache, spans, self.decode_attention)
+        if self.compiled is not None:
+            return CompiledRows(self.compiled, spans)
+        return CachedRows(self.kv_cache, spans)
 
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""

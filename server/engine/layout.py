@@ -1,13 +1,12 @@
 """The layout of a serving step: where each token's keys and values go, and what each token attends to.
 
-Tokens that are alone in their step (decoding) are attended by the compiled kernel, each for itself; where there is
-none, they read the slots of neighbours as one batch. Chunks of a prefill are attended one by one. All of them read the
-pool as it lies, nothing is gathered.
+Tokens that are alone in their step (decoding) read the slots of neighbours as one batch; chunks of a prefill are
+attended one by one. All of them read the pool as it lies, nothing is gathered. This is torch's way, for any device and
+dtype; where they can be used, `varlen_rows.py` and `compiled_attention.py` are faster.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 
 from server.engine.attention import AttentionRules, attend_batch, fold_mask, visibility
-from server.engine.decode_attention import DecodeAttention
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.upload import upload
 
@@ -78,27 +76,21 @@ class _Group:
 class CachedRows:
     """Serving layout over a KV cache; see `attention.Layout`."""
 
-    def __init__(self, kv_cache: KVCache, spans: Sequence[Span], decode: DecodeAttention | None = None) -> None:
+    def __init__(self, kv_cache: KVCache, spans: Sequence[Span]) -> None:
         """Lay out a step.
 
         Args:
             kv_cache: where keys and values go.
             spans: in the order of the flat row, decoding ones first and sorted by slot to form runs.
-            decode: attends for the decoding ones; without it they attend in runs.
         """
         self._kv_cache = kv_cache
-        self._decode = decode
         places = Places.of(spans)
         self.position_ids, self._pool_positions = upload(
             [places.position_ids, places.pool_positions], kv_cache.states.device
         )
-        decoding = list(itertools.takewhile(lambda span: span.count == 1, spans)) if decode else []
-        self._num_decoding = len(decoding)
-        self._starts = np.array([span.slot.start for span in decoding], dtype=np.int64)
-        self._ends = self._starts + np.array([span.end for span in decoding], dtype=np.int64)
         self._groups: list[_Group] = []
-        row = len(decoding)
-        for span in spans[row:]:
+        row = 0
+        for span in spans:
             if self._groups and self._groups[-1].takes(span):
                 self._groups[-1].spans.append(span)
             else:
@@ -112,9 +104,6 @@ class CachedRows:
         self._kv_cache.write(layer, self._pool_positions, key, value)
         heads, tokens, dim = query.shape
         out = query.new_empty(tokens, heads, dim)
-        if self._decode is not None and self._num_decoding:
-            rows = slice(0, self._num_decoding)
-            out[rows] = self._decode.attend(layer, query[:, rows], self._starts, self._ends, rules)
         for group in self._groups:
             first, batch = group.spans[0], len(group.spans)
             keys, values = self._kv_cache.read(layer, first.slot.start, batch, first.slot.length, group.key_length)

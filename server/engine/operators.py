@@ -1,11 +1,12 @@
 """The small work of a layer between its matrix products: norm, rotary embedding, gate.
 
-As torch's operators, on any device and in any dtype; or as compiled loops (`kernels.py`), which on a CPU save the
+As torch's operators, on any device and in any dtype; or as compiled loops (`kernels/`), which on a CPU save the
 microseconds that each of torch's operators costs, and the waking of its threads.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,15 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:  # numba is only imported where it is used
-    from server.engine.kernels import Kernels
+    from server.engine.kernels import Kernels, SmallLoops
 
-AS_NUMPY = {torch.bfloat16: torch.uint16, torch.float32: torch.float32}
-"""What a compiled loop reads numbers as: numpy knows no bfloat16."""
+COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+
+ROWS = 8
+"""Tokens that are one unit of a compiled loop's work."""
+
+NUMBERS_FOR_THREADS = 16384
+"""With fewer of them, one thread is done before a second has begun."""
 
 
 class Operators:
@@ -63,24 +69,38 @@ class CompiledOperators(Operators):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """See `Operators`."""
-        rows = x.contiguous().view(-1, x.shape[-1])
-        out = torch.empty_like(rows)
-        self._kernels.rms_norm(as_numpy(rows), as_numpy(weight), np.float32(epsilon), as_numpy(out))
-        return out.view(x.shape)
+        x = x.contiguous()
+        out, width = torch.empty_like(x), x.shape[-1]
+        tokens = x.numel() // width
+        places = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        self._loops(x).rms_norm(*_share(tokens, width), tokens, *places, width, float_bits(epsilon))
+        return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
         """See `Operators`."""
-        self._kernels.rotate(as_numpy(x), as_numpy(cos), as_numpy(sin), num_rotated)
+        tokens, heads, dim = x.shape
+        places = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *places, heads, num_rotated, dim)
         return x
 
     def silu_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See `Operators`."""
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        self._kernels.silu_gate(as_numpy(gate_up), as_numpy(out))
+        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(tokens, width)
+        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, gate_up.data_ptr(), out.data_ptr(), width)
         return out
 
+    def _loops(self, x: torch.Tensor) -> SmallLoops:
+        return self._kernels.small(x.dtype)
 
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory for a compiled loop."""
-    array: np.ndarray = tensor.view(AS_NUMPY[tensor.dtype]).numpy()
-    return array
+
+def _share(tokens: int, width: int) -> tuple[int, int]:
+    """Units of work of a loop over rows, and the threads that they are worth."""
+    threads = torch.get_num_threads() if tokens * width > NUMBERS_FOR_THREADS else 1
+    return -(-tokens // ROWS), threads
+
+
+@functools.cache
+def float_bits(number: float) -> int:
+    """A number's bits as float32, in an integer: how compiled loops take it."""
+    return int(np.float32(number).view(np.int32))

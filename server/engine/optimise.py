@@ -4,8 +4,8 @@ Nothing that the engine does depends on this pass, and each part of it can be sw
 
     fused      decoder layers of the Llama family in a handful of operators          fused.py
     packed     weights of matrix products laid out for the CPU's library, once       linear.py
-    compiled   norms, rotary embeddings and gates of fused layers, and the           kernels.py, operators.py,
-               attention of decoding sequences, by machine code made at the start    decode_attention.py
+    compiled   attention, and the norms, rotary embeddings and gates of fused        kernels/, operators.py,
+               layers, by machine code made at the start                             compiled_attention.py
     graphs     steps that only decode as CUDA graphs, once the engine is built       decode_graphs.py
 
 A layer is replaced only if its replacement gives the same on a few tokens; otherwise the model runs as transformers
@@ -23,17 +23,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
-from server.engine.attention import AttentionRules, PackedRows
-from server.engine.decode_attention import DecodeAttention
+from server.engine.attention import PackedRows
+from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.fused import FusedLayer, FusedRotary, has_known_parts
-from server.engine.kv_cache import KVCache
+from server.engine.kv_cache import KVCache, Slot
+from server.engine.layout import Span
 from server.engine.linear import FrozenLinear, can_pack
 from server.engine.model import FrozenModel
-from server.engine.operators import AS_NUMPY, CompiledOperators, Operators
+from server.engine.operators import COMPILED_DTYPES, CompiledOperators, Operators
 
 if TYPE_CHECKING:
     from server.engine.kernels import Kernels
@@ -55,27 +55,27 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
         parts: they are made if "compiled" is among them.
         cache_dir: where they are kept, if it can be written to; what cannot be read there is made anew.
     """
-    if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in AS_NUMPY:
+    if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
         return None
     try:
-        from server.engine.kernels import compile_kernels
+        from server.engine.kernels import use_kernels
     except ImportError as exc:
         log.warning("decoding will be slower, because numba is missing: %s", exc)
         return None
     if cache_dir is None or not _can_write(cache_dir):
-        return compile_kernels(None)
+        return use_kernels(None)
     if not any(cache_dir.iterdir()):
         log.info("compiling kernels, once; later starts read them from %s", cache_dir)
     try:
-        kernels = compile_kernels(cache_dir)
+        kernels = use_kernels(cache_dir)
         _try_out(kernels, model)
     except OSError as exc:
         log.warning("the kernels cannot be kept in %s: %s", cache_dir, exc.strerror or exc)
-        return compile_kernels(None)
+        return use_kernels(None)
     except Exception:  # noqa: BLE001 - numba unpickles a file that may hold anything, say half of itself
         log.warning("the kernels in %s cannot be read; they are compiled anew", cache_dir)
         shutil.rmtree(cache_dir, ignore_errors=True)
-        return compile_kernels(None)
+        return use_kernels(None)
     return kernels
 
 
@@ -90,18 +90,20 @@ def _can_write(directory: Path) -> bool:
         return False
 
 
+@torch.inference_mode()
 def _try_out(kernels: Kernels, model: FrozenModel) -> None:
-    """Call each kernel once, which compiles or reads it."""
+    """Call each kernel, which compiles or reads it."""
     operators, spec = CompiledOperators(kernels), model.spec
     rows = torch.ones(1, 2 * spec.head_dim, dtype=model.dtype)
     operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5))
     turns = torch.ones(1, spec.head_dim)
     operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
-    group = model.module.config.get_text_config().num_attention_heads // spec.num_key_value_heads
-    query = torch.ones(group * spec.num_key_value_heads, 1, spec.head_dim, dtype=model.dtype)
-    first = np.zeros(1, dtype=np.int64)
-    DecodeAttention(kv_cache, kernels).attend(0, query, first, first + 1, AttentionRules(1.0))
+    attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)
+    if attention is not None:
+        layout = CompiledRows(attention, [Span(Slot(16, 0), 0, 2)])
+        ids = torch.zeros(2, dtype=torch.long)
+        model.forward(model.embed(ids), layout.position_ids, layout, ids[:1])
 
 
 @torch.inference_mode()

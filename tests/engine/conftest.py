@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from server.engine.kernels import Kernels, compile_kernels
+from server.engine.kernels import Kernels, use_kernels
 from server.settings import Settings
 
 
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
     """The compiled kernels; their machine code is kept where a server keeps it, so a second run begins at once."""
-    return compile_kernels(Settings.load().cache_dir / "kernels")
+    return use_kernels(Settings.load().cache_dir / "kernels")
 
 
 @pytest.fixture

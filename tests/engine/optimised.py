@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from server.engine.attention import PackedRows
-from server.engine.decode_attention import DecodeAttention
+from server.engine.compiled_attention import CompiledAttention
 from server.engine.engine import Engine
 from server.engine.fused import FusedLayer
 from server.engine.kernels import Kernels
@@ -52,7 +52,7 @@ def logits(model: FrozenModel, first_position: int = 0) -> torch.Tensor:
 def engine_for(model: FrozenModel, kernels: Kernels | None = None) -> Engine:
     engine = make_engine(model)
     if kernels is not None:
-        engine.decode_attention = DecodeAttention.over(engine.kv_cache, model.attention_rules, kernels)
+        engine.compiled = CompiledAttention.over(engine.kv_cache, model.attention_rules, kernels)
     return engine
 
 

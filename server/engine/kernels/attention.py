@@ -1,0 +1,263 @@
+"""Attention of a step, compiled: every sequence over what it has filled, wherever its slot lies.
+
+Torch's attention wants a batch of equal lengths in neighbouring slots, reads up to the longest and masks the rest. Here
+every sequence is work of its own, so its result cannot depend on any other. There are two kinds:
+
+- A *decoding* sequence has one token. Its keys and values are read once, from the cache as it lies, for all heads.
+- A *chunk* of a prefill has many. Its positions are first widened into a scratch, blocks of `BLOCK` with the keys on
+  their side (`spread`), so that both products of attention are matrix products; then blocks of its queries go
+  over them with a running maximum and sum, as in FlashAttention (Dao et al. 2022).
+
+Both store the step's keys and values in the cache on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from server.engine.compiled_attention import BLOCK, EVERYTHING, QUERIES
+from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
+from server.engine.kernels.threads import Loop
+from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
+
+_OPTIONS = {"fastmath": REORDERED, "error_model": "numpy"}
+
+
+@dataclass(frozen=True)
+class AttentionLoops:
+    """The two loops of a step's attention, for one shape of heads.
+
+    Both take, behind the counter and the number of units: `units` `[units, 3]`; `spans` `[spans, 5]` (first row,
+    position, tokens, slot's start, first scratch block); the addresses of query, key and value, each followed by the
+    distances of its tokens and heads; the layer's keys and values in the cache; the scratch of keys and of values; and
+    the scaling's bits as float32, the window, and the answer's address.
+
+    Attributes:
+        spread: units are (span, key head, block): a chunk's positions into the cache and the scratch.
+        attend: units are (span, key head, block of queries), or -1 for a decoding span's one token.
+    """
+
+    spread: Loop
+    attend: Loop
+
+
+@functools.cache
+def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: bool) -> AttentionLoops:
+    """Compile them, or read them from where numba keeps them.
+
+    Args:
+        group: query heads that share a key head.
+        kv_heads: key heads.
+        dim: numbers of a head, a multiple of four; one of sixteen is fast.
+        stored: numpy's `uint16` for bfloat16, or `float32`.
+        keep: whether the machine code is kept.
+    """
+    heads = group * kv_heads
+    row = kv_heads * dim  # numbers of a position in the cache
+    at_once = lanes(dim)
+    rows = QUERIES * group
+    inline = numba.njit(nogil=True, **_OPTIONS)
+    compiled = numba.cfunc(types.void(types.CPointer(types.int64)), cache=keep, **_OPTIONS)
+
+    @inline
+    def score(queries, keys, start, count, first, last, scores):
+        """`scores` `[kv_heads * group, width]` of `count` positions from `start`, for some of the key heads."""
+        width, flat = scores.shape[1], scores.reshape(-1)
+        whole = count - count % at_once
+        for p in range(0, whole, at_once):
+            for head in range(first, last):
+                place, own = (start + p) * row + head * dim, head * group
+                dot_products(group, dim, queries, own * dim, keys, place, row, flat, own * width + p, width)
+        if whole == count:
+            return
+        rest = np.zeros(at_once * dim, np.float32)
+        for head in range(first, last):
+            for p in range(count - whole):
+                key = keys[(start + whole + p) * row + head * dim :][:dim]
+                for d in range(dim):
+                    rest[p * dim + d] = widen(key[d])
+            own = head * group
+            dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width)
+
+    @inline
+    def decode(query, head_step, keys, values, first, last, start, end, scaling, out):
+        """One token's heads that belong to some of the key heads, over positions from `start` to `end`."""
+        count = end - start
+        width = (count + at_once - 1) // at_once * at_once
+        queries = np.empty((heads, dim), np.float32)
+        for h in range(first * group, last * group):
+            asked = query[h * head_step :][:dim]
+            for d in range(dim):
+                queries[h, d] = widen(asked[d]) * scaling
+        scores = np.empty((heads, width), np.float32)
+        score(queries.reshape(-1), keys, start, count, first, last, scores)
+        totals = np.empty(heads, np.float32)
+        for h in range(first * group, last * group):
+            own = scores[h]
+            own[count:] = -np.inf
+            highest, total = largest(at_once, own, 0, width), np.float32(0)
+            for p in range(count):
+                weight = exp(own[p] - highest)
+                own[p] = weight
+                total += weight
+            totals[h] = total
+        sums = np.zeros((heads, dim), np.float32)
+        flat, all_sums = scores.reshape(-1), sums.reshape(-1)
+        for p in range(0, count, BLOCK):
+            for head in range(first, last):
+                place, own, some = (start + p) * row + head * dim, head * group, min(BLOCK, count - p)
+                add_products(group, dim, flat, own * width + p, width, values, place, row, all_sums, own * dim, some)
+        for h in range(first * group, last * group):
+            share, answer = np.float32(1) / totals[h], out[h * dim :][:dim]
+            for d in range(dim):
+                answer[d] = narrow(sums[h, d] * share, out)
+
+    @inline
+    def spread_block(keys, values, start, filled, turned, plain):
+        """A block's keys `[dim, BLOCK]` and values `[BLOCK, dim]` in float32; behind what is filled, zeros."""
+        for i in range(BLOCK):
+            if i < filled:
+                key, value = keys[(start + i) * row :][:dim], values[(start + i) * row :][:dim]
+                for d in range(dim):
+                    turned[d, i] = widen(key[d])
+                    plain[i, d] = widen(value[d])
+            else:
+                for d in range(dim):
+                    turned[d, i] = np.float32(0)
+                    plain[i, d] = np.float32(0)
+
+    @inline
+    def weigh(scores, first, last, highest, total, sums):
+        """Scores of one query become weights, zero where it does not see; answers the new maximum and sum.
+
+        It sees the block's positions from `first` to `last`; sums so far are scaled down where the maximum has grown.
+        """
+        for i in range(first):
+            scores[i] = -np.inf
+        for i in range(last, BLOCK):
+            scores[i] = -np.inf
+        before = highest
+        highest = max(before, largest(BLOCK, scores, 0, BLOCK))
+        added = np.float32(0)
+        for i in range(BLOCK):
+            weight = exp(scores[i] - highest)
+            scores[i] = weight
+            added += weight
+        for i in range(first):
+            scores[i] = np.float32(0)
+        for i in range(last, BLOCK):
+            scores[i] = np.float32(0)
+        if highest > before:
+            scale = exp(before - highest)
+            total *= scale
+            for d in range(dim):
+                sums[d] *= scale
+        return highest, total + added
+
+    @inline
+    def attend_chunk(query, step, head_step, tokens, position, window, scaling, turned, plain, out):
+        """Some of a chunk's tokens, the first at `position`, over the blocks that they see."""
+        queries = np.zeros((rows, dim), np.float32)
+        for t in range(tokens):
+            for g in range(group):
+                asked = query[t * step + g * head_step :][:dim]
+                for d in range(dim):
+                    queries[t * group + g, d] = widen(asked[d]) * scaling
+        sums = np.zeros((rows, dim), np.float32)
+        totals, highest = np.zeros(rows, np.float32), np.full(rows, -np.inf, np.float32)
+        for block in range(max(0, position - window + 1) // BLOCK, (position + tokens - 1) // BLOCK + 1):
+            scores = np.zeros((rows, BLOCK), np.float32)
+            place = block * BLOCK * dim
+            add_products(rows, BLOCK, queries.reshape(-1), 0, dim, turned, place, BLOCK, scores.reshape(-1), 0, dim)
+            for r in range(tokens * group):
+                own = position + r // group - block * BLOCK
+                first, last = min(max(own - window + 1, 0), BLOCK), min(own + 1, BLOCK)
+                if first < last:
+                    highest[r], totals[r] = weigh(scores[r], first, last, highest[r], totals[r], sums[r])
+                else:
+                    scores[r] = np.float32(0)
+            add_products(rows, dim, scores.reshape(-1), 0, BLOCK, plain, place, dim, sums.reshape(-1), 0, BLOCK)
+        for t in range(tokens):
+            for g in range(group):
+                r = t * group + g
+                share = np.float32(1) / totals[r]
+                answer = out[t * group * row + g * dim :][:dim]
+                for d in range(dim):
+                    answer[d] = narrow(sums[r, d] * share, out)
+
+    @inline
+    def copy(source, step, head_step, head, tokens, states, start):
+        """Keys or values of new tokens into the cache."""
+        for t in range(tokens):
+            new, kept = source[t * step + head * head_step :][:dim], states[(start + t) * row + head * dim :][:dim]
+            for d in range(dim):
+                kept[d] = new[d]
+
+    @compiled
+    def spread(arguments):
+        a = carray(arguments, 20)
+        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
+        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
+        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
+            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
+            slot, scratch = spans[span, 3], spans[span, 4]
+            blocks = (position + tokens + BLOCK - 1) // BLOCK
+            begin, end = max(position, block * BLOCK), min(position + tokens, (block + 1) * BLOCK)
+            if begin < end:
+                new = first_row + begin - position
+                copy(key[new * a[8] :], a[8], a[9], head, end - begin, keys, slot + begin)
+                copy(value[new * a[11] :], a[11], a[12], head, end - begin, values, slot + begin)
+            place = ((scratch * kv_heads + head * blocks) + block) * BLOCK * dim * 4
+            turned = carray(pointer(a[15] + place), (dim, BLOCK), np.float32)
+            plain = carray(pointer(a[16] + place), (BLOCK, dim), np.float32)
+            filled = min(BLOCK, position + tokens - block * BLOCK)
+            spread_block(keys[head * dim :], values[head * dim :], slot + block * BLOCK, filled, turned, plain)
+
+    @compiled
+    def attend(arguments):
+        a = carray(arguments, 20)
+        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
+        query = carray(pointer(a[4]), EVERYTHING, stored)
+        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
+        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
+        scaling, window = np.int32(a[17]).view(np.float32), a[18]
+        out = carray(pointer(a[19]), EVERYTHING, stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
+            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
+            slot, scratch = spans[span, 3], spans[span, 4]
+            if block < 0:
+                first, last = (0, kv_heads) if head < 0 else (head, head + 1)
+                for h in range(first, last):
+                    copy(key[first_row * a[8] :], a[8], a[9], h, 1, keys, slot + position)
+                    copy(value[first_row * a[11] :], a[11], a[12], h, 1, values, slot + position)
+                asked, answer = query[first_row * a[5] :], out[first_row * heads * dim :]
+                end = slot + position + 1
+                decode(asked, a[6], keys, values, first, last, max(slot, end - window), end, scaling, answer)
+            else:
+                first = block * QUERIES
+                asked = query[(first_row + first) * a[5] + head * group * a[6] :]
+                place = (scratch * kv_heads + head * ((position + tokens + BLOCK - 1) // BLOCK)) * BLOCK * dim * 4
+                turned, plain = (
+                    carray(pointer(a[15] + place), EVERYTHING, np.float32),
+                    carray(pointer(a[16] + place), EVERYTHING, np.float32),
+                )
+                answer = out[((first_row + first) * kv_heads + head) * group * dim :]
+                many = min(QUERIES, tokens - first)
+                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, turned, plain, answer)
+
+    return AttentionLoops(Loop(spread), Loop(attend))

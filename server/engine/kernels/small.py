@@ -1,0 +1,122 @@
+"""The small work of a layer between its matrix products, compiled: norm, rotary embedding, gate.
+
+The innermost loops run over numbers that lie side by side, so that they become vector instructions. They compute in
+float32, whatever is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
+from server.engine.kernels.threads import Loop
+from server.engine.kernels.vectors import fetch_add, pointer
+from server.engine.operators import ROWS
+
+
+@dataclass(frozen=True)
+class SmallLoops:
+    """Loops over tokens; a unit of work is `ROWS` of them.
+
+    All take, behind the counter and the number of units, the number of tokens; then addresses and numbers.
+
+    Attributes:
+        rms_norm: `x` and `weight`, `out`, their width, the bits of epsilon as float32.
+        rotate: `x` `[tokens, all_heads, dim]`, of which some heads are turned in place, `cos` and `sin` `[tokens, dim]`
+            in float32, the first half of `sin` negated; all heads, those that are turned, `dim`.
+        silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
+    """
+
+    rms_norm: Loop
+    rotate: Loop
+    silu_gate: Loop
+
+
+@functools.cache
+def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
+    """Compile them, or read them from where numba keeps them.
+
+    Args:
+        stored: `uint16` for bfloat16, or `float32`.
+        keep: whether the machine code is kept.
+    """
+    options = {"fastmath": REORDERED, "error_model": "numpy"}
+    inline = numba.njit(nogil=True, **options)
+    compiled = numba.cfunc(types.void(types.CPointer(types.int64)), cache=keep, **options)
+
+    @inline
+    def norm_row(x, weight, epsilon, out):
+        """Zhang and Sennrich 2019. As transformers does it, the normed number is rounded before it is weighed."""
+        width = len(x)
+        total = np.float32(0)
+        for i in range(width):
+            number = widen(x[i])
+            total += number * number
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+        for i in range(width):
+            normed = widen(narrow(widen(x[i]) * scale, out))
+            out[i] = narrow(normed * widen(weight[i]), out)
+
+    @inline
+    def rotate_head(x, cos, sin):
+        """Su et al. 2021, halves paired as transformers pairs them."""
+        half = len(x) // 2
+        for i in range(half):
+            first, second = widen(x[i]), widen(x[half + i])
+            x[i] = narrow(first * cos[i] + second * sin[i], x)
+            x[half + i] = narrow(second * cos[half + i] + first * sin[half + i], x)
+
+    @inline
+    def gate_row(gate, up, out):
+        """silu(gate) * up."""
+        for i in range(len(out)):
+            number = widen(gate[i])
+            out[i] = narrow(number / (np.float32(1) + exp(-number)) * widen(up[i]), out)
+
+    @compiled
+    def rms_norm(arguments):
+        a = carray(arguments, 8)
+        tokens, width, epsilon = a[2], a[6], np.int32(a[7]).view(np.float32)
+        x, out = carray(pointer(a[3]), (tokens, width), stored), carray(pointer(a[5]), (tokens, width), stored)
+        weight = carray(pointer(a[4]), width, stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
+                norm_row(x[t], weight, epsilon, out[t])
+
+    @compiled
+    def rotate(arguments):
+        a = carray(arguments, 9)
+        tokens, heads, turned, dim = a[2], a[6], a[7], a[8]
+        x = carray(pointer(a[3]), (tokens, heads, dim), stored)
+        cos, sin = carray(pointer(a[4]), (tokens, dim), np.float32), carray(pointer(a[5]), (tokens, dim), np.float32)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
+                for h in range(turned):
+                    rotate_head(x[t, h], cos[t], sin[t])
+
+    @compiled
+    def silu_gate(arguments):
+        a = carray(arguments, 6)
+        tokens, width = a[2], a[5]
+        gate_up = carray(pointer(a[3]), (tokens, 2, width), stored)
+        out = carray(pointer(a[4]), (tokens, width), stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
+                gate_row(gate_up[t, 0], gate_up[t, 1], out[t])
+
+    return SmallLoops(Loop(rms_norm), Loop(rotate), Loop(silu_gate))

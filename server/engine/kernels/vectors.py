@@ -1,0 +1,246 @@
+"""Vector instructions that numba does not make on its own, written as LLVM's: the same on every processor.
+
+A compiler turns a plain loop into vector code if it can prove enough, and keeps sums in memory where it cannot. The two
+inner loops of attention are too important to leave to that. Here they are spelled out: sums stay in registers, and a
+product over a vector's width is added up by a tree instead of one by one. LLVM splits a vector that is wider than the
+processor's, and uses fused multiply-add where there is one.
+
+Arrays are flat; places in them are given as an offset and the distance of rows. Stored numbers are float32, or bfloat16
+as uint16, and are widened as they are loaded. Nothing is allocated, and nothing is read but the places that are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+WIDEST = 16
+"""Numbers of a vector, at most: what AVX-512 holds. Two registers of AVX2, four of NEON."""
+
+SUMS = 24 if get_host_cpu_features().get("avx512f") else 6
+"""Vectors of sums that fit into the registers beside what is multiplied."""
+
+_FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+_FUSED = ("contract",)
+
+
+def lanes(width: int) -> int:
+    """Numbers of the vectors that rows of `width` numbers are cut into without a rest."""
+    return math.gcd(width, WIDEST)
+
+
+class _Code:
+    """What the two loops have in common, for vectors of so many numbers."""
+
+    def __init__(self, context: Any, builder: Any, width: int) -> None:
+        self._context, self.builder = context, builder
+        self.lanes = lanes(width)
+        self.per_row = width // self.lanes
+        self._floats = ir.VectorType(_FLOAT, self.lanes)
+        self._indices = ir.VectorType(_I32, self.lanes)
+        self._anything = ir.Constant(self._floats, ir.Undefined)
+
+    def place(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
+        """Where a row of an array begins."""
+        start = self._context.make_array(array_type)(self._context, self.builder, array).data
+        return self.builder.gep(start, [self.builder.add(offset, self.builder.mul(row, step))])
+
+    def load(self, row: Any, vector: int = 0) -> Any:
+        """A vector of a row, as float32."""
+        pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
+        if pointer.type.pointee == _FLOAT:
+            return self.builder.load(self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
+        halves = ir.VectorType(_I16, self.lanes)
+        stored = self.builder.load(self.builder.bitcast(pointer, halves.as_pointer()), align=2)
+        upper = self.builder.shl(self.builder.zext(stored, self._indices), self._indices([16] * self.lanes))
+        return self.builder.bitcast(upper, self._floats)
+
+    def store(self, value: Any, row: Any, vector: int = 0) -> None:
+        pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
+        self.builder.store(value, self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
+
+    def spread(self, number: Any) -> Any:
+        """A vector of one number."""
+        one = self.builder.insert_element(self._anything, number, _I32(0))
+        return self.pick(one, self._anything, [0] * self.lanes)
+
+    def pick(self, x: Any, y: Any, places: Sequence[int]) -> Any:
+        """A vector of numbers from two, those of the second counted on."""
+        return self.builder.shuffle_vector(x, y, self._indices(list(places)))
+
+    def multiply_add(self, total: Any, x: Any, y: Any) -> Any:
+        return self.builder.fadd(total, self.builder.fmul(x, y, flags=_FUSED), flags=_FUSED)
+
+
+@intrinsic
+def fetch_add(_: Any, array: Any) -> Any:
+    """Add one to the first number of an int64 array, and answer what it was; no two threads get the same."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", place, _I64(1), "monotonic")
+
+    return types.int64(array), code
+
+
+@intrinsic
+def pointer(_: Any, address: Any) -> Any:
+    """An address as `numba.carray` takes it."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _BYTES)
+
+    return types.voidptr(types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def add_products(
+    typing: Any,
+    rows: Any,
+    width: Any,
+    a: Any,
+    a0: Any,
+    a_step: Any,
+    b: Any,
+    b0: Any,
+    b_step: Any,
+    c: Any,
+    c0: Any,
+    n: Any,
+) -> Any:
+    """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` lie side by side.
+
+    `rows` and `width` are constants: they decide on how many sums are held at once. Each row's numbers are added in the
+    order of `i`, whatever the other rows are.
+    """
+    num_rows, num_columns = rows.literal_value, width.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, a, a0, a_step, b, b0, b_step, c, c0, n = arguments
+        make = _Code(context, builder, num_columns)
+        for tile, vectors in _tiles(num_rows, make.per_row):
+            a_rows = [make.place(signature.args[2], a, a0, _I64(r), a_step) for r in tile]
+            c_rows = [make.place(signature.args[8], c, c0, _I64(r), _I64(num_columns)) for r in tile]
+            sums = {}
+            for r, row in enumerate(c_rows):
+                for v in vectors:
+                    sums[r, v] = cgutils.alloca_once_value(builder, make.load(row, v))
+            with cgutils.for_range(builder, n, intp=_I64) as loop:
+                b_row = make.place(signature.args[5], b, b0, loop.index, b_step)
+                factors = {v: make.load(b_row, v) for v in vectors}
+                for r, row in enumerate(a_rows):
+                    number = make.spread(builder.load(builder.gep(row, [loop.index])))
+                    for v in vectors:
+                        total = make.multiply_add(builder.load(sums[r, v]), number, factors[v])
+                        builder.store(total, sums[r, v])
+            for (r, v), total in sums.items():
+                make.store(builder.load(total), c_rows[r], v)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(rows, width, a, i64, i64, b, i64, i64, c, i64, i64), code
+
+
+def _tiles(rows: int, vectors: int) -> Iterator[tuple[range, range]]:
+    """A matrix of rows and vectors in pieces of at most `SUMS`."""
+    wide = min(vectors, SUMS)
+    high = SUMS // wide
+    for v in range(0, vectors, wide):
+        for r in range(0, rows, high):
+            yield range(r, min(rows, r + high)), range(v, min(vectors, v + wide))
+
+
+@intrinsic(prefer_literal=True)
+def dot_products(
+    typing: Any,
+    rows: Any,
+    width: Any,
+    q: Any,
+    q0: Any,
+    k: Any,
+    k0: Any,
+    k_step: Any,
+    out: Any,
+    out0: Any,
+    out_step: Any,
+) -> Any:
+    """`out[r, p] = q[r, :] . k[p, :]` for as many `p` as a vector has numbers; rows of `q` lie side by side.
+
+    `rows` and `width` are constants. Rows of `k` are read once, in order.
+    """
+    num_rows, num_columns = rows.literal_value, width.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, q, q0, k, k0, k_step, out, out0, out_step = arguments
+        make = _Code(context, builder, num_columns)
+        q_rows = [make.place(signature.args[2], q, q0, _I64(r), _I64(num_columns)) for r in range(num_rows)]
+        queries = [[make.load(row, v) for v in range(make.per_row)] for row in q_rows]
+
+        def of(positions: range) -> list[Any]:
+            """A vector for each row: the sums of each position in a run of neighbouring numbers."""
+            if len(positions) == 1:
+                key = make.place(signature.args[4], k, k0, _I64(positions[0]), k_step)
+                factors = [make.load(key, v) for v in range(make.per_row)]
+                return [_dot(make, query, factors) for query in queries]
+            half = len(positions) // 2
+            pairs = zip(of(positions[:half]), of(positions[half:]), strict=True)
+            return [_halve(make, x, y, len(positions)) for x, y in pairs]
+
+        for r, total in enumerate(of(range(make.lanes))):
+            make.store(total, make.place(signature.args[7], out, out0, _I64(r), out_step))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(rows, width, q, i64, k, i64, i64, out, i64, i64), code
+
+
+def _dot(make: _Code, xs: Sequence[Any], ys: Sequence[Any]) -> Any:
+    """A vector whose numbers add up to a dot product."""
+    total = make.builder.fmul(xs[0], ys[0], flags=_FUSED)
+    for x, y in zip(xs[1:], ys[1:], strict=True):
+        total = make.multiply_add(total, x, y)
+    return total
+
+
+def _halve(make: _Code, x: Any, y: Any, positions: int) -> Any:
+    """The sums of both vectors' positions, side by side in one: each in half as many numbers as before."""
+    parts = make.lanes // positions  # numbers that a position has in the answer; it has twice as many in x or y
+    first = [2 * parts * (lane // parts) + lane % parts for lane in range(make.lanes)]
+    second = [place + parts for place in first]
+    return make.builder.fadd(make.pick(x, y, first), make.pick(x, y, second), flags=_FUSED)
+
+
+@intrinsic(prefer_literal=True)
+def largest(_: Any, at_once: Any, x: Any, x0: Any, n: Any) -> Any:
+    """The largest of `n` numbers, a multiple of the constant `at_once`; one that is not a number counts for nothing."""
+    width = at_once.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, x, x0, n = arguments
+        make = _Code(context, builder, width)
+        lowest = ir.Constant(_FLOAT, float("-inf"))
+        found = cgutils.alloca_once_value(builder, make.spread(lowest))
+        start = make.place(signature.args[1], x, x0, _I64(0), _I64(0))
+        with cgutils.for_range_slice(builder, _I64(0), n, _I64(make.lanes), intp=_I64) as (place, _):
+            _keep_larger(builder, found, make.load(builder.gep(start, [place])))
+        half = make.lanes // 2
+        while half:
+            best = builder.load(found)
+            _keep_larger(builder, found, make.pick(best, best, [(i + half) % make.lanes for i in range(make.lanes)]))
+            half //= 2
+        return builder.extract_element(builder.load(found), _I32(0))
+
+    return types.float32(at_once, x, types.int64, types.int64), code
+
+
+def _keep_larger(builder: Any, found: Any, candidate: Any) -> None:
+    best = builder.load(found)
+    builder.store(builder.select(builder.fcmp_ordered(">", candidate, best), candidate, best), found)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -58,10 +59,10 @@ class Load:
         self._cold = set(range(workload.clients))  # clients that have had no answer yet
         self._warm = asyncio.Event()
 
-    async def run(self, seconds: float) -> Measured:
+    async def run(self, seconds: float, warm_up_seconds: float = WARM_UP_SECONDS) -> Measured:
         """Warm up, then count what ends within so many seconds."""
         tasks = [asyncio.create_task(self._ask(number)) for number in range(self._workload.clients)]
-        await asyncio.sleep(WARM_UP_SECONDS)
+        await asyncio.sleep(warm_up_seconds)
         warm = asyncio.create_task(self._warm.wait())
         await asyncio.wait([warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
         self._measured = measured = Measured()
@@ -128,7 +129,9 @@ def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str,
             time.sleep(0.5)
         yield url, psutil.Process(process.pid)
     finally:
-        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        family: list[Any] = (
+            [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        )
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.terminate()

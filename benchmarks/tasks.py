@@ -318,7 +318,7 @@ def show(result: dict[str, Any]) -> None:
     """The table."""
     print(
         f"\n{result['model']}, {result['dtype']}, {result['machine']}; {result['clients']} clients, "
-        f"{result['output_tokens']} tokens out, {result['num_virtual_tokens']} virtual tokens: "
+        f"{result['output_tokens']} tokens out on average, {result['num_virtual_tokens']} virtual tokens: "
         f"{result['bytes_per_prefix']:,} bytes a prefix; {result['rounds']} rounds of {result['seconds']:g} s"
     )
     print(f"{'tasks':>7} {'budget':<8} {'MB':>7} {'choice':<8}", end="")

@@ -87,7 +87,7 @@ def caption(result: dict[str, Any]) -> str:
     """What was measured, in small print."""
     return (
         f"{result['model']}, {result['dtype']}, {result['machine']}; {result['clients']} clients, "
-        f"{result['output_tokens']} tokens out,\n{result['num_virtual_tokens']} virtual tokens a task, "
+        f"{result['output_tokens']} tokens out on average,\n{result['num_virtual_tokens']} virtual tokens a task, "
         f"Zipf exponent {result['zipf_exponent']}; medians of {result['rounds']} rounds of {result['seconds']:g} s"
     )
 

@@ -35,10 +35,17 @@ test: $(INSTALLED) ## run the tests and report coverage; ARGS are options of pyt
 soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
 
-bench: $(INSTALLED) ## measure the engine's steps, swaps under load, and ten thousand tasks, in short
-	$(VENV)/bin/python benchmarks/step.py --rounds 2
-	$(VENV)/bin/python benchmarks/swap.py --publishes 30 --rounds 2 --seconds 8
+# Servers of others: `transformers serve` where it starts; vLLM where VLLM_PYTHON names the interpreter that has it.
+BENCH_SERVE = $(VENV)/bin/python benchmarks/serve.py --workloads classify --rounds 1 --seconds 8 --peers
+BENCH_PEERS = prelude prelude-bare peft $(if $(VLLM_PYTHON),vllm-bare vllm-prefix)
+
+bench: $(INSTALLED) ## measure everything in short, in about 8 minutes: steps, swaps, many tasks, other servers
+	$(VENV)/bin/python benchmarks/step.py --rounds 1 --configurations none all --batches 1 64
+	$(VENV)/bin/python benchmarks/loop.py --rounds 1 --seconds 5
+	$(VENV)/bin/python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 8
 	$(VENV)/bin/python benchmarks/many_tasks.py
+	$(VENV)/bin/python benchmarks/tasks.py --short
+	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
 bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU, in under 8 minutes
 	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)

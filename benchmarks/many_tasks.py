@@ -29,48 +29,15 @@ from typing import Any
 from unittest import mock
 
 import psutil
-import torch
+from task_store import NUM_VIRTUAL_TOKENS, SPEC, make_store
 from tqdm import tqdm
 
-from server.core import ModelSpec
-from server.registry.events import Event, NewVersion, Publish
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry
 from server.registry.store import Store
-from server.soft_prompts.manifest import Manifest
-from server.soft_prompts.soft_prompt import SoftPrompt
 
 FEW = 10
-NUM_VIRTUAL_TOKENS = 20
 MB = 1e6
-
-SPEC = ModelSpec(
-    name="SmolLM2-135M-Instruct",
-    fingerprint="256b77ed5c8bf47757d67089e86dae81",
-    hidden_size=576,
-    num_hidden_layers=30,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_model_len=2048,
-    dtype="bfloat16",
-    device="cpu",
-)
-"""The embedded model; it is not loaded."""
-
-
-def make_store(folder: Path, tasks: int) -> None:
-    """A version of each task, with a manifest like those that `prelude train` writes."""
-    store = Store(LocalObjects(folder))
-    manifest = json.loads((Path(__file__).parents[1] / "prompts" / "sms_spam" / "manifest.json").read_text())
-    for number in tqdm(range(1, tasks + 1), f"publishing {tasks:,}", unit="task"):
-        task = f"customer-{number:06d}"
-        tensor = torch.randn(NUM_VIRTUAL_TOKENS, SPEC.hidden_size, generator=torch.Generator().manual_seed(number))
-        about = Manifest.model_validate({**manifest, "task": task, "description": f"Is it spam, says {task}?"})
-        content = store.put_blob(SoftPrompt("PROMPT_TUNING", tensor, about))
-        assert store.append(
-            Event(number, "2026-01-01T00:00:00.000+00:00", "api", "key", Publish((NewVersion(task, 1, content),)))
-        )
 
 
 def resident() -> float:

@@ -1,11 +1,17 @@
-"""Where a step's time goes: the engine alone, without HTTP, against the matrix products that it cannot do without.
+"""Where a step's time goes: the engine alone, without HTTP, against what it cannot do without.
 
 Loads the model once for each set of optimisations (`PRELUDE_OPTIMISE`) and times, in interleaved rounds, steps in which
-every sequence decodes at about 170 positions, and prefills of whole inputs. Beside them, in the same rounds, the packed
-matrix products of such a step alone: the floor for this machine and these weights.
+every sequence decodes at about 170 positions, and prefills of whole inputs. Beside them, in the same rounds, two floors
+for this machine and these weights:
+
+    products    the packed matrix products of such a step alone
+    roofline    the bytes that such a step must read, all matrices once and the keys and values of its positions, at
+                the bandwidth with which all cores read, or copy, a gigabyte in the same run
+
+Weights that stay in the processor's cache from one step to the next can beat the roofline.
 
     python benchmarks/step.py                      # some minutes
-    python benchmarks/step.py --rounds 2 --batches 1 16
+    python benchmarks/step.py --rounds 1 --configurations all
 
 Prints a table and, last, one line of JSON.
 """
@@ -13,6 +19,7 @@ Prints a table and, last, one line of JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -32,15 +39,31 @@ from tqdm import tqdm  # noqa: E402
 from server.core import GenerationRequest, SamplingParams  # noqa: E402
 from server.engine.build import load_engine  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
+from server.engine.kv_cache import bytes_per_position  # noqa: E402
 from server.engine.linear import FrozenLinear, can_pack  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
 CONFIGURATIONS = ("none", "packed", "fused,packed", "all")
+FLOORS = ("products", "roofline")
 INPUT_TOKENS = 155
 STEPS = 10
 """Timed in a round, after three that are not: the sequences are then about 170 positions long."""
+POSITIONS = 170
 PREFILLS = (37, 101, 256)
 PREFILLS_PER_ROUND = 6
+
+
+BUFFER_BYTES = 2**30
+"""Far more than a processor's cache holds."""
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores read, or read and write in a copy, whichever is more."""
+    source = torch.ones(BUFFER_BYTES // 4)
+    target = torch.empty_like(source)
+    read = min(timed(source.sum) for _ in range(4))
+    copy = min(timed(lambda: target.copy_(source)) for _ in range(4))
+    return max(BUFFER_BYTES / read, 2 * BUFFER_BYTES / copy)
 
 
 class Products:
@@ -54,6 +77,8 @@ class Products:
         self._layers = [[self._linear(shape, engine) for shape in shapes] for _ in range(config.num_hidden_layers)]
         self._head = self._linear((config.vocab_size, hidden), engine)
         self._dtype = engine.model.dtype
+        linears = [self._head, *itertools.chain.from_iterable(self._layers)]
+        self.num_bytes = sum(linear.out_features * linear.in_features for linear in linears) * self._dtype.itemsize
 
     @staticmethod
     def _linear(shape: tuple[int, int], engine: Engine) -> FrozenLinear:
@@ -108,13 +133,14 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def measure(batches: list[int], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds by kind of step and configuration; `products` is the floor."""
+def measure(configurations: list[str], batches: list[int], rounds: int) -> tuple[dict[str, dict[str, float]], float]:
+    """Median milliseconds by kind of step and configuration, and both floors; the bytes a second of the second one."""
     engines = {
         name: load_engine(Settings.load(optimise=name, max_sequences=max(batches)))
-        for name in tqdm(CONFIGURATIONS, "loading")
+        for name in tqdm(configurations, "loading")
     }
-    products = Products(engines["none"])
+    products, per_position = Products(engines["all"]), bytes_per_position(engines["all"].model.spec)
+    fastest = 0.0
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in tqdm(range(rounds + 1), "rounds"):  # the first only warms up
         for name, engine in engines.items():
@@ -127,26 +153,35 @@ def measure(batches: list[int], rounds: int) -> dict[str, dict[str, float]]:
         for kind, rows, kept in [("decode", n, n) for n in batches] + [("prefill", n, 1) for n in PREFILLS]:
             found = [products.seconds(rows, kept) for _ in range(PREFILLS_PER_ROUND)]
             times[f"{kind} {rows}", "products"] += found if number else []
+        fastest = max(fastest, bandwidth())
     result: dict[str, dict[str, float]] = defaultdict(dict)
     for (kind, name), values in times.items():
         result[kind][name] = 1000 * statistics.median(values)
-    return dict(result)
+    for batch in batches:
+        result[f"decode {batch}"]["roofline"] = 1000 * (products.num_bytes + batch * POSITIONS * per_position) / fastest
+    for tokens in PREFILLS:
+        result[f"prefill {tokens}"]["roofline"] = 1000 * (products.num_bytes + tokens * per_position) / fastest
+    return dict(result), fastest
 
 
 def main() -> None:
     """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    result = measure(options.batches, options.rounds)
-    names = [*CONFIGURATIONS, "products"]
-    print(f"\nmilliseconds, medians of {options.rounds} rounds; {os.cpu_count()} cores {platform.machine()}")
-    print(f"{'':<14}" + "".join(f"{name:>14}" for name in names) + f"{'products/all':>14}")
+    configurations = [name for name in CONFIGURATIONS if name in (*options.configurations, "all")]
+    result, fastest = measure(configurations, options.batches, options.rounds)
+    names = [*configurations, *FLOORS]
+    machine = f"{os.cpu_count()} cores {platform.machine()}, {fastest / 1e9:.1f} GB/s"
+    print(f"\nmilliseconds, medians of {options.rounds} rounds; {machine}")
+    print(f"{'':<14}" + "".join(f"{name:>14}" for name in [*names, *(f"{floor}/all" for floor in FLOORS)]))
     for kind, row in result.items():
-        share = row["products"] / row["all"]
-        print(f"{kind:<14}" + "".join(f"{row[name]:>14.1f}" for name in names) + f"{share:>14.2f}")
-    print(json.dumps({"spin": os.environ.get("GOMP_SPINCOUNT"), "milliseconds": result}))
+        shares = "".join(f"{row[floor] / row['all']:>14.2f}" for floor in FLOORS)
+        print(f"{kind:<14}" + "".join(f"{row[name]:>14.1f}" for name in names) + shares)
+    about = {"spin": os.environ.get("GOMP_SPINCOUNT"), "bytes_per_second": fastest}
+    print(json.dumps({**about, "milliseconds": result}))
 
 
 if __name__ == "__main__":

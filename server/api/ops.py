@@ -10,7 +10,7 @@ from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
 from server.api.auth import Reads, may_see
 from server.api.deps import RegistryDep, SettingsDep, WorkerDep
-from server.api.schemas import ErrorBody, Health, Info
+from server.api.schemas import ErrorBody, Health, Info, PrefixInfo
 from server.errors import PreludeError, ServerDraining
 
 NOT_READY: dict[int | str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ async def ready(worker: WorkerDep) -> Health:
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])
 async def info(request: Request, worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
     """The frozen model and the server's limits; tasks are counted that the key is for."""
-    model = worker.model
+    model, prefixes = worker.model, worker.prefixes
     return Info(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -54,4 +54,5 @@ async def info(request: Request, worker: WorkerDep, registry: RegistryDep, setti
         version=__version__,
         tasks=sum(may_see(request, task.name) for task in registry.tasks()),
         in_flight=worker.num_in_flight,
+        prefixes=PrefixInfo(hits=prefixes.hits, misses=prefixes.misses, budget_bytes=prefixes.budget_bytes),
     )

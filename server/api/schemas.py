@@ -209,6 +209,14 @@ class Health(BaseModel):
     status: str
 
 
+class PrefixInfo(BaseModel):
+    """How often requests found their soft prompt's prefix computed, since the server started."""
+
+    hits: int = Field(description="Requests that found it, or waited for another one that computed it.")
+    misses: int = Field(description="Requests that had to compute it; each publish makes one.")
+    budget_bytes: int = Field(description="Memory that prefixes may take.")
+
+
 class Info(BaseModel):
     """/info."""
 
@@ -224,3 +232,4 @@ class Info(BaseModel):
     version: str
     tasks: int
     in_flight: int
+    prefixes: PrefixInfo

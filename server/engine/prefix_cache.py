@@ -19,7 +19,8 @@ class PrefixCache:
     """Prefixes within a memory budget, least recently used out first; the newest always stays.
 
     Attributes:
-        hits: sequences that found their prefix.
+        hits: sequences that found their prefix, also those that waited for another one to compute it.
+        misses: sequences that did not, and had to compute it.
         computed: prefixes that were put in.
     """
 
@@ -28,6 +29,7 @@ class PrefixCache:
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
         self.hits = 0
+        self.misses = 0
         self.computed = 0
         self._prefixes: OrderedDict[str, torch.Tensor] = OrderedDict()
 
@@ -43,9 +45,11 @@ class PrefixCache:
     def get(self, prefix_hash: str) -> torch.Tensor | None:
         """The prefix, now the most recently used one, or None."""
         prefix = self._prefixes.get(prefix_hash)
-        if prefix is not None:
-            self._prefixes.move_to_end(prefix_hash)
-            self.hits += 1
+        if prefix is None:
+            self.misses += 1
+            return None
+        self._prefixes.move_to_end(prefix_hash)
+        self.hits += 1
         return prefix
 
     def put(self, prefix_hash: str, prefix: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
+from server.engine.prefix_cache import PrefixCache
 from server.errors import GenerationFailed, InvalidSoftPrompt, NotFinite, RequestAborted, ServerDraining
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -72,6 +73,11 @@ class EngineWorker:
     def num_in_flight(self) -> int:
         """Accepted requests that have not ended."""
         return len(self._streams)
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """The engine's; off its thread, only for what may be read at any time: the counters and the budget."""
+        return self._engine.prefixes
 
     @property
     def max_characters(self) -> int:

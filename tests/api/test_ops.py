@@ -42,7 +42,16 @@ def test_info_tells_the_frozen_model_and_the_limits(own_server: LiveServer) -> N
         "version": __version__,
         "tasks": 1,
         "in_flight": 0,
+        "prefixes": {"hits": 0, "misses": 1, "budget_bytes": own_server.engine.prefixes.budget_bytes},
     }
+
+
+def test_info_tells_how_many_requests_found_their_prefix(own_server: LiveServer) -> None:
+    own_server.publish_random("one", 1)  # a publish computes the prefix: a miss
+    for task in ("one", "one", None):
+        assert own_server.generate("hello", task, max_new_tokens=1).status_code == 200
+    prefixes = own_server.client.get("/info").json()["prefixes"]
+    assert (prefixes["hits"], prefixes["misses"]) == (2, 1), "without a task there is no prefix to find"
 
 
 def test_a_models_name_that_is_not_ascii_can_be_told_in_a_header(own_server: LiveServer) -> None:

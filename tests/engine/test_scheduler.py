@@ -53,7 +53,7 @@ def test_a_prefix_is_computed_once_for_all_who_wait_for_it(tiny: FrozenModel) ->
         engine.add(request(str(i), [i], "task", max_new_tokens=3), soft_prompt)
     counts = tokens_per_step(engine)
     assert engine.prefixes.computed == 1
-    assert engine.prefixes.hits == 11
+    assert (engine.prefixes.hits, engine.prefixes.misses) == (11, 1)
     assert sum(counts) == 20 + 12 * 3, "20 virtual tokens once, then an input and two output tokens each"
 
 
@@ -96,6 +96,7 @@ def test_prefixes_beyond_the_budget_are_dropped_and_computed_again(tiny: FrozenM
         outcome = run_engine(engine, [(request("r", [1, 2], max_new_tokens=6), soft_prompts[seed])])
         answers.append(outcome["r"].token_ids)
     assert engine.prefixes.computed == 4
+    assert (engine.prefixes.hits, engine.prefixes.misses) == (0, 4)
     assert engine.prefixes.num_bytes == 2 * one
     assert answers[0] == answers[3]
 

@@ -12,6 +12,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
 from server.engine.model import FrozenModel
+from server.engine.operators import operators_with
 from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice, choose_next
 from server.engine.scheduler import Scheduler
@@ -47,6 +48,7 @@ class Engine:
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
         self._special_ids = frozenset(model.tokenizer.all_special_ids)
+        self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.varlen = varlen_attention(model.spec, model.attention_rules)
         self.graphs: DecodeGraphs | None = None
@@ -114,7 +116,7 @@ class Engine:
         else:
             logits = self._forward(batch)
         sampled = [sequence for sequence, span in batch if span.end == sequence.num_known]
-        return choose_next(logits, sampled, self.model.eos_token_ids) if sampled else []
+        return choose_next(logits, sampled, self.model.eos_token_ids, self._operators) if sampled else []
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits `[sampled, vocab_size]` of any batch."""

@@ -138,7 +138,7 @@ class FrozenModel:
     def forward(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `[kept, vocab_size]`, in at least float32, of the flat-row indices in `keep`.
+        """Logits `[kept, vocab_size]`, in the model's dtype, of the flat-row indices in `keep`.
 
         Args:
             inputs_embeds: `[tokens, hidden_size]`.
@@ -154,7 +154,7 @@ class FrozenModel:
             layout=layout,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits
 
 
 def choose_device(device: str) -> torch.device:

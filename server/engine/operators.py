@@ -57,6 +57,11 @@ class Operators:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of each row of `[rows, width]`, and where it is, of equals the first; NaN if there is one."""
+        largest, where = at_least_float32(logits).max(dim=-1)
+        return largest, where
+
 
 class CompiledOperators(Operators):
     """The same by compiled loops, for bfloat16 and float32 on a CPU."""
@@ -90,14 +95,35 @@ class CompiledOperators(Operators):
         self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, gate_up.data_ptr(), out.data_ptr(), width)
         return out
 
+    def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Operators`."""
+        if logits.dtype not in COMPILED_DTYPES:
+            return super().best(logits)
+        logits = logits.contiguous()
+        rows, width = logits.shape
+        largest, where = torch.empty(rows), torch.empty(rows, dtype=torch.long)
+        places = (logits.data_ptr(), largest.data_ptr(), where.data_ptr())
+        self._loops(logits).best(rows, torch.get_num_threads(), *places, width)
+        return largest, where
+
     def _loops(self, x: torch.Tensor) -> SmallLoops:
         return self._kernels.small(x.dtype)
+
+
+def operators_with(kernels: Kernels | None) -> Operators:
+    """The fastest that there are."""
+    return Operators() if kernels is None else CompiledOperators(kernels)
 
 
 def _share(tokens: int, width: int) -> tuple[int, int]:
     """Units of work of a loop over rows, and the threads that they are worth."""
     threads = torch.get_num_threads() if tokens * width > NUMBERS_FOR_THREADS else 1
     return -(-tokens // ROWS), threads
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float32, or in float64 if they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from server.engine.kv_cache import KVCache, Slot
 from server.engine.layout import Span
 from server.engine.linear import FrozenLinear, can_pack
 from server.engine.model import FrozenModel
-from server.engine.operators import COMPILED_DTYPES, CompiledOperators, Operators
+from server.engine.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
 
 if TYPE_CHECKING:
     from server.engine.kernels import Kernels
@@ -95,7 +95,7 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
     """Call each kernel, which compiles or reads it."""
     operators, spec = CompiledOperators(kernels), model.spec
     rows = torch.ones(1, 2 * spec.head_dim, dtype=model.dtype)
-    operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5))
+    operators.best(operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5)))
     turns = torch.ones(1, spec.head_dim)
     operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
@@ -111,7 +111,7 @@ def optimise(model: FrozenModel, parts: Collection[str], kernels: Kernels | None
     """Rewrite a model's layers in place, as far as `parts` ask for it and the model allows it."""
     model.kernels = kernels
     done = [] if kernels is None else ["compiled kernels"]
-    operators = Operators() if kernels is None else CompiledOperators(kernels)
+    operators = operators_with(kernels)
     if "fused" in parts and _fuse(model, operators, pack="packed" in parts):
         done.append("fused layers")
     if "packed" in parts and _pack(model.module):

@@ -1,9 +1,9 @@
 """The next token of every row that has logits, each row under its own rules.
 
-Greedy rows cost one argmax for the whole batch. The order of the others is text-generation-inference's and
-transformers': repetition penalty, end tokens, temperature, top-k, top-p, then a draw. A draw is one uniform number from
-the sequence's own generator, looked up in the row's cumulative distribution: it depends on the seed and on how many
-tokens came before, not on the neighbours.
+A batch of greedy rows costs one argmax over logits as the model gives them. The order of the others is text-generation-
+inference's and transformers': repetition penalty, end tokens, temperature, top-k, top-p, then a draw. A draw is one
+uniform number from the sequence's own generator, looked up in the row's cumulative distribution: it depends on the seed
+and on how many tokens came before, not on the neighbours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from server.engine.operators import Operators, at_least_float32
 from server.engine.sequence import Sequence
 from server.engine.upload import upload
 
@@ -26,8 +27,30 @@ class Choice:
     logprob: float | None
 
 
-def choose_next(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> list[Choice]:
-    """Choose a token for each row of `logits` `[rows, vocab_size]` (float32 or float64), which it does not change."""
+def choose_next(
+    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
+) -> list[Choice]:
+    """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change.
+
+    Args:
+        logits: in any dtype; rules are applied in float32 or float64.
+        sequences: whose rows they are.
+        eos_token_ids: tokens that end a generation.
+        operators: how to find the best token; torch's way if it is None.
+    """
+    if not any(map(_has_rules, sequences)):
+        best, chosen = (operators or Operators()).best(logits)
+        # -1 marks a row that cannot be used, so that the host waits for one copy only.
+        tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()
+        return [Choice(token if token >= 0 else None, None) for token in tokens]
+    return _choose_by_rules(at_least_float32(logits), sequences, eos_token_ids)
+
+
+def _has_rules(sequence: Sequence) -> bool:
+    return not sequence.sampling.is_greedy or sequence.sampling.logprobs or _changes_logits(sequence)
+
+
+def _choose_by_rules(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> list[Choice]:
     ruled = [i for i, sequence in enumerate(sequences) if _changes_logits(sequence)]
     if ruled:
         index = _on(logits.device, ruled)
@@ -43,8 +66,7 @@ def choose_next(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: 
     if drawn:
         index = _on(logits.device, drawn)
         chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
-    # -1 marks a row that cannot be used, so that the host waits for one copy only.
-    tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()
+    tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()  # see above
     logprobs = _logprobs(logits, chosen, sequences)
     return [
         Choice(token, logprob) if token >= 0 else Choice(None, None)

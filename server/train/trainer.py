@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from server.engine.attention import PackedRows
 from server.engine.model import FrozenModel
+from server.engine.operators import at_least_float32
 from server.errors import InvalidTrainingData
 from server.train.data import Example
 
@@ -159,7 +160,7 @@ def _target_logits(
         keep += range(start + length - len(example.target_ids), start + length)
         start += length
     logits = model.forward(torch.cat(pieces), position_ids, PackedRows(lengths), torch.tensor(keep, device=device))
-    return logits, torch.tensor([i for example in batch for i in example.target_ids], device=device)
+    return at_least_float32(logits), torch.tensor([i for example in batch for i in example.target_ids], device=device)
 
 
 def _learning_rate_factor(step: int, config: TrainingConfig) -> float:

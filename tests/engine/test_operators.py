@@ -179,3 +179,26 @@ def test_a_gate_beyond_any_exponent_is_torchs(dtype: torch.dtype, kernels: Kerne
     gate_up = torch.cat((gates, torch.ones_like(gates)))[None].to(dtype)
     got = CompiledOperators(kernels).silu_gate(gate_up)
     torch.testing.assert_close(got.double(), Operators().silu_gate(gate_up.double()), atol=1e-6, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 100, 49152])
+def test_the_best_token_is_torchs_and_of_equals_the_first(
+    width: int, dtype: torch.dtype, compiled: CompiledOperators
+) -> None:
+    logits = numbers(7, width, dtype=dtype)
+    logits[1], logits[2, :], logits[3, width // 2 :] = float("-inf"), 3.0, 9.0
+    largest, where = compiled.best(logits)
+    expected = logits.float().max(dim=-1)
+    assert torch.equal(largest, expected.values)
+    assert where.tolist() == [row.tolist().index(max(row.tolist())) for row in logits]
+
+
+@pytest.mark.parametrize("where", [0, 15, 16, 39, 40])
+def test_a_row_of_logits_with_one_that_is_not_a_number_has_no_best(
+    where: int, dtype: torch.dtype, compiled: CompiledOperators
+) -> None:
+    logits = numbers(3, 41, dtype=dtype)
+    logits[1, where] = NAN
+    assert compiled.best(logits)[0].isnan().tolist() == [False, True, False]
+    logits[1, where] = INF
+    assert compiled.best(logits)[0].isinf().tolist() == [False, True, False]

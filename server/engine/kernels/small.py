@@ -1,4 +1,4 @@
-"""The small work of a layer between its matrix products, compiled: norm, rotary embedding, gate.
+"""The small work of a layer between its matrix products, compiled: norm, rotary embedding, gate; and the best token.
 
 The innermost loops run over numbers that lie side by side, so that they become vector instructions. They compute in
 float32, whatever is stored.
@@ -16,26 +16,29 @@ from numba import carray, types
 
 from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
 from server.engine.kernels.threads import Loop
-from server.engine.kernels.vectors import fetch_add, pointer
+from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 from server.engine.operators import ROWS
 
 
 @dataclass(frozen=True)
 class SmallLoops:
-    """Loops over tokens; a unit of work is `ROWS` of them.
+    """Loops over tokens; a unit of work is `ROWS` of them, or one row of logits.
 
-    All take, behind the counter and the number of units, the number of tokens; then addresses and numbers.
+    All but `best` take, behind the counter and the number of units, the number of tokens; then addresses and numbers.
 
     Attributes:
         rms_norm: `x` and `weight`, `out`, their width, the bits of epsilon as float32.
         rotate: `x` `[tokens, all_heads, dim]`, of which some heads are turned in place, `cos` and `sin` `[tokens, dim]`
             in float32, the first half of `sin` negated; all heads, those that are turned, `dim`.
         silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
+        best: logits `[rows, width]`; the largest of each row in float32, NaN if there is one; where it is first, in
+            int64; the width.
     """
 
     rms_norm: Loop
     rotate: Loop
     silu_gate: Loop
+    best: Loop
 
 
 @functools.cache
@@ -119,4 +122,33 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
                 gate_row(gate_up[t, 0], gate_up[t, 1], out[t])
 
-    return SmallLoops(Loop(rms_norm), Loop(rotate), Loop(silu_gate))
+    @inline
+    def best_of(row):
+        """The largest number, and where it is first."""
+        whole = len(row) - len(row) % WIDEST
+        highest = largest(WIDEST, row, 0, whole)
+        for i in range(whole, len(row)):
+            highest = max(highest, widen(row[i]))
+        wrong = np.int32(0)
+        for i in range(len(row)):
+            number = widen(row[i])
+            wrong |= np.int32(number != number)
+        if wrong:
+            return np.float32(np.nan), 0
+        for i in range(len(row)):
+            if widen(row[i]) == highest:
+                return highest, i
+        return highest, 0
+
+    @compiled
+    def best(arguments):
+        a = carray(arguments, 6)
+        logits = carray(pointer(a[2]), (a[1], a[5]), stored)
+        highest, where = carray(pointer(a[3]), a[1], np.float32), carray(pointer(a[4]), a[1], np.int64)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            highest[unit], where[unit] = best_of(logits[unit])
+
+    return SmallLoops(Loop(rms_norm), Loop(rotate), Loop(silu_gate), Loop(best))

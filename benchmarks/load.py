@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,11 @@ class Load:
 
     async def _ask(self, number: int) -> None:
         dice = random.Random(time.time_ns() + number)
+        # A first answer of any length: clients that all began at once, and want as much, would stay in step for ever.
+        workload = replace(self._workload, output_tokens=dice.randint(1, self._workload.output_tokens))
         for count in itertools.count(number):
-            await self._send(self._peer.call(self._workload, count % self._workload.tasks, dice))
+            await self._send(self._peer.call(workload, count % self._workload.tasks, dice))
+            workload = self._workload
             self._cold.discard(number)
             if not self._cold:
                 self._warm.set()

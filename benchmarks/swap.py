@@ -2,9 +2,11 @@
 
 Starts `prelude serve` on loopback with a store of its own, and measures, over HTTP:
 
-    idle        PUT of a soft prompt to the first token of a request for it, nobody else on the server
-    load        the same while clients generate on other versions of the same tasks
-    throughput  output tokens per second of those clients, with one swap a second and without, in interleaved rounds
+    idle        PUT of a soft prompt to the first token of a request of thirty words for it, nobody else on the server
+    idle, one   the same with a request of one word: nearly the swap alone
+    load        as idle, while clients generate on other versions of the same tasks
+    throughput  output tokens per second of those clients, in interleaved rounds: without swaps, with one publish a second
+                (of a prefix that was never computed), with one activation a second (of a version whose prefix is known)
 
     python benchmarks/swap.py                      # all of it, some minutes
     python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 5
@@ -57,6 +59,7 @@ INPUT_WORDS = 30
 OUTPUT_TOKENS = 32
 NUM_VIRTUAL_TOKENS = 100
 TASKS = ("one", "two", "three")
+SWAPS = ("none", "publish", "activate")
 START_SECONDS = 120
 KEPT = ("PRELUDE_DTYPE", "PRELUDE_MODEL", "PRELUDE_OPTIMISE")
 """Settings that are left as the shell has them."""
@@ -88,12 +91,19 @@ class Server:
         version: int = reply.json()["version"]
         return version
 
-    async def publish_to_first_token(self, task: str) -> tuple[float, float]:
+    async def activate(self, task: str, version: int) -> None:
+        """Let a version that is there answer."""
+        reply = await self.client.post(f"/prompts/{task}/activate", json={"version": version})
+        assert reply.status_code == 200, reply.text
+
+    async def publish_to_first_token(self, task: str, words: int = INPUT_WORDS) -> tuple[float, float]:
         """Seconds from the upload's first byte to the reply, and to the first token of the new version."""
         started = time.perf_counter()
         version = await self.publish(task)
         replied = time.perf_counter()
-        async with self.client.stream("POST", "/generate_stream", params={"task": task}, json=body(1)) as response:
+        async with self.client.stream(
+            "POST", "/generate_stream", params={"task": task}, json=body(1, words=words)
+        ) as response:
             async for _ in response.aiter_lines():
                 first_token = time.perf_counter()
                 break
@@ -108,10 +118,10 @@ class Server:
         return tokens
 
 
-def body(max_new_tokens: int, dice: random.Random | None = None) -> dict[str, Any]:
-    """A request of thirty words."""
+def body(max_new_tokens: int, dice: random.Random | None = None, words: int = INPUT_WORDS) -> dict[str, Any]:
+    """A request."""
     dice = dice or random.Random(0)
-    text = " ".join(dice.choices(WORDS, k=INPUT_WORDS))
+    text = " ".join(dice.choices(WORDS, k=words))
     return {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens, "ignore_eos_token": True}}
 
 
@@ -140,39 +150,42 @@ class Load:
             tokens = await self._server.generate(dice)  # not in the line below: it would add to what was before
             self.tokens += tokens
 
-    async def throughput(self, seconds: float, *, swaps: bool) -> float:
-        """Output tokens per second over so many seconds, with or without a swap in each."""
+    async def throughput(self, seconds: float, swap: str) -> float:
+        """Output tokens per second over so many seconds, with a swap in each, or none."""
         before, started = self.tokens, time.perf_counter()
         while (now := time.perf_counter() - started) < seconds:
-            if swaps:
-                await self._server.publish(TASKS[int(now) % len(TASKS)])
-            await asyncio.sleep(max(0.0, min(int(now) + 1, seconds) - (time.perf_counter() - started)))
+            task, number = TASKS[int(now) % len(TASKS)], int(now)
+            if swap == "publish":
+                await self._server.publish(task)
+            elif swap == "activate":  # of the task's first two versions, the one that does not answer
+                await self._server.activate(task, 1 + (number // len(TASKS) + 1) % 2)
+            await asyncio.sleep(max(0.0, min(number + 1, seconds) - (time.perf_counter() - started)))
         return (self.tokens - before) / (time.perf_counter() - started)
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     """All three measurements."""
-    for task in TASKS:
+    for task in (*TASKS, *TASKS):
         await server.publish(task)
     result: dict[str, Any] = {}
-    idle = [await server.publish_to_first_token("one") for _ in tqdm(range(options.publishes), "idle")]
-    result["idle"] = summary(idle)
+    for name, words in (("idle", INPUT_WORDS), ("idle, one", 1)):
+        times = [await server.publish_to_first_token("one", words) for _ in tqdm(range(options.publishes), name)]
+        result[name] = summary(times)
     async with Load(server, options.clients) as load:
         loaded = []
         for i in tqdm(range(options.publishes), "load"):
             loaded.append(await server.publish_to_first_token(TASKS[i % len(TASKS)]))
             await asyncio.sleep(random.uniform(0, 0.3))
         result["load"] = summary(loaded)
-        rates: dict[bool, list[float]] = {False: [], True: []}
-        for _ in tqdm(range(options.rounds), "throughput"):
-            for swaps in (False, True):
-                rates[swaps].append(await load.throughput(options.seconds, swaps=swaps))
-    ratios = [with_swaps / without for without, with_swaps in zip(rates[False], rates[True], strict=True)]
+        rates: dict[str, list[float]] = {swap: [] for swap in SWAPS}
+        for swap in tqdm(SWAPS * options.rounds, "throughput"):
+            rates[swap].append(await load.throughput(options.seconds, swap))
     result["throughput"] = {
-        "without": statistics.median(rates[False]),
-        "with": statistics.median(rates[True]),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        swap: {
+            "tokens_per_second": statistics.median(rates[swap]),
+            "ratios": [rate / without for rate, without in zip(rates[swap], rates["none"], strict=True)],
+        }
+        for swap in SWAPS
     }
     return result
 
@@ -227,21 +240,20 @@ def main() -> None:
     parser.add_argument("--publishes", type=int, default=200, help="of each latency")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of rounds of the throughput")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a round")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a round of the throughput")
     result = asyncio.run(run(parser.parse_args()))
     print(f"\n{result['model']}, {result['dtype']}, {NUM_VIRTUAL_TOKENS} virtual tokens, {result['machine']}")
     print(f"{'publish to first token':<28}{'p50':>8}{'p99':>8}{'max':>8}   (reply p50)")
-    for name in ("idle", "load"):
+    for name in ("idle", "idle, one", "load"):
         row = result[name]
         print(
             f"{name:<28}{row['first_token_p50_ms']:>5.0f} ms{row['first_token_p99_ms']:>5.0f} ms"
             f"{row['first_token_max_ms']:>5.0f} ms   ({row['reply_p50_ms']:.0f} ms)"
         )
-    rate = result["throughput"]
-    print(
-        f"output tokens/s: {rate['without']:.0f} without swaps, {rate['with']:.0f} with one a second, "
-        f"ratio {rate['ratio']:.3f}"
-    )
+    for swap, row in result["throughput"].items():
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+        ratio = statistics.median(row["ratios"])
+        print(f"{swap:<12}{row['tokens_per_second']:>6.0f} output tokens/s, {ratio:.3f} of none (rounds: {ratios})")
     print(json.dumps(result))
 
 

@@ -5,8 +5,8 @@ Starts `prelude serve` on loopback with a store of its own, and measures, over H
     idle        PUT of a soft prompt to the first token of a request of thirty words for it, nobody else on the server
     idle, one   the same with a request of one word: nearly the swap alone
     load        as idle, while clients generate on other versions of the same tasks
-    throughput  output tokens per second of those clients, in interleaved rounds: without swaps, with one publish a second
-                (of a prefix that was never computed), with one activation a second (of a version whose prefix is known)
+    throughput  output tokens per second of those clients, in interleaved rounds: without swaps, with one publish a
+                second (of a prefix that was never computed), with one activation (of a version whose prefix is known)
 
     python benchmarks/swap.py                      # all of it, some minutes
     python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 5
@@ -65,6 +65,9 @@ KEPT = ("PRELUDE_DTYPE", "PRELUDE_MODEL", "PRELUDE_OPTIMISE")
 """Settings that are left as the shell has them."""
 
 
+Form = list[tuple[str, tuple[str, bytes]]]
+
+
 @dataclass
 class Server:
     """A server under measurement."""
@@ -73,7 +76,7 @@ class Server:
     hidden_size: int
     published: int = 0
 
-    def form(self) -> list[tuple[str, tuple[str, bytes]]]:
+    def form(self) -> Form:
         """A soft prompt that was never seen before, as an upload."""
         self.published += 1
         generator = torch.Generator().manual_seed(self.published)
@@ -84,9 +87,9 @@ class Server:
             ("files", ("adapter_model.safetensors", save({"prompt_embeddings": tensor}))),
         ]
 
-    async def publish(self, task: str) -> int:
+    async def publish(self, task: str, form: Form | None = None) -> int:
         """Upload a new version; answers its number."""
-        reply = await self.client.put(f"/prompts/{task}", files=self.form())
+        reply = await self.client.put(f"/prompts/{task}", files=form or self.form())
         assert reply.status_code == 201, reply.text
         version: int = reply.json()["version"]
         return version
@@ -98,8 +101,9 @@ class Server:
 
     async def publish_to_first_token(self, task: str, words: int = INPUT_WORDS) -> tuple[float, float]:
         """Seconds from the upload's first byte to the reply, and to the first token of the new version."""
+        form = self.form()
         started = time.perf_counter()
-        version = await self.publish(task)
+        version = await self.publish(task, form)
         replied = time.perf_counter()
         async with self.client.stream(
             "POST", "/generate_stream", params={"task": task}, json=body(1, words=words)

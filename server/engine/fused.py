@@ -62,7 +62,11 @@ class FusedRotary(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """One decoder layer; takes what transformers' loop over layers passes, and answers what it expects."""
+    """One decoder layer; takes what transformers' loop over layers passes, and answers what it expects.
+
+    Attributes:
+        is_last: whether rows that nobody wants may be left out of its answer.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class FusedLayer(nn.Module):
             pack: see `FrozenLinear`.
         """
         super().__init__()
+        self.is_last = False
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         self._index, self._rules, self._head_dim, self._operators = index, rules, head_dim, operators
@@ -108,11 +113,19 @@ class FusedLayer(nn.Module):
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         layout: Layout,
+        kept: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
-        """`[1, tokens, hidden_size]` to the same shape; `position_embeddings` come from `FusedRotary`."""
+        """`[1, tokens, hidden_size]` to the same shape; `position_embeddings` come from `FusedRotary`.
+
+        If it is the last layer and `kept` `[n]` names rows that are wanted, it answers only those: of what a prefill
+        computes there, most is wanted for its keys and values alone.
+        """
         x = hidden_states[0]
-        x = self._o.added_to(x, self._attend(self._norm(x, self._attention_norm), position_embeddings, layout))
+        attended = self._attend(self._norm(x, self._attention_norm), position_embeddings, layout)
+        if self.is_last and kept is not None and len(kept) < len(x):
+            x, attended = x[kept], attended[kept]
+        x = self._o.added_to(x, attended)
         gate_up = self._gate_up(self._norm(x, self._mlp_norm))
         return self._down.added_to(x, self._gate(gate_up)).unsqueeze(0)
 

@@ -49,6 +49,7 @@ class FrozenModel:
         eos_token_ids: tokens that end a generation.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
+        keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
         longest_token: characters of the vocabulary's longest token: no token stands for more of a text.
     """
 
@@ -61,6 +62,7 @@ class FrozenModel:
             UnsupportedModel: the engine cannot serve it, with the reason.
         """
         self.kernels: Kernels | None = None
+        self.keeps_early = False
         module.eval()  # type: ignore[no-untyped-call]
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
@@ -150,8 +152,8 @@ class FrozenModel:
             inputs_embeds=inputs_embeds.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=keep,
             layout=layout,
+            **({"logits_to_keep": 0, "kept": keep} if self.keeps_early else {"logits_to_keep": keep}),
         )
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -142,6 +142,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         return False
     for index in range(len(layers)):
         layers[index] = fused(index)
+    cast(FusedLayer, layers[-1]).is_last = model.keeps_early = True
     decoder.rotary_emb = FusedRotary(rotary, operators)
     return True
 

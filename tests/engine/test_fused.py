@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from server.engine.attention import PackedRows
 from server.engine.fused import FusedRotary
 from server.engine.kernels import Kernels
 from server.engine.linear import FrozenLinear
@@ -239,3 +240,20 @@ def test_a_layer_that_differs_far_into_the_context_only_is_left_alone(dtype: tor
 def test_a_layer_that_differs_by_less_than_bfloat16_rounds_is_left_alone(dtype: torch.dtype, variant: Variant) -> None:
     variant("granite", **GRANITE | {"residual_multiplier": 0.97})
     assert torch.equal(logits(optimised("granite", {"fused"}, dtype=dtype)), logits(rough("granite", dtype)))
+
+
+@pytest.mark.parametrize("kept", [[], [4], [0, 6, 36], list(range(37))])
+def test_the_last_layer_computes_only_rows_whose_logits_are_wanted(kept: list[int]) -> None:
+    plain, fast = rough("llama"), optimised("llama", {"fused"})
+    ids, rows = torch.arange(3, 3 + 5 * 37, 5) % 256, (7, 30)
+    positions = torch.cat([torch.arange(row) for row in rows])
+    last = layers(fast)[-1]
+    seen: list[int] = []
+    last.register_forward_hook(lambda _, __, answer: seen.append(answer.shape[1]))
+    with torch.inference_mode():
+        got, expected = (
+            model.forward(model.embed(ids), positions, PackedRows(rows), torch.tensor(kept, dtype=torch.long))
+            for model in (fast, plain)
+        )
+    assert seen == [len(kept)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

@@ -54,6 +54,7 @@ class _AttentionProbe:
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}  # layer -> kv_heads, key dim, value dim
         self.rules: dict[int, AttentionRules] = {}
+        self.dtypes: set[torch.dtype] = set()
         self._row = PackedRows([2])
 
     def attend(
@@ -61,6 +62,7 @@ class _AttentionProbe:
     ) -> torch.Tensor:
         self.shapes[layer] = (key.shape[0], key.shape[2], value.shape[2])
         self.rules[layer] = rules
+        self.dtypes |= {query.dtype, key.dtype, value.dtype}
         return self._row.attend(layer, query, key, value, rules)
 
 
@@ -90,6 +92,9 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
     kv_heads, key_dim, value_dim = probe.shapes[0]
     if len(set(probe.shapes.values())) != 1 or key_dim != value_dim:
         raise UnsupportedModel(f"The keys and values of {kind} differ in shape between layers, or from each other.")
+    if probe.dtypes != {module.dtype}:
+        others = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in probe.dtypes - {module.dtype}))
+        raise UnsupportedModel(f"The attention of {kind} computes in {others}, but its keys are stored as its weights.")
     layer_types = getattr(module.config.get_text_config(), "layer_types", None) or []
     for layer, layer_type in enumerate(layer_types):
         if layer_type == "sliding_attention" and probe.rules[layer].sliding_window is None:

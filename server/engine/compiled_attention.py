@@ -42,6 +42,7 @@ class Work:
         spans: `[spans, 5]`: first row of the flat row, position, tokens, start of the slot, first block of scratch.
         spread: `[units, 3]` span, key head, block of positions.
         attend: `[units, 3]` span, key head, block of queries; -1 stands for all key heads and for a single token.
+        tokens: of the flat row.
         blocks: of scratch, for each key head.
         threads: that it is worth.
     """
@@ -49,6 +50,7 @@ class Work:
     spans: np.ndarray
     spread: np.ndarray
     attend: np.ndarray
+    tokens: int
     blocks: int
     threads: int
 
@@ -63,7 +65,7 @@ class CompiledAttention:
         self._kernels = kernels
         self._states = states  # whose memory it is
         self._layers = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in states]
-        self._scratch = torch.empty(0)
+        self._scratch = _floats(0)
 
     @classmethod
     def over(
@@ -91,7 +93,7 @@ class CompiledAttention:
         threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
         # A sequence is read best in one piece, but if there are fewer than threads, some would have nothing to do.
         attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else self._heads())]
-        return Work(_table(rows, 5), _table(spread, 3), _table(attend, 3), blocks, threads)
+        return Work(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
 
     def attend(
         self,
@@ -104,6 +106,11 @@ class CompiledAttention:
     ) -> torch.Tensor:
         """Store a step's keys and values, and attend; see `attention.Layout.attend` for the shapes."""
         heads, tokens, dim = query.shape
+        # The loops are given addresses, and believe what is said of them.
+        assert {states.dtype for states in (query, key, value)} == {self._states.dtype}, "stored as the cache is"
+        assert key.shape == value.shape == (self._kv_heads, tokens, self._dim), "shaped as the cache is"
+        assert dim == self._dim, "queries too"
+        assert tokens == work.tokens, "as many as were laid out"
         out = query.new_empty(tokens, heads, dim)
         turned, plain = self._scratch_for(work.blocks)
         places: list[int] = [work.spans.ctypes.data]
@@ -129,7 +136,7 @@ class CompiledAttention:
         """Addresses of room for so many blocks of keys and of values; kept, because new memory costs time."""
         size = blocks * self._kv_heads * BLOCK * self._dim
         if 2 * size > len(self._scratch):
-            self._scratch = torch.empty(2 * size)
+            self._scratch = _floats(2 * size)
         address = self._scratch.data_ptr()
         return address, address + size * self._scratch.element_size()
 
@@ -153,6 +160,11 @@ class CompiledRows:
     ) -> torch.Tensor:
         """See `attention.Layout.attend`."""
         return self._attention.attend(layer, query, key, value, self._work, rules)
+
+
+def _floats(count: int) -> torch.Tensor:
+    """Memory as compiled loops take it, whatever dtype and device somebody has made torch's default."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def _table(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:

@@ -73,6 +73,17 @@ def test_what_cannot_be_served_is_refused_by_its_config(
         refuse_unsupported(AutoConfig.for_model(model_type, **fields))
 
 
+def test_a_model_whose_attention_computes_in_another_dtype_is_refused() -> None:
+    """Its keys would not fit into the cache."""
+    model = tiny_model(dtype=torch.bfloat16)
+    for layer in model.module.get_decoder().layers:  # type: ignore[no-untyped-call]
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.register_forward_hook(lambda _, __, out: out.float())
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16())
+    with pytest.raises(UnsupportedModel, match="computes in float32"):
+        FrozenModel(model.module, model.tokenizer, name="wide", max_model_len=128)
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "bloom"])
 def test_a_model_without_the_attention_interface_is_refused(model_type: str) -> None:
     register_attention()

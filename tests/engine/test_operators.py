@@ -154,6 +154,33 @@ def test_what_passes_a_gate_stays_as_it_is_when_it_is_not_finite(
     torch.testing.assert_close(compiled.silu_gate(gate_up), expected, rtol=ROUNDING[dtype], atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("tokens", [7, 8, 9, 300])
+def test_threads_change_no_bit_of_many_rows(tokens: int, dtype: torch.dtype, compiled: CompiledOperators) -> None:
+    """Enough of them for two threads but for the shortest; each row is torch's, and nothing is left out."""
+    width, heads, dim = 1024, 16, 64
+    x, weight = numbers(tokens, width, dtype=dtype), numbers(width, dtype=dtype, seed=1)
+    gate_up = numbers(tokens, 2 * width, dtype=dtype, seed=2)
+    angle = torch.rand(tokens, dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 6
+    tables = angle.cos(), angle.sin()
+
+    def answers(operators: Operators, x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        weight, gate_up, cos, sin = others
+        turned = operators.rotate(x.clone().view(tokens, heads, dim), cos, sin, heads - 3)
+        return [operators.rms_norm(x, weight, 1e-5), turned, operators.silu_gate(gate_up)]
+
+    before, by_threads = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            by_threads.append(answers(compiled, x, weight, gate_up, *(table.float() for table in tables)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for others in by_threads[1:] for x, y in zip(others, by_threads[0], strict=True))
+    exact = answers(Operators(), x.double(), weight.double(), gate_up.double(), *tables)
+    for got, expected, roundings in zip(by_threads[0], exact, (2, 1, 1), strict=True):
+        assert_rounded(got, expected, roundings)
+
+
 def float32s() -> torch.Tensor:
     """Ties between two bfloat16s, their neighbours, infinities, the largest numbers, tiny ones and any others."""
     rng = np.random.default_rng(0)

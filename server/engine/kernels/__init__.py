@@ -4,6 +4,7 @@ attention.py   attention of a step, each sequence for itself
 small.py       norms, rotary embeddings and gates, which torch spreads over many operators of some microseconds each
 threads.py     how both run: on torch's own threads
 vectors.py     the inner loops of attention, in LLVM's instructions
+compiler.py    numba's compiler, and where machine code is kept
 numbers.py     bfloat16 and float32, and the exponential function
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numba
 import numpy as np
 import torch
 
+from server.engine import compiled_attention, operators
 from server.engine.kernels.attention import AttentionLoops, attention_loops
 from server.engine.kernels.small import SmallLoops, small_loops
 
@@ -52,7 +55,8 @@ def use_kernels(cache_dir: Path | None) -> Kernels:
     Other code has another directory: numba itself only sees a change of the file that a function is written in.
     """
     if cache_dir is not None:
-        sources = sorted(Path(__file__).parent.glob("*.py"))
+        shared = (compiled_attention, operators)  # from which they take the sizes of units of work
+        sources = sorted(Path(__file__).parent.glob("*.py")) + [Path(inspect.getfile(module)) for module in shared]
         version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
         numba.config.CACHE_DIR = str(cache_dir.expanduser() / version)  # type: ignore[attr-defined]
     return Kernels(keep=cache_dir is not None)

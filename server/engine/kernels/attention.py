@@ -17,16 +17,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from server.engine.compiled_attention import BLOCK, EVERYTHING, QUERIES
-from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
+from server.engine.kernels.compiler import Compiler
+from server.engine.kernels.numbers import exp, narrow, widen
 from server.engine.kernels.threads import Loop
 from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
-
-_OPTIONS = {"fastmath": REORDERED, "error_model": "numpy"}
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,9 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
     row = kv_heads * dim  # numbers of a position in the cache
     at_once = lanes(dim)
     rows = QUERIES * group
-    inline = numba.njit(nogil=True, **_OPTIONS)
-    compiled = numba.cfunc(types.void(types.CPointer(types.int64)), cache=keep, **_OPTIONS)
+    compiler = Compiler(group, kv_heads, dim, np.dtype(stored), keep=keep)
 
-    @inline
+    @compiler.inline
     def score(queries, keys, start, count, first, last, scores):
         """`scores` `[kv_heads * group, width]` of `count` positions from `start`, for some of the key heads."""
         width, flat = scores.shape[1], scores.reshape(-1)
@@ -85,7 +82,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
             own = head * group
             dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width)
 
-    @inline
+    @compiler.inline
     def decode(query, head_step, keys, values, first, last, start, end, scaling, out):
         """One token's heads that belong to some of the key heads, over positions from `start` to `end`."""
         count = end - start
@@ -118,7 +115,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
             for d in range(dim):
                 answer[d] = narrow(sums[h, d] * share, out)
 
-    @inline
+    @compiler.inline
     def spread_block(keys, values, start, filled, turned, plain):
         """A block's keys `[dim, BLOCK]` and values `[BLOCK, dim]` in float32; behind what is filled, zeros."""
         for i in range(BLOCK):
@@ -132,7 +129,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                     turned[d, i] = np.float32(0)
                     plain[i, d] = np.float32(0)
 
-    @inline
+    @compiler.inline
     def weigh(scores, first, last, highest, total, sums):
         """Scores of one query become weights, zero where it does not see; answers the new maximum and sum.
 
@@ -160,7 +157,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                 sums[d] *= scale
         return highest, total + added
 
-    @inline
+    @compiler.inline
     def attend_chunk(query, step, head_step, tokens, position, window, scaling, turned, plain, out):
         """Some of a chunk's tokens, the first at `position`, over the blocks that they see."""
         queries = np.zeros((rows, dim), np.float32)
@@ -191,7 +188,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                 for d in range(dim):
                     answer[d] = narrow(sums[r, d] * share, out)
 
-    @inline
+    @compiler.inline
     def copy(source, step, head_step, head, tokens, states, start):
         """Keys or values of new tokens into the cache."""
         for t in range(tokens):
@@ -199,7 +196,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
             for d in range(dim):
                 kept[d] = new[d]
 
-    @compiled
+    @compiler.loop
     def spread(arguments):
         a = carray(arguments, 20)
         units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
@@ -224,7 +221,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
             filled = min(BLOCK, position + tokens - block * BLOCK)
             spread_block(keys[head * dim :], values[head * dim :], slot + block * BLOCK, filled, turned, plain)
 
-    @compiled
+    @compiler.loop
     def attend(arguments):
         a = carray(arguments, 20)
         units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
@@ -260,4 +257,4 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                 many = min(QUERIES, tokens - first)
                 attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, turned, plain, answer)
 
-    return AttentionLoops(Loop(spread), Loop(attend))
+    return AttentionLoops(spread, attend)

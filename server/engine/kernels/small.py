@@ -10,11 +10,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
-from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
+from server.engine.kernels.compiler import Compiler
+from server.engine.kernels.numbers import exp, narrow, widen
 from server.engine.kernels.threads import Loop
 from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 from server.engine.operators import ROWS
@@ -49,11 +49,9 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
         stored: `uint16` for bfloat16, or `float32`.
         keep: whether the machine code is kept.
     """
-    options = {"fastmath": REORDERED, "error_model": "numpy"}
-    inline = numba.njit(nogil=True, **options)
-    compiled = numba.cfunc(types.void(types.CPointer(types.int64)), cache=keep, **options)
+    compiler = Compiler(np.dtype(stored), keep=keep)
 
-    @inline
+    @compiler.inline
     def norm_row(x, weight, epsilon, out):
         """Zhang and Sennrich 2019. As transformers does it, the normed number is rounded before it is weighed."""
         width = len(x)
@@ -66,7 +64,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             normed = widen(narrow(widen(x[i]) * scale, out))
             out[i] = narrow(normed * widen(weight[i]), out)
 
-    @inline
+    @compiler.inline
     def rotate_head(x, cos, sin):
         """Su et al. 2021, halves paired as transformers pairs them."""
         half = len(x) // 2
@@ -75,14 +73,14 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             x[i] = narrow(first * cos[i] + second * sin[i], x)
             x[half + i] = narrow(second * cos[half + i] + first * sin[half + i], x)
 
-    @inline
+    @compiler.inline
     def gate_row(gate, up, out):
         """silu(gate) * up."""
         for i in range(len(out)):
             number = widen(gate[i])
             out[i] = narrow(number / (np.float32(1) + exp(-number)) * widen(up[i]), out)
 
-    @compiled
+    @compiler.loop
     def rms_norm(arguments):
         a = carray(arguments, 8)
         tokens, width, epsilon = a[2], a[6], np.int32(a[7]).view(np.float32)
@@ -95,7 +93,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
                 norm_row(x[t], weight, epsilon, out[t])
 
-    @compiled
+    @compiler.loop
     def rotate(arguments):
         a = carray(arguments, 9)
         tokens, heads, turned, dim = a[2], a[6], a[7], a[8]
@@ -109,7 +107,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 for h in range(turned):
                     rotate_head(x[t, h], cos[t], sin[t])
 
-    @compiled
+    @compiler.loop
     def silu_gate(arguments):
         a = carray(arguments, 6)
         tokens, width = a[2], a[5]
@@ -122,7 +120,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
                 gate_row(gate_up[t, 0], gate_up[t, 1], out[t])
 
-    @inline
+    @compiler.inline
     def best_of(row):
         """The largest number, and where it is first."""
         whole = len(row) - len(row) % WIDEST
@@ -140,7 +138,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 return highest, i
         return highest, 0
 
-    @compiled
+    @compiler.loop
     def best(arguments):
         a = carray(arguments, 6)
         logits = carray(pointer(a[2]), (a[1], a[5]), stored)
@@ -151,4 +149,4 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 break
             highest[unit], where[unit] = best_of(logits[unit])
 
-    return SmallLoops(Loop(rms_norm), Loop(rotate), Loop(silu_gate), Loop(best))
+    return SmallLoops(rms_norm, rotate, silu_gate, best)

@@ -1,0 +1,64 @@
+"""numba's compiler, for functions that are made anew for each shape of numbers, and its cache for them.
+
+numba knows a kept function by its name, its code and what it refers to. Ours refer to one another, and as numba writes
+them down, those are others in every process: it would find nothing again. So a function is named after its shape, which
+is then all that it is known by; that its code is the same, the name of the directory says (`use_kernels`).
+
+In memory too no two may have one name: what tells numba's own names apart is a count that each process begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+
+from server.engine.kernels.numbers import REORDERED
+from server.engine.kernels.threads import Loop
+
+_OPTIONS = {"fastmath": REORDERED, "error_model": "numpy"}
+_SIGNATURE = (types.CPointer(types.int64),), types.void
+
+
+class Compiler:
+    """Compiles the functions of one shape."""
+
+    def __init__(self, *shape: object, keep: bool) -> None:
+        """Begin.
+
+        Args:
+            *shape: everything that functions of the same name differ by.
+            keep: whether the machine code of loops is kept.
+        """
+        self._shape = "_".join(map(str, shape))
+        self._keep = keep
+
+    def inline(self, function: Callable[..., Any]) -> Any:
+        """Compile a function that loops call."""
+        return numba.njit(nogil=True, **_OPTIONS)(self._named(function))
+
+    def loop(self, function: Callable[..., Any]) -> Loop:
+        """Compile a loop, or read it from where numba keeps it."""
+        compiled = (_Kept if self._keep else CFunc)(self._named(function), _SIGNATURE, {}, _OPTIONS)
+        compiled.compile()
+        return Loop(compiled)
+
+    def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__qualname__ = f"{function.__name__}_{self._shape}"
+        return function
+
+
+class _Kept(CFunc):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._cache = _Cache(self._pyfunc)
+
+
+class _Cache(FunctionCache):
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """What this processor and its compiler are; everything else is in the name of the file."""
+        return sig, codegen.magic_tuple()

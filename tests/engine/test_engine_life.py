@@ -1,0 +1,35 @@
+"""Whatever happens to the engine: all end once, in fair order, with the answer they get alone, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from server.engine.kernels import Kernels
+from server.engine.model import FrozenModel
+from tests.engine.engine_life import EngineLife, World
+from tests.engine.optimised import ALL, optimised
+from tests.soak import Soak
+from tests.support import tiny_model
+
+
+@pytest.fixture(params=["plain", "optimised"])
+def model(request: pytest.FixtureRequest, kernels: Kernels) -> FrozenModel:
+    """As transformers wrote it, in float64; or with all that makes it faster, which has no float64."""
+    return tiny_model() if request.param == "plain" else optimised("llama", ALL, kernels, dtype=torch.float32)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)  # hypothesis looks for the shortest life that fails for up to five minutes
+@pytest.mark.usefixtures("one_thread")
+def test_whatever_happens_all_end_once_in_fair_order_with_the_answer_they_get_alone(
+    model: FrozenModel, soak: Soak
+) -> None:
+    lives: type[EngineLife] = type("Lives", (EngineLife,), {"world": World(model)})
+    for _ in soak.rounds(short=1, full=100, desc="lives of an engine, by the sixty"):
+        run_state_machine_as_test(
+            seed(soak.random.randrange(2**32))(lives),
+            settings=settings(max_examples=60, stateful_step_count=30, deadline=None, database=None),
+        )

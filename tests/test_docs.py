@@ -70,11 +70,14 @@ def drawn_modules() -> list[str]:
     """Paths of the modules in the tree of the architecture page."""
     tree = re.search(r"^    server/\n((?:      .*\n)+)", read("docs/architecture.md"), re.MULTILINE)
     assert tree is not None
-    found, folder = [], ""
+    found = []
+    folders: dict[int, str] = {}  # by their indentation
     for line in tree[1].splitlines():
-        if not line.startswith(" " * 8):
-            folder = line.split()[0] if line.split()[0].endswith("/") else ""
-        found += [folder + name for name in re.findall(r"\w+\.py", line)]
+        indentation, first = len(line) - len(line.lstrip()), line.split()[0]
+        folders = {depth: name for depth, name in folders.items() if depth < indentation}
+        if first.endswith("/"):
+            folders[indentation] = first
+        found += ["".join(folders.values()) + name for name in re.findall(r"\w+\.py", line)]
     return found
 
 

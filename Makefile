@@ -47,7 +47,7 @@ bench: $(INSTALLED) ## measure everything in short, in about 8 minutes: steps, s
 	$(VENV)/bin/python benchmarks/tasks.py --short
 	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
-bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU, in under 8 minutes
+bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU
 	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file

@@ -1,14 +1,16 @@
 """What a user would write without a server for soft prompts: PEFT's `generate` behind FastAPI, one request at a time.
 
-PEFT puts one active adapter on the whole model: requests of different tasks cannot share a batch. serve.py starts it:
+PEFT puts one active adapter on the whole model: requests of different tasks cannot share a batch. All of it runs on one
+thread, because every thread that multiplied would have helpers of its own, on the same cores. serve.py starts it:
 
     python benchmarks/peft_app.py MODEL PORT TASKS NUM_VIRTUAL_TOKENS
 """
 
 from __future__ import annotations
 
+import asyncio
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import uvicorn
@@ -35,21 +37,24 @@ def create_app(path: str, tasks: int, num_virtual_tokens: int) -> FastAPI:
     for task in range(1, tasks):
         model.add_adapter(f"task-{task}", config)
     model.eval()
-    one_at_a_time = threading.Lock()
+    one_at_a_time = ThreadPoolExecutor(1)
     app = FastAPI()
 
+    @torch.inference_mode()
+    def answer(body: Body) -> str:
+        inputs = tokenizer(body.text, return_tensors="pt")
+        model.set_adapter(body.task)
+        new = body.max_new_tokens
+        ids = model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.post("/generate")
-    def generate(body: Body) -> dict[str, str]:
-        inputs = tokenizer(body.text, return_tensors="pt")
-        with one_at_a_time, torch.inference_mode():
-            model.set_adapter(body.task)
-            new = body.max_new_tokens
-            ids = model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        return {"text": tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])}
+    async def generate(body: Body) -> dict[str, str]:
+        return {"text": await asyncio.get_running_loop().run_in_executor(one_at_a_time, answer, body)}
 
     return app
 

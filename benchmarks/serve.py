@@ -32,7 +32,7 @@ from tqdm import tqdm
 from server.engine.checkpoint import resolve_checkpoint
 from server.settings import Settings
 
-WORKLOADS = {  # few clients first: what a server still works on for clients that have left would slow the next ones down
+WORKLOADS = {  # few clients first: what a server still does for clients that have left would slow down the next ones
     "single": Workload(clients=1, output_tokens=32),
     "classify": Workload(clients=32, output_tokens=4),
     "generate": Workload(clients=64, output_tokens=32),

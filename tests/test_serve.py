@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from server.engine.model import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.serve import bind, check_exposure, open_keys
+from server.serve import bind, check_exposure, keep_for_good, open_keys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import random_soft_prompt
@@ -235,3 +236,14 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
     assert "ready on http" in log
     assert text.split("_")[2] not in log
     assert "my-very-own-words" not in log
+
+
+def test_what_is_loaded_at_the_start_is_never_looked_through_again() -> None:
+    """A collection of everything stops the server for as long as several tokens take."""
+    loaded = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    try:
+        keep_for_good()
+        assert gc.get_freeze_count() > len(loaded)
+        assert not any(found is loaded for found in gc.get_objects())
+    finally:
+        gc.unfreeze()

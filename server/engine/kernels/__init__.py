@@ -1,11 +1,11 @@
 """Machine code for what torch does badly on a CPU, made by numba at the start: it needs no C++ compiler.
 
-attention.py   attention of a step, each sequence for itself
-small.py       norms, rotary embeddings and gates, which torch spreads over many operators of some microseconds each
-threads.py     how both run: on torch's own threads
-vectors.py     the inner loops of attention, in LLVM's instructions
-compiler.py    numba's compiler, and where machine code is kept
-numbers.py     bfloat16 and float32, and the exponential function
+    attention.py   attention of a step, each sequence for itself
+    small.py       norms, rotary embeddings and gates, which torch spreads over many operators; the best token
+    threads.py     how they run: on torch's own threads
+    vectors.py     the inner loops of attention, in LLVM's instructions
+    compiler.py    numba's compiler, and where machine code is kept
+    arithmetic.py  bfloat16 and float32, and the exponential function
 """
 
 from __future__ import annotations

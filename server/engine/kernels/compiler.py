@@ -17,7 +17,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
-from server.engine.kernels.numbers import REORDERED
+from server.engine.kernels.arithmetic import REORDERED
 from server.engine.kernels.threads import Loop
 
 _OPTIONS = {"fastmath": REORDERED, "error_model": "numpy"}

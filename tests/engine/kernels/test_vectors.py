@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.kernels.numbers import REORDERED
+from server.engine.kernels.arithmetic import REORDERED
 from server.engine.kernels.vectors import add_products, dot_products, lanes, largest
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.kernels.numbers import REORDERED, exp, narrow, widen
+from server.engine.kernels.arithmetic import REORDERED, exp, narrow, widen
 
 
 @numba.njit(fastmath=REORDERED)

@@ -6,6 +6,8 @@
     vectors.py     the inner loops of attention, in LLVM's instructions
     compiler.py    numba's compiler, and where machine code is kept
     arithmetic.py  bfloat16 and float32, and the exponential function
+
+All of it is optional: without numba, torch does the same.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ import numpy as np
 from numba import carray
 
 from server.engine.compiled_attention import BLOCK, EVERYTHING, QUERIES
-from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.arithmetic import exp, narrow, widen
+from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
 from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
 

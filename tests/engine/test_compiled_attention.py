@@ -33,7 +33,6 @@ ALL_HEADS = [
     Heads(3, 2, 64, torch.bfloat16),
     Heads(2, 2, 12, torch.bfloat16),
     Heads(4, 1, 96, torch.bfloat16),
-    Heads(7, 1, 80, torch.float32),
     Heads(8, 2, 4, torch.float32),
 ]
 FEW_HEADS = ALL_HEADS[:3]

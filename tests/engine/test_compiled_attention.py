@@ -177,6 +177,21 @@ def test_what_is_not_finite_shows_where_it_is_seen_and_in_no_other_sequence(
         assert torch.equal(hit[sees].all(-1), upward), "a score of minus infinity weighs nothing"
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_what_is_not_seen_weighs_exactly_nothing(window: int | None, heads: Heads, kernels: Kernels) -> None:
+    """The smallest weight there is would show in numbers that are as large as these."""
+    rules, share = AttentionRules(0.3, window), (60, 70)
+    (expected,) = attend(kernels, heads, [Row.random(heads, *share)], rules)
+    for position in (60, 75, 90, 129):
+        row = Row.random(heads, *share)
+        row.values[position] = 3e38
+        (got,) = attend(kernels, heads, [row], rules)
+        first = position - share[0]
+        assert same([got[:first]], [expected[:first]])
+        if window is not None:
+            assert same([got[first + window :]], [expected[first + window :]])
+
+
 @pytest.mark.parametrize("share", [(5, 1), (0, 6)], ids=["decode", "chunk"])
 def test_whoever_sees_only_minus_infinity_is_not_finite(share: tuple[int, int], heads: Heads, kernels: Kernels) -> None:
     row = Row.random(heads, *share)

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import socket
-import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 from peers import Call, Peer, Workload
 
@@ -33,20 +33,18 @@ class Measured:
     tokens: int = 0
     first_token: list[float] = field(default_factory=list)
     between_tokens: list[float] = field(default_factory=list)
-    peak_rss: int = 0
+    rss: int = 0
 
     def figures(self) -> dict[str, float]:
         """By name; times in milliseconds."""
         found = {
             "requests_per_second": len(self.first_token) / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
-            "peak_rss_mb": self.peak_rss / 2**20,
+            "rss_mb": self.rss / 2**20,
         }
         for name, values in (("first_token", self.first_token), ("between_tokens", self.between_tokens)):
             if values:
-                ordered = sorted(values)
-                found[f"{name}_p50_ms"] = 1000 * statistics.median(ordered)
-                found[f"{name}_p99_ms"] = 1000 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+                found[f"{name}_p50_ms"], found[f"{name}_p99_ms"] = 1000 * np.percentile(values, (50, 99))
         return found
 
 

@@ -42,6 +42,7 @@ def has_known_parts(layer: nn.Module) -> bool:
         and all({name for name, _ in norm.named_parameters()} == {"weight"} for norm in norms)
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and not list(parts["self_attn"].parameters(recurse=False))
+        and len({parameter.dtype for parameter in layer.parameters()}) == 1
     )
 
 
@@ -58,7 +59,7 @@ class FusedRotary(nn.Module):
         """`cos` and `sin` `[tokens, head_dim]`; the first half of `sin` is negated, as the rotation wants it."""
         cos, sin = (table[0].to(self._dtype or x.dtype) for table in self.rotary(x, position_ids=position_ids))
         first, second = sin.chunk(2, dim=-1)
-        return cos, torch.cat((-first, second), dim=-1)
+        return cos.contiguous(), torch.cat((-first, second), dim=-1)
 
 
 class FusedLayer(nn.Module):

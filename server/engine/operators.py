@@ -77,14 +77,14 @@ class CompiledOperators(Operators):
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
         tokens = x.numel() // width
-        places = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        places = (_place(x, x.dtype), _place(weight, x.dtype), _place(out, x.dtype))
         self._loops(x).rms_norm(*_share(tokens, width), tokens, *places, width, float_bits(epsilon))
         return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
         """See `Operators`."""
         tokens, heads, dim = x.shape
-        places = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        places = (_place(x, x.dtype), _place(cos, torch.float32), _place(sin, torch.float32))
         self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *places, heads, num_rotated, dim)
         return x
 
@@ -92,7 +92,8 @@ class CompiledOperators(Operators):
         """See `Operators`."""
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(tokens, width)
-        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, gate_up.data_ptr(), out.data_ptr(), width)
+        places = (_place(gate_up, gate_up.dtype), _place(out, gate_up.dtype))
+        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, *places, width)
         return out
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +102,9 @@ class CompiledOperators(Operators):
             return super().best(logits)
         logits = logits.contiguous()
         rows, width = logits.shape
-        largest, where = torch.empty(rows), torch.empty(rows, dtype=torch.long)
-        places = (logits.data_ptr(), largest.data_ptr(), where.data_ptr())
+        largest = torch.empty(rows, dtype=torch.float32, device="cpu")
+        where = torch.empty(rows, dtype=torch.long, device="cpu")
+        places = (_place(logits, logits.dtype), _place(largest, torch.float32), _place(where, torch.long))
         self._loops(logits).best(rows, torch.get_num_threads(), *places, width)
         return largest, where
 
@@ -113,6 +115,13 @@ class CompiledOperators(Operators):
 def operators_with(kernels: Kernels | None) -> Operators:
     """The fastest that there are."""
     return Operators() if kernels is None else CompiledOperators(kernels)
+
+
+def _place(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where a tensor lies in memory, for a loop that believes what is said of it."""
+    assert tensor.dtype == dtype, f"{dtype} is read, {tensor.dtype} is stored"
+    assert tensor.is_contiguous(), "read without gaps"
+    return tensor.data_ptr()
 
 
 def _share(tokens: int, width: int) -> tuple[int, int]:

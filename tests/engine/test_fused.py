@@ -257,3 +257,13 @@ def test_the_last_layer_computes_only_rows_whose_logits_are_wanted(kept: list[in
         )
     assert seen == [len(kept)]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_layer_of_two_dtypes_is_left_alone(kernels: Kernels) -> None:
+    """Compiled norms read their weights as what they norm."""
+    model = rough("llama", torch.bfloat16)
+    norm = layers(model)[1].post_attention_layernorm
+    assert isinstance(norm, nn.Module)
+    norm.float()
+    optimise(model, {"compiled", "fused"}, kernels)
+    assert not is_fused(model)

@@ -58,9 +58,89 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
     """
     heads = group * kv_heads
     row = kv_heads * dim  # numbers of a position in the cache
-    at_once = lanes(dim)
-    rows = QUERIES * group
     compiler = Compiler(group, kv_heads, dim, np.dtype(stored), keep=keep)
+    decode = _decoding(compiler, group, kv_heads, dim)
+    spread_block, attend_chunk = _chunks(compiler, group, kv_heads, dim)
+
+    @compiler.inline
+    def copy(source, step, head_step, head, tokens, states, start):
+        """Keys or values of new tokens into the cache."""
+        for t in range(tokens):
+            new, kept = source[t * step + head * head_step :][:dim], states[(start + t) * row + head * dim :][:dim]
+            for d in range(dim):
+                kept[d] = new[d]
+
+    @compiler.inline
+    def given(a):
+        """What both loops are given: units, spans; query, key, value; keys and values in the cache."""
+        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
+        query = carray(pointer(a[4]), EVERYTHING, stored)
+        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
+        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
+        return units, spans, query, key, value, keys, values
+
+    @compiler.loop
+    def spread(arguments):
+        a = carray(arguments, 20)
+        units, spans, _, key, value, keys, values = given(a)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
+            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
+            slot, scratch = spans[span, 3], spans[span, 4]
+            blocks = (position + tokens + BLOCK - 1) // BLOCK
+            begin, end = max(position, block * BLOCK), min(position + tokens, (block + 1) * BLOCK)
+            if begin < end:
+                new = first_row + begin - position
+                copy(key[new * a[8] :], a[8], a[9], head, end - begin, keys, slot + begin)
+                copy(value[new * a[11] :], a[11], a[12], head, end - begin, values, slot + begin)
+            place = ((scratch * kv_heads + head * blocks) + block) * BLOCK * dim * 4
+            turned = carray(pointer(a[15] + place), (dim, BLOCK), np.float32)
+            plain = carray(pointer(a[16] + place), (BLOCK, dim), np.float32)
+            filled = min(BLOCK, position + tokens - block * BLOCK)
+            spread_block(keys[head * dim :], values[head * dim :], slot + block * BLOCK, filled, turned, plain)
+
+    @compiler.loop
+    def attend(arguments):
+        a = carray(arguments, 20)
+        units, spans, query, key, value, keys, values = given(a)
+        scaling, window = np.int32(a[17]).view(np.float32), a[18]
+        out = carray(pointer(a[19]), EVERYTHING, stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
+            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
+            slot, scratch = spans[span, 3], spans[span, 4]
+            if block < 0:
+                first, last = (0, kv_heads) if head < 0 else (head, head + 1)
+                for h in range(first, last):
+                    copy(key[first_row * a[8] :], a[8], a[9], h, 1, keys, slot + position)
+                    copy(value[first_row * a[11] :], a[11], a[12], h, 1, values, slot + position)
+                asked, answer = query[first_row * a[5] :], out[first_row * heads * dim :]
+                end = slot + position + 1
+                decode(asked, a[6], keys, values, first, last, max(slot, end - window), end, scaling, answer)
+            else:
+                first = block * QUERIES
+                asked = query[(first_row + first) * a[5] + head * group * a[6] :]
+                place = (scratch * kv_heads + head * ((position + tokens + BLOCK - 1) // BLOCK)) * BLOCK * dim * 4
+                turned, plain = (
+                    carray(pointer(a[15] + place), EVERYTHING, np.float32),
+                    carray(pointer(a[16] + place), EVERYTHING, np.float32),
+                )
+                answer = out[((first_row + first) * kv_heads + head) * group * dim :]
+                many = min(QUERIES, tokens - first)
+                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, turned, plain, answer)
+
+    return AttentionLoops(spread, attend)
+
+
+def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
+    """The function that attends for one token."""
+    heads, row, at_once = group * kv_heads, kv_heads * dim, lanes(dim)
 
     @compiler.inline
     def score(queries, keys, start, count, first, last, scores):
@@ -114,6 +194,13 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
             share, answer = np.float32(1) / totals[h], out[h * dim :][:dim]
             for d in range(dim):
                 answer[d] = narrow(sums[h, d] * share, out)
+
+    return decode
+
+
+def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[Any, Any]:
+    """The functions that spread a block of positions, and that attend for a block of queries."""
+    rows, row = QUERIES * group, kv_heads * dim
 
     @compiler.inline
     def spread_block(keys, values, start, filled, turned, plain):
@@ -188,73 +275,4 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                 for d in range(dim):
                     answer[d] = narrow(sums[r, d] * share, out)
 
-    @compiler.inline
-    def copy(source, step, head_step, head, tokens, states, start):
-        """Keys or values of new tokens into the cache."""
-        for t in range(tokens):
-            new, kept = source[t * step + head * head_step :][:dim], states[(start + t) * row + head * dim :][:dim]
-            for d in range(dim):
-                kept[d] = new[d]
-
-    @compiler.loop
-    def spread(arguments):
-        a = carray(arguments, 20)
-        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
-        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
-        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
-        while True:
-            unit = fetch_add(a)
-            if unit >= a[1]:
-                break
-            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
-            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
-            slot, scratch = spans[span, 3], spans[span, 4]
-            blocks = (position + tokens + BLOCK - 1) // BLOCK
-            begin, end = max(position, block * BLOCK), min(position + tokens, (block + 1) * BLOCK)
-            if begin < end:
-                new = first_row + begin - position
-                copy(key[new * a[8] :], a[8], a[9], head, end - begin, keys, slot + begin)
-                copy(value[new * a[11] :], a[11], a[12], head, end - begin, values, slot + begin)
-            place = ((scratch * kv_heads + head * blocks) + block) * BLOCK * dim * 4
-            turned = carray(pointer(a[15] + place), (dim, BLOCK), np.float32)
-            plain = carray(pointer(a[16] + place), (BLOCK, dim), np.float32)
-            filled = min(BLOCK, position + tokens - block * BLOCK)
-            spread_block(keys[head * dim :], values[head * dim :], slot + block * BLOCK, filled, turned, plain)
-
-    @compiler.loop
-    def attend(arguments):
-        a = carray(arguments, 20)
-        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
-        query = carray(pointer(a[4]), EVERYTHING, stored)
-        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
-        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
-        scaling, window = np.int32(a[17]).view(np.float32), a[18]
-        out = carray(pointer(a[19]), EVERYTHING, stored)
-        while True:
-            unit = fetch_add(a)
-            if unit >= a[1]:
-                break
-            span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
-            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
-            slot, scratch = spans[span, 3], spans[span, 4]
-            if block < 0:
-                first, last = (0, kv_heads) if head < 0 else (head, head + 1)
-                for h in range(first, last):
-                    copy(key[first_row * a[8] :], a[8], a[9], h, 1, keys, slot + position)
-                    copy(value[first_row * a[11] :], a[11], a[12], h, 1, values, slot + position)
-                asked, answer = query[first_row * a[5] :], out[first_row * heads * dim :]
-                end = slot + position + 1
-                decode(asked, a[6], keys, values, first, last, max(slot, end - window), end, scaling, answer)
-            else:
-                first = block * QUERIES
-                asked = query[(first_row + first) * a[5] + head * group * a[6] :]
-                place = (scratch * kv_heads + head * ((position + tokens + BLOCK - 1) // BLOCK)) * BLOCK * dim * 4
-                turned, plain = (
-                    carray(pointer(a[15] + place), EVERYTHING, np.float32),
-                    carray(pointer(a[16] + place), EVERYTHING, np.float32),
-                )
-                answer = out[((first_row + first) * kv_heads + head) * group * dim :]
-                many = min(QUERIES, tokens - first)
-                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, turned, plain, answer)
-
-    return AttentionLoops(spread, attend)
+    return spread_block, attend_chunk

@@ -48,6 +48,11 @@ class Measured:
         return found
 
 
+def varied(tokens: int, dice: random.Random) -> int:
+    """A length of an answer, so many tokens on average: clients that all want as much fall into step."""
+    return max(1, dice.randint(tokens // 2, tokens * 3 // 2))
+
+
 class Load:
     """Clients of one server."""
 

@@ -49,7 +49,7 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import uvloop  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
-from load import Load, started  # noqa: E402
+from load import Load, started, varied  # noqa: E402
 from peers import Call, PreludeBare, Workload  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -122,12 +122,7 @@ class Probed(PreludeBare):
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
         """See `Peer`."""
-        return super().call(replace(workload, output_tokens=draw_length(dice)), task, dice)
-
-
-def draw_length(dice: random.Random) -> int:
-    """Of an answer."""
-    return dice.randint(OUTPUT_TOKENS // 2, OUTPUT_TOKENS * 3 // 2)
+        return super().call(replace(workload, output_tokens=varied(OUTPUT_TOKENS, dice)), task, dice)
 
 
 def requests(engine: Engine) -> Iterator[GenerationRequest]:
@@ -135,7 +130,7 @@ def requests(engine: Engine) -> Iterator[GenerationRequest]:
     dice, workload = random.Random(0), Workload(STREAMS, OUTPUT_TOKENS)
     for number in itertools.count():
         ids = tuple(engine.model.encode(workload.text(dice)))
-        params = SamplingParams(max_new_tokens=draw_length(dice), ignore_eos=True, logprobs=True)
+        params = SamplingParams(max_new_tokens=varied(OUTPUT_TOKENS, dice), ignore_eos=True, logprobs=True)
         yield GenerationRequest(str(number), ids, params)
 
 

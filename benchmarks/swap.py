@@ -36,6 +36,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from load import varied
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -116,8 +117,8 @@ class Server:
         return replied - started, first_token - started
 
     async def generate(self, dice: random.Random) -> int:
-        """One request of the load; answers its output tokens, whose number varies: clients shall not fall into step."""
-        tokens = dice.randint(OUTPUT_TOKENS // 2, OUTPUT_TOKENS * 3 // 2)
+        """One request of the load; answers its output tokens."""
+        tokens = varied(OUTPUT_TOKENS, dice)
         reply = await self.client.post("/generate", params={"task": dice.choice(TASKS)}, json=body(tokens, dice))
         assert reply.status_code == 200, reply.text
         return tokens

@@ -44,7 +44,7 @@ from unittest import mock
 import httpx
 import psutil
 import torch
-from load import Load, Measured, resident, started
+from load import Load, Measured, resident, started, varied
 from peers import Call, Prelude, Workload
 from task_store import NUM_VIRTUAL_TOKENS, SPEC, make_store, task_name
 from tasks_plot import draw
@@ -102,8 +102,7 @@ class ManyTasks(Prelude):
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
         """See `Peer`; the task is drawn, and how long the answer is."""
-        half = workload.output_tokens // 2
-        workload = replace(workload, output_tokens=dice.randint(half, 3 * half))
+        workload = replace(workload, output_tokens=varied(workload.output_tokens, dice))
         return super().call(workload, self._choice.draw(dice), dice)
 
     def _params(self, task: int) -> dict[str, str]:

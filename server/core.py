@@ -41,27 +41,58 @@ class FinishReason(StrEnum):
 COLDEST = 1e-5
 
 
+class GrammarKind(StrEnum):
+    """How the source of a grammar is to be read."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text must match, whatever the model would like to say."""
+
+    kind: GrammarKind
+    source: str
+    """A JSON schema, a regular expression, or a JSON list of texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy decoding of 128 tokens."""
 
     max_new_tokens: int = 128
+    """0 generates nothing: the input is only looked at, for its log-probabilities."""
     min_new_tokens: int = 0
-    """End-of-sequence tokens are not eligible before this many tokens."""
+    """End-of-sequence tokens are not eligible before this many tokens; a grammar knows better when to end."""
     temperature: float = 0.0
-    """0 is greedy; otherwise logits are divided by it before top-k and top-p."""
+    """0 is greedy; otherwise logits are divided by it before tokens are left out."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
+    """Keep the smallest set of tokens whose probability reaches p (Holtzman et al. 2020); 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the best one's probability (Nguyen et al. 2024); 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the tokens of most typical surprise whose probability reaches p (Meister et al. 2022); 1 keeps all."""
     repetition_penalty: float = 1.0
     """CTRL's penalty (Keskar et al. 2019) over input and output tokens; 1 is off. Virtual tokens have no id."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the output holds; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens as often as the output holds them; 0 is off."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     """The text ends before the first of these that appears in it."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
+    top_logprobs: int = 0
+    """With `logprobs`: also those of so many of the most likely tokens."""
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -71,36 +102,72 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One accepted request, translated: token ids in, sampling rules, and the queue (task) that it waits in."""
+    """One accepted request, translated: token ids in, rules for what comes out, and the queue (task) it waits in.
+
+    It has one or more choices, which share the input: `n` texts that are sampled apart, or the labels to be scored.
+    """
 
     request_id: str
     input_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: str | None = None
+    n: int = 1
+    input_logprobs: bool = False
+    """Report the log-probability of every input token but the first."""
+    labels: tuple[tuple[int, ...], ...] = ()
+    """Token ids of continuations. Nothing is generated then; each is a choice, whose log-probabilities are reported."""
+
+    @property
+    def num_choices(self) -> int:
+        """How many choices it has."""
+        return len(self.labels) or self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that was or could have been, and its log-probability under the model's own distribution."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token that was given, not generated, as the model saw it come."""
+
+    id: int
+    logprob: float | None
+    """None for the first token of all, before which there is nothing that has an id."""
+    top: tuple[Candidate, ...] = ()
+    """The most likely tokens in its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. The non-special texts of a request, joined, are its generated text."""
+    """One generated token. The non-special texts of a choice, joined, are its generated text."""
 
     id: int
     text: str
     logprob: float | None = None
     special: bool = False
+    top: tuple[Candidate, ...] = ()
+    """The most likely tokens in its place, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request."""
+    """Token counts of one choice."""
 
     virtual_tokens: int
     input_tokens: int
     output_tokens: int
+    cached_tokens: int = 0
+    """Virtual tokens whose keys and values were known already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one engine step added to one request; the last one of a request carries `finish_reason`."""
+    """What one engine step added to one choice of a request; the last one of a choice carries `finish_reason`."""
 
     request_id: str
     token: Token | None = None
@@ -108,3 +175,9 @@ class Delta:
     usage: Usage | None = None
     error: Exception | None = None
     """Set with FAILED: what the one who waits is to be told."""
+    index: int = 0
+    """Which choice of the request."""
+    scored: tuple[Scored, ...] = ()
+    """Once, with the first Delta of a choice whose given tokens were to be scored: the input's, or the label's."""
+    is_last: bool = True
+    """With `finish_reason`: whether the whole request has ended. ABORTED and FAILED end it, whatever its choices."""

@@ -20,8 +20,10 @@
     │   └── UnsupportedPeftType        they are an adapter, but of a kind that is not served
     ├── BaseModelMismatch              the soft prompt was trained on another frozen model
     ├── PayloadTooLarge                the body is larger than the server takes
+    ├── Overloaded                     more is waiting than the server takes, in all, of this key or of this task
     ├── ServerDraining                 the server is shutting down and takes nothing new
     ├── RequestAborted                 the request was cancelled before its end
+    ├── RequestTimedOut                the request took longer than the server lets any take
     ├── GenerationFailed               the engine could not finish an accepted request
     │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
     ├── StoreError                     the store cannot be read or written
@@ -212,6 +214,17 @@ class PayloadTooLarge(PreludeError):
     default_remedy = "Send less, or raise PRELUDE_MAX_UPLOAD_BYTES."
 
 
+class Overloaded(PreludeError):
+    """The server has accepted as much as it can look after; nothing was started."""
+
+    status = 429
+    code = "overloaded"
+    family = "overloaded"
+    default_remedy = "Send the request again after the seconds in Retry-After."
+    retry_after: ClassVar[int] = 1
+    """Seconds after which to try again."""
+
+
 class ServerDraining(PreludeError):
     """The server is shutting down: what runs is finished, nothing new is taken."""
 
@@ -228,6 +241,15 @@ class RequestAborted(PreludeError):
     code = "request_aborted"
     family = "incomplete_generation"
     default_remedy = "Send the request again."
+
+
+class RequestTimedOut(PreludeError):
+    """The request was ended because it took longer than PRELUDE_REQUEST_TIMEOUT."""
+
+    status = 504
+    code = "request_timed_out"
+    family = "incomplete_generation"
+    default_remedy = "Ask for fewer new tokens, send it when the server has less to do, or raise PRELUDE_REQUEST_TIMEOUT."
 
 
 class GenerationFailed(PreludeError):

@@ -249,7 +249,7 @@ class RequestTimedOut(PreludeError):
     status = 504
     code = "request_timed_out"
     family = "incomplete_generation"
-    default_remedy = "Ask for fewer new tokens, send it when the server has less to do, or raise PRELUDE_REQUEST_TIMEOUT."
+    default_remedy = "Ask for fewer new tokens, or raise PRELUDE_REQUEST_TIMEOUT."
 
 
 class GenerationFailed(PreludeError):

@@ -111,6 +111,8 @@ class GenerationRequest:
     input_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: str | None = None
+    key_id: str | None = None
+    """Whose request it is, where keys are asked for: a key may be given a share of the server."""
     n: int = 1
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
@@ -163,6 +165,8 @@ class Usage:
     output_tokens: int
     cached_tokens: int = 0
     """Virtual tokens whose keys and values were known already."""
+    queued_seconds: float = 0.0
+    """From the acceptance of the request to its first step."""
 
 
 @dataclass(frozen=True, slots=True)

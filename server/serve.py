@@ -19,6 +19,7 @@ from tqdm import tqdm
 from server.api.app import create_app
 from server.api.browsers import is_loopback
 from server.core import GenerationRequest, SamplingParams
+from server.engine.admission import Limits
 from server.engine.build import load_engine
 from server.engine.engine import Engine
 from server.engine.worker import EngineWorker
@@ -54,7 +55,7 @@ def serve(settings: Settings) -> None:
             registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
-        worker = EngineWorker(engine)
+        worker = EngineWorker(engine, limits(settings))
         app = create_app(settings, worker, registry, [inbox, Syncer(registry, settings.sync_seconds)], keys)
         keep_for_good()
         config = uvicorn.Config(
@@ -77,6 +78,16 @@ def start_engine(settings: Settings) -> Engine:
     engine = load_engine(settings)
     warm_up(engine)
     return engine
+
+
+def limits(settings: Settings) -> Limits:
+    """What the worker takes before it refuses."""
+    return Limits(
+        in_flight=settings.max_sequences + settings.max_queue,
+        per_task=settings.max_per_task,
+        per_key=settings.max_per_key,
+        request_timeout=settings.request_timeout,
+    )
 
 
 def keep_for_good() -> None:

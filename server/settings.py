@@ -85,6 +85,18 @@ class Settings(BaseSettings):
         2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
     )
     max_sequences: int = Field(64, ge=1, le=4096, description="Sequences that run at once; the others wait in turn.")
+    max_queue: int = Field(
+        4096, ge=0, description="Answers that may wait for their turn; beyond that requests get 429 with Retry-After."
+    )
+    max_per_task: int | None = Field(
+        None, ge=1, description="Answers of one task that may run or wait at once. Default: no limit of its own."
+    )
+    max_per_key: int | None = Field(
+        None, ge=1, description="Answers for one API key that may run or wait at once. Default: no limit of its own."
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a request may take, waiting included; then it ends with 504."
+    )
     kv_memory: Memory = Field(
         "auto",
         description="KV cache size, such as 2GiB. auto: what PRELUDE_MAX_SEQUENCES of PRELUDE_MAX_MODEL_LEN need, "

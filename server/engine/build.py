@@ -81,7 +81,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         settings.max_batch_tokens,
     )
     if "graphs" in settings.optimisations:
-        engine.graphs = capture(model, engine.kv_cache, engine.varlen, settings.max_sequences)
+        engine.graphs = capture(model, engine.kv_cache, engine.varlen, engine.scheduler.max_running)
     return engine
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -9,8 +11,10 @@ from server.core import Delta, FinishReason, GenerationRequest, Token
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
+from server.engine.grammars import Grammars
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
+from server.engine.logit_rows import Batch, LogitRows
 from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
 from server.engine.prefix_cache import PrefixCache
@@ -22,8 +26,6 @@ from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import EmptyInput, GenerationFailed, InputTooLong, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
-Batch = list[tuple[Sequence, Span]]
-
 
 class Engine:
     """Continuous batching over one frozen model.
@@ -33,6 +35,7 @@ class Engine:
         kv_cache: the pool that running sequences own slots of.
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
+        grammars: compiled grammars for generated text.
         steps: batches that were run so far.
         compiled: attends on a CPU, where there is compiled code for it.
         varlen: attends for all of a step at once, where CUDA can.
@@ -47,6 +50,8 @@ class Engine:
         self.kv_cache = kv_cache
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
+        self.grammars = Grammars(model.backend, model.spec.vocab_size, model.eos_token_ids)
+        self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self._special_ids = frozenset(model.tokenizer.all_special_ids)
         self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
@@ -59,6 +64,11 @@ class Engine:
         """True while anybody waits or runs."""
         return bool(self.scheduler.running or len(self.scheduler.waiting))
 
+    def check_integrity(self) -> None:
+        """Assert that nothing is left of those who have ended; called whenever the engine is idle."""
+        self.scheduler.check_integrity()
+        assert self.has_work or not self._unfinished, "a request has neither ended nor anything to run"
+
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
 
@@ -68,32 +78,50 @@ class Engine:
         """
         virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
         inputs, new = len(request.input_ids), request.sampling.max_new_tokens
+        label = max(map(len, request.labels), default=0)
         if not inputs:
             raise EmptyInput("The input holds no token.")
+        if not all(request.labels):
+            raise EmptyInput("A label holds no token.", remedy="Send at least one character in each.")
         limit = self.model.spec.max_model_len
-        if virtual + inputs + new > limit:
+        needed = virtual + inputs + (label or new)
+        if needed > limit:
+            last = f"{label} of the longest label" if label else f"{new} new tokens"
             raise InputTooLong(
-                f"The request needs {virtual + inputs + new} positions ({virtual} virtual tokens, {inputs} input "
-                f"tokens, {new} new tokens); the context holds {limit}."
+                f"The request needs {needed} positions ({virtual} virtual tokens, {inputs} input "
+                f"tokens, {last}); the context holds {limit}."
             )
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Accept a checked request; it ends with exactly one Delta that has a finish_reason."""
-        detokenizer = Detokenizer(self.model.tokenizer, request.sampling.stop)
-        self.scheduler.add(Sequence(request, soft_prompt, detokenizer))
+        """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.
+
+        Raises:
+            InvalidRequest: its grammar cannot be used; nothing was accepted.
+        """
+        first = self._sequence(request, soft_prompt)
+        if not request.labels:
+            first.siblings = [self._sequence(request, soft_prompt, index) for index in range(1, request.n)]
+        self._unfinished[request.request_id] = request.num_choices
+        self.scheduler.add(first)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free what it holds; None if it has ended already."""
-        sequence = self.scheduler.abort(request_id)
-        return None if sequence is None else Delta(request_id, None, FinishReason.ABORTED, sequence.usage)
+        if self._unfinished.pop(request_id, None) is None:
+            return None
+        sequences = self.scheduler.abort(request_id)
+        return Delta(request_id, None, FinishReason.ABORTED, sequences[0].usage)
 
     def fail_all(self, message: str) -> list[Delta]:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
-        deltas = [self._fail(sequence, GenerationFailed(message)) for sequence in list(self.scheduler.running)]
-        for sequence in list(self.scheduler.waiting):
-            self.scheduler.abort(sequence.request_id)
-            error = GenerationFailed(message)
-            deltas.append(Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error))
+        for sequence in list(self.scheduler.running):
+            self.scheduler.finish(sequence, scrub=True)
+        for request_id in self._unfinished:
+            self.scheduler.abort(request_id)
+        deltas = [
+            Delta(request_id, None, FinishReason.FAILED, error=GenerationFailed(message))
+            for request_id in self._unfinished
+        ]
+        self._unfinished.clear()
         return deltas
 
     def step(self) -> list[Delta]:
@@ -106,25 +134,26 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
-        """Forward the batch and choose a token for every sequence whose known tokens are now all computed."""
-        if self.graphs is not None and self.graphs.takes(len(batch)) and all(_decodes(*row) for row in batch):
+        """Forward the batch, and choose for everybody whose known tokens are now all computed."""
+        rows = LogitRows.of(batch)
+        if self.graphs is not None and self.graphs.takes(len(batch)) and _only_decodes(batch, rows):
             logits = self.graphs.run(
                 [sequence.token_at(span.start) for sequence, span in batch],
                 [span.start for _, span in batch],
                 [span.slot.start for _, span in batch],
             )
         else:
-            logits = self._forward(batch)
-        sampled = [sequence for sequence, span in batch if span.end == sequence.num_known]
-        return choose_next(logits, sampled, self.model.eos_token_ids, self._operators) if sampled else []
+            logits = self._forward(batch, rows.kept)
+        rows.score(logits)
+        if not rows.drawing:
+            return []
+        return choose_next(rows.next_logits(logits), rows.drawing, self.model.eos_token_ids, self._operators)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        """Logits `[sampled, vocab_size]` of any batch."""
+    def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
+        """Logits `[kept_rows, vocab_size]` of any batch."""
         layout = self._lay_out([span for _, span in batch])
         ids, virtual = _tokens(batch)
-        last_rows = np.cumsum([span.count for _, span in batch]) - 1
-        keep = last_rows[[span.end == sequence.num_known for sequence, span in batch]]
-        token_ids, kept = upload([np.array(ids), keep], self.model.device)
+        token_ids, kept = upload([np.array(ids), kept_rows], self.model.device)
         embeddings = self.model.embed(token_ids)
         for first, rows in virtual:
             embeddings[first : first + len(rows)] = rows.to(self.model.device, self.model.dtype)
@@ -140,55 +169,135 @@ class Engine:
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""
         remaining = iter(choices)
-        deltas = []
+        deltas: list[Delta] = []
         for sequence, span in batch:
-            samples = span.end == sequence.num_known
-            sequence.num_computed = span.end
-            finite = self.scheduler.keep_prefix(sequence)
-            choice = next(remaining) if samples else None
-            if not finite or (choice is not None and choice.token_id is None):
-                error = NotFinite("The model's output is not finite for this soft prompt and input.")
-                deltas.append(self._fail(sequence, error))
-            elif choice is not None:
-                sequence.num_finite = span.end
-                deltas.append(self._append(sequence, choice))
+            asked = sequence.asks_for_next(span)
+            drawing = [sequence, *sequence.siblings] if asked and not sequence.request.labels else []
+            drawn = [(who, next(remaining)) for who in drawing]
+            if sequence.slot is not None:  # else another choice of its request has failed in this very step
+                deltas += self._take_over(sequence, span, drawn)
+        return deltas
+
+    def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
+        sequence.num_computed = span.end
+        kept = self.scheduler.keep_prefix(sequence)
+        if error := _failure(sequence, drawn, kept):
+            return [self._fail(sequence, error)]
+        if span.end < sequence.num_known:
+            return []
+        if drawn or sequence.targets or sequence.request.labels:
+            sequence.num_finite = span.end
+        if sequence.request.labels and not sequence.label_ids:
+            return self._begin_labels(sequence)
+        if not drawn:
+            return [self._end(sequence, None, FinishReason.LENGTH)]
+        siblings, sequence.siblings = sequence.siblings, []
+        if siblings:
+            self.scheduler.share_input(sequence, siblings)
+        deltas = [self._append(who, choice) for who, choice in drawn]
+        self.scheduler.add_sharing([who for who in siblings if not who.has_ended])
+        return deltas
+
+    def _begin_labels(self, first: Sequence) -> list[Delta]:
+        """The input is computed, and how likely each label begins there; longer labels go on, each by itself."""
+        deltas, longer = [], []
+        for index, (label, scored) in enumerate(zip(first.request.labels, first.scored, strict=True)):
+            sequence = self._sequence(first.request, first.soft_prompt, index, label)
+            sequence.scored, sequence.cached_tokens = [scored], first.cached_tokens
+            if len(label) > 1:
+                longer.append(sequence)
+            else:
+                deltas.append(self._end(sequence, None, FinishReason.LENGTH))
+        if longer:
+            self.scheduler.share_input(first, longer)
+            self.scheduler.add_sharing(longer)
+        self.scheduler.finish(first)
         return deltas
 
     def _append(self, sequence: Sequence, choice: Choice) -> Delta:
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
         sequence.append(token_id)
-        params = sequence.sampling
+        params, matcher = sequence.sampling, sequence.matcher
         text, stopped = sequence.detokenizer.push(token_id)
         reason = None
-        if token_id in self.model.eos_token_ids and not params.ignore_eos:
+        if token_id in self.model.eos_token_ids and (matcher is not None or not params.ignore_eos):
             reason = FinishReason.EOS_TOKEN
         elif stopped:
             reason = FinishReason.STOP_SEQUENCE
+        elif matcher is not None and matcher.is_complete:
+            reason = FinishReason.EOS_TOKEN
         elif len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
         if reason is not None and not stopped:
             text += sequence.detokenizer.flush()
-        token = self._token(token_id, text, choice.logprob)
-        if reason is None:
-            return Delta(sequence.request_id, token)
-        self.scheduler.finish(sequence)
-        return Delta(sequence.request_id, token, reason, sequence.usage)
+        token = self._token(token_id, text, choice)
+        if reason is not None:
+            return self._end(sequence, token, reason)
+        return Delta(sequence.request_id, token, index=sequence.index, scored=sequence.take_scored())
 
-    def _token(self, token_id: int, text: str, logprob: float | None) -> Token:
+    def _token(self, token_id: int, text: str, choice: Choice) -> Token:
         """A special token shows its own name, unless it carries text that was held back until it came."""
         if token_id in self._special_ids and not text:
-            return Token(token_id, str(self.model.tokenizer.convert_ids_to_tokens(token_id)), logprob, special=True)
-        return Token(token_id, text, logprob)
+            name = str(self.model.tokenizer.convert_ids_to_tokens(token_id))
+            return Token(token_id, name, choice.logprob, special=True, top=choice.top)
+        return Token(token_id, text, choice.logprob, top=choice.top)
+
+    def _end(self, sequence: Sequence, token: Token | None, reason: FinishReason) -> Delta:
+        """The last Delta of a choice; of its request too, if it is the last one."""
+        sequence.has_ended = True
+        self.scheduler.finish(sequence)
+        request_id = sequence.request_id
+        self._unfinished[request_id] -= 1
+        is_last = not self._unfinished[request_id]
+        if is_last:
+            del self._unfinished[request_id]
+        return Delta(
+            request_id,
+            token,
+            reason,
+            sequence.usage,
+            index=sequence.index,
+            scored=sequence.take_scored(),
+            is_last=is_last,
+        )
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
+        """One choice has failed, and with it its request."""
         self.scheduler.finish(sequence, scrub=True)
+        self.scheduler.abort(sequence.request_id)
+        del self._unfinished[sequence.request_id]
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
 
+    def _sequence(
+        self,
+        request: GenerationRequest,
+        soft_prompt: SoftPrompt | None,
+        index: int = 0,
+        label_ids: tuple[int, ...] = (),
+    ) -> Sequence:
+        grammar = request.sampling.grammar
+        matcher = None if grammar is None or request.labels else self.grammars.matcher(grammar)
+        detokenizer = Detokenizer(self.model.tokenizer, request.sampling.stop)
+        return Sequence(request, soft_prompt, detokenizer, index, label_ids, matcher)
 
-def _decodes(sequence: Sequence, span: Span) -> bool:
-    """Whether a share of a step is one token that asks for the next: the last known one, so no virtual token."""
-    return span.count == 1 and span.end == sequence.num_known
+
+def _only_decodes(batch: Batch, rows: LogitRows) -> bool:
+    """Whether all of a step's shares are one token that asks for what comes next."""
+    return len(rows.kept) == len(batch) and all(
+        span.count == 1 and sequence.asks_for_next(span) for sequence, span in batch
+    )
+
+
+def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
+    """Why a sequence cannot go on after a step, if it cannot."""
+    for who, choice in drawn:
+        if choice.token_id is None and who.matcher is not None and who.matcher.error is not None:
+            return GenerationFailed(f"The grammar could not be followed: {who.matcher.error}", remedy="Simplify it.")
+    is_finite = prefix_is_finite and all(choice.token_id is not None for _, choice in drawn)
+    if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
+        return None
+    return NotFinite("The model's output is not finite for this soft prompt and input.")
 
 
 def _tokens(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:

@@ -25,6 +25,10 @@ class FairQueue:
         """Put a sequence at the end of its task's queue."""
         self._queues.setdefault(sequence.request.task, deque()).append(sequence)
 
+    def add_first(self, sequence: Sequence) -> None:
+        """Put a sequence at the head of its task's queue: it goes on with what has begun already."""
+        self._queues.setdefault(sequence.request.task, deque()).appendleft(sequence)
+
     def head(self, held: Container[str | None] = ()) -> Sequence | None:
         """The sequence whose turn it is, passing over the tasks in `held`; None if nobody is left."""
         return next((queue[0] for task, queue in self._queues.items() if task not in held), None)
@@ -39,13 +43,12 @@ class FairQueue:
         if not queue:
             del self._queues[task]
 
-    def remove(self, request_id: str) -> Sequence | None:
-        """Remove a request wherever it waits, and answer it."""
-        for task, queue in self._queues.items():
-            for sequence in queue:
-                if sequence.request_id == request_id:
-                    queue.remove(sequence)
-                    if not queue:
-                        del self._queues[task]
-                    return sequence
-        return None
+    def remove(self, request_id: str) -> list[Sequence]:
+        """Remove what waits of a request, and answer it."""
+        found = [sequence for sequence in self if sequence.request_id == request_id]
+        for sequence in found:
+            task = sequence.request.task
+            self._queues[task].remove(sequence)
+            if not self._queues[task]:
+                del self._queues[task]
+        return found

@@ -46,6 +46,7 @@ class FrozenModel:
         spec: what the rest of the server may know of it.
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
+        backend: the Rust part of it, safe from any thread.
         eos_token_ids: tokens that end a generation.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
@@ -66,7 +67,7 @@ class FrozenModel:
         module.eval()  # type: ignore[no-untyped-call]
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
-        self._backend = _plain_backend(tokenizer)
+        self.backend = _plain_backend(tokenizer)
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)
@@ -129,7 +130,7 @@ class FrozenModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread."""
-        ids: list[int] = self._backend.encode(text).ids
+        ids: list[int] = self.backend.encode(text).ids
         return ids
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
 their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
-behind it overtakes, so a long request is not starved by short ones.
+behind it overtakes, so a long request is not starved by short ones. A few places are kept for tasks of which nobody
+runs, so that one task with many long answers does not make the others wait for their ends.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -19,6 +21,9 @@ from server.engine.layout import Span
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
 
+KEPT_SHARE = 8
+"""One place more for every so many, for tasks of which nobody runs."""
+
 
 class Scheduler:
     """The queues of an engine, and the slots and prefixes of those who run.
@@ -26,6 +31,7 @@ class Scheduler:
     Attributes:
         waiting: accepted, not yet admitted.
         running: admitted, in the order of admission; each owns a slot.
+        max_running: most that run at once, with the places that are kept.
         is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
     """
 
@@ -34,6 +40,7 @@ class Scheduler:
     ) -> None:
         """Start with empty queues."""
         assert max_batch_tokens >= max_sequences, "every running sequence must be able to decode in each step"
+        self.max_running = max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self._model = model
@@ -51,6 +58,19 @@ class Scheduler:
         if sequence.soft_prompt is not None:
             self._users[sequence.soft_prompt.prefix_hash] += 1
 
+    def share_input(self, first: Sequence, others: Iterable[Sequence]) -> None:
+        """Give other choices of a request a copy of what its first one, which runs, has computed of the input."""
+        shared = self._kv_cache.copy_out(_slot(first), first.num_input)
+        for sequence in others:
+            sequence.shared, sequence.cached_tokens = shared, first.cached_tokens
+
+    def add_sharing(self, sequences: list[Sequence]) -> None:
+        """Queue choices that begin behind a copy of their input, in front of those that have not begun."""
+        for sequence in reversed(sequences):
+            self.waiting.add_first(sequence)
+            if sequence.soft_prompt is not None:
+                self._users[sequence.soft_prompt.prefix_hash] += 1
+
     def schedule(self) -> list[tuple[Sequence, Span]]:
         """Admit whom there is room for, and share out the next step's tokens; empty if there is nothing to do.
 
@@ -67,32 +87,32 @@ class Scheduler:
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
-        """Take a running sequence out and its slot back.
+        """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
 
         The slot is zeroed first if NaN may be in it: its next owner masks what lies behind its own end, but 0 * NaN is
         NaN. A token that could be chosen vouches for every position before it, because it attends to all of them; a
         sequence that ends in the middle of its prefill has nobody to vouch for it.
         """
+        if sequence.slot is None:
+            return
         self.running.remove(sequence)
         self._stop_computing(sequence)
-        slot = _slot(sequence)
+        slot = sequence.slot
         if scrub or sequence.num_finite < sequence.num_computed:
             self._kv_cache.scrub(slot)
         self._kv_cache.allocator.release(slot)
         sequence.slot = None
         self._leave(sequence)
 
-    def abort(self, request_id: str) -> Sequence | None:
-        """Take a sequence out wherever it is, and answer it; None if it has ended already."""
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Take all choices of a request out, wherever they are, and answer them; none if it has ended already."""
         waiting = self.waiting.remove(request_id)
-        if waiting is not None:
-            self._leave(waiting)
-            return waiting
-        for sequence in self.running:
-            if sequence.request_id == request_id:
-                self.finish(sequence)
-                return sequence
-        return None
+        for sequence in waiting:
+            self._leave(sequence)
+        running = [sequence for sequence in self.running if sequence.request_id == request_id]
+        for sequence in running:
+            self.finish(sequence)
+        return running + waiting
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
         """Forget those of these prefixes that nobody wants or uses; those in use go with their last user."""
@@ -132,7 +152,9 @@ class Scheduler:
             return
         budget = self._max_batch_tokens - sum(sequence.num_pending for sequence in self.running)
         held: set[str | None] = set()
-        while budget > 0 and len(self.running) < self._max_sequences:
+        while budget > 0 and len(self.running) < self.max_running:
+            if len(self.running) >= self._max_sequences:
+                held |= {sequence.request.task for sequence in self.running}
             sequence = self.waiting.head(held)
             if sequence is None:
                 return
@@ -146,14 +168,22 @@ class Scheduler:
             self.waiting.take(sequence)
             self.running.append(sequence)
             sequence.slot = slot
+            sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)
             budget -= sequence.num_pending
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        return sequence.soft_prompt is not None and sequence.soft_prompt.prefix_hash in self._computing
+        if sequence.soft_prompt is None or sequence.shared is not None:
+            return False
+        return sequence.soft_prompt.prefix_hash in self._computing
 
     def _attach_prefix(self, sequence: Sequence) -> None:
-        """Copy the prefix in if it is known; otherwise this sequence is the one that computes it."""
+        """Copy in what is known of it; if its prefix is not, this sequence is the one that computes it."""
+        if sequence.shared is not None:
+            self._kv_cache.copy_in(_slot(sequence), sequence.shared)
+            sequence.num_computed = sequence.num_finite = sequence.num_input
+            sequence.shared = None
+            return
         soft_prompt = sequence.soft_prompt
         if soft_prompt is None:
             return
@@ -166,6 +196,7 @@ class Scheduler:
         else:
             self._kv_cache.copy_in(_slot(sequence), prefix)
             sequence.num_computed = sequence.num_virtual_tokens
+            sequence.cached_tokens = sequence.num_virtual_tokens
 
     def _leave(self, sequence: Sequence) -> None:
         """A sequence has ended: it no longer uses its prefix."""

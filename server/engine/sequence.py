@@ -1,41 +1,89 @@
-"""One request in flight: what it began with, where it stands."""
+"""One choice of a request in flight: what it began with, where it stands."""
 
 from __future__ import annotations
 
 import random
+import time
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from server.core import GenerationRequest, SamplingParams, Usage
+import torch
+
+from server.core import GenerationRequest, SamplingParams, Scored, Usage
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import Slot
 from server.soft_prompts.soft_prompt import SoftPrompt
 
+if TYPE_CHECKING:
+    from server.engine.grammars import Matcher
+    from server.engine.layout import Span
+
 
 @dataclass(eq=False)
 class Sequence:
-    """A request from admission to its end.
+    """A choice from admission to its end; most requests have one.
 
     It holds the immutable soft prompt that it began with; that reference is all the pinning there is. Its positions
-    are, in this order: virtual tokens, input tokens, output tokens.
+    are, in this order: virtual tokens, given tokens, output tokens. Given are the input, and of a label to be scored
+    all tokens but the last, which is only predicted.
     """
 
     request: GenerationRequest
     soft_prompt: SoftPrompt | None
     detokenizer: Detokenizer
+    index: int = 0
+    """Which choice of its request."""
+    label_ids: tuple[int, ...] = ()
+    """Tokens behind the input whose log-probabilities are all that is wanted of it."""
+    matcher: Matcher | None = None
+    """Which tokens its grammar allows next."""
+    siblings: list[Sequence] = field(default_factory=list)
+    """The other choices of its request; they begin once this one has computed what they share."""
+    shared: torch.Tensor | None = None
+    """Keys and values of the positions that its request's first choice has computed for it, until it has a slot."""
     slot: Slot | None = None
     num_computed: int = 0
     """Positions whose keys and values are in the slot."""
     num_finite: int = 0
     """Positions whose keys and values are known to be finite: those before a token that could be chosen."""
+    cached_tokens: int = 0
+    """Virtual tokens whose keys and values were known when it began."""
+    accepted_at: float = field(default_factory=time.monotonic)
+    queued_seconds: float = 0.0
+    """From then until it had a slot."""
     output_ids: list[int] = field(default_factory=list)
+    has_ended: bool = False
+    """Whether its last Delta was made."""
+    scored: list[Scored] = field(default_factory=list)
+    """Given tokens whose log-probabilities are known; they go out with the first Delta."""
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.sampling.seed)
+        seed = self.sampling.seed
+        self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
         self.seen_ids = set(self.request.input_ids)
         """Token ids of input and output, for the repetition penalty."""
+        self.output_counts: Counter[int] = Counter()
+        """How often each token is in the output, for the other penalties."""
+        self.given_ids = self.request.input_ids + self.label_ids[:-1]
         self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
         """Positions of its soft prompt."""
-        self._num_given = self.num_virtual_tokens + len(self.request.input_ids)
+        self.num_input = self.num_virtual_tokens + len(self.request.input_ids)
+        """Positions that it shares with its request's other choices."""
+        self._num_given = self.num_virtual_tokens + len(self.given_ids)
+        self.wants_next = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
+        """Whether it is to go on behind its given tokens."""
+        self.targets: tuple[int, ...] = ()
+        """The given tokens that are to be scored."""
+        self.first_target = self.num_virtual_tokens
+        """The position whose row says how likely the first of `targets` was."""
+        if self.label_ids:
+            self.targets, self.first_target = self.label_ids[1:], self.num_input
+        elif self.request.input_logprobs and self.index == 0 and not self.request.labels:
+            self.scored = [Scored(self.request.input_ids[0], None)]
+            self.targets = self.request.input_ids[1:]
+        self.is_plain = is_plain(self.sampling)
+        """Whether the best token is taken as it is, as long as `min_new_tokens` allows."""
 
     @property
     def request_id(self) -> str:
@@ -60,21 +108,50 @@ class Sequence:
     @property
     def max_positions(self) -> int:
         """Positions that it can ever need; the last new token is never fed."""
-        new = max(0, self.sampling.max_new_tokens - 1)
-        return self.num_virtual_tokens + len(self.request.input_ids) + new
+        new = 0 if self.label_ids else max(0, self.sampling.max_new_tokens - 1)
+        return self._num_given + new
 
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        return Usage(self.num_virtual_tokens, len(self.request.input_ids), len(self.output_ids))
+        inputs = len(self.request.input_ids)
+        return Usage(
+            self.num_virtual_tokens,
+            inputs,
+            len(self.output_ids),
+            self.cached_tokens,
+            queued_seconds=self.queued_seconds,
+        )
+
+    def scored_positions(self, span: Span) -> range:
+        """Of a step's share, the positions whose rows say how likely the next of `targets` was."""
+        first = max(span.start, self.first_target)
+        return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
+
+    def asks_for_next(self, span: Span) -> bool:
+        """Whether the last row of a step's share is to say what comes next: a token, or the first of each label."""
+        return self.wants_next and span.end == self.num_known
 
     def token_at(self, position: int) -> int:
         """Token id at a position behind the virtual tokens."""
         index = position - self.num_virtual_tokens
-        inputs = self.request.input_ids
-        return inputs[index] if index < len(inputs) else self.output_ids[index - len(inputs)]
+        given = self.given_ids
+        return given[index] if index < len(given) else self.output_ids[index - len(given)]
+
+    def take_scored(self) -> tuple[Scored, ...]:
+        """The given tokens that were scored, once."""
+        scored, self.scored = tuple(self.scored), []
+        return scored
 
     def append(self, token_id: int) -> None:
         """Take a generated token."""
         self.output_ids.append(token_id)
         self.seen_ids.add(token_id)
+        if self.sampling.presence_penalty or self.sampling.frequency_penalty:
+            self.output_counts[token_id] += 1
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether rules ask for the best token by the model's own logits, and for nothing about it."""
+    is_changed = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return params.is_greedy and not (is_changed or params.logprobs or params.logit_bias or params.grammar)

@@ -22,10 +22,18 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
+from server.core import Delta, FinishReason, GenerationRequest, Grammar, ModelSpec, SamplingParams
+from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.prefix_cache import PrefixCache
-from server.errors import GenerationFailed, InvalidSoftPrompt, NotFinite, RequestAborted, ServerDraining
+from server.errors import (
+    GenerationFailed,
+    InvalidSoftPrompt,
+    NotFinite,
+    RequestAborted,
+    RequestTimedOut,
+    ServerDraining,
+)
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -43,9 +51,11 @@ Command = Callable[[], list[Delta]]
 class EngineWorker:
     """The engine's thread and the streams of those who wait for it."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Wrap an engine that nobody else touches from now on."""
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        """Wrap an engine that nobody else touches from now on; without limits it takes whatever comes."""
         self._engine = engine
+        self._limits = limits or Limits()
+        self._admission = Admission(self._limits)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[Delta]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,41 +110,75 @@ class EngineWorker:
         self._began.wait()
         torch.set_num_threads(1)  # for this thread and for all that come
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, so that it is there when its request comes; takes a while, so not for the event loop.
+
+        Raises:
+            InvalidRequest: it cannot be used; says why.
+        """
+        self._engine.grammars.check(grammar)
+
     async def generate(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
         """Submit a request and yield what every step adds to it; closing the iterator early aborts it.
 
         Raises:
             EmptyInput, InputTooLong: it can never run.
+            InvalidRequest: its grammar cannot be used.
+            Overloaded: too much is waiting already, in all, for its task or for its key.
             ServerDraining: nothing new is taken.
             RequestAborted: it was cancelled by the server.
+            RequestTimedOut: it took too long.
             GenerationFailed: the engine could not finish it.
         """
+        self._engine.check(request, soft_prompt)
+        if request.sampling.grammar is not None:
+            await asyncio.to_thread(self.check_grammar, request.sampling.grammar)
+        with self._admission.of(request):
+            async with contextlib.aclosing(self._deltas(request, soft_prompt)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _deltas(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
+        """What `generate` yields of a checked request, whatever the limits are."""
         if self.draining:
             raise ServerDraining("The server is shutting down.")
         if self._failed:
             raise GenerationFailed("The engine has stopped.", remedy="Restart the server; its log says why.")
-        self._engine.check(request, soft_prompt)
         stream: asyncio.Queue[Delta] = asyncio.Queue()
         assert request.request_id not in self._streams, "request ids are unique"
         self._streams[request.request_id] = stream
         self._idle.clear()
         self._send(lambda: self._add(request, soft_prompt))
+        timer = self._timer(request, stream)
         ended = False
         try:
             while not ended:
                 delta = await stream.get()
-                ended = delta.finish_reason is not None
+                if isinstance(delta.error, RequestTimedOut):
+                    raise delta.error
+                ended = delta.finish_reason is not None and delta.is_last
                 if delta.finish_reason is FinishReason.ABORTED:
                     raise RequestAborted("The request was cancelled before its end.")
                 if delta.finish_reason is FinishReason.FAILED:
                     raise delta.error or GenerationFailed("The engine could not finish the request.")
                 yield delta
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._streams[request.request_id]
             if not self._streams:
                 self._idle.set()
             if not ended:
                 self._send(lambda: self._abort(request.request_id))
+
+    def _timer(self, request: GenerationRequest, stream: asyncio.Queue[Delta]) -> asyncio.TimerHandle | None:
+        """Ends the wait for a request that takes too long, through the queue that it waits on."""
+        seconds = self._limits.request_timeout
+        if seconds is None:
+            return None
+        error = RequestTimedOut(f"The request was not done after {seconds:g} s.")
+        late = Delta(request.request_id, None, FinishReason.FAILED, error=error)
+        return asyncio.get_running_loop().call_later(seconds, stream.put_nowait, late)
 
     def warm(self, soft_prompts: Iterable[SoftPrompt]) -> None:
         """Compute prefixes that are not known yet; blocks, so not for the event loop's thread.
@@ -162,7 +206,7 @@ class EngineWorker:
         request_id = f"warm-{uuid.uuid4().hex}"
         request = GenerationRequest(request_id, (0,), SamplingParams(max_new_tokens=1, ignore_eos=True), request_id)
         try:
-            async for _ in self.generate(request, soft_prompt):
+            async for _ in self._deltas(request, soft_prompt):
                 pass
         except NotFinite as exc:
             raise InvalidSoftPrompt(
@@ -229,7 +273,7 @@ class EngineWorker:
                 self._deliver(self._guarded(command))
             self._deliver(self._guarded(self._engine.step))
             if not self._engine.has_work:
-                self._engine.scheduler.check_integrity()
+                self._engine.check_integrity()
 
     def _take_commands(self) -> list[Command | None]:
         """All commands that have come; waits for one if there is nothing else to do."""

@@ -1,0 +1,70 @@
+"""How much is accepted: what is over a limit is refused at once, with the advice to come back, instead of waiting long.
+
+Counted are choices, because each takes a slot: a request of eight texts weighs as much as eight requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.core import GenerationRequest
+from server.errors import Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes; None is no limit."""
+
+    in_flight: int | None = None
+    """Choices that run or wait."""
+    per_task: int | None = None
+    """The same, of one task."""
+    per_key: int | None = None
+    """The same, of one API key."""
+    request_timeout: float | None = None
+    """Seconds that a request may take, waiting included."""
+
+
+class Admission:
+    """What is in flight, by task and by key."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Nothing is in flight."""
+        self._limits = limits
+        self._in_flight = 0
+        self._by_task: Counter[str | None] = Counter()
+        self._by_key: Counter[str | None] = Counter()
+
+    @contextmanager
+    def of(self, request: GenerationRequest) -> Iterator[None]:
+        """Count a request in while the block runs.
+
+        Raises:
+            Overloaded: a limit is reached; says which.
+        """
+        choices, task, key = request.num_choices, request.task, request.key_id
+        self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
+        self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
+        if key is not None:
+            self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
+        self._count(request, choices)
+        try:
+            yield
+        finally:
+            self._count(request, -choices)
+
+    def _count(self, request: GenerationRequest, choices: int) -> None:
+        self._in_flight += choices
+        for counter, name in ((self._by_task, request.task), (self._by_key, request.key_id)):
+            counter[name] += choices
+            if not counter[name]:
+                del counter[name]
+
+    @staticmethod
+    def _refuse_over(where: str, now: int, more: int, limit: int | None) -> None:
+        # A request of more choices than the limit would never be taken; alone it is let in.
+        if limit is not None and now and now + more > limit:
+            raise Overloaded(f"{now} answers are {where}, and the server takes {limit}.")

@@ -1,0 +1,128 @@
+"""Grammars for generated text, by llguidance: which tokens may come next, given what has come.
+
+A grammar is compiled once and kept; every sequence walks on a copy of its own. To compile one takes milliseconds for a
+usual schema, but seconds for a hostile one, so it is done off the event loop and off the engine's thread, within the
+limits that llguidance sets to the size of what it builds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import cached_property
+
+import llguidance
+import numpy as np
+from tokenizers import Tokenizer
+
+from server.core import Grammar, GrammarKind
+from server.errors import InvalidRequest
+
+KEPT = 64
+"""Compiled grammars; the one that was used last stays longest."""
+
+ONE_SPACE = {"whitespace_pattern": " ?"}
+"""Between the parts of a JSON text. Were any number allowed, a small model could go on with blanks for ever."""
+
+
+class Matcher:
+    """One sequence's way through a grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        """Start at its beginning; nobody else may use this matcher."""
+        self._matcher = matcher
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Which tokens may come next, `[vocab_size]` of booleans; none once it has failed."""
+        if self._matcher.is_error():
+            return np.zeros(vocab_size, dtype=bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.zeros(vocab_size, dtype=bool)
+        known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
+        allowed[: len(known)] = known
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that came."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text matches and nothing can be added to it."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on: the grammar turned out to be too complex."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class Grammars:
+    """Compiled grammars for one tokenizer; safe from any thread."""
+
+    def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Nothing is built before the first grammar: llguidance's view of the tokenizer takes a second."""
+        self._backend = backend
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Compile a grammar, if it is not here yet.
+
+        Raises:
+            InvalidRequest: it cannot be used; says why.
+        """
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return
+        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+        if matcher.is_error():
+            raise _unusable(grammar, matcher.get_error())
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A new walk through a grammar.
+
+        Raises:
+            InvalidRequest: as `check`, where it was not called before.
+        """
+        while True:
+            with self._lock:
+                if (compiled := self._compiled.get(grammar)) is not None:
+                    return Matcher(compiled.deep_copy())
+            self.check(grammar)
+
+    @cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        return llguidance.LLTokenizer(
+            self._backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+        )
+
+
+def _source(grammar: Grammar) -> str:
+    """A grammar in llguidance's own form."""
+    try:
+        if grammar.kind is GrammarKind.JSON_SCHEMA:
+            source: str = llguidance.LLMatcher.grammar_from_json_schema(grammar.source, overrides=ONE_SPACE)
+        elif grammar.kind is GrammarKind.REGEX:
+            source = llguidance.LLMatcher.grammar_from_regex(grammar.source)
+        else:
+            source = llguidance.grammar_from("choice", grammar.source)
+    except ValueError as exc:
+        raise _unusable(grammar, str(exc)) from exc
+    return source
+
+
+def _unusable(grammar: Grammar, why: str) -> InvalidRequest:
+    kind = {GrammarKind.JSON_SCHEMA: "JSON schema", GrammarKind.REGEX: "regular expression"}.get(grammar.kind, "choice")
+    return InvalidRequest(
+        f"The {kind} cannot be used: {' '.join(why.split())[:500]}",
+        remedy="Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around.",
+    )

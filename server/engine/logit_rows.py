@@ -1,0 +1,90 @@
+"""Which rows of a step have logits that somebody wants, and for what: the next token, or how likely a given one was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+
+from server.core import Scored
+from server.engine.distribution import on_device
+from server.engine.layout import Span
+from server.engine.operators import at_least_float32
+from server.engine.sampler import report_tokens
+from server.engine.sequence import Sequence
+
+Batch = list[tuple[Sequence, Span]]
+
+
+@dataclass
+class LogitRows:
+    """The wanted rows of a batch. Numbers are those of rows of logits, of which each wanted row of the step has one."""
+
+    kept: np.ndarray
+    """`[rows]`: where they lie in the step's flat row."""
+    next_rows: list[int] = field(default_factory=list)
+    """One for each choice that draws a token; choices that share their input draw from one row."""
+    drawing: list[Sequence] = field(default_factory=list)
+    """Whose draws those are."""
+    labelled: list[tuple[int, Sequence]] = field(default_factory=list)
+    """Rows that say how likely the first token of each label is."""
+    scored: list[tuple[int, Sequence, int, int]] = field(default_factory=list)
+    """First row, whose given tokens are scored by it and the next ones, the first of its `targets`, how many."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> LogitRows:
+        """Of the tokens of a flat row."""
+        rows = cls(np.empty(0, dtype=np.int64))
+        kept: list[int] = []
+        first = 0  # of the share, in the flat row
+        for sequence, span in batch:
+            if sequence.targets:
+                positions = sequence.scored_positions(span)
+                if positions:
+                    target = positions.start - sequence.first_target
+                    rows.scored.append((len(kept), sequence, target, len(positions)))
+                    kept.extend(range(first + positions.start - span.start, first + positions.stop - span.start))
+            first += span.count
+            if sequence.asks_for_next(span):
+                rows._ask(sequence, len(kept))
+                kept.append(first - 1)
+        rows.kept = np.array(kept, dtype=np.int64)
+        return rows
+
+    def _ask(self, sequence: Sequence, row: int) -> None:
+        if sequence.request.labels:
+            self.labelled.append((row, sequence))
+            return
+        for drawing in (sequence, *sequence.siblings):
+            self.next_rows.append(row)
+            self.drawing.append(drawing)
+
+    def next_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The rows to draw from, `[drawing, vocab_size]`."""
+        if self.next_rows == list(range(len(logits))):  # usually all of them, as they are
+            return logits
+        return logits[on_device(logits.device, self.next_rows)]
+
+    def score(self, logits: torch.Tensor) -> None:
+        """Tell the sequences how likely their given tokens were, and their labels' first ones."""
+        rows: list[int] = []
+        targets: list[int] = []
+        owners: list[tuple[Sequence, int]] = []
+        for row, sequence in self.labelled:
+            for label in sequence.request.labels:
+                rows.append(row)
+                targets.append(label[0])
+            owners.append((sequence, len(sequence.request.labels)))
+        for row, sequence, target, count in self.scored:
+            rows.extend(range(row, row + count))
+            targets.extend(sequence.targets[target : target + count])
+            owners.append((sequence, count))
+        if not rows:
+            return
+        top = [sequence.sampling.top_logprobs for sequence, count in owners for _ in range(count)]
+        wanted = at_least_float32(logits[on_device(logits.device, rows)])
+        reports = iter(zip(targets, report_tokens(wanted, on_device(logits.device, targets), top), strict=True))
+        for sequence, count in owners:
+            sequence.scored += [Scored(token_id, *report) for token_id, report in islice(reports, count)]

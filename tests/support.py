@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from server.core import FinishReason, GenerationRequest, ModelSpec, SamplingParams
+from server.core import Candidate, FinishReason, GenerationRequest, ModelSpec, SamplingParams, Scored, Usage
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
@@ -189,19 +189,40 @@ def random_kv_prompt(model: ModelSpec, num_virtual_tokens: int = 5, seed: int = 
 
 @dataclass
 class Outcome:
-    """Everything that an engine answered to one request."""
+    """Everything that an engine answered to one choice of a request."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float | None] = field(default_factory=list)
+    top: list[tuple[Candidate, ...]] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    lasts: int = 0
     ends: int = 0
     error: Exception | None = None
 
 
-def request(request_id: str, input_ids: Sequence[int], task: str | None = None, **sampling: Any) -> GenerationRequest:
+def request(
+    request_id: str,
+    input_ids: Sequence[int],
+    task: str | None = None,
+    *,
+    n: int = 1,
+    input_logprobs: bool = False,
+    labels: Sequence[Sequence[int]] = (),
+    **sampling: Any,
+) -> GenerationRequest:
     """A request of the engine."""
-    return GenerationRequest(request_id, tuple(input_ids), SamplingParams(**sampling), task)
+    return GenerationRequest(
+        request_id,
+        tuple(input_ids),
+        SamplingParams(**sampling),
+        task,
+        n=n,
+        input_logprobs=input_logprobs,
+        labels=tuple(map(tuple, labels)),
+    )
 
 
 def run_engine(
@@ -211,7 +232,7 @@ def run_engine(
     arrive_every: int = 0,
     abort: Mapping[int, str] | None = None,
 ) -> dict[str, Outcome]:
-    """Run requests to their ends.
+    """Run requests to their ends; the outcome of the choice 2 of the request `r` is `r/2`, that of 0 just `r`.
 
     Args:
         engine: the engine; idle before and after.
@@ -236,14 +257,19 @@ def run_engine(
         if abort and steps in abort:
             deltas += [delta for delta in [engine.abort(abort[steps])] if delta is not None]
         for delta in deltas:
-            outcome = outcomes[delta.request_id]
+            name = f"{delta.request_id}/{delta.index}" if delta.index else delta.request_id
+            outcome = outcomes.setdefault(name, Outcome())
+            outcome.scored += delta.scored
             if delta.token is not None:
+                outcome.top.append(delta.token.top)
                 outcome.token_ids.append(delta.token.id)
                 outcome.logprobs.append(delta.token.logprob)
                 outcome.text += "" if delta.token.special else delta.token.text
             if delta.finish_reason is not None:
                 outcome.ends += 1
+                outcome.lasts += delta.is_last
                 outcome.finish_reason = delta.finish_reason
+                outcome.usage = delta.usage
                 outcome.error = delta.error
-    engine.scheduler.check_integrity()
+    engine.check_integrity()
     return outcomes

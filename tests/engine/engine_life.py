@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.core import Delta, FinishReason, GenerationRequest, Usage
+from server.core import Delta, FinishReason, GenerationRequest
 from server.engine.engine import Batch, Engine
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.model import FrozenModel
@@ -111,7 +111,11 @@ class Life:
         if self.end is None:
             assert delta.token is not None, "a part that says nothing"
             return
-        assert delta.usage == Usage(self.virtual, len(self.asked.input_ids), len(self.token_ids))
+        assert delta.is_last
+        if delta.usage is not None:
+            counts = (delta.usage.virtual_tokens, delta.usage.input_tokens, delta.usage.output_tokens)
+            assert counts == (self.virtual, len(self.asked.input_ids), len(self.token_ids))
+            assert delta.usage.cached_tokens in (0, self.virtual)
         if not cut_short:
             assert (self.token_ids, self.end) == (self.answer.token_ids, self.answer.finish_reason)
 
@@ -233,7 +237,7 @@ class EngineLife(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_or_held_in_vain(self) -> None:
         scheduler = self.engine.scheduler
-        scheduler.check_integrity()
+        self.engine.check_integrity()
         living = list(self._living())
         assert {life.asked.request_id for life in living if life.slot is None} == _ids(scheduler.waiting)
         assert {life.asked.request_id for life in living if life.slot is not None} == _ids(scheduler.running)
@@ -264,10 +268,12 @@ class EngineLife(RuleBasedStateMachine):
     def _watch(self, batch: Batch) -> None:
         """Between a step's scheduling and its work."""
         self._watch_shares(batch)
-        for sequence in self.engine.scheduler.running:
+        running = self.engine.scheduler.running
+        assert len(running) <= self.engine.scheduler.max_running
+        for place, sequence in enumerate(running):
             life = self.lives[sequence.request_id]
             if life.slot is None:
-                self._watch_admission(life)
+                self._watch_admission(life, Counter(other.request.task for other in running[:place]))
                 life.slot = sequence.slot
                 assert _is_clean(self.engine.kv_cache, life.slot), "NaN was left to the next owner"
             assert sequence.slot == life.slot, "a sequence keeps its slot to its end"
@@ -292,8 +298,11 @@ class EngineLife(RuleBasedStateMachine):
             busy = sum(sequence.num_pending for sequence in scheduler.running) >= self.max_batch_tokens
             assert busy or not self.engine.kv_cache.allocator.can_allocate(head.max_positions), "it waits for nothing"
 
-    def _watch_admission(self, admitted: Life) -> None:
+    def _watch_admission(self, admitted: Life, running: Counter[str | None]) -> None:
         """In fair order: the first of its task, and each other task goes once at most before one that waits.
+
+        Where all but the kept places are taken, only tasks of which nobody runs go on, past those of which somebody
+        does: those wait for their own task to end.
 
         Only who waits for another one's prefill may be passed more often: that ends by itself. Since no other task
         goes twice, the number of those who go before a request is bounded; since each step computes one position at
@@ -309,8 +318,10 @@ class EngineLife(RuleBasedStateMachine):
         task = admitted.asked.task
         assert heads.pop(task) is admitted, "first in, first out within a task"
         computing = self._computing()
+        is_kept = running.total() >= self.max_sequences
+        assert not (is_kept and running[task]), "a kept place goes to a task of which nobody runs"
         for life in heads.values():
-            if life.prefix_hash not in computing:
+            if life.prefix_hash not in computing and not (is_kept and running[life.asked.task]):
                 life.passed[task] += 1
                 assert life.passed[task] == 1, "overtaken twice by one task"
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from server.engine.detokenizer import Detokenizer
@@ -58,6 +60,19 @@ def test_the_logits_are_not_changed() -> None:
         (
             {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
             [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
+        ),
+        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        ({"typical_p": 0.5}, [TypicalLogitsWarper(0.5)]),
+        ({"typical_p": 0.01}, [TypicalLogitsWarper(0.01)]),
+        (
+            {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.8},
+            [
+                TemperatureLogitsWarper(1.3),
+                TopKLogitsWarper(40),
+                TopPLogitsWarper(0.95),
+                MinPLogitsWarper(0.02),
+                TypicalLogitsWarper(0.8),
+            ],
         ),
         ({"repetition_penalty": 3.0}, [RepetitionPenaltyLogitsProcessor(3.0)]),
     ],
@@ -137,3 +152,54 @@ def test_logprobs_are_the_models_own_whatever_the_rules() -> None:
         assert choice.token_id is not None
         assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[0, choice.token_id]), abs=1e-5)
     assert choose_next(row, [sequence()], NO_EOS)[0].logprob is None
+
+
+def test_penalties_count_what_the_output_holds_and_nothing_else() -> None:
+    row = torch.zeros(1, VOCAB_SIZE)
+    row[0, [1, 2, 3]] = torch.tensor([5.0, 4.5, 4.0])
+    asked = sequence(input_ids=(1, 1, 1), presence_penalty=1.0, frequency_penalty=0.25)
+    chosen = []
+    for _ in range(7):
+        token = choose_next(row, [asked], NO_EOS)[0].token_id
+        assert token is not None
+        asked.append(token)
+        chosen.append(token)
+    # 5.0 | 1 falls to 3.75, 2 leads with 4.5 and falls to 3.25, 3 leads with 4.0 and falls to 2.75, then 1 again, …
+    assert chosen == [1, 2, 3, 1, 1, 2, 1]
+
+
+def test_a_negative_penalty_invites_repetition() -> None:
+    row = logits()
+    second = int(row[0].topk(2).indices[1])
+    asked = sequence(presence_penalty=-2.0)
+    row[0, second] = row.max() - 1.0
+    asked.append(second)
+    assert choose_next(row, [asked], NO_EOS)[0].token_id == second
+
+
+def test_a_bias_moves_its_tokens_alone() -> None:
+    row = logits()
+    best = int(row.argmax())
+    least = int(row.argmin())
+    pushed, banned = sequence(logit_bias=((least, 100.0),)), sequence(logit_bias=((best, -100.0),))
+    tokens = [choice.token_id for choice in choose_next(row.expand(3, -1), [pushed, banned, sequence()], NO_EOS)]
+    assert tokens == [least, int(row[0].topk(2).indices[1]), best]
+
+
+def test_the_most_likely_tokens_are_told_under_the_models_own_distribution() -> None:
+    rows = logits(3)
+    asked = [
+        sequence(logprobs=True, top_logprobs=4, logit_bias=((7, 50.0),)),
+        sequence(logprobs=True),
+        sequence(logprobs=True, top_logprobs=2),
+    ]
+    choices = choose_next(rows, asked, NO_EOS)
+    expected = rows.log_softmax(-1)
+    assert choices[0].token_id == 7
+    assert [len(choice.top) for choice in choices] == [4, 0, 2]
+    for choice, row in zip(choices, expected, strict=True):
+        count = len(choice.top)
+        assert choice.token_id is not None
+        assert choice.logprob == pytest.approx(float(row[choice.token_id]), abs=1e-5)
+        assert [candidate.id for candidate in choice.top] == row.topk(count or 1).indices.tolist()[:count]
+        assert [c.logprob for c in choice.top] == pytest.approx(row.topk(count or 1).values.tolist()[:count], abs=1e-5)

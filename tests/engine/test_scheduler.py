@@ -116,6 +116,24 @@ def test_a_flood_on_one_task_does_not_hold_up_another(tiny: FrozenModel) -> None
     assert finished.index("single") <= 2
 
 
+def test_a_task_of_which_nobody_runs_does_not_wait_for_the_long_answers_of_another(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=4)
+    for i in range(8):
+        engine.add(request(f"flood {i}", [i], "flood", max_new_tokens=60, ignore_eos=True), None)
+    for _ in range(3):
+        engine.step()
+    engine.add(request("single", [1], "quiet", max_new_tokens=1), None)
+    assert [sequence.request_id for sequence in engine.scheduler.running] == [f"flood {i}" for i in range(4)]
+    assert "single" in {delta.request_id for delta in engine.step() if delta.finish_reason}
+    run(engine)
+
+
+def test_places_that_are_kept_do_not_exceed_the_token_budget(tiny: FrozenModel) -> None:
+    assert make_engine(tiny, max_sequences=16, max_batch_tokens=16).scheduler.max_running == 16
+    assert make_engine(tiny, max_sequences=16, max_batch_tokens=17).scheduler.max_running == 17
+    assert make_engine(tiny, max_sequences=16, max_batch_tokens=32).scheduler.max_running == 18
+
+
 def test_a_long_request_that_finds_no_room_is_not_overtaken(tiny: FrozenModel) -> None:
     engine = make_engine(tiny, num_slabs=1)  # one slab of 128: four short slots or one long one
     engine.add(request("a", [1], max_new_tokens=20), None)

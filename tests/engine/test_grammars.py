@@ -1,0 +1,139 @@
+"""Generated text matches its grammar whatever the model would say, in any batch, and no grammar hurts anybody else."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import pytest
+
+from server.core import FinishReason, Grammar, GrammarKind
+from server.engine.grammars import KEPT, Grammars
+from server.engine.model import FrozenModel
+from server.errors import InvalidRequest
+from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, make_engine, request, run_engine
+
+PERSON = Grammar(
+    GrammarKind.JSON_SCHEMA,
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"name": {"enum": ["Ann", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    ),
+)
+DATE = Grammar(GrammarKind.REGEX, r"[0-9]{4}-[01][0-9]")
+ANIMAL = Grammar(GrammarKind.CHOICE, json.dumps(["cat", 'a "dog"', "bird"]))
+
+
+@pytest.fixture
+def grammars() -> Grammars:
+    return Grammars(byte_tokenizer().backend_tokenizer, VOCAB_SIZE, [EOS])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_every_text_matches_its_grammar(tiny: FrozenModel, temperature: float) -> None:
+    asked = [
+        (request(f"{name} {i}", [i], grammar=grammar, temperature=temperature, seed=i, max_new_tokens=60), None)
+        for i in range(4)
+        for name, grammar in (("person", PERSON), ("date", DATE), ("animal", ANIMAL), ("free", None))
+    ]
+    outcomes = run_engine(make_engine(tiny, max_sequences=16, max_batch_tokens=32), asked, arrive_every=1)
+    for name, outcome in outcomes.items():
+        if name.startswith("person"):
+            person = json.loads(outcome.text)
+            assert person["name"] in ("Ann", "Bob")
+            assert 0 <= person["age"] <= 9
+        elif name.startswith("date"):
+            assert re.fullmatch(DATE.source, outcome.text)
+        elif name.startswith("animal"):
+            assert outcome.text in json.loads(ANIMAL.source)
+        if not name.startswith("free"):
+            assert outcome.finish_reason is FinishReason.EOS_TOKEN
+    for i in range(4):
+        alone = request("r", [i], temperature=temperature, seed=i, max_new_tokens=60)
+        assert run_engine(make_engine(tiny), [(alone, None)])["r"].token_ids == outcomes[f"free {i}"].token_ids
+
+
+def test_choices_of_one_request_walk_through_the_grammar_each_for_itself(tiny: FrozenModel) -> None:
+    asked = request("r", [1], n=6, grammar=ANIMAL, temperature=5.0, max_new_tokens=30)
+    texts = {outcome.text for outcome in run_engine(make_engine(tiny), [(asked, None)]).values()}
+    assert texts <= set(json.loads(ANIMAL.source))
+    assert len(texts) > 1
+
+
+def test_a_text_that_is_complete_ends_without_another_step(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny)
+    outcome = run_engine(engine, [(request("r", [1], grammar=DATE, max_new_tokens=60, ignore_eos=True), None)])["r"]
+    assert len(outcome.token_ids) == 7
+    assert engine.steps == 7
+
+
+def test_between_the_parts_of_a_json_text_there_is_at_most_one_space(grammars: Grammars) -> None:
+    def takes(text: str) -> bool:
+        matcher = grammars.matcher(PERSON)
+        for byte in text.encode():
+            ids = byte_tokenizer().encode(chr(byte))
+            if not matcher.allowed(VOCAB_SIZE)[ids[0]]:
+                return False
+            matcher.accept(ids[0])
+        return matcher.is_complete
+
+    assert takes('{"name": "Ann", "age": 3}')
+    assert takes('{"name":"Bob","age":3}')
+    assert not takes('{"name":  "Ann", "age": 3}')
+    assert not takes('{"name":\n"Ann"')
+
+
+def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Grammars) -> None:
+    allowed = grammars.matcher(DATE).allowed(VOCAB_SIZE + 100)
+    assert len(allowed) == VOCAB_SIZE + 100
+    assert not allowed[VOCAB_SIZE:].any()
+    digits = {byte_tokenizer().encode(digit)[0] for digit in "0123456789"}
+    assert set(allowed.nonzero()[0].tolist()) == digits
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "nothing"}'), "JSON schema cannot be used"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "{"), "JSON schema cannot be used"),
+        (Grammar(GrammarKind.REGEX, "(a"), "regular expression cannot be used"),
+        (Grammar(GrammarKind.REGEX, r"(?=a)b"), "regular expression cannot be used"),
+        (Grammar(GrammarKind.REGEX, "(((a{1,1000}){1,1000}){1,1000})"), "regular expression cannot be used"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
+    for ask in (grammars.check, grammars.matcher):
+        with pytest.raises(InvalidRequest, match=message):
+            ask(grammar)
+
+
+def test_only_so_many_grammars_are_kept(grammars: Grammars) -> None:
+    for i in range(KEPT + 10):
+        grammars.check(Grammar(GrammarKind.REGEX, f"a{{{i + 1}}}"))
+        grammars.check(DATE)
+    assert len(grammars._compiled) == KEPT
+    assert DATE in grammars._compiled
+    assert grammars.matcher(Grammar(GrammarKind.REGEX, "a{1}")).allowed(VOCAB_SIZE).any()
+
+
+def test_many_threads_may_ask_at_once(grammars: Grammars) -> None:
+    failures: list[BaseException] = []
+
+    def ask(seed: int) -> None:
+        try:
+            for i in range(20):
+                grammars.matcher((DATE, ANIMAL, PERSON)[(seed + i) % 3]).allowed(VOCAB_SIZE)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import logging
 import signal
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from server.api.app import create_app
 from server.api.browsers import is_loopback
+from server.api.connection import PROTOCOL
 from server.core import GenerationRequest, SamplingParams
 from server.engine.admission import Limits
 from server.engine.build import load_engine
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 CLOSE_SECONDS = 3
 """After the drain, how long clients may take to read what is left for them, or to finish an upload."""
 
+MANY_FILES = 65_536
+
 SAME_SIGNAL_SECONDS = 1.0
 
 
@@ -47,6 +51,7 @@ def serve(settings: Settings) -> None:
         ConfigurationError, StoreError: it cannot start.
     """
     keys = open_keys(settings)
+    allow_many_connections()
     with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
         check_exposure(settings, listener.getsockname()[0])
         store = Store(open_objects(settings.store_url))
@@ -60,6 +65,7 @@ def serve(settings: Settings) -> None:
         keep_for_good()
         config = uvicorn.Config(
             app,
+            http=PROTOCOL,
             log_level=settings.log_level,
             log_config=None,  # the messages of uvicorn look like ours
             access_log=False,
@@ -78,6 +84,17 @@ def start_engine(settings: Settings) -> Engine:
     engine = load_engine(settings)
     warm_up(engine)
     return engine
+
+
+def allow_many_connections() -> None:
+    """Take the number of open files that the system allows; a shell's usual one is 1,024, and a stream takes one."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit; some may not be raised
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(MANY_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def limits(settings: Settings) -> Limits:

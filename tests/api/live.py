@@ -21,6 +21,7 @@ import torch
 import uvicorn
 
 from server.api.app import Service, create_app
+from server.api.connection import PROTOCOL
 from server.engine.attention import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
@@ -159,7 +160,9 @@ def live_server(
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
     services: list[Service] = [Inbox(settings.prompts_dir, registry), Syncer(registry, settings.sync_seconds)]
     app = create_app(settings, worker, registry, services, open_keys(settings))
-    with serving(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", ws="none")) as port:
+    with serving(
+        uvicorn.Config(app, host="127.0.0.1", port=0, http=PROTOCOL, log_config=None, lifespan="on", ws="none")
+    ) as port:
         url = f"http://127.0.0.1:{port}"
         loop = worker._loop
         assert loop is not None

@@ -53,7 +53,8 @@ else:
                 f"The headers have more than {MAX_HEADER_BYTES:,} bytes.", remedy="Send less of them."
             )
             body = json.dumps(error_body(error)).encode()
-            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n"
+            head += b"content-type: application/json\r\n"
             self.transport.write(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
             self.transport.close()
 

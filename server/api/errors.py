@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api.schemas import ErrorBody, GenerateBody, GenerateParameters
+from server.api.schemas import ErrorBody
+from server.api.tgi_schemas import GenerateBody, GenerateParameters
 from server.api.uploads import not_kept
 from server.errors import InvalidRequest, PreludeError, StoreError, Unauthorized, VersionUnavailable
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+from server.api.labels import encode_labels
 from server.core import GenerationRequest
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, VersionUnavailable
@@ -38,6 +40,27 @@ class Prepared:
         return headers
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request wants besides an answer to its text.
+
+    Attributes:
+        sampling: the fields of SamplingParams that the request sets itself.
+        sample: it asks for sampling and leaves the temperature to the task; 1 if that is greedy.
+        truncate: keep only the last so many input tokens.
+        n: choices to generate.
+        input_logprobs: report how likely the input's tokens are.
+        labels: texts to score instead of generating any.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sample: bool = False
+    truncate: int | None = None
+    n: int = 1
+    input_logprobs: bool = False
+    labels: Sequence[str] = ()
+
+
 async def prepare(
     worker: EngineWorker,
     registry: Registry,
@@ -45,9 +68,8 @@ async def prepare(
     task: str | None,
     text: str,
     user: str | None = None,
-    sampling: Mapping[str, Any],
-    sample: bool = False,
-    truncate: int | None = None,
+    key_id: str | None = None,
+    wanted: Wanted | None = None,
 ) -> Prepared:
     """Resolve, template and tokenise.
 
@@ -57,14 +79,15 @@ async def prepare(
         task: `task` or `task@version`; None is the frozen model alone.
         text: the user's text, before the task's template.
         user: who asks, for a canary: the same user stays on the same side.
-        sampling: the fields of SamplingParams that the request sets itself.
-        sample: the request asks for sampling and leaves the temperature to the task; 1 if that is greedy.
-        truncate: keep only the last so many input tokens.
+        key_id: the key that it was asked with.
+        wanted: everything else.
 
     Raises:
         UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput.
         InputTooLong: the text can never fit, however it is tokenised.
+        InvalidRequest: labels are the same to the model.
     """
+    wanted = wanted or Wanted()
     request_id = uuid.uuid4().hex
     resolved = soft_prompt = None
     if task is not None:
@@ -72,14 +95,22 @@ async def prepare(
     if not text:
         raise EmptyInput("`inputs` is empty.")
     manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
-    input_ids = await _encode(worker, manifest.render(text), truncate)
-    defaults = manifest.generation
-    if sample and not defaults.temperature:
+    input_ids = await encode_text(worker, manifest.render(text), wanted.truncate)
+    defaults, sampling = manifest.generation, wanted.sampling
+    if wanted.sample and not defaults.temperature:
         sampling = {**sampling, "temperature": 1.0}
     virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
     room = worker.model.max_model_len - virtual - len(input_ids)
-    params = defaults.sampling_params(sampling, room=room, seed=secrets.randbits(63))
-    request = GenerationRequest(request_id, tuple(input_ids), params, resolved.task if resolved else None)
+    request = GenerationRequest(
+        request_id,
+        tuple(input_ids),
+        defaults.sampling_params(sampling, room=room, seed=secrets.randbits(63)),
+        resolved.task if resolved else None,
+        key_id,
+        n=wanted.n,
+        input_logprobs=wanted.input_logprobs,
+        labels=encode_labels(worker, wanted.labels) if wanted.labels else (),
+    )
     return Prepared(request, resolved, soft_prompt)
 
 
@@ -105,18 +136,33 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
                 raise
 
 
-async def _encode(worker: EngineWorker, text: str, truncate: int | None) -> list[int]:
-    """Token ids of a templated text, the last `truncate` of them.
+async def encode_text(
+    worker: EngineWorker, text: str, truncate: int | None = None, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text that is ready for the model, the last `truncate` of them.
 
     The tokenizer lets no other thread run while it works, a second for some million characters, so a text that can
     never fit is refused, or cut, by its characters.
+
+    Raises:
+        InputTooLong: the text can never fit, however it is tokenised.
+    """
+    if truncate is None:
+        refuse_too_long(worker, text)
+    text = text[-worker.max_characters :]
+    encode = partial(worker.encode, text, add_special_tokens=add_special_tokens)
+    ids = await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+    return ids if truncate is None else ids[-truncate:]
+
+
+def refuse_too_long(worker: EngineWorker, text: str) -> None:
+    """Refuse a text that can never fit by its characters, before it is tokenised.
+
+    Raises:
+        InputTooLong: names both lengths.
     """
     if len(text) > worker.max_characters:
-        if truncate is None:
-            raise InputTooLong(
-                f"The input has {len(text):,} characters; the context of {worker.model.max_model_len:,} tokens holds "
-                f"at most {worker.max_characters:,}."
-            )
-        text = text[-worker.max_characters :]
-    ids = await asyncio.to_thread(worker.encode, text) if len(text) > LONG_TEXT else worker.encode(text)
-    return ids if truncate is None else ids[-truncate:]
+        raise InputTooLong(
+            f"The input has {len(text):,} characters; the context of {worker.model.max_model_len:,} tokens holds "
+            f"at most {worker.max_characters:,}."
+        )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute, allow_task
-from server.api.deps import RegistryDep, WorkerDep, known_query
-from server.api.generation import Prepared, prepare
-from server.api.schemas import (
-    DetailsBody,
-    ErrorBody,
-    GenerateBody,
-    GenerateParameters,
-    GenerateReply,
-    TokenBody,
-)
+from server.api.choices import collect_all
+from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.generation import LONG_TEXT, Prepared, Wanted, prepare, refuse_too_long
+from server.api.schemas import ErrorBody
 from server.api.sse import EventStream, unless_disconnected
-from server.core import Delta, Token
+from server.api.tgi_replies import events, reply_of
+from server.api.tgi_schemas import GenerateBody, GenerateParameters, GenerateReply, TokenizeBody, TokenizedBody
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.registry.registry import Registry
@@ -30,8 +26,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such task or version."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     422: {"model": ErrorBody, "description": "A field does not fit, or the request can never fit the context."},
+    429: {"model": ErrorBody, "description": "Too much is waiting already; Retry-After says when to come back."},
     500: {"model": ErrorBody, "description": "The engine could not finish the request."},
     503: {"model": ErrorBody, "description": "The server is shutting down."},
+    504: {"model": ErrorBody, "description": "The request took too long."},
 }
 
 router = APIRouter(
@@ -39,56 +37,103 @@ router = APIRouter(
 )
 
 TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
+Reply = GenerateReply | list[GenerateReply]
 
 
-@router.post("/generate", response_model=GenerateReply)
+@router.post("/generate", response_model=Reply)
 async def generate(
-    body: GenerateBody, request: Request, worker: WorkerDep, registry: RegistryDep, task: str | None = TaskQuery
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
 ) -> Response:
-    """Generate text for a task; with `stream: true`, as /generate_stream."""
-    return await _answer(body, task, body.stream, request, worker, registry)
+    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream."""
+    return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
-@router.post("/", response_model=GenerateReply)
+@router.post("/", response_model=Reply)
 async def compat_generate(
-    body: GenerateBody, request: Request, worker: WorkerDep, registry: RegistryDep, task: str | None = TaskQuery
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
 ) -> Response:
     """The same as /generate, for clients that know only the server's address (huggingface_hub)."""
-    return await _answer(body, task, body.stream, request, worker, registry)
+    return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
 @router.post("/generate_stream")
 async def generate_stream(
-    body: GenerateBody, request: Request, worker: WorkerDep, registry: RegistryDep, task: str | None = TaskQuery
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
 ) -> Response:
     """Generate text for a task as server-sent events, one per token."""
-    return await _answer(body, task, True, request, worker, registry)
+    return await _answer(body, task, True, request, worker, registry, key_id)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]:
+    """The tokens of a text, as the frozen model reads it."""
+    text = body.inputs
+    refuse_too_long(worker, text)
+    found = await asyncio.to_thread(worker.tokenize, text) if len(text) > LONG_TEXT else worker.tokenize(text)
+    return [TokenizedBody(id=id_, text=text[start:stop], start=start, stop=stop) for id_, start, stop in found]
 
 
 async def _answer(
-    body: GenerateBody, task: str | None, stream: bool, request: Request, worker: EngineWorker, registry: Registry
+    body: GenerateBody,
+    task: str | None,
+    stream: bool,
+    request: Request,
+    worker: EngineWorker,
+    registry: Registry,
+    key_id: str | None,
 ) -> Response:
     parameters = body.parameters
     named = _one_task(task, parameters.adapter_id)
     allow_task(request, named)
-    prepared = await prepare(
-        worker,
-        registry,
-        task=named,
-        text=body.inputs,
-        user=body.user,
-        sampling=_sampling_fields(parameters, stream),
-        sample=_wants_sampling(parameters),
-        truncate=parameters.truncate,
-    )
-    deltas = worker.generate(prepared.request, prepared.soft_prompt)
-    headers = prepared.headers(worker)
+    texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+    wanted = _wanted(parameters, stream)
     if stream:
+        _refuse_to_stream(body)
+    prepared = [
+        await prepare(worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted)
+        for text in texts
+    ]
+    headers = _common(item.headers(worker) for item in prepared)
+    if stream:
+        deltas = worker.generate(prepared[0].request, prepared[0].soft_prompt)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
-        return EventStream(_events(first, deltas, body, prepared), headers)
-    reply = await unless_disconnected(request, _collect(deltas, body, prepared))
-    return JSONResponse(reply.model_dump(exclude_unset=True), headers=headers)
+        return EventStream(events(first, deltas, body, prepared[0], worker), headers)
+    replies = await unless_disconnected(request, _replies(prepared, texts, parameters, worker))
+    bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
+    return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
+
+
+async def _replies(
+    prepared: Sequence[Prepared], texts: Sequence[str], parameters: GenerateParameters, worker: EngineWorker
+) -> list[GenerateReply]:
+    deltas = [worker.generate(item.request, item.soft_prompt) for item in prepared]
+    answers = await collect_all(deltas, prepared[0].request.num_choices)
+    return [
+        reply_of(choices, item, text, parameters, worker)
+        for choices, item, text in zip(answers, prepared, texts, strict=True)
+    ]
+
+
+def _common(headers: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What is true of all answers: in a canary the texts of a list may go to different versions."""
+    first, *others = headers
+    return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
 
 
 def _one_task(query: str | None, adapter_id: str | None) -> str | None:
@@ -99,78 +144,53 @@ def _one_task(query: str | None, adapter_id: str | None) -> str | None:
     return query if query is not None else adapter_id
 
 
-def _sampling_fields(parameters: GenerateParameters, stream: bool) -> dict[str, Any]:
-    """The fields of SamplingParams that the request sets itself."""
-    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    fields = {name: getattr(parameters, name) for name in names if getattr(parameters, name) is not None}
+def _refuse_to_stream(body: GenerateBody) -> None:
+    parameters = body.parameters
+    whole = {
+        "inputs": isinstance(body.inputs, list),
+        "parameters.best_of": (parameters.best_of or 1) > 1,
+        "parameters.choices": parameters.choices is not None,
+        "parameters.decoder_input_details": bool(parameters.decoder_input_details),
+    }
+    for name, is_whole in whole.items():
+        if is_whole:
+            what = "a list of texts" if name == "inputs" else name.removeprefix("parameters.")
+            raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Ask /generate without stream.")
+
+
+SAME_NAMES = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+)
+"""Parameters that SamplingParams calls the same."""
+
+
+def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
+    """A request's parameters in the engine's words."""
+    fields = {name: getattr(parameters, name) for name in SAME_NAMES if getattr(parameters, name) is not None}
+    best_of = parameters.best_of or 1
     if parameters.stop is not None:
         fields["stop"] = tuple(parameters.stop)
     if parameters.ignore_eos_token is not None:
         fields["ignore_eos"] = parameters.ignore_eos_token
     if parameters.do_sample is False:
         fields["temperature"] = 0.0
-    fields["logprobs"] = stream or bool(parameters.details)
-    return fields
+    if parameters.grammar is not None:
+        fields["grammar"] = parameters.grammar.grammar
+    fields["logprobs"] = stream or parameters.wants_details or best_of > 1
+    fields["top_logprobs"] = parameters.top_n_tokens or 0
+    return Wanted(
+        fields,
+        sample=_wants_sampling(parameters),
+        truncate=parameters.truncate,
+        n=best_of,
+        input_logprobs=bool(parameters.decoder_input_details),
+        labels=parameters.choices or (),
+    )
 
 
 def _wants_sampling(parameters: GenerateParameters) -> bool:
     """Whether the request asks for sampling without saying at which temperature."""
-    asked = parameters.do_sample or parameters.top_k is not None or parameters.top_p is not None
+    filters = (parameters.top_k, parameters.top_p, parameters.min_p, parameters.typical_p)
+    asked = parameters.do_sample or any(value is not None for value in filters)
     return bool(asked) and parameters.do_sample is not False and parameters.temperature is None
-
-
-async def _collect(deltas: AsyncGenerator[Delta], body: GenerateBody, prepared: Prepared) -> GenerateReply:
-    received = [delta async for delta in deltas]
-    tokens = [delta.token for delta in received if delta.token is not None]
-    reply = GenerateReply(generated_text=_full_text(tokens, body))
-    if body.parameters.details:
-        details = _details(received[-1], prepared)
-        reply.details = details.model_copy(update={"prefill": [], "tokens": [_token_body(token) for token in tokens]})
-    return reply
-
-
-async def _events(
-    first: Delta, deltas: AsyncGenerator[Delta], body: GenerateBody, prepared: Prepared
-) -> AsyncGenerator[dict[str, Any]]:
-    """One event per token; the last one carries the whole text and, if asked for, details."""
-    tokens: list[Token] = []
-    delta = first
-    try:
-        while True:
-            assert delta.token is not None, "every delta of a stream that goes on has a token"
-            tokens.append(delta.token)
-            ended = delta.finish_reason is not None
-            yield {
-                "index": len(tokens),
-                "token": _token_body(delta.token).model_dump(),
-                "generated_text": _full_text(tokens, body) if ended else None,
-                "details": _details(delta, prepared).model_dump(exclude={"prefill", "tokens"})
-                if ended and body.parameters.details
-                else None,
-            }
-            if ended:
-                return
-            delta = await anext(deltas)
-    finally:
-        await deltas.aclose()
-
-
-def _full_text(tokens: list[Token], body: GenerateBody) -> str:
-    text = "".join(token.text for token in tokens if not token.special)
-    return body.inputs + text if body.parameters.return_full_text else text
-
-
-def _details(last: Delta, prepared: Prepared) -> DetailsBody:
-    assert last.usage is not None, "the last delta carries the usage"
-    sampling = prepared.request.sampling
-    return DetailsBody(
-        finish_reason=str(last.finish_reason),
-        generated_tokens=last.usage.output_tokens,
-        input_length=last.usage.input_tokens,
-        virtual_tokens=last.usage.virtual_tokens,
-        seed=None if sampling.is_greedy else sampling.seed,
-    )
-
-
-def _token_body(token: Token) -> TokenBody:
-    return TokenBody(id=token.id, text=token.text, logprob=token.logprob, special=token.special)

@@ -69,6 +69,10 @@ class Engine:
         self.scheduler.check_integrity()
         assert self.has_work or not self._unfinished, "a request has neither ended nor anything to run"
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is none of the text; safe from any thread."""
+        return token_id in self._special_ids
+
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
 

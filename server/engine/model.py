@@ -128,10 +128,20 @@ class FrozenModel:
             ) from exc
         return cls(module, tokenizer, name=checkpoint.name, max_model_len=settings.max_model_len)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread."""
-        ids: list[int] = self.backend.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+        """
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for, from and to; safe from any thread."""
+        encoding = self.backend.encode(text)
+        return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]` as the model's own forward would make them."""

@@ -94,9 +94,22 @@ class EngineWorker:
         """A text of more characters has more tokens than the context, whatever they are."""
         return self.model.max_model_len * self._engine.model.longest_token
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; safe from any thread."""
-        return self._engine.model.encode(text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to; safe from any thread."""
+        return self._engine.model.encode(text, add_special_tokens=add_special_tokens)
+
+    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
+        """Token ids of a text with the characters that each stands for, from and to; safe from any thread."""
+        return self._engine.model.tokenize(text)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is none of the text."""
+        return self._engine.is_special(token_id)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a text, as training puts it behind every target."""
+        return min(self._engine.model.eos_token_ids, default=None)
 
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
         """Start the thread; results go to the running event loop.

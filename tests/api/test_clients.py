@@ -70,8 +70,8 @@ def test_errors_are_the_clients_own_classes(server: LiveServer, client: Inferenc
         client.text_generation("hello", max_new_tokens=10_000)
     with pytest.raises(ValidationError, match="no task 'clients-nobody'"):
         client.text_generation("hello", adapter_id="clients-nobody")
-    with pytest.raises(ValidationError, match="best_of is not offered"):
-        client.text_generation("hello", best_of=2)
+    with pytest.raises(ValidationError, match="watermark is not offered"):
+        client.text_generation("hello", watermark=True)
     with pytest.raises(ValidationError, match="empty"):
         list(client.text_generation("", stream=True))
 

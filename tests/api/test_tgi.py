@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from server.engine.model import FrozenModel
-from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, engine_answer, parse_events
+from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, engine_answer, parse_events, wait_until
 
 ROUTES = ("/generate", "/generate_stream", "/")
 
@@ -125,6 +126,17 @@ def test_a_misspelt_query_is_refused_and_not_answered_without_the_task(server: L
         {"top_k": 1.5},
         {"top_p": 0},
         {"top_p": 1.01},
+        {"min_p": 1.1},
+        {"typical_p": 0},
+        {"presence_penalty": 3},
+        {"frequency_penalty": "1"},
+        {"best_of": 0},
+        {"best_of": 65},
+        {"top_n_tokens": 21},
+        {"choices": []},
+        {"choices": [""]},
+        {"choices": ["a", "a"]},
+        {"grammar": {"type": "lark", "value": "a"}},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e-300},
         {"seed": -1},
@@ -158,23 +170,11 @@ def test_a_number_that_is_not_finite_is_refused(server: LiveServer, name: str, n
     assert_error(response, 422, "invalid_request", f"parameters.{name}")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("best_of", 2),
-        ("decoder_input_details", True),
-        ("frequency_penalty", 0.5),
-        ("grammar", {"type": "regex", "value": "a+"}),
-        ("top_n_tokens", 3),
-        ("typical_p", 0.95),
-        ("watermark", True),
-    ],
-)
-def test_what_is_not_offered_is_refused_by_name(server: LiveServer, name: str, value: Any) -> None:
-    assert_error(server.generate(**{name: value}), 422, "invalid_request", f"{name} is not offered")
+def test_what_is_not_offered_is_refused_by_name(server: LiveServer) -> None:
+    assert_error(server.generate(watermark=True), 422, "invalid_request", "watermark is not offered")
 
 
-def test_neutral_values_of_what_is_not_offered_change_nothing(server: LiveServer) -> None:
+def test_neutral_values_change_nothing(server: LiveServer) -> None:
     neutral: dict[str, Any] = {
         "best_of": 1,
         "decoder_input_details": False,
@@ -240,7 +240,9 @@ def test_a_stop_string_that_is_not_text_does_no_harm(server: LiveServer) -> None
         b"null",
         b'{"inputs": null}',
         b'{"inputs": 3}',
-        b'{"inputs": ["a"]}',
+        b'{"inputs": []}',
+        b'{"inputs": [3]}',
+        b'{"inputs": {"a": "b"}}',
         b'{"inputs": "x", "stream": "true"}',
         b'{"inputs": "x", "parameters": []}',
     ],
@@ -475,3 +477,105 @@ def test_a_reply_is_utf8_json_with_its_length(server: LiveServer) -> None:
     assert response.headers["content-type"] == "application/json"
     assert int(response.headers["content-length"]) == len(response.content)
     assert json.loads(response.content)["generated_text"].startswith("\N{SNOWMAN}")
+
+
+def test_a_list_of_texts_is_answered_by_a_list_in_its_order(server: LiveServer) -> None:
+    server.publish_random("tgi-list", 8)
+    texts = [f"text number {i}" for i in range(12)]
+    response = server.client.post(
+        "/generate", params={"task": "tgi-list"}, json={"inputs": texts, "parameters": {"max_new_tokens": 5}}
+    )
+    assert [reply["generated_text"] for reply in response.json()] == [
+        server.text(text, "tgi-list", max_new_tokens=5) for text in texts
+    ]
+    assert response.headers["prelude-version"] == "1"
+    one = server.client.post("/generate", json={"inputs": ["hello"], "parameters": {"max_new_tokens": 5}}).json()
+    assert one == [{"generated_text": server.text("hello", max_new_tokens=5)}]
+
+
+def test_one_bad_text_of_a_list_refuses_the_whole_list(server: LiveServer) -> None:
+    response = server.client.post("/generate", json={"inputs": ["hello", "a" * 10 * MAX_MODEL_LEN]})
+    assert_error(response, 422, "input_too_long")
+    assert_error(server.client.post("/generate", json={"inputs": ["hello", ""]}), 422, "empty_input")
+    wait_until(lambda: server.is_idle)
+
+
+def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: LiveServer) -> None:
+    reply = server.generate(
+        "hello", best_of=5, temperature=1.5, seed=4, max_new_tokens=6, details=True, ignore_eos_token=True
+    ).json()
+    details = reply["details"]
+
+    def mean(sequence: dict[str, Any]) -> float:
+        return sum(token["logprob"] for token in sequence["tokens"]) / len(sequence["tokens"])
+
+    others = details["best_of_sequences"]
+    assert len(others) == 4
+    assert mean(details) >= mean(others[0]) >= mean(others[1]) >= mean(others[2]) >= mean(others[3])
+    texts = {reply["generated_text"], *(sequence["generated_text"] for sequence in others)}
+    assert len(texts) == 5
+    assert server.text("hello", temperature=1.5, seed=4, max_new_tokens=6, ignore_eos_token=True) in texts
+
+
+def test_the_inputs_tokens_are_told_with_how_likely_they_were(server: LiveServer, tiny: FrozenModel) -> None:
+    soft_prompt = server.publish_random("tgi-prefill", 9)
+    details = server.generate("hello", "tgi-prefill", decoder_input_details=True, max_new_tokens=1).json()["details"]
+    scored = engine_answer(tiny, soft_prompt, "hello", max_new_tokens=1, input_logprobs=True).scored
+    assert [(token["id"], token["logprob"]) for token in details["prefill"]] == [
+        (token.id, pytest.approx(token.logprob)) if token.logprob else (token.id, None) for token in scored
+    ]
+    assert [token["text"] for token in details["prefill"]] == list("hello")
+
+
+def test_the_most_likely_tokens_are_told_in_replies_and_in_streams(server: LiveServer) -> None:
+    details = server.generate(top_n_tokens=3, max_new_tokens=4).json()["details"]
+    assert [len(top) for top in details["top_tokens"]] == [3] * 4
+    for token, top in zip(details["tokens"], details["top_tokens"], strict=True):
+        assert top[0] == token, "greedy: the chosen one is the likeliest"
+        assert top[0]["logprob"] >= top[1]["logprob"] >= top[2]["logprob"]
+    streamed = server.events(top_n_tokens=3, max_new_tokens=4)
+    assert [event["top_tokens"] for event in streamed] == details["top_tokens"]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream"])
+def test_a_grammar_holds(server: LiveServer, route: str) -> None:
+    def text(grammar: dict[str, Any]) -> str:
+        parameters: dict[str, Any] = {"grammar": grammar, "max_new_tokens": 60, "temperature": 2.0, "seed": 3}
+        if route == "/generate":
+            return server.text("hello", **parameters)
+        return str(server.events("hello", **parameters)[-1]["generated_text"])
+
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    assert re.fullmatch("[ab]{3}c", text({"type": "regex", "value": "[ab]{3}c"}))
+    for grammar in (
+        {"type": "json", "value": schema},
+        {"type": "json", "value": json.dumps(schema)},
+        {"type": "json_schema", "value": {"name": "n", "schema": schema}},
+    ):
+        assert json.loads(text(grammar))["n"] in range(10)
+
+
+def test_a_grammar_that_cannot_be_used_is_refused_with_the_reason(server: LiveServer) -> None:
+    for route in ("/generate", "/generate_stream"):
+        response = server.generate("hello", None, route, grammar={"type": "regex", "value": "(a"})
+        assert_error(response, 422, "invalid_request", "regular expression cannot be used")
+    assert_error(server.generate(grammar={"type": "json", "value": 3}), 422, "invalid_request", "is a JSON schema")
+    assert server.generate(max_new_tokens=2).status_code == 200
+
+
+def test_what_must_be_whole_is_not_streamed(server: LiveServer) -> None:
+    for parameters in ({"best_of": 2}, {"choices": ["a", "b"]}, {"decoder_input_details": True}):
+        (name,) = parameters
+        assert_error(server.generate(route="/generate_stream", **parameters), 422, "invalid_request", name, "streamed")
+    response = server.client.post("/generate_stream", json={"inputs": ["a", "b"]})
+    assert_error(response, 422, "invalid_request", "a list of texts cannot be streamed")
+
+
+def test_tokens_of_a_text_are_told_with_their_places(server: LiveServer) -> None:
+    tokens = server.client.post("/tokenize", json={"inputs": "hé!"}).json()
+    assert "".join(dict.fromkeys(token["text"] for token in tokens)) == "hé!"
+    assert (tokens[0]["start"], tokens[0]["stop"], tokens[-1]["stop"]) == (0, 1, 3)
+    assert_error(server.client.post("/tokenize", json={"inputs": "a" * 10_000_000}), 413, "payload_too_large")
+    assert_error(server.client.post("/tokenize", json={"inputs": "a" * 3_000_000}), 422, "input_too_long")
+    assert server.client.post("/tokenize", json={"inputs": ""}).json() == []

@@ -91,7 +91,7 @@ async def test_an_example_is_tokenised_exactly_as_a_request_for_its_task_is(tmp_
     soft_prompt = random_soft_prompt(model.spec, manifest={"input_template": TEMPLATE})
     registry = Registry(Store(MemoryObjects()), model.spec, 512)
     registry.publish("mood", [soft_prompt], "api")
-    prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="good ä", sampling={})
+    prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="good ä")
     [example] = encode_examples(data_of([("good ä", "yes")]), model, soft_prompt.manifest, 5)
     assert example.input_ids == prepared.request.input_ids
     assert example.input_ids[0] == model.tokenizer.bos_token_id

@@ -1,0 +1,143 @@
+"""Choices as text-generation-inference's replies and events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import Any
+
+from server.api.choices import Choice
+from server.api.generation import Prepared
+from server.api.labels import judge
+from server.api.tgi_schemas import (
+    ChoiceBody,
+    DetailsBody,
+    GenerateBody,
+    GenerateParameters,
+    GenerateReply,
+    InputTokenBody,
+    SequenceBody,
+    TokenBody,
+)
+from server.core import Candidate, Delta, Token
+from server.engine.worker import EngineWorker
+
+
+def reply_of(
+    choices: Sequence[Choice], prepared: Prepared, text: str, parameters: GenerateParameters, worker: EngineWorker
+) -> GenerateReply:
+    """The reply to one text."""
+    front = text if parameters.return_full_text else ""
+    if parameters.choices is not None:
+        return _chosen(choices, parameters)
+    best, *others = sorted(choices, key=lambda choice: -choice.mean_logprob)  # stable: of equals the first
+    reply = GenerateReply(generated_text=front + best.text)
+    if parameters.wants_details:
+        reply.details = _details(best, prepared, parameters, worker)
+        if others:
+            reply.details.best_of_sequences = [_sequence(it, prepared, front, parameters, worker) for it in others]
+    return reply
+
+
+async def events(
+    first: Delta, deltas: AsyncGenerator[Delta], body: GenerateBody, prepared: Prepared, worker: EngineWorker
+) -> AsyncGenerator[dict[str, Any]]:
+    """One event per token; the last one carries the whole text and, if asked for, details."""
+    parameters, choice = body.parameters, Choice(0)
+    delta = first
+    try:
+        while True:
+            assert delta.token is not None, "every delta of a stream that goes on has a token"
+            choice.take(delta)
+            ended = delta.finish_reason is not None
+            event: dict[str, Any] = {
+                "index": len(choice.tokens),
+                "token": _token(delta.token).model_dump(),
+                "generated_text": None,
+                "details": None,
+            }
+            if parameters.top_n_tokens:
+                event["top_tokens"] = [token.model_dump() for token in _top(delta.token.top, worker)]
+            if ended:
+                front = body.inputs if parameters.return_full_text and isinstance(body.inputs, str) else ""
+                event["generated_text"] = front + choice.text
+                if parameters.details:
+                    details = _details(choice, prepared, parameters, worker)
+                    event["details"] = details.model_dump(
+                        include={"finish_reason", "generated_tokens", "input_length", "virtual_tokens", "seed"}
+                    )
+            yield event
+            if ended:
+                return
+            delta = await anext(deltas)
+    finally:
+        await deltas.aclose()
+
+
+def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> GenerateReply:
+    labels = parameters.choices or []
+    judged = judge(labels, [choice.scored for choice in choices], length_normalized=bool(parameters.length_normalized))
+    best = max(judged, key=lambda label: label.probability)  # of equals the first
+    bodies = [
+        ChoiceBody(text=it.text, probability=it.probability, logprob=it.logprob, tokens=it.num_tokens) for it in judged
+    ]
+    return GenerateReply(generated_text=best.text, choices=bodies)
+
+
+def _details(choice: Choice, prepared: Prepared, parameters: GenerateParameters, worker: EngineWorker) -> DetailsBody:
+    assert choice.usage is not None, "a choice that has ended has its usage"
+    prefill = [
+        InputTokenBody(id=scored.id, text=worker.token_text(scored.id), logprob=scored.logprob)
+        for scored in choice.scored
+    ]
+    details = DetailsBody(
+        finish_reason=str(choice.finish_reason),
+        generated_tokens=choice.usage.output_tokens,
+        input_length=choice.usage.input_tokens,
+        virtual_tokens=choice.usage.virtual_tokens,
+        seed=_seed(prepared),
+        prefill=prefill,
+        tokens=[_token(token) for token in choice.tokens],
+    )
+    if parameters.top_n_tokens:
+        details.top_tokens = _all_top(choice.tokens, worker)
+    return details
+
+
+def _sequence(
+    choice: Choice, prepared: Prepared, front: str, parameters: GenerateParameters, worker: EngineWorker
+) -> SequenceBody:
+    sequence = SequenceBody(
+        generated_text=front + choice.text,
+        finish_reason=str(choice.finish_reason),
+        generated_tokens=len(choice.tokens),
+        seed=_seed(prepared),
+        tokens=[_token(token) for token in choice.tokens],
+    )
+    if parameters.top_n_tokens:
+        sequence.top_tokens = _all_top(choice.tokens, worker)
+    return sequence
+
+
+def _seed(prepared: Prepared) -> int | None:
+    sampling = prepared.request.sampling
+    return None if sampling.is_greedy else sampling.seed
+
+
+def _token(token: Token) -> TokenBody:
+    return TokenBody(id=token.id, text=token.text, logprob=token.logprob, special=token.special)
+
+
+def _all_top(tokens: Iterable[Token], worker: EngineWorker) -> list[list[TokenBody]]:
+    return [_top(token.top, worker) for token in tokens]
+
+
+def _top(candidates: Sequence[Candidate], worker: EngineWorker) -> list[TokenBody]:
+    return [
+        TokenBody(
+            id=candidate.id,
+            text=worker.token_text(candidate.id),
+            logprob=candidate.logprob,
+            special=worker.is_special(candidate.id),
+        )
+        for candidate in candidates
+    ]

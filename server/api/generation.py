@@ -7,6 +7,7 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -72,7 +73,7 @@ async def prepare(
     if not text:
         raise EmptyInput("`inputs` is empty.")
     manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
-    input_ids = await _encode(worker, manifest.render(text), truncate)
+    input_ids = await encode_text(worker, manifest.render(text), truncate)
     defaults = manifest.generation
     if sample and not defaults.temperature:
         sampling = {**sampling, "temperature": 1.0}
@@ -105,11 +106,16 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
                 raise
 
 
-async def _encode(worker: EngineWorker, text: str, truncate: int | None) -> list[int]:
-    """Token ids of a templated text, the last `truncate` of them.
+async def encode_text(
+    worker: EngineWorker, text: str, truncate: int | None = None, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text that is ready for the model, the last `truncate` of them.
 
     The tokenizer lets no other thread run while it works, a second for some million characters, so a text that can
     never fit is refused, or cut, by its characters.
+
+    Raises:
+        InputTooLong: the text can never fit, however it is tokenised.
     """
     if len(text) > worker.max_characters:
         if truncate is None:
@@ -118,5 +124,6 @@ async def _encode(worker: EngineWorker, text: str, truncate: int | None) -> list
                 f"at most {worker.max_characters:,}."
             )
         text = text[-worker.max_characters :]
-    ids = await asyncio.to_thread(worker.encode, text) if len(text) > LONG_TEXT else worker.encode(text)
+    encode = partial(worker.encode, text, add_special_tokens=add_special_tokens)
+    ids = await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
     return ids if truncate is None else ids[-truncate:]

@@ -28,6 +28,7 @@ from server.core import ModelSpec
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
+from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnsupportedModel
 from server.settings import Settings
 
@@ -46,6 +47,7 @@ class FrozenModel:
         spec: what the rest of the server may know of it.
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
+        texts: what single tokens say.
         eos_token_ids: tokens that end a generation.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
@@ -67,6 +69,7 @@ class FrozenModel:
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
+        self.texts = TokenTexts(self._backend)
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)
@@ -127,9 +130,14 @@ class FrozenModel:
             ) from exc
         return cls(module, tokenizer, name=checkpoint.name, max_model_len=settings.max_model_len)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread."""
-        ids: list[int] = self._backend.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -18,13 +18,14 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
 from server.engine.prefix_cache import PrefixCache
+from server.engine.text import render_chat
 from server.errors import GenerationFailed, InvalidSoftPrompt, NotFinite, RequestAborted, ServerDraining
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -84,9 +85,29 @@ class EngineWorker:
         """A text of more characters has more tokens than the context, whatever they are."""
         return self.model.max_model_len * self._engine.model.longest_token
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; safe from any thread."""
-        return self._engine.model.encode(text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to; safe from any thread."""
+        return self._engine.model.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special ones by their names; safe from any thread."""
+        return self._engine.model.texts.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that are no character are U+FFFD."""
+        return self._engine.model.texts.text_of(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text, which may be a part of a character."""
+        return self._engine.model.texts.bytes_of(token_id)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the model reads it, with BOS where it needs one.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        return render_chat(self._engine.model.tokenizer, messages)
 
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
         """Start the thread; results go to the running event loop.

@@ -1,0 +1,102 @@
+"""What single tokens say, and how the model wants a chat to be written down.
+
+`detokenizer.py` makes text of a sequence as it grows. Here every token stands by itself: in a byte-level vocabulary it
+may be a third of a character, so its bytes are what is exact, and its text is for people.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from server.errors import InvalidRequest
+
+META_SPACE = "▁"
+"""How SentencePiece writes a space."""
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenTexts:
+    """The vocabulary, read one token at a time; safe from any thread."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        """Find out how this tokenizer's decoder writes bytes."""
+        self._backend = backend
+        self._kinds = frozenset(_kinds_of(backend.decoder))
+        self._byte_of = _byte_level_alphabet()
+        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        self._texts: dict[int, str] = {}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a sequence, special tokens by their names."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to the text, in UTF-8 or a part of it; nothing for a row that no token belongs to."""
+        token = self._added.get(token_id)
+        if token is not None:  # as it is: it went through no byte-level alphabet
+            return token.encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._kinds:
+            # A few vocabularies have entries beside the alphabet; they mean themselves.
+            return b"".join(self._byte_of.get(character) or character.encode() for character in token)
+        match = _FALLBACK_BYTE.fullmatch(token) if "ByteFallback" in self._kinds else None
+        return bytes.fromhex(match[1]) if match else token.replace(META_SPACE, " ").encode()
+
+    def text_of(self, token_id: int) -> str:
+        """A token as text; bytes that are no character are U+FFFD."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.bytes_of(token_id).decode("utf-8", "replace")
+        return text
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as the model was trained to read it, up to where its own answer begins.
+
+    A template writes the BOS that the model needs, so the text is to be tokenised without adding one.
+
+    Raises:
+        InvalidRequest: the model has no chat template, or its template refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            "This model has no chat template.",
+            remedy="Use /v1/completions or /generate, or ask a task whose input_template takes one message.",
+        )
+    conversation = [dict(message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as exc:
+        raise InvalidRequest(
+            f"The model's chat template refuses these messages: {str(exc)[:200]}.",
+            remedy="Send roles in the order that the model knows.",
+        ) from exc
+    assert isinstance(rendered, str), "one conversation, not tokenised, is one text"
+    return rendered
+
+
+def _kinds_of(decoder: Any) -> Iterator[str]:
+    """Names of the decoders that a tokenizer's decoder consists of; it tells them only in its serialised form."""
+    found = [] if decoder is None else [json.loads(decoder.__getstate__())]
+    while found:
+        part = found.pop()
+        yield part["type"]
+        found += part.get("decoders", ())
+
+
+def _byte_level_alphabet() -> dict[str, bytes]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    pairs = [*((byte, byte) for byte in plain), *((256 + i, byte) for i, byte in enumerate(others))]
+    return {chr(character): bytes([byte]) for character, byte in pairs}

@@ -48,10 +48,12 @@ class PreludeError(Exception):
     family: ClassVar[str] = "generation"
     default_remedy: ClassVar[str] = "Retry; if it happens again, report it with the server's log."
 
-    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+    def __init__(self, message: str, *, remedy: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy or self.default_remedy
+        self.param = param
+        """The request's field that is at fault, where there is one and whoever raises this knows its name."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}"
@@ -108,7 +110,7 @@ class InputTooLong(InvalidRequest):
     """The request can never fit the context, however long it waits."""
 
     code = "input_too_long"
-    default_remedy = "Shorten the input, lower `max_new_tokens`, or set `truncate`."
+    default_remedy = "Shorten the input, ask for fewer new tokens, or let /generate `truncate` it."
 
 
 class InvalidTaskName(InvalidRequest):

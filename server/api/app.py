@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -14,6 +15,7 @@ from server.api import ops, prompts, tgi, versions
 from server.api.browsers import OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
+from server.api.openai import chat, completions, models
 from server.engine.worker import EngineWorker
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
@@ -57,10 +59,11 @@ def create_app(
     app = FastAPI(title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.keys = keys
+    app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
     if keys is None:
         app.add_middleware(OwnPagesOnly, loopback_only=not settings.allow_anonymous)
     install_error_handlers(app)
-    for module in (tgi, prompts, versions, ops):
+    for module in (tgi, completions, chat, models, prompts, versions, ops):
         app.include_router(module.router)
     return app

@@ -108,7 +108,7 @@ def allow_task(request: Request, task: str | None) -> None:
     if task is None:
         raise Forbidden(
             f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for the frozen model alone.",
-            remedy="Name one of them with ?task=, or use a key without task patterns.",
+            remedy="Name one of them (?task=, or `model` under /v1), or use a key without task patterns.",
         )
     name = task.partition("@")[0]
     if not key.is_for(name):
@@ -118,9 +118,11 @@ def allow_task(request: Request, task: str | None) -> None:
         )
 
 
-def may_see(request: Request, task: str) -> bool:
-    """Whether lists may show a task, or a broken entry of the inbox, to whoever asks."""
+def may_see(request: Request, task: str | None) -> bool:
+    """Whether lists may show a task, a broken entry of the inbox, or (None) the frozen model to whoever asks."""
     key = _key_of(request)
+    if task is None:
+        return key is None or key.tasks is None
     return key is None or key.is_for(task)
 
 

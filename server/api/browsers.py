@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors import error_body
+from server.api.errors import render
 from server.errors import Forbidden
 
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -40,7 +40,8 @@ class OwnPagesOnly:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await JSONResponse(error_body(refusal), refusal.status)(scope, receive, send)
+            body, status = render(scope["path"], refusal)
+            await JSONResponse(body, status)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Forbidden | None:
         headers = Headers(scope=scope)

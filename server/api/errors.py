@@ -1,4 +1,7 @@
-"""One place that turns errors into replies: our own tree, FastAPI's validation, and whatever nobody expected."""
+"""One place that turns errors into replies: our own tree, FastAPI's validation, and whatever nobody expected.
+
+There are two ways to write an error down, ours and OpenAI's; the path of the request says which (`render`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
 from server.api.tgi_schemas import GenerateBody, GenerateParameters
 from server.api.uploads import not_kept
-from server.errors import InvalidRequest, PreludeError, StoreError, Unauthorized, VersionUnavailable
+from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,13 @@ def error_body(error: PreludeError) -> dict[str, str]:
     return body.model_dump()
 
 
+def render(path: str, error: PreludeError, status: int | None = None) -> tuple[dict[str, Any], int]:
+    """An error's body and status as clients of a path expect them; `status` where it is not the error's own."""
+    if is_openai(path):
+        return openai_error(error), openai_status(error, status)
+    return error_body(error), status or error.status
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Let every error of the app leave as an ErrorBody with the right status."""
 
@@ -45,14 +56,15 @@ def install_error_handlers(app: FastAPI) -> None:
     async def _ours(request: Request, error: PreludeError) -> JSONResponse:
         if isinstance(error, StoreError | VersionUnavailable):  # the operator's to mend, so it is told here too
             log.error("%s %s: %s", request.method, request.url.path, error)
-        return _reply(error.status, error, WANTS_A_KEY if isinstance(error, Unauthorized) else None)
+        return _reply(request, error, headers=_headers(error))
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
         items = error.errors()
-        problems = "; ".join(_problem(item) for item in items[:MOST_PROBLEMS])
+        known = openai_fields(request.url.path) or _KNOWN_FIELDS
+        problems = "; ".join(_problem(item, known) for item in items[:MOST_PROBLEMS])
         more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
-        return _reply(422, InvalidRequest(f"{problems}{more}."))
+        return _reply(request, InvalidRequest(f"{problems}{more}.", param=_param(items[0])))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -60,22 +72,31 @@ def install_error_handlers(app: FastAPI) -> None:
         if isinstance(cause, OSError):  # no room for an upload's files, which are spooled to disk as they arrive
             cause = not_kept(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
-            return _reply(cause.status, cause)
+            return _reply(request, cause)
         if error.status_code in (404, 405):
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
-            return _reply(error.status_code, missing, error.headers)
+            return _reply(request, missing, error.status_code, error.headers)
         if (why := _unreadable(cause)) is not None:
-            return _reply(error.status_code, InvalidRequest(f"The body cannot be read: {why}."))
+            return _reply(request, InvalidRequest(f"The body cannot be read: {why}."), error.status_code)
         remedy = BROKEN_BODY if error.status_code == 400 else None
-        return _reply(error.status_code, InvalidRequest(f"{error.detail}.", remedy=remedy), error.headers)
+        return _reply(request, InvalidRequest(f"{error.detail}.", remedy=remedy), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        return _reply(500, PreludeError("The server failed on this request."))
+        return _reply(request, PreludeError("The server failed on this request."))
 
 
-def _reply(status: int, error: PreludeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(error), status, headers=headers)
+def _reply(
+    request: Request, error: PreludeError, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    body, status = render(request.url.path, error, status)
+    return JSONResponse(body, status, headers=headers)
+
+
+def _headers(error: PreludeError) -> Mapping[str, str] | None:
+    if isinstance(error, Unauthorized):
+        return WANTS_A_KEY
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else None
 
 
 def _unreadable(cause: BaseException | None) -> str | None:
@@ -88,12 +109,18 @@ def _unreadable(cause: BaseException | None) -> str | None:
     return "it holds a number of too many digits" if is_too_long else None
 
 
-def _problem(item: Mapping[str, Any]) -> str:
+def _param(item: Mapping[str, Any]) -> str | None:
+    """The field that a validation problem is about; None if it is the body itself."""
+    location: Sequence[Any] = item["loc"]
+    return str(location[1])[:80] if len(location) > 1 and item["type"] != "json_invalid" else None
+
+
+def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> str:
     """One validation problem as a sentence, with the nearest name for an unknown field."""
     location: Sequence[Any] = item["loc"]
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _KNOWN_FIELDS, n=1)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":
         return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -20,6 +21,21 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How a front end's events look."""
+
+    field: bytes = b"data:"
+    """What a line begins with."""
+    end: bytes = b""
+    """What follows the last value of a stream that came to its end."""
+    error: Callable[[PreludeError], Mapping[str, Any]] = error_body
+    """An error as the value of an event."""
+
+
+NATIVE = Dialect()
+
+
 class EventStream(Response):
     """Sends one `data:` line per value; an error after the first byte is an event too, never a silent end.
 
@@ -29,11 +45,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str], dialect: Dialect = NATIVE
+    ) -> None:
         """Stream JSON values under these headers."""
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -51,16 +70,20 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await send({"type": "http.response.body", "body": _encode(event), "more_body": True})
+                await send({"type": "http.response.body", "body": self._encode(event), "more_body": True})
+            last = self._dialect.end
         except PreludeError as error:
-            await send({"type": "http.response.body", "body": _encode(error_body(error)), "more_body": True})
+            last = self._encode(self._dialect.error(error))
         except OSError:  # the client went away between two events
             return
         except Exception:
             log.exception("a stream failed")
-            body = error_body(PreludeError("The server failed on this request."))
-            await send({"type": "http.response.body", "body": _encode(body), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = self._encode(self._dialect.error(PreludeError("The server failed on this request.")))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _encode(self, event: Mapping[str, Any]) -> bytes:
+        # ASCII only: clients that split lines as Unicode does would cut an event at U+2028 or U+0085 in a token's text.
+        return self._dialect.field + json.dumps(event).encode() + b"\n\n"
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -85,8 +108,3 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _encode(event: Mapping[str, Any]) -> bytes:
-    # ASCII only: clients that split lines as Unicode does would cut an event at U+2028 or U+0085 in a token's text.
-    return b"data:" + json.dumps(event).encode() + b"\n\n"

@@ -28,6 +28,7 @@ from server.core import ModelSpec
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
+from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnsupportedModel
 from server.settings import Settings
 
@@ -47,6 +48,7 @@ class FrozenModel:
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
         backend: the Rust part of it, safe from any thread.
+        texts: what single tokens say.
         eos_token_ids: tokens that end a generation.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
@@ -68,6 +70,7 @@ class FrozenModel:
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
         self.backend = _plain_backend(tokenizer)
+        self.texts = TokenTexts(self.backend)
         self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)

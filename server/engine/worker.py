@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ from server.core import Delta, FinishReason, GenerationRequest, Grammar, ModelSp
 from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.prefix_cache import PrefixCache
+from server.engine.text import render_chat
 from server.errors import (
     GenerationFailed,
     InvalidSoftPrompt,
@@ -110,6 +111,26 @@ class EngineWorker:
     def end_token_id(self) -> int | None:
         """The token that ends a text, as training puts it behind every target."""
         return min(self._engine.model.eos_token_ids, default=None)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special ones by their names; safe from any thread."""
+        return self._engine.model.texts.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that are no character are U+FFFD."""
+        return self._engine.model.texts.text_of(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text, which may be a part of a character."""
+        return self._engine.model.texts.bytes_of(token_id)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the model reads it, with BOS where it needs one.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        return render_chat(self._engine.model.tokenizer, messages)
 
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
         """Start the thread; results go to the running event loop.

@@ -1,0 +1,91 @@
+"""POST /v1/chat/completions: a conversation, in the model's chat template or the task's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.auth import Generates, GuardedRoute
+from server.api.choices import Choice, collect, merge
+from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.openai.completions import ERRORS
+from server.api.openai.logprobs import chat_logprobs
+from server.api.openai.messages import chat_text
+from server.api.openai.replies import ChatReply, usage_of
+from server.api.openai.schemas import ChatBody
+from server.api.openai.stream import OPENAI, Body, chunks
+from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
+from server.api.sse import EventStream, unless_disconnected
+from server.core import Delta, Token
+from server.engine.worker import EngineWorker
+
+router = APIRouter(
+    tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
+)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the choices of a request are to be written down."""
+
+    worker: EngineWorker
+    body: ChatBody
+
+    def choice(self, choice: Choice) -> Body:
+        """A choice that has ended."""
+        assert choice.finish_reason is not None, "the request has ended"
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": FINISH_REASONS[choice.finish_reason],
+        }
+
+    def chunk(self, number: int, choice: Choice, delta: Delta) -> list[Body]:
+        """What a delta adds to a stream: the role first, then text, then why it ended."""
+        found: list[Body] = []
+        if len(choice.tokens) <= 1:
+            found.append(self._part(choice, {"role": "assistant", "content": ""}))
+        logprobs = self._logprobs([] if delta.token is None else [delta.token])
+        piece = choice.pieces[-1] if delta.token is not None else ""
+        if piece or (logprobs is not None and logprobs["content"]):
+            found.append({**self._part(choice, {"content": piece}), "logprobs": logprobs})
+        if delta.finish_reason is not None:
+            found.append({**self._part(choice, {}), "finish_reason": FINISH_REASONS[delta.finish_reason]})
+        return found
+
+    def _part(self, choice: Choice, delta: Body) -> Body:
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, tokens: list[Token]) -> Body | None:
+        return chat_logprobs(self.worker, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
+
+
+@router.post("/v1/chat/completions", response_model=ChatReply)
+async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
+    """Answer the last message of a conversation; with `stream: true` as server-sent events."""
+    target = await find_target(request, worker, registry, body, "chatcmpl")
+    text, add_special_tokens = chat_text(worker, target.manifest, body.messages)
+    inputs = await encode_all(worker, [text], add_special_tokens=add_special_tokens)
+    n = body.n or 1
+    (prepared,) = await prepare_all(worker, target, inputs, body, choices=n)
+    headers = prepared.headers(worker)
+    form = _Form(worker, body)
+    special = body.skip_special_tokens is False
+    running = start_all(worker, [prepared])
+    if body.stream:
+        deltas = merge(running)
+        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        first = await unless_disconnected(request, anext(deltas))
+        choices = [[Choice(index, special) for index in range(n)]]
+        head = target.head("chat.completion.chunk", worker)
+        return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
+    ended = await unless_disconnected(request, collect(running[0], n, special=special))
+    reply = {
+        **target.head("chat.completion", worker),
+        "choices": [form.choice(choice) for choice in ended],
+        "usage": usage_of([ended]),
+    }
+    return JSONResponse(reply, headers=headers)

@@ -1,0 +1,151 @@
+"""POST /v1/completions: texts or token ids as they are, without any template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.auth import Generates, GuardedRoute
+from server.api.choices import Choice, collect_all, merge
+from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
+from server.api.openai.logprobs import completion_logprobs, running_offsets, text_offsets
+from server.api.openai.replies import CompletionReply, usage_of
+from server.api.openai.schemas import CompletionBody
+from server.api.openai.stream import OPENAI, Body, chunks
+from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
+from server.api.sse import EventStream, unless_disconnected
+from server.core import Delta
+from server.engine.worker import EngineWorker
+from server.errors import EmptyInput, InvalidRequest
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    **REFUSALS,
+    **MISSING,
+    413: {"model": OpenAIErrorBody, "description": "The body is too large."},
+    429: {"model": OpenAIErrorBody, "description": "Too much is waiting; Retry-After says when to try again."},
+    500: {"model": OpenAIErrorBody, "description": "The engine could not finish the request."},
+    503: {"model": OpenAIErrorBody, "description": "The server is shutting down, or cannot read the version."},
+    504: {"model": OpenAIErrorBody, "description": "The request took longer than the server lets any take."},
+}
+
+router = APIRouter(
+    tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
+)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the choices of a request are to be written down."""
+
+    worker: EngineWorker
+    body: CompletionBody
+    texts: Sequence[str]
+    """What `echo` puts in front; empty without it."""
+
+    def choice(self, number: int, choice: Choice, choices: Sequence[Choice], index: int) -> Body:
+        """A choice that has ended, of the request with this number."""
+        assert choice.finish_reason is not None, "the request has ended"
+        text = self.texts[number]
+        return {
+            "index": index,
+            "text": text + choice.text,
+            "logprobs": self._logprobs(number, choice, choice.scored or choices[0].scored),
+            "finish_reason": FINISH_REASONS[choice.finish_reason],
+        }
+
+    def chunk(self, number: int, choice: Choice, delta: Delta) -> list[Body]:
+        """What a delta adds to a stream; nothing where it leaves the text open."""
+        begins = len(choice.tokens) <= 1
+        text = (self.texts[number] if begins else "") + (choice.pieces[-1] if delta.token else "")
+        wants_logprobs = self.body.logprobs is not None
+        if not text and not wants_logprobs and delta.finish_reason is None:
+            return []
+        return [
+            {
+                "index": number * self.body.generated + choice.index,
+                "text": text,
+                "logprobs": self._last_logprobs(number, choice, delta, begins=begins),
+                "finish_reason": None if delta.finish_reason is None else FINISH_REASONS[delta.finish_reason],
+            }
+        ]
+
+    def _logprobs(self, number: int, choice: Choice, scored: Sequence[Any]) -> Body | None:
+        if self.body.logprobs is None:
+            return None
+        scored = scored if self.body.echo else ()
+        offsets = [*self._given_offsets(number, scored), *running_offsets(len(self.texts[number]), choice.pieces)]
+        return completion_logprobs(self.worker, [*scored, *choice.tokens], offsets, self.body.logprobs)
+
+    def _last_logprobs(self, number: int, choice: Choice, delta: Delta, *, begins: bool) -> Body | None:
+        if self.body.logprobs is None:
+            return None
+        scored = choice.scored if begins and self.body.echo else ()
+        new = [] if delta.token is None else [delta.token]
+        start = len(self.texts[number]) + sum(map(len, choice.pieces[: len(choice.pieces) - len(new)]))
+        offsets = [*self._given_offsets(number, scored), start][: len(scored) + len(new)]
+        return completion_logprobs(self.worker, [*scored, *new], offsets, self.body.logprobs)
+
+    def _given_offsets(self, number: int, scored: Sequence[Any]) -> list[int]:
+        return text_offsets(self.texts[number], [self.worker.token_bytes(token.id) for token in scored])
+
+
+@router.post("/v1/completions", response_model=CompletionReply)
+async def complete(body: CompletionBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
+    """Continue texts; with `stream: true` as server-sent events."""
+    target = await find_target(request, worker, registry, body, "cmpl")
+    texts, inputs = await _inputs(worker, body)
+    scores = (bool(body.echo) and body.logprobs is not None) or body.max_tokens == 0
+    prepared = await prepare_all(worker, target, inputs, body, choices=body.generated, input_logprobs=scores)
+    headers = prepared[0].headers(worker)
+    head = target.head("text_completion", worker)
+    form = _Form(worker, body, texts)
+    special = body.skip_special_tokens is False
+    running = start_all(worker, prepared)
+    if body.stream:
+        deltas = merge(running)
+        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        first = await unless_disconnected(request, anext(deltas))
+        choices = [[Choice(index, special) for index in range(body.generated)] for _ in running]
+        return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
+    requests = await unless_disconnected(request, collect_all(running, body.generated, special=special))
+    return JSONResponse({**head, "choices": _answered(form, requests), "usage": usage_of(requests)}, headers=headers)
+
+
+def _answered(form: _Form, requests: Sequence[Sequence[Choice]]) -> list[Body]:
+    """The choices that are answered, the best ones first where more were generated."""
+    n = form.body.n or 1
+    answered = []
+    for number, choices in enumerate(requests):
+        ranked = list(choices)
+        if len(choices) > n:
+            ranked = sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[:n]
+        answered += [form.choice(number, choice, choices, number * n + at) for at, choice in enumerate(ranked)]
+    return answered
+
+
+async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str], list[list[int]]]:
+    """The texts to echo, and token ids of all inputs.
+
+    Raises:
+        InvalidRequest: an id is not one of the model's.
+        EmptyInput: a text is empty.
+        InputTooLong: a text can never fit.
+    """
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if isinstance(given[0], str):
+        texts: list[str] = given
+        if not all(texts):
+            raise EmptyInput("The text is empty.", remedy="Send at least one character.", param="prompt")
+        return texts if body.echo else [""] * len(texts), await encode_all(worker, texts)
+    lists: list[list[int]] = given if isinstance(given[0], list) else [given]
+    for ids in lists:
+        if max(ids) >= worker.model.vocab_size:
+            raise InvalidRequest(
+                f"There is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.", param="prompt"
+            )
+    return [worker.decode(ids) if body.echo else "" for ids in lists], lists

@@ -1,0 +1,80 @@
+"""The error tree as OpenAI's clients know errors: `{"error": {"message", "type", "param", "code"}}`.
+
+Statuses are those that OpenAI's libraries make classes of. They take 400 for a request that breaks a rule, where we
+say 422; a few codes are theirs, because programs look for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from server.api.openai.schemas import ChatBody, CompletionBody
+from server.errors import InputTooLong, InvalidRequest, PreludeError, Unauthorized, UnknownTask
+
+PREFIX = "/v1"
+
+_CODES: dict[type[PreludeError], str] = {
+    InputTooLong: "context_length_exceeded",
+    Unauthorized: "invalid_api_key",
+    UnknownTask: "model_not_found",
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+_FIELDS = {f"{PREFIX}/completions": CompletionBody.offered(), f"{PREFIX}/chat/completions": ChatBody.offered()}
+
+
+class OpenAIError(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="What was wrong, and what to do about it.")
+    type: str = Field(description="Its kind, such as invalid_request_error.")
+    param: str | None = Field(description="The field at fault, if it is one field.")
+    code: str = Field(description="A code that does not change.")
+
+
+class OpenAIErrorBody(BaseModel):
+    """Every error of the routes under /v1."""
+
+    error: OpenAIError
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": OpenAIErrorBody, "description": "A field or a parameter does not fit."},
+    401: {"model": OpenAIErrorBody, "description": "The server wants a key, and there is none or a wrong one."},
+    403: {"model": OpenAIErrorBody, "description": "The key lacks the scope, or is not for this task."},
+    # FastAPI would describe an answer of its own.
+    422: {"model": OpenAIErrorBody, "description": "Not used: what does not fit is 400 here."},
+}
+"""What every route may refuse, for /openapi.json."""
+
+MISSING: dict[int | str, dict[str, Any]] = {404: {"model": OpenAIErrorBody, "description": "No such task or version."}}
+
+
+def is_openai(path: str) -> bool:
+    """Whether clients of a path expect errors in OpenAI's form."""
+    return path == PREFIX or path.startswith(f"{PREFIX}/")
+
+
+def openai_fields(path: str) -> list[str]:
+    """Fields that the body of a request to a path may have; none if the path takes no such body."""
+    return _FIELDS.get(path, [])
+
+
+def openai_status(error: PreludeError, status: int | None = None) -> int:
+    """The status of an error; `status` where it is not the error's own."""
+    status = status or error.status
+    return 400 if status == 422 and isinstance(error, InvalidRequest) else status
+
+
+def openai_error(error: PreludeError) -> dict[str, Any]:
+    """An error as JSON, the same in replies and in streams."""
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    body = OpenAIError(
+        message=str(error).encode("utf-8", "backslashreplace").decode(),  # it may quote half a surrogate pair
+        type=_TYPES.get(error.status, default),
+        param=error.param or ("model" if isinstance(error, UnknownTask) else None),
+        code=next((code for cls, code in _CODES.items() if isinstance(error, cls)), error.code),
+    )
+    return {"error": body.model_dump()}

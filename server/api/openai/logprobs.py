@@ -1,0 +1,101 @@
+"""Log-probabilities in OpenAI's two forms.
+
+Every token that was generated is told, also the one that ended the text, so there are as many as the usage counts. A
+token that is a part of a character reads U+FFFD; a chat's `bytes` are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from server.core import Candidate, Scored, Token
+from server.engine.worker import EngineWorker
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not know."""
+
+_REPLACEMENT = "\ufffd".encode()
+
+
+def completion_logprobs(
+    worker: EngineWorker, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
+) -> dict[str, Any]:
+    """`logprobs` of a completion's choice.
+
+    Args:
+        worker: for the tokens' texts.
+        tokens: those of the text, in order.
+        offsets: where in the text each begins.
+        top: how many of the most likely tokens were asked for; the token itself is told beside them.
+    """
+    return {
+        "tokens": [worker.token_text(token.id) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        "top_logprobs": [_by_text(worker, token, top) for token in tokens],
+        "text_offset": list(offsets),
+    }
+
+
+def chat_logprobs(worker: EngineWorker, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+    """`logprobs` of a chat's choice."""
+    content = []
+    for token in tokens:
+        others = [_entry(worker, candidate.id, candidate.logprob) for candidate in token.top[:top]]
+        content.append({**_entry(worker, token.id, token.logprob), "top_logprobs": others})
+    return {"content": content, "refusal": None}
+
+
+def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
+    """Where in a text tokens begin that it was made into, in characters.
+
+    A token may begin within a character. What the text does not show, such as a BOS that the tokenizer adds, has no
+    width, and neither has the space that some tokenizers put before the first word.
+    """
+    data = text.encode()
+    at = characters = counted = 0
+    offsets = []
+    for piece in pieces:
+        while data.startswith(_REPLACEMENT, at) and not data.startswith(piece, at):
+            at += len(_REPLACEMENT)  # bytes of earlier tokens that were no character
+        characters += sum(byte & 0xC0 != 0x80 for byte in data[counted:at])
+        counted = at
+        inside = at < len(data) and data[at] & 0xC0 == 0x80
+        offsets.append(characters - inside)
+        if data.startswith(piece, at):
+            at += len(piece)
+        elif data.startswith(piece.removeprefix(b" "), at):
+            at += len(piece) - 1
+    return offsets
+
+
+def running_offsets(start: int, pieces: Sequence[str]) -> list[int]:
+    """Where generated tokens begin: behind the text that those before had made certain."""
+    offsets = []
+    for piece in pieces:
+        offsets.append(start)
+        start += len(piece)
+    return offsets
+
+
+def _by_text(worker: EngineWorker, token: Token | Scored, top: int) -> dict[str, float] | None:
+    """The most likely tokens by their texts; of two that read alike, the likelier one is told."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for candidate in (*token.top[:top], Candidate(token.id, token.logprob)):
+        found.setdefault(worker.token_text(candidate.id), _finite(candidate.logprob))
+    return found
+
+
+def _entry(worker: EngineWorker, token_id: int, logprob: float | None) -> dict[str, Any]:
+    assert logprob is not None, "log-probabilities were asked for"
+    return {
+        "token": worker.token_text(token_id),
+        "logprob": _finite(logprob),
+        "bytes": list(worker.token_bytes(token_id)),
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

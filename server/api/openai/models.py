@@ -1,0 +1,82 @@
+"""GET /v1/models: the frozen model and every live task, as they are at this moment."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from server.api.auth import GuardedRoute, Reads, allow_task, may_see
+from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.openai.errors import MISSING, REFUSALS
+from server.api.openai.translate import MODELS, task_of
+from server.engine.worker import EngineWorker
+from server.errors import InvalidTaskName, UnknownTask
+
+router = APIRouter(
+    prefix="/v1/models",
+    tags=["openai"],
+    responses=REFUSALS,
+    route_class=GuardedRoute,
+    dependencies=[Reads, Depends(known_query)],
+)
+
+
+class ModelCard(BaseModel):
+    """Something that `model` may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the version was published; for the frozen model, when the server started.")
+    owned_by: Literal["prelude"] = "prelude"
+    root: str = Field(description="The version that answers, task@version; in a canary the one that answers most.")
+    parent: str | None = Field(description="The frozen model behind a task.")
+    max_model_len: int = Field(description="Virtual tokens, input and new tokens together.")
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+@router.get("")
+async def list_models(request: Request, worker: WorkerDep, registry: RegistryDep) -> ModelList:
+    """The frozen model and every live task; those that the key is for."""
+    cards = [_frozen(request, worker)] if may_see(request, None) else []
+    for task in registry.tasks():
+        live = task.live
+        if live is not None and may_see(request, task.name):
+            cards.append(_card(worker, task.name, f"{task.name}@{live.number}", live.at))
+    return ModelList(data=cards)
+
+
+@router.get("/{model:path}", responses=MISSING)
+async def get_model(model: str, request: Request, worker: WorkerDep, registry: RegistryDep) -> ModelCard:
+    """One of them, or one version of a task: task@version."""
+    name = task_of(model, worker)
+    allow_task(request, name)
+    if name is None:
+        return _frozen(request, worker)
+    try:
+        resolved = registry.resolve(name)
+        live = None if "@" in name else registry.task(name).live
+    except InvalidTaskName as exc:
+        raise UnknownTask(f"There is no model {name[:80]!r}.", remedy=MODELS) from exc
+    number, at = (resolved.version, resolved.at) if live is None else (live.number, live.at)
+    return _card(worker, name, f"{resolved.task}@{number}", at)
+
+
+def _frozen(request: Request, worker: EngineWorker) -> ModelCard:
+    spec = worker.model
+    started: int = request.app.state.started
+    return ModelCard(id=spec.name, created=started, root=spec.name, parent=None, max_model_len=spec.max_model_len)
+
+
+def _card(worker: EngineWorker, name: str, root: str, at: str) -> ModelCard:
+    created = int(datetime.fromisoformat(at).timestamp())
+    spec = worker.model
+    return ModelCard(id=name, created=created, root=root, parent=spec.name, max_model_len=spec.max_model_len)

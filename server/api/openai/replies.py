@@ -1,0 +1,122 @@
+"""Parts that replies of both kinds have, and the models that describe replies in /openapi.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from server.api.choices import Choice
+
+ReasonToFinish = Literal["stop", "length"]
+
+
+class CachedTokens(BaseModel):
+    """`prompt_tokens_details`."""
+
+    cached_tokens: int = Field(description="Virtual tokens whose keys and values were known already.")
+
+
+class UsageBody(BaseModel):
+    """Token counts of a whole request."""
+
+    prompt_tokens: int = Field(description="Virtual tokens and input tokens of all inputs.")
+    completion_tokens: int = Field(description="Generated tokens, also those that best_of did not answer.")
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CompletionLogprobs(BaseModel):
+    """A list each, with one item per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed input.")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="Where in the text a token begins, in characters.")
+
+
+class CompletionChoice(BaseModel):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: ReasonToFinish
+
+
+class _Reply(BaseModel):
+    id: str
+    created: int
+    model: str = Field(description="As the request named it; the header Prelude-Version says which version answered.")
+    system_fingerprint: str = Field(description="Changes with the frozen model and with what the version says.")
+    usage: UsageBody
+
+
+class CompletionReply(_Reply):
+    """Reply of /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class ChatToken(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] = Field(description="UTF-8; a token may be a part of a character.")
+
+
+class ChatTokenWithOthers(ChatToken):
+    """A generated token."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a message."""
+
+    content: list[ChatTokenWithOthers]
+    refusal: None
+
+
+class ReplyMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: ReasonToFinish
+
+
+class ChatReply(_Reply):
+    """Reply of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+def usage_of(requests: Sequence[Sequence[Choice]]) -> dict[str, Any]:
+    """Token counts of requests that have ended; the choices of one share their input, which counts once."""
+    given = cached = generated = 0
+    for choices in requests:
+        usages = [choice.usage for choice in choices if choice.usage is not None]
+        assert usages, "the last delta of a choice carries its usage"
+        given += usages[0].virtual_tokens + usages[0].input_tokens
+        cached += min(usage.cached_tokens for usage in usages)  # one of them may have computed them for the others
+        generated += sum(usage.output_tokens for usage in usages)
+    return {
+        "prompt_tokens": given,
+        "completion_tokens": generated,
+        "total_tokens": given + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

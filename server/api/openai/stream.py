@@ -1,0 +1,51 @@
+"""Chunks of a stream: one head, choices as they grow, the token counts at the end if they were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from server.api.choices import Choice
+from server.api.openai.errors import openai_error
+from server.api.openai.replies import usage_of
+from server.api.sse import Dialect
+from server.core import Delta
+
+OPENAI = Dialect(b"data: ", b"data: [DONE]\n\n", openai_error)
+
+Body = dict[str, Any]
+
+
+async def chunks(
+    first: tuple[int, Delta],
+    deltas: AsyncGenerator[tuple[int, Delta]],
+    requests: Sequence[Sequence[Choice]],
+    render: Callable[[int, Choice, Delta], list[Body]],
+    head: Mapping[str, Any],
+    include_usage: bool,
+) -> AsyncGenerator[Body]:
+    """The chunks of a stream.
+
+    Args:
+        first: the first delta, which was awaited before the status went out.
+        deltas: what follows, with the number of the request; closed at the end, however that comes.
+        requests: their choices, empty at first; they are filled here.
+        render: from a request's number, a choice that has taken a delta over, and the delta, to choices of chunks.
+        head: fields that every chunk has.
+        include_usage: end with a chunk of token counts; the others then say null.
+    """
+    more = {"usage": None} if include_usage else {}
+    async with aclosing(deltas):
+        number, delta = first
+        while True:
+            choice = requests[number][delta.index]
+            choice.take(delta)
+            for body in render(number, choice, delta):
+                yield {**head, "choices": [body], **more}
+            try:
+                number, delta = await anext(deltas)
+            except StopAsyncIteration:
+                break
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage_of(requests)}

@@ -1,0 +1,218 @@
+"""From OpenAI's words to requests of the engine: who answers, and by which rules tokens are chosen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from server.api.auth import allow_task
+from server.api.generation import Prepared, encode_text, find_soft_prompt
+from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
+from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
+from server.engine.worker import EngineWorker
+from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
+from server.registry.registry import Registry
+from server.registry.views import Resolved
+from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+SAME = (
+    *("temperature", "top_p", "min_p", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+"""Fields that are called the same here and there."""
+
+MODELS = "GET /v1/models lists the models."
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS_TOKEN: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who answers a request: what its `model` stood for when it came."""
+
+    id: str
+    model: str
+    """As the request names it."""
+    resolved: Resolved | None
+    soft_prompt: SoftPrompt | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the soft prompt says about itself; nothing for the frozen model alone."""
+        return Manifest() if self.soft_prompt is None else self.soft_prompt.manifest
+
+    def head(self, kind: str, worker: EngineWorker) -> dict[str, Any]:
+        """The fields with which every reply and chunk begins."""
+        # What decides an answer beside the request: the model's weights, and what the version adds.
+        digest = "" if self.resolved is None else f"_{self.resolved.content.digest[:12]}"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": f"fp_{worker.model.fingerprint[:12]}{digest}",
+        }
+
+
+def task_of(model: str, worker: EngineWorker) -> str | None:
+    """The task, or task@version, that `model` names; None for the frozen model, whose name no task may have."""
+    return None if model == worker.model.name else model
+
+
+async def find_target(
+    request: Request, worker: EngineWorker, registry: Registry, body: SamplingBody, kind: str
+) -> Target:
+    """Who is to answer.
+
+    Raises:
+        UnknownTask: there is no such model, nor could there be.
+        Forbidden: the key is not for it.
+        VersionUnavailable: it cannot be read, or not be served by this model.
+    """
+    task = task_of(body.model, worker)
+    request_id = f"{kind}-{uuid.uuid4().hex}"
+    allow_task(request, task)
+    if task is None:
+        return Target(request_id, body.model, None, None)
+    try:
+        resolved, soft_prompt = await find_soft_prompt(registry, task, body.user or request_id)
+    except InvalidTaskName as exc:
+        raise UnknownTask(f"There is no model {task[:80]!r}.", remedy=MODELS) from exc
+    return Target(request_id, body.model, resolved, soft_prompt)
+
+
+async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of several texts.
+
+    Raises:
+        InputTooLong: one can never fit.
+    """
+    ids = []
+    for text in texts:
+        ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
+        await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
+    return ids
+
+
+async def prepare_all(
+    worker: EngineWorker,
+    target: Target,
+    inputs: Sequence[Sequence[int]],
+    body: CompletionBody | ChatBody,
+    *,
+    choices: int = 1,
+    input_logprobs: bool = False,
+) -> list[Prepared]:
+    """The engine's requests, one for each input.
+
+    Args:
+        worker: for the model's limits, and to check what the answer must match.
+        target: who answers.
+        inputs: token ids.
+        body: what is asked.
+        choices: texts to generate for each input.
+        input_logprobs: report the log-probabilities of the input too.
+
+    Raises:
+        InvalidRequest: the request is too large, or names tokens that there are not, or a form that cannot be held to.
+    """
+    if len(inputs) * choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(inputs)} inputs with {choices} texts each are more than {MAX_CHOICES} choices.",
+            remedy="Send several requests.",
+        )
+    manifest = target.manifest
+    fields = _sampling_fields(worker, body)
+    if "temperature" not in fields and _asks_for_sampling(body, choices) and not manifest.generation.temperature:
+        fields["temperature"] = 1.0
+    grammar = _grammar(body)
+    if grammar is not None:
+        await asyncio.to_thread(worker.check_grammar, grammar)
+        fields["grammar"] = grammar
+    virtual = 0 if target.soft_prompt is None else target.soft_prompt.num_virtual_tokens
+    task = None if target.resolved is None else target.resolved.task
+    prepared = []
+    for number, ids in enumerate(inputs):
+        room = worker.model.max_model_len - virtual - len(ids)
+        params = manifest.generation.sampling_params(fields, room=room, seed=secrets.randbits(63))
+        request = GenerationRequest(f"{target.id}-{number}", tuple(ids), params, task, choices, input_logprobs)
+        prepared.append(Prepared(request, target.resolved, target.soft_prompt))
+    return prepared
+
+
+def start_all(worker: EngineWorker, prepared: Sequence[Prepared]) -> list[AsyncGenerator[Delta]]:
+    """Their deltas; each request begins when its first one is asked for."""
+    return [worker.generate(one.request, one.soft_prompt) for one in prepared]
+
+
+def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:
+    """The fields of SamplingParams that the request sets itself."""
+    fields = {name: getattr(body, name) for name in SAME if getattr(body, name) is not None}
+    if body.new_tokens is not None:
+        fields["max_new_tokens"] = body.new_tokens
+    if body.min_tokens is not None:
+        if body.new_tokens is not None and body.min_tokens > body.new_tokens:
+            raise InvalidRequest("min_tokens is more than may be generated.", param="min_tokens")
+        fields["min_new_tokens"] = body.min_tokens
+    if body.top_k is not None:
+        fields["top_k"] = max(0, body.top_k)
+    if body.seed is not None:
+        fields["seed"] = body.seed % 2**64
+    if body.stop is not None:
+        fields["stop"] = tuple(body.stop)
+    if body.logit_bias is not None:
+        fields["logit_bias"] = _biases(worker, body.logit_bias)
+    fields["logprobs"] = body.wants_logprobs
+    fields["top_logprobs"] = body.most_likely
+    return fields
+
+
+def _asks_for_sampling(body: SamplingBody, choices: int) -> bool:
+    """Whether the request asks for sampling without saying at which temperature.
+
+    Clients send OpenAI's neutral values (top_p 1, n 1) unasked; those ask for nothing.
+    """
+    narrowed = (body.top_p or 1) < 1 or (body.top_k or 0) > 0 or (body.min_p or 0) > 0
+    return narrowed or choices > 1
+
+
+def _biases(worker: EngineWorker, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    pairs = {int(key): bias for key, bias in biases.items()}
+    unknown = next((token_id for token_id in pairs if token_id >= worker.model.vocab_size), None)
+    if unknown is not None:
+        raise InvalidRequest(
+            f"logit_bias names the token {unknown}; this model has {worker.model.vocab_size:,}.", param="logit_bias"
+        )
+    return tuple(pairs.items())
+
+
+def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
+    """What the text must match, by either of the two ways to ask for it."""
+    form = body.structured_outputs
+    if form is not None:
+        if form.regex is not None:
+            return Grammar(GrammarKind.REGEX, form.regex)
+        if form.choice is not None:
+            return Grammar(GrammarKind.CHOICE, json.dumps(form.choice))
+        return Grammar(GrammarKind.JSON_SCHEMA, form.json_ if isinstance(form.json_, str) else json.dumps(form.json_))
+    return _format_grammar(body.response_format) if isinstance(body, ChatBody) and body.response_format else None
+
+
+def _format_grammar(form: ResponseFormat) -> Grammar | None:
+    if form.type == "text":
+        return None
+    schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))

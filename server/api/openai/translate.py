@@ -48,6 +48,8 @@ class Target:
     """As the request names it."""
     resolved: Resolved | None
     soft_prompt: SoftPrompt | None
+    key_id: str | None = None
+    """Whose request it is."""
 
     @property
     def manifest(self) -> Manifest:
@@ -85,13 +87,14 @@ async def find_target(
     task = task_of(body.model, worker)
     request_id = f"{kind}-{uuid.uuid4().hex}"
     allow_task(request, task)
+    key_id = request.state.key_id
     if task is None:
-        return Target(request_id, body.model, None, None)
+        return Target(request_id, body.model, None, None, key_id)
     try:
         resolved, soft_prompt = await find_soft_prompt(registry, task, body.user or request_id)
     except InvalidTaskName as exc:
         raise UnknownTask(f"There is no model {task[:80]!r}.", remedy=MODELS) from exc
-    return Target(request_id, body.model, resolved, soft_prompt)
+    return Target(request_id, body.model, resolved, soft_prompt, key_id)
 
 
 async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
@@ -148,7 +151,15 @@ async def prepare_all(
     for number, ids in enumerate(inputs):
         room = worker.model.max_model_len - virtual - len(ids)
         params = manifest.generation.sampling_params(fields, room=room, seed=secrets.randbits(63))
-        request = GenerationRequest(f"{target.id}-{number}", tuple(ids), params, task, choices, input_logprobs)
+        request = GenerationRequest(
+            f"{target.id}-{number}",
+            tuple(ids),
+            params,
+            task,
+            target.key_id,
+            n=choices,
+            input_logprobs=input_logprobs,
+        )
         prepared.append(Prepared(request, target.resolved, target.soft_prompt))
     return prepared
 

@@ -1,10 +1,9 @@
-"""A thousand clients that vanish leave nothing behind, two thousand that stay are all answered, slow ones hold up none."""
+"""Clients that vanish leave nothing behind, two thousand that stay are all answered, slow ones hold up nobody."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -61,8 +60,7 @@ def test_clients_that_vanish_while_they_wait_are_never_run(own_server: LiveServe
 
     async def wait_and_vanish() -> None:
         waiting = [asyncio.create_task(ask(own_server, 150, leave=False)) for _ in range(200)]
-        while own_server.worker.num_in_flight < 200:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: own_server.worker.num_in_flight == 200, 20)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
@@ -83,17 +81,15 @@ def test_two_thousand_open_streams_are_all_answered(own_server: LiveServer) -> N
 
 
 def test_readers_that_read_nothing_hold_up_nobody(own_server: LiveServer) -> None:
-    async def scene() -> float:
+    async def scene() -> None:
         slow = [await asyncio.open_connection("127.0.0.1", own_server.port) for _ in range(20)]
         for _, writer in slow:
             writer.write(stream_request(own_server, 180))
-        began = time.perf_counter()
-        answers = await ask_all(own_server, 20, 10, leave=False)
-        seconds = time.perf_counter() - began
+        async with asyncio.timeout(20):
+            answers = await ask_all(own_server, 20, 10, leave=False)
         assert all(answer.count(b"data:") == 10 for answer in answers)
         for _, writer in slow:
             writer.transport.abort()
-        return seconds
 
-    assert asyncio.run(scene()) < 20
+    asyncio.run(scene())
     wait_until(lambda: own_server.is_idle, 20)

@@ -157,3 +157,22 @@ def resident(process: psutil.Process) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += member.memory_info().rss
     return total
+
+
+def peak_resident(process: psutil.Process) -> int:
+    """The most that each of them ever had resident, together; where the system does not tell, what it has now."""
+    total = 0
+    for member in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            total += _high_water(member)
+    return total
+
+
+def _high_water(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    rss: int = process.memory_info().rss
+    return rss

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from load import Load, Measured, resident, started
+from load import Load, Measured, peak_resident, started
 from peers import PEERS, Model, Peer, Workload
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ async def measure(peer: Peer, workload: Workload, url: str, process: psutil.Proc
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         await peer.prepare(client, workload)
         measured = await Load(peer, workload, client).run(seconds)
-    measured.rss = resident(process)
+    measured.rss = peak_resident(process)
     return measured
 
 
@@ -102,7 +102,7 @@ COLUMNS = {
     "first_token_p99_ms": "p99 ms",
     "between_tokens_p50_ms": "ITL p50",
     "between_tokens_p99_ms": "p99 ms",
-    "rss_mb": "RSS MB",
+    "rss_mb": "peak MB",
 }
 
 if __name__ == "__main__":

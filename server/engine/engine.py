@@ -223,6 +223,8 @@ class Engine:
         assert token_id is not None, "a choice that is not finite has been dealt with"
         sequence.append(token_id)
         params, matcher = sequence.sampling, sequence.matcher
+        if matcher is not None:
+            matcher.accept(token_id)
         text, stopped = sequence.detokenizer.push(token_id)
         reason = None
         if token_id in self.model.eos_token_ids and (matcher is not None or not params.ignore_eos):

@@ -108,7 +108,7 @@ class Sequence:
     @property
     def max_positions(self) -> int:
         """Positions that it can ever need; the last new token is never fed."""
-        new = 0 if self.label_ids else max(0, self.sampling.max_new_tokens - 1)
+        new = 0 if self.request.labels else max(0, self.sampling.max_new_tokens - 1)
         return self._num_given + new
 
     @property

@@ -31,7 +31,7 @@ from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
-from server.serve import open_keys
+from server.serve import limits, open_keys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -152,10 +152,15 @@ def live_server(
     directory: Path, *, max_sequences: int = 8, model: FrozenModel | None = None, **options: Any
 ) -> Iterator[LiveServer]:
     """Run a server in a thread until the block ends; it must then be idle and stop by itself."""
-    settings = Settings.load(**{"prompts_dir": directory / "prompts", "max_upload_bytes": MAX_UPLOAD_BYTES, **options})
+    defaults = {
+        "prompts_dir": directory / "prompts",
+        "max_upload_bytes": MAX_UPLOAD_BYTES,
+        "max_sequences": max_sequences,
+    }
+    settings = Settings.load(**{**defaults, **options})
     model = model or SteeredModel()
     engine = make_engine(model, max_sequences=max_sequences)
-    worker = EngineWorker(engine)
+    worker = EngineWorker(engine, limits(settings))
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
     services: list[Service] = [Inbox(settings.prompts_dir, registry), Syncer(registry, settings.sync_seconds)]

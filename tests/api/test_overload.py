@@ -1,0 +1,94 @@
+"""What a server cannot look after it refuses at once and says when to come back; what it accepted it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.live import LiveServer, assert_error, live_server, parse_events, wait_until
+
+
+@contextmanager
+def held(server: LiveServer, requests: int, task: str | None = None) -> Iterator[list[Future[httpx.Response]]]:
+    """So many requests that are accepted and do not go on before the block ends."""
+    server.model.allow(0)
+    with ThreadPoolExecutor(requests) as pool:
+        sent = [pool.submit(server.generate, "hello", task, max_new_tokens=3) for _ in range(requests)]
+        try:
+            wait_until(lambda: server.worker.num_in_flight == requests)
+            yield sent
+        finally:
+            server.model.allow(None)
+
+
+def test_a_full_queue_refuses_with_429_and_says_when_to_come_back(tmp_path: Path) -> None:
+    with live_server(tmp_path, max_sequences=2, max_queue=3) as server:
+        with held(server, 5) as sent:
+            for route in ("/generate", "/generate_stream", "/"):
+                refused = server.generate("hello", None, route)
+                assert_error(refused, 429, "overloaded", "5 answers are in flight", "takes 5")
+                assert int(refused.headers["retry-after"]) >= 1
+        assert [future.result().status_code for future in sent] == [200] * 5
+        assert server.generate(max_new_tokens=1).status_code == 200
+
+
+def test_texts_of_a_list_and_choices_count_each(tmp_path: Path) -> None:
+    with live_server(tmp_path, max_sequences=2, max_queue=3) as server, held(server, 1):
+        assert_error(server.generate("hello", best_of=5), 429, "overloaded")
+        assert_error(server.generate("hello", choices=["a", "b", "c", "d", "e"]), 429, "overloaded")
+        many = server.client.post("/generate", json={"inputs": ["a", "b", "c", "d", "e"]})
+        assert_error(many, 429, "overloaded")
+        wait_until(lambda: server.worker.num_in_flight == 1)
+
+
+def test_a_task_at_its_limit_does_not_stop_others(tmp_path: Path) -> None:
+    with live_server(tmp_path, max_per_task=2) as server:
+        server.publish_random("busy", 1)
+        server.publish_random("quiet", 2)
+        with held(server, 2, "busy"):
+            assert_error(server.generate("hello", "busy"), 429, "overloaded", "for the task busy")
+            with ThreadPoolExecutor(1) as pool:
+                other = pool.submit(server.generate, "hello", "quiet", max_new_tokens=1)
+                wait_until(lambda: server.worker.num_in_flight == 3)
+                server.model.allow(None)
+                assert other.result().status_code == 200
+
+
+def test_a_publish_is_not_refused_because_of_a_full_queue(tmp_path: Path) -> None:
+    with live_server(tmp_path, max_sequences=2, max_queue=0) as server:
+        with held(server, 2), ThreadPoolExecutor(1) as pool:
+            published = pool.submit(server.publish_random, "mood", 1)
+            wait_until(lambda: server.worker.num_in_flight == 3)
+            server.model.allow(None)
+            published.result()
+        assert server.generate("hello", "mood", max_new_tokens=1).headers["prelude-version"] == "1"
+
+
+@pytest.mark.parametrize("route", ["/generate", "/v1/completions"])
+def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_path: Path, route: str) -> None:
+    with live_server(tmp_path, request_timeout=0.4) as server:
+        server.model.delay = 0.1
+        body = {"model": "tiny-llama", "prompt": "hello", "max_tokens": 100, "ignore_eos": True}
+        if route == "/generate":
+            response = server.generate("hello", max_new_tokens=100, ignore_eos_token=True)
+            assert_error(response, 504, "request_timed_out", "not done after 0.4 s")
+        else:
+            response = server.client.post(route, json=body)
+            assert response.status_code == 504
+            assert response.json()["error"]["code"] == "request_timed_out"
+        wait_until(lambda: server.is_idle)
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(tmp_path: Path) -> None:
+    with live_server(tmp_path, request_timeout=0.6) as server:
+        server.model.delay = 0.1
+        response = server.generate("hello", None, "/generate_stream", max_new_tokens=100, ignore_eos_token=True)
+        *tokens, last = parse_events(response.content)
+        assert tokens
+        assert last["code"] == "request_timed_out"
+        wait_until(lambda: server.is_idle)

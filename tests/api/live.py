@@ -231,8 +231,32 @@ def engine_answer(model: FrozenModel, soft_prompt: SoftPrompt | None, text: str,
     return run_engine(make_engine(model), [(accepted, soft_prompt)])["alone"]
 
 
+OPENAI_CODES = {
+    "input_too_long": "context_length_exceeded",
+    "unauthorized": "invalid_api_key",
+    "unknown_task": "model_not_found",
+}
+"""Codes that OpenAI's clients know by another name."""
+
+
+def assert_openai_error(response: httpx.Response, status: int, code: str, *parts: str) -> dict[str, Any]:
+    """An error in OpenAI's form; answers what it holds."""
+    assert response.status_code == status, f"{response.status_code}: {response.text}"
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"]
+    assert error["code"] == OPENAI_CODES.get(code, code), error
+    for part in parts:
+        assert part in error["message"], error
+    return error
+
+
 def assert_error(response: httpx.Response, status: int, code: str, *parts: str) -> dict[str, str]:
-    """An error in the one shape that all have, with these parts in its message; answers the body."""
+    """An error in the one shape that all of its route have, with these parts in its message; answers the body."""
+    if response.request.url.path.startswith("/v1/"):
+        return assert_openai_error(response, status, code, *parts)
     assert response.status_code == status, f"{response.status_code}: {response.text}"
     body: dict[str, str] = response.json()
     assert set(body) == {"error", "error_type", "code", "remedy"}

@@ -22,6 +22,7 @@ from server.api import ops, prompts, tgi, versions
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.errors import install_error_handlers
+from server.api.openai import chat, completions, models
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import ApiKey, Scope
@@ -112,7 +113,7 @@ def spooled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def concrete(operation: str) -> tuple[str, str]:
     """A request for an operation, with names in the place of its parameters."""
     method, path = operation.split()
-    return method, path.replace("{task}", "team-a-mood").replace("{version}", "1")
+    return method, re.sub("{(task|model)}", "team-a-mood", path).replace("{version}", "1")
 
 
 def test_every_route_asks_for_a_key_but_those_that_a_probe_needs(guarded: Guarded) -> None:
@@ -346,7 +347,8 @@ def test_a_route_that_does_not_say_who_may_use_it_cannot_be_made() -> None:
 
 
 def test_every_route_that_reads_a_body_asks_first() -> None:
-    routes = [route for module in (tgi, prompts, versions, ops) for route in module.router.routes]
+    modules = (tgi, completions, chat, models, prompts, versions, ops)
+    routes = [route for module in modules for route in module.router.routes]
     assert len(routes) > 10
     for route in routes:
         assert isinstance(route, GuardedRoute) or (isinstance(route, APIRoute) and route.body_field is None)

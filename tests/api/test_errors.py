@@ -117,7 +117,7 @@ async def test_a_store_that_fails_is_told_to_the_operator_too(
     assert "GET /stores: The disk is gone." in caplog.text
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1/nothing"])
+@pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1", "/v1/nothing", "/v10/nothing"])
 def test_a_path_that_does_not_exist_is_404_in_the_same_shape(server: LiveServer, path: str) -> None:
     assert_error(server.client.get(path), 404, "invalid_request", f"There is no GET {path}.")
 
@@ -139,10 +139,11 @@ def _operations(server: LiveServer) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_the_openapi_document_lists_every_route(server: LiveServer) -> None:
-    modules = [importlib.import_module(f"server.api.{found.name}") for found in pkgutil.iter_modules(api.__path__)]
+    found = pkgutil.walk_packages(api.__path__, "server.api.")
+    modules = [importlib.import_module(module.name) for module in found]
     routers = [module.router for module in modules if hasattr(module, "router")]
     routes = {
-        (method, route.path)
+        (method, route.path_format)
         for router in routers
         for route in router.routes
         if isinstance(route, APIRoute)
@@ -168,7 +169,8 @@ def test_every_documented_error_has_the_one_shape(server: LiveServer) -> None:
         for status, response in details["responses"].items():
             if int(status) >= 400:
                 schema = response["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorBody"}, (operation, status)
+                body = "OpenAIErrorBody" if operation[1].startswith("/v1/") else "ErrorBody"
+                assert schema == {"$ref": f"#/components/schemas/{body}"}, (operation, status)
                 assert response["description"]
     document = server.client.get("/openapi.json").json()
     assert "HTTPValidationError" not in document["components"]["schemas"]
@@ -180,6 +182,10 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
         ("POST", "/generate"): {400, 404, 413, 422, 500, 503},
         ("POST", "/generate_stream"): {400, 404, 413, 422, 500, 503},
         ("POST", "/"): {400, 404, 413, 422, 500, 503},
+        ("POST", "/v1/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("POST", "/v1/chat/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("GET", "/v1/models"): {400, 422},
+        ("GET", "/v1/models/{model}"): {400, 404, 422},
         ("GET", "/prompts"): {422},
         ("GET", "/prompts/{task}"): {404, 422},
         ("PUT", "/prompts/{task}"): {400, 409, 412, 413, 422, 500, 507},

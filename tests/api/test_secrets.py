@@ -59,6 +59,11 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
         send(inputs=TEXT * 10_000)
         send(temperature=TEXT)
         send(**misspelt)
+        asked = {"/v1/completions": {"prompt": TEXT}, "/v1/chat/completions": {"messages": [_message(TEXT)]}}
+        for route, body in asked.items():
+            for more in ({}, {"stream": True}, {"stop": [3]}, {"model": TEXT}, misspelt):
+                content = {"model": "mood", "max_tokens": 3, **body, **more}
+                statuses.append(live.client.post(route, json=content, headers=good).status_code)
         broken = {"Content-Type": "application/json", **good}
         statuses.append(live.client.post("/generate", content=f'{{"inputs": "{TEXT}', headers=broken).status_code)
         form = as_form({"adapter_config.json": b"{" + TEXT.encode(), "adapter_model.safetensors": TEXT.encode()})
@@ -80,6 +85,10 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
     seen = ours + "".join(capfd.readouterr())
     for hidden in (text, text.split("_")[2], limited, TOKEN, TEXT):
         assert hidden not in seen
+
+
+def _message(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def _is_clients(logger: str) -> bool:

@@ -1,0 +1,193 @@
+"""POST /v1/chat/completions: what the model reads of a conversation, and how its answer is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine.model import FrozenModel
+from tests.api.live import LiveServer, assert_openai_error, engine_answer
+from tests.api.openai.support import (
+    CHAT,
+    FROZEN,
+    Body,
+    ask,
+    joined,
+    post,
+    reasons,
+    stream,
+    texts,
+    user,
+)
+from tests.support import EOS
+
+RENDERED = "<user>hello\n<assistant>"
+
+
+def test_a_conversation_goes_through_the_models_template_behind_the_tasks_virtual_tokens(
+    chatty: LiveServer, tiny: FrozenModel
+) -> None:
+    soft_prompt = chatty.publish_random("chat-task", 1)
+    for model, behind in ((FROZEN, None), ("chat-task", soft_prompt)):
+        reply = ask(chatty, CHAT, model=model, max_tokens=12)
+        assert texts(reply) == [engine_answer(tiny, behind, RENDERED, max_new_tokens=12).text]
+        assert (reply["object"], reply["model"]) == ("chat.completion", model)
+        virtual = 0 if behind is None else behind.num_virtual_tokens
+        assert reply["usage"]["prompt_tokens"] == virtual + len(RENDERED)
+        assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": virtual}
+
+
+def test_all_messages_are_read_with_their_roles_and_names(chatty: LiveServer, tiny: FrozenModel) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "hello", "name": "ada"},
+        {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "audio": None},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+    ]
+    rendered = "<system>be brief\n<user>adahello\n<assistant>hi\n<user>one\ntwo\n<assistant>"
+    reply = ask(chatty, CHAT, messages=messages, max_tokens=12)
+    assert texts(reply) == [engine_answer(tiny, None, rendered, max_new_tokens=12).text]
+
+
+def test_what_was_answered_can_be_sent_back_as_it_is(chatty: LiveServer) -> None:
+    [choice] = ask(chatty, CHAT, max_tokens=5)["choices"]
+    assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
+    ask(chatty, CHAT, messages=[*user("hello"), choice["message"], *user("go on")], max_tokens=5)
+
+
+def test_a_task_with_an_input_template_reads_the_message_in_it(chatty: LiveServer, tiny: FrozenModel) -> None:
+    soft_prompt = chatty.publish_random("chat-template", 2, {"input_template": "Q: {input}\nA:"})
+    reply = ask(chatty, CHAT, model="chat-template", max_tokens=12)
+    assert texts(reply) == [engine_answer(tiny, soft_prompt, "Q: hello\nA:", max_new_tokens=12).text]
+    assert texts(reply) == [chatty.text("hello", "chat-template", max_new_tokens=12)]
+    for messages in (
+        [{"role": "system", "content": "x"}, *user("hello")],
+        [*user("hello"), {"role": "assistant", "content": "hi"}, *user("again")],
+        [{"role": "assistant", "content": "hi"}],
+    ):
+        response = post(chatty, CHAT, model="chat-template", messages=messages)
+        error = assert_openai_error(response, 400, "invalid_request", "input_template", "one message")
+        assert error["param"] == "messages"
+    assert_openai_error(post(chatty, CHAT, model="chat-template", messages=user("")), 400, "empty_input")
+
+
+def test_a_model_without_a_template_chats_only_with_tasks_that_bring_theirs(server: LiveServer) -> None:
+    assert_openai_error(post(server, CHAT), 400, "invalid_request", "no chat template")
+    server.publish_random("chat-own", 1, {"input_template": "{input}!"})
+    assert texts(ask(server, CHAT, model="chat-own", max_tokens=6)) == [
+        server.text("hello", "chat-own", max_new_tokens=6)
+    ]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]},
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
+        {"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": ["a"]},
+        {"role": "user", "content": None},
+        {"role": "user"},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "user", "content": "x", "names": "ada"},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+        {"role": "robot", "content": "x"},
+        "hello",
+    ],
+)
+def test_a_message_that_cannot_be_read_is_refused(chatty: LiveServer, message: object) -> None:
+    error = assert_openai_error(post(chatty, CHAT, messages=[message]), 400, "invalid_request", "messages.0")
+    assert error["param"] == "messages"
+    assert_openai_error(post(chatty, CHAT, messages=[]), 400, "invalid_request", "messages")
+
+
+def test_an_image_is_refused_by_its_name(chatty: LiveServer) -> None:
+    content = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
+    response = post(chatty, CHAT, messages=[{"role": "user", "content": content}])
+    assert_openai_error(response, 400, "invalid_request", "'image_url'", "text only")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_length_has_two_names(chatty: LiveServer, name: str) -> None:
+    reply = ask(chatty, CHAT, ignore_eos=True, **{name: 3})
+    assert reply["usage"]["completion_tokens"] == 3
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert ask(chatty, CHAT, max_tokens=3, max_completion_tokens=3)["choices"]
+    response = post(chatty, CHAT, max_tokens=3, max_completion_tokens=4)
+    assert assert_openai_error(response, 400, "invalid_request")["param"] == "max_tokens"
+
+
+def test_several_answers_are_drawn_apart(chatty: LiveServer) -> None:
+    reply = ask(chatty, CHAT, n=3, temperature=1, seed=4, max_tokens=15)
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
+    assert len(set(texts(reply))) == 3
+    assert reply["usage"]["prompt_tokens"] == len(RENDERED)
+
+
+def test_logprobs_have_bytes_and_the_most_likely_tokens(chatty: LiveServer) -> None:
+    reply = ask(chatty, CHAT, logprobs=True, top_logprobs=4, max_tokens=8, ignore_eos=True)
+    [choice] = reply["choices"]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 8
+    for token in content:
+        assert set(token) == {"token", "logprob", "bytes", "top_logprobs"}
+        assert len(token["top_logprobs"]) == 4
+        best = token["top_logprobs"][0]
+        assert (best["logprob"], best["bytes"]) == (token["logprob"], token["bytes"]), "greedy"
+        assert [other["logprob"] for other in token["top_logprobs"]] == sorted(
+            (other["logprob"] for other in token["top_logprobs"]), reverse=True
+        )
+    said = bytes(byte for token in content for byte in token["bytes"]).decode("utf-8", "ignore")
+    assert said.startswith(choice["message"]["content"].split("\ufffd")[0])
+    plain = ask(chatty, CHAT, logprobs=True, max_tokens=2)["choices"][0]["logprobs"]["content"]
+    assert all(token["top_logprobs"] == [] for token in plain)
+    assert ask(chatty, CHAT, max_tokens=2)["choices"][0]["logprobs"] is None
+    assert_openai_error(post(chatty, CHAT, top_logprobs=2), 400, "invalid_request", "logprobs")
+    assert_openai_error(post(chatty, CHAT, logprobs=True, top_logprobs=21), 400, "invalid_request")
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason(chatty: LiveServer) -> None:
+    whole = ask(chatty, CHAT, max_tokens=20)
+    chunks = stream(chatty, CHAT, max_tokens=20)
+    first, *middle, last = [chunk["choices"][0] for chunk in chunks]
+    assert first["delta"] == {"role": "assistant", "content": ""}
+    assert all(set(choice["delta"]) == {"content"} and choice["finish_reason"] is None for choice in middle)
+    assert (last["delta"], last["finish_reason"]) == ({}, whole["choices"][0]["finish_reason"])
+    assert joined(chunks) == {0: texts(whole)[0]}
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+
+
+def test_a_stream_of_several_answers_keeps_them_apart_and_counts_at_the_end(chatty: LiveServer) -> None:
+    body: Body = {"n": 3, "temperature": 1, "seed": 4, "max_tokens": 15}
+    whole = ask(chatty, CHAT, **body)
+    chunks = stream(chatty, CHAT, **body, stream_options={"include_usage": True})
+    assert joined(chunks) == dict(enumerate(texts(whole)))
+    assert sorted(index for index, _ in reasons(chunks)) == [0, 1, 2]
+    *others, last = chunks
+    assert all(chunk["usage"] is None for chunk in others)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    for index in range(3):
+        choices = [c for chunk in others for c in chunk["choices"] if c["index"] == index]
+        assert [("role" in choice["delta"]) for choice in choices] == [True] + [False] * (len(choices) - 1)
+
+
+def test_a_streams_logprobs_are_those_of_the_whole(chatty: LiveServer) -> None:
+    body: Body = {"logprobs": True, "top_logprobs": 2, "max_tokens": 9}
+    [whole] = ask(chatty, CHAT, **body)["choices"]
+    streamed: list[Any] = []
+    for chunk in stream(chatty, CHAT, **body):
+        streamed += (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    assert streamed == whole["logprobs"]["content"]
+
+
+def test_an_end_token_ends_the_answer(chatty: LiveServer) -> None:
+    body: Body = {"logit_bias": {str(EOS): 100}, "max_tokens": 9}
+    reply = ask(chatty, CHAT, **body)
+    assert (texts(reply), reply["choices"][0]["finish_reason"]) == ([""], "stop")
+    assert [chunk["choices"][0]["delta"] for chunk in stream(chatty, CHAT, **body)] == [
+        {"role": "assistant", "content": ""},
+        {},
+    ]

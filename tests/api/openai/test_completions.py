@@ -1,0 +1,376 @@
+"""POST /v1/completions: who answers, with which text, in which order, and what is told of the tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from server.engine.model import FrozenModel
+from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, engine_answer
+from tests.api.openai.support import COMPLETIONS, FROZEN, Body, ask, joined, post, reasons, stream, texts
+from tests.support import EOS, VOCAB_SIZE
+
+
+def test_a_request_is_answered_by_the_soft_prompt_of_its_task(server: LiveServer, tiny: FrozenModel) -> None:
+    first, second = server.publish_random("cmpl-first", 1), server.publish_random("cmpl-second", 2)
+    answers = set()
+    for model, soft_prompt in (("cmpl-first", first), ("cmpl-second", second), (FROZEN, None)):
+        reply = ask(server, model=model, max_tokens=20)
+        expected = engine_answer(tiny, soft_prompt, "hello", max_new_tokens=20).text
+        assert (texts(reply), reply["model"], reply["object"]) == ([expected], model, "text_completion")
+        answers.add(expected)
+    assert len(answers) == 3
+
+
+def test_a_version_can_be_asked_for(server: LiveServer, tiny: FrozenModel) -> None:
+    old, new = server.publish_random("cmpl-versions", 1), server.publish_random("cmpl-versions", 2)
+    for model, version, soft_prompt in (("cmpl-versions@1", "1", old), ("cmpl-versions", "2", new)):
+        response = post(server, COMPLETIONS, model=model, max_tokens=12)
+        assert response.headers["prelude-version"] == version
+        assert texts(response.json()) == [engine_answer(tiny, soft_prompt, "hello", max_new_tokens=12).text]
+
+
+def test_the_fingerprint_changes_with_what_answers_and_only_with_it(server: LiveServer) -> None:
+    for seed in (1, 2):
+        server.publish_random("cmpl-print", seed)
+    prints = {
+        model: {ask(server, model=model, max_tokens=1)["system_fingerprint"] for _ in range(2)}
+        for model in (FROZEN, "cmpl-print@1", "cmpl-print@2")
+    }
+    assert all(len(found) == 1 for found in prints.values())
+    assert len(set.union(*prints.values())) == 3
+    assert prints["cmpl-print@2"] == {ask(server, model="cmpl-print", max_tokens=1)["system_fingerprint"]}
+
+
+def test_the_text_is_taken_as_it_is_whatever_template_the_task_has(server: LiveServer, tiny: FrozenModel) -> None:
+    soft_prompt = server.publish_random("cmpl-template", 1, {"input_template": "Q: {input}\nA:"})
+    reply = ask(server, model="cmpl-template", max_tokens=12)
+    assert texts(reply) == [engine_answer(tiny, soft_prompt, "hello", max_new_tokens=12).text]
+    assert reply["usage"]["prompt_tokens"] == soft_prompt.num_virtual_tokens + len("hello")
+
+
+def test_token_ids_are_the_same_as_their_text(server: LiveServer) -> None:
+    ids = server.worker.encode("hello")
+    expected = texts(ask(server, max_tokens=9))
+    assert texts(ask(server, prompt=ids, max_tokens=9)) == expected
+    assert texts(ask(server, prompt=[ids], max_tokens=9)) == expected
+    assert texts(ask(server, prompt=["hello"], max_tokens=9)) == expected
+
+
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, 2**31, 2**70])
+def test_a_token_that_the_model_does_not_have_is_refused(server: LiveServer, token_id: int) -> None:
+    error = assert_openai_error(post(server, COMPLETIONS, prompt=[[1], [2, token_id]]), 400, "invalid_request")
+    assert error["param"] == "prompt"
+    assert str(VOCAB_SIZE) in error["message"]
+
+
+def test_several_inputs_with_several_texts_each_come_in_order(server: LiveServer) -> None:
+    inputs = ["hello", "what is", "a much longer one of these", "x"]
+    alone = [texts(ask(server, prompt=text, max_tokens=8))[0] for text in inputs]
+    reply = ask(server, prompt=inputs, max_tokens=8)
+    assert texts(reply) == alone
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    twice = ask(server, prompt=inputs, max_tokens=8, n=2, temperature=0)
+    assert texts(twice) == [text for text in alone for _ in range(2)]
+    assert [choice["index"] for choice in twice["choices"]] == list(range(8))
+    assert twice["usage"]["prompt_tokens"] == sum(map(len, inputs))
+    assert twice["usage"]["completion_tokens"] == 2 * reply["usage"]["completion_tokens"]
+    by_ids = ask(server, prompt=[server.worker.encode(text) for text in inputs], max_tokens=8)
+    assert texts(by_ids) == alone
+
+
+def test_inputs_of_one_request_stay_on_one_side_of_a_canary(server: LiveServer) -> None:
+    server.publish_random("cmpl-canary", 1)
+    server.publish_random("cmpl-canary", 2)
+    server.client.put("/prompts/cmpl-canary/traffic", json={"1": 50, "2": 50})
+    sides = set()
+    for person in map(str, range(12)):
+        response = post(server, COMPLETIONS, model="cmpl-canary", prompt=["hello"] * 3, user=person, max_tokens=9)
+        side = response.headers["prelude-version"]
+        assert len(set(texts(response.json()))) == 1
+        again = post(server, COMPLETIONS, model="cmpl-canary", user=person, max_tokens=9)
+        assert again.headers["prelude-version"] == side
+        sides.add(side)
+    assert sides == {"1", "2"}
+
+
+def test_too_many_choices_are_refused(server: LiveServer) -> None:
+    for body in ({"prompt": ["x"] * 65, "n": 2}, {"prompt": ["x"] * 2, "best_of": 65}):
+        assert_openai_error(post(server, COMPLETIONS, **body, max_tokens=1), 400, "invalid_request", "128")
+    for body in ({"prompt": ["x"] * 129}, {"n": 129}, {"prompt": [[1]] * 129}):
+        assert post(server, COMPLETIONS, **body, max_tokens=1).status_code == 400
+    assert len(ask(server, prompt=["x"] * 128, max_tokens=1)["choices"]) == 128
+
+
+def test_usage_counts_virtual_tokens_as_part_of_the_input_and_as_cached_once_they_are(own_server: LiveServer) -> None:
+    n = own_server.publish_random("counted", 1).num_virtual_tokens
+    reply = ask(own_server, model="counted", max_tokens=4, ignore_eos=True)
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == n + len("hello")
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (4, n + len("hello") + 4)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": n}, "a publish computes the prefix"
+    alone = ask(own_server, max_tokens=4)
+    assert alone["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    several = ask(own_server, model="counted", prompt=["hello", "hi"], n=2, temperature=0, max_tokens=4)
+    assert several["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 * n}
+
+
+def test_the_tasks_defaults_hold_unless_the_request_says_otherwise(server: LiveServer) -> None:
+    generation: Body = {"max_new_tokens": 7, "temperature": 0.8, "seed": 11}
+    server.publish_random("cmpl-defaults", 6, {"generation": generation})
+    server.publish_random("cmpl-plain", 6)
+    same: Body = {"max_tokens": 7, "temperature": 0.8, "seed": 11}
+    reply = ask(server, model="cmpl-defaults")
+    assert texts(reply) == texts(ask(server, model="cmpl-plain", **same))
+    assert reply["usage"]["completion_tokens"] <= 7
+    for own in ({"max_tokens": 3}, {"temperature": 0}, {"seed": 12}, {"top_k": 2}, {"stop": ["e", "a"]}):
+        wanted: Body = same | own
+        assert texts(ask(server, model="cmpl-defaults", **own)) == texts(ask(server, model="cmpl-plain", **wanted))
+
+
+def test_without_a_default_it_is_greedy_and_not_openais_temperature_of_1(server: LiveServer, tiny: FrozenModel) -> None:
+    greedy = engine_answer(tiny, None, "hello", max_new_tokens=128, ignore_eos=True).text
+    neutral: Body = {"top_p": 1, "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "top_k": -1, "min_p": 0}
+    for own in ({}, neutral, {"temperature": 0}, {"temperature": 0, "top_p": 0.9, "seed": 3}):
+        assert texts(ask(server, ignore_eos=True, **own)) == [greedy], own
+
+
+def test_asking_for_some_of_the_tokens_or_for_several_texts_asks_for_sampling(server: LiveServer) -> None:
+    def answer(**own: Any) -> list[str]:
+        return texts(ask(server, max_tokens=20, seed=5, **own))
+
+    for own in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.01}, {"n": 3}):
+        assert answer(**own) == answer(**own, temperature=1) != answer(**own, temperature=0)
+    assert len(set(answer(n=3))) == 3
+
+
+def test_a_seed_makes_sampling_repeatable_also_a_negative_one(server: LiveServer) -> None:
+    def answer(**own: Any) -> list[str]:
+        return texts(ask(server, temperature=1, max_tokens=20, **own))
+
+    for seed in (7, -7):
+        assert answer(seed=seed) == answer(seed=seed)
+    assert answer(seed=7) != answer(seed=-7)
+    assert answer() != answer()
+
+
+def test_the_text_ends_before_a_stop_string(server: LiveServer) -> None:
+    [whole] = texts(ask(server, max_tokens=40))
+    end = next(i for i in range(5, len(whole) - 3) if whole.find(whole[i : i + 3]) == i)
+    stop = whole[end : end + 3]
+    for stops in (stop, [stop], ["never there", stop]):
+        reply = ask(server, max_tokens=40, stop=stops)
+        assert texts(reply) == [whole[:end]]
+        assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["choices"][0]["logprobs"] is None
+
+
+def test_an_end_token_ends_the_text_and_is_not_part_of_it(server: LiveServer) -> None:
+    forced: Body = {"logit_bias": {str(EOS): 100}, "max_tokens": 9}
+    reply = ask(server, **forced)
+    assert (texts(reply), reply["choices"][0]["finish_reason"]) == ([""], "stop")
+    assert reply["usage"]["completion_tokens"] == 1
+    assert texts(ask(server, **forced, skip_special_tokens=False)) == [""]
+    ignored = ask(server, **forced, ignore_eos=True)
+    assert (texts(ignored), ignored["usage"]["completion_tokens"]) == ([""], 9)
+    assert texts(ask(server, **forced, ignore_eos=True, skip_special_tokens=False)) == ["<eos>" * 9]
+    assert ask(server, **forced, min_tokens=4)["usage"]["completion_tokens"] == 5
+
+
+def test_a_biased_token_is_chosen_or_never(server: LiveServer) -> None:
+    assert texts(ask(server, logit_bias={str(server.worker.encode("z")[0]): 100}, max_tokens=5)) == ["zzzzz"]
+    first = server.worker.encode(texts(ask(server, max_tokens=1))[0])[0]
+    assert texts(ask(server, logit_bias={str(first): -100}, max_tokens=1)) != texts(ask(server, max_tokens=1))
+    error = assert_openai_error(post(server, COMPLETIONS, logit_bias={str(VOCAB_SIZE): 1}), 400, "invalid_request")
+    assert error["param"] == "logit_bias"
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_penalties_change_what_repeats(server: LiveServer, penalty: str) -> None:
+    token = str(server.worker.encode("z")[0])
+    biased: Body = {"logit_bias": {token: 8}, "max_tokens": 30, "ignore_eos": True}
+    assert texts(ask(server, **biased)) != texts(ask(server, **biased, **{penalty: 2}))
+
+
+def test_logprobs_are_told_for_every_token(server: LiveServer) -> None:
+    reply = ask(server, max_tokens=6, logprobs=3, ignore_eos=True)
+    [choice] = reply["choices"]
+    logprobs = choice["logprobs"]
+    assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    assert len(logprobs["tokens"]) == reply["usage"]["completion_tokens"] == 6
+    assert logprobs["text_offset"][0] == 0
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == logprob == max(top.values()) <= 0, "greedy tokens are the most likely ones"
+        assert 1 <= len(top) <= 3
+    [plain] = ask(server, max_tokens=6, logprobs=0, ignore_eos=True)["choices"]
+    assert all(len(top) == 1 for top in plain["logprobs"]["top_logprobs"])
+    assert plain["logprobs"]["token_logprobs"] == logprobs["token_logprobs"]
+
+
+def test_a_token_that_is_not_among_the_most_likely_is_told_beside_them(server: LiveServer) -> None:
+    [choice] = ask(server, max_tokens=12, logprobs=1, temperature=5, seed=1, ignore_eos=True)["choices"]
+    tops = choice["logprobs"]["top_logprobs"]
+    assert any(len(top) == 2 for top in tops)
+    for logprob, top in zip(choice["logprobs"]["token_logprobs"], tops, strict=True):
+        assert logprob <= max(top.values())
+
+
+def scored(server: LiveServer, prompt: str | list[int], **own: Any) -> Body:
+    """What an evaluation harness asks for: the log-probabilities of a text that it has."""
+    reply = ask(server, prompt=prompt, echo=True, logprobs=1, **own)
+    found: Body = reply["choices"][0]
+    return found
+
+
+@pytest.mark.parametrize("model", [FROZEN, "cmpl-echo"])
+def test_a_text_that_is_echoed_is_as_likely_as_when_it_was_generated(server: LiveServer, model: str) -> None:
+    server.publish_random("cmpl-echo", 3)
+    generated = ask(server, model=model, max_tokens=8, logprobs=1, ignore_eos=True)["choices"][0]
+    given = server.worker.encode("hello")
+    # Ids, because bytes that are no character cannot be sent as text.
+    ids = [*given, *engine_ids(server, model, 8)]
+    echoed = scored(server, ids, model=model, max_tokens=0)
+    assert len(echoed["logprobs"]["tokens"]) == len(ids)
+    assert echoed["logprobs"]["token_logprobs"][0] is None
+    assert echoed["logprobs"]["top_logprobs"][0] is None
+    for one, other in zip(
+        echoed["logprobs"]["token_logprobs"][len(given) :], generated["logprobs"]["token_logprobs"], strict=True
+    ):
+        assert math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
+    assert echoed["finish_reason"] == "length"
+
+
+def engine_ids(server: LiveServer, model: str, count: int) -> list[int]:
+    """The token ids that a greedy answer consists of."""
+    task = None if model == FROZEN else model
+    reply = server.generate("hello", task, max_new_tokens=count, ignore_eos_token=True, details=True)
+    return [token["id"] for token in reply.json()["details"]["tokens"]]
+
+
+def test_lm_evals_arithmetic_holds(server: LiveServer) -> None:
+    """It asks for one token more, leaves that out, and calls a continuation greedy if no other token is likelier."""
+    context = server.worker.encode("hello")
+    greedy = engine_ids(server, FROZEN, 4)
+    other = [*greedy[:3], (greedy[3] + 1) % 256]
+    for continuation, is_greedy in ((greedy, True), (other, False)):
+        choice = scored(server, [*context, *continuation], max_tokens=1, temperature=0, seed=1234)
+        told = choice["logprobs"]
+        logprobs = told["token_logprobs"][len(context) : -1]
+        assert len(logprobs) == 4
+        tops = told["top_logprobs"][len(context) : -1]
+        assert all(logprob == max(top.values()) for logprob, top in zip(logprobs, tops, strict=True)) == is_greedy
+        alone = scored(server, [*context, *continuation], max_tokens=0)["logprobs"]["token_logprobs"][len(context) :]
+        assert logprobs == pytest.approx(alone)
+    ended = scored(server, context, max_tokens=1, logit_bias={str(EOS): 100})
+    assert len(ended["logprobs"]["tokens"]) == len(context) + 1, "an end token is a token too"
+
+
+def test_an_echoed_text_stands_before_what_was_generated(server: LiveServer) -> None:
+    text = "h\N{SNOWMAN}llo"
+    [generated] = texts(ask(server, prompt=text, max_tokens=5))
+    assert texts(ask(server, prompt=text, max_tokens=5, echo=True)) == [text + generated]
+    assert texts(ask(server, prompt=server.worker.encode(text), max_tokens=5, echo=True)) == [text + generated]
+    assert texts(ask(server, prompt=text, max_tokens=0, echo=True)) == [text]
+    twice = ask(server, prompt=[text, "x"], n=2, temperature=0, max_tokens=5, echo=True, logprobs=0)
+    assert [found.startswith(given) for found, given in zip(texts(twice), [text, text, "x", "x"], strict=True)]
+    for choice in twice["choices"]:
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["text_offset"])
+
+
+def test_offsets_say_where_in_the_text_a_token_begins(server: LiveServer) -> None:
+    text = "h\N{SNOWMAN}llo"
+    choice = scored(server, text, max_tokens=0)
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2, 3, 4]
+    assert [choice["text"][offset] for offset in choice["logprobs"]["text_offset"]] == list("h\u2603\u2603\u2603llo")
+
+
+def test_an_input_can_be_looked_at_without_an_answer(server: LiveServer) -> None:
+    reply = ask(server, max_tokens=0)
+    assert (texts(reply), reply["choices"][0]["finish_reason"]) == ([""], "length")
+    assert reply["usage"]["completion_tokens"] == 0
+
+
+def test_the_best_of_several_are_the_likeliest(server: LiveServer) -> None:
+    drawn: Body = {"temperature": 2, "seed": 3, "max_tokens": 6, "ignore_eos": True}
+    every = ask(server, **drawn, n=6, logprobs=0)
+    ranked = sorted(every["choices"], key=lambda c: -sum(c["logprobs"]["token_logprobs"]) / 6)
+    best = ask(server, **drawn, n=2, best_of=6)
+    assert texts(best) == [choice["text"] for choice in ranked[:2]]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert all(choice["logprobs"] is None for choice in best["choices"])
+    assert best["usage"] == every["usage"], "what was generated counts"
+    assert_openai_error(post(server, COMPLETIONS, n=3, best_of=2), 400, "invalid_request", "best_of")
+    assert_openai_error(post(server, COMPLETIONS, best_of=2, stream=True), 400, "invalid_request", "best_of")
+
+
+def test_an_input_that_is_empty_or_too_long_is_refused(server: LiveServer) -> None:
+    for prompt in ("", ["x", ""]):
+        assert_openai_error(post(server, COMPLETIONS, prompt=prompt), 400, "empty_input")
+    for prompt in ([], [[]], [[1], []]):
+        assert_openai_error(post(server, COMPLETIONS, prompt=prompt), 400, "invalid_request", "prompt")
+    for body in ({"prompt": "a" * MAX_MODEL_LEN}, {"max_tokens": MAX_MODEL_LEN}, {"prompt": "a" * 3_000_000}):
+        assert_openai_error(post(server, COMPLETIONS, **body), 400, "input_too_long")
+
+
+def test_one_input_that_does_not_fit_fails_the_request_and_leaves_nothing_behind(own_server: LiveServer) -> None:
+    response = post(own_server, COMPLETIONS, prompt=["hello", "a" * MAX_MODEL_LEN, "hello"], max_tokens=50)
+    assert_openai_error(response, 400, "input_too_long")
+    assert own_server.in_flight == 0
+
+
+def test_what_has_no_effect_is_let_through_and_nulls_are_as_if_left_out(server: LiveServer) -> None:
+    plain = texts(ask(server, max_tokens=5))
+    ignored: Body = {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "x"}
+    assert texts(ask(server, max_tokens=5, **ignored)) == plain
+    names = ("n", "best_of", "echo", "logprobs", "stop", "seed", "suffix", "stream", "stream_options", "logit_bias")
+    nulls: Body = dict.fromkeys((*names, "temperature", "top_p", "user", "structured_outputs"))
+    assert texts(ask(server, max_tokens=5, **nulls)) == plain
+
+
+def test_a_stream_says_the_same_piece_by_piece(server: LiveServer) -> None:
+    server.publish_random("cmpl-stream", 1)
+    whole = ask(server, model="cmpl-stream", max_tokens=20)
+    chunks = stream(server, model="cmpl-stream", max_tokens=20)
+    assert joined(chunks) == {0: texts(whole)[0]}
+    assert reasons(chunks) == [(0, whole["choices"][0]["finish_reason"])]
+    for chunk in chunks:
+        assert (chunk["object"], chunk["model"], chunk["id"]) == ("text_completion", "cmpl-stream", chunks[0]["id"])
+        assert chunk["system_fingerprint"] == whole["system_fingerprint"]
+        assert "usage" not in chunk
+
+
+def test_a_stream_of_several_inputs_and_texts_keeps_them_apart(server: LiveServer) -> None:
+    body: Body = {"prompt": ["hello", "what"], "n": 3, "seed": 9, "temperature": 1, "max_tokens": 15}
+    whole = ask(server, **body)
+    chunks = stream(server, **body, stream_options={"include_usage": True})
+    assert joined(chunks) == dict(enumerate(texts(whole)))
+    assert sorted(reasons(chunks)) == [(c["index"], c["finish_reason"]) for c in whole["choices"]]
+    *others, last = chunks
+    assert all(chunk["usage"] is None for chunk in others)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_tells_the_same_logprobs(server: LiveServer, n: int) -> None:
+    body: Body = {"prompt": ["hello", "hi"], "n": n, "temperature": 0, "max_tokens": 7, "logprobs": 2, "echo": True}
+    whole = ask(server, **body)
+    found: dict[int, dict[str, list[Any]]] = {}
+    for chunk in stream(server, **body):
+        for choice in chunk["choices"]:
+            for name, values in choice["logprobs"].items():
+                found.setdefault(choice["index"], {}).setdefault(name, []).extend(values)
+    assert found == {choice["index"]: choice["logprobs"] for choice in whole["choices"]}
+    assert joined(stream(server, **body)) == dict(enumerate(texts(whole)))
+
+
+def test_a_streamed_look_at_an_input_is_one_chunk(server: LiveServer) -> None:
+    [chunk] = stream(server, max_tokens=0, echo=True, logprobs=1)
+    assert chunk["choices"][0]["text"] == "hello"
+    assert chunk["choices"][0]["finish_reason"] == "length"
+    assert len(chunk["choices"][0]["logprobs"]["tokens"]) == 5

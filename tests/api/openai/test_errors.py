@@ -1,0 +1,255 @@
+"""Errors under /v1 leave in OpenAI's form, with the statuses that its libraries make classes of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.api.app import create_app
+from server.api.openai.errors import is_openai, openai_error
+from server.errors import Overloaded, PreludeError
+from server.keys.file import add_key
+from server.keys.key import Scope
+from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, live_server
+from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, post
+from tests.api.test_errors import _tree
+
+ROUTES = (COMPLETIONS, CHAT)
+
+
+@pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
+async def test_every_error_of_the_tree_is_rendered_by_the_one_handler(
+    server: LiveServer, cls: type[PreludeError]
+) -> None:
+    app = create_app(server.settings, server.worker, server.registry)
+
+    @app.get("/v1/fails")
+    async def fails() -> None:
+        raise cls("It went wrong.", remedy="Do better.", param="n")
+
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        response = await client.get("/v1/fails")
+    is_validation = issubclass(cls, tuple(c for c in _tree() if c.code == "invalid_request"))
+    error = assert_openai_error(response, 400 if is_validation else cls.status, cls.code)
+    assert error["message"] == "It went wrong. Do better."
+    assert error["param"] == "n"
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    default = "server_error" if cls.status >= 500 else "invalid_request_error"
+    assert error["type"] == kinds.get(cls.status, default)
+    assert response.headers.get("retry-after") == (str(Overloaded.retry_after) if cls is Overloaded else None)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_an_unknown_field_is_refused_by_name_with_the_nearest(server: LiveServer, path: str) -> None:
+    error = assert_openai_error(post(server, path, max_token=3), 400, "invalid_request", "max_token", "max_tokens?")
+    assert (error["param"], error["type"]) == ("max_token", "invalid_request_error")
+    assert_openai_error(post(server, path, zzzzz=1), 400, "invalid_request", "unknown field zzzzz.")
+    assert "did you mean" not in post(server, COMPLETIONS, messages=[]).json()["error"]["message"], "a chat's field"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("field", ["tools", "functions", "suffix", "tool_choice", "reasoning_effort"])
+def test_what_is_not_offered_is_refused_and_not_ignored(server: LiveServer, path: str, field: str) -> None:
+    error = assert_openai_error(post(server, path, **{field: [{"type": "function"}]}), 400, "invalid_request", field)
+    assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        *((path, "temperature", value) for path in ROUTES for value in (-1, 101, "1", True)),
+        *((path, "top_p", value) for path in ROUTES for value in (0, 1.1)),
+        *((path, "n", value) for path in ROUTES for value in (0, 129, 1.5)),
+        *((path, "stop", value) for path in ROUTES for value in ("", [""], ["x"] * 17, "x" * 257, 3)),
+        *((path, "logit_bias", value) for path in ROUTES for value in ({"x": 1}, {"1": 101}, {"-1": 1}, [1])),
+        *((path, "presence_penalty", value) for path in ROUTES for value in (2.1, -2.1)),
+        *((path, "stream_options", value) for path in ROUTES for value in ({"include_usage": True}, {"usage": True})),
+        *((path, "seed", value) for path in ROUTES for value in (2**64, 0.5)),
+        *((path, "structured_outputs", value) for path in ROUTES for value in ({}, {"regex": "a", "choice": ["b"]})),
+        (COMPLETIONS, "logprobs", 21),
+        (COMPLETIONS, "logprobs", True),
+        (COMPLETIONS, "max_tokens", -1),
+        (COMPLETIONS, "prompt", None),
+        (COMPLETIONS, "prompt", 3),
+        (COMPLETIONS, "prompt", ["a", 1]),
+        (COMPLETIONS, "prompt", [1, "a"]),
+        (COMPLETIONS, "prompt", [-1]),
+        (COMPLETIONS, "prompt", [True]),
+        (CHAT, "logprobs", 3),
+        (CHAT, "max_tokens", 0),
+        (CHAT, "messages", "hello"),
+        (CHAT, "modalities", ["text", "audio"]),
+        (CHAT, "response_format", {"type": "xml"}),
+        (CHAT, "response_format", {"type": "json_schema"}),
+        (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(server: LiveServer, path: str, field: str, value: Any) -> None:
+    error = assert_openai_error(post(server, path, **{field: value}), 400, "invalid_request", field)
+    assert error["param"] == field
+
+
+def test_min_tokens_beyond_max_tokens_are_refused(server: LiveServer) -> None:
+    response = post(server, COMPLETIONS, min_tokens=5, max_tokens=4)
+    assert assert_openai_error(response, 400, "invalid_request")["param"] == "min_tokens"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("model", ["nobody", "GPT 4", "", "org/model", "nobody@3", "x@latest", "\N{SNOWMAN}"])
+def test_a_model_that_there_is_not_is_not_found(server: LiveServer, path: str, model: str) -> None:
+    error = assert_openai_error(post(server, path, model=model), 404, "unknown_task")
+    assert (error["param"], error["type"]) == ("model", "invalid_request_error")
+
+
+def test_a_misspelt_model_is_told_the_nearest(server: LiveServer) -> None:
+    server.publish_random("openai-sentiment", 1)
+    assert_openai_error(post(server, COMPLETIONS, model="openai-sentimnet"), 404, "unknown_task", "openai-sentiment?")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"model": 3}', b'{"model": "x"}'])
+def test_a_body_that_is_not_a_request_is_refused(server: LiveServer, path: str, content: bytes) -> None:
+    response = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert_openai_error(response, 400, "invalid_request")
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b'{"prompt": ' + b"[" * 100_000, b'{"n": 1' + b"0" * 5000])
+def test_a_body_that_no_parser_takes_is_refused(server: LiveServer, content: bytes) -> None:
+    response = server.client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert_openai_error(response, 400, "invalid_request")
+
+
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(server: LiveServer) -> None:
+    half = '"\\ud800"'
+    bodies = {
+        COMPLETIONS: [
+            f'"prompt": {half}',
+            f'"prompt": ["a", {half}]',
+            f'"prompt": "a", "stop": {half}',
+            f'"prompt": "a", {half}: 1',
+            f'"prompt": "a", "structured_outputs": {{"choice": [{half}]}}',
+            f'"prompt": "a", "structured_outputs": {{"regex": {half}}}',
+        ],
+        CHAT: [
+            f'"messages": [{{"role": "user", "content": {half}}}]',
+            f'"messages": [{{"role": "user", "content": [{{"type": "text", "text": {half}}}]}}]',
+            f'"messages": [{{"role": "user", "content": "a", "name": {half}}}]',
+        ],
+    }
+    for path, fields in bodies.items():
+        for field in fields:
+            content = f'{{"model": "{FROZEN}", {field}}}'
+            response = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert_openai_error(response, 400, "invalid_request")
+    response = server.client.post(
+        COMPLETIONS, content=f'{{"model": {half}, "prompt": "a"}}', headers={"Content-Type": "application/json"}
+    )
+    assert_openai_error(response, 404, "unknown_task")
+
+
+def test_very_many_wrong_items_are_refused_briefly(server: LiveServer) -> None:
+    for path, body in (
+        (COMPLETIONS, {"prompt": ["a", *range(300_000)]}),
+        (COMPLETIONS, {"prompt": [1, *["a"] * 300_000]}),
+        (CHAT, {"messages": list(range(300_000))}),
+        (COMPLETIONS, {f"temperatur{i}": 1 for i in range(20_000)}),
+    ):
+        response = post(server, path, **body)
+        assert_openai_error(response, 400, "invalid_request")
+        assert len(response.content) < 2000
+
+
+def test_a_body_over_the_limit_is_413(server: LiveServer) -> None:
+    assert_openai_error(post(server, COMPLETIONS, prompt="a" * 5 * 2**20), 413, "payload_too_large")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1", 404),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", COMPLETIONS, 405),
+        ("POST", "/v1/models", 405),
+    ],
+)
+def test_what_there_is_not_under_v1_is_told_in_the_same_form(
+    server: LiveServer, method: str, path: str, status: int
+) -> None:
+    response = server.client.request(method, path)
+    assert_openai_error(response, status, "invalid_request", f"There is no {method} {path}.")
+    assert ("allow" in response.headers) == (status == 405)
+
+
+def test_an_unknown_query_parameter_is_refused(server: LiveServer) -> None:
+    response = server.client.post(f"{COMPLETIONS}?task=x", json={"model": FROZEN, "prompt": "a"})
+    assert_openai_error(response, 400, "invalid_request", "'task'")
+
+
+def test_only_v1_itself_is_openais() -> None:
+    assert [is_openai(path) for path in ("/v1", "/v1/", "/v1/models", "/v10", "/v1x/y", "/", "/prompts/v1")] == [
+        *[True] * 3,
+        *[False] * 4,
+    ]
+
+
+def test_an_error_that_quotes_half_a_character_can_still_be_sent() -> None:
+    assert json.dumps(openai_error(PreludeError("a\ud800b")), ensure_ascii=False).encode()
+
+
+def test_a_foreign_page_is_refused_in_the_same_form(server: LiveServer) -> None:
+    headers = {"Sec-Fetch-Site": "cross-site"}
+    response = server.client.post(COMPLETIONS, headers=headers, json={"model": FROZEN, "prompt": "a"})
+    assert_openai_error(response, 403, "forbidden", "other sites' pages")
+
+
+def test_keys_are_asked_for_and_hold_what_they_say(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    keys = {
+        "publish": add_key(path, "publish", [Scope.PUBLISH], None)[1],
+        "team": add_key(path, "team", [Scope.GENERATE], ["team-a-*"])[1],
+    }
+    with live_server(tmp_path, api_keys_file=path) as live:
+        assert_openai_error(post(live, COMPLETIONS), 401, "unauthorized")
+        live.client.headers["Authorization"] = f"Bearer {keys['publish']}"
+        live.publish_random("team-a-mood", 1)
+        live.publish_random("team-b-mood", 1)
+        assert_openai_error(post(live, COMPLETIONS), 403, "forbidden", "scope generate")
+        live.client.headers["Authorization"] = f"Bearer {keys['team']}"
+        assert post(live, COMPLETIONS, model="team-a-mood", max_tokens=2).status_code == 200
+        assert post(live, COMPLETIONS, model="team-a-mood@1", max_tokens=2).status_code == 200
+        for model in ("team-b-mood", FROZEN, "nobody"):
+            for route in ROUTES:
+                assert_openai_error(post(live, route, model=model), 403, "forbidden", "team-a-*")
+        assert "mood" not in post(live, COMPLETIONS, model="team-a-x").json()["error"]["message"]
+
+
+def test_the_librarys_classes_are_the_ones_that_fit(own_server: LiveServer) -> None:
+    with openai.OpenAI(base_url=f"{own_server.url}/v1", api_key="none", max_retries=0) as client:
+
+        def complete(**body: Any) -> None:
+            client.completions.create(**{"model": FROZEN, "prompt": "hello", **body})
+
+        with pytest.raises(openai.BadRequestError) as refused:
+            complete(max_tokens=MAX_MODEL_LEN)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError) as missing:
+            complete(model="nobody")
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError, match="unknown field tools"):
+            complete(extra_body={"tools": []})
+        own_server.model.fail_after = 0
+        with pytest.raises(openai.InternalServerError) as failed:
+            complete()
+        assert failed.value.code == "generation_failed"
+        own_server.worker.draining = True
+        with pytest.raises(openai.InternalServerError) as draining:
+            complete()
+        assert draining.value.status_code == 503
+        own_server.worker.draining = False

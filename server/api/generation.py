@@ -109,9 +109,15 @@ async def prepare(
         key_id,
         n=wanted.n,
         input_logprobs=wanted.input_logprobs,
-        labels=encode_labels(worker, wanted.labels) if wanted.labels else (),
+        labels=await _encode_labels(worker, wanted.labels),
     )
     return Prepared(request, resolved, soft_prompt)
+
+
+async def _encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    if sum(map(len, labels)) > LONG_TEXT:
+        return await asyncio.to_thread(encode_labels, worker, labels)
+    return encode_labels(worker, labels)
 
 
 async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:

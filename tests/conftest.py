@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Tiny models are slower on many threads than on one."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Tiny models are slower on many threads than on one; and where tests run in two processes, one each is enough."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

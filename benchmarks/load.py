@@ -141,6 +141,9 @@ def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str,
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.terminate()
+        _, left = psutil.wait_procs(family, timeout=20)
+        for member in left:  # one that first finishes what it was asked for, though nobody waits any more
+            member.kill()
         process.wait(60)
 
 

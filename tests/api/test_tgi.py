@@ -507,7 +507,7 @@ def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: Li
     details = reply["details"]
 
     def mean(sequence: dict[str, Any]) -> float:
-        return sum(token["logprob"] for token in sequence["tokens"]) / len(sequence["tokens"])
+        return float(sum(token["logprob"] for token in sequence["tokens"]) / len(sequence["tokens"]))
 
     others = details["best_of_sequences"]
     assert len(others) == 4
@@ -546,7 +546,11 @@ def test_a_grammar_holds(server: LiveServer, route: str) -> None:
             return server.text("hello", **parameters)
         return str(server.events("hello", **parameters)[-1]["generated_text"])
 
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},
+        "required": ["n"],
+    }
     schema["additionalProperties"] = False
     assert re.fullmatch("[ab]{3}c", text({"type": "regex", "value": "[ab]{3}c"}))
     for grammar in (

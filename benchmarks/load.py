@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -135,13 +134,15 @@ def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str,
             time.sleep(0.5)
         yield url, psutil.Process(process.pid)
     finally:
-        family: list[Any] = (
-            [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        )
+        parent = psutil.Process(process.pid)  # there until it is waited for, if only as a zombie
+        family = [parent, *parent.children(recursive=True)]
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.terminate()
-        process.wait(60)
+        _, left = psutil.wait_procs(family, timeout=20)
+        for member in left:  # one that first finishes what it was asked for, though nobody waits any more
+            member.kill()
+        process.wait()
 
 
 def _answers(url: str) -> bool:

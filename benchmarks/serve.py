@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
                     bar.set_postfix_str(f"{peer_name} {name}")
                     measured = asyncio.run(measure(peer, workload, url, process, options.seconds))
                     found[name, peer_name].append(measured.figures())
+                    bar.write(json.dumps({"workload": name, "peer": peer_name, **found[name, peer_name][-1]}))
                     bar.update()
     result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (name, peer_name), rows in found.items():

@@ -68,7 +68,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         units = ("%", "ms", "%")
         for panel, title, unit in zip(panels, titles, units, strict=True):
             panel.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: f"{value:,.0f} {unit}"))
         panels[0].set_ylim(0, max(110.0, panels[0].get_ylim()[1]))
         panels[2].set_ylim(0, 108)

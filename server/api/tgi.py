@@ -32,15 +32,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "The request took too long."},
 }
 
-router = APIRouter(
-    tags=["generate"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
-)
+router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
 
 TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
 Reply = GenerateReply | list[GenerateReply]
 
 
-@router.post("/generate", response_model=Reply)
+@router.post("/generate", response_model=Reply, responses=ERRORS)
 async def generate(
     body: GenerateBody,
     request: Request,
@@ -53,7 +51,7 @@ async def generate(
     return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
-@router.post("/", response_model=Reply)
+@router.post("/", response_model=Reply, responses=ERRORS)
 async def compat_generate(
     body: GenerateBody,
     request: Request,
@@ -66,7 +64,7 @@ async def compat_generate(
     return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
-@router.post("/generate_stream")
+@router.post("/generate_stream", responses=ERRORS)
 async def generate_stream(
     body: GenerateBody,
     request: Request,
@@ -79,7 +77,7 @@ async def generate_stream(
     return await _answer(body, task, True, request, worker, registry, key_id)
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses={status: ERRORS[status] for status in (400, 413, 422)})
 async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]:
     """The tokens of a text, as the frozen model reads it."""
     text = body.inputs
@@ -192,6 +190,7 @@ def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
 
 def _wants_sampling(parameters: GenerateParameters) -> bool:
     """Whether the request asks for sampling without saying at which temperature."""
-    filters = (parameters.top_k, parameters.top_p, parameters.min_p, parameters.typical_p)
-    asked = parameters.do_sample or any(value is not None for value in filters)
+    # Clients send neutral values of the newer ones unasked; top_k and top_p have always asked by being there.
+    newer = (parameters.min_p or 0.0) > 0 or (parameters.typical_p or 1.0) < 1
+    asked = parameters.do_sample or parameters.top_k is not None or parameters.top_p is not None or newer
     return bool(asked) and parameters.do_sample is not False and parameters.temperature is None

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -22,7 +23,7 @@ from server.errors import InvalidRequest
 KEPT = 64
 """Compiled grammars; the one that was used last stays longest."""
 
-ONE_SPACE = {"whitespace_pattern": " ?"}
+ONE_SPACE: Any = {"whitespace_pattern": " ?"}
 """Between the parts of a JSON text. Were any number allowed, a small model could go on with blanks for ever."""
 
 

@@ -164,6 +164,7 @@ class EngineWorker:
             RequestTimedOut: it took too long.
             GenerationFailed: the engine could not finish it.
         """
+        self._refuse_if_closed()
         self._engine.check(request, soft_prompt)
         if request.sampling.grammar is not None:
             await asyncio.to_thread(self.check_grammar, request.sampling.grammar)
@@ -174,10 +175,7 @@ class EngineWorker:
 
     async def _deltas(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
         """What `generate` yields of a checked request, whatever the limits are."""
-        if self.draining:
-            raise ServerDraining("The server is shutting down.")
-        if self._failed:
-            raise GenerationFailed("The engine has stopped.", remedy="Restart the server; its log says why.")
+        self._refuse_if_closed()
         stream: asyncio.Queue[Delta] = asyncio.Queue()
         assert request.request_id not in self._streams, "request ids are unique"
         self._streams[request.request_id] = stream
@@ -204,6 +202,12 @@ class EngineWorker:
                 self._idle.set()
             if not ended:
                 self._send(lambda: self._abort(request.request_id))
+
+    def _refuse_if_closed(self) -> None:
+        if self.draining:
+            raise ServerDraining("The server is shutting down.")
+        if self._failed:
+            raise GenerationFailed("The engine has stopped.", remedy="Restart the server; its log says why.")
 
     def _timer(self, request: GenerationRequest, stream: asyncio.Queue[Delta]) -> asyncio.TimerHandle | None:
         """Ends the wait for a request that takes too long, through the queue that it waits on."""

@@ -255,7 +255,7 @@ def assert_openai_error(response: httpx.Response, status: int, code: str, *parts
 
 def assert_error(response: httpx.Response, status: int, code: str, *parts: str) -> dict[str, str]:
     """An error in the one shape that all of its route have, with these parts in its message; answers the body."""
-    if response.request.url.path.startswith("/v1/"):
+    if f"{response.request.url.path}/".startswith("/v1/"):
         return assert_openai_error(response, status, code, *parts)
     assert response.status_code == status, f"{response.status_code}: {response.text}"
     body: dict[str, str] = response.json()

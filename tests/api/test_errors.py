@@ -179,9 +179,10 @@ def test_every_documented_error_has_the_one_shape(server: LiveServer) -> None:
 def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> None:
     operations = _operations(server)
     expected = {
-        ("POST", "/generate"): {400, 404, 413, 422, 500, 503},
-        ("POST", "/generate_stream"): {400, 404, 413, 422, 500, 503},
-        ("POST", "/"): {400, 404, 413, 422, 500, 503},
+        ("POST", "/generate"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("POST", "/generate_stream"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("POST", "/"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("POST", "/tokenize"): {400, 413, 422},
         ("POST", "/v1/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/v1/chat/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("GET", "/v1/models"): {400, 422},

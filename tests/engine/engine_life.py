@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from server.core import Delta, FinishReason, GenerationRequest
-from server.engine.engine import Batch, Engine
+from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, Slot
+from server.engine.logit_rows import Batch
 from server.engine.model import FrozenModel
 from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice
@@ -175,7 +177,7 @@ class EngineLife(RuleBasedStateMachine):
         name = self.live_prompts[task]
         soft_prompt = self.world.soft_prompts[name]
         request_id = str(len(self.lives))
-        sampling = {"max_new_tokens": new_tokens, "temperature": temperature, "seed": len(input_ids)}
+        sampling: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "seed": len(input_ids)}
         asked = request(request_id, input_ids, task, **sampling)
         life = Life(asked, soft_prompt, self.world.alone(input_ids, name, new_tokens, temperature))
         self.lives[request_id] = life

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tests.support import (
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
 
-def mixed_work(model: FrozenModel, count: int, seed: int, **sampling: object) -> Work:
+def mixed_work(model: FrozenModel, count: int, seed: int, **sampling: Any) -> Work:
     """Requests of all lengths over three tasks and none."""
     rng = random.Random(seed)
     prompts = {

@@ -73,6 +73,12 @@ def test_special_tokens_read_by_their_names_and_rows_without_a_token_read_nothin
     assert (TEXTS.bytes_of(VOCAB_SIZE - 1), TEXTS.text_of(VOCAB_SIZE - 1)) == (b"", "")
 
 
+def test_an_added_token_is_not_read_in_the_byte_level_alphabet() -> None:
+    backend = byte_tokenizer().backend_tokenizer
+    backend.add_tokens(["café"])
+    assert TokenTexts(backend).bytes_of(backend.token_to_id("café")) == "café".encode()
+
+
 def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     """A tokenizer that adds a BOS, with a chat template."""
     backend = byte_tokenizer().backend_tokenizer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from server.engine.model import FrozenModel
-from tests.api.live import LiveServer, assert_openai_error, engine_answer
+from tests.api.live import LiveServer, SteeredModel, assert_openai_error, engine_answer, live_server
 from tests.api.openai.support import (
     CHAT,
     FROZEN,
@@ -22,6 +24,7 @@ from tests.api.openai.support import (
 )
 from tests.support import EOS
 
+PAD = EOS + 1
 RENDERED = "<user>hello\n<assistant>"
 
 
@@ -48,6 +51,21 @@ def test_all_messages_are_read_with_their_roles_and_names(chatty: LiveServer, ti
     rendered = "<system>be brief\n<user>adahello\n<assistant>hi\n<user>one\ntwo\n<assistant>"
     reply = ask(chatty, CHAT, messages=messages, max_tokens=12)
     assert texts(reply) == [engine_answer(tiny, None, rendered, max_new_tokens=12).text]
+
+
+def test_a_template_that_writes_bos_is_not_given_a_second_one(tmp_path: Path) -> None:
+    model = SteeredModel()
+    tokenizer = model.tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing("<pad> $A", None, [("<pad>", PAD)])
+    tokenizer.chat_template = "<pad>{{ messages[0].content }}"
+    with live_server(tmp_path, model=model) as live:
+        assert live.worker.encode("hello")[0] == PAD, "the tokenizer adds one"
+        assert ask(live, CHAT, max_tokens=2)["usage"]["prompt_tokens"] == 1 + len("hello")
+        assert ask(live, max_tokens=2)["usage"]["prompt_tokens"] == 1 + len("hello")
+        live.publish_random("bos", 1, {"input_template": "{input}!"})
+        usage = ask(live, CHAT, model="bos", max_tokens=2)["usage"]
+        assert usage["prompt_tokens"] == 5 + 1 + len("hello!"), "that template writes none, so the tokenizer does"
 
 
 def test_what_was_answered_can_be_sent_back_as_it_is(chatty: LiveServer) -> None:

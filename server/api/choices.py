@@ -104,9 +104,9 @@ async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tup
     try:
         left = len(running)
         while left:
-            number, delta = await arrived.get()
-            if delta is not None:
-                yield number, delta
+            number, added = await arrived.get()
+            if added is not None:
+                yield number, added
                 continue
             await running[number]  # raises what ended it
             left -= 1

@@ -117,7 +117,7 @@ async def test_a_store_that_fails_is_told_to_the_operator_too(
     assert "GET /stores: The disk is gone." in caplog.text
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1", "/v1/nothing", "/v10/nothing"])
+@pytest.mark.parametrize("path", ["/nowhere", "/generate/x", "/prompts/a/b", "/v1/nothing", "/v10/nothing"])
 def test_a_path_that_does_not_exist_is_404_in_the_same_shape(server: LiveServer, path: str) -> None:
     assert_error(server.client.get(path), 404, "invalid_request", f"There is no GET {path}.")
 

@@ -59,9 +59,13 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
         send(inputs=TEXT * 10_000)
         send(temperature=TEXT)
         send(**misspelt)
-        asked = {"/v1/completions": {"prompt": TEXT}, "/v1/chat/completions": {"messages": [_message(TEXT)]}}
+        asked: dict[str, dict[str, Any]] = {
+            "/v1/completions": {"prompt": TEXT},
+            "/v1/chat/completions": {"messages": [_message(TEXT)]},
+        }
         for route, body in asked.items():
-            for more in ({}, {"stream": True}, {"stop": [3]}, {"model": TEXT}, misspelt):
+            extras: list[dict[str, Any]] = [{}, {"stream": True}, {"stop": [3]}, {"model": TEXT}, misspelt]
+            for more in extras:
                 content = {"model": "mood", "max_tokens": 3, **body, **more}
                 statuses.append(live.client.post(route, json=content, headers=good).status_code)
         broken = {"Content-Type": "application/json", **good}

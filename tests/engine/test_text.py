@@ -90,7 +90,7 @@ def test_a_chat_is_rendered_up_to_where_the_answer_begins_with_one_bos() -> None
     )
     text = render_chat(tokenizer, HELLO)
     assert text == "<bos>[user]hello[assistant]"
-    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    bos = tokenizer.bos_token_id
     assert tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids.count(bos) == 1
     assert tokenizer.backend_tokenizer.encode(text).ids.count(bos) == 2, "the test would not see a second one"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -43,8 +44,9 @@ class _Form:
             "finish_reason": FINISH_REASONS[choice.finish_reason],
         }
 
-    def chunk(self, number: int, choice: Choice, delta: Delta) -> list[Body]:
+    def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
         """What a delta adds to a stream: the role first, then text, then why it ended."""
+        choice = choices[delta.index]
         found: list[Body] = []
         if len(choice.tokens) <= 1:
             found.append(self._part(choice, {"role": "assistant", "content": ""}))

@@ -19,7 +19,7 @@ from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
 from server.api.sse import EventStream, unless_disconnected
-from server.core import Delta
+from server.core import Delta, Scored, Token
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 
@@ -47,51 +47,52 @@ class _Form:
     texts: Sequence[str]
     """What `echo` puts in front; empty without it."""
 
-    def choice(self, number: int, choice: Choice, choices: Sequence[Choice], index: int) -> Body:
-        """A choice that has ended, of the request with this number."""
+    def choice(self, number: int, choices: Sequence[Choice], at: int, index: int) -> Body:
+        """A choice that has ended, the one at this place of the request with this number."""
+        choice = choices[at]
         assert choice.finish_reason is not None, "the request has ended"
-        text = self.texts[number]
+        start = len(self.texts[number])
         return {
             "index": index,
-            "text": text + choice.text,
-            "logprobs": self._logprobs(number, choice, choice.scored or choices[0].scored),
+            "text": self.texts[number] + choice.text,
+            "logprobs": self._logprobs(number, _given(choices), choice.tokens, running_offsets(start, choice.pieces)),
             "finish_reason": FINISH_REASONS[choice.finish_reason],
         }
 
-    def chunk(self, number: int, choice: Choice, delta: Delta) -> list[Body]:
+    def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
         """What a delta adds to a stream; nothing where it leaves the text open."""
+        choice = choices[delta.index]
+        tokens = [] if delta.token is None else [delta.token]
+        pieces = choice.pieces[len(choice.pieces) - len(tokens) :]
         begins = len(choice.tokens) <= 1
-        text = (self.texts[number] if begins else "") + (choice.pieces[-1] if delta.token else "")
-        wants_logprobs = self.body.logprobs is not None
-        if not text and not wants_logprobs and delta.finish_reason is None:
+        text = (self.texts[number] if begins else "") + "".join(pieces)
+        if not text and self.body.logprobs is None and delta.finish_reason is None:
             return []
+        start = len(self.texts[number]) + len(choice.text) - sum(map(len, pieces))
+        given = _given(choices) if begins else ()
         return [
             {
                 "index": number * self.body.generated + choice.index,
                 "text": text,
-                "logprobs": self._last_logprobs(number, choice, delta, begins=begins),
+                "logprobs": self._logprobs(number, given, tokens, running_offsets(start, pieces)),
                 "finish_reason": None if delta.finish_reason is None else FINISH_REASONS[delta.finish_reason],
             }
         ]
 
-    def _logprobs(self, number: int, choice: Choice, scored: Sequence[Any]) -> Body | None:
+    def _logprobs(
+        self, number: int, given: Sequence[Scored], tokens: Sequence[Token], offsets: Sequence[int]
+    ) -> Body | None:
         if self.body.logprobs is None:
             return None
-        scored = scored if self.body.echo else ()
-        offsets = [*self._given_offsets(number, scored), *running_offsets(len(self.texts[number]), choice.pieces)]
-        return completion_logprobs(self.worker, [*scored, *choice.tokens], offsets, self.body.logprobs)
+        if not self.body.echo:
+            return completion_logprobs(self.worker, tokens, offsets, self.body.logprobs)
+        at = text_offsets(self.texts[number], [self.worker.token_bytes(token.id) for token in given])
+        return completion_logprobs(self.worker, [*given, *tokens], [*at, *offsets], self.body.logprobs)
 
-    def _last_logprobs(self, number: int, choice: Choice, delta: Delta, *, begins: bool) -> Body | None:
-        if self.body.logprobs is None:
-            return None
-        scored = choice.scored if begins and self.body.echo else ()
-        new = [] if delta.token is None else [delta.token]
-        start = len(self.texts[number]) + sum(map(len, choice.pieces[: len(choice.pieces) - len(new)]))
-        offsets = [*self._given_offsets(number, scored), start][: len(scored) + len(new)]
-        return completion_logprobs(self.worker, [*scored, *new], offsets, self.body.logprobs)
 
-    def _given_offsets(self, number: int, scored: Sequence[Any]) -> list[int]:
-        return text_offsets(self.texts[number], [self.worker.token_bytes(token.id) for token in scored])
+def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
+    """The input's tokens, which all choices share and the engine tells once: with the first delta of the first one."""
+    return choices[0].scored
 
 
 @router.post("/v1/completions", response_model=CompletionReply)
@@ -121,10 +122,10 @@ def _answered(form: _Form, requests: Sequence[Sequence[Choice]]) -> list[Body]:
     n = form.body.n or 1
     answered = []
     for number, choices in enumerate(requests):
-        ranked = list(choices)
+        ranked = [choice.index for choice in choices]
         if len(choices) > n:
-            ranked = sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[:n]
-        answered += [form.choice(number, choice, choices, number * n + at) for at, choice in enumerate(ranked)]
+            ranked = sorted(ranked, key=lambda at: choices[at].mean_logprob, reverse=True)[:n]
+        answered += [form.choice(number, choices, at, number * n + place) for place, at in enumerate(ranked)]
     return answered
 
 

@@ -21,7 +21,7 @@ async def chunks(
     first: tuple[int, Delta],
     deltas: AsyncGenerator[tuple[int, Delta]],
     requests: Sequence[Sequence[Choice]],
-    render: Callable[[int, Choice, Delta], list[Body]],
+    render: Callable[[int, Sequence[Choice], Delta], list[Body]],
     head: Mapping[str, Any],
     include_usage: bool,
 ) -> AsyncGenerator[Body]:
@@ -31,7 +31,8 @@ async def chunks(
         first: the first delta, which was awaited before the status went out.
         deltas: what follows, with the number of the request; closed at the end, however that comes.
         requests: their choices, empty at first; they are filled here.
-        render: from a request's number, a choice that has taken a delta over, and the delta, to choices of chunks.
+        render: from a request's number, its choices, one of which has taken a delta over, and the delta, to choices of
+            chunks.
         head: fields that every chunk has.
         include_usage: end with a chunk of token counts; the others then say null.
     """
@@ -39,9 +40,9 @@ async def chunks(
     async with aclosing(deltas):
         number, delta = first
         while True:
-            choice = requests[number][delta.index]
-            choice.take(delta)
-            for body in render(number, choice, delta):
+            choices = requests[number]
+            choices[delta.index].take(delta)
+            for body in render(number, choices, delta):
                 yield {**head, "choices": [body], **more}
             try:
                 number, delta = await anext(deltas)

@@ -137,6 +137,10 @@ async def prepare_all(
             f"{len(inputs)} inputs with {choices} texts each are more than {MAX_CHOICES} choices.",
             remedy="Send several requests.",
         )
+    if body.new_tokens == 0 and choices > 1:
+        raise InvalidRequest(
+            "Of texts without a token there is only one.", remedy="Send n 1 with max_tokens 0.", param="n"
+        )
     manifest = target.manifest
     fields = _sampling_fields(worker, body)
     if "temperature" not in fields and _asks_for_sampling(body, choices) and not manifest.generation.temperature:

@@ -97,9 +97,11 @@ def test_inputs_of_one_request_stay_on_one_side_of_a_canary(server: LiveServer) 
 
 
 def test_too_many_choices_are_refused(server: LiveServer) -> None:
-    for body in ({"prompt": ["x"] * 65, "n": 2}, {"prompt": ["x"] * 2, "best_of": 65}):
+    products: list[Body] = [{"prompt": ["x"] * 65, "n": 2}, {"prompt": ["x"] * 2, "best_of": 65}]
+    for body in products:
         assert_openai_error(post(server, COMPLETIONS, **body, max_tokens=1), 400, "invalid_request", "128")
-    for body in ({"prompt": ["x"] * 129}, {"n": 129}, {"prompt": [[1]] * 129}):
+    alone: list[Body] = [{"prompt": ["x"] * 129}, {"n": 129}, {"prompt": [[1]] * 129}]
+    for body in alone:
         assert post(server, COMPLETIONS, **body, max_tokens=1).status_code == 400
     assert len(ask(server, prompt=["x"] * 128, max_tokens=1)["choices"]) == 128
 
@@ -130,8 +132,8 @@ def test_the_tasks_defaults_hold_unless_the_request_says_otherwise(server: LiveS
         assert texts(ask(server, model="cmpl-defaults", **own)) == texts(ask(server, model="cmpl-plain", **wanted))
 
 
-def test_without_a_default_it_is_greedy_and_not_openais_temperature_of_1(server: LiveServer, tiny: FrozenModel) -> None:
-    greedy = engine_answer(tiny, None, "hello", max_new_tokens=128, ignore_eos=True).text
+def test_without_a_default_it_is_greedy_and_not_openais_temperature_of_1(server: LiveServer) -> None:
+    greedy = engine_answer(server.model, None, "hello", max_new_tokens=128, ignore_eos=True).text
     neutral: Body = {"top_p": 1, "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "top_k": -1, "min_p": 0}
     for own in ({}, neutral, {"temperature": 0}, {"temperature": 0, "top_p": 0.9, "seed": 3}):
         assert texts(ask(server, ignore_eos=True, **own)) == [greedy], own
@@ -181,8 +183,10 @@ def test_an_end_token_ends_the_text_and_is_not_part_of_it(server: LiveServer) ->
 
 def test_a_biased_token_is_chosen_or_never(server: LiveServer) -> None:
     assert texts(ask(server, logit_bias={str(server.worker.encode("z")[0]): 100}, max_tokens=5)) == ["zzzzz"]
-    first = server.worker.encode(texts(ask(server, max_tokens=1))[0])[0]
-    assert texts(ask(server, logit_bias={str(first): -100}, max_tokens=1)) != texts(ask(server, max_tokens=1))
+    [first] = engine_ids(server, FROZEN, 1)
+    told: Body = {"max_tokens": 1, "logprobs": 0}
+    unbiased, biased = ask(server, **told), ask(server, **told, logit_bias={str(first): -100})
+    assert unbiased["choices"][0]["logprobs"] != biased["choices"][0]["logprobs"]
     error = assert_openai_error(post(server, COMPLETIONS, logit_bias={str(VOCAB_SIZE): 1}), 400, "invalid_request")
     assert error["param"] == "logit_bias"
 
@@ -191,7 +195,8 @@ def test_a_biased_token_is_chosen_or_never(server: LiveServer) -> None:
 def test_penalties_change_what_repeats(server: LiveServer, penalty: str) -> None:
     token = str(server.worker.encode("z")[0])
     biased: Body = {"logit_bias": {token: 8}, "max_tokens": 30, "ignore_eos": True}
-    assert texts(ask(server, **biased)) != texts(ask(server, **biased, **{penalty: 2}))
+    penalised: Body = {**biased, penalty: 2}
+    assert texts(ask(server, **biased)) != texts(ask(server, **penalised))
 
 
 def test_logprobs_are_told_for_every_token(server: LiveServer) -> None:
@@ -291,9 +296,14 @@ def test_offsets_say_where_in_the_text_a_token_begins(server: LiveServer) -> Non
 
 
 def test_an_input_can_be_looked_at_without_an_answer(server: LiveServer) -> None:
-    reply = ask(server, max_tokens=0)
+    reply = ask(server, max_tokens=0, n=1)
     assert (texts(reply), reply["choices"][0]["finish_reason"]) == ([""], "length")
     assert reply["usage"]["completion_tokens"] == 0
+    several: list[Body] = [{"n": 3}, {"best_of": 2}, {"n": 2, "stream": True}]
+    for body in several:
+        response = post(server, COMPLETIONS, max_tokens=0, **body)
+        assert assert_openai_error(response, 400, "invalid_request")["param"] == "n"
+    assert ask(server, max_tokens=1)["choices"], "the engine goes on"
 
 
 def test_the_best_of_several_are_the_likeliest(server: LiveServer) -> None:
@@ -310,11 +320,14 @@ def test_the_best_of_several_are_the_likeliest(server: LiveServer) -> None:
 
 
 def test_an_input_that_is_empty_or_too_long_is_refused(server: LiveServer) -> None:
-    for prompt in ("", ["x", ""]):
+    empty: list[Any] = ["", ["x", ""]]
+    for prompt in empty:
         assert_openai_error(post(server, COMPLETIONS, prompt=prompt), 400, "empty_input")
-    for prompt in ([], [[]], [[1], []]):
+    nothing: list[Any] = [[], [[]], [[1], []]]
+    for prompt in nothing:
         assert_openai_error(post(server, COMPLETIONS, prompt=prompt), 400, "invalid_request", "prompt")
-    for body in ({"prompt": "a" * MAX_MODEL_LEN}, {"max_tokens": MAX_MODEL_LEN}, {"prompt": "a" * 3_000_000}):
+    long: list[Body] = [{"prompt": "a" * MAX_MODEL_LEN}, {"max_tokens": MAX_MODEL_LEN}, {"prompt": "a" * 3_000_000}]
+    for body in long:
         assert_openai_error(post(server, COMPLETIONS, **body), 400, "input_too_long")
 
 

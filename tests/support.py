@@ -6,7 +6,7 @@ A tiny model is a real transformers architecture with random weights, built from
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -269,7 +269,7 @@ def run_engine(
                 outcome.ends += 1
                 outcome.lasts += delta.is_last
                 outcome.finish_reason = delta.finish_reason
-                outcome.usage = delta.usage
+                outcome.usage = delta.usage and replace(delta.usage, queued_seconds=0.0)  # a time is never the same
                 outcome.error = delta.error
     engine.check_integrity()
     return outcomes

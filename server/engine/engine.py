@@ -194,7 +194,7 @@ class Engine:
         if sequence.request.labels and not sequence.label_ids:
             return self._begin_labels(sequence)
         if not drawn:
-            return [self._end(sequence, None, FinishReason.LENGTH)]
+            return [self._end(who, None, FinishReason.LENGTH) for who in (sequence, *sequence.siblings)]
         siblings, sequence.siblings = sequence.siblings, []
         if siblings:
             self.scheduler.share_input(sequence, siblings)

@@ -409,7 +409,9 @@ def test_a_zip_that_is_packed_in_a_rare_way_is_refused(server: LiveServer, good:
     _refused(server, {"f.zip": _zip(list(good.items()), compression)}, "rare compression")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"not a zip" * 100, zip_of({"x": b"y"})[:-30]])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"not a zip" * 100, zip_of({"x": b"y"})[:-30]], ids=["empty", "begun", "text", "cut"]
+)
 def test_what_is_not_a_zip_is_refused(server: LiveServer, content: bytes) -> None:
     _refused(server, {"f.zip": content}, "zip cannot be read")
 

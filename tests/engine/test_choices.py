@@ -123,6 +123,12 @@ def test_with_no_new_token_the_input_is_only_scored(tiny: FrozenModel, inputs: t
     assert [scored.id for scored in outcome.scored] == list(inputs)
 
 
+def test_many_choices_of_no_tokens_all_end(tiny: FrozenModel) -> None:
+    outcomes = run_engine(make_engine(tiny), [(request("r", INPUT, n=3, max_new_tokens=0), None)])
+    assert [outcome.ends for outcome in outcomes.values()] == [1, 1, 1]
+    assert sum(outcome.lasts for outcome in outcomes.values()) == 1
+
+
 LABELS = [(7,), (7, 9), (200, 3, 5, 5), (9,)]
 
 

@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server import __version__
 from server.api import ops, prompts, tgi, versions
-from server.api.browsers import OwnPagesOnly
+from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
@@ -39,16 +40,26 @@ class Service(Protocol):
 
 
 class App(FastAPI):
-    """FastAPI, with a layer around all of it: also around the reply to an error that nobody expected."""
+    """FastAPI, with layers around all of it: also around the reply to an error that nobody expected."""
 
-    def __init__(self, metrics: Metrics, **options: Any) -> None:
-        """An app without routes, whose requests are counted."""
+    def __init__(self, metrics: Metrics, origins: frozenset[str], **options: Any) -> None:
+        """An app without routes.
+
+        Args:
+            metrics: what requests are counted in.
+            origins: of pages whose browsers are told that they may read replies.
+            options: of FastAPI.
+        """
         super().__init__(**options)
         self.state.metrics = metrics
+        self._origins = origins
 
     def build_middleware_stack(self) -> ASGIApp:
         """FastAPI's own, in ours."""
-        return Access(super().build_middleware_stack(), self.state.metrics)
+        stack = super().build_middleware_stack()
+        if self._origins:
+            stack = CORSMiddleware(stack, allow_origins=self._origins, **CORS)
+        return Access(stack, self.state.metrics)
 
 
 def create_app(
@@ -75,13 +86,19 @@ def create_app(
             await asyncio.to_thread(service.stop)
         await worker.stop()
 
-    app = App(metrics, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = App(
+        metrics, settings.origins, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan
+    )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.keys = keys
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
+    hosts = settings.hosts
     if keys is None:
-        app.add_middleware(OwnPagesOnly, loopback_only=not settings.allow_anonymous)
+        hosts = frozenset() if hosts is None and not settings.allow_anonymous else hosts
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=settings.origins)
+    elif hosts is not None:
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
     for module in (tgi, completions, chat, models, prompts, versions, ops):
         app.include_router(module.router)

@@ -152,8 +152,15 @@ def check_exposure(settings: Settings, address: str) -> None:
         address: where the socket listens, whatever name it was given by.
 
     Raises:
-        ConfigurationError: others than this machine's users could reach it.
+        ConfigurationError: others than this machine's users could reach it, be it through pages in their browsers.
     """
+    if settings.api_keys_file is None and not settings.allow_anonymous and "*" in settings.origins:
+        raise ConfigurationError(
+            "With PRELUDE_CORS_ORIGINS=* and no API keys, every page in a browser on this machine could use, replace "
+            "and delete every task.",
+            remedy="Name the origins; or ask for keys (PRELUDE_API_KEYS_FILE); or let everybody in: "
+            "PRELUDE_ALLOW_ANONYMOUS=1.",
+        )
     if settings.api_keys_file is not None or is_loopback(address):
         return
     if not settings.allow_anonymous:

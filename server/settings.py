@@ -7,6 +7,7 @@ A misspelt `PRELUDE_…` variable is an error: a setting that silently does noth
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
 
 OPTIMISATIONS = frozenset({"compiled", "fused", "graphs", "packed"})
 """What can be switched off; see `server/engine/optimise.py`."""
+
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\\?#@*\s]+")
 
 Memory = Literal["auto"] | ByteSize
 """A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
@@ -49,6 +53,16 @@ class Settings(BaseSettings):
     )
     allow_anonymous: bool = Field(
         False, description="Without API keys, listen on other addresses than loopback too: everybody may do anything."
+    )
+    allowed_hosts: str | None = Field(
+        None,
+        description="Names by which requests may come, besides localhost and 127.0.0.1, with commas between them. "
+        "Default: with keys or PRELUDE_ALLOW_ANONYMOUS any, else none.",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may use the server from a browser, such as https://app.example, with commas "
+        "between them; * is any. Default: none.",
     )
     prompts_dir: Path = Field(
         Path("prompts"),
@@ -116,8 +130,14 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="After SIGTERM, how long requests in flight may take to finish."
     )
+    metrics_tasks: int = Field(
+        100, ge=0, description="Tasks that /metrics tells apart; those that are asked later share one label value."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level to log: debug, info, warning or error."
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="How the log is written: console, for people, or json, one object on each line."
     )
 
     @property
@@ -132,6 +152,26 @@ class Settings(BaseSettings):
         if parts not in (["all"], ["none"]) and not OPTIMISATIONS.issuperset(parts):
             raise ValueError(f"{value!r} is neither all nor none nor some of {', '.join(sorted(OPTIMISATIONS))}")
         return ",".join(parts)
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """The names of `allowed_hosts`."""
+        return None if self.allowed_hosts is None else frozenset(self.allowed_hosts.split(","))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_hosts(cls, value: str | None) -> str | None:
+        return None if value is None else _listed(value, _HOST, "a host's name or address, without scheme and port")
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """The origins of `cors_origins`."""
+        return frozenset() if self.cors_origins is None else frozenset(self.cors_origins.split(","))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _names_origins(cls, value: str | None) -> str | None:
+        return None if value is None else _listed(value, _ORIGIN, "* or an origin, scheme://host[:port] without a path")
 
     @property
     def store_url(self) -> str:
@@ -162,6 +202,15 @@ class Settings(BaseSettings):
                 for e in exc.errors()
             )
             raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc
+
+
+def _listed(value: str, form: re.Pattern[str], what: str) -> str:
+    """A list with commas in one way of writing it: small letters, no spaces."""
+    parts = [part.strip().lower() for part in value.split(",")]
+    for part in parts:
+        if not form.fullmatch(part):
+            raise ValueError(f"{part!r} is not {what}")
+    return ",".join(parts)
 
 
 def check_variables() -> None:

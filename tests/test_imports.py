@@ -125,6 +125,16 @@ def test_only_the_edge_knows_of_http(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
+def test_only_the_edge_knows_who_looks_at_the_server_from_outside(module: str) -> None:
+    seen_by = {
+        "prometheus_client": ("server.api.telemetry.",),
+        "structlog": ("server.api.telemetry.", "server.cli.logs"),
+    }
+    for name in {name.split(".")[0] for name in imports_of(FILES[module].read_text(), module)} & set(seen_by):
+        assert module.startswith(seen_by[name])
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_no_module_is_named_after_one_of_the_standard_library(module: str) -> None:
     assert not set(module.split(".")[1:]) - {"__init__"} & sys.stdlib_module_names
 

@@ -192,6 +192,15 @@ def test_on_other_addresses_a_server_without_keys_does_not_start_unless_everybod
     listen(host, api_keys_file=tmp_path / "keys.json")
 
 
+def test_all_pages_are_let_in_only_where_a_key_is_asked_for_or_everybody_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="every page in a browser") as caught:
+        listen("127.0.0.1", cors_origins="*")
+    assert "PRELUDE_ALLOW_ANONYMOUS=1" in caught.value.remedy
+    listen("127.0.0.1", cors_origins="https://app.example")
+    listen("127.0.0.1", cors_origins="*", allow_anonymous=True)
+    listen("127.0.0.1", cors_origins="*", api_keys_file=tmp_path / "keys.json")
+
+
 def test_what_counts_is_the_address_that_the_socket_has_and_not_its_name() -> None:
     with bind("0.0.0.0", 0) as listener, pytest.raises(ConfigurationError):
         check_exposure(Settings(host="localhost"), listener.getsockname()[0])
@@ -236,6 +245,18 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
     assert "ready on http" in log
     assert text.split("_")[2] not in log
     assert "my-very-own-words" not in log
+
+
+def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(tmp_path: Path) -> None:
+    with prelude_serve(tmp_path, PRELUDE_LOG_FORMAT="json") as process:
+        body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
+        assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.ended_with(15) == 0
+    entries = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
+    assert [entry["level"] for entry in entries if entry["event"].startswith("ready on http://")] == ["info"]
+    [served] = [entry for entry in entries if entry["event"] == "request" and entry["route"] == "/generate"]
+    assert (served["request_id"], served["status"], served["output_tokens"]) == ("one", 200, 1)
 
 
 def test_what_is_loaded_at_the_start_is_never_looked_through_again(

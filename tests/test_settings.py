@@ -20,6 +20,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "port": ("9000", 9000),
     "api_keys_file": ("/run/secrets/keys.json", Path("/run/secrets/keys.json")),
     "allow_anonymous": ("true", True),
+    "allowed_hosts": ("GPU-box, 10.0.0.1,fe80::1", "gpu-box,10.0.0.1,fe80::1"),
+    "cors_origins": ("https://App.example, http://localhost:3000", "https://app.example,http://localhost:3000"),
     "prompts_dir": ("/data/prompts", Path("/data/prompts")),
     "store": ("file:/data/store", "file:/data/store"),
     "sync_seconds": ("0.5", 0.5),
@@ -40,7 +42,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_virtual_tokens": ("40", 40),
     "max_upload_bytes": ("1MiB", 2**20),
     "drain_seconds": ("1.5", 1.5),
+    "metrics_tasks": ("7", 7),
     "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
 }
 """Every setting: what is written, and what it means."""
 
@@ -116,7 +120,19 @@ def test_variables_of_others_are_none_of_our_business(monkeypatch: pytest.Monkey
         ("max_batch_tokens", "1.5"),
         ("max_upload_bytes", "1KB"),
         ("drain_seconds", "-1"),
+        ("allowed_hosts", ""),
+        ("allowed_hosts", "*"),
+        ("allowed_hosts", "gpu-box:8000"),
+        ("allowed_hosts", "http://gpu-box"),
+        ("cors_origins", ""),
+        ("cors_origins", "app.example"),
+        ("cors_origins", "https://app.example/"),
+        ("cors_origins", "https://*.example"),
+        ("cors_origins", "https://a.example https://b.example"),
+        ("cors_origins", "null"),
+        ("metrics_tasks", "-1"),
         ("log_level", "loud"),
+        ("log_format", "xml"),
     ],
 )
 @pytest.mark.parametrize("source", ["variable", "option"])
@@ -193,3 +209,10 @@ def test_each_optimisation_can_be_switched_off(text: str, parts: set[str]) -> No
 def test_an_optimisation_that_there_is_not_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(ConfigurationError, match="neither all nor none nor some of compiled, fused, graphs, packed"):
         Settings.load(optimise=text)
+
+
+def test_hosts_and_origins_are_sets_and_without_them_there_are_none() -> None:
+    settings = Settings.load(allowed_hosts="a,b", cors_origins="https://a.example,*")
+    assert settings.hosts == frozenset({"a", "b"})
+    assert settings.origins == {"https://a.example", "*"}
+    assert (Settings.load().hosts, Settings.load().origins) == (None, frozenset())

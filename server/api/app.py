@@ -6,16 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from server import __version__
 from server.api import ops, prompts, tgi, versions
-from server.api.browsers import OwnPagesOnly
+from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
+from server.api.telemetry.access import Access
+from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
@@ -35,6 +39,29 @@ class Service(Protocol):
         """End, and wait until it has ended."""
 
 
+class App(FastAPI):
+    """FastAPI, with layers around all of it: also around the reply to an error that nobody expected."""
+
+    def __init__(self, metrics: Metrics, origins: frozenset[str], **options: Any) -> None:
+        """An app without routes.
+
+        Args:
+            metrics: what requests are counted in.
+            origins: of pages whose browsers are told that they may read replies.
+            options: of FastAPI.
+        """
+        super().__init__(**options)
+        self.state.metrics = metrics
+        self._origins = origins
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """FastAPI's own, in ours."""
+        stack = super().build_middleware_stack()
+        if self._origins:
+            stack = CORSMiddleware(stack, allow_origins=self._origins, **CORS)
+        return Access(stack, self.state.metrics)
+
+
 def create_app(
     settings: Settings,
     worker: EngineWorker,
@@ -45,10 +72,13 @@ def create_app(
     """Put the routes together. The engine's thread and the services live as long as the app."""
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
+    metrics = Metrics(worker, registry, settings.metrics_tasks)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start(registry.is_referenced)
         registry.connect(worker)
+        registry.host.on_load = metrics.loads.observe
         for service in services:
             service.start()
         yield
@@ -56,13 +86,19 @@ def create_app(
             await asyncio.to_thread(service.stop)
         await worker.stop()
 
-    app = FastAPI(title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = App(
+        metrics, settings.origins, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan
+    )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.keys = keys
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
+    hosts = settings.hosts
     if keys is None:
-        app.add_middleware(OwnPagesOnly, loopback_only=not settings.allow_anonymous)
+        hosts = frozenset() if hosts is None and not settings.allow_anonymous else hosts
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=settings.origins)
+    elif hosts is not None:
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
     for module in (tgi, completions, chat, models, prompts, versions, ops):
         app.include_router(module.router)

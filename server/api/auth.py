@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer, SecurityScopes
 
 from server.api.schemas import ErrorBody
+from server.api.telemetry.record import record_of
 from server.errors import Forbidden, Unauthorized, UnknownTask
 from server.keys.key import ApiKey, Scope
 from server.keys.live import ApiKeys
@@ -45,6 +46,8 @@ Generates = Security(_check, scopes=[Scope.GENERATE])
 """A key that may generate. The body may name the task, so the handler calls `allow_task`."""
 Publishes = Security(_check, scopes=[Scope.PUBLISH])
 """A key that may publish, for the task that the path names."""
+Scrapes = Security(_check, scopes=[Scope.METRICS])
+"""A key that may read metrics. They name all tasks, so the handler calls `may_see` for none in particular."""
 
 
 class GuardedRoute(APIRoute):
@@ -81,6 +84,7 @@ def authorise(request: Request, *scopes: Scope) -> None:
         Unauthorized: there is no key, or a wrong one.
         Forbidden: a scope is missing, or the path names a task that the key is not for.
     """
+    record_of(request).generates = Scope.GENERATE in scopes
     keys: ApiKeys | None = request.app.state.keys
     key = None if keys is None else _presented(request, keys)
     request.state.key = key

@@ -4,12 +4,16 @@ A browser on this machine reaches loopback for any page that is open in it. It m
 still POST a rollback (CSRF); and a page whose own name is made to point to 127.0.0.1 after it was loaded can read the
 answer as well (DNS rebinding). Browsers tell both: where a request comes from, and by which name it reached us.
 Programs send no such headers and are not troubled. With keys there is nothing to steal: no page has one.
+
+Pages of origins that the settings name may do what the server's own may. Their browsers are told so by CORS headers,
+without which they would keep the reply from the page.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -22,6 +26,17 @@ READING = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_PAGES = frozenset({"same-origin", "none"})
 """`Sec-Fetch-Site` of a request from our own pages (/docs), or that the user typed."""
 
+CORS: dict[str, Any] = {
+    "allow_methods": ("GET", "POST", "PUT", "DELETE"),
+    "allow_headers": ("Authorization", "If-Match", "If-None-Match", "X-Request-Id"),
+    "expose_headers": (
+        *("ETag", "Retry-After", "X-Request-Id", "Content-Disposition"),
+        *("Prelude-Model", "Prelude-Task", "Prelude-Version"),
+    ),
+    "allow_private_network": True,
+}
+"""What a page of an origin that is let in may send and read. Cookies are no part of it: there are none."""
+
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@/?#\s]+))(?::\d*)?")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
@@ -29,10 +44,17 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 class OwnPagesOnly:
     """Refuses what a browser sends for another site's page; pure ASGI."""
 
-    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
-        """Wrap an app; `loopback_only` also refuses requests that came by another name than this machine's own."""
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, origins: frozenset[str]) -> None:
+        """Wrap an app.
+
+        Args:
+            app: what is behind it.
+            hosts: names by which requests may come, besides this machine's own; None is any.
+            origins: whose pages are let in all the same; `*` is any.
+        """
         self._app = app
-        self._loopback_only = loopback_only
+        self._hosts = hosts
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -45,19 +67,31 @@ class OwnPagesOnly:
 
     def _refusal(self, scope: Scope) -> Forbidden | None:
         headers = Headers(scope=scope)
-        if self._loopback_only and not all(is_this_machine(host) for host in headers.getlist("host")):
+        if not all(map(self._is_ours, headers.getlist("host"))):
+            if self._hosts:
+                return Forbidden(
+                    "This server does not answer to the name that the request was sent to.",
+                    remedy="Address it by a name that PRELUDE_ALLOWED_HOSTS lists, or add this one there.",
+                )
             return Forbidden(
                 "Without API keys this server answers only requests to 127.0.0.1, [::1] or localhost.",
                 remedy="Address it by one of these. A proxy in front of it should send one as Host; or give the server "
-                "keys (PRELUDE_API_KEYS_FILE), or let everybody in (PRELUDE_ALLOW_ANONYMOUS=1).",
+                "keys (PRELUDE_API_KEYS_FILE), name its own (PRELUDE_ALLOWED_HOSTS), or let everybody in "
+                "(PRELUDE_ALLOW_ANONYMOUS=1).",
             )
-        if scope["method"] not in READING and _is_from_another_site(headers):
+        if scope["method"] not in READING and _is_from_another_site(headers) and not self._is_let_in(headers):
             return Forbidden(
                 "Without API keys this server takes no changes or texts from other sites' pages.",
-                remedy="Send it from a program or from the server's own pages; or give the server keys "
-                "(PRELUDE_API_KEYS_FILE).",
+                remedy="Send it from a program or from the server's own pages; name the page's origin in "
+                "PRELUDE_CORS_ORIGINS; or give the server keys (PRELUDE_API_KEYS_FILE).",
             )
         return None
+
+    def _is_ours(self, host: str) -> bool:
+        return self._hosts is None or is_this_machine(host) or _name_of(host) in self._hosts
+
+    def _is_let_in(self, headers: Headers) -> bool:
+        return "*" in self._origins or headers.get("origin", "").lower() in self._origins
 
 
 def is_loopback(address: str) -> bool:
@@ -72,11 +106,14 @@ def is_loopback(address: str) -> bool:
 
 def is_this_machine(host: str) -> bool:
     """Whether a Host header names this machine by an address or the name that no DNS server can redirect."""
+    name = _name_of(host)
+    return name == "localhost" or is_loopback(name)
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host header, in small letters; empty if there is none."""
     match = _AUTHORITY.fullmatch(host)
-    if match is None:
-        return False
-    name = match[1] or match[2]
-    return name.lower().removesuffix(".") == "localhost" or is_loopback(name)
+    return "" if match is None else (match[1] or match[2]).lower().removesuffix(".")
 
 
 def _is_from_another_site(headers: Headers) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.registry.registry import Registry
@@ -26,6 +27,11 @@ async def _registry(request: Request) -> Registry:
 async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
+
+
+async def _metrics(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
 
 
 async def _key_id(request: Request) -> str | None:
@@ -55,4 +61,5 @@ async def known_query(request: Request) -> None:
 WorkerDep = Annotated[EngineWorker, Depends(_worker)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
+MetricsDep = Annotated[Metrics, Depends(_metrics)]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]

@@ -1,17 +1,19 @@
-"""For operators: is it alive, is it ready, what is it."""
+"""For operators: is it alive, is it ready, what is it, how is it doing."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
-from server.api.auth import Reads, may_see
-from server.api.deps import RegistryDep, SettingsDep, WorkerDep
-from server.api.schemas import ErrorBody, Health, Info, PrefixInfo
-from server.errors import PreludeError, ServerDraining
+from server.api.auth import Reads, Scrapes, may_see
+from server.api.deps import MetricsDep, RegistryDep, SettingsDep, WorkerDep
+from server.api.schemas import ErrorBody, Health, Info, Live, PrefixInfo, Ready
+from server.api.telemetry.metrics import CONTENT_TYPE
+from server.engine.worker import EngineWorker
+from server.errors import Forbidden, PreludeError, ServerDraining
 
 NOT_READY: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorBody, "description": "The engine does not run."},
@@ -30,11 +32,48 @@ async def health() -> Health:
 @router.get("/ready", responses=NOT_READY)
 async def ready(worker: WorkerDep) -> Health:
     """The model is loaded, the engine steps, and new requests are taken."""
+    _check_ready(worker)
+    return Health(status="ready")
+
+
+@router.get("/ping", responses=NOT_READY)
+async def ping(worker: WorkerDep) -> Health:
+    """The same as /ready, where Amazon SageMaker looks for it."""
+    _check_ready(worker)
+    return Health(status="ready")
+
+
+@router.get("/v2/health/live")
+async def live() -> Live:
+    """The same as /health, in the Open Inference Protocol's words."""
+    return Live(live=True)
+
+
+@router.get("/v2/health/ready", responses=NOT_READY)
+async def v2_ready(worker: WorkerDep) -> Ready:
+    """The same as /ready, in the Open Inference Protocol's words."""
+    _check_ready(worker)
+    return Ready(ready=True)
+
+
+def _check_ready(worker: EngineWorker) -> None:
     if worker.draining:
         raise ServerDraining("The server is shutting down.")
     if not worker.responsive:
         raise PreludeError("The engine does not step.", remedy="Restart the server; its log says why.")
-    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={**AUTH_ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus's text format."}},
+    dependencies=[Scrapes],
+)
+async def metrics(request: Request, metrics: MetricsDep) -> Response:
+    """Metrics of requests, tokens, caches and changes, for Prometheus."""
+    if not may_see(request, None):
+        raise Forbidden("The key is for some tasks, and the metrics name all.", remedy="Use a key without patterns.")
+    return Response(await metrics.scrape(), media_type=CONTENT_TYPE)
 
 
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])

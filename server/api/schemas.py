@@ -99,9 +99,21 @@ class PublishReply(BaseModel):
 
 
 class Health(BaseModel):
-    """/health and /ready."""
+    """/health, /ready and /ping."""
 
     status: str
+
+
+class Live(BaseModel):
+    """/v2/health/live."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """/v2/health/ready."""
+
+    ready: bool
 
 
 class PrefixInfo(BaseModel):

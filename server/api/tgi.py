@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -15,8 +15,10 @@ from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
 from server.api.generation import LONG_TEXT, Prepared, Wanted, prepare, refuse_too_long
 from server.api.schemas import ErrorBody
 from server.api.sse import EventStream, unless_disconnected
+from server.api.telemetry.watch import watched
 from server.api.tgi_replies import events, reply_of
 from server.api.tgi_schemas import GenerateBody, GenerateParameters, GenerateReply, TokenizeBody, TokenizedBody
+from server.core import Delta
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.registry.registry import Registry
@@ -109,20 +111,24 @@ async def _answer(
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     headers = _common(item.headers(worker) for item in prepared)
     if stream:
-        deltas = worker.generate(prepared[0].request, prepared[0].soft_prompt)
+        deltas = watched(request, worker, prepared[0])
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         return EventStream(events(first, deltas, body, prepared[0], worker), headers)
-    replies = await unless_disconnected(request, _replies(prepared, texts, parameters, worker))
+    running = [watched(request, worker, item) for item in prepared]
+    replies = await unless_disconnected(request, _replies(running, prepared, texts, parameters, worker))
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
 
 
 async def _replies(
-    prepared: Sequence[Prepared], texts: Sequence[str], parameters: GenerateParameters, worker: EngineWorker
+    running: Sequence[AsyncIterator[Delta]],
+    prepared: Sequence[Prepared],
+    texts: Sequence[str],
+    parameters: GenerateParameters,
+    worker: EngineWorker,
 ) -> list[GenerateReply]:
-    deltas = [worker.generate(item.request, item.soft_prompt) for item in prepared]
-    answers = await collect_all(deltas, prepared[0].request.num_choices)
+    answers = await collect_all(running, prepared[0].request.num_choices)
     return [
         reply_of(choices, item, text, parameters, worker)
         for choices, item, text in zip(answers, prepared, texts, strict=True)

@@ -1,15 +1,67 @@
-"""The log of a command, on standard error."""
+"""The log of a command, on standard error: for people, or as JSON for what collects logs.
+
+Modules log through the standard library. structlog renders what they and the libraries say, with what is bound to the
+request that it was said for.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor
+
+Form = Literal["console", "json"]
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, form: Form = "console") -> None:
     """Show what is of a level or above; libraries' words on every request and every layer are not of interest."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(form))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for library in ("httpx", "torch.nn.attention.varlen"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def formatter(form: Form) -> logging.Formatter:
+    """Writes a record of the standard library as one line, and its traceback.
+
+    A traceback never shows variables, which hold texts; that is what structlog would do of itself where rich is
+    installed.
+    """
+    common: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        _drop_copies,
+    ]
+    last: list[Processor]
+    if form == "json":
+        last = [
+            structlog.stdlib.add_logger_name,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        last = [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.dev.ConsoleRenderer(
+                colors=False,
+                pad_event_to=0,
+                sort_keys=False,
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
+        ]
+    return structlog.stdlib.ProcessorFormatter(processors=last, foreign_pre_chain=common)
+
+
+def _drop_copies(logger: object, name: str, event: EventDict) -> EventDict:
+    """Without copies of the message: uvicorn's in colours, and what another handler's formatter has left."""
+    for copy in ("color_message", "message", "asctime"):
+        event.pop(copy, None)
+    return event

@@ -41,7 +41,7 @@ def serve(**options: Any) -> None:
     """Serve the frozen model and every soft prompt of the inbox over HTTP."""
     with errors_as_sentences():
         settings = Settings.load(**options)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         from server.serve import serve as run
 
         run(settings)

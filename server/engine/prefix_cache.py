@@ -22,6 +22,7 @@ class PrefixCache:
         hits: sequences that found their prefix, also those that waited for another one to compute it.
         misses: sequences that did not, and had to compute it.
         computed: prefixes that were put in.
+        evicted: those that had to go again for want of memory.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -31,6 +32,7 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
         self.computed = 0
+        self.evicted = 0
         self._prefixes: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -61,6 +63,7 @@ class PrefixCache:
         while self.num_bytes > self.budget_bytes and len(self._prefixes) > 1:
             _, dropped = self._prefixes.popitem(last=False)
             self.num_bytes -= _num_bytes(dropped)
+            self.evicted += 1
 
     def drop(self, prefix_hash: str) -> None:
         """Forget a prefix, if it is here."""

@@ -25,6 +25,7 @@ import torch
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, ModelSpec, SamplingParams
 from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
+from server.engine.kv_cache import SlotAllocator
 from server.engine.prefix_cache import PrefixCache
 from server.engine.text import render_chat
 from server.errors import (
@@ -84,6 +85,26 @@ class EngineWorker:
     def num_in_flight(self) -> int:
         """Accepted requests that have not ended."""
         return len(self._streams)
+
+    @property
+    def num_running(self) -> int:
+        """Choices that have a slot."""
+        return len(self._engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for one."""
+        return len(self._engine.scheduler.waiting)
+
+    @property
+    def num_steps(self) -> int:
+        """Forwards so far."""
+        return self._engine.steps
+
+    @property
+    def slots(self) -> SlotAllocator:
+        """The engine's; off its thread, only to be read."""
+        return self._engine.kv_cache.allocator
 
     @property
     def prefixes(self) -> PrefixCache:

@@ -48,6 +48,7 @@ class Scope(StrEnum):
 
     GENERATE = "generate"
     PUBLISH = "publish"
+    METRICS = "metrics"
     ADMIN = "admin"
 
 

@@ -182,6 +182,9 @@ Change = Annotated[
     Publish | Activate | SetTraffic | RollBack | DeleteVersion | Delete | Retire, Field(discriminator="kind")
 ]
 
+KINDS = ("publish", "activate", "traffic", "rollback", "delete_version", "delete", "retire")
+"""What a change may be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event(_Strict):

@@ -7,6 +7,7 @@ however many requests ask for it meanwhile; nobody else waits.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,6 +28,8 @@ class HostCache:
         num_bytes: what is kept now.
         hits: requests that found theirs.
         loads: soft prompts that were read from the store.
+        failures: those that could not be read, or not be used.
+        on_load: told of each that was read how many seconds it took, on the thread that read it.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class HostCache:
         self.num_bytes = 0
         self.hits = 0
         self.loads = 0
+        self.failures = 0
+        self.on_load: Callable[[float], None] = lambda seconds: None
         self._load = load
         self._is_wanted = is_wanted
         self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
@@ -120,19 +125,22 @@ class HostCache:
             self._load_and_keep(content, loading)
 
     def _load_and_keep(self, content: Content, loading: Future[SoftPrompt]) -> None:
+        started = time.perf_counter()
         try:
             soft_prompt = self._load(content)
             self.put(soft_prompt)
         except Exception as exc:  # noqa: BLE001 - whoever waits raises it
-            self._end(content)
+            self._end(content, failures=1)
             loading.set_exception(exc)
         else:
             self._end(content, loads=1)
+            self.on_load(time.perf_counter() - started)
             loading.set_result(soft_prompt)
 
-    def _end(self, content: Content, loads: int = 0) -> None:
+    def _end(self, content: Content, loads: int = 0, failures: int = 0) -> None:
         with self._lock:
             self.loads += loads
+            self.failures += failures
             del self._loading[content.blob]
 
 

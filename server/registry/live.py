@@ -58,6 +58,7 @@ class LiveMap:
         max_virtual_tokens: the longest soft prompt that is taken.
         host: soft prompts in memory.
         inbox_errors: inbox entry -> why it is not served, as of the last scan.
+        changes: events that were taken over since the start, by their kind.
     """
 
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
@@ -69,6 +70,7 @@ class LiveMap:
         self.model = model
         self.max_virtual_tokens = max_virtual_tokens
         self.inbox_errors: dict[str, str] = {}
+        self.changes: Counter[str] = Counter()
         self._store = store
         self._engine: PrefixHolder = NoEngine()
         self._holding = threading.Lock()
@@ -133,6 +135,16 @@ class LiveMap:
         """All tasks that have versions, by name."""
         return [task for _, task in sorted(self._tasks.items())]
 
+    @property
+    def num_tasks(self) -> int:
+        """Tasks that have versions."""
+        return len(self._tasks)
+
+    def answering(self, name: str) -> frozenset[int] | None:
+        """Versions that answer a task, none if it is staged or retired; None if there is no such task."""
+        task = self._tasks.get(name)
+        return None if task is None else frozenset(number for number, _ in task.traffic)
+
     def is_referenced(self, prefix_hash: str) -> bool:
         """Whether a version has these numbers, or one is about to."""
         # In this order: a publish lets go of what it holds only once its version is in the state.
@@ -168,6 +180,7 @@ class LiveMap:
         try:
             for event in events:
                 names, gone = self._state.apply(event)
+                self.changes[event.change.kind] += 1
                 touched |= names
                 removed += gone
         finally:  # an event that does not follow does not hide those before it

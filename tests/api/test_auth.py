@@ -33,7 +33,7 @@ from tests.peft_files import peft_directory
 from tests.support import random_soft_prompt
 
 ROOT = Path(__file__).parents[2]
-OPEN = ["GET /health", "GET /ready"]
+OPEN = ["GET /health", "GET /ready", "GET /ping", "GET /v2/health/live", "GET /v2/health/ready"]
 HUGE = 60 * 2**20
 BODY = {"inputs": "hello", "parameters": {"max_new_tokens": 2}}
 FORM = "Content-Type: multipart/form-data; boundary=x"
@@ -149,7 +149,7 @@ def test_every_operation_asks_for_exactly_the_scope_that_it_is_documented_with(g
 def test_the_page_on_security_says_what_each_scope_may_do(guarded: Guarded) -> None:
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
     documented = {key.strip("`"): set(re.findall(r"`([A-Z]+ [^`]+)`", routes)) for key, routes in rows}
-    expected: dict[str, set[str]] = {"no key": set(), "any key": set(), "generate": set(), "publish": set()}
+    expected: dict[str, set[str]] = {kind: set() for kind in ("no key", "any key", "generate", "publish", "metrics")}
     for operation, scopes in guarded.operations().items():
         key = "no key" if scopes is None else "any key" if not scopes else scopes[0]
         expected[key].add(operation)

@@ -114,6 +114,33 @@ def test_whoever_lets_everybody_in_is_reached_by_any_name(anonymous: LiveServer)
     assert anonymous.client.get("/prompts", headers={"Host": "gpu-box:8000"}).status_code == 200
 
 
+def test_a_server_that_lets_everybody_in_may_be_told_its_names(tmp_path: Path) -> None:
+    with live_server(tmp_path, allow_anonymous=True, allowed_hosts="GPU-box,10.0.0.1,fe80::1") as live:
+        for host in ("gpu-box", "gpu-box:8000", "GPU-BOX.", "10.0.0.1:80", "[fe80::1]:8000", "localhost", "127.0.0.1"):
+            assert live.client.get("/prompts", headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", "gpu-box.evil.example", "10.0.0.2", "fe80::1"):
+            body = assert_error(live.client.get("/prompts", headers={"Host": host}), 403, "forbidden")
+            assert "PRELUDE_ALLOWED_HOSTS" in body["remedy"]
+        assert_error(
+            live.client.post("/generate", json=BODY, headers={"Sec-Fetch-Site": "cross-site"}), 403, "forbidden"
+        )
+
+
+def test_a_proxy_may_be_given_a_name_of_its_own_in_front_of_a_server_on_loopback(tmp_path: Path) -> None:
+    with live_server(tmp_path, allowed_hosts="prelude.example") as live:
+        assert live.client.get("/prompts", headers={"Host": "prelude.example"}).status_code == 200
+        assert live.client.get("/prompts", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_names_count_for_a_server_with_keys_too_where_they_are_set(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {add_key(path, 'ci', [Scope.GENERATE], None)[1]}"}
+    with live_server(tmp_path, api_keys_file=path, allowed_hosts="gpu-box") as live:
+        for host, status in (("gpu-box", 200), ("evil.example", 403)):
+            sent = {**headers, "Host": host, "Sec-Fetch-Site": "cross-site"}
+            assert live.client.post("/generate", json=BODY, headers=sent).status_code == status
+
+
 def test_with_keys_only_the_key_counts(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     text = add_key(path, "ci", [Scope.GENERATE], None)[1]

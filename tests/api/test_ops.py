@@ -19,11 +19,32 @@ from server.errors import GenerationFailed, InputTooLong, ServerDraining
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, live_server, parse_events, wait_until
 from tests.support import make_engine, request
 
+PROBES: dict[str, dict[str, Any]] = {
+    "/health": {"status": "ok"},
+    "/ready": {"status": "ready"},
+    "/ping": {"status": "ready"},
+    "/v2/health/live": {"live": True},
+    "/v2/health/ready": {"ready": True},
+}
+"""What each answers while all is well."""
+
 
 def test_the_process_tells_that_it_is_alive_and_ready(server: LiveServer) -> None:
-    for path, status in (("/health", "ok"), ("/ready", "ready")):
+    for path, body in PROBES.items():
         response = server.client.get(path)
-        assert (response.status_code, response.json()) == (200, {"status": status})
+        assert (response.status_code, response.json()) == (200, body)
+
+
+def test_probes_tell_a_server_that_drains_or_hangs_from_one_that_is_gone(
+    own_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def statuses() -> dict[str, int]:
+        return {path: own_server.client.get(path).status_code for path in PROBES}
+
+    monkeypatch.setattr(EngineWorker, "responsive", False)
+    assert statuses() == {path: 500 if "ready" in str(PROBES[path]) else 200 for path in PROBES}
+    own_server.worker.draining = True
+    assert statuses() == {path: 503 if "ready" in str(PROBES[path]) else 200 for path in PROBES}
 
 
 def test_info_tells_the_frozen_model_and_the_limits(own_server: LiveServer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.cli.logs import Form, formatter
 from server.keys import live as live_keys
 from server.keys.file import add_key
 from server.keys.key import Scope
@@ -86,7 +87,11 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
     )
     for expected in ("the device is gone", "not callable", "The keys that were read before stay valid."):
         assert expected in ours, "the log was not looked at"
-    seen = ours + "".join(capfd.readouterr())
+    forms: tuple[Form, ...] = ("console", "json")
+    records = [record for record in caplog.records if not _is_clients(record.name)]
+    assert sum(record.getMessage() == "request" for record in records) > 20, "the lines of requests were not looked at"
+    written = [formatter(form).format(record) for form in forms for record in records]
+    seen = ours + "\n".join(written) + "".join(capfd.readouterr())
     for hidden in (text, text.split("_")[2], limited, TOKEN, TEXT):
         assert hidden not in seen
 

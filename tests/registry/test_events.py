@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 
 from server.errors import StoreError
 from server.registry.events import (
+    KINDS,
     Activate,
     Change,
     Content,
@@ -54,6 +56,11 @@ EVERY_KIND: list[Change] = [
     Delete("a"),
     Retire(("a", "b")),
 ]
+
+
+def test_every_kind_of_change_is_listed() -> None:
+    kinds = [field.default for cls in get_args(get_args(Change)[0]) for field in fields(cls) if field.name == "kind"]
+    assert list(KINDS) == kinds == [change.kind for change in EVERY_KIND]
 
 
 @pytest.mark.parametrize("change", EVERY_KIND, ids=lambda change: change.kind)

@@ -108,6 +108,16 @@ def test_a_hundred_who_ask_at_once_read_once(shelves: Shelves) -> None:
     assert (cache.loads, cache.hits) == (2, 0)
 
 
+def test_whoever_wants_to_know_is_told_how_long_each_read_took(shelves: Shelves) -> None:
+    cache, seconds = shelves.cache(), list[float]()
+    cache.on_load = seconds.append
+    shelves.blobs.pop("blob 1")
+    for known in (CONTENTS[0], CONTENTS[0], CONTENTS[1]):
+        wait([cache.fetch(known)])
+    assert len(seconds) == cache.loads == 1
+    assert 0 < seconds[0] < PATIENCE
+
+
 def test_a_failure_is_told_to_all_who_wait_and_not_remembered(shelves: Shelves) -> None:
     cache = shelves.cache()
     missing = shelves.blobs.pop("blob 0")
@@ -117,7 +127,7 @@ def test_a_failure_is_told_to_all_who_wait_and_not_remembered(shelves: Shelves) 
     for future in futures:
         with pytest.raises(VersionUnavailable):
             result(future)
-    assert (cache.loads, len(cache)) == (0, 0)
+    assert (cache.loads, cache.failures, len(cache)) == (0, 1, 0)
     shelves.blobs["blob 0"] = missing
     assert result(cache.fetch(CONTENTS[0])) is PROMPTS[0]
     assert cache.loads == 1

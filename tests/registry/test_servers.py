@@ -73,6 +73,31 @@ def test_a_change_finds_what_another_server_has_just_made(shelf: Shelf) -> None:
     assert snapshot(first) == snapshot(second) == snapshot(shelf.open())
 
 
+def test_changes_are_counted_on_every_server_since_its_own_start(shelf: Shelf) -> None:
+    first, second = shelf.open(), shelf.open()
+    put(first, "a", content(1))
+    put(second, "a", content(2))
+    second.roll_back("a")
+    late = shelf.open()
+    first.delete("a")
+    late.sync()
+    assert first.changes == {"publish": 2, "rollback": 1, "delete": 1}
+    assert (late.changes, second.changes) == ({"delete": 1}, {"publish": 2, "rollback": 1})
+
+
+def test_who_answers_a_task_can_be_asked_of_any_name(shelf: Shelf) -> None:
+    registry = shelf.open()
+    put(registry, "a", content(1))
+    put(registry, "a", content(2))
+    registry.publish("b", [content(1)], "api", activate=False)
+    asked = [registry.answering(name) for name in ("a", "b", "c", "A b")]
+    assert asked == [frozenset({2}), frozenset(), None, None]
+    registry.set_traffic("a", {1: 50, 2: 50})
+    assert registry.answering("a") == frozenset({1, 2})
+    registry.delete("a")
+    assert (registry.answering("a"), registry.num_tasks) == (None, 1)
+
+
 def test_a_condition_that_another_server_told_the_client_holds(shelf: Shelf) -> None:
     first, second = shelf.open(), shelf.open()
     put(first, "a", content(1))

@@ -76,7 +76,7 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     headers = prepared.headers(worker)
     form = _Form(worker, body)
     special = body.skip_special_tokens is False
-    running = start_all(worker, [prepared])
+    running = start_all(request, worker, [prepared])
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.

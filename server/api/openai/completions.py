@@ -106,7 +106,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     head = target.head("text_completion", worker)
     form = _Form(worker, body, texts)
     special = body.skip_special_tokens is False
-    running = start_all(worker, prepared)
+    running = start_all(request, worker, prepared)
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.

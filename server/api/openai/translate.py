@@ -16,6 +16,7 @@ from fastapi import Request
 from server.api.auth import allow_task
 from server.api.generation import Prepared, encode_text, find_soft_prompt
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
+from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
@@ -168,9 +169,9 @@ async def prepare_all(
     return prepared
 
 
-def start_all(worker: EngineWorker, prepared: Sequence[Prepared]) -> list[AsyncGenerator[Delta]]:
+def start_all(request: Request, worker: EngineWorker, prepared: Sequence[Prepared]) -> list[AsyncGenerator[Delta]]:
     """Their deltas; each request begins when its first one is asked for."""
-    return [worker.generate(one.request, one.soft_prompt) for one in prepared]
+    return [watched(request, worker, one) for one in prepared]
 
 
 def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:

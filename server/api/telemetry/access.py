@@ -1,0 +1,108 @@
+"""Around the whole app: an id for every request, one line in the log, a count. Pure ASGI, so streams pass untouched.
+
+The id is the client's `X-Request-Id`, or a new one. It is on every reply, errors included, and in every line that is
+logged on behalf of the request: whatever logs finds it in the context that the request's asyncio task carries along.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
+
+from server.api.telemetry.metrics import Metrics
+from server.api.telemetry.record import Outcome, Record
+from server.errors import PreludeError
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+
+QUIET = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"})
+"""Asked every few seconds by machines: only their failures are worth a line above debug."""
+
+_ID = re.compile(r"[ -~]{1,128}")
+
+
+class Access:
+    """The outermost layer."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Wrap an app."""
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = _record(Headers(scope=scope))
+        scope.setdefault("state", {})["record"] = record
+        bind_contextvars(request_id=record.id)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = [*message.get("headers", ()), (REQUEST_ID.encode(), record.id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._end(scope, record)
+
+    def _end(self, scope: Scope, record: Record) -> None:
+        route = _route(scope)
+        if record.generates and record.outcome is None and (record.status is None or record.status >= 400):
+            record.outcome = _outcome(record.status)
+            self._metrics.never_began(record.outcome)
+        self._metrics.answered(scope["method"], route, record.status)
+        is_quiet = route in QUIET and record.status == 200
+        log.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra=_line(scope, record, route))
+
+
+def _record(headers: Headers) -> Record:
+    """A record with the client's id, if it is fit to be repeated in a header and in a log."""
+    given = headers.getlist(REQUEST_ID)
+    return Record(given[0]) if len(given) == 1 and _ID.fullmatch(given[0]) else Record()
+
+
+def _outcome(status: int | None) -> Outcome:
+    """Of a request that the engine never heard of."""
+    if status is None:
+        return Outcome.ABORTED
+    return Outcome.FAILED if status == PreludeError.status else Outcome.REFUSED
+
+
+def _route(scope: Scope) -> str | None:
+    """The route's path as it is documented; never the request's, in which anything may stand."""
+    route = scope.get("route")
+    return route.path if isinstance(route, Route) else None
+
+
+def _line(scope: Scope, record: Record, route: str | None) -> dict[str, Any]:
+    """The fields of a request's line."""
+    usage = record.usage
+    fields = {
+        "method": scope["method"],
+        "route": route,
+        "status": record.status,
+        "seconds": round(time.perf_counter() - record.started, 6),
+        "key": scope["state"].get("key_id"),
+        "task": record.task,
+        "version": record.version,
+        "outcome": None if record.outcome is None else str(record.outcome),
+        "input_tokens": None if usage is None else usage.input_tokens,
+        "virtual_tokens": None if usage is None else usage.virtual_tokens,
+        "cached_tokens": None if usage is None else usage.cached_tokens,
+        "output_tokens": None if usage is None else usage.output_tokens,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,87 @@
+"""What others count anyway, read when somebody looks: queues, caches, the registry.
+
+It is read on a thread of its own while the engine goes on, so figures of one look need not belong to one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server import __version__
+from server.engine.worker import EngineWorker
+from server.registry.events import KINDS
+from server.registry.registry import Registry
+
+
+class Gauges(Collector):
+    """Reads the worker and the registry."""
+
+    def __init__(self, worker: EngineWorker, registry: Registry) -> None:
+        """Nothing is read yet."""
+        self._worker = worker
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them, as they are now."""
+        yield self._build()
+        yield from self._engine()
+        yield from self._prefixes()
+        yield from self._soft_prompts()
+        yield from self._tasks()
+
+    def _build(self) -> Metric:
+        model = self._worker.model
+        about = {"version": __version__, "model": model.name, "dtype": model.dtype, "device": model.device}
+        build = GaugeMetricFamily("prelude_build_info", "1; what runs is in the labels.", labels=list(about))
+        build.add_metric(list(about.values()), 1)
+        return build
+
+    def _engine(self) -> Iterator[Metric]:
+        worker, slots = self._worker, self._worker.slots
+        is_ready = worker.responsive and not worker.draining
+        used = sum(slot.length for slot in slots.used)
+        yield _gauge("ready", "1 while new requests are taken and the engine steps, else 0.", is_ready)
+        yield _gauge("requests_running", "Choices that have a slot; most requests have one.", worker.num_running)
+        yield _gauge("requests_waiting", "Choices that wait for a slot.", worker.num_waiting)
+        yield _counter("engine_steps", "Forwards of the model.", worker.num_steps)
+        yield _gauge("kv_cache_positions", "Positions that the KV cache has.", slots.num_positions)
+        yield _gauge("kv_cache_used_positions", "Positions in slots that are handed out.", used)
+
+    def _prefixes(self) -> Iterator[Metric]:
+        cache = self._worker.prefixes
+        yield _gauge("prefix_cache_bytes", "Memory that computed prefixes take.", cache.num_bytes)
+        yield _gauge("prefix_cache_budget_bytes", "Memory that they may take.", cache.budget_bytes)
+        yield _gauge("prefix_cache_entries", "Computed prefixes.", len(cache))
+        yield _counter("prefix_cache_hits", "Choices that found their prefix computed.", cache.hits)
+        yield _counter("prefix_cache_misses", "Choices that had to compute it; a publish is one.", cache.misses)
+        yield _counter("prefix_cache_evictions", "Prefixes that were dropped for want of memory.", cache.evicted)
+
+    def _soft_prompts(self) -> Iterator[Metric]:
+        cache = self._registry.host
+        yield _gauge("soft_prompt_cache_bytes", "Memory that soft prompts themselves take.", cache.num_bytes)
+        yield _gauge("soft_prompt_cache_budget_bytes", "Memory that they may take.", cache.budget_bytes)
+        yield _gauge("soft_prompt_cache_entries", "Soft prompts in memory.", len(cache))
+        yield _counter("soft_prompt_cache_hits", "Requests that found theirs in memory.", cache.hits)
+        yield _counter("soft_prompt_load_failures", "Soft prompts that could not be read or used.", cache.failures)
+
+    def _tasks(self) -> Iterator[Metric]:
+        registry = self._registry
+        yield _gauge("tasks", "Tasks that have versions.", registry.num_tasks)
+        yield _gauge("tasks_broken", "Tasks, or entries of the inbox, with something not served.", len(registry.errors))
+        changes = CounterMetricFamily(
+            "prelude_changes", "Changes of tasks since the start, other servers' included.", labels=["kind"]
+        )
+        for kind in KINDS:
+            changes.add_metric([kind], registry.changes[kind])
+        yield changes
+
+
+def _gauge(name: str, about: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"prelude_{name}", about, value=float(value))
+
+
+def _counter(name: str, about: str, value: float) -> Metric:
+    return CounterMetricFamily(f"prelude_{name}", about, value=float(value))

@@ -1,0 +1,143 @@
+"""Metrics for Prometheus: what requests add to as they go. What is only read when somebody looks is in `gauges.py`.
+
+Each app has a registry of its own. Observing costs about a microsecond, on the event loop; the engine knows nothing of
+it. Time between tokens has no label: the tasks of a batch share its steps, so it is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+
+from server.api.telemetry.gauges import Gauges
+from server.api.telemetry.record import Outcome
+from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
+from server.core import Usage
+from server.engine.worker import EngineWorker
+from server.registry.registry import Registry
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+MILLISECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+REQUEST_BUCKETS = (*MILLISECONDS, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10, 60)
+LOAD_BUCKETS = (*MILLISECONDS, 1, 2.5, 5, 10, 30)
+
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
+"""Those that are told apart: a client may send any word."""
+
+
+class Metrics:
+    """All that /metrics shows.
+
+    Attributes:
+        registry: the metrics.
+        inter_token: seconds between two tokens of a choice.
+        loads: seconds that reading a soft prompt from the store took; observed on any thread.
+    """
+
+    def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int) -> None:
+        """Nothing has happened yet.
+
+        Args:
+            worker: whose counts are shown.
+            tasks: whose counts are shown.
+            most_tasks: tasks that have a label value of their own.
+        """
+        self.registry = CollectorRegistry()
+        self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
+        self._requests = self._counter("requests", "Requests for an answer, by how they ended.", "version", "outcome")
+        self._input_tokens = self._counter("input_tokens", "Tokens of texts, templates included.")
+        self._virtual_tokens = self._counter("virtual_tokens", "Virtual tokens in front of texts.")
+        self._cached_tokens = self._counter(
+            "cached_tokens", "Those of the virtual tokens whose keys and values were known already."
+        )
+        self._output_tokens = self._counter("output_tokens", "Generated tokens, counted when their request ends.")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From the arrival of a request to its first token."
+        )
+        self._duration = self._histogram(
+            "request_duration_seconds", "From the arrival of a request that finished to its last token."
+        )
+        self._queue = self._histogram("queue_seconds", "From the acceptance of a request that finished to its slot.")
+        self.inter_token = Histogram(
+            "prelude_inter_token_seconds",
+            "Between two tokens of a choice.",
+            registry=self.registry,
+            buckets=TOKEN_BUCKETS,
+        )
+        self.loads = Histogram(
+            "prelude_soft_prompt_load_seconds",
+            "Reading a soft prompt from the store.",
+            registry=self.registry,
+            buckets=LOAD_BUCKETS,
+        )
+        self._http = Counter(
+            "prelude_http_requests",
+            "HTTP requests of all routes.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.registry.register(Gauges(worker, tasks))
+        ProcessCollector(registry=self.registry)
+
+    def first_token(self, task: str | None, seconds: float) -> None:
+        """A request's first token has come."""
+        self._first_token.labels(self._labels.of(task, None)[0]).observe(seconds)
+
+    def ended(self, task: str | None, version: int | None, outcome: Outcome, usage: Usage, seconds: float) -> None:
+        """A request that was handed to the engine has ended."""
+        name, number = self._labels.of(task, version)
+        self._requests.labels(name, number, outcome).inc()
+        if outcome is Outcome.REFUSED:
+            return
+        for counter, tokens in (
+            (self._input_tokens, usage.input_tokens),
+            (self._virtual_tokens, usage.virtual_tokens),
+            (self._cached_tokens, usage.cached_tokens),
+            (self._output_tokens, usage.output_tokens),
+        ):
+            counter.labels(name).inc(tokens)
+        if outcome is Outcome.FINISHED:
+            self._duration.labels(name).observe(seconds)
+            self._queue.labels(name).observe(usage.queued_seconds)
+
+    def never_began(self, outcome: Outcome) -> None:
+        """A request for an answer has ended before the engine heard of it."""
+        self._requests.labels(UNKNOWN, "", outcome).inc()
+
+    def answered(self, method: str, route: str | None, status: int | None) -> None:
+        """An HTTP request has been served; without a status nobody was there to take the reply."""
+        known = method if method in METHODS else OTHER
+        self._http.labels(known, route or OTHER, "none" if status is None else status).inc()
+
+    async def scrape(self) -> bytes:
+        """All metrics as text; written on another thread, as there may be thousands of lines."""
+        self._labels.forget_deleted()
+        return await asyncio.to_thread(generate_latest, self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics without the time at which each series was made, which would double those of counters."""
+        for metric in self.registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"prelude_{name}", about, ["task", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> Histogram:
+        return Histogram(f"prelude_{name}", about, ["task"], registry=self.registry, buckets=REQUEST_BUCKETS)
+
+    def _forget(self, task: str, version: str | None) -> None:
+        if version is not None:
+            self._requests.remove_by_labels({"task": task, "version": version})
+            return
+        for metric in (
+            *(self._requests, self._first_token, self._duration, self._queue),
+            *(self._input_tokens, self._virtual_tokens, self._cached_tokens, self._output_tokens),
+        ):
+            metric.remove_by_labels({"task": task})

@@ -1,0 +1,88 @@
+"""Between the engine and whoever answers: the same deltas, seen as they pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Request
+
+from server.api.generation import Prepared
+from server.api.telemetry.metrics import Metrics
+from server.api.telemetry.record import Outcome, Record, outcome_of, record_of
+from server.core import Delta, Usage
+from server.engine.worker import EngineWorker
+
+
+async def watched(request: Request, worker: EngineWorker, prepared: Prepared) -> AsyncGenerator[Delta]:
+    """As `worker.generate`, and it is noted how long it took and how it ended.
+
+    Raises:
+        What `worker.generate` raises.
+    """
+    watch = Watch(request.app.state.metrics, record_of(request), prepared)
+    try:
+        async with aclosing(worker.generate(prepared.request, prepared.soft_prompt)) as deltas:
+            async for delta in deltas:
+                watch.take(delta)
+                yield delta
+    except BaseException as error:
+        watch.end(outcome_of(error))
+        raise
+
+
+class Watch:
+    """One request of the engine, from when it is handed over to its end."""
+
+    def __init__(self, metrics: Metrics, record: Record, prepared: Prepared) -> None:
+        """The engine has not heard of it yet."""
+        self._metrics = metrics
+        self._record = record
+        self._prepared = prepared
+        self._last: dict[int, float] = {}  # choice -> when its last token came
+        self._num_tokens = 0
+        self._usage: Usage | None = None
+        self._has_ended = False
+        if prepared.resolved is not None:
+            record.task, record.version = prepared.resolved.task, prepared.resolved.version
+
+    def take(self, delta: Delta) -> None:
+        """Look at what a step added."""
+        if delta.token is not None:
+            now = time.perf_counter()
+            last = self._last.get(delta.index)
+            if last is not None:
+                self._metrics.inter_token.observe(now - last)
+            elif not self._last:
+                self._metrics.first_token(self._record.task, now - self._record.started)
+            self._last[delta.index] = now
+            self._num_tokens += 1
+        if delta.usage is not None and (self._usage is None or delta.index == 0):
+            self._usage = delta.usage
+        if delta.finish_reason is not None and delta.is_last:
+            self.end(Outcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
+
+    def end(self, outcome: Outcome) -> None:
+        """The request has ended; what comes after the first end does not count."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        usage, record = self._total(outcome), self._record
+        record.add(outcome, usage)
+        seconds = time.perf_counter() - record.started
+        self._metrics.ended(record.task, record.version, outcome, usage, seconds)
+
+    def _total(self, outcome: Outcome) -> Usage:
+        """What all choices took together: they share the input, of which the first one tells how it was met."""
+        if outcome is Outcome.REFUSED:
+            return Usage(0, 0, 0)
+        told = self._usage or Usage(0, 0, 0)
+        soft_prompt = self._prepared.soft_prompt
+        return Usage(
+            virtual_tokens=0 if soft_prompt is None else soft_prompt.num_virtual_tokens,
+            input_tokens=len(self._prepared.request.input_ids),
+            output_tokens=self._num_tokens,
+            cached_tokens=told.cached_tokens,
+            queued_seconds=told.queued_seconds,
+        )

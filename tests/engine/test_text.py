@@ -76,7 +76,9 @@ def test_special_tokens_read_by_their_names_and_rows_without_a_token_read_nothin
 def test_an_added_token_is_not_read_in_the_byte_level_alphabet() -> None:
     backend = byte_tokenizer().backend_tokenizer
     backend.add_tokens(["café"])
-    assert TokenTexts(backend).bytes_of(backend.token_to_id("café")) == "café".encode()
+    token_id = backend.token_to_id("café")
+    assert token_id is not None
+    assert TokenTexts(backend).bytes_of(token_id) == "café".encode()
 
 
 def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.registry.registry import Registry
 from server.settings import Settings
+from server.soft_prompts.names import TASK_NAME
 
 
 async def _worker(request: Request) -> EngineWorker:
@@ -63,3 +64,11 @@ RegistryDep = Annotated[Registry, Depends(_registry)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]
+
+# The pattern only tells OpenAPI: FastAPI would refuse what does not match in words of its own.
+TaskName = Annotated[
+    str,
+    Path(
+        description="The task's name.", examples=["sms_spam"], json_schema_extra={"pattern": f"^{TASK_NAME.pattern}$"}
+    ),
+]

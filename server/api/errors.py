@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
@@ -31,6 +32,9 @@ WANTS_A_KEY = {"WWW-Authenticate": "Bearer"}
 BROKEN_BODY = "Send the whole body again, as JSON or as a multipart form; /docs says which."
 
 ROUTES = "See /docs for the routes, and check the address before them."
+
+METHODS = ("GET", "POST", "PUT", "DELETE")
+"""Those that any of the routes has."""
 
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
@@ -75,7 +79,8 @@ def install_error_handlers(app: FastAPI) -> None:
             return _reply(request, cause)
         if error.status_code in (404, 405):
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
-            return _reply(request, missing, error.status_code, error.headers)
+            allowed = {"Allow": ", ".join(_methods(request))} if error.status_code == 405 else None
+            return _reply(request, missing, error.status_code, allowed)
         if (why := _unreadable(cause)) is not None:
             return _reply(request, InvalidRequest(f"The body cannot be read: {why}."), error.status_code)
         remedy = BROKEN_BODY if error.status_code == 400 else None
@@ -97,6 +102,17 @@ def _headers(error: PreludeError) -> Mapping[str, str] | None:
     if isinstance(error, Unauthorized):
         return WANTS_A_KEY
     return {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else None
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of a path: of several routes that share it, each knows only its own."""
+    scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
+    routes = request.app.routes
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _unreadable(cause: BaseException | None) -> str | None:

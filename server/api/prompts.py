@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFi
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
 from server.api.conditions import ExpectedDep, set_etag
-from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, known_query
+from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, TaskName, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpacked_upload
 from server.errors import InvalidRequest, InvalidSoftPrompt
@@ -74,7 +74,7 @@ async def list_prompts(
     responses=ERRORS,
     dependencies=[Reads],
 )
-async def get_prompt(task: str, registry: RegistryDep, response: Response) -> PromptDetail:
+async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) -> PromptDetail:
     """One task: who answers, its versions, and the manifest. The ETag is what If-Match of a change takes."""
     found = registry.task(task)
     set_etag(response, found.etag)
@@ -88,7 +88,7 @@ async def get_prompt(task: str, registry: RegistryDep, response: Response) -> Pr
 
 @router.put("/{task}", status_code=201, response_model=PublishReply, responses=PUBLISH_ERRORS, dependencies=[Publishes])
 async def put_prompt(
-    task: str,
+    task: TaskName,
     files: Annotated[
         list[UploadFile],
         File(description="adapter_config.json, adapter_model.safetensors and optionally manifest.json; or one .zip."),
@@ -129,7 +129,7 @@ async def put_prompt(
 
 
 @router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS, dependencies=[Publishes])
-async def delete_prompt(task: str, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep) -> None:
+async def delete_prompt(task: TaskName, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep) -> None:
     """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
     await asyncio.to_thread(registry.delete, task, by=key_id, expected=expected)
 

@@ -81,7 +81,7 @@ class VersionList(BaseModel):
 class ActivateBody(BaseModel):
     """POST /prompts/{task}/activate."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"version": 1}]})
 
     version: int = Field(ge=1, strict=True)
 

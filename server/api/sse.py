@@ -21,6 +21,15 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The reply; with `stream: true` the same as server-sent events.",
+        "content": {"text/event-stream": {}},
+    }
+}
+"""For OpenAPI, of routes that answer either way."""
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How a front end's events look."""

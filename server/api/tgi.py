@@ -14,7 +14,7 @@ from server.api.choices import collect_all
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
 from server.api.generation import LONG_TEXT, Prepared, Wanted, prepare, refuse_too_long
 from server.api.schemas import ErrorBody
-from server.api.sse import EventStream, unless_disconnected
+from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.api.telemetry.watch import watched
 from server.api.tgi_replies import events, reply_of
 from server.api.tgi_schemas import GenerateBody, GenerateParameters, GenerateReply, TokenizeBody, TokenizedBody
@@ -36,11 +36,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
 
-TaskQuery = Query(None, description="The task, or task@version; without it the frozen model answers alone.")
+TaskQuery = Query(
+    None, description="The task, or task@version; without it the frozen model answers alone.", examples=["sms_spam"]
+)
 Reply = GenerateReply | list[GenerateReply]
 
 
-@router.post("/generate", response_model=Reply, responses=ERRORS)
+@router.post("/generate", response_model=Reply, responses=ERRORS | OR_STREAM)
 async def generate(
     body: GenerateBody,
     request: Request,
@@ -53,7 +55,7 @@ async def generate(
     return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
-@router.post("/", response_model=Reply, responses=ERRORS)
+@router.post("/", response_model=Reply, responses=ERRORS | OR_STREAM)
 async def compat_generate(
     body: GenerateBody,
     request: Request,
@@ -66,7 +68,11 @@ async def compat_generate(
     return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 
-@router.post("/generate_stream", responses=ERRORS)
+@router.post(
+    "/generate_stream",
+    response_class=Response,
+    responses=ERRORS | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}},
+)
 async def generate_stream(
     body: GenerateBody,
     request: Request,

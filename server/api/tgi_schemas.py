@@ -164,6 +164,17 @@ def _kind_of_inputs(value: Any) -> str | None:
 class GenerateBody(_Strict):
     """Body of /generate, /generate_stream and /."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "Win a prize now!"},
+                {"inputs": "Win a prize now!", "parameters": {"choices": ["ham", "spam"]}},
+                {"inputs": ["Win a prize now!", "See you at six."], "parameters": {"details": True, "seed": 1}},
+                {"inputs": "Win a prize now!", "parameters": {"max_new_tokens": 5, "temperature": 0.7}, "stream": True},
+            ]
+        }
+    )
+
     inputs: Annotated[
         Annotated[Text, Tag("text")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("texts")],
         Discriminator(
@@ -174,7 +185,7 @@ class GenerateBody(_Strict):
     stream: bool = Field(False, description="Answer as server-sent events, one per token.")
     user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
 
-    @field_validator("parameters", mode="before")
+    @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)
     @classmethod
     def _null_is_default(cls, value: object) -> object:
         return {} if value is None else value
@@ -241,6 +252,8 @@ class GenerateReply(BaseModel):
 
 class TokenizeBody(_Strict):
     """Body of /tokenize."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Win a prize now!"}]})
 
     inputs: Text = Field(description="A text, taken as it is: no template is put around it.")
 

@@ -11,7 +11,7 @@ from pydantic import PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.conditions import ExpectedDep, set_etag
-from server.api.deps import KeyIdDep, RegistryDep, known_query
+from server.api.deps import KeyIdDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
 from server.api.prompts import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
@@ -21,12 +21,17 @@ from server.soft_prompts.archive import zip_soft_prompt
 
 UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
 ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}
+BODY_ERRORS: dict[int | str, dict[str, Any]] = {
+    **ACTIVATE_ERRORS,
+    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+}
 
 router = APIRouter(
     prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
 )
 
-Number = Annotated[int, Path(ge=1, description="Number of a version.")]
+Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=[1])]
 
 
 @router.get(
@@ -36,7 +41,7 @@ Number = Annotated[int, Path(ge=1, description="Number of a version.")]
     responses=ERRORS,
     dependencies=[Reads],
 )
-async def list_versions(task: str, registry: RegistryDep, response: Response) -> VersionList:
+async def list_versions(task: TaskName, registry: RegistryDep, response: Response) -> VersionList:
     """All versions of a task, newest first."""
     return _versions(registry.task(task), response)
 
@@ -45,11 +50,16 @@ async def list_versions(task: str, registry: RegistryDep, response: Response) ->
     "/activate",
     response_model=VersionList,
     response_model_exclude_none=True,
-    responses=ACTIVATE_ERRORS,
+    responses=BODY_ERRORS,
     dependencies=[Publishes],
 )
 async def activate(
-    task: str, body: ActivateBody, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
+    task: TaskName,
+    body: ActivateBody,
+    registry: RegistryDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    response: Response,
 ) -> VersionList:
     """Let one version answer, alone; ends a canary."""
     changed = await asyncio.to_thread(registry.activate, task, body.version, by=key_id, expected=expected)
@@ -64,7 +74,7 @@ async def activate(
     dependencies=[Publishes],
 )
 async def roll_back(
-    task: str, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
+    task: TaskName, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
 ) -> VersionList:
     """Let what answered before answer again; twice in a row goes back twice."""
     return _versions(await asyncio.to_thread(registry.roll_back, task, by=key_id, expected=expected), response)
@@ -74,14 +84,14 @@ async def roll_back(
     "/traffic",
     response_model=VersionList,
     response_model_exclude_none=True,
-    responses=ACTIVATE_ERRORS,
+    responses=BODY_ERRORS,
     dependencies=[Publishes],
 )
 async def set_traffic(
-    task: str,
+    task: TaskName,
     weights: Annotated[
         dict[PositiveInt, StrictInt],
-        Body(description="Shares of 100 by version.", examples=[{"3": 90, "4": 10}], max_length=100),
+        Body(description="Shares of 100 by version.", examples=[{"1": 90, "2": 10}], max_length=100),
     ],
     registry: RegistryDep,
     expected: ExpectedDep,
@@ -104,7 +114,7 @@ async def set_traffic(
     },
     dependencies=[Publishes],
 )
-async def download(task: str, version: Number, registry: RegistryDep) -> Response:
+async def download(task: TaskName, version: Number, registry: RegistryDep) -> Response:
     """A version as a zip that `PeftModel.from_pretrained` loads once unpacked, and that PUT takes back."""
     found, soft_prompt = await find_soft_prompt(registry, f"{task}@{version}", "")
     about = {
@@ -129,7 +139,7 @@ async def download(task: str, version: Number, registry: RegistryDep) -> Respons
     dependencies=[Publishes],
 )
 async def delete_version(
-    task: str, version: Number, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep
+    task: TaskName, version: Number, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep
 ) -> None:
     """Delete a version that does not answer."""
     await asyncio.to_thread(registry.delete_version, task, version, by=key_id, expected=expected)

@@ -18,7 +18,7 @@ from server.api.openai.replies import ChatReply, usage_of
 from server.api.openai.schemas import ChatBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
-from server.api.sse import EventStream, unless_disconnected
+from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.core import Delta, Token
 from server.engine.worker import EngineWorker
 
@@ -65,7 +65,7 @@ class _Form:
         return chat_logprobs(self.worker, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
 
 
-@router.post("/v1/chat/completions", response_model=ChatReply)
+@router.post("/v1/chat/completions", response_model=ChatReply, responses=OR_STREAM)
 async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
     """Answer the last message of a conversation; with `stream: true` as server-sent events."""
     target = await find_target(request, worker, registry, body, "chatcmpl")

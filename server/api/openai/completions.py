@@ -18,7 +18,7 @@ from server.api.openai.replies import CompletionReply, usage_of
 from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
-from server.api.sse import EventStream, unless_disconnected
+from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.core import Delta, Scored, Token
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
@@ -95,7 +95,7 @@ def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
     return choices[0].scored
 
 
-@router.post("/v1/completions", response_model=CompletionReply)
+@router.post("/v1/completions", response_model=CompletionReply, responses=OR_STREAM)
 async def complete(body: CompletionBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
     """Continue texts; with `stream: true` as server-sent events."""
     target = await find_target(request, worker, registry, body, "cmpl")

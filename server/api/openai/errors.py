@@ -20,6 +20,9 @@ _CODES: dict[type[PreludeError], str] = {
     Unauthorized: "invalid_api_key",
     UnknownTask: "model_not_found",
 }
+_TOO_LONG = "Input tokens exceed the configured limit. "
+"""LangChain and litellm make a class of their own of errors with these words of OpenAI's; they do not ask the code."""
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 _FIELDS = {f"{PREFIX}/completions": CompletionBody.offered(), f"{PREFIX}/chat/completions": ChatBody.offered()}
@@ -71,8 +74,9 @@ def openai_status(error: PreludeError, status: int | None = None) -> int:
 def openai_error(error: PreludeError) -> dict[str, Any]:
     """An error as JSON, the same in replies and in streams."""
     default = "invalid_request_error" if error.status < 500 else "server_error"
+    message = f"{_TOO_LONG if isinstance(error, InputTooLong) else ''}{error}"
     body = OpenAIError(
-        message=str(error).encode("utf-8", "backslashreplace").decode(),  # it may quote half a surrogate pair
+        message=message.encode("utf-8", "backslashreplace").decode(),  # it may quote half a surrogate pair
         type=_TYPES.get(error.status, default),
         param=error.param or ("model" if isinstance(error, UnknownTask) else None),
         code=next((code for cls, code in _CODES.items() if isinstance(error, cls)), error.code),

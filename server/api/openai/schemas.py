@@ -112,6 +112,16 @@ def _kind_of_input(value: Any) -> str | None:
 class CompletionBody(SamplingBody):
     """Body of /v1/completions. The text is taken as it is: no template is put around it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "sms_spam", "prompt": "Win a prize now!\n"},
+                {"model": "sms_spam", "prompt": ["Win a prize now!\n"], "max_tokens": 0, "echo": True, "logprobs": 1},
+                {"model": "sms_spam", "prompt": "Win a prize now!\n", "stream": True, "n": 2, "temperature": 0.7},
+            ]
+        }
+    )
+
     # Told apart by their first item: to try one after the other would collect an error for each of a million ids.
     prompt: Annotated[
         Annotated[Text, Tag("text")]
@@ -177,10 +187,13 @@ class JsonSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    """`response_format`."""
+    """`response_format`: OpenAI's, and text-generation-inference's, into which huggingface_hub turns the other."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "json"]
     json_schema: JsonSchema | None = Field(None, validate_default=True)
+    value: dict[str, Any] | None = Field(
+        None, validate_default=True, description="With json_object or json: a JSON schema for it."
+    )
 
     @field_validator("json_schema")
     @classmethod
@@ -188,6 +201,25 @@ class ResponseFormat(_Body):
         if "type" in info.data and (info.data["type"] == "json_schema") != (value is not None):
             raise ValueError("belongs to the type json_schema, which needs it")
         return value
+
+    @field_validator("value")
+    @classmethod
+    def _has_a_type_that_takes_it(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        kind = info.data.get("type")
+        if value is not None and kind not in ("json_object", "json", None):
+            raise ValueError("belongs to the types json_object and json")
+        if value is None and kind == "json":
+            raise ValueError("is needed by the type json")
+        return value
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """What the answer must match; None if anything goes."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.value is None else self.value
 
 
 def _only_text(value: Any) -> Any:
@@ -198,6 +230,27 @@ def _only_text(value: Any) -> Any:
 
 class ChatBody(SamplingBody):
     """Body of /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "sms_spam", "messages": [{"role": "user", "content": "Win a prize now!"}]},
+                {
+                    "model": "sms_spam",
+                    "messages": [{"role": "user", "content": "Win a prize now!"}],
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                },
+                {
+                    "model": "sms_spam",
+                    "messages": [{"role": "user", "content": "Win a prize now!"}],
+                    "logprobs": True,
+                    "top_logprobs": 2,
+                    "structured_outputs": {"choice": ["ham", "spam"]},
+                },
+            ]
+        }
+    )
 
     messages: list[Message] = Field(
         min_length=1, fail_fast=True, description="The conversation, as far as it has come."

@@ -228,7 +228,5 @@ def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
 
 
 def _format_grammar(form: ResponseFormat) -> Grammar | None:
-    if form.type == "text":
-        return None
-    schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    schema = form.schema_of_answer
+    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))

@@ -1,0 +1,70 @@
+"""Every script in examples/ runs against a live server and prints that server's answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.live import LiveServer, SteeredModel, live_server
+from tests.api.openai.support import TEMPLATE
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SPAM = "URGENT! You have won a prize. Text WIN to 81010"
+TASK = "sms_spam"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A tiny model with a task that is called as the one that ships."""
+    model = SteeredModel()
+    model.tokenizer.chat_template = TEMPLATE
+    with live_server(tmp_path_factory.mktemp("examples"), model=model) as live:
+        live.publish_random(TASK, 1, {"input_template": "{input}\n", "generation": {"max_new_tokens": 6}})
+        yield live
+
+
+def run(name: str, *arguments: str) -> list[str]:
+    """What a script prints, line by line; it may not look for anything outside this machine."""
+    offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_DATASETS_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+# openai_client.py has a test of its own in tests/api/openai.
+CLIENTS = ["huggingface_client.py", "langchain_client.py", "litellm_client.py"]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_client_is_answered_as_every_other(server: LiveServer, name: str) -> None:
+    lines = run(name, "--url", server.url, "--task", TASK)
+    answer = server.text(SPAM, TASK)
+    assert f"{answer!r}: {SPAM}" in lines
+    [stream] = [line for line in lines if line.startswith("stream: ")]
+    assert len(stream) > len("stream: []")
+
+
+def test_the_harness_writes_and_chooses(server: LiveServer, tmp_path: Path) -> None:
+    server.model.tokenizer.save_pretrained(tmp_path)
+    written, chosen = run("evaluate_with_lm_eval.py", "--url", server.url, "--task", TASK, "--tokenizer", str(tmp_path))
+    assert written.startswith("written {'exact_match,none': ")
+    assert chosen.startswith("chosen {'acc,none': ")
+
+
+def test_every_script_is_tested_documented_and_says_how_it_is_run() -> None:
+    page = (EXAMPLES.parent / "docs" / "clients.md").read_text(encoding="utf-8")
+    for script in EXAMPLES.glob("*.py"):
+        assert f"../examples/{script.name}" in page
+        assert f"python examples/{script.name}" in script.read_text(encoding="utf-8")
+    assert {*CLIENTS, "evaluate_with_lm_eval.py"} <= {script.name for script in EXAMPLES.glob("*.py")}

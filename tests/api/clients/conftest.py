@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from tests.api.live import LiveServer, SteeredModel, live_server
 from tests.api.openai.support import TEMPLATE
 
-# Read when these are imported, which is after this file: litellm would fetch prices and read a .env, datasets look for a hub.
+# Read when these are imported, which is after this file: litellm would fetch prices and read a .env, datasets look for
+# a hub.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 os.environ["LITELLM_MODE"] = "PRODUCTION"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -12,7 +12,7 @@ import pytest
 
 from server.api.app import create_app
 from server.api.openai.errors import is_openai, openai_error
-from server.errors import Overloaded, PreludeError
+from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
 from server.keys.key import Scope
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, live_server
@@ -37,7 +37,8 @@ async def test_every_error_of_the_tree_is_rendered_by_the_one_handler(
         response = await client.get("/v1/fails")
     is_validation = issubclass(cls, tuple(c for c in _tree() if c.code == "invalid_request"))
     error = assert_openai_error(response, 400 if is_validation else cls.status, cls.code)
-    assert error["message"] == "It went wrong. Do better."
+    opening = "Input tokens exceed the configured limit. " if cls is InputTooLong else ""  # clients look for it
+    assert error["message"] == f"{opening}It went wrong. Do better."
     assert error["param"] == "n"
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     default = "server_error" if cls.status >= 500 else "invalid_request_error"

@@ -56,6 +56,17 @@ def test_json_object_is_the_beginning_of_an_object_at_least(chatty: LiveServer) 
     assert text.lstrip().startswith("{")
 
 
+@pytest.mark.parametrize("kind", ["json_object", "json"])
+def test_a_schema_holds_in_text_generation_inferences_form(chatty: LiveServer, kind: str) -> None:
+    check(texts(ask(chatty, CHAT, response_format={"type": kind, "value": SCHEMA}, seed=2, **HOT))[0])
+
+
+@pytest.mark.parametrize("form", [{"type": "text", "value": SCHEMA}, {"type": "json"}, {"type": "json", "value": "{}"}])
+def test_a_schema_stands_where_its_type_takes_it(chatty: LiveServer, form: Body) -> None:
+    error = assert_openai_error(post(chatty, CHAT, response_format=form), 400, "invalid_request", "value")
+    assert error["param"] == "response_format"
+
+
 def test_a_regex_holds(chatty: LiveServer) -> None:
     for path in (COMPLETIONS, CHAT):
         reply = ask(chatty, path, structured_outputs={"regex": "[a-f]{3}-[0-9]{2}"}, n=3, seed=4, **HOT)

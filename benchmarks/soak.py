@@ -54,7 +54,8 @@ class SmallPrelude(Prelude):
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
-        return [*super().command(port, folder, workload), "--prefix-memory", "64MiB", "--host-memory", "8MiB"]
+        limits = ("--kv-memory", "512MiB", "--prefix-memory", "64MiB", "--host-memory", "8MiB")
+        return [*super().command(port, folder, workload), *limits]
 
 
 @dataclass

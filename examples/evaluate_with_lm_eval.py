@@ -89,7 +89,7 @@ def main() -> None:
         read = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line]
         write_tasks(folder, rows, sorted({row["target"] for row in read}), arguments.template)
         for task, metrics in evaluate(arguments.url, arguments.task, arguments.tokenizer, folder).items():
-            print(task, {name: value for name, value in metrics.items() if isinstance(value, float)})
+            print(task, {name: float(value) for name, value in metrics.items() if isinstance(value, float)})
 
 
 if __name__ == "__main__":

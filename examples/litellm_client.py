@@ -45,6 +45,7 @@ def main() -> None:
     chunks = litellm.completion(model, user(TEXTS[0]), stream=True, **server)
     print("stream:", [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content])
     asyncio.run(ask_at_once(model, server))
+    litellm.suppress_debug_info = True  # an invitation to report a bug, which this is not
     try:
         litellm.completion("openai/no_such_task", user(TEXTS[0]), **server)
     except litellm.NotFoundError as error:

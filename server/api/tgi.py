@@ -17,7 +17,15 @@ from server.api.schemas import ErrorBody
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.api.telemetry.watch import watched
 from server.api.tgi_replies import events, reply_of
-from server.api.tgi_schemas import GenerateBody, GenerateParameters, GenerateReply, TokenizeBody, TokenizedBody
+from server.api.tgi_schemas import (
+    MAX_GENERATED,
+    MAX_SCORED,
+    GenerateBody,
+    GenerateParameters,
+    GenerateReply,
+    TokenizeBody,
+    TokenizedBody,
+)
 from server.core import Delta
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
@@ -108,6 +116,7 @@ async def _answer(
     allow_task(request, named)
     texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     wanted = _wanted(parameters, stream)
+    _refuse_too_much(len(texts), parameters)
     if stream:
         _refuse_to_stream(body)
     prepared = []
@@ -153,6 +162,18 @@ def _one_task(query: str | None, adapter_id: str | None) -> str | None:
             f"?task= says {query!r} and parameters.adapter_id says {adapter_id!r}.", remedy="Name the task once."
         )
     return query if query is not None else adapter_id
+
+
+def _refuse_too_much(texts: int, parameters: GenerateParameters) -> None:
+    if parameters.choices is not None and texts * len(parameters.choices) > MAX_SCORED:
+        what, most = f"{len(parameters.choices)} choices", MAX_SCORED
+    elif texts * (parameters.best_of or 1) > MAX_GENERATED:
+        what, most = f"{parameters.best_of} texts", MAX_GENERATED
+    else:
+        return
+    raise InvalidRequest(
+        f"{texts} inputs with {what} each are more than {most} answers.", remedy="Send several requests."
+    )
 
 
 def _refuse_to_stream(body: GenerateBody) -> None:

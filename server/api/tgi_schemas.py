@@ -20,7 +20,11 @@ from server.core import Grammar, GrammarKind
 
 MAX_INPUTS = 128
 MAX_BEST_OF = 64
-MAX_CHOICES = 512
+MAX_CHOICES = 128
+MAX_GENERATED = 128
+"""Most texts that one request generates: its inputs times `best_of`."""
+MAX_SCORED = 2048
+"""Most labels that one request scores: its inputs times `choices`."""
 MAX_STOP = 16
 MAX_TOP_TOKENS = 20
 

@@ -23,7 +23,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.upload import upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
-from server.errors import EmptyInput, GenerationFailed, InputTooLong, NotFinite
+from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidRequest, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -299,7 +299,7 @@ def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is
     """Why a sequence cannot go on after a step, if it cannot."""
     for who, choice in drawn:
         if choice.token_id is None and who.matcher is not None and who.matcher.error is not None:
-            return GenerationFailed(f"The grammar could not be followed: {who.matcher.error}", remedy="Simplify it.")
+            return InvalidRequest(f"The grammar is too complex: {who.matcher.error}.", remedy="Simplify it.")
     is_finite = prefix_is_finite and all(choice.token_id is not None for _, choice in drawn)
     if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
         return None

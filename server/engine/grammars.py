@@ -7,6 +7,7 @@ limits that llguidance sets to the size of what it builds.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -19,6 +20,9 @@ from tokenizers import Tokenizer
 
 from server.core import Grammar, GrammarKind
 from server.errors import InvalidRequest
+
+META = frozenset("\\.+*?()|[]{}^$#&-~/")
+"""Characters that mean something in a regular expression."""
 
 KEPT = 64
 """Compiled grammars; the one that was used last stays longest."""
@@ -56,7 +60,7 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why it cannot go on: the grammar turned out to be too complex."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else None
+        return brief(self._matcher.get_error()) if self._matcher.is_error() else None
 
 
 class Grammars:
@@ -83,6 +87,8 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
         if matcher.is_error():
             raise _unusable(grammar, matcher.get_error())
+        if not self._can_begin(matcher.deep_copy()):
+            raise _unusable(grammar, "No text can match it.")
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > KEPT:
@@ -100,6 +106,14 @@ class Grammars:
                     return Matcher(compiled.deep_copy())
             self.check(grammar)
 
+    def _can_begin(self, matcher: llguidance.LLMatcher) -> bool:
+        """Whether there is a text that matches, as far as its first token tells; the empty one is a text."""
+        if matcher.is_accepting():
+            return True
+        allowed = Matcher(matcher).allowed(self._vocab_size)
+        allowed[self._eos_token_ids] = False
+        return bool(allowed.any())
+
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
         return llguidance.LLTokenizer(
@@ -115,15 +129,26 @@ def _source(grammar: Grammar) -> str:
         elif grammar.kind is GrammarKind.REGEX:
             source = llguidance.LLMatcher.grammar_from_regex(grammar.source)
         else:
-            source = llguidance.grammar_from("choice", grammar.source)
+            # One expression, not a rule for each: the parser keeps no more than 2,000 of those in mind.
+            source = llguidance.LLMatcher.grammar_from_regex("|".join(map(_literally, json.loads(grammar.source))))
     except ValueError as exc:
         raise _unusable(grammar, str(exc)) from exc
     return source
 
 
+def _literally(text: str) -> str:
+    """A regular expression that only this text matches."""
+    return "(?:" + "".join(f"\\{c}" if c in META else c for c in text) + ")"
+
+
+def brief(why: str) -> str:
+    """llguidance's words without the state of its parser, on one line, without the full stop."""
+    return " ".join(why.partition("<state>")[0].split())[:300].rstrip(" .")
+
+
 def _unusable(grammar: Grammar, why: str) -> InvalidRequest:
     kind = {GrammarKind.JSON_SCHEMA: "JSON schema", GrammarKind.REGEX: "regular expression"}.get(grammar.kind, "choice")
     return InvalidRequest(
-        f"The {kind} cannot be used: {' '.join(why.split())[:500]}",
+        f"The {kind} cannot be used: {brief(why)}.",
         remedy="Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around.",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from server.core import Scored
 from server.engine.distribution import on_device
 from server.engine.layout import Span
 from server.engine.operators import at_least_float32
-from server.engine.sampler import report_tokens
+from server.engine.sampler import ROWS_AT_ONCE, report_tokens
 from server.engine.sequence import Sequence
 
 Batch = list[tuple[Sequence, Span]]
@@ -69,22 +68,18 @@ class LogitRows:
 
     def score(self, logits: torch.Tensor) -> None:
         """Tell the sequences how likely their given tokens were, and their labels' first ones."""
-        rows: list[int] = []
-        targets: list[int] = []
-        owners: list[tuple[Sequence, int]] = []
         for row, sequence in self.labelled:
-            for label in sequence.request.labels:
-                rows.append(row)
-                targets.append(label[0])
-            owners.append((sequence, len(sequence.request.labels)))
-        for row, sequence, target, count in self.scored:
-            rows.extend(range(row, row + count))
-            targets.extend(sequence.targets[target : target + count])
-            owners.append((sequence, count))
-        if not rows:
-            return
-        top = [sequence.sampling.top_logprobs for sequence, count in owners for _ in range(count)]
-        wanted = at_least_float32(logits[on_device(logits.device, rows)])
-        reports = iter(zip(targets, report_tokens(wanted, on_device(logits.device, targets), top), strict=True))
-        for sequence, count in owners:
-            sequence.scored += [Scored(token_id, *report) for token_id, report in islice(reports, count)]
+            firsts = [label[0] for label in sequence.request.labels]
+            row_logits = at_least_float32(logits[row])
+            found = row_logits[on_device(logits.device, firsts)] - row_logits.logsumexp(dim=-1)
+            sequence.scored += map(Scored, firsts, found.tolist())
+        for first, sequence, target, count in self.scored:
+            for start in range(0, count, ROWS_AT_ONCE):
+                stop = min(start + ROWS_AT_ONCE, count)
+                targets = sequence.targets[target + start : target + stop]
+                rows = at_least_float32(logits[first + start : first + stop])
+                top = [sequence.sampling.top_logprobs] * len(targets)
+                reports = report_tokens(rows, on_device(logits.device, targets), top)
+                sequence.scored += [
+                    Scored(token_id, *report) for token_id, report in zip(targets, reports, strict=True)
+                ]

@@ -17,6 +17,10 @@ from server.engine.distribution import apply_rules, changes_logits, on_device, p
 from server.engine.operators import Operators, at_least_float32
 from server.engine.sequence import Sequence
 
+ROWS_AT_ONCE = 64
+"""Rows whose rules are applied in one go: drawing takes several copies of them in float64. Choices that share their
+input draw from it before they have a slot, so there can be many more rows than sequences that run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -43,7 +47,11 @@ def choose_next(
         # -1 marks a row that cannot be used, so that the host waits for one copy only.
         tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()
         return [Choice(token if token >= 0 else None, None) for token in tokens]
-    return _choose_by_rules(at_least_float32(logits), sequences, eos_token_ids)
+    choices: list[Choice] = []
+    for first in range(0, len(sequences), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        choices += _choose_by_rules(at_least_float32(logits[rows]), sequences[rows], eos_token_ids)
+    return choices
 
 
 def _has_rules(sequence: Sequence) -> bool:

@@ -150,7 +150,7 @@ class Scheduler:
     def _admit(self) -> None:
         if not len(self.waiting):
             return
-        budget = self._max_batch_tokens - sum(sequence.num_pending for sequence in self.running)
+        budget = self._max_batch_tokens - sum(map(_work, self.running))
         held: set[str | None] = set()
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
@@ -170,7 +170,7 @@ class Scheduler:
             sequence.slot = slot
             sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)
-            budget -= sequence.num_pending
+            budget -= _work(sequence)
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         if sequence.soft_prompt is None or sequence.shared is not None:
@@ -212,6 +212,11 @@ class Scheduler:
         soft_prompt = sequence.soft_prompt
         if soft_prompt is not None and self._computing.get(soft_prompt.prefix_hash) is sequence:
             del self._computing[soft_prompt.prefix_hash]
+
+
+def _work(sequence: Sequence) -> int:
+    """What a sequence adds to the next steps: tokens to compute, and the first draws of those that share its input."""
+    return sequence.num_pending + len(sequence.siblings)
 
 
 def _slot(sequence: Sequence) -> Slot:

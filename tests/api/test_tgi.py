@@ -584,3 +584,11 @@ def test_tokens_of_a_text_are_told_with_their_places(server: LiveServer) -> None
     assert_error(server.client.post("/tokenize", json={"inputs": "a" * 10_000_000}), 413, "payload_too_large")
     assert_error(server.client.post("/tokenize", json={"inputs": "a" * 3_000_000}), 422, "input_too_long")
     assert server.client.post("/tokenize", json={"inputs": ""}).json() == []
+
+
+def test_a_request_that_is_too_much_by_itself_is_refused_before_anything_starts(server: LiveServer) -> None:
+    many = {"inputs": ["a"] * 128, "parameters": {"best_of": 2}}
+    assert_error(server.client.post("/generate", json=many), 422, "invalid_request", "128 inputs with 2 texts each")
+    many = {"inputs": ["a"] * 128, "parameters": {"choices": [f"label {i}" for i in range(20)]}}
+    assert_error(server.client.post("/generate", json=many), 422, "invalid_request", "128 inputs with 20 choices each")
+    assert server.is_idle

@@ -129,6 +129,18 @@ def test_many_choices_of_no_tokens_all_end(tiny: FrozenModel) -> None:
     assert sum(outcome.lasts for outcome in outcomes.values()) == 1
 
 
+def test_first_draws_of_many_choices_are_shared_out_to_steps(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=8, max_batch_tokens=16)
+    for i in range(8):
+        engine.add(request(str(i), INPUT, n=12, max_new_tokens=1, temperature=1.0), None)
+    most = 0
+    while engine.has_work:
+        batch = engine.scheduler.schedule()
+        most = max(most, sum(1 + len(sequence.siblings) for sequence, _ in batch))
+        engine._commit(batch, engine._run(batch))
+    assert most <= 16 + 12
+
+
 LABELS = [(7,), (7, 9), (200, 3, 5, 5), (9,)]
 
 

@@ -103,12 +103,34 @@ def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Gra
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), "JSON schema cannot be used"),
         (Grammar(GrammarKind.REGEX, "(a"), "regular expression cannot be used"),
         (Grammar(GrammarKind.REGEX, r"(?=a)b"), "regular expression cannot be used"),
+        (Grammar(GrammarKind.REGEX, r"[^\s\S]"), "No text can match it"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "#"}'), "No text can match it"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
     for ask in (grammars.check, grammars.matcher):
         with pytest.raises(InvalidRequest, match=message):
             ask(grammar)
+
+
+def test_a_choice_is_taken_literally_and_may_be_one_of_thousands(tiny: FrozenModel) -> None:
+    texts = ["a.b*c", "(d|e)", "[f]^$", "x{2}", "é 😀", "#&-~/"]
+    for text in texts:
+        asked = request("r", [1], grammar=Grammar(GrammarKind.CHOICE, json.dumps([text])), max_new_tokens=60)
+        assert run_engine(make_engine(tiny), [(asked, None)])["r"].text == text
+    many = Grammar(GrammarKind.CHOICE, json.dumps([f"v{i}x" for i in range(4000)]))
+    outcome = run_engine(make_engine(tiny), [(request("r", [1], grammar=many, max_new_tokens=60), None)])["r"]
+    assert outcome.text in json.loads(many.source)
+
+
+def test_a_grammar_that_proves_too_complex_is_the_clients_error_and_nobody_elses(tiny: FrozenModel) -> None:
+    hard = Grammar(GrammarKind.REGEX, "(a?){500}a{500}")
+    asked = [(request("hard", [1], grammar=hard, max_new_tokens=60), None), (request("r", [1], max_new_tokens=5), None)]
+    outcomes = run_engine(make_engine(tiny), asked)
+    assert outcomes["r"].error is None
+    if (error := outcomes["hard"].error) is not None:
+        assert isinstance(error, InvalidRequest)
+        assert "<state>" not in str(error)
 
 
 def test_only_so_many_grammars_are_kept(grammars: Grammars) -> None:

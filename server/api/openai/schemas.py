@@ -47,7 +47,7 @@ class StructuredOutputs(_Body):
 
     json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
     regex: Text | None = Field(None, description="A regular expression that the whole text matches.")
-    choice: list[Text] | None = Field(None, min_length=1, description="The text is one of these.")
+    choice: list[Text] | None = Field(None, min_length=1, max_length=4096, description="The text is one of these.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:

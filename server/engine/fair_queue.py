@@ -1,15 +1,18 @@
-"""Waiting sequences, taken in turn: one per task and round, so that a flood on one task does not hold up another."""
+"""Waiting sequences, the next one from the task of which the fewest run: a flood on one does not hold up another."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
+from types import MappingProxyType
 
 from server.engine.sequence import Sequence
 
+NOBODY: Mapping[str | None, int] = MappingProxyType({})
+
 
 class FairQueue:
-    """First in, first out within a task; round robin between tasks."""
+    """First in, first out within a task; between tasks that have equally many running, in turn."""
 
     def __init__(self) -> None:
         """An empty queue."""
@@ -29,9 +32,22 @@ class FairQueue:
         """Put a sequence at the head of its task's queue: it goes on with what has begun already."""
         self._queues.setdefault(sequence.request.task, deque()).appendleft(sequence)
 
-    def head(self, held: Container[str | None] = ()) -> Sequence | None:
-        """The sequence whose turn it is, passing over the tasks in `held`; None if nobody is left."""
-        return next((queue[0] for task, queue in self._queues.items() if task not in held), None)
+    def head(self, held: Container[str | None] = (), running: Mapping[str | None, int] = NOBODY) -> Sequence | None:
+        """The sequence whose turn it is; None if nobody is left.
+
+        Args:
+            held: tasks to pass over.
+            running: how many sequences of each task run.
+        """
+        best: Sequence | None = None
+        fewest = 0
+        for task, queue in self._queues.items():
+            count = running.get(task, 0)
+            if task not in held and (best is None or count < fewest):
+                best, fewest = queue[0], count
+                if not count:
+                    break
+        return best
 
     def take(self, sequence: Sequence) -> None:
         """Remove a head; its task goes to the end of the round."""

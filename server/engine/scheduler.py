@@ -2,8 +2,9 @@
 
 Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
 their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
-behind it overtakes, so a long request is not starved by short ones. A few places are kept for tasks of which nobody
-runs, so that one task with many long answers does not make the others wait for their ends.
+behind it overtakes, so a long request is not starved by short ones. The next place goes to the task of which the fewest
+run, and a few are kept for tasks of which nobody does: one task with many long answers does not make the others wait
+for their ends.
 """
 
 from __future__ import annotations
@@ -152,10 +153,11 @@ class Scheduler:
             return
         budget = self._max_batch_tokens - sum(map(_work, self.running))
         held: set[str | None] = set()
+        running = Counter(sequence.request.task for sequence in self.running)
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
-                held |= {sequence.request.task for sequence in self.running}
-            sequence = self.waiting.head(held)
+                held |= running.keys()
+            sequence = self.waiting.head(held, running)
             if sequence is None:
                 return
             if self._waits_for_prefix(sequence):
@@ -167,6 +169,7 @@ class Scheduler:
                 return
             self.waiting.take(sequence)
             self.running.append(sequence)
+            running[sequence.request.task] += 1
             sequence.slot = slot
             sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)

@@ -295,7 +295,7 @@ class EngineLife(RuleBasedStateMachine):
         """Who waits has a reason to."""
         scheduler, computing = self.engine.scheduler, self._computing()
         held = {task for task, life in self._heads().items() if life.prefix_hash in computing}
-        head = scheduler.waiting.head(held)
+        head = scheduler.waiting.head(held, Counter(sequence.request.task for sequence in scheduler.running))
         if head is not None and len(scheduler.running) < self.max_sequences:
             busy = sum(sequence.num_pending for sequence in scheduler.running) >= self.max_batch_tokens
             assert busy or not self.engine.kv_cache.allocator.can_allocate(head.max_positions), "it waits for nothing"
@@ -303,8 +303,8 @@ class EngineLife(RuleBasedStateMachine):
     def _watch_admission(self, admitted: Life, running: Counter[str | None]) -> None:
         """In fair order: the first of its task, and each other task goes once at most before one that waits.
 
-        Where all but the kept places are taken, only tasks of which nobody runs go on, past those of which somebody
-        does: those wait for their own task to end.
+        A task of which fewer run goes before one of which more do, as often as it takes; where all but the kept places
+        are taken, only tasks of which nobody runs go on. Those that are passed wait for their own task to end.
 
         Only who waits for another one's prefill may be passed more often: that ends by itself. Since no other task
         goes twice, the number of those who go before a request is bounded; since each step computes one position at
@@ -323,7 +323,7 @@ class EngineLife(RuleBasedStateMachine):
         is_kept = running.total() >= self.max_sequences
         assert not (is_kept and running[task]), "a kept place goes to a task of which nobody runs"
         for life in heads.values():
-            if life.prefix_hash not in computing and not (is_kept and running[life.asked.task]):
+            if life.prefix_hash not in computing and running[task] >= running[life.asked.task]:
                 life.passed[task] += 1
                 assert life.passed[task] == 1, "overtaken twice by one task"
 

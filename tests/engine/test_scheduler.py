@@ -128,6 +128,23 @@ def test_a_task_of_which_nobody_runs_does_not_wait_for_the_long_answers_of_anoth
     run(engine)
 
 
+def test_the_next_place_goes_to_the_task_of_which_the_fewest_run(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=4)
+    for i in range(4):
+        engine.add(request(f"flood {i}", [i], "flood", max_new_tokens=4 + 4 * i, ignore_eos=True), None)
+    engine.step()
+    for i in range(4):
+        engine.add(request(f"more {i}", [i], "flood", max_new_tokens=40, ignore_eos=True), None)
+    for i in range(3):
+        engine.add(request(f"quiet {i}", [i], "quiet", max_new_tokens=40, ignore_eos=True), None)
+    for _ in range(12):
+        engine.step()
+    # One quiet one came in by the kept place; those that the flood gave back went to the quiet ones until both had two.
+    tasks = [sequence.request.task for sequence in engine.scheduler.running]
+    assert (tasks.count("flood"), tasks.count("quiet")) in ((2, 2), (2, 3))
+    run(engine)
+
+
 def test_places_that_are_kept_do_not_exceed_the_token_budget(tiny: FrozenModel) -> None:
     assert make_engine(tiny, max_sequences=16, max_batch_tokens=16).scheduler.max_running == 16
     assert make_engine(tiny, max_sequences=16, max_batch_tokens=17).scheduler.max_running == 17

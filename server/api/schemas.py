@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _is_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("holds half of a surrogate pair, which is not text") from exc
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+"""What can be written as UTF-8; JSON may hold strings that cannot."""
 
 SHARES = "Shares of 100 by version, in a canary."
 

@@ -50,6 +50,7 @@ TaskQuery = Query(
 Reply = GenerateReply | list[GenerateReply]
 
 
+@router.post("/", response_model=Reply, responses=ERRORS | OR_STREAM)
 @router.post("/generate", response_model=Reply, responses=ERRORS | OR_STREAM)
 async def generate(
     body: GenerateBody,
@@ -59,20 +60,10 @@ async def generate(
     key_id: KeyIdDep,
     task: str | None = TaskQuery,
 ) -> Response:
-    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream."""
-    return await _answer(body, task, body.stream, request, worker, registry, key_id)
+    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream.
 
-
-@router.post("/", response_model=Reply, responses=ERRORS | OR_STREAM)
-async def compat_generate(
-    body: GenerateBody,
-    request: Request,
-    worker: WorkerDep,
-    registry: RegistryDep,
-    key_id: KeyIdDep,
-    task: str | None = TaskQuery,
-) -> Response:
-    """The same as /generate, for clients that know only the server's address (huggingface_hub)."""
+    `/` is the same, for clients that know only the server's address (huggingface_hub).
+    """
     return await _answer(body, task, body.stream, request, worker, registry, key_id)
 
 

@@ -6,7 +6,6 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -16,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from server.api.schemas import Text
 from server.core import Grammar, GrammarKind
 
 MAX_INPUTS = 128
@@ -30,17 +30,6 @@ MAX_TOP_TOKENS = 20
 
 NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate")
 """Parameters that mean something where labels are scored; all others say how to generate."""
-
-
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        raise ValueError("holds half of a surrogate pair, which is not text") from exc
-    return value
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
 
 
 class _Strict(BaseModel):

@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, ModelSpec, SamplingParams
+from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.kv_cache import SlotAllocator
@@ -165,14 +165,6 @@ class EngineWorker:
         self._began.wait()
         torch.set_num_threads(1)  # for this thread and for all that come
 
-    def check_grammar(self, grammar: Grammar) -> None:
-        """Compile a grammar, so that it is there when its request comes; takes a while, so not for the event loop.
-
-        Raises:
-            InvalidRequest: it cannot be used; says why.
-        """
-        self._engine.grammars.check(grammar)
-
     async def generate(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> AsyncGenerator[Delta]:
         """Submit a request and yield what every step adds to it; closing the iterator early aborts it.
 
@@ -187,8 +179,8 @@ class EngineWorker:
         """
         self._refuse_if_closed()
         self._engine.check(request, soft_prompt)
-        if request.sampling.grammar is not None:
-            await asyncio.to_thread(self.check_grammar, request.sampling.grammar)
+        if request.sampling.grammar is not None:  # compiled here, so that it is there when the engine wants it
+            await asyncio.to_thread(self._engine.grammars.check, request.sampling.grammar)
         with self._admission.of(request):
             async with contextlib.aclosing(self._deltas(request, soft_prompt)) as deltas:
                 async for delta in deltas:

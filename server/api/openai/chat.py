@@ -72,7 +72,7 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     text, add_special_tokens = chat_text(worker, target.manifest, body.messages)
     inputs = await encode_all(worker, [text], add_special_tokens=add_special_tokens)
     n = body.n or 1
-    (prepared,) = await prepare_all(worker, target, inputs, body, choices=n)
+    (prepared,) = prepare_all(worker, target, inputs, body, choices=n)
     headers = prepared.headers(worker)
     form = _Form(worker, body)
     special = body.skip_special_tokens is False

@@ -101,7 +101,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     target = await find_target(request, worker, registry, body, "cmpl")
     texts, inputs = await _inputs(worker, body)
     scores = (bool(body.echo) and body.logprobs is not None) or body.max_tokens == 0
-    prepared = await prepare_all(worker, target, inputs, body, choices=body.generated, input_logprobs=scores)
+    prepared = prepare_all(worker, target, inputs, body, choices=body.generated, input_logprobs=scores)
     headers = prepared[0].headers(worker)
     head = target.head("text_completion", worker)
     form = _Form(worker, body, texts)

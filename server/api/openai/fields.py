@@ -7,18 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from server.api.schemas import Text
+
 MAX_BIASES = 1024
 MAX_STOPS = 16
 
 _ID = re.compile(r"[0-9]{1,9}")
-
-
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        raise ValueError("holds half of a surrogate pair, which is not text") from exc
-    return value
 
 
 def _not_offered(value: Any) -> None:
@@ -36,8 +30,6 @@ def _are_ids(biases: dict[str, float]) -> dict[str, float]:
             raise ValueError(f"{key[:80]!r} is not the id of a token")
     return biases
 
-
-Text = Annotated[str, AfterValidator(_is_text)]
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 

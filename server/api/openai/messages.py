@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.api.openai.fields import NotOffered, Text
+from server.api.openai.fields import NotOffered
+from server.api.schemas import Text
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest

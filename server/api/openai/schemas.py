@@ -20,8 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.openai.fields import LogitBias, NotOffered, Stop, Text, TokenIds
+from server.api.openai.fields import LogitBias, NotOffered, Stop, TokenIds
 from server.api.openai.messages import Message
+from server.api.schemas import Text
 
 MAX_CHOICES = 128
 """Most choices of one request: inputs times what is asked of each."""

@@ -111,7 +111,7 @@ async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_
     return ids
 
 
-async def prepare_all(
+def prepare_all(
     worker: EngineWorker,
     target: Target,
     inputs: Sequence[Sequence[int]],
@@ -123,7 +123,7 @@ async def prepare_all(
     """The engine's requests, one for each input.
 
     Args:
-        worker: for the model's limits, and to check what the answer must match.
+        worker: for the model's limits.
         target: who answers.
         inputs: token ids.
         body: what is asked.
@@ -131,7 +131,7 @@ async def prepare_all(
         input_logprobs: report the log-probabilities of the input too.
 
     Raises:
-        InvalidRequest: the request is too large, or names tokens that there are not, or a form that cannot be held to.
+        InvalidRequest: the request is too large, or names tokens that there are not.
     """
     if len(inputs) * choices > MAX_CHOICES:
         raise InvalidRequest(
@@ -146,9 +146,7 @@ async def prepare_all(
     fields = _sampling_fields(worker, body)
     if "temperature" not in fields and _asks_for_sampling(body, choices) and not manifest.generation.temperature:
         fields["temperature"] = 1.0
-    grammar = _grammar(body)
-    if grammar is not None:
-        await asyncio.to_thread(worker.check_grammar, grammar)
+    if (grammar := _grammar(body)) is not None:
         fields["grammar"] = grammar
     virtual = 0 if target.soft_prompt is None else target.soft_prompt.num_virtual_tokens
     task = None if target.resolved is None else target.resolved.task

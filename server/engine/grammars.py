@@ -40,10 +40,10 @@ class Matcher:
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Which tokens may come next, `[vocab_size]` of booleans; none once it has failed."""
-        if self._matcher.is_error():
-            return np.zeros(vocab_size, dtype=bool)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.zeros(vocab_size, dtype=bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():  # also if only just now: its mask then lets the text end
+            return allowed
         known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
         allowed[: len(known)] = known
         return allowed
@@ -87,8 +87,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
         if matcher.is_error():
             raise _unusable(grammar, matcher.get_error())
-        if not self._can_begin(matcher.deep_copy()):
-            raise _unusable(grammar, "No text can match it.")
+        self._try_out(grammar, matcher.deep_copy())
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > KEPT:
@@ -106,13 +105,16 @@ class Grammars:
                     return Matcher(compiled.deep_copy())
             self.check(grammar)
 
-    def _can_begin(self, matcher: llguidance.LLMatcher) -> bool:
-        """Whether there is a text that matches, as far as its first token tells; the empty one is a text."""
+    def _try_out(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
+        """Refuse a grammar that fails at once, or whose first token cannot be found; the empty text has none."""
         if matcher.is_accepting():
-            return True
+            return
         allowed = Matcher(matcher).allowed(self._vocab_size)
+        if matcher.is_error() and not matcher.get_error().startswith("NoExtension"):
+            raise _unusable(grammar, matcher.get_error())
         allowed[self._eos_token_ids] = False
-        return bool(allowed.any())
+        if not allowed.any():
+            raise _unusable(grammar, "No text can match it.")
 
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:

@@ -123,14 +123,28 @@ def test_a_choice_is_taken_literally_and_may_be_one_of_thousands(tiny: FrozenMod
     assert outcome.text in json.loads(many.source)
 
 
-def test_a_grammar_that_proves_too_complex_is_the_clients_error_and_nobody_elses(tiny: FrozenModel) -> None:
-    hard = Grammar(GrammarKind.REGEX, "(a?){500}a{500}")
-    asked = [(request("hard", [1], grammar=hard, max_new_tokens=60), None), (request("r", [1], max_new_tokens=5), None)]
+OBJECTS = [{"type": "object", "properties": {f"k{i}": {}}, "required": [f"k{i}"]} for i in range(2500)]
+TOO_COMPLEX = {
+    "lexer": Grammar(GrammarKind.REGEX, "(a?){500}a{500}"),
+    "parser": Grammar(GrammarKind.JSON_SCHEMA, json.dumps({"anyOf": OBJECTS})),
+}
+"""Grammars that are taken, and of which the first token or two show that too much has to be kept in mind."""
+
+
+@pytest.mark.parametrize("grammar", TOO_COMPLEX.values(), ids=TOO_COMPLEX)
+def test_a_grammar_that_proves_too_complex_is_the_clients_error_and_nobody_elses(
+    tiny: FrozenModel, grammar: Grammar
+) -> None:
+    asked = [
+        (request("hard", [1], grammar=grammar, max_new_tokens=60), None),
+        (request("r", [1], max_new_tokens=5, ignore_eos=True), None),
+    ]
     outcomes = run_engine(make_engine(tiny), asked)
-    assert outcomes["r"].error is None
-    if (error := outcomes["hard"].error) is not None:
-        assert isinstance(error, InvalidRequest)
-        assert "<state>" not in str(error)
+    assert len(outcomes["r"].token_ids) == 5
+    error = outcomes["hard"].error
+    assert isinstance(error, InvalidRequest)
+    assert "too complex" in str(error)
+    assert "<state>" not in str(error)
 
 
 def test_only_so_many_grammars_are_kept(grammars: Grammars) -> None:

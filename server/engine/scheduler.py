@@ -3,8 +3,8 @@
 Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
 their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
 behind it overtakes, so a long request is not starved by short ones. The next place goes to the task of which the fewest
-run, and a few are kept for tasks of which nobody does: one task with many long answers does not make the others wait
-for their ends.
+run, and some are kept for tasks of which fewer run than their share: one task with many long answers does not make the
+others wait for their ends.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from server.engine.layout import Span
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
 
-KEPT_SHARE = 8
-"""One place more for every so many, for tasks of which nobody runs."""
+KEPT_SHARE = 4
+"""One place more for every so many, for tasks of which fewer run than their share."""
 
 
 class Scheduler:
@@ -156,7 +156,8 @@ class Scheduler:
         running = Counter(sequence.request.task for sequence in self.running)
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
-                held |= running.keys()
+                share = self._max_sequences // len(running)
+                held |= {task for task, count in running.items() if count >= share}
             sequence = self.waiting.head(held, running)
             if sequence is None:
                 return

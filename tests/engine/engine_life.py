@@ -304,7 +304,7 @@ class EngineLife(RuleBasedStateMachine):
         """In fair order: the first of its task, and each other task goes once at most before one that waits.
 
         A task of which fewer run goes before one of which more do, as often as it takes; where all but the kept places
-        are taken, only tasks of which nobody runs go on. Those that are passed wait for their own task to end.
+        are taken, only tasks below their share go on. Those that are passed wait for their own task to end.
 
         Only who waits for another one's prefill may be passed more often: that ends by itself. Since no other task
         goes twice, the number of those who go before a request is bounded; since each step computes one position at
@@ -321,9 +321,11 @@ class EngineLife(RuleBasedStateMachine):
         assert heads.pop(task) is admitted, "first in, first out within a task"
         computing = self._computing()
         is_kept = running.total() >= self.max_sequences
-        assert not (is_kept and running[task]), "a kept place goes to a task of which nobody runs"
+        share = self.max_sequences // max(1, len(running))
+        assert not is_kept or running[task] < share, "a kept place goes to a task of which fewer run than its share"
         for life in heads.values():
-            if life.prefix_hash not in computing and running[task] >= running[life.asked.task]:
+            is_held = is_kept and running[life.asked.task] >= share
+            if life.prefix_hash not in computing and not is_held and running[task] >= running[life.asked.task]:
                 life.passed[task] += 1
                 assert life.passed[task] == 1, "overtaken twice by one task"
 

@@ -2,92 +2,257 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server.cli.errors import errors_as_sentences
 from server.cli.logs import configure_logging
-from server.errors import InvalidTrainingData
+from server.errors import ConfigurationError, InvalidTrainingData
 from server.settings import Settings
+from server.train.config import TrainingConfig
 
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
-    from server.train.trainer import Progress
+    from tqdm import tqdm
 
-HIGHEST_LEARNING_RATE = 1e6
-"""Beyond it a step leaves the range of float32, and nothing could be learned long before."""
+    from server.train.record import Progress
+    from server.train.sweep import Tried
+
+LEARNING = "Learning"
+START = "First values"
+DISTILLING = "Distillation: learn from a long text instead of from targets"
+ABOUT = "About the task"
 
 
 def train(
     task: Annotated[str, typer.Argument(help="Name of the task; the soft prompt is written to prompts/TASK.")],
-    data: Annotated[Path, typer.Option(help='JSONL, each line {"input": "…", "target": "…"}.')],
-    validation: Annotated[Path, typer.Option(help="The same for held-out rows: they choose the best state.")],
-    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 600,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of AdamW.")] = 2e-2,
-    init: Annotated[str, typer.Option(help="First values: vocab, labels or text.")] = "vocab",
-    init_text: Annotated[str | None, typer.Option(help="The text for --init text.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.")] = 0,
+    data: Annotated[
+        list[Path],
+        typer.Option(help='JSONL, each line {"input": "…", "target": "…"}. Once for each task of a multitask one.'),
+    ],
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(help="The same for held-out rows: they choose the best state. Default: a tenth of the rows."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="prompt_tuning; p_tuning; prefix_tuning, which learns more, in a file 20 times as large; or "
+            "multitask_prompt_tuning.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = "prompt_tuning",
+    num_virtual_tokens: Annotated[
+        int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.", rich_help_panel=LEARNING)
+    ] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=LEARNING)] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=LEARNING)] = 16,
+    lr: Annotated[
+        str,
+        typer.Option(help="Peak learning rate; auto tries a few for some steps each.", rich_help_panel=LEARNING),
+    ] = "auto",
+    optimizer: Annotated[str, typer.Option(help="adamw or adafactor.", rich_help_panel=LEARNING)] = "adamw",
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Measurements on the validation rows on the way.", rich_help_panel=LEARNING)
+    ] = 10,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Stop after so many measurements that are no better than the best.", rich_help_panel=LEARNING
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.", rich_help_panel=LEARNING)
+    ] = 0,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="labels, vocab (sampled), text, soft_prompt (another one), random; auto is labels where there are "
+            "some, else vocab.",
+            rich_help_panel=START,
+        ),
+    ] = "auto",
+    init_text: Annotated[str | None, typer.Option(help="The text for --init text.", rich_help_panel=START)] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="A PEFT directory for --init soft_prompt.", rich_help_panel=START)
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of a long text that holds {input} once: instructions, examples. The soft prompt learns to have "
+            "its effect; rows need no targets.",
+            rich_help_panel=DISTILLING,
+        ),
+    ] = None,
+    teacher_chat: Annotated[
+        bool, typer.Option("--teacher-chat", help="Send that text as a user message.", rich_help_panel=DISTILLING)
+    ] = False,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Once for each label: learn what the teacher thinks of these, not what it answers.",
+            rich_help_panel=DISTILLING,
+        ),
+    ] = None,
     input_template: Annotated[
-        str, typer.Option(help="What the model reads; {input} is the row's input.")
+        str, typer.Option(help="What the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
     ] = "{input}\\n",
-    evaluations: Annotated[int, typer.Option(min=1, help="Measurements on the validation rows on the way.")] = 8,
-    description: Annotated[str | None, typer.Option(help="One line about the task, shown by GET /prompts.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the data, kept in the manifest.")] = None,
+    description: Annotated[
+        str | None, typer.Option(help="One line about the task, shown by GET /prompts.", rich_help_panel=ABOUT)
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the data, kept in the manifest.", rich_help_panel=ABOUT)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write instead of prompts/TASK.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew, even if the same run was broken off before.")
+    ] = False,
 ) -> None:
-    """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory."""
+    """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory.
+
+    Run again after it was broken off, it goes on where it was.
+    """
     configure_logging("warning")
     with errors_as_sentences():
+        import shutil
+
         from server.engine.model import FrozenModel
         from server.soft_prompts.names import check_task_name
-        from server.soft_prompts.soft_prompt import check_shape
-        from server.train.run import TaskFiles, check_writable, train_task, write_task
-        from server.train.trainer import TrainingConfig
+        from server.train.output import check_writable, write_task
+        from server.train.run import TaskFiles, train_task
 
         check_task_name(task)
-        if not lr <= HIGHEST_LEARNING_RATE:
-            raise InvalidTrainingData(f"--lr is {lr:g}.", remedy="Lower the learning rate: 0.02 is usual.")
         settings = Settings.load()
         template = input_template.replace("\\n", "\n").replace("\\t", "\t")
-        files = TaskFiles(task, data, validation, template, init_text, description, licence)
-        config = TrainingConfig(
+        config = make_config(
+            method=method,
             num_virtual_tokens=num_virtual_tokens,
             steps=steps,
             batch_size=batch_size,
             learning_rate=lr,
-            init=init,
-            seed=seed,
+            optimizer=optimizer,
             evaluations=min(evaluations, steps),
+            patience=patience,
+            seed=seed,
+            init=init,
+            init_text=init_text,
+            init_from=None if init_from is None else str(init_from),
+            teacher_template=None if teacher is None else _read_text(teacher),
+            teacher_chat=teacher_chat,
+            labels=tuple(label) if label else None,
+        )
+        files = TaskFiles(
+            task=task,
+            training=data[0] if len(data) == 1 else tuple(data),
+            validation=None if not validation else validation[0] if len(validation) == 1 else tuple(validation),
+            input_template=template,
+            description=description,
+            licence=licence,
+            max_virtual_tokens=settings.max_virtual_tokens,
         )
         directory = out or settings.prompts_dir / task
         check_writable(directory)
+        checkpoint = settings.cache_dir.expanduser() / "training" / task
+        if fresh:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         model = FrozenModel.load(settings)
-        shape = (num_virtual_tokens, model.spec.hidden_size)
-        check_shape("PROMPT_TUNING", shape, model.spec, settings.max_virtual_tokens)
-        with _step_bar(task, steps) as on_step:
-            soft_prompt, result = train_task(model, files, config, on_step)
-        write_task(directory, soft_prompt, model)
-        typer.echo(f"{directory}: validation exact match {result.validation.exact_match:.1%} (step {result.step})")
+        with Bars(task, config.steps) as bars:
+            trained = train_task(
+                model,
+                files,
+                config,
+                bars.on_step,
+                checkpoint=checkpoint,
+                on_tried=bars.on_tried,
+                on_sweep_step=bars.on_sweep_step,
+                on_taught=bars.on_taught,
+            )
+        write_task(directory, trained, model.spec)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        best = trained.result
+        typer.echo(f"{directory}: validation exact match {best.validation.exact_match:.1%} (step {best.step})")
 
 
-@contextmanager
-def _step_bar(task: str, steps: int) -> Iterator[Callable[[Progress], None]]:
-    """A progress bar that counts steps; what is measured on the way is written above it."""
-    from tqdm import tqdm
+def make_config(**fields: object) -> TrainingConfig:
+    """Hyperparameters from options.
 
-    with tqdm(total=steps, desc=task, unit="step", dynamic_ncols=True) as bar:
+    Raises:
+        InvalidTrainingData: names the options that do not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
 
-        def show(progress: Progress) -> None:
-            bar.set_postfix(loss=f"{progress.loss:.3f}", tok_s=f"{progress.tokens_per_second:.0f}", refresh=False)
-            bar.update()
-            if score := progress.validation:
-                bar.write(
-                    f"step {progress.step}: validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}"
-                )
+    if fields["learning_rate"] != "auto":
+        try:
+            fields["learning_rate"] = float(str(fields["learning_rate"]))
+        except ValueError as exc:
+            raise InvalidTrainingData(
+                f"--lr is {fields['learning_rate']!r}.", remedy="Give a number, 0.02 is usual, or auto."
+            ) from exc
+    try:
+        return TypeAdapter(TrainingConfig).validate_python(fields)
+    except ValidationError as exc:
+        names = {"learning_rate": "lr", "teacher_template": "teacher", "labels": "label"}
+        problems = [(str(error["loc"][0]), error["msg"], error["input"]) for error in exc.errors()]
+        raise InvalidTrainingData(
+            "; ".join(
+                f"--{names.get(field, field).replace('_', '-')} is {value!r}: {problem}"
+                for field, problem, value in problems
+            )
+            + "."
+        ) from exc
 
-        yield show
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{path} cannot be read: {exc}.", remedy="Name a text file in UTF-8.") from exc
+
+
+class Bars:
+    """Progress bars: of the teacher's rows, of the search for a learning rate, of the steps of training."""
+
+    def __init__(self, task: str, steps: int) -> None:
+        from tqdm import tqdm
+
+        self._tqdm = tqdm
+        self._task, self._steps = task, steps
+        self._bar: tqdm[Any] | None = None
+        self._shown = ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_taught(self) -> None:
+        """A row that the teacher has been asked about."""
+        self._on("teacher", "row", None).update()
+
+    def on_sweep_step(self, progress: Progress) -> None:
+        """A step of the search."""
+        self._on("learning rate", "step", None).update()
+
+    def on_tried(self, tried: Tried) -> None:
+        """A learning rate that was tried."""
+        self._on("learning rate", "step", None).write(
+            f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}"
+        )
+
+    def on_step(self, progress: Progress) -> None:
+        """A step of training; what is measured on the way is written above the bar."""
+        bar = self._on(self._task, "step", self._steps)
+        bar.set_postfix(loss=f"{progress.loss:.3f}", tok_s=f"{progress.tokens_per_second:.0f}", refresh=False)
+        bar.update(progress.step - bar.n)  # a run that goes on does not begin at 0
+        if score := progress.validation:
+            bar.write(f"step {progress.step}: validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}")
+
+    def _on(self, description: str, unit: str, total: int | None) -> tqdm[Any]:
+        if self._bar is not None and self._shown == description:
+            return self._bar
+        self.__exit__()
+        self._bar, self._shown = self._tqdm(desc=description, unit=unit, total=total, dynamic_ncols=True), description
+        return self._bar

@@ -122,7 +122,7 @@ def attend_batch(
     batch, heads, q_len, dim = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim)
-    if rules.softcap is None and not query.requires_grad:
+    if rules.softcap is None and not (query.requires_grad or key.requires_grad):
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=rules.scaling)
     else:
         # Written out where SDPA cannot do it (soft-cap), and for training, where on a CPU it is twice as fast.
@@ -166,6 +166,10 @@ class PackedRows:
 
     lengths: Sequence[int]
     """Tokens of each row, in the order of the flat row."""
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Of each layer keys and values `[kv_heads, prefix tokens, dim]` that stand before every row."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Where each layer leaves its keys and values `[kv_heads, tokens, dim]`, if anybody wants them."""
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -181,8 +185,16 @@ class PackedRows:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
         """See `Layout.attend`."""
+        if self.kept is not None:
+            self.kept[layer] = (key, value)
+        keys, values = self._pad(key), self._pad(value)
+        if self.prefix is not None:
+            keys, values = (
+                torch.cat([before.to(own).expand(len(self.lengths), -1, -1, -1), own], dim=2)
+                for before, own in zip(self.prefix[layer], (keys, values), strict=True)
+            )
         mask = self._mask(rules.sliding_window, query, query.shape[0] // key.shape[0])
-        out = attend_batch(self._pad(query), self._pad(key), self._pad(value), mask, rules)
+        out = attend_batch(self._pad(query), keys, values, mask, rules)
         heads, dim = query.shape[0], query.shape[2]
         return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index.to(query.device)]
 
@@ -194,7 +206,8 @@ class PackedRows:
 
     def _mask(self, window: int | None, query: torch.Tensor, fold: int) -> torch.Tensor:
         if window not in self._masks:
-            positions = torch.arange(self._longest, device=query.device)
-            mask = visibility(positions[:, None], positions[None, :], window, query.dtype)
+            before = 0 if self.prefix is None else self.prefix[0][0].shape[1]
+            positions = torch.arange(before + self._longest, device=query.device)
+            mask = visibility(positions[before:, None], positions[None, :], window, query.dtype)
             self._masks[window] = fold_mask(mask[None, None], fold)
         return self._masks[window]

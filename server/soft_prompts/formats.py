@@ -70,11 +70,30 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
 
 def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec) -> None:
     """Write a PEFT directory that `PeftModel.from_pretrained` loads, with our manifest beside it."""
+    tensors = {"prompt_embeddings": soft_prompt.tensor}
+    _write(directory, peft_config(soft_prompt, model), soft_prompt.manifest, tensors)
+
+
+def save_multitask(directory: Path, tensors: dict[str, torch.Tensor], manifest: Manifest, model: ModelSpec) -> None:
+    """Write the PEFT directory of a multitask soft prompt, from what its tasks share and the factors of each."""
+    shared = SoftPrompt("PROMPT_TUNING", tensors["prompt_embeddings"], manifest)
+    tasks, _, rank = tensors["prefix_task_cols"].shape
+    config = peft_config(shared, model) | {
+        "num_ranks": rank,
+        "num_tasks": tasks,
+        "peft_type": MULTITASK,
+        "prompt_tuning_init": "RANDOM",  # what it began with, which PEFT asks for and does not use
+    }
+    _write(directory, config, manifest, tensors)
+
+
+def _write(directory: Path, config: dict[str, Any], manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(peft_config(soft_prompt, model), indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
-    (directory / MANIFEST_FILE).write_text(soft_prompt.manifest.to_json(), encoding="utf-8")
-    save_file({"prompt_embeddings": soft_prompt.tensor.contiguous()}, directory / TENSOR_FILE, {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+    (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, directory / TENSOR_FILE, {"format": "pt"})
     (directory / TENSOR_FILE).chmod(0o644)  # safetensors leaves it readable to its owner alone
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
+
+MAX_ROWS = 500_000
+MAX_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Example:
 
     input_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    task: int = 0
+    """Which of several tasks that are trained together it belongs to."""
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
@@ -51,33 +57,57 @@ class Example:
         return self.input_ids + self.target_ids[:-1]
 
 
-def read_data(path: Path) -> DataFile:
+def read_data(path: Path, *, need_targets: bool = True) -> DataFile:
     """Read a whole data file.
 
+    Args:
+        path: of the file.
+        need_targets: distillation does without; what is missing is then an empty text.
+
     Raises:
-        InvalidTrainingData: the file is missing or empty, or a line is not what it must be; names file and line.
+        InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and
+            line.
     """
+    rows: list[Row] = []
+    digest = hashlib.sha256()
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                digest.update(line)
+                if len(rows) == MAX_ROWS or len(line) > MAX_LINE_BYTES:
+                    raise _too_long(path, number, len(line))
+                if line.strip():
+                    rows.append(_parse_row(path, number, line, need_targets=need_targets))
     except OSError as exc:
         raise InvalidTrainingData(f"{path} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as exc:
-        line = data[: exc.start].count(b"\n") + 1
-        raise InvalidTrainingData(f"{path}, line {line}: not UTF-8.", remedy="Save the file as UTF-8.") from exc
-    rows = tuple(_parse_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
     if not rows:
-        raise InvalidTrainingData(f"{path} holds no rows.")
-    return DataFile(path, rows, hashlib.sha256(data).hexdigest())
+        raise InvalidTrainingData(
+            f"{path} holds no rows.", remedy='Write one JSON object on each line: {"input": "…", "target": "…"}.'
+        )
+    return DataFile(path, tuple(rows), digest.hexdigest())
 
 
-def _parse_row(path: Path, number: int, line: str) -> Row:
+def _too_long(path: Path, number: int, length: int) -> InvalidTrainingData:
+    if length > MAX_LINE_BYTES:
+        return InvalidTrainingData(
+            f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes.", remedy="Write one row on each line."
+        )
+    return InvalidTrainingData(
+        f"{path}, line {number}: more than {MAX_ROWS:,} rows.",
+        remedy="Take a sample: a run of 1,000 steps of 16 rows reads 16,000 of them.",
+    )
+
+
+def _parse_row(path: Path, number: int, line: bytes, *, need_targets: bool) -> Row:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidTrainingData(f"{path}, line {number}: not UTF-8.", remedy="Save the file as UTF-8.") from exc
     except (ValueError, RecursionError) as exc:
         raise InvalidTrainingData(f"{path}, line {number}: not JSON ({exc}).") from exc
     fields = value if isinstance(value, dict) else {}
+    if not need_targets:
+        fields = {"target": "-"} | fields
     for name in ("input", "target"):
         if not isinstance(fields.get(name), str):
             raise InvalidTrainingData(f"{path}, line {number}: no string field {name!r}.")
@@ -108,6 +138,43 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
             )
         examples.append(example)
     return examples
+
+
+def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0) -> tuple[DataFile, DataFile]:
+    """Split a file's rows into those to train on and those to measure on; rows of one input stay together.
+
+    Raises:
+        InvalidTrainingData: it has one input only.
+    """
+    inputs = list(dict.fromkeys(row.input for row in data.rows))
+    if len(inputs) < 2:
+        raise InvalidTrainingData(
+            f"{data.path} holds one input only, so none can be held out to measure on.",
+            remedy="Give more rows, some hundreds are usual; or rows to measure on with --validation.",
+        )
+    random.Random(seed).shuffle(inputs)
+    held = set(inputs[: max(1, min(most, round(len(inputs) * share)))])
+    kept = tuple(row for row in data.rows if row.input not in held)
+    return replace(data, rows=kept), replace(data, rows=tuple(row for row in data.rows if row.input in held))
+
+
+def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] | None) -> None:
+    """Refuse what could be trained on but would teach nothing, or could not be measured.
+
+    Raises:
+        InvalidTrainingData: there is one row only, or a label to be measured on that no row teaches.
+    """
+    if len(training.rows) < 2:
+        raise InvalidTrainingData(
+            f"{training.path}, line {training.rows[0].line}: the only row, and a soft prompt would learn it by heart.",
+            remedy="Give more rows; some hundreds are usual.",
+        )
+    for row in validation.rows if labels else ():
+        if row.target not in (labels or ()):
+            raise InvalidTrainingData(
+                f"{validation.path}, line {row.line}: the label {row.target[:80]!r} is on no row of {training.path}.",
+                remedy=f"Mend it, or add rows that teach it. The labels are {', '.join(labels or ())[:200]}.",
+            )
 
 
 def labels_of(rows: Sequence[Row], most: int = 100) -> tuple[str, ...] | None:

@@ -1,63 +1,95 @@
-"""Where the virtual tokens start: real embeddings, because random vectors lie off the model's manifold.
+"""Where learning starts: at real tokens, because random vectors lie off the model's manifold.
 
 Lester et al. 2021, section 3.2: random initialisation is worst on small models; class labels and sampled vocabulary are
-best. The vocabulary is sampled from its most common tokens, which are the first of a BPE vocabulary.
+best. The vocabulary is sampled from its most common tokens, which are the first of a BPE vocabulary. Another task's
+soft prompt as the start is SPoT (Vu et al. 2022). Prefix tuning starts at the keys and values of such tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
+from server.soft_prompts.formats import load_soft_prompts
+from server.train.config import TrainingConfig
+from server.train.forward import key_values_of
+from server.train.methods import KeyValues, split_key_values
 
 COMMON_TOKENS = 5000
-METHODS = ("vocab", "labels", "text")
 
 
-def initial_embeddings(
-    model: FrozenModel,
-    method: str,
-    num_virtual_tokens: int,
-    seed: int,
-    *,
-    text: str | None,
-    labels: Sequence[str] | None,
-) -> torch.Tensor:
-    """Starting values `[num_virtual_tokens, hidden_size]` in float32.
+def initial_values(
+    model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None
+) -> torch.Tensor | KeyValues:
+    """First values of what the method learns, in float32 on the CPU.
 
     Args:
-        model: the frozen model whose embedding rows are taken.
-        method: 'vocab' samples common tokens; 'labels' takes the labels' tokens, 'text' those of `text`; both are
-            filled up with sampled ones.
-        num_virtual_tokens: rows.
-        seed: of the sampling.
-        text: for 'text'.
-        labels: for 'labels'.
+        model: the frozen model.
+        config: says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens, 'text' those of a text,
+            both filled up with sampled ones; 'soft_prompt' takes another's; 'random' draws numbers as large as those
+            of real tokens; 'auto' is 'labels' where there are some, else 'vocab'.
+        labels: of the task, if it has any.
+
+    Returns:
+        Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
 
     Raises:
-        InvalidTrainingData: the method is unknown, or what it needs is missing.
+        InvalidTrainingData: what the way needs is missing.
     """
-    if method == "vocab":
-        ids: list[int] = []
-    elif method == "labels":
+    if config.init == "soft_prompt":
+        return _from_soft_prompt(model, config)
+    ids = _first_ids(model, config, labels)
+    if config.method == "prefix_tuning":
+        if config.init == "random":
+            raise InvalidTrainingData(
+                "Random keys and values train badly, so prefix tuning does not begin with them.",
+                remedy="Use init vocab, labels or text.",
+            )
+        return tuple((key.float().cpu(), value.float().cpu()) for key, value in key_values_of(model, ids))
+    with torch.no_grad():
+        embeddings = model.embed(torch.tensor(ids, device=model.device)).float().cpu().clone()
+    if config.init == "random":
+        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(config.seed))
+        return noise * embeddings.std()
+    return embeddings
+
+
+def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> list[int]:
+    """Real tokens for all virtual ones."""
+    ids: list[int] = []
+    if config.init == "labels" or (config.init == "auto" and labels):
         if not labels:
             raise InvalidTrainingData(
                 "init 'labels' needs data with class labels.", remedy="Use init 'vocab' or 'text'."
             )
         ids = [token for label in labels for token in model.tokenizer.encode(label, add_special_tokens=False)]
-    elif method == "text":
-        if not text:
+    elif config.init == "text":
+        if not config.init_text:
             raise InvalidTrainingData("init 'text' needs a text.", remedy="Give it with --init-text.")
-        ids = model.tokenizer.encode(text, add_special_tokens=False)
-    else:
-        raise InvalidTrainingData(f"Unknown init {method!r}.", remedy=f"Use one of {', '.join(METHODS)}.")
-    generator = torch.Generator().manual_seed(seed)
+        ids = model.tokenizer.encode(config.init_text, add_special_tokens=False)
+    generator = torch.Generator().manual_seed(config.seed)
     special = set(model.tokenizer.all_special_ids)
     common = torch.tensor([i for i in range(min(COMMON_TOKENS, model.spec.vocab_size)) if i not in special])
-    sampled = common[torch.randint(len(common), (num_virtual_tokens,), generator=generator)].tolist()
-    chosen = torch.tensor((ids + sampled)[:num_virtual_tokens], device=model.device)
-    with torch.no_grad():
-        return model.embed(chosen).float().cpu().clone()
+    sampled: list[int] = common[torch.randint(len(common), (config.num_virtual_tokens,), generator=generator)].tolist()
+    return (ids + sampled)[: config.num_virtual_tokens]
+
+
+def _from_soft_prompt(model: FrozenModel, config: TrainingConfig) -> torch.Tensor | KeyValues:
+    if not config.init_from:
+        raise InvalidTrainingData(
+            "init 'soft_prompt' needs the directory of one.", remedy="Name it with --init-from prompts/TASK."
+        )
+    found = load_soft_prompts(Path(config.init_from), model.spec, config.num_virtual_tokens)[0]
+    if found.num_virtual_tokens != config.num_virtual_tokens or found.is_kv_prefix != (
+        config.method == "prefix_tuning"
+    ):
+        raise InvalidTrainingData(
+            f"{config.init_from} holds {found.num_virtual_tokens} virtual tokens of {found.peft_type}; "
+            f"{config.num_virtual_tokens} of {config.method} are to be trained.",
+            remedy="Start from one of the same kind and length.",
+        )
+    return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()

@@ -1,182 +1,192 @@
-"""Prompt tuning (Lester et al. 2021) on the frozen model: only the virtual tokens have gradients.
+"""The loop: only what a method learns has gradients, and the best measured state is what is kept.
 
-Rows travel as one flat row through the same modules and the same attention function as in serving; there is no padding
-outside the attention and no mask. What is trained is therefore what is served.
+A run can be stopped at any step and goes on from its checkpoint with the same numbers, bit for bit: what a step reads
+depends on its number alone (`batches.py`), and everything else that changes is in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from server.engine.attention import PackedRows
 from server.engine.model import FrozenModel
-from server.engine.operators import at_least_float32
 from server.errors import InvalidTrainingData
-from server.train.data import Example
+from server.train.batches import Batches
+from server.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.train.config import TrainingConfig
+from server.train.forward import target_logits
+from server.train.methods import LearnedPrefix, clone_state
+from server.train.objectives import Lesson, Objective
+from server.train.recompute import recomputing
+from server.train.record import Measured, Progress, Score, TrainingResult
+
+CHECKPOINT_SECONDS = 30.0
+MEASURED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Hyperparameters; the defaults are those that our shipped soft prompts were trained with."""
+class Work:
+    """What a run learns, and from what."""
 
-    num_virtual_tokens: int = 20
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 2e-2
-    warmup_ratio: float = 0.05
-    max_grad_norm: float = 1.0
-    init: str = "vocab"
-    seed: int = 0
-    evaluations: int = 10
-    """How often the validation rows are measured on the way; the best of these states is kept."""
-
-    def as_dict(self) -> dict[str, object]:
-        """For the manifest."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step tells whoever watches."""
-
-    step: int
-    loss: float
-    tokens_per_second: float
-    validation: Score | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced quality on a set of rows."""
-
-    loss: float
-    """Mean cross-entropy per target token, in nats."""
-    exact_match: float
-    """Share of rows whose every target token, the end token included, is the most likely one: exactly the rows that
-    greedy decoding answers with the target."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The trained virtual tokens `[num_virtual_tokens, hidden_size]` in float32, and how they scored."""
-
-    prompt_embeddings: torch.Tensor
-    step: int
-    validation: Score
+    model: FrozenModel
+    prefix: LearnedPrefix
+    objective: Objective
+    training: Sequence[Lesson]
+    validation: Sequence[Lesson]
 
 
 def train(
-    model: FrozenModel,
-    initial: torch.Tensor,
-    training: Sequence[Example],
-    validation: Sequence[Example],
+    work: Work,
     config: TrainingConfig,
+    learning_rate: float,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    *,
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
-    """Train virtual tokens and answer the state that scored best on the validation rows.
+    """Train, and answer the state that scored best on the validation rows.
+
+    Args:
+        work: what is learned; its prefix is left in that state.
+        config: hyperparameters.
+        learning_rate: the peak.
+        on_step: called after each step; what it raises ends the run.
+        checkpoint: a folder to go on from, if a run has left something there, and to leave something in.
 
     Raises:
         InvalidTrainingData: the loss is not finite any more; what was trained until then is lost with it.
     """
-    prompt_embeddings = torch.nn.Parameter(initial.to(model.device, torch.float32).clone())
-    optimizer = torch.optim.AdamW([prompt_embeddings], lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, config))
-    batches = _batches(training, config.batch_size, config.seed)
-    measure_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)} | {
-        config.steps
-    }
-    best: TrainingResult | None = None
-    for step in range(1, config.steps + 1):
+    run = _Run(work, config, learning_rate)
+    if checkpoint is not None and (kept := load_checkpoint(checkpoint)) is not None:
+        run.restore(kept)
+    saved_at = time.monotonic()
+    while not run.is_over:
+        progress = run.step()
+        if checkpoint is not None and (progress.validation or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+            save_checkpoint(checkpoint, run.state())
+            saved_at = time.monotonic()
+        on_step(progress)
+    return run.result()
+
+
+class _Run:
+    """One run between two steps."""
+
+    def __init__(self, work: Work, config: TrainingConfig, learning_rate: float) -> None:
+        self._work, self._config = work, config
+        work.prefix.to(work.model.device)
+        self._parameters = list(work.prefix.parameters())
+        self._optimizer = make_optimizer(config, self._parameters, learning_rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: learning_rate_factor(step, config)
+        )
+        lengths = [lesson.num_fed for lesson in work.training]
+        self._batches = Batches(lengths, config.batch_size, config.seed)
+        self._measured_at = {math.ceil(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        self._step = 0
+        self._history: list[Measured] = []
+        self._best: dict[str, torch.Tensor] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no step left, or nothing to be had of more of them."""
+        return self._step >= self._config.steps or self._is_stuck
+
+    @property
+    def _is_stuck(self) -> bool:
+        if self._config.patience is None or not self._history:
+            return False
+        best = max(range(len(self._history)), key=lambda place: self._history[place].score.rank)
+        return len(self._history) - 1 - best >= self._config.patience
+
+    def step(self) -> Progress:
+        """One step of the optimiser, and a measurement where one is due."""
         started = time.perf_counter()
-        batch = next(batches)
-        loss = batch_loss(model, prompt_embeddings, batch).mean()
-        if not math.isfinite(loss.item()):
-            raise InvalidTrainingData(
-                f"The loss is {loss.item()} at step {step}.",
-                remedy="Lower the learning rate; a tenth of it often does.",
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([prompt_embeddings], config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        tokens = sum(len(example.fed_ids) + config.num_virtual_tokens for example in batch)
+        work = self._work
+        lessons = [work.training[row] for row in self._batches.at(self._step)]
+        self._step += 1
+        loss = self._backward(lessons)
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        virtual = self._config.num_virtual_tokens if self._config.method != "prefix_tuning" else 0
+        tokens = sum(lesson.num_fed + virtual * len(lesson.examples) for lesson in lessons)
         speed = tokens / (time.perf_counter() - started)
         score = None
-        if step in measure_at:
-            score = evaluate_teacher_forced(model, prompt_embeddings.detach(), validation)
-            if best is None or (score.exact_match, -score.loss) > (best.validation.exact_match, -best.validation.loss):
-                best = TrainingResult(prompt_embeddings.detach().cpu().clone(), step, score)
-        on_step(Progress(step, float(loss.detach()), speed, score))
-    assert best is not None, "the last step is always measured"
-    return best
+        if self._step in self._measured_at:
+            score = measure(work.model, work.prefix, work.objective, work.validation)
+            if all(score.rank > earlier.score.rank for earlier in self._history):
+                self._best = clone_state(work.prefix)
+            self._history.append(Measured(self._step, loss, score))
+        return Progress(self._step, loss, speed, score)
 
+    def _backward(self, lessons: Sequence[Lesson]) -> float:
+        work = self._work
+        self._optimizer.zero_grad(set_to_none=True)
+        examples = [example for lesson in lessons for example in lesson.examples]
+        with recomputing(work.model, self._config, examples):
+            logits, targets = target_logits(work.model, work.prefix, examples)
+            loss = work.objective.losses(logits, targets, lessons).mean()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InvalidTrainingData(
+                    f"The loss is {value} at step {self._step}.",
+                    remedy="Lower the learning rate; a tenth of it often does.",
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+        return value
 
-def batch_loss(model: FrozenModel, prompt_embeddings: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
-    """Cross-entropy of every target token of a batch, `[target tokens]`, in nats."""
-    logits, targets = _target_logits(model, prompt_embeddings, batch)
-    return F.cross_entropy(logits, targets, reduction="none")
+    def state(self) -> Checkpoint:
+        """Everything that the next step depends on."""
+        return Checkpoint(
+            self._step, clone_state(self._work.prefix), self._best, self._optimizer.state_dict(), tuple(self._history)
+        )
+
+    def restore(self, kept: Checkpoint) -> None:
+        """Go on from there."""
+        self._step, self._best, self._history = kept.step, kept.best, list(kept.history)
+        self._work.prefix.load_state_dict(kept.parameters)
+        self._optimizer.load_state_dict(kept.optimizer)
+        self._schedule.last_epoch = kept.step
+
+    def result(self) -> TrainingResult:
+        """The best measured state, which the prefix is put into."""
+        self._work.prefix.load_state_dict(self._best)
+        best = max(self._history, key=lambda measured: measured.score.rank)
+        return TrainingResult(self._work.prefix.saved(), best.step, best.score, tuple(self._history))
 
 
 @torch.no_grad()
-def evaluate_teacher_forced(
-    model: FrozenModel, prompt_embeddings: torch.Tensor, examples: Sequence[Example], batch_size: int = 32
-) -> Score:
-    """Loss and exact match in one forward per batch, without generating."""
-    total, tokens, exact = 0.0, 0, 0
-    ordered = sorted(examples, key=lambda example: len(example.fed_ids))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        logits, targets = _target_logits(model, prompt_embeddings, batch)
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-        tokens += len(targets)
-        hits = torch.split(logits.argmax(dim=-1) == targets, [len(example.target_ids) for example in batch])
-        exact += sum(bool(row.all()) for row in hits)
-    return Score(loss=total / tokens, exact_match=exact / len(ordered))
+def measure(model: FrozenModel, prefix: LearnedPrefix | None, objective: Objective, lessons: Sequence[Lesson]) -> Score:
+    """Teacher-forced loss and hits, in one forward for each batch, without generating."""
+    total, count, hits = 0.0, 0, 0
+    ordered = sorted(lessons, key=lambda lesson: lesson.num_fed)
+    for start in range(0, len(ordered), MEASURED_TOGETHER):
+        batch = ordered[start : start + MEASURED_TOGETHER]
+        logits, targets = target_logits(model, prefix, [example for lesson in batch for example in lesson.examples])
+        losses = objective.losses(logits, targets, batch)
+        total += float(losses.sum())
+        count += len(losses)
+        hits += objective.hits(logits, targets, batch)
+    return Score(loss=total / count, exact_match=hits / len(ordered))
 
 
-def _target_logits(
-    model: FrozenModel, prompt_embeddings: torch.Tensor, batch: Sequence[Example]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[target tokens, vocab_size]` that predict the targets, and the targets themselves."""
-    n = prompt_embeddings.shape[0]
-    virtual = prompt_embeddings.to(model.dtype)
-    device = model.device
-    embedded = model.embed(torch.tensor([i for example in batch for i in example.fed_ids], device=device))
-    pieces: list[torch.Tensor] = []
-    for tokens in torch.split(embedded, [len(example.fed_ids) for example in batch]):
-        pieces += (virtual, tokens)
-    lengths = [n + len(example.fed_ids) for example in batch]
-    position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])
-    keep: list[int] = []
-    start = 0
-    for example, length in zip(batch, lengths, strict=True):
-        keep += range(start + length - len(example.target_ids), start + length)
-        start += length
-    logits = model.forward(torch.cat(pieces), position_ids, PackedRows(lengths), torch.tensor(keep, device=device))
-    return at_least_float32(logits), torch.tensor([i for example in batch for i in example.target_ids], device=device)
+def make_optimizer(
+    config: TrainingConfig, parameters: Sequence[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or Adafactor (Shazeer and Stern 2018), both without weight decay."""
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
 
 
-def _learning_rate_factor(step: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then linear decay to zero."""
     warmup = max(1, round(config.steps * config.warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
     return max(0.0, (config.steps - step) / max(1, config.steps - warmup))
-
-
-def _batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless shuffled batches; every example once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch_size:
-            queue += torch.randperm(len(examples), generator=generator).tolist()
-        yield [examples[i] for i in queue[:batch_size]]
-        queue = queue[batch_size:]

@@ -1,0 +1,85 @@
+"""A run's state in a folder, from which it goes on: one safetensors file, replaced whole, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from server.train.record import Measured, Score
+
+FILE = "state.safetensors"
+_PARTS = ("parameters", "best", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the next step depends on, beside the data and the configuration."""
+
+    step: int
+    parameters: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    """An optimiser's `state_dict`; the groups in it hold numbers only."""
+    history: tuple[Measured, ...]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write it beside the last one, then in its place: whoever is killed in between finds the last one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.optimizer["state"]
+    tensors = {f"parameters/{name}": tensor for name, tensor in checkpoint.parameters.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in checkpoint.best.items()}
+    tensors |= {
+        f"optimizer/{index}/{name}": value.detach().cpu()
+        for index, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    numbers = {
+        f"{index}/{name}": value
+        for index, values in state.items()
+        for name, value in values.items()
+        if not isinstance(value, torch.Tensor)
+    }
+    record = {
+        "step": checkpoint.step,
+        "groups": checkpoint.optimizer["param_groups"],
+        "numbers": numbers,
+        "history": [asdict(measured) for measured in checkpoint.history],
+    }
+    temporary = folder / f".{FILE}"
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, _metadata(record))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / FILE)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """What a run has left in a folder; None if there is nothing."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in _PARTS}
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["record"])
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            part, rest = name.split("/", 1)
+            parts[part][rest] = file.get_tensor(name)
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (parts["optimizer"] | record["numbers"]).items():
+        index, field = name.split("/")
+        state.setdefault(int(index), {})[field] = value
+    history = tuple(Measured(item["step"], item["training_loss"], Score(**item["score"])) for item in record["history"])
+    optimizer = {"state": state, "param_groups": record["groups"]}
+    return Checkpoint(record["step"], parts["parameters"], parts["best"], optimizer, history)
+
+
+def _metadata(record: dict[str, Any]) -> dict[str, str]:
+    return {"record": json.dumps(record)}

@@ -1,0 +1,179 @@
+"""Distillation: what the frozen model says behind a long text, as lessons for a few virtual tokens.
+
+The idea is prompt compression (Askell et al. 2021, Snell et al. 2022, Mu et al. 2023): instructions and worked examples
+are read once by the teacher, the frozen model itself, and a soft prompt learns to have the same effect. Rows need no
+targets. What all of the teacher's texts begin with is computed once, as keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from server.core import FinishReason, GenerationRequest, SamplingParams
+from server.engine.engine import Engine
+from server.engine.kv_cache import KVCache
+from server.engine.model import FrozenModel
+from server.engine.prefix_cache import PrefixCache
+from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingData
+from server.soft_prompts.manifest import INPUT_FIELD
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.config import TrainingConfig
+from server.train.data import DataFile, Example
+from server.train.forward import key_values_of, rows_logits
+from server.train.methods import KeyValues, join_key_values
+from server.train.objectives import Lesson, TokenShares, split_labels
+
+ANSWERING = 16
+"""Of the teacher's answers as many are written at once."""
+KEPT_TOKENS = 64
+"""Of each of the teacher's distributions the likeliest tokens that are kept; the others count together."""
+TEACHER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen model behind the long text."""
+
+    model: FrozenModel
+    template: str
+    chat: bool
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of the long text with a row's input in it.
+
+        Raises:
+            ConfigurationError: it is to go through a chat template that the model does not have.
+        """
+        whole = self.template.replace(INPUT_FIELD, text)
+        if not self.chat:
+            return tuple(self.model.encode(whole))
+        if self.model.tokenizer.chat_template is None:
+            raise ConfigurationError(
+                f"{self.model.spec.name} has no chat template.", remedy="Leave out --teacher-chat, or use a chat model."
+            )
+        message = [{"role": "user", "content": whole}]
+        rendered = self.model.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return tuple(self.model.encode(str(rendered), add_special_tokens=False))
+
+
+def distilled_lessons(
+    model: FrozenModel,
+    config: TrainingConfig,
+    data: DataFile,
+    students: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    on_row: Callable[[], None] = lambda: None,
+) -> list[Lesson]:
+    """What the teacher thinks, of each row of a file.
+
+    Args:
+        model: teacher and student.
+        config: holds the teacher's text, and the labels if those are what counts.
+        data: rows; their targets are not looked at.
+        students: of each row the token ids that the student reads behind the virtual tokens.
+        max_new_tokens: of the teacher's answers.
+        on_row: called after each row.
+
+    Raises:
+        InvalidTrainingData: the teacher's text does not hold the input once, or does not fit the context with it.
+    """
+    template = config.teacher_template or ""
+    if template.count(INPUT_FIELD) != 1:
+        raise InvalidTrainingData(
+            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+        )
+    teacher = Teacher(model, template, config.teacher_chat)
+    read = [teacher.encode(row.input) for row in data.rows]
+    labels = [tuple(model.encode(label, add_special_tokens=False)) for label in config.labels or ()]
+    room = max_new_tokens if not labels else max(map(len, labels))
+    for row, ids in zip(data.rows, read, strict=True):
+        if len(ids) + room > model.spec.max_model_len:
+            raise InvalidTrainingData(
+                f"{data.path}, line {row.line}: the teacher reads {len(ids)} tokens and answers up to {room}; "
+                f"the context holds {model.spec.max_model_len}.",
+                remedy="Shorten the teacher's text or the row.",
+            )
+    shared = _common_start(read)
+    before = key_values_of(model, shared) if shared else None
+    own = [ids[len(shared) :] for ids in read]
+    ordered = sorted(range(len(own)), key=lambda row: len(own[row]))  # batches of about one length
+    lessons: dict[int, Lesson] = {}
+    for start in range(0, len(ordered), TEACHER_BATCH):
+        rows = ordered[start : start + TEACHER_BATCH]
+        asked = [own[row] for row in rows]
+        taught = [students[row] for row in rows]
+        made = _judge(model, asked, taught, labels, before) if labels else _answer(model, asked, taught, room, before)
+        for index, lesson in zip(rows, made, strict=True):
+            lessons[index] = lesson
+            on_row()
+    return [lessons[index] for index in range(len(own))]
+
+
+def _common_start(read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all begin with; of each something is left, to be read behind it."""
+    first, last = min(read), max(read)  # in lexical order, what these two share all share
+    most = min(map(len, read)) - 1
+    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
+
+
+@torch.no_grad()
+def _judge(
+    model: FrozenModel,
+    asked: Sequence[tuple[int, ...]],
+    students: Sequence[tuple[int, ...]],
+    labels: Sequence[tuple[int, ...]],
+    before: KeyValues | None,
+) -> Iterator[Lesson]:
+    """Lessons in labels: what the teacher thinks of each."""
+    read = [Example(ids, label) for ids in asked for label in labels]
+    logits, targets = rows_logits(model, read, key_values=before)
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    groups = [Lesson(tuple(Example(ids, label) for label in labels)) for ids in students]
+    for lesson, shares in zip(groups, split_labels(logprobs, groups), strict=True):
+        yield Lesson(lesson.examples, labels=shares.cpu())
+
+
+@torch.no_grad()
+def _answer(
+    model: FrozenModel,
+    asked: Sequence[tuple[int, ...]],
+    students: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    before: KeyValues | None,
+) -> Iterator[Lesson]:
+    """Lessons in answers: the teacher's own, greedy ones, with its distributions in the place of each token."""
+    answers = answers_of(model, asked, max_new_tokens, before)
+    read = [Example(ids, answer) for ids, answer in zip(asked, answers, strict=True)]
+    logits, _ = rows_logits(model, read, key_values=before)
+    top = F.log_softmax(logits, dim=-1).topk(min(KEPT_TOKENS, logits.shape[-1]), dim=-1)
+    lengths = [len(answer) for answer in answers]
+    views = zip(torch.split(top.indices.cpu(), lengths), torch.split(top.values.cpu(), lengths), strict=True)
+    for ids, answer, (kept, logprobs) in zip(students, answers, views, strict=True):
+        yield Lesson((Example(ids, answer),), tokens=TokenShares(kept, logprobs))
+
+
+def answers_of(
+    model: FrozenModel, asked: Sequence[tuple[int, ...]], max_new_tokens: int, before: KeyValues | None
+) -> list[tuple[int, ...]]:
+    """Greedy answers, the end token included where one ends by itself.
+
+    They come from the engine that serves; the keys and values of the text that all begin with are a soft prompt to it.
+    """
+    engine = Engine(model, KVCache(model.spec, ANSWERING), PrefixCache(2**26), ANSWERING, 16 * ANSWERING)
+    prefix = None if before is None else SoftPrompt("PREFIX_TUNING", join_key_values(before))
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    for row, ids in enumerate(asked):
+        engine.add(GenerationRequest(str(row), ids, params), prefix)
+    answers: list[tuple[int, ...]] = [()] * len(asked)
+    while engine.has_work:
+        for delta in engine.step():
+            if delta.finish_reason is FinishReason.FAILED:
+                raise GenerationFailed(f"The teacher's answer to row {int(delta.request_id) + 1} failed: {delta.error}")
+            if delta.token is not None:
+                answers[int(delta.request_id)] += (delta.token.id,)
+    return answers

@@ -1,0 +1,51 @@
+"""Activations that are computed twice instead of being kept, where they would not fit (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from server.engine.build import free_memory
+from server.engine.model import FrozenModel
+from server.train.config import TrainingConfig
+from server.train.data import Example
+
+SHARE = 0.5
+"""Of the free memory, what activations may take."""
+KEPT_PER_NUMBER = 3
+"""Of each number that goes into or comes out of a matrix product, about so many are kept for the backward pass: itself,
+and what norms, rotary embeddings, gates and the softmax make of it."""
+
+
+@contextlib.contextmanager
+def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> Iterator[None]:
+    """Within it, layers forget what they computed and do it again in the backward pass, if that is to be."""
+    wanted = config.recompute
+    if wanted == "auto":
+        wanted = _activation_bytes(model, config, examples) > SHARE * free_memory(model.device)
+    layers = [layer for layer in model.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not wanted or not layers:
+        yield
+        return
+    model.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    for layer in layers:
+        layer.training = True  # only its own flag: what is in it stays as in serving, without dropout
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.module.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+
+
+def _activation_bytes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> int:
+    virtual = config.num_virtual_tokens
+    lengths = [virtual + len(example.fed_ids) for example in examples]
+    targets = sum(len(example.target_ids) for example in examples)
+    width = sum(sum(weight.shape) for weight in model.module.parameters() if weight.dim() == 2)
+    heads: int = model.module.config.get_text_config().num_attention_heads
+    scores = len(lengths) * max(lengths) ** 2 * heads * model.spec.num_hidden_layers
+    logits = targets * model.spec.vocab_size * 4
+    return KEPT_PER_NUMBER * ((sum(lengths) * width + scores) * model.dtype.itemsize + logits)

@@ -1,0 +1,70 @@
+"""The learning rate, looked for: a few steps at each of some peaks, and the one whose loss got lowest.
+
+A soft prompt's vectors are few and free, so good peaks are a hundred times those of weights and differ between models
+and methods by more than between tasks. The loss that counts is measured on validation rows; where it is not finite any
+more, the peak is out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from server.errors import InvalidTrainingData
+from server.train.config import TrainingConfig
+from server.train.methods import clone_state
+from server.train.record import Progress
+from server.train.trainer import Work, train
+
+PEAKS = {"prompt_tuning": (5e-3, 2e-2, 8e-2), "prefix_tuning": (2e-3, 8e-3, 3e-2)}
+PEAKS |= {"p_tuning": (3e-4, 1e-3, 3e-3), "multitask_prompt_tuning": PEAKS["prompt_tuning"]}
+SHARE = 0.05
+"""Of all steps, what each peak gets."""
+FEWEST, MOST = 10, 60
+MEASURED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One peak, and the validation loss that it came to."""
+
+    learning_rate: float
+    loss: float
+
+
+def find_learning_rate(
+    work: Work, config: TrainingConfig, on_step: Callable[[Progress], None], on_tried: Callable[[Tried], None]
+) -> float:
+    """Try the peaks that are usual for the method; the prefix is left as it was.
+
+    Args:
+        work: what is to be learned.
+        config: of the run that is to come.
+        on_step: called after each step.
+        on_tried: called after each peak.
+
+    Raises:
+        InvalidTrainingData: none of them came to a finite loss.
+    """
+    steps = min(MOST, max(FEWEST, round(config.steps * SHARE)))
+    short = replace(config, steps=steps, evaluations=1, patience=None)
+    small = replace(work, validation=work.validation[:MEASURED_ROWS])
+    initial = clone_state(work.prefix)
+    tried = []
+    for learning_rate in PEAKS[config.method]:
+        try:
+            loss = train(small, short, learning_rate, on_step).validation.loss
+        except InvalidTrainingData:
+            loss = math.inf
+        finally:
+            work.prefix.load_state_dict(initial)
+        tried.append(Tried(learning_rate, loss if math.isfinite(loss) else math.inf))
+        on_tried(tried[-1])
+    best = min(tried, key=lambda one: one.loss)
+    if not math.isfinite(best.loss):
+        raise InvalidTrainingData(
+            f"The loss is finite with none of {', '.join(f'{one.learning_rate:g}' for one in tried)} as learning rate.",
+            remedy="Look at the data; or name a smaller learning rate.",
+        )
+    return best.learning_rate

@@ -12,8 +12,8 @@ import torch
 MOST_BUCKETED = 8
 """Batches that are sorted by length together: attention pads rows to the longest of a batch."""
 LONG = 128
-"""Mean length from which that is done. Below, attention is a few percent of a step, and length often tells one label from
-another: batches of one label each teach worse than mixed ones."""
+"""Mean length from which that is done. Below, attention is a few percent of a step, and length often tells one label
+from another: batches of one label each teach worse than mixed ones."""
 
 
 class Batches:

@@ -29,7 +29,7 @@ def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[E
     if not wanted or not layers:
         yield
         return
-    model.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.module.activation_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = True  # only its own flag: what is in it stays as in serving, without dropout
     try:
@@ -37,7 +37,7 @@ def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[E
     finally:
         for layer in layers:
             layer.training = False
-        model.module.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+        model.module.activation_checkpointing_disable()
 
 
 def _activation_bytes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> int:

@@ -213,11 +213,10 @@ def _manifest(
         training={
             **config.as_dict(),
             "best_step": result.step,
-            "data_sha256": [data.sha256 for data in rows.training]
-            if len(rows.training) > 1
-            else rows.training[0].sha256,
+            "data_sha256": _hashes(rows.training),
             "dtype": model.spec.dtype,
             "learning_rate": learning_rate,
+            "validation_sha256": _hashes(rows.validation),
             "rows": sum(len(data.rows) for data in rows.training),
         },
         metrics={
@@ -226,3 +225,8 @@ def _manifest(
             "validation_rows": sum(len(data.rows) for data in rows.validation),
         },
     )
+
+
+def _hashes(files: Sequence[DataFile]) -> str | list[str]:
+    """Which data it was."""
+    return files[0].sha256 if len(files) == 1 else [data.sha256 for data in files]

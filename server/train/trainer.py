@@ -86,7 +86,7 @@ class _Run:
         )
         lengths = [lesson.num_fed for lesson in work.training]
         self._batches = Batches(lengths, config.batch_size, config.seed)
-        self._measured_at = {math.ceil(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        self._measured_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
         self._step = 0
         self._history: list[Measured] = []
         self._best: dict[str, torch.Tensor] = {}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from server.engine.model import FrozenModel
 from server.soft_prompts.manifest import Manifest
+from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example, Row, encode_examples
-from server.train.trainer import TrainingConfig
+from server.train.methods import LearnedPrefix, PromptTuning
+from server.train.objectives import Lesson, Targets
+from server.train.trainer import Work
 
 MOODS = (("good", "yes"), ("fine", "yes"), ("bad", "no"), ("poor", "no"))
 TEMPLATE = "{input}\n"
-LEARNS = TrainingConfig(num_virtual_tokens=20, steps=160, batch_size=4, learning_rate=0.3, evaluations=4)
+LEARNS = TrainingConfig(learning_rate=0.3, num_virtual_tokens=20, steps=160, batch_size=4, evaluations=4, init="vocab")
 """Enough for exact match 1.0 on MOODS."""
 
 
@@ -34,6 +37,24 @@ def data_of(rows: Iterable[tuple[str, str]]) -> DataFile:
 def examples_of(model: FrozenModel, rows: Iterable[tuple[str, str]] = MOODS, virtual: int = 20) -> list[Example]:
     """Rows as the model sees them."""
     return encode_examples(data_of(rows), model, Manifest(input_template=TEMPLATE), virtual)
+
+
+def lessons_of(examples: Iterable[Example]) -> list[Lesson]:
+    """One for each row."""
+    return [Lesson((example,)) for example in examples]
+
+
+def work_of(
+    model: FrozenModel,
+    prefix: LearnedPrefix | torch.Tensor,
+    training: Sequence[Example] | None = None,
+    validation: Sequence[Example] | None = None,
+) -> Work:
+    """Learn targets, those of MOODS unless others are given."""
+    if isinstance(prefix, torch.Tensor):
+        prefix = PromptTuning(prefix)
+    known = examples_of(model) if training is None else training
+    return Work(model, prefix, Targets(), lessons_of(known), lessons_of(known if validation is None else validation))
 
 
 def random_embeddings(model: FrozenModel, num_virtual_tokens: int = 5, seed: int = 0) -> torch.Tensor:

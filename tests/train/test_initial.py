@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,12 @@ import torch
 
 from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
-from server.train.initial import initial_embeddings
+from server.soft_prompts.formats import save_soft_prompt
+from server.train.config import TrainingConfig
+from server.train.forward import key_values_of
+from server.train.initial import initial_values
+from server.train.methods import join_key_values
+from tests.support import random_kv_prompt, random_soft_prompt
 
 
 def rows_of(model: FrozenModel, embeddings: torch.Tensor) -> list[int]:
@@ -18,8 +25,8 @@ def rows_of(model: FrozenModel, embeddings: torch.Tensor) -> list[int]:
     return [match[0] for match in matches]
 
 
-def initial(model: FrozenModel, method: str, n: int = 8, seed: int = 0, **given: Any) -> torch.Tensor:
-    return initial_embeddings(model, method, n, seed, **({"text": None, "labels": None} | given))
+def initial(model: FrozenModel, init: Any, n: int = 8, labels: tuple[str, ...] | None = None, **given: Any) -> Any:
+    return initial_values(model, TrainingConfig(init=init, num_virtual_tokens=n, **given), labels)
 
 
 def test_vocab_takes_embedding_rows_of_ordinary_tokens(tiny32: FrozenModel) -> None:
@@ -31,9 +38,10 @@ def test_vocab_takes_embedding_rows_of_ordinary_tokens(tiny32: FrozenModel) -> N
     assert len(set(tokens)) > 50
 
 
-def test_vocab_is_decided_by_the_seed(tiny32: FrozenModel) -> None:
-    assert torch.equal(initial(tiny32, "vocab", seed=3), initial(tiny32, "vocab", seed=3))
-    assert not torch.equal(initial(tiny32, "vocab", seed=3), initial(tiny32, "vocab", seed=4))
+@pytest.mark.parametrize("init", ["vocab", "random"])
+def test_what_is_drawn_is_decided_by_the_seed(tiny32: FrozenModel, init: str) -> None:
+    assert torch.equal(initial(tiny32, init, seed=3), initial(tiny32, init, seed=3))
+    assert not torch.equal(initial(tiny32, init, seed=3), initial(tiny32, init, seed=4))
 
 
 def test_the_values_are_a_copy_in_float32_whatever_the_model_serves_in(tiny: FrozenModel) -> None:
@@ -46,26 +54,54 @@ def test_the_values_are_a_copy_in_float32_whatever_the_model_serves_in(tiny: Fro
 
 
 def test_labels_come_first_and_are_filled_up_with_sampled_tokens(tiny32: FrozenModel) -> None:
-    tokens = rows_of(tiny32, initial(tiny32, "labels", n=8, seed=5, labels=("yes", "no")))
+    embeddings = initial(tiny32, "labels", seed=5, labels=("yes", "no"))
+    tokens = rows_of(tiny32, embeddings)
     assert tokens[:5] == tiny32.tokenizer.encode("yesno")
-    assert tokens[5:] == rows_of(tiny32, initial(tiny32, "vocab", n=8, seed=5))[:3]
+    assert tokens[5:] == rows_of(tiny32, initial(tiny32, "vocab", seed=5))[:3]
+    assert torch.equal(initial(tiny32, "auto", seed=5, labels=("yes", "no")), embeddings)
+    assert torch.equal(initial(tiny32, "auto", seed=5), initial(tiny32, "vocab", seed=5))
 
 
 def test_text_longer_than_the_soft_prompt_is_cut(tiny32: FrozenModel) -> None:
-    assert rows_of(tiny32, initial(tiny32, "text", n=4, text="classify")) == tiny32.tokenizer.encode("clas")
+    embeddings = initial(tiny32, "text", n=4, init_text="classify")
+    assert rows_of(tiny32, embeddings) == tiny32.tokenizer.encode("clas")
+
+
+def test_random_vectors_are_as_large_as_those_of_tokens(tiny32: FrozenModel) -> None:
+    embeddings = initial(tiny32, "random", n=500)
+    assert float(embeddings.std()) == pytest.approx(float(initial(tiny32, "vocab", n=500).std()), rel=0.05)
+
+
+def test_prefix_tuning_begins_with_the_keys_and_values_of_real_tokens(tiny32: FrozenModel) -> None:
+    states = initial(tiny32, "text", n=4, init_text="classify", method="prefix_tuning")
+    for ours, theirs in zip(states, key_values_of(tiny32, tiny32.tokenizer.encode("clas")), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_path: Path, method: str) -> None:
+    make = random_kv_prompt if method == "prefix_tuning" else random_soft_prompt
+    other = make(tiny32.spec)
+    save_soft_prompt(tmp_path, other, tiny32.spec)
+    given: dict[str, Any] = {"init_from": str(tmp_path), "method": method}
+    values = initial(tiny32, "soft_prompt", n=other.num_virtual_tokens, **given)
+    if method == "prompt_tuning":
+        assert torch.equal(values, other.tensor.float())
+    else:
+        assert torch.equal(join_key_values(values), other.tensor.float())
+    with pytest.raises(InvalidTrainingData, match=r"Start from one of the same kind and length\."):
+        initial(tiny32, "soft_prompt", n=other.num_virtual_tokens + 1, **given)
 
 
 @pytest.mark.parametrize(
-    ("method", "given", "message"),
+    ("config", "message"),
     [
-        ("text", {}, r"init 'text' needs a text\. Give it with --init-text\."),
-        ("labels", {}, r"init 'labels' needs data with class labels\. Use init 'vocab' or 'text'\."),
-        ("labels", {"labels": ()}, r"init 'labels' needs data"),
-        ("random", {}, r"Unknown init 'random'\. Use one of vocab, labels, text\."),
+        ({"init": "text"}, r"init 'text' needs a text\. Give it with --init-text\."),
+        ({"init": "labels"}, r"init 'labels' needs data with class labels\. Use init 'vocab' or 'text'\."),
+        ({"init": "soft_prompt"}, r"needs the directory of one\. Name it with --init-from"),
+        ({"init": "random", "method": "prefix_tuning"}, r"train badly"),
     ],
 )
-def test_an_unknown_or_incomplete_method_is_refused_with_a_remedy(
-    tiny32: FrozenModel, method: str, given: dict[str, Any], message: str
-) -> None:
+def test_what_a_way_needs_is_asked_for(tiny32: FrozenModel, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidTrainingData, match=message):
-        initial(tiny32, method, **given)
+        initial_values(tiny32, replace(TrainingConfig(), **config), None)

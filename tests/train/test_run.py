@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from peft import PeftModel
 from server.engine.model import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts
-from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.run import TaskFiles, check_writable, train_task, write_task
-from server.train.trainer import Progress
-from tests.support import EOS, random_soft_prompt, tiny_module
+from server.soft_prompts.manifest import Manifest
+from server.train.output import Trained, check_writable, write_task
+from server.train.record import Progress, Score, TrainingResult
+from server.train.run import TaskFiles, train_task
+from server.train.sweep import PEAKS, Tried
+from tests.support import EOS, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows
 
 REPEATED = MOODS * 5
 """Enough rows for the targets to be labels."""
+TAUGHT = replace(LEARNS, batch_size=20)
 
 
 def task_files(tmp_path: Path, training: Sequence[tuple[str, str]] = REPEATED) -> TaskFiles:
@@ -40,22 +43,23 @@ def no_step(progress: Progress) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny32: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[SoftPrompt, Path, TaskFiles]:
+def trained(tiny32: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path, TaskFiles]:
     """A soft prompt that answers MOODS, and where it was written."""
     files = task_files(tmp_path_factory.mktemp("data"))
-    soft_prompt, _ = train_task(tiny32, files, LEARNS, lambda progress: None)
+    found = train_task(tiny32, files, TAUGHT)
     directory = tmp_path_factory.mktemp("prompts") / "mood"
-    write_task(directory, soft_prompt, tiny32)
-    return soft_prompt, directory, files
+    write_task(directory, found, tiny32.spec)
+    return found, directory, files
 
 
 @pytest.mark.parametrize("broken", ["training", "validation"])
 def test_bad_data_is_refused_before_any_step(tiny32: FrozenModel, tmp_path: Path, broken: str) -> None:
     files = task_files(tmp_path)
-    path: Path = getattr(files, broken)
+    path = getattr(files, broken)
+    assert isinstance(path, Path)
     path.write_text(path.read_text() + '{"input": "last"}\n')
     with pytest.raises(InvalidTrainingData, match=rf"{path.name}, line \d+: no string field 'target'"):
-        train_task(tiny32, files, LEARNS, no_step)
+        train_task(tiny32, files, TAUGHT, no_step)
 
 
 @pytest.mark.parametrize("broken", ["training", "validation"])
@@ -63,17 +67,18 @@ def test_a_row_too_long_for_the_context_is_refused_before_any_step(
     tiny32: FrozenModel, tmp_path: Path, broken: str
 ) -> None:
     files = task_files(tmp_path)
-    path: Path = getattr(files, broken)
+    path = getattr(files, broken)
+    assert isinstance(path, Path)
     write_rows(path, [*MOODS, ("x" * 110, "yes")])
     with pytest.raises(InvalidTrainingData, match=rf"{path.name}, line 5: 134 tokens .* the context holds 128"):
-        train_task(tiny32, files, LEARNS, no_step)
+        train_task(tiny32, files, TAUGHT, no_step)
 
 
 @pytest.mark.parametrize("template", ["no field", "{input} and {input}"])
 def test_a_template_must_hold_the_input_once(tiny32: FrozenModel, tmp_path: Path, template: str) -> None:
     files = replace(task_files(tmp_path), input_template=template)
     with pytest.raises(InvalidTrainingData, match=r"does not hold \{input\} exactly once\. Write \{input\} where"):
-        train_task(tiny32, files, LEARNS, no_step)
+        train_task(tiny32, files, TAUGHT, no_step)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
@@ -85,9 +90,9 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path:
 
 
 def test_what_is_written_is_served_with_the_digest_of_its_manifest(
-    tiny32: FrozenModel, trained: tuple[SoftPrompt, Path, TaskFiles]
+    tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]
 ) -> None:
-    soft_prompt, directory, _ = trained
+    soft_prompt, directory = trained[0].soft_prompt, trained[1]
     [loaded] = load_soft_prompts(directory, tiny32.spec, 512)
     assert loaded.digest == loaded.manifest.digest == soft_prompt.digest
     assert loaded.prefix_hash == loaded.manifest.prefix_hash
@@ -95,9 +100,9 @@ def test_what_is_written_is_served_with_the_digest_of_its_manifest(
 
 
 def test_what_is_written_is_loaded_by_peft_and_answers_there_as_it_was_taught(
-    tiny32: FrozenModel, trained: tuple[SoftPrompt, Path, TaskFiles]
+    tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]
 ) -> None:
-    soft_prompt, directory, _ = trained
+    soft_prompt, directory = trained[0].soft_prompt, trained[1]
     peft_model: Any = PeftModel.from_pretrained(tiny_module(dtype=torch.float32, attention="eager"), str(directory))
     assert torch.equal(peft_model.get_prompt_embedding_to_save("default"), soft_prompt.tensor)
     for text, target in MOODS:
@@ -108,7 +113,7 @@ def test_what_is_written_is_loaded_by_peft_and_answers_there_as_it_was_taught(
         assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS]
 
 
-def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[SoftPrompt, Path, TaskFiles]) -> None:
+def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]) -> None:
     _, directory, files = trained
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["task"] == "mood"
@@ -117,35 +122,140 @@ def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[S
     assert (manifest["input_template"], manifest["labels"]) == (TEMPLATE, ["no", "yes"])
     assert (manifest["description"], manifest["licence"]) == ("Is it good?", "CC0")
     training = manifest["training"]
-    assert training["data_sha256"] == hashlib.sha256(files.training.read_bytes()).hexdigest()
-    assert training["validation_sha256"] == hashlib.sha256(files.validation.read_bytes()).hexdigest()
+    assert training["data_sha256"] == hashlib.sha256(Path(str(files.training)).read_bytes()).hexdigest()
+    assert training["validation_sha256"] == hashlib.sha256(Path(str(files.validation)).read_bytes()).hexdigest()
     assert (training["rows"], training["dtype"]) == (len(REPEATED), "float32")
-    assert asdict(LEARNS).items() <= training.items()
+    assert TAUGHT.as_dict().items() <= training.items()
     assert manifest["metrics"]["validation_exact_match"] == 1.0
     assert manifest["metrics"]["validation_rows"] == len(MOODS)
 
 
 def test_the_generation_default_has_room_for_the_longest_target_and_its_end_token(
-    trained: tuple[SoftPrompt, Path, TaskFiles],
+    trained: tuple[Trained, Path, TaskFiles],
 ) -> None:
     assert trained[0].manifest.generation.max_new_tokens == len("yes") + 1
 
 
-def test_training_twice_writes_the_same_content(
-    tiny32: FrozenModel, trained: tuple[SoftPrompt, Path, TaskFiles]
-) -> None:
-    again, _ = train_task(tiny32, trained[2], LEARNS, lambda progress: None)
-    assert again.digest == trained[0].digest
+def test_training_twice_writes_the_same_content(tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]) -> None:
+    again = train_task(tiny32, trained[2], TAUGHT)
+    assert again.soft_prompt.digest == trained[0].soft_prompt.digest
+
+
+def result_of(seed: int, width: int) -> Trained:
+    tensor = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    score = Score(0.5, 0.5)
+    return Trained("PROMPT_TUNING", TrainingResult({"prompt_embeddings": tensor}, 1, score), Manifest(task="mood"))
 
 
 def test_writing_over_a_task_replaces_its_files_and_leaves_the_others(tiny32: FrozenModel, tmp_path: Path) -> None:
     directory = tmp_path / "mood"
-    first, second = (random_soft_prompt(tiny32.spec, seed=seed) for seed in (1, 2))
-    write_task(directory, first, tiny32)
+    first, second = (result_of(seed, tiny32.spec.hidden_size) for seed in (1, 2))
+    write_task(directory, first, tiny32.spec)
     (directory / "README.md").write_text("a card")
-    write_task(directory, second, tiny32)
+    write_task(directory, second, tiny32.spec)
     [loaded] = load_soft_prompts(directory, tiny32.spec, 512)
-    assert loaded.digest == second.digest
+    assert loaded.digest == second.soft_prompt.digest
     assert (directory / "README.md").read_text() == "a card"
     assert [path.name for path in tmp_path.iterdir()] == ["mood"]
-    assert len(list(directory.iterdir())) == 4
+    made = ["adapter_config.json", "adapter_model.safetensors", "loss.svg", "manifest.json", "metrics.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["README.md", *made]
+
+
+def test_the_course_of_a_run_lies_beside_it(trained: tuple[Trained, Path, TaskFiles]) -> None:
+    course = json.loads((trained[1] / "metrics.json").read_text())
+    assert [entry["step"] for entry in course["history"]] == [40, 80, 120, 160]
+    assert course["history"][-1]["score"]["exact_match"] == 1.0
+    assert "<svg" in (trained[1] / "loss.svg").read_text()
+
+
+def test_rows_are_held_out_where_no_validation_file_is_named(tiny32: FrozenModel, tmp_path: Path) -> None:
+    files = replace(task_files(tmp_path, [(f"{text} {i}", t) for i in range(5) for text, t in MOODS]), validation=None)
+    found = train_task(tiny32, files, replace(TAUGHT, steps=2))
+    assert found.manifest.metrics is not None
+    assert found.manifest.metrics["validation_rows"] == 2
+    assert found.manifest.training is not None
+    assert found.manifest.training["rows"] == 18
+
+
+def test_one_row_and_unknown_labels_are_refused_before_any_step(tiny32: FrozenModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidTrainingData, match=r"train\.jsonl, line 1: the only row.*Give more rows"):
+        train_task(tiny32, task_files(tmp_path, MOODS[:1]), TAUGHT, no_step)
+    files = task_files(tmp_path)
+    write_rows(Path(str(files.validation)), [("good", "yes"), ("odd", "perhaps")])
+    with pytest.raises(InvalidTrainingData, match=r"validation\.jsonl, line 2: the label 'perhaps' is on no row"):
+        train_task(tiny32, files, TAUGHT, no_step)
+
+
+def test_a_learning_rate_is_found_and_kept_in_the_manifest(tiny32: FrozenModel, tmp_path: Path) -> None:
+    tried: list[Tried] = []
+    config = replace(LEARNS, learning_rate="auto", steps=20)
+    found = train_task(tiny32, task_files(tmp_path), config, on_tried=tried.append)
+    assert tuple(one.learning_rate for one in tried) == PEAKS["prompt_tuning"]
+    assert found.manifest.training is not None
+    assert found.manifest.training["learning_rate"] == min(tried, key=lambda one: one.loss).learning_rate
+    again = train_task(tiny32, task_files(tmp_path), replace(config, learning_rate=0.08))
+    if found.manifest.training["learning_rate"] == 0.08:
+        assert torch.equal(found.result.prompt_embeddings, again.result.prompt_embeddings), "the search leaves nothing"
+
+
+def test_a_run_that_goes_on_does_not_look_for_its_learning_rate_again(tiny32: FrozenModel, tmp_path: Path) -> None:
+    def break_off(progress: Progress) -> None:
+        if progress.step == 15:
+            raise KeyboardInterrupt
+
+    config, files, folder = (
+        replace(LEARNS, learning_rate="auto", steps=20),
+        task_files(tmp_path),
+        tmp_path / "checkpoint",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_task(tiny32, files, config, break_off, checkpoint=folder)
+    tried: list[Tried] = []
+    resumed = train_task(tiny32, files, config, checkpoint=folder, on_tried=tried.append)
+    assert not tried
+    assert resumed.soft_prompt.digest == train_task(tiny32, files, config).soft_prompt.digest
+    other = replace(config, seed=1)
+    steps: list[int] = []
+    train_task(tiny32, files, other, lambda progress: steps.append(progress.step), checkpoint=folder)
+    assert steps[0] == 1, "what another configuration has left is not gone on from"
+
+
+def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: FrozenModel, tmp_path: Path) -> None:
+    opposite = [(text, "no" if target == "yes" else "yes") for text, target in MOODS]
+    paths = tuple(write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((MOODS, opposite)))
+    files = TaskFiles("mood", paths, paths, TEMPLATE)
+    found = train_task(tiny32, files, replace(TAUGHT, method="multitask_prompt_tuning", steps=300))
+    assert found.result.validation.exact_match == 1.0
+    write_task(tmp_path / "mood", found, tiny32.spec)
+    rows = load_soft_prompts(tmp_path / "mood", tiny32.spec, 512)
+    module = tiny_module(dtype=torch.float32, attention="eager")
+    peft_model: Any = PeftModel.from_pretrained(module, str(tmp_path / "mood"))
+    assert [row.num_virtual_tokens for row in rows] == [20, 20]
+    for task, data in enumerate((MOODS, opposite)):
+        for text, target in data:
+            ids = torch.tensor([tiny32.encode(f"{text}\n")])
+            output = peft_model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                task_ids=torch.tensor([task]),
+                max_new_tokens=8,
+                do_sample=False,
+            )
+            assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS], (task, text)
+
+
+@pytest.mark.parametrize(("method", "peak"), [("prefix_tuning", 0.1), ("p_tuning", 0.02)])
+def test_other_methods_are_loaded_by_peft_and_answer_as_they_were_taught(
+    tiny32: FrozenModel, tmp_path: Path, method: str, peak: float
+) -> None:
+    found = train_task(tiny32, task_files(tmp_path), replace(TAUGHT, method=method, learning_rate=peak))
+    assert found.result.validation.exact_match == 1.0
+    write_task(tmp_path / "mood", found, tiny32.spec)
+    module = tiny_module(dtype=torch.float32, attention="eager")
+    peft_model: Any = PeftModel.from_pretrained(module, str(tmp_path / "mood"))
+    for text, target in MOODS:
+        ids = torch.tensor([tiny32.encode(f"{text}\n")])
+        output = peft_model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+        )
+        assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS], text

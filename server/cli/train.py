@@ -9,7 +9,7 @@ import typer
 
 from server.cli.errors import errors_as_sentences
 from server.cli.logs import configure_logging
-from server.errors import ConfigurationError, InvalidTrainingData
+from server.errors import ConfigurationError
 from server.settings import Settings
 from server.train.config import TrainingConfig
 
@@ -174,32 +174,33 @@ def train(
         typer.echo(f"{directory}: validation exact match {best.validation.exact_match:.1%} (step {best.step})")
 
 
-def make_config(**fields: object) -> TrainingConfig:
+def make_config(**fields: Any) -> TrainingConfig:
     """Hyperparameters from options.
 
     Raises:
-        InvalidTrainingData: names the options that do not fit.
+        ConfigurationError: names the options that do not fit.
     """
     from pydantic import TypeAdapter, ValidationError
 
     if fields["learning_rate"] != "auto":
         try:
-            fields["learning_rate"] = float(str(fields["learning_rate"]))
+            fields["learning_rate"] = float(fields["learning_rate"])
         except ValueError as exc:
-            raise InvalidTrainingData(
+            raise ConfigurationError(
                 f"--lr is {fields['learning_rate']!r}.", remedy="Give a number, 0.02 is usual, or auto."
             ) from exc
     try:
         return TypeAdapter(TrainingConfig).validate_python(fields)
     except ValidationError as exc:
-        names = {"learning_rate": "lr", "teacher_template": "teacher", "labels": "label"}
-        problems = [(str(error["loc"][0]), error["msg"], error["input"]) for error in exc.errors()]
-        raise InvalidTrainingData(
+        names = {"learning_rate": "lr"}
+        problems = {str(error["loc"][0]): error["msg"] for error in exc.errors()}  # of a choice of types the last one
+        raise ConfigurationError(
             "; ".join(
-                f"--{names.get(field, field).replace('_', '-')} is {value!r}: {problem}"
-                for field, problem, value in problems
+                f"--{names.get(field, field).replace('_', '-')} is {fields[field]!r}: {problem}"
+                for field, problem in problems.items()
             )
-            + "."
+            + ".",
+            remedy="`prelude train --help` says what each option takes.",
         ) from exc
 
 

@@ -37,7 +37,7 @@ def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[E
     finally:
         for layer in layers:
             layer.training = False
-        model.module.activation_checkpointing_disable()
+        model.module.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
 
 
 def _activation_bytes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> int:

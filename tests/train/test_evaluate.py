@@ -11,7 +11,7 @@ from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingD
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.evaluate import BASELINE_SLACK, counts_as_baseline, evaluate_baseline, evaluate_task
-from server.train.initial import initial_embeddings
+from server.train.initial import initial_values
 from server.train.trainer import train
 from tests.support import byte_tokenizer, make_engine, random_soft_prompt, request, run_engine, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, data_of, examples_of, random_embeddings
@@ -26,8 +26,9 @@ CHAT = (
 def trained(tiny32: FrozenModel) -> SoftPrompt:
     """A soft prompt that answers MOODS."""
     examples = examples_of(tiny32)
-    initial = initial_embeddings(tiny32, "vocab", LEARNS.num_virtual_tokens, 0, text=None, labels=None)
-    embeddings = train(tiny32, initial, examples, examples, LEARNS).prompt_embeddings
+    initial = initial_values(tiny32, LEARNS, None)
+    assert isinstance(initial, torch.Tensor)
+    embeddings = train(work_of(tiny32, initial, examples), LEARNS, 0.3).prompt_embeddings
     return SoftPrompt("PROMPT_TUNING", embeddings, manifest(max_new_tokens=4))
 
 

@@ -148,6 +148,6 @@ def test_a_learned_prefix_is_served_as_it_was_trained(tiny: FrozenModel) -> None
 def test_gradients_reach_keys_and_values(tiny32: FrozenModel) -> None:
     prefix = PrefixTuning(key_values_of(tiny32, (1, 2, 3)))
     logits, targets = target_logits(tiny32, prefix, examples_of(tiny32))
-    Targets().losses(logits, targets, lessons_of(examples_of(tiny32))).mean().backward()
+    Targets().losses(logits, targets, lessons_of(examples_of(tiny32))).mean().backward()  # type: ignore[no-untyped-call]
     assert prefix.states.grad is not None
     assert (prefix.states.grad.flatten(1).abs().amax(dim=1) > 0).all(), "of every layer"

@@ -15,6 +15,7 @@ from server.engine.model import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.manifest import Manifest
+from server.train.config import Method
 from server.train.output import Trained, check_writable, write_task
 from server.train.record import Progress, Score, TrainingResult
 from server.train.run import TaskFiles, train_task
@@ -246,7 +247,7 @@ def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: Froze
 
 @pytest.mark.parametrize(("method", "peak"), [("prefix_tuning", 0.1), ("p_tuning", 0.02)])
 def test_other_methods_are_loaded_by_peft_and_answer_as_they_were_taught(
-    tiny32: FrozenModel, tmp_path: Path, method: str, peak: float
+    tiny32: FrozenModel, tmp_path: Path, method: Method, peak: float
 ) -> None:
     found = train_task(tiny32, task_files(tmp_path), replace(TAUGHT, method=method, learning_rate=peak))
     assert found.result.validation.exact_match == 1.0

@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from server.engine.model import FrozenModel, weights_hash
 from server.errors import InvalidTrainingData
-from server.train.config import TrainingConfig
+from server.train.config import Method, TrainingConfig
 from server.train.initial import initial_values
 from server.train.methods import PromptTuning, build_prefix
 from server.train.objectives import Targets
@@ -97,7 +98,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step_with_a_remedy(tiny32
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_run_that_was_broken_off_goes_on_bit_for_bit(
-    tiny32: FrozenModel, tmp_path: Path, method: str, optimizer: str
+    tiny32: FrozenModel, tmp_path: Path, method: Method, optimizer: Any
 ) -> None:
     config = replace(LEARNS, steps=9, evaluations=3, batch_size=3, method=method, optimizer=optimizer)
 
@@ -142,7 +143,8 @@ def test_training_stops_once_measurements_get_no_better(tiny32: FrozenModel) -> 
 
 
 def test_every_method_and_optimiser_learns(tiny32: FrozenModel) -> None:
-    for method, peak in (("p_tuning", 0.02), ("prefix_tuning", 0.1)):
+    peaks: dict[Method, float] = {"p_tuning": 0.02, "prefix_tuning": 0.1}
+    for method, peak in peaks.items():
         config = replace(LEARNS, method=method)
         prefix = build_prefix(config, initial_values(tiny32, config, None), 1)
         assert train(work_of(tiny32, prefix), config, peak).validation.exact_match == 1.0, method

@@ -14,7 +14,7 @@ from server.train.evaluate import BASELINE_SLACK, counts_as_baseline, evaluate_b
 from server.train.initial import initial_values
 from server.train.trainer import train
 from tests.support import byte_tokenizer, make_engine, random_soft_prompt, request, run_engine, tiny_module
-from tests.train.rows import LEARNS, MOODS, TEMPLATE, data_of, examples_of, random_embeddings
+from tests.train.rows import LEARNS, MOODS, TEMPLATE, data_of, examples_of, random_embeddings, work_of
 
 TEXTS = tuple((text, "yes") for text in ("a", "two words", "x" * 60, "ünï", "b", "c d", "good", "last one"))
 CHAT = (

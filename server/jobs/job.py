@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from server.train.config import TrainingConfig
 
 JOB_ID = re.compile(r"\d{8}t\d{9}-[0-9a-f]{12}")
+
+CONFIG_FIELDS = tuple(field.name for field in fields(TrainingConfig))
 
 Metric = Literal["validation_exact_match", "validation_loss"]
 
@@ -30,7 +32,7 @@ def new_job_id() -> str:
     return f"{at:%Y%m%dt%H%M%S}{at.microsecond // 1000:03d}-{secrets.token_hex(6)}"
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class ActivateIf:
     """A bound that a metric must keep to for the result to answer; otherwise it is staged."""
 
@@ -51,7 +53,7 @@ class ActivateIf:
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class JobSpec:
     """What is asked for, beside the data."""
 

@@ -48,9 +48,9 @@ def main(path: Path) -> int:
     settings = Settings.load(**order["settings"])
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     job = folder.read()
-    recorder = Recorder(folder.record, job.spec.config)
     try:
-        run(folder, job, recorder, settings)
+        with contextlib.closing(Recorder(folder.record, job.spec.config)) as recorder:
+            run(folder, job, recorder, settings)
     except PreludeError as exc:
         from server.jobs.check import as_told
 

@@ -79,6 +79,10 @@ class Recorder:
             }
         )
 
+    def close(self) -> None:
+        """Nothing more will be recorded."""
+        self._file.close()
+
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()

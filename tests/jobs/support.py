@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 from server.engine.attention import ATTENTION_NAME
 from server.engine.model import FrozenModel
 from server.jobs.board import JobBoard
-from server.jobs.child import start_child
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.jobs.record import read_lines
@@ -23,7 +21,7 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 from server.train.config import TrainingConfig
-from tests.api.live import wait_until
+from tests.api.live import start_eagerly, wait_until
 from tests.registry.fakes import MemoryObjects
 from tests.support import byte_tokenizer, tiny_module
 from tests.train.rows import MOODS, write_rows
@@ -85,12 +83,9 @@ class Yard:
         return self.board.folder(job.id)
 
 
-def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
-    """A process as eager as the tests are: beside other work, one that steps back might never come to an end."""
-    return start_child(folder, settings, steps_back=False)
-
-
-def make_yard(settings: Settings, model: FrozenModel, registry: Registry | None = None, start: Start = start) -> Yard:
+def make_yard(
+    settings: Settings, model: FrozenModel, registry: Registry | None = None, start: Start = start_eagerly
+) -> Yard:
     """Nothing runs yet."""
     registry = registry or Registry(Store(MemoryObjects()), model.spec, 512)
     board = JobBoard(settings, registry.model)

@@ -77,7 +77,8 @@ def create_app(
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    metrics = Metrics(worker, registry, settings.metrics_tasks)
+    board = board or JobBoard(settings, registry.model)
+    metrics = Metrics(worker, registry, settings.metrics_tasks, board)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -96,7 +97,7 @@ def create_app(
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.keys = keys
-    app.state.jobs = board or JobBoard(settings, registry.model)
+    app.state.jobs = board
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
     hosts = settings.hosts

@@ -32,7 +32,7 @@ from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, Yard, make_yard, run
 from tests.registry.fakes import MemoryObjects
 from tests.train.rows import MOODS, write_rows
 
-LONG = LEARNS | {"steps": 600, "evaluations": 60, "learning_rate": 0.05}
+LONG = LEARNS | {"steps": 300, "evaluations": 30, "learning_rate": 0.05}
 """Long enough to be killed on the way, with a checkpoint every ten steps."""
 
 

@@ -2,7 +2,7 @@
 
 Clients of the classify workload of serve.py ask a server for short answers, while no job runs, and while one does. The
 rounds are interleaved, because the machine is not the same from minute to minute. The job is a real one, asked for over
-HTTP, that would take hours; it is cancelled after each of its rounds.
+HTTP; it is cancelled after each of its rounds.
 
     python benchmarks/training_beside_serving.py
     python benchmarks/training_beside_serving.py --rounds 1 --seconds 8
@@ -33,7 +33,8 @@ from server.engine.checkpoint import resolve_checkpoint
 from server.settings import Settings
 
 START_SECONDS = 300
-LONG = {"steps": 1_000_000, "evaluations": 1, "learning_rate": 0.001, "batch_size": 16}
+LONG = {"steps": 999, "evaluations": 1, "learning_rate": 0.001, "batch_size": 16}
+"""So many that it does not come to its end, and so few that each step is recorded."""
 KEYS = ("tokens_per_second", "requests_per_second", "first_token_p50_ms", "first_token_p99_ms")
 
 

@@ -79,6 +79,7 @@ ENV PATH=/opt/prelude/bin:$PATH \
     PRELUDE_HOST=0.0.0.0 \
     PRELUDE_PROMPTS_DIR=/prompts \
     PRELUDE_STORE=file:/var/lib/prelude \
+    PRELUDE_JOBS_DIR=/var/lib/prelude/jobs \
     PRELUDE_CACHE_DIR=/var/cache/prelude
 
 USER 10001:10001

@@ -16,6 +16,8 @@
     ├── VersionInUse                   the version is live, so it cannot be deleted
     ├── NothingToRollBackTo            nothing was live before what is live now
     ├── PreconditionFailed             the task has changed since the client looked at it
+    ├── UnknownJob                     there is no training job of that id
+    ├── JobRuns                        the training job is not over, so it cannot be deleted
     ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
     │   └── UnsupportedPeftType        they are an adapter, but of a kind that is not served
     ├── BaseModelMismatch              the soft prompt was trained on another frozen model
@@ -180,6 +182,24 @@ class PreconditionFailed(PreludeError):
     code = "precondition_failed"
     family = "validation"
     default_remedy = "GET the task again, decide anew, and send its new ETag."
+
+
+class UnknownJob(PreludeError):
+    """No training job has this id, or none that the key is for."""
+
+    status = 404
+    code = "unknown_job"
+    family = "validation"
+    default_remedy = "GET /training/jobs lists the jobs; of those that are over only the newest are kept."
+
+
+class JobRuns(PreludeError):
+    """A training job that waits or runs cannot be deleted."""
+
+    status = 409
+    code = "job_runs"
+    family = "validation"
+    default_remedy = "Cancel it first: POST /training/jobs/{job}/cancel."
 
 
 class InvalidSoftPrompt(PreludeError):

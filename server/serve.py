@@ -17,7 +17,7 @@ import psutil
 import uvicorn
 from tqdm import tqdm
 
-from server.api.app import create_app
+from server.api.app import Service, create_app
 from server.api.browsers import is_loopback
 from server.api.connection import PROTOCOL
 from server.core import GenerationRequest, SamplingParams
@@ -26,6 +26,8 @@ from server.engine.build import load_engine
 from server.engine.engine import Engine
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
+from server.jobs.board import JobBoard
+from server.jobs.runner import JobRunner
 from server.keys.live import ApiKeys
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
@@ -61,7 +63,9 @@ def serve(settings: Settings) -> None:
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
         worker = EngineWorker(engine, limits(settings))
-        app = create_app(settings, worker, registry, [inbox, Syncer(registry, settings.sync_seconds)], keys)
+        board = JobBoard(settings, registry.model)
+        services: list[Service] = [inbox, Syncer(registry, settings.sync_seconds), JobRunner(settings, registry, board)]
+        app = create_app(settings, worker, registry, services, keys, board)
         keep_for_good()
         config = uvicorn.Config(
             app,

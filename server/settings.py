@@ -73,6 +73,15 @@ class Settings(BaseSettings):
         description="Where versions are kept: file:PATH, or s3://BUCKET/PREFIX (also gs://, az://; needs the extra "
         "'store'). Default: file:PRELUDE_PROMPTS_DIR/.store.",
     )
+    jobs_dir: Path | None = Field(
+        None,
+        description="Where training jobs are kept: their data, progress and checkpoints. "
+        "Default: PRELUDE_PROMPTS_DIR/.jobs.",
+    )
+    data_dir: Path | None = Field(
+        None,
+        description="Data files that requests may name instead of uploading them. Default: none can be named.",
+    )
     sync_seconds: float = Field(
         2.0, gt=0, description="How often to look for what other servers on the same store have changed."
     )
@@ -178,7 +187,12 @@ class Settings(BaseSettings):
         """The store's URL with its default filled in."""
         return self.store or f"file:{self.prompts_dir / '.store'}"
 
-    @field_validator("api_keys_file", "prompts_dir", "cache_dir")
+    @property
+    def jobs_folder(self) -> Path:
+        """The folder of training jobs with its default filled in."""
+        return self.jobs_dir or self.prompts_dir / ".jobs"
+
+    @field_validator("api_keys_file", "prompts_dir", "jobs_dir", "data_dir", "cache_dir")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         try:  # a file of variables, such as systemd's, is read by no shell that would replace ~

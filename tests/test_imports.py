@@ -13,7 +13,7 @@ ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
 BOTTOM = {"core", "errors", "settings"}
-BELOW_CLI = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "serve", "keys"}
+BELOW_CLI = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "jobs", "serve", "keys"}
 COMMAND = BOTTOM | {"cli.errors", "cli.logs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
@@ -25,9 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": BOTTOM | {"soft_prompts"},
     "engine": BOTTOM | {"soft_prompts"},
     "train": BOTTOM | {"soft_prompts", "engine"},
+    "data_dir": {"errors"},
+    "jobs": BOTTOM | {"openmp", "soft_prompts", "registry", "engine", "train"},
     "interpret": BOTTOM | {"soft_prompts", "engine"},
     "keys": {"errors"},
-    "api": BOTTOM | {"soft_prompts", "registry", "engine", "keys"},
+    "api": BOTTOM | {"data_dir", "soft_prompts", "registry", "engine", "jobs", "keys"},
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
     "deploy": BELOW_CLI,

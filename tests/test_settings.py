@@ -24,6 +24,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "cors_origins": ("https://App.example, http://localhost:3000", "https://app.example,http://localhost:3000"),
     "prompts_dir": ("/data/prompts", Path("/data/prompts")),
     "store": ("file:/data/store", "file:/data/store"),
+    "jobs_dir": ("/data/jobs", Path("/data/jobs")),
+    "data_dir": ("/data/rows", Path("/data/rows")),
     "sync_seconds": ("0.5", 0.5),
     "host_memory": ("2MiB", 2 * 2**20),
     "cache_dir": ("/data/cache", Path("/data/cache")),
@@ -56,7 +58,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("name", ["api_keys_file", "prompts_dir", "cache_dir"])
+@pytest.mark.parametrize("name", ["api_keys_file", "prompts_dir", "jobs_dir", "data_dir", "cache_dir"])
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv(ENV_PREFIX + name.upper(), "~/x")

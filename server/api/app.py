@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server import __version__
-from server.api import ops, prompts, tgi, versions
+from server.api import ops, prompts, tgi, training, versions
 from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
@@ -21,6 +21,7 @@ from server.api.openai import chat, completions, models
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
+from server.jobs.board import JobBoard
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.settings import Settings
@@ -68,11 +69,16 @@ def create_app(
     registry: Registry,
     services: Sequence[Service] = (),
     keys: ApiKeys | None = None,
+    board: JobBoard | None = None,
 ) -> FastAPI:
-    """Put the routes together. The engine's thread and the services live as long as the app."""
+    """Put the routes together. The engine's thread and the services live as long as the app.
+
+    Training jobs are run by one of the services; jobs of a board of the app's own wait for a server that runs them.
+    """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    metrics = Metrics(worker, registry, settings.metrics_tasks)
+    board = board or JobBoard(settings, registry.model)
+    metrics = Metrics(worker, registry, settings.metrics_tasks, board)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +97,7 @@ def create_app(
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.keys = keys
+    app.state.jobs = board
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
     hosts = settings.hosts
@@ -100,6 +107,6 @@ def create_app(
     elif hosts is not None:
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
-    for module in (tgi, completions, chat, models, prompts, versions, ops):
+    for module in (tgi, completions, chat, models, prompts, versions, training, ops):
         app.include_router(module.router)
     return app

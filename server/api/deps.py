@@ -10,6 +10,7 @@ from fastapi import Depends, Path, Request
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
+from server.jobs.board import JobBoard
 from server.registry.registry import Registry
 from server.settings import Settings
 from server.soft_prompts.names import TASK_NAME
@@ -33,6 +34,11 @@ async def _settings(request: Request) -> Settings:
 async def _metrics(request: Request) -> Metrics:
     metrics: Metrics = request.app.state.metrics
     return metrics
+
+
+async def _board(request: Request) -> JobBoard:
+    board: JobBoard = request.app.state.jobs
+    return board
 
 
 async def _key_id(request: Request) -> str | None:
@@ -62,6 +68,7 @@ async def known_query(request: Request) -> None:
 WorkerDep = Annotated[EngineWorker, Depends(_worker)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
+BoardDep = Annotated[JobBoard, Depends(_board)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]
 

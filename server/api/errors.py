@@ -19,6 +19,7 @@ from starlette.routing import Match
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
 from server.api.tgi_schemas import GenerateBody, GenerateParameters
+from server.api.training_schemas import JOB_FIELDS, JOBS
 from server.api.uploads import not_kept
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
 
@@ -65,7 +66,8 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
         items = error.errors()
-        known = openai_fields(request.url.path) or _KNOWN_FIELDS
+        path = request.url.path
+        known = openai_fields(path) or (JOB_FIELDS if path.startswith(JOBS) else _KNOWN_FIELDS)
         problems = "; ".join(_problem(item, known) for item in items[:MOST_PROBLEMS])
         more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
         return _reply(request, InvalidRequest(f"{problems}{more}.", param=_param(items[0])))
@@ -135,7 +137,7 @@ def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> s
     """One validation problem as a sentence, with the nearest name for an unknown field."""
     location: Sequence[Any] = item["loc"]
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":

@@ -17,10 +17,13 @@ from server.errors import InvalidRequest, PayloadTooLarge
 MAX_JSON_BYTES = 4 * 2**20
 MULTIPART_OVERHEAD = 64 * 2**10
 """Boundaries and part headers around an upload's files."""
+MAX_DATA_BYTES = 256 * 2**20
+"""Rows of a training job, those to measure on included."""
 MAX_FORM_PARTS = 16
 """Parts of an upload. Up to 1 MB one waits in memory, not on disk: their number bounds what an upload takes."""
 
-_UPLOAD = re.compile(r"/prompts/[^/]+/?")
+_UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
+_JOB = re.compile(r"POST /training/jobs/?")
 
 
 class BodyLimit:
@@ -39,10 +42,17 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["method"] == "PUT" and _UPLOAD.fullmatch(scope["path"]) is not None
-        limit = self._max_upload_bytes + MULTIPART_OVERHEAD if upload else MAX_JSON_BYTES
         headers = Headers(scope=scope)
-        form = FormWatch.of(headers) if upload else None
+        form, limit, remedy = None, MAX_JSON_BYTES, "Send the text in several requests."
+        asked = f"{scope['method']} {scope['path']}"
+        if _UPLOAD.fullmatch(asked):
+            form, limit = FormWatch.of(headers), self._max_upload_bytes + MULTIPART_OVERHEAD
+            remedy = "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
+        elif _JOB.fullmatch(asked) and (form := FormWatch.of(headers)) is not None:
+            limit, remedy = (
+                MAX_DATA_BYTES,
+                "Send a sample of the rows: a run of 1,000 steps of 16 reads 16,000 of them.",
+            )
         declared = headers.get("content-length", "0")
         received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
 
@@ -55,12 +65,7 @@ class BodyLimit:
                     if form is not None:
                         form.follow(message)
                     return message
-            raise PayloadTooLarge(
-                f"The body has more than {limit:,} bytes.",
-                remedy="Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
-                if upload
-                else "Send the text in several requests.",
-            )
+            raise PayloadTooLarge(f"The body has more than {limit:,} bytes.", remedy=remedy)
 
         await self._app(scope, limited_receive, send)
 
@@ -99,7 +104,7 @@ class FormWatch:
         if self._parts > MAX_FORM_PARTS:
             raise InvalidRequest(
                 f"The form has more than {MAX_FORM_PARTS} parts.",
-                remedy="Send the files of one soft prompt, or one zip of them.",
+                remedy="Send the files of one soft prompt, or one zip of them; or those of one training job.",
             )
         if not self._is_closed and not message.get("more_body", False):
             raise HTTPException(400, "The form is cut off: the body ends before its closing boundary")

@@ -95,6 +95,20 @@ class EventStream(Response):
         return self._dialect.field + json.dumps(event).encode() + b"\n\n"
 
 
+class NumberedStream(EventStream):
+    """An `id` in front of each event that has one, which a client that lost the connection names in Last-Event-ID.
+
+    An event without anything in it is a comment: proxies end connections on which nothing comes.
+    """
+
+    def _encode(self, event: Mapping[str, Any]) -> bytes:
+        if not event:
+            return b":\n\n"
+        number = event.get("id")
+        head = b"" if number is None else f"id:{number}\n".encode()
+        return head + super()._encode({name: value for name, value in event.items() if name != "id"})
+
+
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await something on behalf of a client, and cancel it if the client goes away first.
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -26,6 +27,10 @@ from server.engine.attention import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
+from server.jobs.board import JobBoard
+from server.jobs.child import start_child
+from server.jobs.folder import JobFolder
+from server.jobs.runner import JobRunner
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
@@ -147,6 +152,11 @@ class LiveServer:
         return self.in_flight == 0 and not self.engine.kv_cache.allocator.used
 
 
+def start_eagerly(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+    """A job's process as eager as the tests: beside other work, one that steps back might never come to an end."""
+    return start_child(folder, settings, steps_back=False)
+
+
 @contextmanager
 def live_server(
     directory: Path, *, max_sequences: int = 8, model: FrozenModel | None = None, **options: Any
@@ -163,8 +173,13 @@ def live_server(
     worker = EngineWorker(engine, limits(settings))
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
-    services: list[Service] = [Inbox(settings.prompts_dir, registry), Syncer(registry, settings.sync_seconds)]
-    app = create_app(settings, worker, registry, services, open_keys(settings))
+    board = JobBoard(settings, model.spec)
+    services: list[Service] = [
+        Inbox(settings.prompts_dir, registry),
+        Syncer(registry, settings.sync_seconds),
+        JobRunner(settings, registry, board, start_eagerly),
+    ]
+    app = create_app(settings, worker, registry, services, open_keys(settings), board)
     with serving(
         uvicorn.Config(app, host="127.0.0.1", port=0, http=PROTOCOL, log_config=None, lifespan="on", ws="none")
     ) as port:

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from huggingface_hub import InferenceClient, close_session
 from huggingface_hub.errors import ValidationError
 
-from server.api import ops, prompts, tgi, versions
+from server.api import ops, prompts, tgi, training, versions
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.errors import install_error_handlers
@@ -34,6 +34,7 @@ from tests.support import random_soft_prompt
 
 ROOT = Path(__file__).parents[2]
 OPEN = ["GET /health", "GET /ready", "GET /ping", "GET /v2/health/live", "GET /v2/health/ready"]
+JOB = "20261125t101500123-9f3a1c2b7d10"
 HUGE = 60 * 2**20
 BODY = {"inputs": "hello", "parameters": {"max_new_tokens": 2}}
 FORM = "Content-Type: multipart/form-data; boundary=x"
@@ -113,7 +114,7 @@ def spooled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def concrete(operation: str) -> tuple[str, str]:
     """A request for an operation, with names in the place of its parameters."""
     method, path = operation.split()
-    return method, re.sub("{(task|model)}", "team-a-mood", path).replace("{version}", "1")
+    return method, re.sub("{(task|model)}", "team-a-mood", path).replace("{version}", "1").replace("{job}", JOB)
 
 
 def test_every_route_asks_for_a_key_but_those_that_a_probe_needs(guarded: Guarded) -> None:
@@ -347,7 +348,7 @@ def test_a_route_that_does_not_say_who_may_use_it_cannot_be_made() -> None:
 
 
 def test_every_route_that_reads_a_body_asks_first() -> None:
-    modules = (tgi, completions, chat, models, prompts, versions, ops)
+    modules = (tgi, completions, chat, models, prompts, versions, training, ops)
     routes = [route for module in modules for route in module.router.routes]
     assert len(routes) > 10
     for route in routes:

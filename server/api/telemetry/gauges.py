@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.engine.worker import EngineWorker
+from server.jobs.board import JobBoard
+from server.jobs.folder import count_states
 from server.registry.events import KINDS
 from server.registry.registry import Registry
 
@@ -19,8 +21,9 @@ from server.registry.registry import Registry
 class Gauges(Collector):
     """Reads the worker and the registry."""
 
-    def __init__(self, worker: EngineWorker, registry: Registry) -> None:
+    def __init__(self, worker: EngineWorker, registry: Registry, board: JobBoard | None) -> None:
         """Nothing is read yet."""
+        self._board = board
         self._worker = worker
         self._registry = registry
 
@@ -31,6 +34,7 @@ class Gauges(Collector):
         yield from self._prefixes()
         yield from self._soft_prompts()
         yield from self._tasks()
+        yield from self._jobs()
 
     def _build(self) -> Metric:
         model = self._worker.model
@@ -77,6 +81,12 @@ class Gauges(Collector):
         for kind in KINDS:
             changes.add_metric([kind], registry.changes[kind])
         yield changes
+
+    def _jobs(self) -> Iterator[Metric]:
+        jobs = GaugeMetricFamily("prelude_training_jobs", "Training jobs that are kept.", labels=["state"])
+        for state, count in count_states(self._board.files.jobs() if self._board else []).items():
+            jobs.add_metric([state.value], count)
+        yield jobs
 
 
 def _gauge(name: str, about: str, value: float) -> Metric:

@@ -18,6 +18,7 @@ from server.api.telemetry.record import Outcome
 from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
 from server.core import Usage
 from server.engine.worker import EngineWorker
+from server.jobs.board import JobBoard
 from server.registry.registry import Registry
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -40,13 +41,14 @@ class Metrics:
         loads: seconds that reading a soft prompt from the store took; observed on any thread.
     """
 
-    def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int) -> None:
+    def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int, board: JobBoard | None = None) -> None:
         """Nothing has happened yet.
 
         Args:
             worker: whose counts are shown.
             tasks: whose counts are shown.
             most_tasks: tasks that have a label value of their own.
+            board: training jobs that are counted.
         """
         self.registry = CollectorRegistry()
         self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
@@ -82,7 +84,7 @@ class Metrics:
             ["method", "route", "status"],
             registry=self.registry,
         )
-        self.registry.register(Gauges(worker, tasks))
+        self.registry.register(Gauges(worker, tasks, board))
         ProcessCollector(registry=self.registry)
 
     def first_token(self, task: str | None, seconds: float) -> None:

@@ -1,0 +1,143 @@
+"""From a request to a training job: JSON that names data files of the server, or a form that brings them along."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from server.api.limits import MAX_DATA_BYTES
+from server.api.training_schemas import REQUEST, JobRequest
+from server.data_dir import resolve_data
+from server.errors import InvalidRequest, InvalidTrainingData, PayloadTooLarge
+from server.jobs.board import JobBoard
+from server.jobs.job import DataNames, Job
+
+CHUNK = 2**20
+
+Source = UploadFile | Path
+
+
+@dataclass(frozen=True)
+class AskedFor:
+    """A job, and where its data is."""
+
+    request: JobRequest
+    data: UploadFile | None = None
+    validation: UploadFile | None = None
+
+
+@asynccontextmanager
+async def read_job(request: Request) -> AsyncIterator[AskedFor]:
+    """The job that a request asks for; what it uploads is there until the block ends.
+
+    Raises:
+        InvalidRequest, RequestValidationError: a field is missing, unknown, or not what it must be.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=2, max_fields=1) as form:
+            yield _from_form(form)
+    elif kind == "application/json":
+        yield AskedFor(_parse(await request.body()))
+    else:
+        raise InvalidRequest(
+            "The body is neither JSON nor a form.",
+            remedy="Send application/json that names data files, or multipart/form-data with `spec` and `data`.",
+        )
+
+
+def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | None) -> Job:
+    """Copy the data, check it, and queue the job.
+
+    Raises:
+        PreludeError: nothing is queued then.
+    """
+    spec = asked.request.spec
+    board.check(spec)
+    data = _source("data", asked.data, asked.request.data, data_dir)
+    validation = _source("validation", asked.validation, asked.request.validation, data_dir)
+    if data is None:
+        raise InvalidTrainingData(
+            "There is no data to train on.", remedy="Upload a JSONL file as `data`, or name one of PRELUDE_DATA_DIR."
+        )
+    with board.draft() as draft:
+        names = DataNames(_named(data, asked.request.data or "data"))
+        room = MAX_DATA_BYTES - _copy(data, draft.data, MAX_DATA_BYTES)
+        if validation is not None:
+            names = DataNames(names.data, _named(validation, asked.request.validation or "validation"))
+            _copy(validation, draft.validation, room)
+        return board.submit(draft, spec, names, by)
+
+
+def _from_form(form: FormData) -> AskedFor:
+    for name in form:
+        if name not in ("spec", "data", "validation"):
+            raise InvalidRequest(
+                f"Unknown form field {name[:80]!r}.", remedy="Send spec, data and optionally validation."
+            )
+        if len(form.getlist(name)) > 1:
+            raise InvalidRequest(f"The form field {name} comes twice.", remedy="Send it once.")
+    spec = form.get("spec")
+    if not isinstance(spec, str):
+        raise InvalidRequest(
+            "The form has no field `spec` of text.", remedy='Send the job as JSON in it: {"task": "my_task"}.'
+        )
+    files = []
+    for name in ("data", "validation"):
+        file = form.get(name)
+        if isinstance(file, str):
+            raise InvalidRequest(f"The form field {name} is no file.", remedy="Send it with a file name.")
+        files.append(file)
+    return AskedFor(_parse(spec), *files)
+
+
+def _parse(text: str | bytes) -> JobRequest:
+    try:
+        return REQUEST.validate_json(text)
+    except ValidationError as exc:
+        raise RequestValidationError(
+            [{**error, "loc": ("body", *error["loc"])} for error in exc.errors(include_url=False)]
+        ) from exc
+
+
+def _source(field: str, uploaded: UploadFile | None, name: str | None, data_dir: Path | None) -> Source | None:
+    if uploaded is not None and name is not None:
+        raise InvalidRequest(f"{field} is uploaded, and named as well.", remedy="Do one of both.", param=field)
+    return uploaded if name is None else resolve_data(name, data_dir)
+
+
+def _named(source: Source, fallback: str) -> str:
+    """What an error calls a file: by the name that it was sent with, without folders."""
+    if isinstance(source, Path):
+        return fallback
+    name = PurePosixPath((source.filename or "").replace("\\", "/")).name[:100]
+    return name if name.isprintable() and name else fallback
+
+
+def _copy(source: Source, target: Path, room: int) -> int:
+    """Copy a data file; answers its size."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return _copy_bytes(file, target, room)
+    return _copy_bytes(source.file, target, room)
+
+
+def _copy_bytes(source: IO[bytes], target: Path, room: int) -> int:
+    size = 0
+    with target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            size += len(chunk)
+            if size > room:
+                raise PayloadTooLarge(
+                    f"The data files have more than {MAX_DATA_BYTES:,} bytes.", remedy="Take a sample of the rows."
+                )
+            file.write(chunk)
+    return size

@@ -1,0 +1,120 @@
+"""The jobs of a server as everybody sees them: adding, looking, cancelling, from any thread. `runner.py` runs them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from server.core import ModelSpec
+from server.errors import JobRuns, Overloaded
+from server.jobs.check import Frame, check_data, check_spec
+from server.jobs.folder import JobFolder, JobsFolder
+from server.jobs.job import DataNames, Job, JobSpec, JobState
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MOST_QUEUED = 100
+
+
+class JobBoard:
+    """All jobs of a folder.
+
+    Attributes:
+        files: where they lie.
+        changed: set whenever there is something for whoever runs them to look at.
+    """
+
+    def __init__(self, settings: Settings, model: ModelSpec) -> None:
+        """Nothing is read yet; the folder is made with the first job."""
+        self.files = JobsFolder(settings.jobs_folder)
+        self.changed = threading.Event()
+        self._frame = Frame(model, settings.max_virtual_tokens)
+        self._checking = threading.Lock()  # a big data file takes memory; one at a time
+
+    @contextmanager
+    def draft(self) -> Iterator[JobFolder]:
+        """A folder to put a job's data into; gone afterwards, unless it was submitted.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        with self.files.draft() as folder:
+            yield folder
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse what can be refused without its data.
+
+        Raises:
+            PreludeError: as `check_spec`.
+            Overloaded: as many jobs wait as may.
+        """
+        check_spec(spec, self._frame)
+        if sum(job.status.state == JobState.QUEUED for job in self.files.jobs()) >= MOST_QUEUED:
+            raise Overloaded(
+                f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again once one is over."
+            )
+
+    def submit(self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None) -> Job:
+        """Check a draft's data and queue it.
+
+        Raises:
+            InvalidTrainingData: nothing is queued then.
+            OSError: it cannot be written.
+        """
+        with self._checking:
+            check_data(spec, draft, names)
+        job = self.files.add(draft, spec, names, by)
+        log.info("training job %s for %s is queued", job.id, spec.task)
+        self.changed.set()
+        return self.job(job.id)
+
+    def jobs(self) -> list[Job]:
+        """All jobs, newest first."""
+        jobs = self.files.jobs()
+        waiting = [job.id for job in jobs if job.status.state == JobState.QUEUED]
+        positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
+        return [replace(job, queue_position=positions.get(job.id)) for job in reversed(jobs)]
+
+    def job(self, job_id: str) -> Job:
+        """One of them.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        job = self.files.job(job_id)
+        if job.status.state != JobState.QUEUED:
+            return job
+        return next((other for other in self.jobs() if other.id == job_id), job)
+
+    def folder(self, job_id: str) -> JobFolder:
+        """The files of one of them.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        return self.files.folder(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for a job's end; one that is over stays as it is.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        if not self.files.job(job_id).status.state.is_over:
+            self.files.folder(job_id).cancel.touch()
+            self.changed.set()
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job that is over; what it published stays.
+
+        Raises:
+            UnknownJob: there is none of that id.
+            JobRuns: it is not over.
+        """
+        if not self.files.job(job_id).status.state.is_over:
+            raise JobRuns(f"The training job {job_id} is not over.")
+        self.files.remove(job_id)

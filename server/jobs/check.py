@@ -1,0 +1,105 @@
+"""What is refused before anything is queued: a job that fails after an hour's wait costs an hour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.core import ModelSpec
+from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
+from server.jobs.folder import JobFolder
+from server.jobs.job import DataNames, JobSpec
+from server.soft_prompts.manifest import INPUT_FIELD
+from server.soft_prompts.names import check_task_name
+from server.soft_prompts.soft_prompt import check_shape
+from server.train.data import check_rows, hold_out, labels_of, read_data
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a server can train for."""
+
+    model: ModelSpec
+    max_virtual_tokens: int
+
+
+def check_spec(spec: JobSpec, frame: Frame) -> None:
+    """Refuse what can never be trained or published here, whatever the data.
+
+    Raises:
+        InvalidTaskName, InvalidSoftPrompt: the name or the number of virtual tokens.
+        InvalidRequest: it needs files of the server, or contradicts itself.
+    """
+    check_task_name(spec.task)
+    if spec.task == frame.model.name:
+        raise InvalidTaskName(f"{spec.task!r} is the frozen model's name.", remedy="Choose another name for the task.")
+    config = spec.config
+    check_shape(
+        "PROMPT_TUNING", (config.num_virtual_tokens, frame.model.hidden_size), frame.model, frame.max_virtual_tokens
+    )
+    if config.method == "multitask_prompt_tuning":
+        raise InvalidRequest(
+            "A job trains one task, and multitask prompt tuning several.",
+            remedy="Send a job for each task, or train them together with `prelude train`.",
+            param="config.method",
+        )
+    if config.init == "soft_prompt" or config.init_from is not None:
+        raise InvalidRequest(
+            "A job cannot begin with a soft prompt from a file of the server.",
+            remedy="Leave out init_from, or train with `prelude train --init-from`.",
+            param="config.init_from",
+        )
+    if config.init == "text" and not config.init_text:
+        raise InvalidRequest("init text needs a text.", remedy="Give it as init_text.", param="config.init_text")
+    if spec.input_template.count(INPUT_FIELD) != 1:
+        raise InvalidRequest(
+            f"The input template {spec.input_template[:200]!r} does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+            param="input_template",
+        )
+    if config.teacher_template is None and config.labels:
+        raise InvalidRequest(
+            "Labels are named for distillation only; otherwise they are the targets of the rows.",
+            remedy="Leave out labels, or give a teacher_template.",
+            param="config.labels",
+        )
+    if config.teacher_template is not None and config.teacher_template.count(INPUT_FIELD) != 1:
+        raise InvalidRequest(
+            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+            param="config.teacher_template",
+        )
+
+
+def check_data(spec: JobSpec, folder: JobFolder, names: DataNames) -> None:
+    """Read all rows as the run will.
+
+    Raises:
+        InvalidTrainingData: names file and line, by the names that whoever sent them knows.
+    """
+    need_targets = spec.config.teacher_template is None
+    try:
+        training = read_data(folder.data, need_targets=need_targets)
+        if folder.validation.exists():
+            validation = read_data(folder.validation, need_targets=need_targets)
+        else:
+            training, validation = hold_out(training)
+        check_rows(training, validation, labels_of(training.rows) if need_targets else None)
+    except InvalidTrainingData as exc:
+        raise InvalidTrainingData(
+            in_their_words(exc.message, folder, names), remedy=in_their_words(exc.remedy, folder, names)
+        ) from exc
+
+
+def in_their_words(text: str, folder: JobFolder, names: DataNames) -> str:
+    """A message without the server's paths."""
+    text = text.replace(str(folder.data), names.data)
+    return text.replace(str(folder.validation), names.validation or "the validation rows")
+
+
+def as_told(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
+    """An error for a job's record."""
+    return {
+        "error": in_their_words(exc.message, folder, names),
+        "code": exc.code,
+        "remedy": in_their_words(exc.remedy, folder, names),
+    }

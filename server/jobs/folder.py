@@ -1,0 +1,282 @@
+"""Jobs as folders: everything that is known of them is there, so a server that was killed finds them again.
+
+    PRELUDE_JOBS_DIR/
+      20261125t101500123-9f3a1c2b7d10/
+        spec.json                    what was asked for, by whom; written once
+        data.jsonl  validation.jsonl copies: what is changed elsewhere meanwhile changes no run
+        status.json                  replaced whole, by the server that runs jobs
+        cancel                       there if somebody wants it to end
+        order.json                   settings for its process, written whenever one is started
+        record.jsonl  log.txt        what its process says of itself
+        checkpoint/  result/         what it goes on from; the PEFT directory
+        failure.json                 why its process gave up
+      .lock                          held by the server that runs the jobs of this folder
+
+A job is made under another name and renamed: it is whole, or it is not there. Any server may look, add and cancel; only
+the one that holds the lock runs, so servers that share a folder run one job at a time between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from server.errors import StoreError, StoreFull, UnknownJob
+from server.jobs.job import JOB_ID, DataNames, Job, JobSpec, JobState, Status, new_job_id, now
+from server.jobs.record import read_progress
+
+log = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 24 * 3600.0
+"""A draft that is so old is nobody's any more."""
+
+_SPEC = TypeAdapter(JobSpec)
+_STATUS = TypeAdapter(Status)
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The files of one job."""
+
+    path: Path
+
+    @property
+    def data(self) -> Path:
+        """Rows to train on."""
+        return self.path / "data.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """Rows to measure on, if they were given."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def order(self) -> Path:
+        """Settings for the process."""
+        return self.path / "order.json"
+
+    @property
+    def record(self) -> Path:
+        """What happened, a line each."""
+        return self.path / "record.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a run goes on from."""
+        return self.path / "checkpoint"
+
+    @property
+    def result(self) -> Path:
+        """The PEFT directory."""
+        return self.path / "result"
+
+    @property
+    def failure(self) -> Path:
+        """Why the process gave up."""
+        return self.path / "failure.json"
+
+    @property
+    def cancel(self) -> Path:
+        """There if somebody wants the job to end."""
+        return self.path / "cancel"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether training is over; the tensor is what is written last."""
+        return (self.result / "adapter_model.safetensors").is_file()
+
+    def write_status(self, status: Status) -> None:
+        """Replace it, durably."""
+        write_json(self.path / "status.json", _STATUS.dump_python(status, mode="json"))
+
+    def read(self) -> Job:
+        """The job as it is now.
+
+        Raises:
+            OSError, ValueError, TypeError, KeyError: the folder is not whole.
+        """
+        said = json.loads((self.path / "spec.json").read_bytes())
+        status = _STATUS.validate_json((self.path / "status.json").read_bytes())
+        return Job(
+            id=self.path.name,
+            spec=_SPEC.validate_python(said["spec"]),
+            names=DataNames(**said["names"]),
+            by=said["by"],
+            created_at=said["created_at"],
+            status=status,
+            progress=read_progress(self.record),
+            is_cancelling=not status.state.is_over and self.cancel.exists(),
+        )
+
+
+class JobsFolder:
+    """All jobs."""
+
+    def __init__(self, root: Path) -> None:
+        """It need not be there yet."""
+        self.root = root
+
+    @contextmanager
+    def draft(self) -> Iterator[JobFolder]:
+        """A folder for a job's data; gone afterwards, unless it was made a job.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        path = self.root / f".new-{new_job_id()}"
+        try:
+            path.mkdir(parents=True)
+            yield JobFolder(path)
+        except OSError as exc:
+            raise not_kept(exc) from exc
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def add(self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None) -> Job:
+        """Make a draft a job, durably.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for data in (draft.data, draft.validation):
+            if data.exists():
+                _sync(data)
+        said = {
+            "spec": _SPEC.dump_python(spec, mode="json"),
+            "names": asdict(names),
+            "by": by,
+            "created_at": now(),
+        }
+        write_json(draft.path / "spec.json", said)
+        draft.write_status(Status())
+        target = self.root / new_job_id()
+        os.rename(draft.path, target)
+        _sync(self.root)
+        return JobFolder(target).read()
+
+    def ids(self) -> list[str]:
+        """Of all jobs, oldest first."""
+        try:
+            return sorted(name for name in os.listdir(self.root) if JOB_ID.fullmatch(name))
+        except OSError:
+            return []
+
+    def folder(self, job_id: str) -> JobFolder:
+        """The files of a job.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        if not JOB_ID.fullmatch(job_id) or not (self.root / job_id).is_dir():
+            raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
+        return JobFolder(self.root / job_id)
+
+    def job(self, job_id: str) -> Job:
+        """A job as it is now.
+
+        Raises:
+            UnknownJob: there is none of that id, or its folder cannot be read.
+        """
+        folder = self.folder(job_id)
+        try:
+            return folder.read()
+        except (OSError, ValueError, TypeError, KeyError, ValidationError) as exc:
+            log.warning("the training job in %s cannot be read: %s", folder.path, exc)
+            raise UnknownJob(f"The training job {job_id} cannot be read.") from exc
+
+    def jobs(self) -> list[Job]:
+        """All that can be read, oldest first."""
+        found = []
+        for job_id in self.ids():
+            with contextlib.suppress(UnknownJob):
+                found.append(self.job(job_id))
+        return found
+
+    def remove(self, job_id: str) -> None:
+        """Forget a job: first it is no job any more, then its files go."""
+        gone = self.root / f".gone-{job_id}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.root / job_id, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def tidy(self, kept: int) -> None:
+        """Remove what nobody needs: all but the newest jobs that are over, and drafts of long ago."""
+        over = [job.id for job in self.jobs() if job.status.state.is_over]
+        for job_id in over[: max(0, len(over) - kept)]:
+            self.remove(job_id)
+        for path in self.root.glob(".*-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def lock(self) -> IO[bytes] | None:
+        """Hold the lock until the file is closed, or the process ends; None if another server holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = (self.root / ".lock").open("ab")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: whoever shares a folder there is on their own
+            return file
+        except OSError as exc:
+            file.close()
+            if exc.errno in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise
+        return file
+
+
+def count_states(jobs: list[Job]) -> dict[JobState, int]:
+    """How many jobs there are in each state."""
+    return {state: sum(job.status.state == state for job in jobs) for state in JobState}
+
+
+def not_kept(exc: OSError) -> StoreError:
+    """The error for a job that there is no place for."""
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (StoreFull if full else StoreError)(
+        f"The training job cannot be kept: {exc.strerror or exc}.",
+        remedy="Make room where PRELUDE_JOBS_DIR lies (or delete jobs), then send it again."
+        if full
+        else "Check that PRELUDE_JOBS_DIR names a folder that the server may write to.",
+    )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file beside its place, then into it: it is whole, and durable before it is seen."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # a network file system that writes names at once, and knows no such call
+            raise
+    finally:
+        os.close(descriptor)

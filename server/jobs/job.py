@@ -1,0 +1,161 @@
+"""What a training job is: what was asked for, how far it has come, how it ended. Free of torch and of HTTP."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import secrets
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from server.train.config import TrainingConfig
+
+JOB_ID = re.compile(r"\d{8}t\d{9}-[0-9a-f]{12}")
+
+CONFIG_FIELDS = tuple(field.name for field in fields(TrainingConfig))
+
+Metric = Literal["validation_exact_match", "validation_loss"]
+
+
+def now() -> str:
+    """This moment, as jobs write it down."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def new_job_id() -> str:
+    """An id that sorts by the time of its making, and that cannot be guessed from others."""
+    at = datetime.datetime.now(datetime.UTC)
+    return f"{at:%Y%m%dt%H%M%S}{at.microsecond // 1000:03d}-{secrets.token_hex(6)}"
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class ActivateIf:
+    """A bound that a metric must keep to for the result to answer; otherwise it is staged."""
+
+    metric: Metric
+    at_least: float | None = Field(default=None, allow_inf_nan=False)
+    at_most: float | None = Field(default=None, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> ActivateIf:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("needs at_least or at_most")
+        return self
+
+    def holds(self, value: object) -> bool:
+        """Whether a measured value keeps to it; what was not measured does not."""
+        if not isinstance(value, int | float):
+            return False
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class JobSpec:
+    """What is asked for, beside the data."""
+
+    task: str
+    config: TrainingConfig = Field(default_factory=TrainingConfig)
+    input_template: str = "{input}\n"
+    """What the model reads; {input} is the row's input."""
+    description: str | None = None
+    """One line about the task, shown by GET /prompts."""
+    licence: str | None = None
+    """Of the data; kept in the manifest."""
+    max_new_tokens: int = Field(default=64, ge=1, le=4096)
+    """Of a teacher's answers, in distillation."""
+    activate: bool | ActivateIf = False
+    """Whether the result answers as soon as it is there: always, never, or if a metric keeps to a bound. What does not
+    answer is staged, and can be activated by hand."""
+
+    def activates(self, metrics: dict[str, Any] | None) -> bool:
+        """Whether a result of these metrics is to answer."""
+        if isinstance(self.activate, bool):
+            return self.activate
+        return self.activate.holds((metrics or {}).get(self.activate.metric))
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are for good."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class DataNames:
+    """What the data files are called by whoever sent or named them."""
+
+    data: str
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed, as every error is told."""
+
+    error: str
+    code: str
+    remedy: str
+
+
+@checked_dataclass(frozen=True)
+class Status:
+    """What the server knows of a job; replaced whole whenever it changes."""
+
+    state: JobState = JobState.QUEUED
+    started_at: str | None = None
+    ended_at: str | None = None
+    restarts: int = 0
+    """How often its process was started again."""
+    deaths: int = 0
+    """How often its process was killed since the record last grew."""
+    recorded: int = 0
+    """Lines of the record when it was last killed."""
+    pid: int | None = None
+    created: float | None = None
+    """When that process was made: a number alone may by now be somebody else's."""
+    error: Failure | None = None
+    version: int | None = None
+    live: bool = False
+    metrics: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a running job has come, as its last line says."""
+
+    phase: str = ""
+    step: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    validation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it is at one moment."""
+
+    id: str
+    spec: JobSpec
+    names: DataNames
+    by: str | None
+    """Id of the key that it was asked for with."""
+    created_at: str
+    status: Status
+    progress: Progress = field(default_factory=Progress)
+    is_cancelling: bool = False
+    queue_position: int | None = None
+    """1 is the next one."""

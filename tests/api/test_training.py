@@ -1,0 +1,212 @@
+"""Training jobs over a real socket: what is refused before anything is queued, and what is told of what runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api import limits
+from server.keys.file import add_key
+from server.keys.key import Scope
+from tests.api.live import LiveServer, assert_error, live_server, wait_until
+from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, save_tiny_model
+from tests.train.rows import MOODS
+
+GOOD = "".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in ROWS).encode()
+HELD = "".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in MOODS).encode()
+
+
+@dataclass
+class Site:
+    """A server that trains, and a folder of data on it."""
+
+    live: LiveServer
+    data: Path
+    keys: dict[str, str]
+
+    def request(self, method: str, path: str = "", key: str = "all", **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.keys[key]}", **options.pop("headers", {})}
+        return self.live.client.request(method, f"/training/jobs{path}", headers=headers, **options)
+
+    def ask(self, key: str = "all", **fields: Any) -> httpx.Response:
+        """A job in JSON."""
+        return self.request("POST", key=key, json={"task": "mood", "config": LEARNS, **fields})
+
+    def upload(self, files: dict[str, bytes], key: str = "all", **fields: Any) -> httpx.Response:
+        """A job that brings its data along."""
+        form = {"spec": json.dumps({"task": "mood", "config": LEARNS, **fields})}
+        return self.request("POST", key=key, data=form, files={n: (f"{n}.jsonl", c) for n, c in files.items()})
+
+    def jobs(self, key: str = "all") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.request("GET", key=key).json()["jobs"]
+        return found
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.request("GET", f"/{job_id}").json()
+        return found
+
+    def events(self, job_id: str, **headers: str) -> list[tuple[int | None, dict[str, Any]]]:
+        """Until the end, with the ids of those that have one."""
+        response = self.request("GET", f"/{job_id}/events", headers=headers, timeout=SECONDS)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return parse(response.text)
+
+
+def parse(text: str) -> list[tuple[int | None, dict[str, Any]]]:
+    events = []
+    for block in text.split("\n\n")[:-1]:
+        lines = dict(line.split(":", 1) for line in block.split("\n"))
+        if "data" in lines:
+            events.append((int(lines["id"]) if "id" in lines else None, json.loads(lines["data"])))
+    return events
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    model = save_tiny_model(folder / "tiny")
+    (folder / "data").mkdir()
+    (folder / "data" / "good.jsonl").write_bytes(GOOD)
+    (folder / "secret.jsonl").write_bytes(GOOD)
+    path = folder / "keys.json"
+    keys = {
+        "all": add_key(path, "all", [Scope.PUBLISH], None)[1],
+        "team-a": add_key(path, "team-a", [Scope.PUBLISH], ["team-a-*"])[1],
+    }
+    options: dict[str, Any] = {"api_keys_file": path, "data_dir": folder / "data", "dtype": "float32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRELUDE_MODEL", str(model))  # live_server's `model` is one that is loaded
+        with live_server(folder, max_model_len=128, **options) as live:
+            yield Site(live, folder / "data", keys)
+
+
+def test_a_job_is_trained_published_and_told_of_as_it_goes(site: Site) -> None:
+    bound = {"metric": "validation_exact_match", "at_least": 0.9}
+    response = site.upload({"data": GOOD, "validation": HELD}, activate=bound)
+    assert response.status_code == 202, response.text
+    job = response.json()
+    assert response.headers["location"] == f"/training/jobs/{job['id']}"
+    assert (job["task"], job["steps"], job["step"]) == ("mood", 160, 0)
+    events = site.events(job["id"])
+    assert events[-1][1]["event"] == "end"
+    done = events[-1][1]["job"]
+    assert (done["state"], done["version"], done["live"]) == ("succeeded", 1, True), done
+    assert done["metrics"]["validation_exact_match"] == 1.0
+    numbers = [number for number, _ in events if number is not None]
+    assert numbers == list(range(1, len(numbers) + 1))
+    steps = [event["step"] for _, event in events if event["event"] == "step"]
+    assert steps == list(range(1, 161))
+    assert [event["state"] for _, event in events if event["event"] == "state"][-1] == "succeeded"
+    behind = site.events(job["id"], **{"Last-Event-ID": str(numbers[-3])})
+    assert [number for number, _ in behind if number is not None] == numbers[-2:]
+    assert_error(site.request("GET", f"/{job['id']}/events", headers={"Last-Event-ID": "x"}), 422, "invalid_request")
+    assert "step 160: validation" in site.request("GET", f"/{job['id']}/log").text
+    headers = {"Authorization": f"Bearer {site.keys['all']}"}
+    versions = site.live.client.get("/prompts/mood/versions", headers=headers).json()
+    assert (versions["live"], versions["versions"][0]["source"]) == (1, "api")
+    assert versions["versions"][0]["by"] == site.keys["all"].split("_")[1]
+    assert site.request("DELETE", f"/{job['id']}").status_code == 204
+    assert_error(site.request("GET", f"/{job['id']}"), 404, "unknown_job")
+
+
+def test_one_job_runs_and_the_others_wait_until_they_are_cancelled(site: Site) -> None:
+    first = site.ask(data="good.jsonl", config=SLOW).json()
+    second = site.ask(data="good.jsonl", config=SLOW, task="team-a-mood").json()
+    wait_until(lambda: "seconds_left" in site.job(first["id"]), SECONDS)
+    running, waiting = site.job(first["id"]), site.job(second["id"])
+    assert (running["state"], running["phase"]) == ("running", "training")
+    assert running["seconds_left"] > 0
+    assert (waiting["state"], waiting["queue_position"]) == ("queued", 1)
+    assert [job["id"] for job in site.jobs()[:2]] == [second["id"], first["id"]]
+    assert_error(site.request("DELETE", f"/{first['id']}"), 409, "job_runs")
+    for job in (second, first):
+        cancelled = site.request("POST", f"/{job['id']}/cancel").json()
+        assert (cancelled["state"], cancelled["cancelling"]) == ("cancelled", False)
+    assert site.request("POST", f"/{first['id']}/cancel").json()["state"] == "cancelled"
+    headers = {"Authorization": f"Bearer {site.keys['all']}"}
+    assert site.live.client.get("/prompts/team-a-mood", headers=headers).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"data": GOOD + b'{"input": "late"}\n'}, "data.jsonl, line 21: no string field 'target'"),
+        ({"data": GOOD, "validation": b"[]\n"}, "validation.jsonl, line 1: no string field 'input'"),
+        ({"data": GOOD, "validation": b'{"input": "a", "target": "maybe"}\n'}, "validation.jsonl, line 1: the label"),
+        ({"data": b""}, "data.jsonl holds no rows"),
+        ({"data": b'{"input": "a", "target": "b"}\n'}, "data.jsonl holds one input only"),
+    ],
+)
+def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
+    site: Site, files: dict[str, bytes], message: str
+) -> None:
+    before = site.jobs()
+    error = assert_error(site.upload(files), 422, "invalid_training_data", message)
+    assert str(site.live.settings.prompts_dir) not in f"{error}"
+    assert site.jobs() == before
+    assert not list(site.live.settings.jobs_folder.glob(".new-*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"tusk": "x"}, "unknown field tusk (did you mean task?)"),
+        ({"config": {"stepps": 3}}, "unknown field config.stepps (did you mean steps?)"),
+        ({"config": {"steps": 0}}, "config.steps"),
+        ({"config": {"method": "multitask_prompt_tuning"}}, "A job trains one task"),
+        ({"config": {"init_from": "/etc"}}, "from a file of the server"),
+        ({"config": {"num_virtual_tokens": 513}}, "513"),
+        ({"task": "No"}, "cannot be the name"),
+        ({"task": "tiny-llama"}, "the frozen model's name"),
+        ({"input_template": "no place"}, "exactly once"),
+        ({"activate": {"metric": "validation_loss"}}, "at_least or at_most"),
+        ({"data": "../secret.jsonl"}, "is no name of a data file"),
+        ({"data": "none.jsonl"}, "There is no data file"),
+    ],
+)
+def test_what_can_never_be_trained_is_refused_with_the_field(site: Site, fields: dict[str, Any], part: str) -> None:
+    response = site.ask(**{"data": "good.jsonl", **fields})
+    assert response.status_code == 422, response.text
+    assert part in response.json()["error"]
+
+
+def test_a_job_without_data_is_refused(site: Site) -> None:
+    assert_error(site.ask(), 422, "invalid_training_data", "no data to train on")
+
+
+def test_a_body_that_is_neither_json_nor_a_whole_form_is_refused(site: Site) -> None:
+    for kind, body in (("text/plain", b"x"), ("application/json", b"{")):
+        response = site.request("POST", content=body, headers={"Content-Type": kind})
+        assert_error(response, 422, "invalid_request")
+    files = {"data": ("a", GOOD), "more": ("b", GOOD)}
+    assert_error(site.request("POST", data={"spec": "{}"}, files=files), 422, "invalid_request", "'more'")
+    both = site.upload({"data": GOOD}, data="good.jsonl")
+    assert_error(both, 422, "invalid_request", "named as well")
+    form = site.live.client.build_request("POST", "/", data={"spec": "{}"}, files={"data": ("a", GOOD)})
+    cut = form.read()[:-20]
+    headers = {"Content-Type": form.headers["content-type"]}
+    assert_error(site.request("POST", content=cut, headers=headers), 400, "invalid_request", "cut off")
+
+
+def test_data_over_the_limit_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_DATA_BYTES", 1000)
+    assert_error(site.upload({"data": GOOD * 10}), 413, "payload_too_large", "1,000 bytes")
+
+
+def test_a_key_with_patterns_trains_and_sees_only_its_own(site: Site) -> None:
+    assert_error(site.ask("team-a", data="good.jsonl"), 403, "forbidden", "'mood'")
+    theirs = site.ask(data="good.jsonl", config=SLOW).json()["id"]
+    own = site.ask("team-a", data="good.jsonl", task="team-a-x", config=SLOW).json()["id"]
+    assert theirs not in [job["id"] for job in site.jobs("team-a")]
+    assert own in [job["id"] for job in site.jobs("team-a")]
+    for method, path in (("GET", ""), ("GET", "/events"), ("GET", "/log"), ("POST", "/cancel"), ("DELETE", "")):
+        response = site.request(method, f"/{theirs}{path}", "team-a")
+        assert_error(response, 404, "unknown_job")
+    for job_id in (own, theirs):
+        assert site.request("POST", f"/{job_id}/cancel").json()["state"] == "cancelled"

@@ -1,0 +1,102 @@
+"""A board and a runner around real processes, which train a tiny model from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from server.engine.attention import ATTENTION_NAME
+from server.engine.model import FrozenModel
+from server.jobs.board import JobBoard
+from server.jobs.folder import JobFolder
+from server.jobs.job import DataNames, Job, JobSpec, JobState
+from server.jobs.record import read_lines
+from server.jobs.runner import JobRunner, Start
+from server.registry.registry import Registry
+from server.registry.store import Store
+from server.settings import Settings
+from server.train.config import TrainingConfig
+from tests.api.live import start_eagerly, wait_until
+from tests.registry.fakes import MemoryObjects
+from tests.support import byte_tokenizer, tiny_module
+from tests.train.rows import MOODS, write_rows
+
+ROWS = MOODS * 5
+"""Enough of them for their targets to be labels."""
+SECONDS = 120.0
+"""A process imports torch and transformers before it does anything, on a machine that may be busy."""
+LEARNS: dict[str, Any] = {"num_virtual_tokens": 20, "steps": 160, "batch_size": 4, "learning_rate": 0.3}
+SLOW = LEARNS | {"steps": 1_000_000, "evaluations": 100_000, "learning_rate": 1e-4}
+"""It would take an hour, and leaves a checkpoint every ten steps."""
+
+
+def save_tiny_model(directory: Path) -> Path:
+    """A checkpoint that transformers loads."""
+    tiny_module(dtype=torch.float32, attention=ATTENTION_NAME).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def spec(task: str = "mood", config: dict[str, Any] | None = None, **fields: Any) -> JobSpec:
+    """A job that learns MOODS."""
+    return JobSpec(task=task, config=TrainingConfig(**(LEARNS if config is None else config)), **fields)
+
+
+@dataclass
+class Yard:
+    """A folder of jobs, a registry that takes their results, and the runner between them."""
+
+    settings: Settings
+    registry: Registry
+    board: JobBoard
+    runner: JobRunner
+
+    def submit(self, asked: JobSpec, rows: Sequence[tuple[str, str]] = ROWS, by: str | None = None) -> Job:
+        """Queue a job whose validation rows are its training rows."""
+        self.board.check(asked)
+        with self.board.draft() as draft:
+            write_rows(draft.data, rows)
+            write_rows(draft.validation, MOODS)
+            return self.board.submit(draft, asked, DataNames("rows.jsonl", "held.jsonl"), by)
+
+    def state(self, job: Job) -> JobState:
+        """Where it stands now."""
+        return self.board.job(job.id).status.state
+
+    def ended(self, job: Job) -> Job:
+        """Wait for a job's end."""
+        wait_until(lambda: self.state(job).is_over, SECONDS)
+        return self.board.job(job.id)
+
+    def steps(self, job: Job) -> list[int]:
+        """Those in its record."""
+        lines = read_lines(self.board.folder(job.id).record)[0]
+        return [line["step"] for line in lines if line["event"] == "step"]
+
+    def files(self, job: Job) -> JobFolder:
+        """Its folder."""
+        return self.board.folder(job.id)
+
+
+def make_yard(
+    settings: Settings, model: FrozenModel, registry: Registry | None = None, start: Start = start_eagerly
+) -> Yard:
+    """Nothing runs yet."""
+    registry = registry or Registry(Store(MemoryObjects()), model.spec, 512)
+    board = JobBoard(settings, registry.model)
+    return Yard(settings, registry, board, JobRunner(settings, registry, board, start))
+
+
+@contextmanager
+def running(yard: Yard) -> Iterator[Yard]:
+    """Its runner runs until the block ends."""
+    yard.runner.start()
+    try:
+        yield yard
+    finally:
+        yard.runner.stop()

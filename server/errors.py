@@ -107,10 +107,13 @@ class EmptyInput(InvalidRequest):
 
 
 class InputTooLong(InvalidRequest):
-    """The request can never fit the context, however long it waits."""
+    """The request can never fit the context, however long it waits.
+
+    `param` is the field that asks for more new tokens than there is room for; without it the input alone does not fit.
+    """
 
     code = "input_too_long"
-    default_remedy = "Shorten the input, ask for fewer new tokens, or let /generate `truncate` it."
+    default_remedy = "Shorten the input, or let /generate `truncate` it."
 
 
 class InvalidTaskName(InvalidRequest):

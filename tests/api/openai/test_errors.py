@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
 from server.keys.key import Scope
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, live_server
-from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, post
+from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, Body, post, user
 from tests.api.test_errors import _tree
 
 ROUTES = (COMPLETIONS, CHAT)
@@ -37,7 +38,7 @@ async def test_every_error_of_the_tree_is_rendered_by_the_one_handler(
         response = await client.get("/v1/fails")
     is_validation = issubclass(cls, tuple(c for c in _tree() if c.code == "invalid_request"))
     error = assert_openai_error(response, 400 if is_validation else cls.status, cls.code)
-    opening = "Input tokens exceed the configured limit. " if cls is InputTooLong else ""  # clients look for it
+    opening = "n is too large. " if cls is InputTooLong else ""
     assert error["message"] == f"{opening}It went wrong. Do better."
     assert error["param"] == "n"
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -99,6 +100,23 @@ def test_a_field_that_does_not_fit_is_named(server: LiveServer, path: str, field
 def test_min_tokens_beyond_max_tokens_are_refused(server: LiveServer) -> None:
     response = post(server, COMPLETIONS, min_tokens=5, max_tokens=4)
     assert assert_openai_error(response, 400, "invalid_request")["param"] == "min_tokens"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_whether_the_input_or_max_tokens_is_too_large_is_told_apart(chatty: LiveServer, path: str) -> None:
+    opening = "Input tokens exceed the configured limit. "  # clients look for it, and shorten what they send
+    for fields in ({"max_tokens": MAX_MODEL_LEN}, {"max_tokens": 10**9}):
+        error = assert_openai_error(post(chatty, path, **fields), 400, "input_too_long", f"holds {MAX_MODEL_LEN}.")
+        assert error["param"] == "max_tokens"
+        assert error["message"].startswith("max_tokens is too large. ")
+        assert re.search(r"Ask for at most \d+ new tokens, or shorten the input\.$", error["message"])
+    field = "messages" if path == CHAT else "prompt"
+    for text in ("a" * MAX_MODEL_LEN, "a" * 3_000_000):
+        body: Body = {field: user(text) if path == CHAT else text}
+        for tokens in ({}, {"max_tokens": 1}, {"max_tokens": MAX_MODEL_LEN}):
+            error = assert_openai_error(post(chatty, path, **body, **tokens), 400, "input_too_long", opening)
+            assert error["param"] is None
+            assert "Ask for at most" not in error["message"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

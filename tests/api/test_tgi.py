@@ -284,6 +284,20 @@ def test_a_request_that_can_never_fit_is_refused_with_both_lengths(server: LiveS
     assert fits.json()["details"]["generated_tokens"] == MAX_MODEL_LEN - 100 - n
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_more_tokens_at_least_than_at_most_are_refused(server: LiveServer, route: str) -> None:
+    server.publish_random("tgi-brief", 1, {"generation": {"max_new_tokens": 6}})
+    for task, parameters, message in (
+        (None, {"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, but max_new_tokens is 4."),
+        (None, {"min_new_tokens": 129}, "min_new_tokens is 129, but max_new_tokens is 128 where it is left out."),
+        ("tgi-brief", {"min_new_tokens": 7}, "min_new_tokens is 7, but max_new_tokens is 6 where it is left out."),
+    ):
+        body = assert_error(server.generate("a", task, route, **parameters), 422, "invalid_request", message)
+        assert "Lower min_new_tokens" in body["remedy"]
+    response = server.generate("a" * (MAX_MODEL_LEN - 10), None, route, min_new_tokens=11)
+    assert_error(response, 422, "input_too_long", "min_new_tokens is 11", "room for 10 new tokens")
+
+
 def test_an_input_that_leaves_no_room_is_refused_by_default_too(server: LiveServer) -> None:
     assert_error(server.generate("a" * MAX_MODEL_LEN), 422, "input_too_long", f"{MAX_MODEL_LEN} input tokens")
 

@@ -168,6 +168,11 @@ class CompletionBody(SamplingBody):
         return self.max_tokens
 
     @property
+    def new_tokens_field(self) -> str:
+        """What says so, or would."""
+        return "max_tokens"
+
+    @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are needed, be it only to tell which text is best."""
         return self.logprobs is not None or self.generated > (self.n or 1)
@@ -300,6 +305,11 @@ class ChatBody(SamplingBody):
     def new_tokens(self) -> int | None:
         """Most tokens to generate, if the request says so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def new_tokens_field(self) -> str:
+        """What says so, or would."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def wants_logprobs(self) -> bool:

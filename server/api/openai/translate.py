@@ -131,7 +131,8 @@ def prepare_all(
         input_logprobs: report the log-probabilities of the input too.
 
     Raises:
-        InvalidRequest: the request is too large, or names tokens that there are not.
+        InvalidRequest: the request is too large, contradicts itself, or names tokens that there are not.
+        InputTooLong: more tokens are asked for at least than there is room for.
     """
     if len(inputs) * choices > MAX_CHOICES:
         raise InvalidRequest(
@@ -153,7 +154,9 @@ def prepare_all(
     prepared = []
     for number, ids in enumerate(inputs):
         room = worker.model.max_model_len - virtual - len(ids)
-        params = manifest.generation.sampling_params(fields, room=room, seed=secrets.randbits(63))
+        params = manifest.generation.sampling_params(
+            fields, room=room, seed=secrets.randbits(63), least="min_tokens", most=body.new_tokens_field
+        )
         request = GenerationRequest(
             f"{target.id}-{number}",
             tuple(ids),
@@ -178,8 +181,6 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
     if body.new_tokens is not None:
         fields["max_new_tokens"] = body.new_tokens
     if body.min_tokens is not None:
-        if body.new_tokens is not None and body.min_tokens > body.new_tokens:
-            raise InvalidRequest("min_tokens is more than may be generated.", param="min_tokens")
         fields["min_new_tokens"] = body.min_tokens
     if body.top_k is not None:
         fields["top_k"] = max(0, body.top_k)

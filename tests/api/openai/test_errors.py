@@ -97,9 +97,32 @@ def test_a_field_that_does_not_fit_is_named(server: LiveServer, path: str, field
     assert error["param"] == field
 
 
-def test_min_tokens_beyond_max_tokens_are_refused(server: LiveServer) -> None:
-    response = post(server, COMPLETIONS, min_tokens=5, max_tokens=4)
-    assert assert_openai_error(response, 400, "invalid_request")["param"] == "min_tokens"
+@pytest.mark.parametrize("path", ROUTES)
+def test_min_tokens_beyond_max_tokens_are_refused(chatty: LiveServer, path: str) -> None:
+    chatty.publish_random("openai-brief", 1, {"generation": {"max_new_tokens": 6}})
+    wrong: list[tuple[Body, str]] = [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, but max_tokens is 4. Lower min_tokens, or raise"),
+        ({"min_tokens": 129}, "max_tokens is 128 where it is left out. Lower min_tokens, or send a higher max_tokens."),
+        ({"min_tokens": 7, "model": "openai-brief"}, "min_tokens is 7, but max_tokens is 6 where it is left out."),
+    ]
+    if path == CHAT:
+        wrong.append(({"min_tokens": 5, "max_completion_tokens": 4}, "but max_completion_tokens is 4."))
+    for fields, message in wrong:
+        for streamed in (False, True):
+            response = post(chatty, path, stream=streamed, **fields)
+            assert assert_openai_error(response, 400, "invalid_request", message)["param"] == "min_tokens"
+
+
+def test_min_tokens_beyond_the_room_that_is_left_are_refused(server: LiveServer) -> None:
+    text = "a" * (MAX_MODEL_LEN - 10)
+    error = assert_openai_error(
+        post(server, COMPLETIONS, prompt=text, min_tokens=11),
+        400,
+        "input_too_long",
+        "min_tokens is too large. min_tokens is 11, but behind the input the context has room for 10 new tokens.",
+    )
+    assert error["param"] == "min_tokens"
+    assert post(server, COMPLETIONS, prompt=text, min_tokens=10).json()["usage"]["completion_tokens"] == 10
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -151,7 +151,9 @@ def test_a_model_that_there_is_not_is_not_found(server: LiveServer, path: str, m
 
 def test_a_misspelt_model_is_told_the_nearest(server: LiveServer) -> None:
     server.publish_random("openai-sentiment", 1)
-    assert_openai_error(post(server, COMPLETIONS, model="openai-sentimnet"), 404, "unknown_task", "openai-sentiment?")
+    assert_openai_error(
+        post(server, COMPLETIONS, model="openai-sentimnet"), 404, "unknown_task", "Did you mean openai-sentiment"
+    )
 
 
 @pytest.mark.parametrize("path", ROUTES)

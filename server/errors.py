@@ -37,7 +37,7 @@ text-generation-inference clients know) and `remedy` (what to do about it). An i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class PreludeError(Exception):
@@ -54,6 +54,10 @@ class PreludeError(Exception):
         self.remedy = remedy or self.default_remedy
         self.param = param
         """The request's field that is at fault, where there is one and whoever raises this knows its name."""
+
+    def at(self, place: str) -> Self:
+        """The same error, of one part of what was sent."""
+        return type(self)(f"{place}: {self.message}", remedy=self.remedy, param=self.param)
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}"

@@ -36,6 +36,9 @@ ROUTES = "See /docs for the routes, and check the address before them."
 METHODS = ("GET", "POST", "PUT", "DELETE")
 """Those that any of the routes has."""
 
+_OF_SEVERAL_KINDS = ("inputs", "prompt")
+"""Fields that are a text or a list. Of a problem in one, pydantic also tells by a word of ours as which it was read."""
+
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
 
@@ -134,6 +137,8 @@ def _param(item: Mapping[str, Any]) -> str | None:
 def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> str:
     """One validation problem as a sentence, with the nearest name for an unknown field."""
     location: Sequence[Any] = item["loc"]
+    if len(location) > 2 and location[1] in _OF_SEVERAL_KINDS:
+        location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), known, n=1)

@@ -514,6 +514,34 @@ def test_one_bad_text_of_a_list_refuses_the_whole_list(server: LiveServer) -> No
     wait_until(lambda: server.is_idle)
 
 
+@pytest.mark.parametrize(
+    ("bad", "code", "words"),
+    [
+        ("", "empty_input", "The text is empty."),
+        ("a" * 10 * MAX_MODEL_LEN, "input_too_long", "The input has 1,920 characters"),
+        ("a" * MAX_MODEL_LEN, "input_too_long", "The request needs"),
+        ("a" * (MAX_MODEL_LEN - 3), "input_too_long", "The request needs"),
+        (3, "invalid_request", "Input should be a valid string."),
+    ],
+)
+def test_the_bad_text_of_a_list_is_named(server: LiveServer, bad: Any, code: str, words: str) -> None:
+    parameters = {"max_new_tokens": 4}
+    for inputs, place in ((["a", bad, "b"], "inputs.1: "), (["a", "b", bad], "inputs.2: ")):
+        response = server.client.post("/generate", json={"inputs": inputs, "parameters": parameters})
+        assert assert_error(response, 422, code, words)["error"].startswith(place)
+    if isinstance(bad, str):
+        response = server.client.post("/generate", json={"inputs": bad, "parameters": parameters})
+        assert assert_error(response, 422, code)["error"].startswith(words)
+    wait_until(lambda: server.is_idle)
+
+
+def test_what_is_wrong_with_all_texts_of_a_list_is_not_said_of_the_first(server: LiveServer) -> None:
+    for query, parameters in (("", {"min_new_tokens": 2, "max_new_tokens": 1}), ("?task=A", {})):
+        response = server.client.post(f"/generate{query}", json={"inputs": ["a", "b"], "parameters": parameters})
+        assert response.status_code == 422
+        assert "inputs" not in response.json()["error"]
+
+
 def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: LiveServer) -> None:
     reply = server.generate(
         "hello", best_of=5, temperature=1.5, seed=4, max_new_tokens=6, details=True, ignore_eos_token=True

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 
 from server.api.auth import allow_task
-from server.api.generation import Prepared, encode_text, find_soft_prompt
+from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
 from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
@@ -105,8 +105,9 @@ async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_
         InputTooLong: one can never fit.
     """
     ids = []
-    for text in texts:
-        ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
+    for number, text in enumerate(texts):
+        with placed(place_of("prompt", number, len(texts))):
+            ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     return ids
 
@@ -154,9 +155,11 @@ def prepare_all(
     prepared = []
     for number, ids in enumerate(inputs):
         room = worker.model.max_model_len - virtual - len(ids)
-        params = manifest.generation.sampling_params(
-            fields, room=room, seed=secrets.randbits(63), least="min_tokens", most=body.new_tokens_field
-        )
+        place = place_of("prompt", number, len(inputs))
+        with placed(place):
+            params = manifest.generation.sampling_params(
+                fields, room=room, seed=secrets.randbits(63), least="min_tokens", most=body.new_tokens_field
+            )
         request = GenerationRequest(
             f"{target.id}-{number}",
             tuple(ids),
@@ -166,7 +169,7 @@ def prepare_all(
             n=choices,
             input_logprobs=input_logprobs,
         )
-        prepared.append(Prepared(request, target.resolved, target.soft_prompt))
+        prepared.append(Prepared(request, target.resolved, target.soft_prompt, place))
     return prepared
 
 

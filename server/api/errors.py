@@ -145,6 +145,8 @@ def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> s
         return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":
         return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
-    if item["type"] == "model_attributes_type" and field == "body":
-        return "the body must be a JSON object, sent with Content-Type: application/json"
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic names classes of ours
+        if field == "body":
+            return "the body must be a JSON object, sent with Content-Type: application/json"
+        return f"{field}: must be a JSON object"
     return f"{field}: {item['msg'].removeprefix('Value error, ')}"

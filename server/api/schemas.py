@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
-def _is_text(value: str) -> str:
+def is_text(value: str) -> str:
+    """Refuse half of a surrogate pair, which JSON may hold and nobody can write."""
     try:
         value.encode()
     except UnicodeEncodeError as exc:
@@ -15,7 +16,7 @@ def _is_text(value: str) -> str:
     return value
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
+Text = Annotated[str, AfterValidator(is_text)]
 """What can be written as UTF-8; JSON may hold strings that cannot."""
 
 SHARES = "Shares of 100 by version, in a canary."

@@ -21,6 +21,7 @@ from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, Body, post, user
 from tests.api.test_errors import _tree
 
 ROUTES = (COMPLETIONS, CHAT)
+NO_SCHEMAS: list[Any] = [False, True, 3, 1.5, [], [{}]]
 
 
 @pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
@@ -95,6 +96,33 @@ def test_what_is_not_offered_is_refused_and_not_ignored(server: LiveServer, path
 def test_a_field_that_does_not_fit_is_named(server: LiveServer, path: str, field: str, value: Any) -> None:
     error = assert_openai_error(post(server, path, **{field: value}), 400, "invalid_request", field)
     assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "problem"),
+    [
+        *(
+            (
+                path,
+                {"structured_outputs": {"json": value}},
+                "structured_outputs.json: must be a JSON schema, as an object",
+            )
+            for path in ROUTES
+            for value in NO_SCHEMAS
+        ),
+        (CHAT, {"structured_outputs": False}, "structured_outputs: must be a JSON object"),
+        (CHAT, {"response_format": "json"}, "response_format: must be a JSON object"),
+        (CHAT, {"response_format": {"type": "json", "value": False}}, "response_format.value: must be a JSON object"),
+        (COMPLETIONS, {"logit_bias": [1]}, "logit_bias: must be a JSON object"),
+    ],
+)
+def test_what_should_be_an_object_is_told_in_one_sentence(
+    server: LiveServer, path: str, fields: Body, problem: str
+) -> None:
+    message = assert_openai_error(post(server, path, **fields), 400, "invalid_request")["message"]
+    assert message.startswith(problem)
+    assert message.count(";") == 0
+    assert not re.search(r"dict|function|instance|Input should", message)
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.core import MAX_SCHEMA_DEPTH
 from server.engine.model import FrozenModel
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, engine_answer, parse_events, wait_until
 
@@ -601,6 +602,21 @@ def test_a_grammar_holds(server: LiveServer, route: str) -> None:
         {"type": "json_schema", "value": {"name": "n", "schema": schema}},
     ):
         assert json.loads(text(grammar))["n"] in range(10)
+
+
+@pytest.mark.parametrize("form", ['{"type": "json", "value": %s}', '{"type": "json_schema", "value": {"schema": %s}}'])
+def test_a_schema_that_is_nested_too_deeply_is_refused_however_deeply(server: LiveServer, form: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    for depth in range(20, 1000, 20):
+        schema = '{"items": ' * (depth - 1) + "{}" + "}" * (depth - 1)
+        body = f'{{"inputs": "hello", "parameters": {{"max_new_tokens": 1, "grammar": {form % schema}}}}}'
+        response = server.client.post("/generate", content=body, headers=headers)
+        if depth <= MAX_SCHEMA_DEPTH:
+            assert response.status_code == 200, response.text
+        elif response.status_code == 400:  # it could not even be read
+            assert_error(response, 400, "invalid_request", "nested too deeply")
+        else:
+            assert_error(response, 422, "invalid_request", f"nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def test_a_grammar_that_cannot_be_used_is_refused_with_the_reason(server: LiveServer) -> None:

@@ -16,6 +16,7 @@ from fastapi import Request
 from server.api.auth import allow_task
 from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
+from server.api.schemas import schema_text
 from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
 from server.engine.worker import EngineWorker
@@ -225,10 +226,10 @@ def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
             return Grammar(GrammarKind.REGEX, form.regex)
         if form.choice is not None:
             return Grammar(GrammarKind.CHOICE, json.dumps(form.choice))
-        return Grammar(GrammarKind.JSON_SCHEMA, form.json_ if isinstance(form.json_, str) else json.dumps(form.json_))
+        return Grammar(GrammarKind.JSON_SCHEMA, schema_text(form.json_))
     return _format_grammar(body.response_format) if isinstance(body, ChatBody) and body.response_format else None
 
 
 def _format_grammar(form: ResponseFormat) -> Grammar | None:
     schema = form.schema_of_answer
-    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))

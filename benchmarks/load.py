@@ -134,15 +134,16 @@ def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str,
             time.sleep(0.5)
         yield url, psutil.Process(process.pid)
     finally:
-        parent = psutil.Process(process.pid)  # there until it is waited for, if only as a zombie
-        family = [parent, *parent.children(recursive=True)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for member in left:  # one that first finishes what it was asked for, though nobody waits any more
-            member.kill()
-        process.wait()
+        if process.poll() is None:  # whoever measured may have stopped it
+            parent = psutil.Process(process.pid)
+            family = [parent, *parent.children(recursive=True)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.terminate()
+            _, left = psutil.wait_procs(family, timeout=20)
+            for member in left:  # one that first finishes what it was asked for, though nobody waits any more
+                member.kill()
+            process.wait()
 
 
 def _answers(url: str) -> bool:

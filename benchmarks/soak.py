@@ -3,15 +3,17 @@
     python benchmarks/soak.py                    # 10 minutes
     python benchmarks/soak.py --minutes 1
 
-Every reply is held against what its request may be answered with. At the end the server must be idle and ready, its log
-without a traceback, and its memory must not have grown by more than 5 % since it was warm (a fifth of the time). Prints
-what was done, what was unexpected, and, last, one line of JSON; ends with 1 if anything was.
+Every reply is held against what its request may be answered with. At the end the server must be idle and ready, and end
+with 0 on SIGTERM; its log must be without a traceback, and its memory must not have grown by more than 5 % since it was
+warm (a fifth of the time). Prints what was done, what was unexpected, and, last, one line of JSON; ends with 1 if
+anything was.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -46,6 +48,8 @@ GONE = 404
 """A task or version may be deleted between any two requests; whoever asks for it then is told so."""
 WARM_SHARE = 0.2
 GROWTH_PERCENT = 5.0
+STOP_SECONDS = 30.0
+"""An idle server takes a second or two; its drain time is not for those that wait for nothing."""
 MiB = 2**20
 
 
@@ -305,6 +309,15 @@ async def run(url: str, process: psutil.Process, options: argparse.Namespace) ->
     return soak
 
 
+def stop(process: psutil.Process) -> int | None:
+    """The status that a server ends with on SIGTERM; None if it does not."""
+    process.terminate()
+    with contextlib.suppress(psutil.TimeoutExpired):
+        status: int | None = process.wait(STOP_SECONDS)
+        return status
+    return None
+
+
 def growth(memory: list[tuple[float, int]]) -> tuple[float, float, float]:
     """Megabytes once warm and at the end, and percent of growth; medians of a tenth of the time each."""
     seconds = memory[-1][0]
@@ -330,6 +343,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="prelude-soak-") as folder:
         with started(peer, Workload(1, 1), Path(folder)) as (url, process):
             soak = asyncio.run(run(url, process, options))
+            status = stop(process)
+            soak.check("stop", status == 0, f"the server ended with {status}")
         log = Path(folder, f"{peer.name}.log").read_text()
     if "Traceback" in log:
         soak.unexpected.append("the log has a traceback:\n" + log[log.index("Traceback") :][:3000])

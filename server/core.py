@@ -49,6 +49,13 @@ class GrammarKind(StrEnum):
     CHOICE = "choice"
 
 
+MAX_SCHEMA_DEPTH = 124
+"""Objects and lists within each other in a JSON schema: the 128 of llguidance's parser, less what it puts around."""
+
+TOO_DEEP = f"it is nested more than {MAX_SCHEMA_DEPTH} deep"
+"""Why a JSON schema cannot be used, whoever finds out first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the generated text must match, whatever the model would like to say."""

@@ -39,7 +39,7 @@ text-generation-inference clients know) and `remedy` (what to do about it). An i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class PreludeError(Exception):
@@ -56,6 +56,10 @@ class PreludeError(Exception):
         self.remedy = remedy or self.default_remedy
         self.param = param
         """The request's field that is at fault, where there is one and whoever raises this knows its name."""
+
+    def at(self, place: str) -> Self:
+        """The same error, of one part of what was sent."""
+        return type(self)(f"{place}: {self.message}", remedy=self.remedy, param=self.param)
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}"
@@ -109,10 +113,13 @@ class EmptyInput(InvalidRequest):
 
 
 class InputTooLong(InvalidRequest):
-    """The request can never fit the context, however long it waits."""
+    """The request can never fit the context, however long it waits.
+
+    `param` is the field that asks for more new tokens than there is room for; without it the input alone does not fit.
+    """
 
     code = "input_too_long"
-    default_remedy = "Shorten the input, ask for fewer new tokens, or let /generate `truncate` it."
+    default_remedy = "Shorten the input, or let /generate `truncate` it."
 
 
 class InvalidTaskName(InvalidRequest):

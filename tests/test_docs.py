@@ -10,6 +10,7 @@ from pydantic import ByteSize
 
 from server import errors
 from server.api.app import create_app
+from server.core import MAX_SCHEMA_DEPTH
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.registry.registry import Registry
@@ -64,6 +65,10 @@ def test_every_route_is_documented_and_no_other(tiny: FrozenModel) -> None:
     routes = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
     documented = set(re.findall(r"^\| `([A-Z]+ /[^`]*)`", read("docs/http_api.md"), re.MULTILINE))
     assert documented == routes
+
+
+def test_how_deeply_a_schema_may_be_nested_is_documented() -> None:
+    assert f"nested {MAX_SCHEMA_DEPTH} deep" in read("docs/http_api.md").replace("\n", " ")
 
 
 def drawn_modules() -> list[str]:

@@ -37,6 +37,9 @@ ROUTES = "See /docs for the routes, and check the address before them."
 METHODS = ("GET", "POST", "PUT", "DELETE")
 """Those that any of the routes has."""
 
+_OF_SEVERAL_KINDS = ("inputs", "prompt")
+"""Fields that are a text or a list. Of a problem in one, pydantic also tells by a word of ours as which it was read."""
+
 _KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
 
 
@@ -136,12 +139,16 @@ def _param(item: Mapping[str, Any]) -> str | None:
 def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> str:
     """One validation problem as a sentence, with the nearest name for an unknown field."""
     location: Sequence[Any] = item["loc"]
+    if len(location) > 2 and location[1] in _OF_SEVERAL_KINDS:
+        location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":
         return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
-    if item["type"] == "model_attributes_type" and field == "body":
-        return "the body must be a JSON object, sent with Content-Type: application/json"
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic names classes of ours
+        if field == "body":
+            return "the body must be a JSON object, sent with Content-Type: application/json"
+        return f"{field}: must be a JSON object"
     return f"{field}: {item['msg'].removeprefix('Value error, ')}"

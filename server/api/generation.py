@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ class Prepared:
     request: GenerationRequest
     resolved: Resolved | None
     soft_prompt: SoftPrompt | None
+    place: str | None = None
+    """Where its text stands in the body, if there are several."""
 
     def headers(self, worker: EngineWorker) -> dict[str, str]:
         """Headers that say what answered; a model's name that is not ASCII is percent-encoded."""
@@ -38,6 +41,22 @@ class Prepared:
         if self.resolved is not None:
             headers |= {"Prelude-Task": self.resolved.task, "Prelude-Version": str(self.resolved.version)}
         return headers
+
+
+def place_of(field: str, number: int, count: int) -> str | None:
+    """Where one of so many texts stands in the body; None if there is but one, which need not be told."""
+    return f"{field}.{number}" if count > 1 else None
+
+
+@contextmanager
+def placed(place: str | None) -> Iterator[None]:
+    """Let the refusal of one of several texts say which."""
+    try:
+        yield
+    except (EmptyInput, InputTooLong) as error:
+        if place is None:
+            raise
+        raise error.at(place) from error
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ async def prepare(
     user: str | None = None,
     key_id: str | None = None,
     wanted: Wanted | None = None,
+    place: str | None = None,
 ) -> Prepared:
     """Resolve, template and tokenise.
 
@@ -81,6 +101,7 @@ async def prepare(
         user: who asks, for a canary: the same user stays on the same side.
         key_id: the key that it was asked with.
         wanted: everything else.
+        place: where the text stands in the body, if there are several.
 
     Raises:
         UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput.
@@ -93,7 +114,7 @@ async def prepare(
     if task is not None:
         resolved, soft_prompt = await find_soft_prompt(registry, task, user or request_id)
     if not text:
-        raise EmptyInput("`inputs` is empty.")
+        raise EmptyInput("The text is empty.")
     manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
     input_ids = await encode_text(worker, manifest.render(text), wanted.truncate)
     defaults, sampling = manifest.generation, wanted.sampling
@@ -111,7 +132,7 @@ async def prepare(
         input_logprobs=wanted.input_logprobs,
         labels=await _encode_labels(worker, wanted.labels),
     )
-    return Prepared(request, resolved, soft_prompt)
+    return Prepared(request, resolved, soft_prompt, place)
 
 
 async def _encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:

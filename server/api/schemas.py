@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from server.core import TOO_DEEP
+from server.errors import InvalidRequest
 
-def _is_text(value: str) -> str:
+
+def is_text(value: str) -> str:
+    """Refuse half of a surrogate pair, which JSON may hold and nobody can write."""
     try:
         value.encode()
     except UnicodeEncodeError as exc:
@@ -15,8 +20,21 @@ def _is_text(value: str) -> str:
     return value
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
+Text = Annotated[str, AfterValidator(is_text)]
 """What can be written as UTF-8; JSON may hold strings that cannot."""
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema as text, if it is not one already.
+
+    Raises:
+        InvalidRequest: it can be read, but not be written again.
+    """
+    try:
+        return schema if isinstance(schema, str) else json.dumps(schema)
+    except RecursionError as exc:
+        raise InvalidRequest(f"The JSON schema cannot be used: {TOO_DEEP}.", remedy="Simplify it.") from exc
+
 
 SHARES = "Shares of 100 by version, in a canary."
 

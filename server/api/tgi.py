@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from server.api.auth import Generates, GuardedRoute, allow_task
 from server.api.choices import collect_all
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
-from server.api.generation import LONG_TEXT, Prepared, Wanted, prepare, refuse_too_long
+from server.api.generation import LONG_TEXT, Prepared, Wanted, place_of, placed, prepare, refuse_too_long
 from server.api.schemas import ErrorBody
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.api.telemetry.watch import watched
@@ -111,8 +111,12 @@ async def _answer(
     if stream:
         _refuse_to_stream(body)
     prepared = []
-    for text in texts:
-        one = await prepare(worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted)
+    for number, text in enumerate(texts):
+        place = place_of("inputs", number, len(texts))
+        with placed(place):
+            one = await prepare(
+                worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, place=place
+            )
         prepared.append(one)
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     headers = _common(item.headers(worker) for item in prepared)

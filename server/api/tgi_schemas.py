@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.schemas import Text
+from server.api.schemas import Text, schema_text
 from server.core import Grammar, GrammarKind
 
 MAX_INPUTS = 128
@@ -61,7 +60,7 @@ class GrammarBody(_Strict):
         if self.type == "regex":
             return Grammar(GrammarKind.REGEX, str(self.value))
         schema = self.value["schema"] if self.type == "json_schema" else self.value
-        return Grammar(GrammarKind.JSON_SCHEMA, schema if isinstance(schema, str) else json.dumps(schema))
+        return Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))
 
 
 class GenerateParameters(_Strict):

@@ -78,7 +78,8 @@ class Engine:
 
         Raises:
             EmptyInput: no input token.
-            InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths.
+            InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
+                fault where the input alone would fit.
         """
         virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
         inputs, new = len(request.input_ids), request.sampling.max_new_tokens
@@ -89,12 +90,21 @@ class Engine:
             raise EmptyInput("A label holds no token.", remedy="Send at least one character in each.")
         limit = self.model.spec.max_model_len
         needed = virtual + inputs + (label or new)
-        if needed > limit:
-            last = f"{label} of the longest label" if label else f"{new} new tokens"
-            raise InputTooLong(
-                f"The request needs {needed} positions ({virtual} virtual tokens, {inputs} input "
-                f"tokens, {last}); the context holds {limit}."
-            )
+        if needed <= limit:
+            return
+        last = f"{label} of the longest label" if label else f"{new} new tokens"
+        message = (
+            f"The request needs {needed} positions ({virtual} virtual tokens, {inputs} input tokens, {last}); "
+            f"the context holds {limit}."
+        )
+        room = limit - virtual - inputs
+        if label:
+            raise InputTooLong(message, remedy="Shorten the input or the labels.")
+        if room < 1:
+            raise InputTooLong(message)
+        raise InputTooLong(
+            message, remedy=f"Ask for at most {room} new tokens, or shorten the input.", param="max_new_tokens"
+        )
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.

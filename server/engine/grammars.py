@@ -18,7 +18,7 @@ import llguidance
 import numpy as np
 from tokenizers import Tokenizer
 
-from server.core import Grammar, GrammarKind
+from server.core import TOO_DEEP, Grammar, GrammarKind
 from server.errors import InvalidRequest
 
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
@@ -149,6 +149,8 @@ def brief(why: str) -> str:
 
 
 def _unusable(grammar: Grammar, why: str) -> InvalidRequest:
+    if grammar.kind is GrammarKind.JSON_SCHEMA and "recursion limit exceeded" in why:
+        why = TOO_DEEP  # instead of a place in a text that nobody has written
     kind = {GrammarKind.JSON_SCHEMA: "JSON schema", GrammarKind.REGEX: "regular expression"}.get(grammar.kind, "choice")
     return InvalidRequest(
         f"The {kind} cannot be used: {brief(why)}.",

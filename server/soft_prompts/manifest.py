@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from server.core import SamplingParams
-from server.errors import InvalidSoftPrompt
+from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
 MANIFEST_NAME = "manifest.json"
@@ -41,7 +41,15 @@ class GenerationDefaults(BaseModel):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(None, max_length=16)
     seed: int | None = Field(None, ge=0, lt=2**64)
 
-    def sampling_params(self, own: Mapping[str, Any], *, room: int, seed: int) -> SamplingParams:
+    def sampling_params(
+        self,
+        own: Mapping[str, Any],
+        *,
+        room: int,
+        seed: int,
+        least: str = "min_new_tokens",
+        most: str = "max_new_tokens",
+    ) -> SamplingParams:
         """The request's field, else the task's, else the server's default.
 
         Args:
@@ -49,11 +57,35 @@ class GenerationDefaults(BaseModel):
             room: positions that virtual and input tokens leave free. A default never makes a request too long, an
                 explicit figure may.
             seed: where neither names one.
+            least: what the request's front end calls `min_new_tokens`.
+            most: what it calls `max_new_tokens`.
+
+        Raises:
+            InvalidRequest: the request asks for more tokens at least than at most; a default of the task gives way.
+            InputTooLong: for more at least than there is room for.
         """
         fields: dict[str, Any] = {"seed": seed, **self.model_dump(exclude_none=True), **own}
-        if "max_new_tokens" not in own:
-            fields["max_new_tokens"] = max(1, min(fields.get("max_new_tokens", SamplingParams().max_new_tokens), room))
-        return SamplingParams(**fields)
+        is_own = "max_new_tokens" in own
+        limit = fields.setdefault("max_new_tokens", SamplingParams().max_new_tokens)
+        wanted = own.get("min_new_tokens", 0)
+        if wanted > limit:
+            raise InvalidRequest(
+                f"{least} is {wanted:,}, but {most} is {limit:,}{'' if is_own else ' where it is left out'}.",
+                remedy=f"Lower {least}, or {'raise' if is_own else 'send a higher'} {most}.",
+                param=least,
+            )
+        if not is_own:
+            if wanted > room > 0:  # where there is no room at all, the input is what is too long
+                raise InputTooLong(
+                    f"{least} is {wanted:,}, but behind the input the context has room for {room:,} new tokens.",
+                    remedy=f"Lower {least}, or shorten the input.",
+                    param=least,
+                )
+            limit = max(1, min(limit, room))
+        # What only the task asks for at least gives way, as its max_new_tokens does.
+        return SamplingParams(
+            **{**fields, "max_new_tokens": limit, "min_new_tokens": min(fields.get("min_new_tokens", 0), limit)}
+        )
 
 
 class BaseModelRef(BaseModel):

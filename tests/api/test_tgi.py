@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.core import MAX_SCHEMA_DEPTH
 from server.engine.model import FrozenModel
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, engine_answer, parse_events, wait_until
 
@@ -284,6 +285,20 @@ def test_a_request_that_can_never_fit_is_refused_with_both_lengths(server: LiveS
     assert fits.json()["details"]["generated_tokens"] == MAX_MODEL_LEN - 100 - n
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_more_tokens_at_least_than_at_most_are_refused(server: LiveServer, route: str) -> None:
+    server.publish_random("tgi-brief", 1, {"generation": {"max_new_tokens": 6}})
+    for task, parameters, message in (
+        (None, {"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, but max_new_tokens is 4."),
+        (None, {"min_new_tokens": 129}, "min_new_tokens is 129, but max_new_tokens is 128 where it is left out."),
+        ("tgi-brief", {"min_new_tokens": 7}, "min_new_tokens is 7, but max_new_tokens is 6 where it is left out."),
+    ):
+        body = assert_error(server.generate("a", task, route, **parameters), 422, "invalid_request", message)
+        assert "Lower min_new_tokens" in body["remedy"]
+    response = server.generate("a" * (MAX_MODEL_LEN - 10), None, route, min_new_tokens=11)
+    assert_error(response, 422, "input_too_long", "min_new_tokens is 11", "room for 10 new tokens")
+
+
 def test_an_input_that_leaves_no_room_is_refused_by_default_too(server: LiveServer) -> None:
     assert_error(server.generate("a" * MAX_MODEL_LEN), 422, "input_too_long", f"{MAX_MODEL_LEN} input tokens")
 
@@ -500,6 +515,34 @@ def test_one_bad_text_of_a_list_refuses_the_whole_list(server: LiveServer) -> No
     wait_until(lambda: server.is_idle)
 
 
+@pytest.mark.parametrize(
+    ("bad", "code", "words"),
+    [
+        ("", "empty_input", "The text is empty."),
+        ("a" * 10 * MAX_MODEL_LEN, "input_too_long", "The input has 1,920 characters"),
+        ("a" * MAX_MODEL_LEN, "input_too_long", "The request needs"),
+        ("a" * (MAX_MODEL_LEN - 3), "input_too_long", "The request needs"),
+        (3, "invalid_request", "Input should be a valid string."),
+    ],
+)
+def test_the_bad_text_of_a_list_is_named(server: LiveServer, bad: Any, code: str, words: str) -> None:
+    parameters = {"max_new_tokens": 4}
+    for inputs, place in ((["a", bad, "b"], "inputs.1: "), (["a", "b", bad], "inputs.2: ")):
+        response = server.client.post("/generate", json={"inputs": inputs, "parameters": parameters})
+        assert assert_error(response, 422, code, words)["error"].startswith(place)
+    if isinstance(bad, str):
+        response = server.client.post("/generate", json={"inputs": bad, "parameters": parameters})
+        assert assert_error(response, 422, code)["error"].startswith(words)
+    wait_until(lambda: server.is_idle)
+
+
+def test_what_is_wrong_with_all_texts_of_a_list_is_not_said_of_the_first(server: LiveServer) -> None:
+    for query, parameters in (("", {"min_new_tokens": 2, "max_new_tokens": 1}), ("?task=A", {})):
+        response = server.client.post(f"/generate{query}", json={"inputs": ["a", "b"], "parameters": parameters})
+        assert response.status_code == 422
+        assert "inputs" not in response.json()["error"]
+
+
 def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: LiveServer) -> None:
     reply = server.generate(
         "hello", best_of=5, temperature=1.5, seed=4, max_new_tokens=6, details=True, ignore_eos_token=True
@@ -559,6 +602,21 @@ def test_a_grammar_holds(server: LiveServer, route: str) -> None:
         {"type": "json_schema", "value": {"name": "n", "schema": schema}},
     ):
         assert json.loads(text(grammar))["n"] in range(10)
+
+
+@pytest.mark.parametrize("form", ['{"type": "json", "value": %s}', '{"type": "json_schema", "value": {"schema": %s}}'])
+def test_a_schema_that_is_nested_too_deeply_is_refused_however_deeply(server: LiveServer, form: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    for depth in range(20, 1000, 20):
+        schema = '{"items": ' * (depth - 1) + "{}" + "}" * (depth - 1)
+        body = f'{{"inputs": "hello", "parameters": {{"max_new_tokens": 1, "grammar": {form % schema}}}}}'
+        response = server.client.post("/generate", content=body, headers=headers)
+        if depth <= MAX_SCHEMA_DEPTH:
+            assert response.status_code == 200, response.text
+        elif response.status_code == 400:  # it could not even be read
+            assert_error(response, 400, "invalid_request", "nested too deeply")
+        else:
+            assert_error(response, 422, "invalid_request", f"nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def test_a_grammar_that_cannot_be_used_is_refused_with_the_reason(server: LiveServer) -> None:

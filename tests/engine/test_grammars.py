@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.core import FinishReason, Grammar, GrammarKind
+from server.core import MAX_SCHEMA_DEPTH, FinishReason, Grammar, GrammarKind
 from server.engine.grammars import KEPT, Grammars
 from server.engine.model import FrozenModel
 from server.errors import InvalidRequest
@@ -111,6 +111,20 @@ def test_what_cannot_be_used_is_refused_with_the_reason(grammars: Grammars, gram
     for ask in (grammars.check, grammars.matcher):
         with pytest.raises(InvalidRequest, match=message):
             ask(grammar)
+
+
+def nested(depth: int) -> str:
+    """A JSON schema of so many objects within each other, as text: a list in a list in a list."""
+    return '{"type": "array", "items": ' * (depth - 1) + '{"type": "integer"}' + "}" * (depth - 1)
+
+
+def test_a_schema_may_be_nested_as_deeply_as_is_documented_and_no_deeper(grammars: Grammars) -> None:
+    grammars.check(Grammar(GrammarKind.JSON_SCHEMA, nested(MAX_SCHEMA_DEPTH)))
+    message = f"The JSON schema cannot be used: it is nested more than {MAX_SCHEMA_DEPTH} deep."
+    for depth in (*range(MAX_SCHEMA_DEPTH + 1, MAX_SCHEMA_DEPTH + 9), 1000, 100_000):
+        with pytest.raises(InvalidRequest) as refused:
+            grammars.check(Grammar(GrammarKind.JSON_SCHEMA, nested(depth)))
+        assert refused.value.message == message
 
 
 def test_a_choice_is_taken_literally_and_may_be_one_of_thousands(tiny: FrozenModel) -> None:

@@ -145,6 +145,44 @@ def test_the_next_place_goes_to_the_task_of_which_the_fewest_run(tiny: FrozenMod
     run(engine)
 
 
+LABELS = tuple((i, 7) for i in range(40))
+"""Each takes a step of its own behind the input, so they end in the order in which they begin."""
+
+
+def test_a_small_request_begins_between_the_choices_of_a_large_one_of_its_task(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=2)
+    soft_prompt = random_soft_prompt(tiny.spec, 5)
+    engine.add(request("large", [1, 2, 3], "task", labels=LABELS), soft_prompt)
+    engine.step()
+    assert len(engine.scheduler.waiting) == len(LABELS)
+    for i in range(3):
+        engine.add(request(f"small {i}", [i], "task", max_new_tokens=1), soft_prompt)
+    engine.add(request("twins", [9], "task", labels=LABELS[:2]), soft_prompt)
+    ended = [delta.request_id for delta in run(engine) if delta.finish_reason]
+    begun = [ended[: ended.index(name)].count("large") for name in ("small 0", "small 1", "small 2", "twins")]
+    assert begun == pytest.approx([8, 16, 24, 32], abs=2), "not behind all 40"
+    assert (ended.count("large"), ended[-1]) == (40, "large"), "nor does the large one wait for all of them"
+
+
+def test_what_begins_in_between_changes_no_answer(tiny: FrozenModel) -> None:
+    soft_prompt = random_soft_prompt(tiny.spec, 5)
+    large = request("large", [1, 2, 3], "task", labels=LABELS)
+    small = [request(f"small {i}", [i, 4], "task", max_new_tokens=5, n=1 + i % 3, temperature=1.0) for i in range(6)]
+    busy = run_engine(make_engine(tiny, max_sequences=3), [(asked, soft_prompt) for asked in (large, *small)])
+    for asked in (large, *small):
+        for name, alone in run_engine(make_engine(tiny), [(asked, soft_prompt)]).items():
+            assert busy[name].token_ids == alone.token_ids
+            assert [s.logprob for s in busy[name].scored] == pytest.approx([s.logprob for s in alone.scored], abs=1e-9)
+
+
+def test_a_request_as_large_as_the_one_before_it_does_not_begin_between_its_choices(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=1)
+    for name in ("first", "second", "third"):
+        engine.add(request(name, [1, 2, 3], "task", labels=LABELS), None)
+    ended = [delta.request_id for delta in run(engine) if delta.finish_reason]
+    assert ended == [name for name in ("first", "second", "third") for _ in LABELS]
+
+
 def test_places_that_are_kept_do_not_exceed_the_token_budget(tiny: FrozenModel) -> None:
     assert make_engine(tiny, max_sequences=16, max_batch_tokens=16).scheduler.max_running == 16
     assert make_engine(tiny, max_sequences=16, max_batch_tokens=17).scheduler.max_running == 17

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.core import SamplingParams
-from server.errors import InvalidSoftPrompt
+from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 from server.soft_prompts.manifest import MAX_DEPTH, MOST_PROBLEMS, GenerationDefaults, Manifest
 
 FULL: dict[str, Any] = {
@@ -114,6 +114,40 @@ def test_only_a_default_length_shrinks_to_the_room_that_is_left() -> None:
     assert task.sampling_params({}, room=20, seed=0).max_new_tokens == 20
     assert task.sampling_params({}, room=-5, seed=0).max_new_tokens == 1
     assert task.sampling_params({"max_new_tokens": 30}, room=20, seed=0).max_new_tokens == 30
+
+
+@pytest.mark.parametrize(
+    ("own", "room", "message"),
+    [
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, 1000, "least is 5, but most is 4."),
+        ({"min_new_tokens": 1, "max_new_tokens": 0}, 1000, "least is 1, but most is 0."),
+        ({"min_new_tokens": 51}, 1000, "least is 51, but most is 50 where it is left out."),
+        ({"min_new_tokens": 51}, 20, "least is 51, but most is 50 where it is left out."),
+    ],
+)
+def test_more_tokens_at_least_than_at_most_are_refused_by_the_request_s_own_names(
+    own: dict[str, int], room: int, message: str
+) -> None:
+    task = GenerationDefaults(max_new_tokens=50)
+    with pytest.raises(InvalidRequest) as refused:
+        task.sampling_params(own, room=room, seed=0, least="least", most="most")
+    assert (refused.value.message, refused.value.param) == (message, "least")
+    assert not isinstance(refused.value, InputTooLong)
+
+
+def test_more_tokens_at_least_than_there_is_room_for_are_refused() -> None:
+    task = GenerationDefaults(max_new_tokens=50)
+    with pytest.raises(InputTooLong, match="is 21, but behind the input the context has room for 20 new") as refused:
+        task.sampling_params({"min_new_tokens": 21}, room=20, seed=0)
+    assert refused.value.param == "min_new_tokens"
+    assert task.sampling_params({"min_new_tokens": 20}, room=20, seed=0).min_new_tokens == 20
+    task.sampling_params({"min_new_tokens": 21}, room=0, seed=0)  # the engine says that the input is too long
+
+
+def test_what_only_the_task_asks_for_at_least_gives_way() -> None:
+    task = GenerationDefaults(min_new_tokens=30, max_new_tokens=50)
+    for own, room, least in (({}, 99, 30), ({"max_new_tokens": 9}, 99, 9), ({"max_new_tokens": 0}, 99, 0), ({}, 7, 7)):
+        assert task.sampling_params(own, room=room, seed=0).min_new_tokens == least
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from server.api.auth import Generates, GuardedRoute
 from server.api.choices import Choice, collect_all, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.generation import place_of, placed
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
 from server.api.openai.logprobs import completion_logprobs, running_offsets, text_offsets
 from server.api.openai.replies import CompletionReply, usage_of
@@ -140,13 +141,16 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
     given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if isinstance(given[0], str):
         texts: list[str] = given
-        if not all(texts):
-            raise EmptyInput("The text is empty.", remedy="Send at least one character.", param="prompt")
+        if "" in texts:
+            with placed(place_of("prompt", texts.index(""), len(texts))):
+                raise EmptyInput("The text is empty.", remedy="Send at least one character.", param="prompt")
         return texts if body.echo else [""] * len(texts), await encode_all(worker, texts)
     lists: list[list[int]] = given if isinstance(given[0], list) else [given]
-    for ids in lists:
+    for number, ids in enumerate(lists):
         if max(ids) >= worker.model.vocab_size:
+            place = place_of("prompt", number, len(lists)) or "prompt"
             raise InvalidRequest(
-                f"There is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.", param="prompt"
+                f"{place}: there is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.",
+                param="prompt",
             )
     return [worker.decode(ids) if body.echo else "" for ids in lists], lists

@@ -21,7 +21,11 @@ _CODES: dict[type[PreludeError], str] = {
     UnknownTask: "model_not_found",
 }
 _TOO_LONG = "Input tokens exceed the configured limit. "
-"""LangChain and litellm make a class of their own of errors with these words of OpenAI's; they do not ask the code."""
+"""Of these words of OpenAI's LangChain and litellm make a class of their own: the input is to be shortened. So they are
+for an input that does not fit; where too many tokens are asked for, LangChain still goes by the code."""
+
+_CALLED = {"max_new_tokens": "max_tokens"}
+"""Fields that the engine calls otherwise than OpenAI."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -74,11 +78,15 @@ def openai_status(error: PreludeError, status: int | None = None) -> int:
 def openai_error(error: PreludeError) -> dict[str, Any]:
     """An error as JSON, the same in replies and in streams."""
     default = "invalid_request_error" if error.status < 500 else "server_error"
-    message = f"{_TOO_LONG if isinstance(error, InputTooLong) else ''}{error}"
+    param = _CALLED.get(error.param or "", error.param)
+    opening = ""
+    if isinstance(error, InputTooLong):
+        opening = _TOO_LONG if param is None else f"{param} is too large. "
+    message = f"{opening}{error}"
     body = OpenAIError(
         message=message.encode("utf-8", "backslashreplace").decode(),  # it may quote half a surrogate pair
         type=_TYPES.get(error.status, default),
-        param=error.param or ("model" if isinstance(error, UnknownTask) else None),
+        param=param or ("model" if isinstance(error, UnknownTask) else None),
         code=next((code for cls, code in _CODES.items() if isinstance(error, cls)), error.code),
     )
     return {"error": body.model_dump()}

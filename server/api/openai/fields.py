@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from server.api.schemas import Text
+from server.api.schemas import Text, is_text
 
 MAX_BIASES = 1024
 MAX_STOPS = 16
@@ -30,6 +30,15 @@ def _are_ids(biases: dict[str, float]) -> dict[str, float]:
             raise ValueError(f"{key[:80]!r} is not the id of a token")
     return biases
 
+
+def _is_schema(value: Any) -> Any:
+    """What the union itself would refuse in words of its own, a sentence for each of its members."""
+    if not isinstance(value, dict | str):
+        raise ValueError("must be a JSON schema, as an object or as text")
+    return is_text(value) if isinstance(value, str) else value
+
+
+Schema = Annotated[dict[str, Any] | str, BeforeValidator(_is_schema)]
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.openai.fields import LogitBias, NotOffered, Stop, TokenIds
+from server.api.openai.fields import LogitBias, NotOffered, Schema, Stop, TokenIds
 from server.api.openai.messages import Message
 from server.api.schemas import Text
 
@@ -46,7 +46,7 @@ class StreamOptions(_Body):
 class StructuredOutputs(_Body):
     """`structured_outputs`, vLLM's way to ask for a form; one of them."""
 
-    json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     regex: Text | None = Field(None, description="A regular expression that the whole text matches.")
     choice: list[Text] | None = Field(None, min_length=1, max_length=4096, description="The text is one of these.")
 
@@ -166,6 +166,11 @@ class CompletionBody(SamplingBody):
     def new_tokens(self) -> int | None:
         """Most tokens to generate, if the request says so."""
         return self.max_tokens
+
+    @property
+    def new_tokens_field(self) -> str:
+        """What says so, or would."""
+        return "max_tokens"
 
     @property
     def wants_logprobs(self) -> bool:
@@ -300,6 +305,11 @@ class ChatBody(SamplingBody):
     def new_tokens(self) -> int | None:
         """Most tokens to generate, if the request says so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def new_tokens_field(self) -> str:
+        """What says so, or would."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def wants_logprobs(self) -> bool:

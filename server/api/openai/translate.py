@@ -14,8 +14,9 @@ from typing import Any
 from fastapi import Request
 
 from server.api.auth import allow_task
-from server.api.generation import Prepared, encode_text, find_soft_prompt
+from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
+from server.api.schemas import schema_text
 from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
 from server.engine.worker import EngineWorker
@@ -105,8 +106,9 @@ async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_
         InputTooLong: one can never fit.
     """
     ids = []
-    for text in texts:
-        ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
+    for number, text in enumerate(texts):
+        with placed(place_of("prompt", number, len(texts))):
+            ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     return ids
 
@@ -131,7 +133,8 @@ def prepare_all(
         input_logprobs: report the log-probabilities of the input too.
 
     Raises:
-        InvalidRequest: the request is too large, or names tokens that there are not.
+        InvalidRequest: the request is too large, contradicts itself, or names tokens that there are not.
+        InputTooLong: more tokens are asked for at least than there is room for.
     """
     if len(inputs) * choices > MAX_CHOICES:
         raise InvalidRequest(
@@ -153,7 +156,11 @@ def prepare_all(
     prepared = []
     for number, ids in enumerate(inputs):
         room = worker.model.max_model_len - virtual - len(ids)
-        params = manifest.generation.sampling_params(fields, room=room, seed=secrets.randbits(63))
+        place = place_of("prompt", number, len(inputs))
+        with placed(place):
+            params = manifest.generation.sampling_params(
+                fields, room=room, seed=secrets.randbits(63), least="min_tokens", most=body.new_tokens_field
+            )
         request = GenerationRequest(
             f"{target.id}-{number}",
             tuple(ids),
@@ -163,7 +170,7 @@ def prepare_all(
             n=choices,
             input_logprobs=input_logprobs,
         )
-        prepared.append(Prepared(request, target.resolved, target.soft_prompt))
+        prepared.append(Prepared(request, target.resolved, target.soft_prompt, place))
     return prepared
 
 
@@ -178,8 +185,6 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
     if body.new_tokens is not None:
         fields["max_new_tokens"] = body.new_tokens
     if body.min_tokens is not None:
-        if body.new_tokens is not None and body.min_tokens > body.new_tokens:
-            raise InvalidRequest("min_tokens is more than may be generated.", param="min_tokens")
         fields["min_new_tokens"] = body.min_tokens
     if body.top_k is not None:
         fields["top_k"] = max(0, body.top_k)
@@ -221,10 +226,10 @@ def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
             return Grammar(GrammarKind.REGEX, form.regex)
         if form.choice is not None:
             return Grammar(GrammarKind.CHOICE, json.dumps(form.choice))
-        return Grammar(GrammarKind.JSON_SCHEMA, form.json_ if isinstance(form.json_, str) else json.dumps(form.json_))
+        return Grammar(GrammarKind.JSON_SCHEMA, schema_text(form.json_))
     return _format_grammar(body.response_format) if isinstance(body, ChatBody) and body.response_format else None
 
 
 def _format_grammar(form: ResponseFormat) -> Grammar | None:
     schema = form.schema_of_answer
-    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from fastapi import Request
 
-from server.api.generation import Prepared
+from server.api.generation import Prepared, placed
 from server.api.telemetry.metrics import Metrics
 from server.api.telemetry.record import Outcome, Record, outcome_of, record_of
 from server.core import Delta, Usage
@@ -22,14 +22,15 @@ async def watched(request: Request, worker: EngineWorker, prepared: Prepared) ->
         What `worker.generate` raises.
     """
     watch = Watch(request.app.state.metrics, record_of(request), prepared)
-    try:
-        async with aclosing(worker.generate(prepared.request, prepared.soft_prompt)) as deltas:
-            async for delta in deltas:
-                watch.take(delta)
-                yield delta
-    except BaseException as error:
-        watch.end(outcome_of(error))
-        raise
+    with placed(prepared.place):
+        try:
+            async with aclosing(worker.generate(prepared.request, prepared.soft_prompt)) as deltas:
+                async for delta in deltas:
+                    watch.take(delta)
+                    yield delta
+        except BaseException as error:
+            watch.end(outcome_of(error))
+            raise
 
 
 class Watch:

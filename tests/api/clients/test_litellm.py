@@ -89,7 +89,10 @@ def test_refusals_are_litellms_own_classes(chats: LiveServer, ask: dict[str, Any
     with pytest.raises(litellm.NotFoundError, match="no task 'litellm-nobody'"):
         litellm.completion("openai/litellm-nobody", user("hello"), **ask)
     with pytest.raises(litellm.ContextWindowExceededError, match="the context holds 192"):
-        litellm.completion(f"openai/{FROZEN}", user("x" * 180), **ask)
+        litellm.completion(f"openai/{FROZEN}", user("x" * 500), **ask)
+    with pytest.raises(litellm.BadRequestError, match="max_tokens is too large") as refused:
+        litellm.completion(f"openai/{FROZEN}", user("hello"), **{**ask, "max_tokens": 500})
+    assert not isinstance(refused.value, litellm.ContextWindowExceededError), "a shorter text would not help"
     with pytest.raises(litellm.BadRequestError, match="temperature: "):
         litellm.completion(f"openai/{FROZEN}", user("hello"), temperature=500, **ask)
     chats.worker.draining = True

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from server.engine.model import FrozenModel
-from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, engine_answer
-from tests.api.openai.support import COMPLETIONS, FROZEN, Body, ask, joined, post, reasons, stream, texts
+from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, engine_answer, wait_until
+from tests.api.openai.support import COMPLETIONS, FROZEN, Body, ask, events, joined, post, reasons, stream, texts
 from tests.support import EOS, VOCAB_SIZE
 
 
@@ -329,6 +329,40 @@ def test_an_input_that_is_empty_or_too_long_is_refused(server: LiveServer) -> No
     long: list[Body] = [{"prompt": "a" * MAX_MODEL_LEN}, {"max_tokens": MAX_MODEL_LEN}, {"prompt": "a" * 3_000_000}]
     for body in long:
         assert_openai_error(post(server, COMPLETIONS, **body), 400, "input_too_long")
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "words"),
+    [
+        ("", "empty_input", "The text is empty."),
+        ("a" * 3_000_000, "input_too_long", "The input has 3,000,000 characters"),
+        ("a" * MAX_MODEL_LEN, "input_too_long", "The request needs"),
+        ("a" * (MAX_MODEL_LEN - 3), "input_too_long", "The request needs"),
+        ([1, 9999], "invalid_request", "there is no token 9999"),
+        (3, "invalid_request", "Input should be a valid "),
+    ],
+)
+def test_the_bad_text_of_a_list_is_named(server: LiveServer, bad: Any, code: str, words: str) -> None:
+    good: list[Any] = [[1], [2]] if isinstance(bad, list) else ["a", "b"]
+    for prompt, number in (([good[0], bad, good[1]], 1), ([*good, bad], 2)):
+        for streamed in (False, True):
+            response = post(server, COMPLETIONS, prompt=prompt, max_tokens=4, stream=streamed)
+            if response.status_code == 200:  # of a stream the others may have begun by then
+                message = events(response)[-1]["error"]["message"]
+            else:
+                message = assert_openai_error(response, 400, code)["message"]
+            assert f"prompt.{number}: {words}" in message
+    if bad != 3:
+        error = assert_openai_error(post(server, COMPLETIONS, prompt=bad, max_tokens=4), 400, code, words)
+        assert "prompt.0" not in error["message"]
+    wait_until(lambda: server.is_idle)
+
+
+def test_the_text_of_a_list_that_leaves_too_little_room_is_named(server: LiveServer) -> None:
+    response = post(server, COMPLETIONS, prompt=["a", "a" * (MAX_MODEL_LEN - 3)], min_tokens=4)
+    assert_openai_error(response, 400, "input_too_long", "prompt.1: min_tokens is 4")
+    response = post(server, COMPLETIONS, prompt=["a", "b"], min_tokens=4, max_tokens=3)
+    assert assert_openai_error(response, 400, "invalid_request")["message"].startswith("min_tokens is 4, ")
 
 
 def test_one_input_that_does_not_fit_fails_the_request_and_leaves_nothing_behind(own_server: LiveServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
 from server.keys.key import Scope
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, live_server
-from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, post
+from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, Body, post, user
 from tests.api.test_errors import _tree
 
 ROUTES = (COMPLETIONS, CHAT)
+NO_SCHEMAS: list[Any] = [False, True, 3, 1.5, [], [{}]]
 
 
 @pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
@@ -37,7 +39,7 @@ async def test_every_error_of_the_tree_is_rendered_by_the_one_handler(
         response = await client.get("/v1/fails")
     is_validation = issubclass(cls, tuple(c for c in _tree() if c.code == "invalid_request"))
     error = assert_openai_error(response, 400 if is_validation else cls.status, cls.code)
-    opening = "Input tokens exceed the configured limit. " if cls is InputTooLong else ""  # clients look for it
+    opening = "n is too large. " if cls is InputTooLong else ""
     assert error["message"] == f"{opening}It went wrong. Do better."
     assert error["param"] == "n"
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -96,9 +98,76 @@ def test_a_field_that_does_not_fit_is_named(server: LiveServer, path: str, field
     assert error["param"] == field
 
 
-def test_min_tokens_beyond_max_tokens_are_refused(server: LiveServer) -> None:
-    response = post(server, COMPLETIONS, min_tokens=5, max_tokens=4)
-    assert assert_openai_error(response, 400, "invalid_request")["param"] == "min_tokens"
+@pytest.mark.parametrize(
+    ("path", "fields", "problem"),
+    [
+        *(
+            (
+                path,
+                {"structured_outputs": {"json": value}},
+                "structured_outputs.json: must be a JSON schema, as an object",
+            )
+            for path in ROUTES
+            for value in NO_SCHEMAS
+        ),
+        (CHAT, {"structured_outputs": False}, "structured_outputs: must be a JSON object"),
+        (CHAT, {"response_format": "json"}, "response_format: must be a JSON object"),
+        (CHAT, {"response_format": {"type": "json", "value": False}}, "response_format.value: must be a JSON object"),
+        (COMPLETIONS, {"logit_bias": [1]}, "logit_bias: must be a JSON object"),
+    ],
+)
+def test_what_should_be_an_object_is_told_in_one_sentence(
+    server: LiveServer, path: str, fields: Body, problem: str
+) -> None:
+    message = assert_openai_error(post(server, path, **fields), 400, "invalid_request")["message"]
+    assert message.startswith(problem)
+    assert message.count(";") == 0
+    assert not re.search(r"dict|function|instance|Input should", message)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_min_tokens_beyond_max_tokens_are_refused(chatty: LiveServer, path: str) -> None:
+    chatty.publish_random("openai-brief", 1, {"generation": {"max_new_tokens": 6}})
+    wrong: list[tuple[Body, str]] = [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, but max_tokens is 4. Lower min_tokens, or raise"),
+        ({"min_tokens": 129}, "max_tokens is 128 where it is left out. Lower min_tokens, or send a higher max_tokens."),
+        ({"min_tokens": 7, "model": "openai-brief"}, "min_tokens is 7, but max_tokens is 6 where it is left out."),
+    ]
+    if path == CHAT:
+        wrong.append(({"min_tokens": 5, "max_completion_tokens": 4}, "but max_completion_tokens is 4."))
+    for fields, message in wrong:
+        for streamed in (False, True):
+            response = post(chatty, path, stream=streamed, **fields)
+            assert assert_openai_error(response, 400, "invalid_request", message)["param"] == "min_tokens"
+
+
+def test_min_tokens_beyond_the_room_that_is_left_are_refused(server: LiveServer) -> None:
+    text = "a" * (MAX_MODEL_LEN - 10)
+    error = assert_openai_error(
+        post(server, COMPLETIONS, prompt=text, min_tokens=11),
+        400,
+        "input_too_long",
+        "min_tokens is too large. min_tokens is 11, but behind the input the context has room for 10 new tokens.",
+    )
+    assert error["param"] == "min_tokens"
+    assert post(server, COMPLETIONS, prompt=text, min_tokens=10).json()["usage"]["completion_tokens"] == 10
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_whether_the_input_or_max_tokens_is_too_large_is_told_apart(chatty: LiveServer, path: str) -> None:
+    opening = "Input tokens exceed the configured limit. "  # clients look for it, and shorten what they send
+    for fields in ({"max_tokens": MAX_MODEL_LEN}, {"max_tokens": 10**9}):
+        error = assert_openai_error(post(chatty, path, **fields), 400, "input_too_long", f"holds {MAX_MODEL_LEN}.")
+        assert error["param"] == "max_tokens"
+        assert error["message"].startswith("max_tokens is too large. ")
+        assert re.search(r"Ask for at most \d+ new tokens, or shorten the input\.$", error["message"])
+    field = "messages" if path == CHAT else "prompt"
+    for text in ("a" * MAX_MODEL_LEN, "a" * 3_000_000):
+        body: Body = {field: user(text) if path == CHAT else text}
+        for tokens in ({}, {"max_tokens": 1}, {"max_tokens": MAX_MODEL_LEN}):
+            error = assert_openai_error(post(chatty, path, **body, **tokens), 400, "input_too_long", opening)
+            assert error["param"] is None
+            assert "Ask for at most" not in error["message"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -110,7 +179,9 @@ def test_a_model_that_there_is_not_is_not_found(server: LiveServer, path: str, m
 
 def test_a_misspelt_model_is_told_the_nearest(server: LiveServer) -> None:
     server.publish_random("openai-sentiment", 1)
-    assert_openai_error(post(server, COMPLETIONS, model="openai-sentimnet"), 404, "unknown_task", "openai-sentiment?")
+    assert_openai_error(
+        post(server, COMPLETIONS, model="openai-sentimnet"), 404, "unknown_task", "Did you mean openai-sentiment"
+    )
 
 
 @pytest.mark.parametrize("path", ROUTES)

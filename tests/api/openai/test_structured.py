@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.api.live import LiveServer, assert_openai_error
-from tests.api.openai.support import CHAT, COMPLETIONS, Body, ask, joined, post, stream, texts
+from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, Body, ask, joined, post, stream, texts
 
 SCHEMA: Body = {
     "type": "object",
@@ -84,6 +84,23 @@ def test_one_of_the_choices_is_said(chatty: LiveServer) -> None:
 @pytest.mark.parametrize("form", DOUBTFUL, ids=str)
 def test_a_form_that_nothing_can_have_is_refused(chatty: LiveServer, form: Body) -> None:
     assert_openai_error(post(chatty, COMPLETIONS, structured_outputs=form), 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        '"structured_outputs": {"json": %s}',
+        '"response_format": {"type": "json", "value": %s}',
+        '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}',
+    ],
+)
+def test_a_schema_that_is_nested_too_deeply_is_refused_however_deeply(chatty: LiveServer, form: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    for depth in range(140, 1000, 20):
+        schema = '{"items": ' * (depth - 1) + "{}" + "}" * (depth - 1)
+        body = f'{{"model": "{FROZEN}", "messages": [{{"role": "user", "content": "hello"}}], {form % schema}}}'
+        response = chatty.client.post(CHAT, content=body, headers=headers)
+        assert_openai_error(response, 400, "invalid_request", "nested ", " deep")
 
 
 def test_two_forms_at_once_are_refused(chatty: LiveServer) -> None:

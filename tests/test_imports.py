@@ -13,7 +13,7 @@ ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
 BOTTOM = {"core", "errors", "settings"}
-BELOW_CLI = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "serve", "keys"}
+BELOW_CLI = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "evaluation", "data_dir", "serve", "keys"}
 COMMAND = BOTTOM | {"cli.errors", "cli.logs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
@@ -26,8 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": BOTTOM | {"soft_prompts"},
     "train": BOTTOM | {"soft_prompts", "engine"},
     "interpret": BOTTOM | {"soft_prompts", "engine"},
+    "evaluation": BOTTOM | {"soft_prompts", "engine", "train"},
     "keys": {"errors"},
-    "api": BOTTOM | {"soft_prompts", "registry", "engine", "keys"},
+    "data_dir": {"errors"},
+    "api": BOTTOM | {"soft_prompts", "registry", "engine", "keys", "data_dir", "evaluation"},
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
     "deploy": BELOW_CLI,
@@ -42,7 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.tables"},
     "cli.keys": COMMAND | {"keys", "cli.tables"},
     "cli.train": COMMAND | {"soft_prompts", "engine", "train"},
-    "cli.evaluate": COMMAND | {"soft_prompts", "registry", "engine", "train"},
+    "cli.contents": BOTTOM | {"soft_prompts", "registry"},
+    "cli.scores": {"cli.errors", "evaluation"},
+    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.contents", "cli.scores", "cli.tables"},
     "cli.main": COMMAND | {"serve", "openmp", "cli.options", "cli.prompts", "cli.keys", "cli.train", "cli.evaluate"},
 }
 """What each part of `server` may import beside itself; a new part has to be given its place here."""

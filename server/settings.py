@@ -84,6 +84,9 @@ class Settings(BaseSettings):
         Path("~/.cache/prelude"),
         description="Where converted models and compiled code are kept, so that the second start is fast.",
     )
+    data_dir: Path | None = Field(
+        None, description="Folder of data files that evaluations may name instead of uploading them. Default: none."
+    )
     device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
         "auto",
@@ -178,7 +181,7 @@ class Settings(BaseSettings):
         """The store's URL with its default filled in."""
         return self.store or f"file:{self.prompts_dir / '.store'}"
 
-    @field_validator("api_keys_file", "prompts_dir", "cache_dir")
+    @field_validator("api_keys_file", "prompts_dir", "cache_dir", "data_dir")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         try:  # a file of variables, such as systemd's, is read by no shell that would replace ~

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BOTTOM | {"soft_prompts", "engine", "train"},
     "keys": {"errors"},
     "data_dir": {"errors"},
-    "api": BOTTOM | {"soft_prompts", "registry", "engine", "keys", "data_dir", "evaluation"},
+    "api": BOTTOM | {"soft_prompts", "registry", "engine", "keys", "data_dir", "train", "evaluation"},
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
     "deploy": BELOW_CLI,

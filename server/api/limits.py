@@ -20,7 +20,8 @@ MULTIPART_OVERHEAD = 64 * 2**10
 MAX_FORM_PARTS = 16
 """Parts of an upload. Up to 1 MB one waits in memory, not on disk: their number bounds what an upload takes."""
 
-_UPLOAD = re.compile(r"/prompts/[^/]+/?")
+_UPLOADS = {"PUT": re.compile(r"/prompts/[^/]+/?"), "POST": re.compile(r"/evaluations/?")}
+"""Where files are sent, by the method; to the second also JSON, which is as small as elsewhere."""
 
 
 class BodyLimit:
@@ -39,10 +40,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = scope["method"] == "PUT" and _UPLOAD.fullmatch(scope["path"]) is not None
-        limit = self._max_upload_bytes + MULTIPART_OVERHEAD if upload else MAX_JSON_BYTES
         headers = Headers(scope=scope)
-        form = FormWatch.of(headers) if upload else None
+        form = FormWatch.of(headers)
+        upload = any(
+            scope["method"] == method and path.fullmatch(scope["path"]) and (form is not None or method == "PUT")
+            for method, path in _UPLOADS.items()
+        )
+        limit = self._max_upload_bytes + MULTIPART_OVERHEAD if upload else MAX_JSON_BYTES
+        form = form if upload else None
         declared = headers.get("content-length", "0")
         received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
 
@@ -57,7 +62,7 @@ class BodyLimit:
                     return message
             raise PayloadTooLarge(
                 f"The body has more than {limit:,} bytes.",
-                remedy="Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
+                remedy="Send smaller files, or raise PRELUDE_MAX_UPLOAD_BYTES."
                 if upload
                 else "Send the text in several requests.",
             )
@@ -99,7 +104,7 @@ class FormWatch:
         if self._parts > MAX_FORM_PARTS:
             raise InvalidRequest(
                 f"The form has more than {MAX_FORM_PARTS} parts.",
-                remedy="Send the files of one soft prompt, or one zip of them.",
+                remedy="Send each file and field once.",
             )
         if not self._is_closed and not message.get("more_body", False):
             raise HTTPException(400, "The form is cut off: the body ends before its closing boundary")

@@ -82,6 +82,12 @@ class Questions:
         self.labels = tuple(labels)
         self._host = host
         self._label_ids: tuple[LabelIds, ...] = encode_labels(host, self.labels) if self.labels else ()
+        for row in data.rows:  # before they are tokenised, which takes long and cannot be interrupted
+            if len(row.input) + len(row.target) > host.max_characters:
+                raise InvalidTrainingData(
+                    f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
+                    remedy="Shorten or leave out the row.",
+                )
         names = {label.strip() for label in self.labels}
         for row in data.rows:
             if names and row.target.strip() not in names:

@@ -42,6 +42,10 @@ class Host(Protocol):
     def end_token_id(self) -> int | None:
         """The token that ends a text."""
 
+    @property
+    def max_characters(self) -> int:
+        """A text of more characters has more tokens than the context, whatever they are."""
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
@@ -197,6 +201,8 @@ def baselines(
         examples = draw_examples(shots, data, count, labels, seed)
         stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
         preamble = few_shot_text(instruction, examples)
+        if len(preamble) > host.max_characters:
+            raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
         template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
         found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
     return found

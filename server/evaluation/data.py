@@ -49,23 +49,32 @@ class EvaluationData:
 
 
 def read_evaluation_data(
-    path: Path, *, references: Path | None = None, limit: int | None = None, name: str | None = None
+    path: Path,
+    *,
+    references: Path | None = None,
+    references_name: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    inside: Path | None = None,
 ) -> EvaluationData:
     """Read and check a data file, and what lies beside it.
 
     Args:
         path: the data.
         references: other references than those beside it.
+        references_name: what to call these.
         limit: only the first so many rows.
         name: what to call it instead of by its path, which may be nobody's business.
+        inside: no link may lead what lies beside it out of this folder.
 
     Raises:
         InvalidTrainingData: something in it is not as it must be; names file and line.
     """
     whole = read_rows(path, name)
     beside = path.with_name(path.name.removesuffix(".jsonl") + REFERENCES)
-    found = references or (beside if beside.exists() else None)
-    texts = None if found is None else _read_references(found, whole, found.name if name else None)
+    found = references or (beside if _may_read(beside, inside) else None)
+    shown = references_name or (found.name if name and found else None)
+    texts = None if found is None else _read_references(found, whole, shown)
     rows = whole.rows[:limit]
     return EvaluationData(
         str(whole.path),
@@ -73,8 +82,13 @@ def read_evaluation_data(
         tuple((row.target,) if texts is None else texts[row.line] for row in rows),
         whole.sha256,
         labels_of(whole.rows),
-        _instruction(path.parent / META),
+        _instruction(path.parent / META) if _may_read(path.parent / META, inside) else None,
     )
+
+
+def _may_read(path: Path, inside: Path | None) -> bool:
+    """Whether a file is there, in the folder that it seems to be in."""
+    return path.exists() and (inside is None or path.resolve().is_relative_to(inside.resolve()))
 
 
 def read_rows(path: Path, name: str | None = None) -> DataFile:

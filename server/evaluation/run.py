@@ -40,6 +40,11 @@ class OwnEngine:
         """The token that ends a text."""
         return self.engine.model.end_token_id
 
+    @property
+    def max_characters(self) -> int:
+        """A text of more characters has more tokens than the context, whatever they are."""
+        return self.model.max_model_len * self.engine.model.longest_token
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return self.engine.model.encode(text, add_special_tokens=add_special_tokens)

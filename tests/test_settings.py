@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "sync_seconds": ("0.5", 0.5),
     "host_memory": ("2MiB", 2 * 2**20),
     "cache_dir": ("/data/cache", Path("/data/cache")),
+    "data_dir": ("/data/rows", Path("/data/rows")),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("float32", "float32"),
     "optimise": ("fused,packed", "fused,packed"),
@@ -56,7 +57,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("name", ["api_keys_file", "prompts_dir", "cache_dir"])
+@pytest.mark.parametrize("name", ["api_keys_file", "prompts_dir", "cache_dir", "data_dir"])
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv(ENV_PREFIX + name.upper(), "~/x")

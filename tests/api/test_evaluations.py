@@ -1,4 +1,4 @@
-"""Evaluations over HTTP, beside live traffic: what they come to, what they refuse, and that they are in nobody's way."""
+"""Evaluations over HTTP: what they come to, what they refuse, and that they are in nobody's way."""
 
 from __future__ import annotations
 

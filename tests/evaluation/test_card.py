@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,12 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.evaluation.support import data_of, prepared, soft_prompt_of
 from tests.train.rows import MOODS
 
-ABOUT = {"description": "Moods.", "licence": "CC0", "training": {"steps": 5, "seed": 0}, "labels": ["no", "yes"]}
+ABOUT: dict[str, Any] = {
+    "description": "Moods.",
+    "licence": "CC0",
+    "training": {"steps": 5, "seed": 0},
+    "labels": ["no", "yes"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,10 @@ def test_a_name_inside_the_data_directory_is_found(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "a/../../secret", "/etc/passwd", "..", ".", "", "a/../test.jsonl", "C:\\secret", "..\\secret", "a\0b"]
-    + ["link", "linked/secret", "missing", "folder", "x" * 5000],
+    [
+        *("../secret", "a/../../secret", "/etc/passwd", "..", ".", "", "a/../test.jsonl", "C:\\secret", "..\\secret"),
+        *("a\0b", "link", "linked/secret", "missing", "folder", "x" * 5000),
+    ],
 )
 def test_no_name_leads_out_of_the_data_directory(tmp_path: Path, name: str) -> None:
     root = tmp_path / "data"

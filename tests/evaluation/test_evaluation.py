@@ -124,7 +124,9 @@ def test_a_row_that_could_never_fit_is_refused_before_it_is_tokenised(
 
 def test_a_target_that_is_no_label_is_refused_by_line(tiny: FrozenModel) -> None:
     rows = data_of([("a", "yes"), ("b", "Yes")])
-    with pytest.raises(InvalidTrainingData, match=r"rows\.jsonl, line 2: the target 'Yes' is none of the task's labels"):
+    with pytest.raises(
+        InvalidTrainingData, match=r"rows\.jsonl, line 2: the target 'Yes' is none of the task's labels"
+    ):
         prepared(tiny, rows, soft_prompt_of(tiny, labels=LABELS))
 
 
@@ -136,7 +138,9 @@ def test_a_row_that_the_engine_cannot_finish_is_an_error_with_its_line(tiny: Fro
 
 
 def test_progress_counts_every_row_of_every_contestant_once(tiny: FrozenModel) -> None:
-    engine, evaluation = prepared(tiny, data_of(MOODS), None, "zero-shot", "2-shot", shots=shots_of([("fast", "yes"), ("slow", "no")]))
+    engine, evaluation = prepared(
+        tiny, data_of(MOODS), None, "zero-shot", "2-shot", shots=shots_of([("fast", "yes"), ("slow", "no")])
+    )
     calls: Counter[str] = Counter()
     run(engine, evaluation, lambda name: calls.update([name]))
     assert calls == {"mood": 4, "zero-shot": 4, "2-shot": 4}
@@ -179,7 +183,7 @@ def test_examples_are_even_over_labels_drawn_by_seed_and_never_evaluated() -> No
 def test_a_baseline_without_what_it_needs_is_refused(tiny: FrozenModel) -> None:
     with pytest.raises(InvalidRequest, match="needs an instruction"):
         prepared(tiny, data_of(MOODS), None, "instruction")
-    with pytest.raises(InvalidRequest, match="tiny-llama cannot be asked .* no chat template.*Leave it out"):
+    with pytest.raises(InvalidRequest, match=r"tiny-llama cannot be asked .* no chat template.*Leave it out"):
         prepared(tiny, data_of(MOODS), None, "instruction", instruction="Good?")
     with pytest.raises(InvalidRequest, match="4-shot needs training data"):
         prepared(tiny, data_of(MOODS), None, "4-shot")
@@ -187,7 +191,7 @@ def test_a_baseline_without_what_it_needs_is_refused(tiny: FrozenModel) -> None:
 
 @pytest.mark.parametrize("name", ["zeroshot", "0-shot", "257-shot", "-1", "@0", "", "shot"])
 def test_a_baseline_that_there_is_not_is_refused_with_those_that_there_are(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="There is no baseline.*zero-shot, instruction, 4-shot"):
+    with pytest.raises(InvalidRequest, match=r"There is no baseline.*zero-shot, instruction, 4-shot"):
         Wanted.parse([name])
 
 
@@ -207,7 +211,9 @@ def test_a_clearly_better_version_is_better_and_an_identical_one_is_not(
 
 
 def test_a_smaller_perplexity_is_better(tiny32: FrozenModel, trained: SoftPrompt) -> None:
-    rows = data_of([(f"{text} {i}", target) for i in range(5) for text, target in (("good", f"yes {i}"), ("bad", "no"))])
+    rows = data_of(
+        [(f"{text} {i}", target) for i in range(5) for text, target in (("good", f"yes {i}"), ("bad", "no"))]
+    )
     taught = SoftPrompt("PROMPT_TUNING", trained.tensor, soft_prompt_of(tiny32).manifest)
     engine, evaluation = prepared(tiny32, rows, taught, others=[("mood@1", soft_prompt_of(tiny32))])
     report = run(engine, evaluation)
@@ -225,7 +231,11 @@ def test_a_report_is_json_with_everything_that_it_rests_on(tiny32: FrozenModel, 
     )
     assert figures["digest"] == trained.digest
     assert figures["contestants"]["mood"]["accuracy_choices"] == {"value": 1.0, "interval": [1.0, 1.0]}
-    assert set(figures["contestants"]["zero-shot"]["difference"]["accuracy_choices"]) == {"value", "interval", "verdict"}
+    assert set(figures["contestants"]["zero-shot"]["difference"]["accuracy_choices"]) == {
+        "value",
+        "interval",
+        "verdict",
+    }
     assert figures["labels"] == {"no": {"correct": 2, "rows": 2}, "yes": {"correct": 2, "rows": 2}}
     assert figures["intervals"]["resamples"] == 1000
     assert TEMPLATE == "{input}\n"

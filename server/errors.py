@@ -9,6 +9,8 @@
     │   ├── EmptyInput                 no token is left to continue from
     │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
     │   └── InvalidTaskName            a task is called by a name that no task can have
+    ├── UnknownEvaluation              there is no evaluation of that id, or it was forgotten
+    ├── EvaluationNotDone              it has no result, or not yet
     ├── Unauthorized                   the server wants a key, and there is none or a wrong one
     ├── Forbidden                      the key is good, but not for this
     ├── UnknownTask                    nobody published a task (or a version) of that name
@@ -136,6 +138,24 @@ class UnknownTask(PreludeError):
     code = "unknown_task"
     family = "validation"
     default_remedy = "GET /prompts lists the tasks."
+
+
+class UnknownEvaluation(PreludeError):
+    """No evaluation of that id: they are kept in memory, the last hundred of them."""
+
+    status = 404
+    code = "unknown_evaluation"
+    family = "validation"
+    default_remedy = "GET /evaluations lists those that there are; after a restart there are none."
+
+
+class EvaluationNotDone(PreludeError):
+    """The evaluation has no result: it has not come to its end, or to a bad one."""
+
+    status = 409
+    code = "evaluation_not_done"
+    family = "validation"
+    default_remedy = "Ask GET /evaluations/{id} until its state is done."
 
 
 class Unauthorized(PreludeError):

@@ -13,7 +13,18 @@ ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
 BOTTOM = {"core", "errors", "settings"}
-BELOW_CLI = BOTTOM | {"soft_prompts", "registry", "engine", "api", "train", "jobs", "serve", "keys"}
+BELOW_CLI = BOTTOM | {
+    "soft_prompts",
+    "registry",
+    "engine",
+    "api",
+    "train",
+    "evaluation",
+    "data_dir",
+    "jobs",
+    "serve",
+    "keys",
+}
 COMMAND = BOTTOM | {"cli.errors", "cli.logs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
@@ -28,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_dir": {"errors"},
     "jobs": BOTTOM | {"openmp", "soft_prompts", "registry", "engine", "train"},
     "interpret": BOTTOM | {"soft_prompts", "engine"},
+    "evaluation": BOTTOM | {"soft_prompts", "engine", "train"},
     "keys": {"errors"},
-    "api": BOTTOM | {"data_dir", "soft_prompts", "registry", "engine", "jobs", "keys"},
+    "api": BOTTOM | {"data_dir", "soft_prompts", "registry", "engine", "train", "evaluation", "jobs", "keys"},
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
     "deploy": BELOW_CLI,
@@ -44,7 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.tables"},
     "cli.keys": COMMAND | {"keys", "cli.tables"},
     "cli.train": COMMAND | {"soft_prompts", "engine", "train"},
-    "cli.evaluate": COMMAND | {"soft_prompts", "registry", "engine", "train"},
+    "cli.contents": BOTTOM | {"soft_prompts", "registry"},
+    "cli.scores": {"cli.errors", "evaluation"},
+    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.contents", "cli.scores", "cli.tables"},
     "cli.main": COMMAND | {"serve", "openmp", "cli.options", "cli.prompts", "cli.keys", "cli.train", "cli.evaluate"},
 }
 """What each part of `server` may import beside itself; a new part has to be given its place here."""

@@ -172,4 +172,6 @@ def test_training_and_evaluating_work_as_shown(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr.decode()
     assert (tmp_path / "prompts" / "my_task" / "adapter_model.safetensors").exists()
-    assert re.search(r"^my_task: exact match .* of 16 rows", run.stdout.decode(), re.MULTILINE)
+    assert re.search(
+        r"^my_task on 16 rows of test.jsonl, .*^my_task +[0-9.]+ %", run.stdout.decode(), re.MULTILINE | re.DOTALL
+    )

@@ -16,6 +16,8 @@ from server import __version__
 from server.api import ops, prompts, tgi, training, versions
 from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
+from server.api.evaluations import routes as evaluations
+from server.api.evaluations.jobs import Evaluations
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
 from server.api.telemetry.access import Access
@@ -90,12 +92,14 @@ def create_app(
         yield
         for service in services:
             await asyncio.to_thread(service.stop)
+        await app.state.evaluations.stop()
         await worker.stop()
 
     app = App(
         metrics, settings.origins, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
+    app.state.evaluations = Evaluations(worker, settings)
     app.state.keys = keys
     app.state.jobs = board
     app.state.started = int(time.time())
@@ -107,6 +111,6 @@ def create_app(
     elif hosts is not None:
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
-    for module in (tgi, completions, chat, models, prompts, versions, training, ops):
+    for module in (tgi, completions, chat, models, prompts, versions, training, evaluations, ops):
         app.include_router(module.router)
     return app

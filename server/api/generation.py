@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from server.api.labels import encode_labels
 from server.core import GenerationRequest
+from server.engine.labels import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, VersionUnavailable
 from server.registry.registry import Registry

@@ -23,7 +23,7 @@ MAX_FORM_PARTS = 16
 """Parts of an upload. Up to 1 MB one waits in memory, not on disk: their number bounds what an upload takes."""
 
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
-_JOB = re.compile(r"POST /training/jobs/?")
+_DATA = re.compile(r"POST /(training/jobs|evaluations)/?")
 
 
 class BodyLimit:
@@ -48,10 +48,10 @@ class BodyLimit:
         if _UPLOAD.fullmatch(asked):
             form, limit = FormWatch.of(headers), self._max_upload_bytes + MULTIPART_OVERHEAD
             remedy = "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
-        elif _JOB.fullmatch(asked) and (form := FormWatch.of(headers)) is not None:
+        elif _DATA.fullmatch(asked) and (form := FormWatch.of(headers)) is not None:
             limit, remedy = (
                 MAX_DATA_BYTES,
-                "Send a sample of the rows: a run of 1,000 steps of 16 reads 16,000 of them.",
+                "Send a sample of the rows; training reads no more than its steps take.",
             )
         declared = headers.get("content-length", "0")
         received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
@@ -104,7 +104,7 @@ class FormWatch:
         if self._parts > MAX_FORM_PARTS:
             raise InvalidRequest(
                 f"The form has more than {MAX_FORM_PARTS} parts.",
-                remedy="Send the files of one soft prompt, or one zip of them; or those of one training job.",
+                remedy="Send each file and field once.",
             )
         if not self._is_closed and not message.get("more_body", False):
             raise HTTPException(400, "The form is cut off: the body ends before its closing boundary")

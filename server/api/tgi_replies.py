@@ -7,7 +7,6 @@ from typing import Any
 
 from server.api.choices import Choice
 from server.api.generation import Prepared
-from server.api.labels import judge
 from server.api.tgi_schemas import (
     ChoiceBody,
     DetailsBody,
@@ -19,6 +18,7 @@ from server.api.tgi_schemas import (
     TokenBody,
 )
 from server.core import Candidate, Delta, Token
+from server.engine.labels import judge
 from server.engine.worker import EngineWorker
 
 

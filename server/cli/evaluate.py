@@ -1,144 +1,149 @@
-"""`prelude eval`: how often a task's answers are right."""
+"""`prelude eval`: how good a task's answers are, and whether a version is better than another."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from server.cli.errors import errors_as_sentences
 from server.cli.logs import configure_logging
-from server.errors import ConfigurationError, InvalidSoftPrompt, UnknownTask
+from server.errors import ConfigurationError
 from server.settings import Settings
-
-if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
-    from server.core import ModelSpec
-    from server.soft_prompts.soft_prompt import SoftPrompt
-    from server.train.evaluate import Evaluation
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="Name of a task in the inbox, PRELUDE_PROMPTS_DIR.")],
+    task: Annotated[
+        str, typer.Argument(help="Name of a task in the inbox, PRELUDE_PROMPTS_DIR; TASK@2 is a version in the store.")
+    ],
     data: Annotated[Path, typer.Option(help='JSONL, each line {"input": "…", "target": "…"}.')],
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            help='Several right answers for each row: JSONL, line by line {"references": ["…", …]}. '
+            "Default: X.references.jsonl beside X.jsonl, if it is there."
+        ),
+    ] = None,
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="Who answers the same rows beside it, with commas between them: zero-shot (the frozen model in the "
+            "task's template), instruction (told what to do, in a chat), 4-shot (or another number: instruction and "
+            "examples), @2 (a version in the store)."
+        ),
+    ] = "",
+    instruction: Annotated[
+        str | None, typer.Option(help="What baselines are told. Default: `instruction` of meta.json beside the data.")
+    ] = None,
+    shots_data: Annotated[
+        Path | None, typer.Option(help="Where examples come from. Default: train.jsonl beside the data.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    compare: Annotated[
+        tuple[int, int] | None, typer.Option(help="Say whether the second of two versions in the store is better.")
+    ] = None,
     soft_prompt: Annotated[
         Path | None, typer.Option(help="A PEFT directory to evaluate as TASK, instead of the inbox's.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    baseline: Annotated[
-        bool,
-        typer.Option(
-            "--baseline",
-            help="Also ask the frozen model alone, zero-shot: --instruction, an empty line and the input, in the chat "
-            "template. The first line of its answer counts, whatever its case and the punctuation around it.",
-        ),
-    ] = False,
-    instruction: Annotated[str | None, typer.Option(help="What the baseline is told to do with an input.")] = None,
     json_line: Annotated[
         bool, typer.Option("--json", help="Print the figures again, last, as a line of JSON.")
     ] = False,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Write README.md into the task's directory, and the figures into the metrics of its manifest.json: "
+            "a server that watches it then publishes a new version, with the same answers.",
+        ),
+    ] = False,
 ) -> None:
-    """Measure exact match on a data file through the served path: every row is an ordinary request to the engine.
+    """Measure a task on a data file through the served path: every row is an ordinary request to the engine.
 
-    All rows are sent at once, with the template and the generation defaults of TASK's manifest; decoding is greedy
-    unless the manifest says otherwise. An answer counts if, without the white space around it, it is the target.
-    Nothing is written: neither to the inbox nor to the store.
+    Where there are labels: accuracy and macro-F1, by scoring the labels as `choices` does and by what is generated.
+    Else: exact match, ROUGE-L, BLEU and perplexity. All with 95 % intervals, with the template and the generation
+    defaults of TASK's manifest; decoding is greedy unless the manifest says otherwise. Without --card nothing is
+    written: neither to the inbox nor to the store.
     """
     configure_logging("warning")
     with errors_as_sentences():
-        if baseline != bool(instruction):
-            raise ConfigurationError(
-                "--baseline and --instruction belong together.", remedy='Give both, or neither: --instruction "…".'
-            )
+        from server.cli import contents
+        from server.cli.scores import print_report
+        from server.cli.tables import console
         from server.engine.build import load_engine
-        from server.train.data import labels_of, read_data
-        from server.train.evaluate import evaluate_baseline, evaluate_task
+        from server.evaluation.card import check_card, render_card, write_card, write_metrics
+        from server.evaluation.contestants import Wanted
+        from server.evaluation.data import read_evaluation_data, read_rows
+        from server.evaluation.evaluation import prepare
+        from server.evaluation.run import OwnEngine, run
 
         settings = Settings.load()
-        rows = read_data(data).first(limit)
+        wanted = Wanted.parse([name.strip() for name in baselines.split(",") if name.strip()])
+        rows = read_evaluation_data(data, references=references, limit=limit)
+        shots = read_rows(_shots_path(data, shots_data)) if wanted.shots else None
+        directory = soft_prompt or settings.prompts_dir / task
+        if card:
+            check_card(directory)
+        if (compare or "@" in task) and (soft_prompt or card):
+            raise ConfigurationError(
+                "Versions are read from the store; --soft-prompt and --card are about a directory.",
+                remedy="Evaluate the directory by itself, or pull the version with `prelude prompts pull`.",
+            )
         engine = load_engine(settings)
-        model = engine.model
-        found = _find_soft_prompt(settings, model.spec, task, soft_prompt)
-        labels = found.manifest.labels or labels_of(rows.rows) or ()
-        with _row_bar(task, len(rows.rows)) as on_answer:
-            result = evaluate_task(engine, found, rows, on_answer)
-        _print_evaluation(task, result, labels)
-        figures: dict[str, Any] = {
-            "task": task,
-            "model": model.spec.name,
-            "dtype": model.spec.dtype,
-            "digest": found.digest,
-        }
-        figures |= {"data_sha256": rows.sha256, **result.as_dict(labels)}
-        if instruction:
-            with _row_bar("baseline", len(rows.rows)) as on_answer:
-                alone = evaluate_baseline(engine, instruction, rows, on_answer)
-            _print_evaluation(f"{model.spec.name} alone, zero-shot", alone, labels)
-            figures["baseline"] = {"instruction": instruction, **alone.as_dict(labels)}
+        found = contents.find(settings, engine.model.spec, task, soft_prompt, compare, wanted.versions)
+        evaluation = prepare(
+            OwnEngine(engine),
+            rows,
+            (found.name, found.soft_prompt),
+            others=found.others,
+            wanted=wanted,
+            instruction=instruction,
+            shots=shots,
+            version=found.version,
+        )
+        with _row_bar(evaluation.num_questions) as on_row:
+            report = run(engine, evaluation, on_row)
+        print_report(report, console())
+        if card:
+            command = _command(task, data, baselines, instruction, limit)
+            written = write_card(directory, render_card(report, found.soft_prompt, command))
+            write_metrics(directory, report)
+            typer.echo(f"\n{written} and its manifest.json: written")
         if json_line:
-            typer.echo(json.dumps(figures, ensure_ascii=False))
+            typer.echo(json.dumps(report.as_dict(), ensure_ascii=False))
 
 
-def _find_soft_prompt(settings: Settings, model: ModelSpec, task: str, directory: Path | None) -> SoftPrompt:
-    """What a server that starts with this inbox answers `task` with, or the one in a directory.
+def _shots_path(data: Path, given: Path | None) -> Path:
+    beside = data.with_name("train.jsonl")
+    if given is None and (not beside.exists() or beside.samefile(data)):
+        raise ConfigurationError(
+            "Examples need training data, and there is no train.jsonl beside the data.",
+            remedy="Name it with --shots-data.",
+        )
+    return given or beside
 
-    It is published as a server publishes it, but to a store that is gone afterwards.
-    """
-    from server.registry.inbox import Inbox
-    from server.registry.objects import LocalObjects
-    from server.registry.registry import Registry
-    from server.registry.store import Store
-    from server.soft_prompts.formats import load_soft_prompts
-    from server.soft_prompts.names import names_of
 
-    with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
-        registry = Registry(Store(LocalObjects(Path(store))), model, settings.max_virtual_tokens)
-        if directory is not None:
-            if not directory.is_dir():
-                raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
-            contents = load_soft_prompts(directory, model, settings.max_virtual_tokens)
-            if names_of(task, contents) != [task]:
-                raise InvalidSoftPrompt(
-                    f"{directory} is a multitask soft prompt with {len(contents)} rows.",
-                    remedy=f"Put it into {settings.prompts_dir}; there they are {directory.name}-0, ….",
-                )
-            registry.publish(task, contents, "inbox")
-        else:
-            Inbox(settings.prompts_dir, registry).scan(settle_seconds=0)
-        try:
-            return registry.fetch(registry.resolve(task)).result()
-        except UnknownTask as exc:
-            if task in registry.errors:
-                raise InvalidSoftPrompt(
-                    f"{settings.prompts_dir / task} cannot be served.", remedy=registry.errors[task]
-                ) from exc
-            tasks = ", ".join(live.name for live in registry.tasks()[:20]) or "nothing"
-            raise UnknownTask(
-                exc.message, remedy=f"{settings.prompts_dir} holds {tasks}; or name a directory with --soft-prompt."
-            ) from exc
+def _command(task: str, data: Path, baselines: str, instruction: str | None, limit: int | None) -> str:
+    """What measures the same again, as the card tells it."""
+    parts = ["prelude", "eval", task, "--data", str(data)]
+    for option, value in {"--baselines": baselines, "--instruction": instruction, "--limit": limit}.items():
+        parts += [option, str(value)] if value else []
+    return shlex.join(parts)
 
 
 @contextmanager
-def _row_bar(description: str, rows: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that counts answered rows."""
+def _row_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar that counts answered rows, and says whose."""
     from tqdm import tqdm
 
-    with tqdm(total=rows, desc=description, unit="row", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
 
-        def show() -> None:
+        def show(name: str) -> None:
+            bar.set_description(name, refresh=False)
             bar.update()
 
         yield show
-
-
-def _print_evaluation(name: str, result: Evaluation, labels: Sequence[str]) -> None:
-    typer.echo(
-        f"{name}: exact match {result.exact_match:.1%} ({result.correct} of {len(result.answers)} rows), "
-        f"{result.seconds:.1f} s, {result.requests_per_second:.1f} requests/s"
-    )
-    for label, (correct, rows) in result.by_label(labels).items():
-        typer.echo(f"  {label}: {correct} of {rows}")

@@ -104,6 +104,11 @@ class FrozenModel:
         dtype: torch.dtype = self.module.dtype
         return dtype
 
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a text, as training puts it behind every target."""
+        return min(self.eos_token_ids, default=None)
+
     @classmethod
     def load(cls, settings: Settings) -> FrozenModel:
         """Load the model that the settings name.

@@ -131,7 +131,15 @@ class EngineWorker:
     @property
     def end_token_id(self) -> int | None:
         """The token that ends a text, as training puts it behind every target."""
-        return min(self._engine.model.eos_token_ids, default=None)
+        return self._engine.model.end_token_id
+
+    def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
+        """Refuse what can never run; safe from any thread.
+
+        Raises:
+            EmptyInput, InputTooLong: as the engine's.
+        """
+        self._engine.check(request, soft_prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special ones by their names; safe from any thread."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.api.labels import judge
 from server.core import Scored
+from server.engine.labels import judge
 from server.engine.model import FrozenModel
 from tests.api.live import LiveServer, assert_error, engine_answer
 from tests.support import EOS

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli import app
+from server.core import ModelSpec
 from server.engine.model import FrozenModel
-from server.settings import ENV_PREFIX
-from server.soft_prompts.formats import save_soft_prompt
+from server.registry.objects import open_objects
+from server.registry.registry import Registry
+from server.registry.store import Store
+from server.settings import ENV_PREFIX, Settings
+from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import random_soft_prompt
 from tests.train.rows import MOODS, write_rows
 
@@ -69,10 +75,11 @@ def test_what_is_trained_is_evaluated_and_nothing_else_is_written(workplace: Pat
     written = sorted(path.relative_to(workplace) for path in workplace.rglob("*"))
     evaluated = prelude("eval", "mood", "--data", "test.jsonl")
     assert evaluated.exit_code == 0, evaluated.output
-    first, *labels = evaluated.stdout.splitlines()
-    assert first.startswith("mood: exact match 100.0% (4 of 4 rows), ")
-    assert first.endswith(" requests/s")
-    assert labels == ["  no: 2 of 2", "  yes: 2 of 2"]
+    first, *lines = evaluated.stdout.splitlines()
+    assert first == "mood on 4 rows of test.jsonl, tiny in float32"
+    (figures,) = [line.split() for line in lines if line.startswith("mood ")]
+    assert figures[:9] == ["mood", *["100.0", "%"] * 4]
+    assert [line.split() for line in lines if line.startswith(("no ", "yes "))] == [["no", "2", "2"], ["yes", "2", "2"]]
     assert sorted(path.relative_to(workplace) for path in workplace.rglob("*")) == written
 
 
@@ -81,34 +88,87 @@ def test_json_is_the_last_line_and_holds_the_figures(workplace: Path) -> None:
     write_rows(workplace / "test.jsonl", [*MOODS, ("good", "no")])
     lines = prelude("eval", "mood", "--data", "test.jsonl", "--json").stdout.splitlines()
     figures = json.loads(lines[-1])
-    assert (figures["task"], figures["model"], figures["dtype"]) == ("mood", "tiny", "float32")
-    assert (figures["rows"], figures["correct"], figures["exact_match"]) == (5, 4, 0.8)
+    assert (figures["task"], figures["model"], figures["dtype"], figures["rows"]) == ("mood", "tiny", "float32", 5)
+    assert figures["contestants"]["mood"]["accuracy_choices"]["value"] == 0.8
     assert figures["labels"] == {"no": {"correct": 2, "rows": 3}, "yes": {"correct": 2, "rows": 2}}
     assert figures["digest"] == json.loads((workplace / "prompts/mood/manifest.json").read_text())["digest"]
-    assert figures["seconds"] > 0
-    assert "baseline" not in figures
+    assert set(figures["contestants"]) == {"mood"}
 
 
 def test_a_directory_can_be_evaluated_instead_of_the_inbox_and_only_some_rows(workplace: Path) -> None:
     assert train(*TRAINING, "--out", "elsewhere/first").exit_code == 0
     assert not (workplace / "prompts").exists()
     result = prelude("eval", "mood", "--data", "test.jsonl", "--soft-prompt", "elsewhere/first", "--limit", "3")
-    assert "mood: exact match 100.0% (3 of 3 rows)" in result.stdout
+    assert "mood on 3 rows of test.jsonl" in result.stdout
 
 
-def test_the_frozen_model_alone_is_measured_beside_it(workplace: Path) -> None:
+def test_baselines_are_measured_beside_it_with_what_lies_beside_the_data(workplace: Path) -> None:
     assert train("--steps", "1").exit_code == 0
-    result = prelude("eval", "mood", "--data", "test.jsonl", "--baseline", "--instruction", "Is it good?", "--json")
-    assert "tiny alone, zero-shot: exact match 0.0% (0 of 4 rows)" in result.stdout
-    baseline = json.loads(result.stdout.splitlines()[-1])["baseline"]
-    assert (baseline["instruction"], baseline["rows"]) == ("Is it good?", 4)
+    (workplace / "meta.json").write_text('{"instruction": "Is it good?"}')
+    write_rows(workplace / "train.jsonl", [("nice", "yes"), ("nasty", "no")])
+    baselines = ("--baselines", "zero-shot, instruction,2-shot")
+    result = prelude("eval", "mood", "--data", "test.jsonl", *baselines, "--json")
+    assert result.exit_code == 0, result.output
+    assert " zero-shot: accuracy " in result.stdout
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert list(figures["contestants"]) == ["mood", "zero-shot", "instruction", "2-shot"]
+    assert figures["instruction"] == "Is it good?"
 
 
-@pytest.mark.parametrize("given", [["--baseline"], ["--instruction", "Is it good?"]])
-def test_a_baseline_without_its_instruction_is_refused_rather_than_left_out(workplace: Path, given: list[str]) -> None:
-    assert "--baseline and --instruction belong together" in refused(
-        prelude("eval", "mood", "--data", "test.jsonl", *given)
+def test_a_baseline_without_what_it_needs_is_refused_rather_than_left_out(workplace: Path) -> None:
+    assert train("--steps", "1").exit_code == 0
+    evaluate = ("eval", "mood", "--data", "test.jsonl", "--baselines")
+    assert "needs an instruction" in refused(prelude(*evaluate, "instruction"))
+    assert "There is no baseline 'few'" in refused(prelude(*evaluate, "few"))
+    (workplace / "train.jsonl").unlink()
+    assert "there is no train.jsonl beside the data" in refused(prelude(*evaluate, "2-shot"))
+
+
+def stored_versions(workplace: Path, model: ModelSpec, *soft_prompts: SoftPrompt) -> None:
+    """Versions in the store that the settings name."""
+    registry = Registry(Store(open_objects(Settings.load().store_url)), model, 512)
+    for soft_prompt in soft_prompts:
+        registry.publish("mood", [soft_prompt], "api")
+
+
+def test_two_versions_of_the_store_are_compared_in_a_sentence(workplace: Path, tiny32: FrozenModel) -> None:
+    assert train(*TRAINING).exit_code == 0
+    (trained,) = load_soft_prompts(workplace / "prompts/mood", tiny32.spec, 512)
+    poor = random_soft_prompt(tiny32.spec, manifest={"labels": ["no", "yes"], "generation": {"max_new_tokens": 4}})
+    stored_versions(workplace, tiny32.spec, poor, trained, poor)
+    write_rows(workplace / "test.jsonl", MOODS * 6)
+    compared = prelude("eval", "mood", "--data", "test.jsonl", "--compare", "1", "2")
+    assert compared.exit_code == 0, compared.output
+    assert re.search(
+        r"^version 2 is better than 1: accuracy \+\d+\.\d points \(95 % interval ", compared.stdout, re.MULTILINE
     )
+    worse = prelude("eval", "mood", "--data", "test.jsonl", "--compare", "2", "3")
+    assert re.search(r"^version 3 is worse than 2: accuracy -", worse.stdout, re.MULTILINE)
+    same = prelude("eval", "mood@1", "--data", "test.jsonl", "--baselines", "@3")
+    assert "no difference shown between version 1 and 3: accuracy +0.0 points" in same.stdout
+    assert "macro-F1: no difference shown, +0.0 points" in same.stdout
+
+
+def test_a_comparison_without_a_store_makes_none(workplace: Path) -> None:
+    assert "There is no store at file:prompts/.store" in refused(
+        prelude("eval", "mood", "--data", "test.jsonl", "--compare", "1", "2")
+    )
+    assert not (workplace / "prompts").exists()
+
+
+def test_a_card_is_written_only_where_it_is_asked_for(workplace: Path) -> None:
+    assert train(*TRAINING).exit_code == 0
+    before = (workplace / "prompts/mood/manifest.json").read_text()
+    assert prelude("eval", "mood", "--data", "test.jsonl", "--card").exit_code == 0
+    card = (workplace / "prompts/mood/README.md").read_text()
+    assert "# mood" in card
+    assert "    prelude eval mood --data test.jsonl\n" in card
+    metrics = json.loads((workplace / "prompts/mood/manifest.json").read_text())["metrics"]
+    assert metrics["test_accuracy_choices"] == 1.0
+    assert set(json.loads(before)["metrics"]) < set(metrics)
+    (workplace / "prompts/mood/README.md").write_text("mine")
+    message = refused(prelude("eval", "mood", "--data", "test.jsonl", "--card"))
+    assert "README.md was not written by `prelude eval`" in message
 
 
 def test_an_unknown_task_is_refused_with_those_that_there_are(workplace: Path) -> None:
@@ -210,7 +270,10 @@ def test_an_unknown_option_is_refused(workplace: Path) -> None:
         ([], ["serve", "train", "eval"]),
         (["serve"], ["--port", "PRELUDE_PORT", "--kv-memory", "such as 2GiB"]),
         (["train"], ['{"input": "…", "target": "…"}', "prompts/TASK", "labels, vocab (sampled)", "auto tries"]),
-        (["eval"], ["served path", "--baseline", "--instruction", "--soft-prompt", "--limit", "--json", "greedy"]),
+        (
+            ["eval"],
+            ["served path", "--baselines", "--compare", "--card", "--soft-prompt", "--limit", "--json", "greedy"],
+        ),
     ],
 )
 def test_help_teaches_what_a_command_takes(command: list[str], taught: list[str]) -> None:
@@ -241,4 +304,4 @@ def test_a_broken_entry_of_the_inbox_is_in_nobody_else_s_way(workplace: Path, ti
     (workplace / "prompts/broken/adapter_config.json").write_text("{")
     result = prelude("eval", "plain", "--data", "test.jsonl", "--limit", "2")
     assert result.exit_code == 0, result.output
-    assert "plain: exact match 0.0% (0 of 2 rows)" in result.stdout
+    assert "plain on 2 rows of test.jsonl" in result.stdout

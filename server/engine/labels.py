@@ -11,12 +11,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.core import Scored
-from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 
 LabelIds = tuple[int, ...]
+
+
+class Encodes(Protocol):
+    """What makes tokens of labels: the frozen model, or the worker around it."""
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a text, as training puts it behind every target."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +41,13 @@ class Judged:
     num_tokens: int
 
 
-def encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[LabelIds, ...]:
+def encode_labels(model: Encodes, labels: Sequence[str]) -> tuple[LabelIds, ...]:
     """Token ids of labels as training tokenises targets: apart from the input.
 
     Raises:
         InvalidRequest: two labels are the same to the model.
     """
-    ids = [tuple(worker.encode(label, add_special_tokens=False)) for label in labels]
+    ids = [tuple(model.encode(label, add_special_tokens=False)) for label in labels]
     ordered = sorted(zip(ids, labels, strict=True))
     for (one, text), (other, twin) in itertools.pairwise(ordered):
         if one == other:
@@ -45,7 +56,7 @@ def encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[LabelIds
             )
     # In lexical order a label is followed at once by one that it begins, if there is any.
     if any(other[: len(one)] == one for (one, _), (other, _) in itertools.pairwise(ordered)):
-        end = worker.end_token_id
+        end = model.end_token_id
         if end is not None:
             return tuple((*label, end) for label in ids)
     return tuple(ids)

@@ -1,0 +1,1 @@
+"""Evaluations over HTTP: asked of the engine that serves, beside everybody else."""

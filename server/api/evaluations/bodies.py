@@ -1,0 +1,87 @@
+"""What is sent and answered under /evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.schemas import ErrorBody, Text
+
+FILES = ("data", "references", "shots")
+"""Fields that are a file of the form, or the name of one in PRELUDE_DATA_DIR."""
+
+_NAMED = "a name inside PRELUDE_DATA_DIR; in a form also the file itself."
+
+
+class Order(BaseModel):
+    """POST /evaluations, as JSON or as a form."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"task": "sms_spam", "data": "sms_spam/test.jsonl", "limit": 100}]},
+    )
+
+    task: Text = Field(description="The task, or task@version.", max_length=128)
+    data: Text | None = Field(None, description=f"The rows, JSONL: {_NAMED}", max_length=1000)
+    references: Text | None = Field(None, description=f"Right answers, line by line: {_NAMED}", max_length=1000)
+    shots: Text | None = Field(None, description=f"Training data, for k-shot: {_NAMED}", max_length=1000)
+    baselines: list[Text] = Field(
+        [], description="Some of zero-shot, instruction, 4-shot, @2. In a form with commas between them.", max_length=16
+    )
+    instruction: Text | None = Field(None, description="What baselines are told.", min_length=1, max_length=10_000)
+    limit: int | None = Field(None, description="Only the first so many rows.", ge=1)
+    compare: list[int] | None = Field(
+        None, description="Two versions: whether the second is better. In a form: 2,3.", min_length=2, max_length=2
+    )
+
+
+def request_body() -> dict[str, Any]:
+    """The body for OpenAPI, which cannot be derived: a field may be a file or the name of one."""
+    schema = Order.model_json_schema()
+    form = {**schema["properties"]}
+    for name in FILES:
+        form[name] = {"type": "string", "format": "binary", "description": form[name]["description"]}
+    for name in ("baselines", "compare"):
+        form[name] = {"type": "string", "description": form[name]["description"]}
+    whole = {"type": "object", "additionalProperties": False, "properties": form, "required": ["task", "data"]}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": whole}},
+        }
+    }
+
+
+class Progress(BaseModel):
+    """Rows that were answered, of all contestants, and how many that will be."""
+
+    done: int
+    total: int
+
+
+class EvaluationBody(BaseModel):
+    """One evaluation."""
+
+    id: str
+    state: str = Field(description="waiting, running, done, failed, cancelled, or aborted (the server shut down).")
+    task: str
+    version: int
+    data: str
+    rows: int
+    contestants: list[str]
+    created_at: str
+    started_at: str | None = None
+    ended_at: str | None = None
+    by: str | None = Field(None, description="Id of the key that asked for it.")
+    progress: Progress
+    error: ErrorBody | None = Field(None, description="Why it failed or was aborted.")
+    result: dict[str, Any] | None = Field(
+        None, description="Once it is done, not in the list: figures with intervals, as `prelude eval --json` has them."
+    )
+
+
+class EvaluationList(BaseModel):
+    """GET /evaluations, newest first."""
+
+    evaluations: list[EvaluationBody]

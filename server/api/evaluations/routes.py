@@ -1,0 +1,147 @@
+"""The routes under /evaluations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Request, Response
+
+from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
+from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.errors import error_body
+from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
+from server.api.evaluations.jobs import Evaluations, Job
+from server.api.evaluations.orders import make_job, read_body
+from server.api.schemas import ErrorBody
+from server.errors import EvaluationNotDone, UnknownEvaluation
+from server.keys.key import Scope
+
+UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "No such evaluation, or it was forgotten."},
+    422: {"model": ErrorBody, "description": "A parameter does not fit."},
+}
+START_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The body cannot be read."},
+    404: {"model": ErrorBody, "description": "No such task or version."},
+    413: {"model": ErrorBody, "description": "The upload is too large."},
+    422: {"model": ErrorBody, "description": "A field or a row does not fit; a row by its file and line."},
+    429: {"model": ErrorBody, "description": "Too many evaluations wait already."},
+    500: {"model": ErrorBody, "description": "The files cannot be kept, or what measures text is not installed."},
+    503: {"model": ErrorBody, "description": "The server is shutting down, or the version cannot be served."},
+    507: {"model": ErrorBody, "description": "There is no room for the files."},
+}
+
+router = APIRouter(
+    prefix="/evaluations",
+    tags=["evaluations"],
+    route_class=GuardedRoute,
+    dependencies=[Publishes, Depends(known_query)],
+)
+
+JobId = Annotated[str, Path(description="As POST /evaluations answered it.", max_length=64)]
+
+
+async def _evaluations(request: Request) -> Evaluations:
+    evaluations: Evaluations = request.app.state.evaluations
+    return evaluations
+
+
+async def _job(request: Request, id: JobId) -> Job:  # noqa: A002 (as the path says it)
+    """The job that the path names, if the key is for its task: others' are not even there."""
+    job = (await _evaluations(request)).get(id)
+    if not may_see(request, job.about.task):
+        raise UnknownEvaluation("There is no evaluation of that id.")
+    return job
+
+
+EvaluationsDep = Annotated[Evaluations, Depends(_evaluations)]
+JobDep = Annotated[Job, Depends(_job)]
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=EvaluationBody,
+    response_model_exclude_none=True,
+    responses=START_ERRORS,
+    openapi_extra=request_body(),
+)
+async def start_evaluation(
+    request: Request,
+    response: Response,
+    evaluations: EvaluationsDep,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    settings: SettingsDep,
+    key_id: KeyIdDep,
+) -> EvaluationBody:
+    """Measure a task on a data file, beside live traffic; ask `GET /evaluations/{id}` how far it is.
+
+    The data is checked whole before the reply. One evaluation runs at a time, the others wait.
+    """
+    evaluations.check_room()
+    try:
+        body = await read_body(request)
+        authorise(request, Scope.PUBLISH)  # again: the key must still be valid when a long upload is over
+        allow_task(request, body.order.task)
+        job = await make_job(body, worker, registry, settings.data_dir, key_id)
+    finally:
+        await request.close()  # the form's files
+    evaluations.add(job)
+    response.headers["Location"] = f"/evaluations/{job.id}"
+    return _shown(job)
+
+
+@router.get("", response_model=EvaluationList, response_model_exclude_none=True, responses={422: UNKNOWN[422]})
+async def list_evaluations(request: Request, evaluations: EvaluationsDep) -> EvaluationList:
+    """All evaluations since the server's start, newest first, without results; of those that ended the last 100."""
+    jobs = [job for job in evaluations.all() if may_see(request, job.about.task)]
+    return EvaluationList(evaluations=[_shown(job, result=False) for job in jobs])
+
+
+@router.get("/{id}", response_model=EvaluationBody, response_model_exclude_none=True, responses=UNKNOWN)
+async def get_evaluation(job: JobDep) -> EvaluationBody:
+    """How far an evaluation is, and its result once it is done."""
+    return _shown(job)
+
+
+@router.get(
+    "/{id}/card",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/markdown": {}}, "description": "The card."},
+        409: {"model": ErrorBody, "description": "It is not done."},
+        **UNKNOWN,
+    },
+)
+async def get_card(job: JobDep) -> Response:
+    """The result as Markdown, for the README.md beside a soft prompt."""
+    if job.card is None:
+        raise EvaluationNotDone(f"The evaluation is {job.state}, so there is no card.")
+    return Response(job.card, media_type="text/markdown")
+
+
+@router.delete("/{id}", status_code=204, responses=UNKNOWN)
+async def delete_evaluation(job: JobDep, evaluations: EvaluationsDep) -> None:
+    """Cancel an evaluation that waits or runs, and free all that it holds; forget one that has ended."""
+    await evaluations.cancel(job)
+
+
+def _shown(job: Job, *, result: bool = True) -> EvaluationBody:
+    assert job.about.version is not None, "a server evaluates versions"
+    return EvaluationBody(
+        id=job.id,
+        state=job.state,
+        task=job.about.task,
+        version=job.about.version,
+        data=job.about.data,
+        rows=job.about.rows,
+        contestants=list(job.contestants),
+        created_at=job.created_at,
+        started_at=job.started_at,
+        ended_at=job.ended_at,
+        by=job.key_id,
+        progress=Progress(done=job.done, total=job.total),
+        error=None if job.error is None else ErrorBody(**error_body(job.error)),
+        result=job.report.as_dict() if result and job.report is not None else None,
+    )

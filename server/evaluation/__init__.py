@@ -1,0 +1,1 @@
+"""How good a task's answers are: asked through the served path, against baselines, with intervals."""

@@ -1,0 +1,179 @@
+"""From a row to requests of the engine, and from what comes back to an answer.
+
+Every row is asked by ordinary requests: one that generates, and one that scores given texts, which are the labels of a
+classification, or the target where text is written.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.core import Delta, FinishReason, GenerationRequest, Scored
+from server.engine.labels import LabelIds, encode_labels, judge
+from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidTrainingData
+from server.evaluation.contestants import Contestant, Host
+from server.evaluation.data import EvaluationData
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import Row
+
+QUEUE = "(evaluation)"
+"""The queue that rows wait in. No task can be called so, so live tasks each have a turn of their own beside it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for a row."""
+
+    text: str
+    """What was generated."""
+    chosen: int | None = None
+    """Which label is the likeliest, in a classification."""
+    loss: float = 0.0
+    """Negative log-probability of the target with its end token, where text is written."""
+    tokens: int = 0
+    """Tokens of that target."""
+
+
+@dataclass
+class Asked:
+    """One request of a row, and what has come back of it so far."""
+
+    row: Row
+    request: GenerationRequest
+    soft_prompt: SoftPrompt | None
+    text: list[str] = field(default_factory=list)
+    scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
+
+    def take(self, delta: Delta) -> bool:
+        """Take over what a step added; True once the request has ended.
+
+        Raises:
+            GenerationFailed: the engine could not finish it.
+        """
+        if delta.finish_reason in (FinishReason.FAILED, FinishReason.ABORTED):
+            raise GenerationFailed(f"Line {self.row.line} got no answer: {delta.error or 'it was aborted'}")
+        if delta.token is not None and not delta.token.special:
+            self.text.append(delta.token.text)
+        if delta.scored:
+            self.scored[delta.index] = delta.scored
+        return delta.finish_reason is not None and delta.is_last
+
+
+class Questions:
+    """How the rows of one data file are asked, whoever answers.
+
+    Attributes:
+        data: the rows.
+        labels: the classes; empty where text is written.
+    """
+
+    def __init__(self, data: EvaluationData, labels: Sequence[str], host: Host) -> None:
+        """Encode the labels once.
+
+        Raises:
+            InvalidRequest: two labels are the same to the model.
+            InvalidTrainingData: a row's target is none of the labels.
+        """
+        self.data = data
+        self.labels = tuple(labels)
+        self._host = host
+        self._label_ids: tuple[LabelIds, ...] = encode_labels(host, self.labels) if self.labels else ()
+        for row in data.rows:  # before they are tokenised, which takes long and cannot be interrupted
+            if len(row.input) + len(row.target) > host.max_characters:
+                raise InvalidTrainingData(
+                    f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
+                    remedy="Shorten or leave out the row.",
+                )
+        names = {label.strip() for label in self.labels}
+        for row in data.rows:
+            if names and row.target.strip() not in names:
+                raise InvalidTrainingData(
+                    f"{data.name}, line {row.line}: the target {row.target[:80]!r} is none of the task's labels "
+                    f"({', '.join(self.labels[:20])}).",
+                    remedy="Mend the row, or evaluate a task that has this label.",
+                )
+
+    @property
+    def choices_per_row(self) -> int:
+        """How much of the engine one row takes while it is asked: what is generated, and what is scored."""
+        return 1 + (len(self.labels) or 1)
+
+    def check(self, contestant: Contestant) -> None:
+        """Refuse rows that can never be asked, before any of them is.
+
+        Raises:
+            InvalidTrainingData: names file and line.
+        """
+        for row in self.data.rows:
+            for asked in self.ask(contestant, row):
+                self._check(contestant, asked)
+
+    def _check(self, contestant: Contestant, asked: Asked) -> None:
+        try:
+            self._host.check(asked.request, asked.soft_prompt)
+        except (EmptyInput, InputTooLong) as exc:
+            who = "" if contestant.soft_prompt is not None else f" for {contestant.name}"
+            raise InvalidTrainingData(
+                f"{self.data.name}, line {asked.row.line}{who}: {exc.message}",
+                remedy="Draw fewer examples, or raise PRELUDE_MAX_MODEL_LEN."
+                if contestant.preamble
+                else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
+            ) from exc
+
+    def ask(self, contestant: Contestant, row: Row, key_id: str | None = None) -> tuple[Asked, Asked]:
+        """A row as the two requests that a contestant answers."""
+        host, soft_prompt = self._host, contestant.soft_prompt
+        ids = tuple(contestant.read(row, host))
+        name = f"evaluation-{uuid.uuid4().hex}"
+        sampling = contestant.sampling(row, ids, host)
+        generated = GenerationRequest(f"{name}-text", ids, sampling, QUEUE, key_id)
+        given = self._label_ids or (self._target_ids(row),)
+        scored = GenerationRequest(f"{name}-given", ids, task=QUEUE, key_id=key_id, labels=given)
+        return Asked(row, generated, soft_prompt), Asked(row, scored, soft_prompt)
+
+    def answer(self, generated: Asked, scored: Asked) -> Answer:
+        """What the two requests of a row were answered with."""
+        text = "".join(generated.text)
+        given = [scored.scored[index] for index in range(scored.request.num_choices)]
+        if self.labels:
+            judged = judge(self.labels, given, length_normalized=False)
+            best = max(range(len(judged)), key=lambda index: judged[index].probability)
+            return Answer(text, chosen=best)
+        loss = -math.fsum(token.logprob or 0.0 for token in given[0])
+        return Answer(text, loss=loss, tokens=len(given[0]))
+
+    def _target_ids(self, row: Row) -> LabelIds:
+        """A row's target as training teaches it: with the token that ends it."""
+        end = self._host.end_token_id
+        ids = self._host.encode(row.target, add_special_tokens=False)
+        return (*ids, *(() if end is None else (end,)))
+
+
+def shown_text(text: str, contestant: Contestant, data: EvaluationData) -> str:
+    """An answer as it is compared: without white space around it; of the frozen model alone its first line.
+
+    That is the first that is not blank, and only where every target is one line.
+    """
+    text = text.strip()
+    if contestant.is_lenient and data.is_single_line:
+        return text.splitlines()[0].strip() if text else ""
+    return text
+
+
+def is_same(text: str, target: str, *, lenient: bool) -> bool:
+    """Whether an answer counts as a target: exactly; if lenient, but for case and what stands around it.
+
+    That is ASCII punctuation and white space, around either of the two; inside them both count.
+    """
+    if not lenient:
+        return text.strip() == target.strip()
+    return bool(text.strip()) and _bare(text) == _bare(target)
+
+
+def _bare(text: str) -> str:
+    """Without case and what stands around it; a text of nothing else stays as it is."""
+    return (text.strip(string.punctuation + string.whitespace) or text.strip()).casefold()

@@ -1,0 +1,157 @@
+"""What is evaluated on: rows, the references that an answer is compared with, and what their folder says of them.
+
+Beside `test.jsonl` may lie `test.references.jsonl`, whose line n is `{"references": ["…", …]}` for line n of the data,
+and `meta.json`, whose `instruction` says in words what the task is. Both are found by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from server.errors import InvalidTrainingData
+from server.train.data import DataFile, Row, labels_of, read_data
+
+META = "meta.json"
+REFERENCES = ".references.jsonl"
+REFERENCE_LINE = 'Each line must be a JSON object with a list of strings: {"references": ["…"]}.'
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A data file, ready to be asked.
+
+    Attributes:
+        name: how errors and reports call it.
+        rows: its rows, the first so many if there is a limit.
+        references: for each row the texts that are right; its target where no references were given.
+        sha256: hash of the whole file.
+        labels: the file's distinct targets, where they look like classes.
+        instruction: what its folder says that the task is.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    references: tuple[tuple[str, ...], ...]
+    sha256: str
+    labels: tuple[str, ...] | None = None
+    instruction: str | None = None
+
+    @property
+    def is_single_line(self) -> bool:
+        """Whether every target is one line: then the first line of an answer is the answer."""
+        return not any("\n" in row.target.strip() for row in self.rows)
+
+
+def read_evaluation_data(
+    path: Path,
+    *,
+    references: Path | None = None,
+    references_name: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    inside: Path | None = None,
+) -> EvaluationData:
+    """Read and check a data file, and what lies beside it.
+
+    Args:
+        path: the data.
+        references: other references than those beside it.
+        references_name: what to call these.
+        limit: only the first so many rows.
+        name: what to call it instead of by its path, which may be nobody's business.
+        inside: no link may lead what lies beside it out of this folder.
+
+    Raises:
+        InvalidTrainingData: something in it is not as it must be; names file and line.
+    """
+    whole = read_rows(path, name)
+    beside = path.with_name(path.name.removesuffix(".jsonl") + REFERENCES)
+    found = references or (beside if _may_read(beside, inside) else None)
+    shown = references_name or (found.name if name and found else None)
+    texts = None if found is None else _read_references(found, whole, shown)
+    rows = whole.rows[:limit]
+    return EvaluationData(
+        str(whole.path),
+        rows,
+        tuple((row.target,) if texts is None else texts[row.line] for row in rows),
+        whole.sha256,
+        labels_of(whole.rows),
+        _instruction(path.parent / META) if _may_read(path.parent / META, inside) else None,
+    )
+
+
+def _may_read(path: Path, inside: Path | None) -> bool:
+    """Whether a file is there, in the folder that it seems to be in."""
+    return path.exists() and (inside is None or path.resolve().is_relative_to(inside.resolve()))
+
+
+def read_rows(path: Path, name: str | None = None) -> DataFile:
+    """A data file; errors call it by its name, if it has one.
+
+    Raises:
+        InvalidTrainingData: names file and line.
+    """
+    data = called(path, name, lambda: read_data(path))
+    return data if name is None else replace(data, path=Path(name))
+
+
+def called(path: Path, name: str | None, read: Callable[[], T]) -> T:
+    """What `read` answers; if it refuses, the file is called by the name that the user knows it by."""
+    try:
+        return read()
+    except InvalidTrainingData as exc:
+        if name is None:
+            raise
+        raise InvalidTrainingData(exc.message.replace(str(path), name), remedy=exc.remedy) from exc
+
+
+def _read_references(path: Path, data: DataFile, name: str | None) -> dict[int, tuple[str, ...]]:
+    """Line number -> references.
+
+    Raises:
+        InvalidTrainingData: the file does not go line by line with the data.
+    """
+    shown = name or str(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+        raise InvalidTrainingData(f"{shown} cannot be read: {why}.", remedy="Check the path.") from exc
+    texts = {number: _parse(shown, number, line) for number, line in enumerate(lines, 1) if line.strip()}
+    wanted = {row.line for row in data.rows}
+    if odd := sorted(wanted ^ texts.keys()):
+        other = data.path if odd[0] in texts else shown
+        raise InvalidTrainingData(
+            f"{shown} does not go line by line with {data.path}: {other} has no line {odd[0]}.",
+            remedy="Give references for every row, on the row's own line.",
+        )
+    return texts
+
+
+def _parse(shown: str, number: int, line: str) -> tuple[str, ...]:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidTrainingData(f"{shown}, line {number}: not JSON ({exc}).", remedy=REFERENCE_LINE) from exc
+    texts = value.get("references") if isinstance(value, dict) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InvalidTrainingData(
+            f"{shown}, line {number}: no list 'references' of strings that are not empty.", remedy=REFERENCE_LINE
+        )
+    return tuple(texts)
+
+
+def _instruction(meta: Path) -> str | None:
+    """The folder's instruction; another program's meta.json is none of ours and says nothing."""
+    try:
+        value: Any = json.loads(meta.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    text = value.get("instruction") if isinstance(value, dict) else None
+    return text if isinstance(text, str) and text.strip() else None

@@ -1,0 +1,161 @@
+"""One evaluation: who is asked what, and the report on their answers. Who runs the requests is not its business.
+
+`prelude eval` steps an engine that it has for itself (`run.py`); a server asks the engine that serves (`beside.py`).
+Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from server.evaluation import contestants as ways
+from server.evaluation import metrics
+from server.evaluation.ask import Answer, Asked, Questions
+from server.evaluation.contestants import Contestant, Host, Wanted
+from server.evaluation.data import EvaluationData
+from server.evaluation.intervals import Bootstrap
+from server.evaluation.metrics import Statistics
+from server.evaluation.report import About, Report, Score
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import DataFile, Row
+
+Answers = list[Answer]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything about an evaluation but the answers.
+
+    Attributes:
+        about: what is evaluated, for the report.
+        contestants: who is asked; the first is what the evaluation is about.
+        questions: how rows are asked.
+    """
+
+    about: About
+    contestants: tuple[Contestant, ...]
+    questions: Questions
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that every contestant is asked."""
+        return self.questions.data.rows
+
+    @property
+    def num_questions(self) -> int:
+        """Rows times contestants."""
+        return len(self.rows) * len(self.contestants)
+
+    def check(self) -> None:
+        """Refuse what can never run, before anything does.
+
+        Raises:
+            InvalidTrainingData: a row does not fit the context; names file and line.
+            ConfigurationError: what measures text is not installed.
+        """
+        if not self.questions.labels:
+            metrics.check_installed()
+        for contestant in self.contestants:
+            self.questions.check(contestant)
+
+    def ask(self, contestant: Contestant, row: Row, key_id: str | None = None) -> tuple[Asked, Asked]:
+        """A row as requests; see Questions."""
+        return self.questions.ask(contestant, row, key_id)
+
+    def report(self, answers: Mapping[str, Answers], seconds: Mapping[str, float]) -> Report:
+        """What all answers come to.
+
+        Args:
+            answers: of each contestant, by its name, in the order of the rows.
+            seconds: how long each took.
+        """
+        found = {one.name: self._statistics(one, answers[one.name]) for one in self.contestants}
+        bootstrap = Bootstrap(len(self.rows))
+        subject = self.contestants[0].name
+        return Report(
+            about=self.about,
+            scores={
+                name: Score({metric: bootstrap.estimate(of) for metric, of in statistics.items()}, seconds[name])
+                for name, statistics in found.items()
+            },
+            differences={
+                name: {metric: bootstrap.difference(of, found[subject][metric]) for metric, of in statistics.items()}
+                for name, statistics in found.items()
+                if name != subject
+            },
+            by_label=self._by_label(answers[subject]),
+        )
+
+    def _statistics(self, contestant: Contestant, answers: Answers) -> Statistics:
+        questions = self.questions
+        if questions.labels:
+            return metrics.classification(answers, contestant, questions.data, questions.labels)
+        return metrics.written(answers, contestant, questions.data)
+
+    def _by_label(self, answers: Answers) -> dict[str, tuple[int, int]]:
+        """(chosen rightly, rows) of every label that is some row's."""
+        labels = self.questions.labels
+        found: dict[str, tuple[int, int]] = {}
+        for index, label in enumerate(labels):
+            own = [
+                answer.chosen == index
+                for answer, row in zip(answers, self.rows, strict=True)
+                if row.target.strip() == label.strip()
+            ]
+            if own:
+                found[label] = (sum(own), len(own))
+        return found
+
+
+def prepare(
+    host: Host,
+    data: EvaluationData,
+    subject: tuple[str, SoftPrompt],
+    *,
+    others: Sequence[tuple[str, SoftPrompt]] = (),
+    wanted: Wanted | None = None,
+    instruction: str | None = None,
+    shots: DataFile | None = None,
+    version: int | None = None,
+) -> Evaluation:
+    """Put an evaluation together, and check all of it.
+
+    Args:
+        host: the engine that will be asked.
+        data: the rows.
+        subject: what is evaluated, and its name.
+        others: other versions, and their names.
+        wanted: baselines.
+        instruction: for the baselines that are told in words; else what the data's folder says.
+        shots: training data for k-shot.
+        version: the subject's number, if it has one.
+
+    Raises:
+        InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.
+    """
+    name, soft_prompt = subject
+    manifest = soft_prompt.manifest
+    labels = manifest.labels or data.labels or ()
+    questions = Questions(data, labels, host)
+    alone = ways.baselines(
+        wanted or Wanted(), data, host, manifest, instruction=instruction, shots=shots, labels=labels or None
+    )
+    asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
+    is_told = any(one.instruction or one.preamble for one in alone)
+    about = About(
+        task=name.partition("@")[0],
+        version=version,
+        name=name,
+        digest=soft_prompt.digest,
+        model=host.model.name,
+        dtype=host.model.dtype,
+        data=data.name,
+        data_sha256=data.sha256,
+        rows=len(data.rows),
+        labels=tuple(labels),
+        instruction=(instruction or data.instruction) if is_told else None,
+    )
+    evaluation = Evaluation(about, (*asked, *alone), questions)
+    evaluation.check()
+    return evaluation

@@ -1,0 +1,145 @@
+"""What an evaluation came to: figures with intervals, differences on the same rows, and a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from server.evaluation.intervals import RESAMPLES, SEED, Estimate
+from server.evaluation.metrics import ACCURACY, ROUGE_L, Metric
+
+
+@dataclass(frozen=True)
+class About:
+    """What was evaluated, and on what."""
+
+    task: str
+    version: int | None
+    name: str
+    digest: str
+    model: str
+    dtype: str
+    data: str
+    data_sha256: str
+    rows: int
+    labels: tuple[str, ...]
+    """The classes; empty where text is written."""
+    instruction: str | None = None
+    """What the baselines were told, if one was told anything."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One contestant's figures, and how long it took."""
+
+    figures: Mapping[Metric, Estimate]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole result.
+
+    Attributes:
+        about: what was evaluated.
+        scores: by contestant; the first is what the evaluation is about.
+        differences: of each other contestant, by how much the first is above it on the same rows.
+        by_label: (rightly chosen, rows) of the first, in a classification.
+    """
+
+    about: About
+    scores: Mapping[str, Score]
+    differences: Mapping[str, Mapping[Metric, Estimate]]
+    by_label: Mapping[str, tuple[int, int]]
+
+    @property
+    def main(self) -> Metric:
+        """The figure that decides which of two is better."""
+        return ACCURACY if self.about.labels else ROUGE_L
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What was measured."""
+        return tuple(self.scores[self.about.name].figures)
+
+    def verdict(self, other: str, metric: Metric | None = None) -> str:
+        """Whether what was evaluated is `better` or `worse` than another contestant, or `no difference shown`.
+
+        A difference counts as shown if its 95 % interval leaves out 0.
+        """
+        metric = metric or self.main
+        difference = self.differences[other][metric]
+        if difference.low <= 0.0 <= difference.high:
+            return "no difference shown"
+        return "worse" if (difference.value > 0) == metric.smaller_is_better else "better"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. Shares are of 1, BLEU is 0 to 100; intervals are `[low, high]`."""
+        about = asdict(self.about)
+        return {
+            **{name: value for name, value in about.items() if name not in ("labels", "name") and value is not None},
+            "kind": "classification" if self.about.labels else "text",
+            "intervals": {"method": "bootstrap over rows", "level": 0.95, "resamples": RESAMPLES, "seed": SEED},
+            "contestants": {name: self._score(name) for name in self.scores},
+            **({"labels": self._labels()} if self.by_label else {}),
+        }
+
+    def _score(self, name: str) -> dict[str, Any]:
+        score = self.scores[name]
+        shown: dict[str, Any] = {metric.key: _estimate(of) for metric, of in score.figures.items()}
+        shown["seconds"] = round(score.seconds, 2)
+        if name in self.differences:
+            shown["difference"] = {
+                metric.key: {**_estimate(of), "verdict": self.verdict(name, metric)}
+                for metric, of in self.differences[name].items()
+            }
+        return shown
+
+    def _labels(self) -> dict[str, dict[str, int]]:
+        return {label: {"correct": correct, "rows": rows} for label, (correct, rows) in self.by_label.items()}
+
+    def sentence(self, other: str) -> str:
+        """Whether what was evaluated is better than another contestant, with the interval, as one line."""
+        metric = self.main
+        difference = self.differences[other][metric]
+        names = _plainly(self.about.name, other)
+        verdict = self.verdict(other)
+        start = (
+            f"{names[0]} is {verdict} than {names[1]}"
+            if verdict != "no difference shown"
+            else f"no difference shown between {names[0]} and {names[1]}"
+        )
+        return f"{start}: {metric.title} {written_difference(metric, difference)}"
+
+
+def _plainly(one: str, other: str) -> tuple[str, str]:
+    """Two contestants as one speaks of them: of two versions of a task their numbers say it."""
+    (task, _, version), (other_task, _, other_version) = one.partition("@"), other.partition("@")
+    if version and other_version and task == other_task:
+        return f"version {version}", other_version
+    return one, other
+
+
+def _estimate(of: Estimate) -> dict[str, Any]:
+    return {"value": round(of.value, 4), "interval": [round(of.low, 4), round(of.high, 4)]}
+
+
+def written_figure(metric: Metric, value: float, *, sign: bool = False) -> str:
+    """A figure as people read it: percent of shares, else a number."""
+    number = 100 * value if metric.is_share else value
+    return f"{number:{'+' if sign else ''}.{1 if metric.is_share or abs(number) < 1000 else 0}f}"
+
+
+def written_estimate(metric: Metric, of: Estimate) -> tuple[str, str]:
+    """A figure and its interval."""
+    unit = " %" if metric.is_share else ""
+    low, high = written_figure(metric, of.low), written_figure(metric, of.high)
+    return f"{written_figure(metric, of.value)}{unit}", f"{low} to {high}"
+
+
+def written_difference(metric: Metric, of: Estimate) -> str:
+    """A difference and its interval; of percentages it is points."""
+    points = " points" if metric.is_share else ""
+    low, high = (written_figure(metric, value, sign=value < 0) for value in (of.low, of.high))
+    return f"{written_figure(metric, of.value, sign=True)}{points} (95 % interval {low} to {high})"

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api import limits
 from server.api.evaluations import jobs
 from server.keys.file import add_key
 from server.keys.key import Scope
@@ -243,7 +244,7 @@ def test_a_server_that_drains_aborts_evaluations_and_says_so(own_server: LiveSer
 
 
 def test_an_evaluation_takes_a_part_of_what_may_be_in_flight_and_waits_for_the_rest(tmp_path: Path) -> None:
-    with live_server(tmp_path, max_per_task=2, max_queue=0, max_sequences=2) as live:
+    with live_server(tmp_path, max_per_task=4, max_queue=0, max_sequences=4) as live:
         live.publish_random("mood", 1, MANIFEST)
         live.model.delay = 0.005
         reply = start(live, task="mood")
@@ -290,6 +291,6 @@ def test_a_key_evaluates_sees_and_cancels_its_tasks_alone(
     assert_error(start(live, headers=headers["generate"], task="team-a-mood"), 403, "forbidden", "publish")
 
 
-def test_an_upload_that_is_too_large_is_refused(server: LiveServer, mood: str) -> None:
-    huge = jsonl(("x", "no")) * (2 * server.settings.max_upload_bytes // 30)
-    assert_error(start(server, huge, task=mood), 413, "payload_too_large")
+def test_an_upload_that_is_too_large_is_refused(server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_DATA_BYTES", 1000)
+    assert_error(start(server, jsonl(("x", "no")) * 50, task=mood), 413, "payload_too_large")

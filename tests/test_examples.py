@@ -12,6 +12,8 @@ import pytest
 
 from tests.api.live import LiveServer, SteeredModel, live_server
 from tests.api.openai.support import TEMPLATE
+from tests.jobs.support import save_tiny_model
+from tests.train.rows import MOODS, write_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPAM = "URGENT! You have won a prize. Text WIN to 81010"
@@ -55,6 +57,19 @@ def test_a_client_is_answered_as_every_other(server: LiveServer, name: str) -> N
     assert len(stream) > len("stream: []")
 
 
+def test_a_task_is_trained_measured_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRELUDE_MODEL", str(save_tiny_model(tmp_path / "tiny")))
+    data = write_rows(tmp_path / "rows.jsonl", [(f"{text} {i}", target) for text, target in MOODS for i in range(5)])
+    config = '{"steps": 4, "evaluations": 2, "num_virtual_tokens": 5, "learning_rate": 0.1, "batch_size": 4}'
+    with live_server(tmp_path, max_model_len=128, dtype="float32") as live:
+        options = ["--url", live.url, "--task", "mood", "--data", str(data), "--test", str(data), "--config", config]
+        *steps, _, _ = [
+            line for line in run("train_task.py", *options) if line.startswith(("step", "live", "'good 0'"))
+        ]
+        assert [line.split(":")[0] for line in steps] == ["step 2", "step 4"]
+        assert live.client.get("/prompts/mood").json()["version"] == 1
+
+
 def test_the_harness_writes_and_chooses(server: LiveServer, tmp_path: Path) -> None:
     server.model.tokenizer.save_pretrained(tmp_path)
     written, chosen = run("evaluate_with_lm_eval.py", "--url", server.url, "--task", TASK, "--tokenizer", str(tmp_path))
@@ -67,4 +82,4 @@ def test_every_script_is_tested_documented_and_says_how_it_is_run() -> None:
     for script in EXAMPLES.glob("*.py"):
         assert f"../examples/{script.name}" in page
         assert f"python examples/{script.name}" in script.read_text(encoding="utf-8")
-    assert {*CLIENTS, "evaluate_with_lm_eval.py"} <= {script.name for script in EXAMPLES.glob("*.py")}
+    assert {*CLIENTS, "evaluate_with_lm_eval.py", "train_task.py"} <= {script.name for script in EXAMPLES.glob("*.py")}

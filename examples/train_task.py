@@ -2,8 +2,8 @@
 
     python examples/train_task.py --url http://127.0.0.1:8000 --task my_task --data train.jsonl --test test.jsonl
 
-Each line of both files is {"input": "…", "target": "…"}. Start a server first (`make run`). Where it asks for keys, put one
-with the scope publish into PRELUDE_API_KEY. Needs httpx, which Prelude brings.
+Each line of both files is {"input": "…", "target": "…"}. Start a server first (`make run`). Where it asks for keys, put
+one with the scopes publish and generate into PRELUDE_API_KEY. Needs httpx, which Prelude brings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every block of the tutorial is run, in its order and on the embedded model, with fewer steps and rows than it says."""
+"""Every block of the tutorial is run in its order, on the embedded model, with fewer steps and rows than it says."""
 
 from __future__ import annotations
 

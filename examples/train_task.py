@@ -48,6 +48,7 @@ def train(client: httpx.Client, task: str, data: Path, config: dict[str, Any]) -
         reply = client.post("/training/jobs", data={"spec": json.dumps(spec)}, files={"data": rows})
     if reply.is_error:
         sys.exit(reply.text)
+    shown = None
     with client.stream("GET", f"{reply.headers['location']}/events", timeout=None) as events:
         for line in events.iter_lines():
             if not line.startswith("data:"):
@@ -56,8 +57,9 @@ def train(client: httpx.Client, task: str, data: Path, config: dict[str, Any]) -
             if event["event"] == "end":
                 job: dict[str, Any] = event["job"]
                 return job
-            if event.get("validation"):
-                print(f"step {event['step']}: {event['validation']}")
+            if event.get("validation") not in (None, shown):
+                shown = event["validation"]
+                print(f"step {event['step']}: {shown}")
     raise RuntimeError("the events ended before the job")
 
 

@@ -165,7 +165,7 @@ def test_training_and_evaluating_work_as_shown(tmp_path: Path) -> None:
     commands = block(".venv/bin/prelude train").commands
     assert "--steps 300" in commands
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands.replace("--steps 300", "--steps 2")],
+        ["bash", "-euo", "pipefail", "-c", commands.replace("--steps 300", "--steps 2 --lr 0.02")],
         cwd=tmp_path,
         capture_output=True,
         check=False,

@@ -62,7 +62,7 @@ def read_data(path: Path, *, need_targets: bool = True) -> DataFile:
 
     Args:
         path: of the file.
-        need_targets: distillation does without; what is missing is then an empty text.
+        need_targets: distillation does without, and reads none; a dash stands for one that is missing.
 
     Raises:
         InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and

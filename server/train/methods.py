@@ -108,7 +108,7 @@ class MultitaskPromptTuning(LearnedPrefix):
 class PrefixTuning(LearnedPrefix):
     """Li and Liang 2021: keys and values of every layer, here as such and not through an MLP.
 
-    They begin as those of real tokens, which PEFT's own comparison found worth 30 points (see docs/soft_prompts.md).
+    They begin as those of real tokens: without the MLP, random ones train badly.
     """
 
     peft_type = "PREFIX_TUNING"

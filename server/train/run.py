@@ -91,7 +91,7 @@ def train_task(
     )
     initial = initial_values(model, config, config.labels or rows.labels[0])
     work = Work(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
-    folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows.training)
+    folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried)
     result = train(work, config, learning_rate, on_step, checkpoint=folder)
     manifest = _manifest(model, files, config, rows, work, result, learning_rate)
@@ -115,7 +115,7 @@ def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
     if config.labels and config.teacher_template is None:
         raise InvalidTrainingData(
             "Labels are named for distillation only; otherwise they are the targets of the rows.",
-            remedy="Leave out --labels, or name a teacher's text.",
+            remedy="Leave out --label, or name a teacher's text with --teacher.",
         )
     if files.input_template.count(INPUT_FIELD) != 1:
         raise InvalidTrainingData(
@@ -124,13 +124,14 @@ def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
         )
 
 
-def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, training: Sequence[DataFile]) -> str:
+def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: _Rows) -> str:
     """Names a run: only a checkpoint of the same model, data and configuration is gone on from."""
     said = {
         "fingerprint": model.spec.fingerprint,
         "dtype": model.spec.dtype,
-        "data": [data.sha256 for data in training],
+        "data": [data.sha256 for data in (*rows.training, *rows.validation)],
         "template": files.input_template,
+        "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]

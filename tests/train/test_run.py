@@ -219,6 +219,10 @@ def test_a_run_that_goes_on_does_not_look_for_its_learning_rate_again(tiny32: Fr
     steps: list[int] = []
     train_task(tiny32, files, other, lambda progress: steps.append(progress.step), checkpoint=folder)
     assert steps[0] == 1, "what another configuration has left is not gone on from"
+    steps.clear()
+    write_rows(Path(str(files.validation)), MOODS[:2])
+    train_task(tiny32, files, config, lambda progress: steps.append(progress.step), checkpoint=folder)
+    assert steps[0] == 1, "nor what was measured on other rows"
 
 
 def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: FrozenModel, tmp_path: Path) -> None:

@@ -151,6 +151,11 @@ class FrozenModel:
         encoding = self.backend.encode(text)
         return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
+        with torch.no_grad():
+            return self.embed(torch.tensor(token_ids, device=self.device)).cpu()
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]` as the model's own forward would make them."""
         embeddings: torch.Tensor = self.module.get_input_embeddings()(token_ids)

@@ -100,3 +100,10 @@ def _byte_level_alphabet() -> dict[str, bytes]:
     others = [byte for byte in range(256) if byte not in plain]
     pairs = [*((byte, byte) for byte in plain), *((256 + i, byte) for i, byte in enumerate(others))]
     return {chr(character): bytes([byte]) for character, byte in pairs}
+
+
+def common_start(read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of some token ids begin with; of each something is left, to be read behind it."""
+    first, last = min(read), max(read)  # in lexical order, what these two share all share
+    most = min(map(len, read)) - 1
+    return first[: next((i for i in range(most) if first[i] != last[i]), most)]

@@ -120,6 +120,10 @@ class EngineWorker:
         """Token ids of a text, with BOS where the tokenizer adds one, unless told not to; safe from any thread."""
         return self._engine.model.encode(text, add_special_tokens=add_special_tokens)
 
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`; safe from any thread."""
+        return self._engine.model.embeddings_of(token_ids)
+
     def tokenize(self, text: str) -> list[tuple[int, int, int]]:
         """Token ids of a text with the characters that each stands for, from and to; safe from any thread."""
         return self._engine.model.tokenize(text)

@@ -126,14 +126,14 @@ class Questions:
 
     def ask(self, contestant: Contestant, row: Row, key_id: str | None = None) -> tuple[Asked, Asked]:
         """A row as the two requests that a contestant answers."""
-        host, soft_prompt = self._host, contestant.soft_prompt
+        host, prefix = self._host, contestant.prefix
         ids = tuple(contestant.read(row, host))
         name = f"evaluation-{uuid.uuid4().hex}"
         sampling = contestant.sampling(row, ids, host)
         generated = GenerationRequest(f"{name}-text", ids, sampling, QUEUE, key_id)
         given = self._label_ids or (self._target_ids(row),)
         scored = GenerationRequest(f"{name}-given", ids, task=QUEUE, key_id=key_id, labels=given)
-        return Asked(row, generated, soft_prompt), Asked(row, scored, soft_prompt)
+        return Asked(row, generated, prefix), Asked(row, scored, prefix)
 
     def answer(self, generated: Asked, scored: Asked) -> Answer:
         """What the two requests of a row were answered with."""

@@ -12,10 +12,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
+
 from server.core import GenerationRequest, ModelSpec, SamplingParams
+from server.engine.text import common_start
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.evaluation.data import EvaluationData
 from server.soft_prompts.manifest import Manifest
@@ -48,6 +51,9 @@ class Host(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation as the model reads it; raises InvalidRequest if it has no chat template."""
@@ -112,6 +118,7 @@ class Contestant:
         preamble: plain text before the template: instruction and examples.
         longest: new tokens that the frozen model alone gets.
         stop: where its answer ends.
+        shared: what all rows begin with, as embeddings: the engine computes it once, as it does a soft prompt.
     """
 
     name: str
@@ -121,6 +128,12 @@ class Contestant:
     preamble: str = ""
     longest: int = 0
     stop: tuple[str, ...] = ()
+    shared: SoftPrompt | None = None
+
+    @property
+    def prefix(self) -> SoftPrompt | None:
+        """What the engine puts before the tokens of a row."""
+        return self.soft_prompt or self.shared
 
     @property
     def is_lenient(self) -> bool:
@@ -128,11 +141,22 @@ class Contestant:
         return self.soft_prompt is None
 
     def read(self, row: Row, host: Host) -> list[int]:
-        """The tokens that the model reads of a row, behind virtual tokens if there are any."""
+        """The tokens that the model reads of a row, behind its prefix if there is one."""
         if self.instruction is None:
-            return host.encode(self.preamble + self.template.render(row.input))
-        text = host.render_chat([{"role": "user", "content": f"{self.instruction}\n\n{row.input}"}])
-        return host.encode(text, add_special_tokens=False)
+            ids = host.encode(self.preamble + self.template.render(row.input))
+        else:
+            text = host.render_chat([{"role": "user", "content": f"{self.instruction}\n\n{row.input}"}])
+            ids = host.encode(text, add_special_tokens=False)
+        return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
+
+    def sharing(self, rows: Sequence[Row], host: Host) -> Contestant:
+        """The same, with the words that all rows begin with computed once instead of in every row."""
+        if self.soft_prompt is not None or len(rows) == 1:
+            return self
+        start = common_start([tuple(self.read(row, host)) for row in rows])
+        if not start:
+            return self
+        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.embeddings_of(start)))
 
     def sampling(self, row: Row, input_ids: Sequence[int], host: Host) -> SamplingParams:
         """How it answers a row: a soft prompt as it is served, the frozen model alone greedily.

@@ -7,7 +7,7 @@ Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.evaluation import contestants as ways
 from server.evaluation import metrics
@@ -158,4 +158,4 @@ def prepare(
     )
     evaluation = Evaluation(about, (*asked, *alone), questions)
     evaluation.check()
-    return evaluation
+    return replace(evaluation, contestants=(*asked, *(one.sharing(data.rows, host) for one in alone)))

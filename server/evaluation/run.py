@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from server.core import GenerationRequest, ModelSpec
 from server.engine.engine import Engine
 from server.engine.text import render_chat
@@ -48,6 +50,10 @@ class OwnEngine:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return self.engine.model.encode(text, add_special_tokens=add_special_tokens)
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
+        return self.engine.model.embeddings_of(token_ids)
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation as the model reads it."""

@@ -18,6 +18,7 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model import FrozenModel
 from server.engine.prefix_cache import PrefixCache
+from server.engine.text import common_start
 from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingData
 from server.soft_prompts.manifest import INPUT_FIELD
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -98,7 +99,7 @@ def distilled_lessons(
                 f"the context holds {model.spec.max_model_len}.",
                 remedy="Shorten the teacher's text or the row.",
             )
-    shared = _common_start(read)
+    shared = common_start(read)
     before = key_values_of(model, shared) if shared else None
     own = [ids[len(shared) :] for ids in read]
     ordered = sorted(range(len(own)), key=lambda row: len(own[row]))  # batches of about one length
@@ -112,13 +113,6 @@ def distilled_lessons(
             lessons[index] = lesson
             on_row()
     return [lessons[index] for index in range(len(own))]
-
-
-def _common_start(read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all begin with; of each something is left, to be read behind it."""
-    first, last = min(read), max(read)  # in lexical order, what these two share all share
-    most = min(map(len, read)) - 1
-    return first[: next((i for i in range(most) if first[i] != last[i]), most)]
 
 
 @torch.no_grad()

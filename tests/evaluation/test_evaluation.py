@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from collections import Counter
 from typing import Any
 
@@ -167,6 +168,19 @@ def test_each_baseline_reads_what_it_is_named_after(chat: FrozenModel) -> None:
     assert "Input: fine\nAnswer:\nyes\n\n" in words, "the row itself is no example, so only this one is a yes"
     assert all(one.soft_prompt is None for one in (zero_shot, told, two_shot))
     assert zero_shot.longest == len("yes") + BASELINE_SLACK
+
+
+def test_words_that_all_rows_begin_with_are_computed_once_and_change_no_answer(chat: FrozenModel) -> None:
+    data = data_of([("good", "yes"), ("bad", "no"), ("awful", "no")], instruction="Is it good?")
+    ways = ("zero-shot", "instruction", "1-shot")
+    engine, evaluation = prepared(chat, data, None, *ways, shots=shots_of([("fine", "yes")]))
+    assert [one.shared is not None for one in evaluation.contestants] == [False, False, True, True]
+    apart = replace(evaluation, contestants=tuple(replace(one, shared=None) for one in evaluation.contestants))
+    together, alone = run(engine, evaluation), run(make_engine(chat), apart)
+    assert {name: score.figures for name, score in together.scores.items()} == {
+        name: score.figures for name, score in alone.scores.items()
+    }
+    assert engine.prefixes.computed == 3, "the soft prompt's, the instruction's and the examples'"
 
 
 def test_examples_are_even_over_labels_drawn_by_seed_and_never_evaluated() -> None:

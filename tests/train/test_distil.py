@@ -84,7 +84,7 @@ def test_a_soft_prompt_learns_to_have_the_effect_of_a_text(tiny32: FrozenModel, 
     prefix = PromptTuning(random_embeddings(tiny32, 20))
     before = measure(tiny32, prefix, objective, taught)
     result = train(Work(tiny32, prefix, objective, taught, taught), config, 0.3)
-    assert result.validation.loss < 0.1 * before.loss
+    assert result.validation.loss < 0.2 * before.loss
     assert result.validation.exact_match >= before.exact_match
 
 

@@ -76,8 +76,7 @@ def main() -> None:
     config = TrainingConfig(method=options.method, num_virtual_tokens=20)
     prefix = build_prefix(config, initial_values(model, config, None), 1)
     dice = random.Random(0)
-    own = TOKENS - (0 if config.method == "prefix_tuning" else config.num_virtual_tokens)
-    ids = [tuple(dice.randrange(model.spec.vocab_size) for _ in range(own + 1)) for _ in range(ROWS)]
+    ids = [tuple(dice.randrange(model.spec.vocab_size) for _ in range(TOKENS + 1)) for _ in range(ROWS)]
     lessons = [Lesson((Example(row[:-TARGETS], row[-TARGETS:]),)) for row in ids]
     examples = [lesson.examples[0] for lesson in lessons]
 
@@ -89,7 +88,8 @@ def main() -> None:
     step()
     times = [seconds(step) for _ in range(options.rounds)]
     median = statistics.median(times)
-    work = step_work(model, ROWS * TOKENS, ROWS * TARGETS)
+    computed = ROWS * TOKENS + (0 if config.method == "prefix_tuning" else config.num_virtual_tokens)
+    work = step_work(model, computed, ROWS * TARGETS)
     share = work / median / rate
     figures = {
         "dtype": model.spec.dtype,

@@ -5,12 +5,13 @@ one sequence ends and the next begins: they hand query, key and value to `attend
 to do the attention. A layout is passed through the model's forward as the keyword `layout`.
 
     PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
+    SharedStart   the same, behind tokens that stand in the flat row once for all rows   (training)
     CachedRows    keys and values go to each sequence's slot, attention reads the slots  (serving, see kv_cache.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -166,7 +167,7 @@ class PackedRows:
 
     lengths: Sequence[int]
     """Tokens of each row, in the order of the flat row."""
-    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Of each layer keys and values `[kv_heads, prefix tokens, dim]` that stand before every row."""
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Where each layer leaves its keys and values `[kv_heads, tokens, dim]`, if anybody wants them."""
@@ -211,3 +212,27 @@ class PackedRows:
             mask = visibility(positions[before:, None], positions[None, :], window, query.dtype)
             self._masks[window] = fold_mask(mask[None, None], fold)
         return self._masks[window]
+
+
+class SharedStart:
+    """Tokens that all rows begin with, once, and behind them the rows: each attends to these tokens and within itself.
+
+    A start does not see what comes after it, so it is the same for every row, gradients included: of twenty virtual
+    tokens before sixteen rows, three hundred need not be computed.
+    """
+
+    def __init__(self, num_shared: int, lengths: Sequence[int]) -> None:
+        """The flat row is `num_shared` tokens, then rows of these lengths."""
+        self._num_shared = num_shared
+        self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, left there on the way
+        self._start = PackedRows([num_shared], kept=self._prefix)
+        self._rows = PackedRows(lengths, self._prefix)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `Layout.attend`."""
+        size = self._num_shared
+        start = self._start.attend(layer, query[:, :size], key[:, :size], value[:, :size], rules)
+        rows = self._rows.attend(layer, query[:, size:], key[:, size:], value[:, size:], rules)
+        return torch.cat([start, rows])

@@ -6,11 +6,12 @@ outside the attention and no mask. What is trained is therefore what is served.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
-from server.engine.attention import PackedRows
+from server.engine.attention import Layout, PackedRows, SharedStart
 from server.engine.model import FrozenModel
 from server.engine.operators import at_least_float32
 from server.train.data import Example
@@ -25,44 +26,57 @@ def target_logits(
     Returns:
         Logits `[target tokens, vocab_size]`, at least in float32, and the targets themselves.
     """
-    virtual = None if prefix is None else [prefix.virtual_tokens(example.task) for example in examples]
-    rows = None if virtual is None or virtual[0] is None else [row for row in virtual if row is not None]
-    return rows_logits(model, examples, rows, None if prefix is None else prefix.key_values())
+    if prefix is None:
+        return rows_logits(model, examples)
+    virtual = {task: prefix.virtual_tokens(task) for task in {example.task for example in examples}}
+    if len(virtual) == 1:
+        [shared] = virtual.values()
+        return rows_logits(model, examples, shared, prefix.key_values())
+    of_rows = [vectors for example in examples if (vectors := virtual[example.task]) is not None]
+    return rows_logits(model, examples, of_rows)
 
 
 def rows_logits(
     model: FrozenModel,
     examples: Sequence[Example],
-    virtual: Sequence[torch.Tensor] | None = None,
+    virtual: torch.Tensor | Sequence[torch.Tensor] | None = None,
     key_values: KeyValues | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, behind given virtual tokens `[n, hidden_size]` of each row, or keys and values before all of them."""
-    device = model.device
+    """The same, behind given virtual tokens `[n, hidden_size]`, or keys and values before all rows.
+
+    Virtual tokens of all rows are computed once; several, one tensor for each row, stand in each row.
+    """
     fed = [example.fed_ids for example in examples]
-    embedded = model.embed(torch.tensor([token for ids in fed for token in ids], device=device))
-    before = 0
-    if virtual is not None:
-        before = virtual[0].shape[0]
-        pieces = torch.split(embedded, [len(ids) for ids in fed])
-        embedded = torch.cat(
-            [
-                part
-                for vectors, tokens in zip(virtual, pieces, strict=True)
-                for part in (vectors.to(model.dtype), tokens)
-            ]
-        )
-    lengths = [before + len(ids) for ids in fed]
-    first = 0 if key_values is None else key_values[0][0].shape[1]
-    position_ids = torch.cat([torch.arange(first, first + length, device=device) for length in lengths])
-    keep: list[int] = []
-    end = 0
-    for example, length in zip(examples, lengths, strict=True):
-        end += length
-        keep += range(end - len(example.target_ids), end)
-    layout = PackedRows(lengths, key_values)
-    logits = model.forward(embedded, position_ids, layout, torch.tensor(keep, device=device))
-    targets = torch.tensor([token for example in examples for token in example.target_ids], device=device)
+    lengths = [len(ids) for ids in fed]
+    embedded = model.embed(torch.tensor([token for ids in fed for token in ids], device=model.device))
+    first, shared = 0, 0
+    layout: Layout
+    if isinstance(virtual, torch.Tensor):
+        first = shared = virtual.shape[0]
+        embedded = torch.cat([virtual.to(model.dtype), embedded])
+        layout = SharedStart(shared, lengths)
+    elif virtual is not None:
+        pieces = zip(virtual, torch.split(embedded, lengths), strict=True)
+        embedded = torch.cat([part.to(model.dtype) for piece in pieces for part in piece])
+        lengths = [vectors.shape[0] + length for vectors, length in zip(virtual, lengths, strict=True)]
+        layout = PackedRows(lengths)
+    else:
+        first = 0 if key_values is None else key_values[0][0].shape[1]
+        layout = PackedRows(lengths, key_values)
+    position_ids = torch.cat([torch.arange(shared), *(torch.arange(first, first + length) for length in lengths)])
+    keep = _places_of_targets(examples, lengths, shared)
+    logits = model.forward(embedded, position_ids.to(model.device), layout, keep.to(model.device))
+    targets = torch.tensor([token for example in examples for token in example.target_ids], device=model.device)
     return at_least_float32(logits), targets
+
+
+def _places_of_targets(examples: Sequence[Example], lengths: Sequence[int], start: int) -> torch.Tensor:
+    """Where in the flat row, whose rows begin at `start`, the targets are predicted: at the end of each row."""
+    ends = itertools.accumulate(lengths, initial=start)
+    next(ends)
+    return torch.cat(
+        [torch.arange(end - len(example.target_ids), end) for example, end in zip(examples, ends, strict=True)]
+    )
 
 
 @torch.no_grad()

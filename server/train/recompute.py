@@ -42,10 +42,11 @@ def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[E
 
 def _activation_bytes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> int:
     virtual = config.num_virtual_tokens
-    lengths = [virtual + len(example.fed_ids) for example in examples]
+    in_each = virtual if config.method == "multitask_prompt_tuning" else 0
+    lengths = [in_each + len(example.fed_ids) for example in examples]
     targets = sum(len(example.target_ids) for example in examples)
     width = sum(sum(weight.shape) for weight in model.module.parameters() if weight.dim() == 2)
     heads: int = model.module.config.get_text_config().num_attention_heads
-    scores = len(lengths) * max(lengths) ** 2 * heads * model.spec.num_hidden_layers
+    scores = len(lengths) * max(lengths) * (virtual + max(lengths)) * heads * model.spec.num_hidden_layers
     logits = targets * model.spec.vocab_size * 4
-    return KEPT_PER_NUMBER * ((sum(lengths) * width + scores) * model.dtype.itemsize + logits)
+    return KEPT_PER_NUMBER * (((virtual + sum(lengths)) * width + scores) * model.dtype.itemsize + logits)

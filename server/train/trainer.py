@@ -113,9 +113,7 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)
         self._optimizer.step()
         self._schedule.step()
-        virtual = self._config.num_virtual_tokens if self._config.method != "prefix_tuning" else 0
-        tokens = sum(lesson.num_fed + virtual * len(lesson.examples) for lesson in lessons)
-        speed = tokens / (time.perf_counter() - started)
+        speed = sum(lesson.num_fed for lesson in lessons) / (time.perf_counter() - started)
         score = None
         if self._step in self._measured_at:
             score = measure(work.model, work.prefix, work.objective, work.validation)

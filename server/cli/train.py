@@ -119,6 +119,7 @@ def train(
 
         from server.engine.model import FrozenModel
         from server.soft_prompts.names import check_task_name
+        from server.train.dtype import training_settings
         from server.train.output import check_writable, write_task
         from server.train.run import TaskFiles, train_task
 
@@ -156,7 +157,7 @@ def train(
         checkpoint = settings.cache_dir.expanduser() / "training" / task
         if fresh:
             shutil.rmtree(checkpoint, ignore_errors=True)
-        model = FrozenModel.load(settings)
+        model = FrozenModel.load(training_settings(settings))
         with Bars(task, config.steps) as bars:
             trained = train_task(
                 model,

@@ -68,11 +68,12 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
     """
     from server.engine.model import FrozenModel
     from server.jobs.memory import check_fits
+    from server.train.dtype import training_settings
     from server.train.output import write_task
 
     recorder.phase("loading", now())
     check_fits(settings)
-    model = FrozenModel.load(settings)
+    model = FrozenModel.load(training_settings(settings))
     recorder.phase("reading", now())
     trained = train(folder, job, recorder, settings, model)
     recorder.phase("writing", now())

@@ -1,0 +1,49 @@
+"""In what numbers to train, where nobody says: in those that this machine multiplies fastest.
+
+Serving reads every weight for each token that it writes, so there bfloat16, which is half as much to read, is worth it
+wherever it is native. Training multiplies whole batches, and some CPUs that know bfloat16 do that more slowly than in
+float32: an Intel Xeon without AMX at 0.55 of the speed, where an AMD Zen 4 has twice the speed (benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from server.engine.model import choose_device, choose_dtype
+from server.settings import Settings
+
+ROWS, FED, MADE = 512, 512, 1024
+"""Of the product that is timed: some hundred microseconds."""
+ROUNDS = 9
+CLEARLY = 1.25
+"""By how much float32 must be faster: near 1 two runs of the same command could choose differently."""
+
+
+def training_settings(settings: Settings, seconds: Callable[[torch.dtype], float] | None = None) -> Settings:
+    """The same, with the dtype that training takes; one that is not `auto` stays.
+
+    Args:
+        settings: of the server, or of the command.
+        seconds: how long a product takes in a dtype; None times one.
+    """
+    seconds = seconds or _seconds
+    device = choose_device(settings.device)
+    if settings.dtype != "auto" or device.type != "cpu" or choose_dtype("auto", device) == torch.float32:
+        return settings
+    times = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(ROUNDS):  # in turn, and the best of each: whatever else runs meanwhile disturbs both
+        for dtype in times:
+            times[dtype] = min(times[dtype], seconds(dtype))
+    faster = times[torch.bfloat16] > CLEARLY * times[torch.float32]
+    return settings.model_copy(update={"dtype": "float32" if faster else "bfloat16"})
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    states, weight = torch.ones(ROWS, FED, dtype=dtype), torch.ones(MADE, FED, dtype=dtype)
+    started = time.perf_counter()
+    F.linear(states, weight)
+    return time.perf_counter() - started

@@ -8,7 +8,7 @@ more, the peak is out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from server.errors import InvalidTrainingData
@@ -34,7 +34,11 @@ class Tried:
 
 
 def find_learning_rate(
-    work: Work, config: TrainingConfig, on_step: Callable[[Progress], None], on_tried: Callable[[Tried], None]
+    work: Work,
+    config: TrainingConfig,
+    on_step: Callable[[Progress], None],
+    on_tried: Callable[[Tried], None],
+    peaks: Sequence[float] | None = None,
 ) -> float:
     """Try the peaks that are usual for the method; the prefix is left as it was.
 
@@ -43,6 +47,7 @@ def find_learning_rate(
         config: of the run that is to come.
         on_step: called after each step.
         on_tried: called after each peak.
+        peaks: others than those that are usual.
 
     Raises:
         InvalidTrainingData: none of them came to a finite loss.
@@ -52,7 +57,7 @@ def find_learning_rate(
     small = replace(work, validation=work.validation[:MEASURED_ROWS])
     initial = clone_state(work.prefix)
     tried = []
-    for learning_rate in PEAKS[config.method]:
+    for learning_rate in peaks or PEAKS[config.method]:
         try:
             loss = train(small, short, learning_rate, on_step).validation.loss
         except InvalidTrainingData:

@@ -1,0 +1,258 @@
+"""How good a task gets against how many numbers are learned for it: the classic picture of prompt tuning, on our model.
+
+Every way learns from the same rows in the same order, with a learning rate that it finds itself, and is measured on the
+same test rows through the engine that serves: a classification by the label that is likeliest, a text by BLEU.
+
+    zero-shot, 4-shot                   nothing is learned
+    prompt_tuning-1 … prompt_tuning-100 virtual tokens (Lester et al. 2021)
+    prefix_tuning-20                    keys and values of every layer (Li and Liang 2021)
+    lora, full                          PEFT's LoRA of rank 8 on all linear layers; every weight
+
+It takes hours. Each figure is written to quality.jsonl as it is found, and one that is there is not measured again:
+what was broken off goes on, and more seeds or tasks add to the picture.
+
+    python benchmarks/quality.py DATA                 DATA holds rotten_tomatoes/train.jsonl, test.jsonl and so on
+    python benchmarks/quality.py DATA --ways lora prompt_tuning-20 --tasks banking77 --seeds 0 1
+    python benchmarks/quality_plot.py                 draws docs/images/quality.svg, and prints the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from quality_weights import PEAKS, WAYS, ChangedWeights
+from tqdm import tqdm
+
+from server.engine.build import build_engine
+from server.engine.engine import Engine
+from server.engine.model import FrozenModel
+from server.evaluation.ask import Questions
+from server.evaluation.contestants import Contestant, Wanted, baselines
+from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
+from server.evaluation.evaluation import Evaluation
+from server.evaluation.intervals import Estimate
+from server.evaluation.metrics import ACCURACY, BLEU
+from server.evaluation.report import About
+from server.evaluation.run import OwnEngine, run
+from server.settings import Settings
+from server.soft_prompts.manifest import GenerationDefaults, Manifest
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.config import TrainingConfig
+from server.train.data import encode_examples, labels_of, read_data
+from server.train.dtype import training_settings
+from server.train.initial import initial_values
+from server.train.methods import LearnedPrefix, build_prefix
+from server.train.objectives import Lesson, Targets
+from server.train.record import Progress
+from server.train.sweep import Tried, find_learning_rate
+from server.train.trainer import Work, train
+
+TASKS = ("rotten_tomatoes", "e2e_nlg")
+UNTRAINED = ("zero-shot", "4-shot")
+TRAINED = (*(f"prompt_tuning-{count}" for count in (1, 5, 20, 50, 100)), "prefix_tuning-20", "lora", "full")
+POINTS = Path(__file__).with_name("quality.jsonl")
+TEMPLATE = Manifest(input_template="{input}\n")
+SLACK = 8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One figure of the picture."""
+
+    task: str
+    way: str
+    seed: int
+    steps: int
+    rows: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    parameters: int
+    learning_rate: float | None
+    train_seconds: float
+    dtype: str
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
+        """What makes it the same measurement."""
+        return self.task, self.way, self.seed, self.steps, self.rows
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training came to."""
+
+    parameters: int = 0
+    learning_rate: float | None = None
+    seconds: float = 0.0
+
+
+class Bar:
+    """Steps of a run, and of the search before it."""
+
+    def __init__(self, name: str) -> None:
+        self._bar = tqdm(desc=name, unit="step", dynamic_ncols=True)
+
+    def on_step(self, progress: Progress) -> None:
+        """Count one."""
+        self._bar.set_postfix(loss=f"{progress.loss:.3f}", refresh=False)
+        self._bar.update()
+
+    def on_tried(self, tried: Tried) -> None:
+        """Tell what a learning rate came to."""
+        self._bar.write(f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}")
+
+    def close(self) -> None:
+        """The run is over."""
+        self._bar.close()
+
+
+class Task:
+    """A data set, as one training and one evaluation after the other need it."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.name = folder.name
+        self.training = read_data(folder / "train.jsonl")
+        self.validation = read_data(folder / "validation.jsonl")
+        self.shots = read_rows(folder / "train.jsonl")
+        self.test: EvaluationData = read_evaluation_data(folder / "test.jsonl", limit=rows)
+        self.labels = labels_of(self.training.rows)
+
+    def work(self, model: FrozenModel, prefix: LearnedPrefix, num_virtual_tokens: int) -> Work:
+        """What the training loop takes."""
+        lessons = [
+            [Lesson((example,)) for example in encode_examples(data, model, TEMPLATE, num_virtual_tokens)]
+            for data in (self.training, self.validation)
+        ]
+        return Work(model, prefix, Targets(), *lessons)
+
+    def measure(self, engine: Engine, contestant: Contestant) -> Estimate:
+        """Ask all test rows."""
+        host = OwnEngine(engine)
+        questions = Questions(self.test, self.labels or (), host)
+        about = About(
+            self.name, None, contestant.name, "", host.model.name, host.model.dtype, self.test.name,
+            self.test.sha256, len(self.test.rows), tuple(self.labels or ()),
+        )  # fmt: skip
+        contestant = contestant.sharing(self.test.rows, host)
+        with tqdm(total=len(self.test.rows), unit="row", desc=contestant.name, leave=False) as bar:
+
+            def count(name: str) -> None:
+                bar.update()
+
+            report = run(engine, Evaluation(about, (contestant,), questions), count)
+        return report.scores[contestant.name].figures[ACCURACY if self.labels else BLEU]
+
+    def longest(self, model: FrozenModel) -> int:
+        """New tokens that an answer may have."""
+        return SLACK + max(len(model.encode(row.target)) for row in self.test.rows)
+
+
+def learn(task: Task, model: FrozenModel, prefix: LearnedPrefix, config: TrainingConfig, way: str) -> Learned:
+    """Find a learning rate, then train; the prefix is left in its best state."""
+    work = task.work(model, prefix, config.num_virtual_tokens if way not in WAYS else 0)
+    bar = Bar(f"{task.name} {way}")
+    try:
+        rate = find_learning_rate(work, config, bar.on_step, bar.on_tried, PEAKS.get(way))
+        started = time.perf_counter()
+        train(work, config, rate, bar.on_step)
+    finally:
+        bar.close()
+    count = sum(parameter.numel() for parameter in prefix.parameters())
+    return Learned(count, rate, time.perf_counter() - started)
+
+
+def soft_prompt_point(task: Task, settings: Settings, way: str, config: TrainingConfig) -> tuple[Learned, Estimate]:
+    """Train and measure a soft prompt."""
+    model = FrozenModel.load(settings)
+    prefix = build_prefix(config, initial_values(model, config, task.labels), 1)
+    learned = learn(task, model, prefix, config, way)
+    generation = GenerationDefaults(max_new_tokens=task.longest(model))
+    manifest = TEMPLATE.model_copy(update={"generation": generation})
+    soft_prompt = SoftPrompt(prefix.peft_type, prefix.saved()["prompt_embeddings"], manifest)
+    return learned, task.measure(build_engine(settings, model), Contestant(way, soft_prompt, manifest))
+
+
+def weights_point(task: Task, settings: Settings, way: str, config: TrainingConfig) -> tuple[Learned, Estimate]:
+    """Change weights and measure the changed model; in float32, where small changes of large weights are kept."""
+    settings = settings.model_copy(update={"dtype": "float32"})
+    model = FrozenModel.load(settings)
+    tuned = WAYS[way](model, config.seed)
+    assert isinstance(tuned.weights, ChangedWeights)
+    learned = learn(task, model, tuned.weights, config, way)
+    tuned.finish()
+    asked = Contestant(way, template=TEMPLATE, longest=task.longest(model))
+    return learned, task.measure(build_engine(settings, model), asked)
+
+
+def untrained_point(task: Task, settings: Settings, way: str, seed: int) -> tuple[Learned, Estimate]:
+    """Ask the frozen model alone."""
+    engine = build_engine(settings, FrozenModel.load(settings))
+    [asked] = baselines(
+        Wanted.parse([way]), task.test, OwnEngine(engine), TEMPLATE, shots=task.shots, labels=task.labels, seed=seed
+    )
+    return Learned(), task.measure(engine, asked)
+
+
+def find(task: Task, settings: Settings, way: str, options: argparse.Namespace, seed: int) -> Point:
+    """One figure."""
+    method, _, count = way.partition("-")
+    fields = {"steps": options.steps, "seed": seed, "evaluations": options.evaluations}
+    if way in UNTRAINED:
+        learned, estimate = untrained_point(task, settings, way, seed)
+    elif way in WAYS:
+        learned, estimate = weights_point(task, settings, way, TrainingConfig(**fields))
+    else:
+        config = TypeAdapter(TrainingConfig).validate_python(
+            {**fields, "method": method, "num_virtual_tokens": int(count)}
+        )
+        learned, estimate = soft_prompt_point(task, settings, way, config)
+    return Point(
+        task.name, way, seed, options.steps if learned.parameters else 0, len(task.test.rows),
+        (ACCURACY if task.labels else BLEU).key, estimate.value, estimate.low, estimate.high,
+        learned.parameters, learned.learning_rate, round(learned.seconds, 1), settings.dtype,
+    )  # fmt: skip
+
+
+def read_points(path: Path) -> list[Point]:
+    """What was found before."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Point(**json.loads(line)) for line in lines]
+
+
+def main() -> None:
+    """Find what is not known yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the data sets")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--ways", nargs="+", default=(*UNTRAINED, *TRAINED), choices=(*UNTRAINED, *TRAINED))
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--steps", type=int, default=300, help="of 16 rows, for every way")
+    parser.add_argument("--evaluations", type=int, default=3, help="measurements on the way; the best state counts")
+    parser.add_argument("--rows", type=int, default=500, help="of the test split")
+    parser.add_argument("--points", type=Path, default=POINTS)
+    options = parser.parse_args()
+    settings = Settings.load()
+    settings = training_settings(settings)
+    known = {point.key for point in read_points(options.points)}
+    for seed in options.seeds:
+        for name in options.tasks:
+            task = Task(options.data / name, options.rows)
+            for way in options.ways:
+                steps = 0 if way in UNTRAINED else options.steps
+                if (name, way, seed, steps, len(task.test.rows)) in known:
+                    continue
+                point = find(task, settings, way, options, seed)
+                with options.points.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(point)) + "\n")
+                print(f"{name} {way}: {point.metric} {point.value:.3f} ({point.low:.3f} to {point.high:.3f})")
+
+
+if __name__ == "__main__":
+    main()

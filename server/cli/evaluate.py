@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from server.cli.errors import errors_as_sentences
+from server.cli.files import read_text
 from server.cli.logs import configure_logging
 from server.errors import ConfigurationError
 from server.settings import Settings
@@ -44,6 +45,14 @@ def evaluate(
     shots_data: Annotated[
         Path | None, typer.Option(help="Where examples come from. Default: train.jsonl beside the data.")
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of a text that holds {input} once, to be asked too: what the soft prompt was distilled from, or "
+            "is to replace. Says on how many rows both choose the same label."
+        ),
+    ] = None,
+    teacher_chat: Annotated[bool, typer.Option("--teacher-chat", help="Send that text as a user message.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     compare: Annotated[
         tuple[int, int] | None, typer.Option(help="Say whether the second of two versions in the store is better.")
@@ -77,7 +86,7 @@ def evaluate(
         from server.cli.tables import console
         from server.engine.build import load_engine
         from server.evaluation.card import check_card, render_card, write_card, write_metrics
-        from server.evaluation.contestants import Wanted
+        from server.evaluation.contestants import TeacherText, Wanted
         from server.evaluation.data import read_evaluation_data, read_rows
         from server.evaluation.evaluation import prepare
         from server.evaluation.run import OwnEngine, run
@@ -104,6 +113,7 @@ def evaluate(
             wanted=wanted,
             instruction=instruction,
             shots=shots,
+            teacher=None if teacher is None else TeacherText(read_text(teacher), teacher_chat),
             version=found.version,
         )
         with _row_bar(evaluation.num_questions) as on_row:
@@ -111,8 +121,9 @@ def evaluate(
         print_report(report, console())
         if card:
             files = {"--data": data, "--references": references, "--shots-data": shots_data}
+            files |= {"--teacher": teacher}
             command = _command(
-                task, {**files, "--baselines": baselines, "--instruction": instruction, "--limit": limit}
+                task, {**files, "--baselines": baselines, "--instruction": instruction, "--limit": limit}, teacher_chat
             )
             written = write_card(directory, render_card(report, found.soft_prompt, command))
             write_metrics(directory, report)
@@ -131,10 +142,11 @@ def _shots_path(data: Path, given: Path | None) -> Path:
     return given or beside
 
 
-def _command(task: str, options: Mapping[str, object]) -> str:
+def _command(task: str, options: Mapping[str, object], teacher_chat: bool) -> str:
     """What measures the same again, as the card tells it."""
     given = [[option, str(value)] for option, value in options.items() if value]
-    return shlex.join(["prelude", "eval", task, *itertools.chain.from_iterable(given)])
+    flags = ["--teacher-chat"] if teacher_chat else []
+    return shlex.join(["prelude", "eval", task, *itertools.chain.from_iterable(given), *flags])
 
 
 @contextmanager

@@ -265,3 +265,15 @@ def _from_hub(repository: str, revision: str | None) -> Upload:
 def _first_line(exc: Exception) -> str:
     lines = str(exc).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(exc).__name__
+
+
+def read_text(path: Path) -> str:
+    """A text that somebody wrote into a file.
+
+    Raises:
+        ConfigurationError: there is none, or it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{path} cannot be read: {exc}.", remedy="Name a text file in UTF-8.") from exc

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.errors import printable
+from server.evaluation.contestants import TEACHER
 from server.evaluation.report import Report, written_difference, written_estimate
 
 MOST_LABELS = 32
@@ -31,6 +32,8 @@ def print_report(report: Report, out: Console) -> None:
             if metric != report.main and "@" in other:
                 verdict = report.verdict(other, metric)
                 out.print(_text(f"  {metric.title}: {verdict}, {written_difference(metric, difference)}", "dim"))
+    if TEACHER in report.agreement:
+        out.print(_text(report.agreement_sentence(TEACHER)))
 
 
 def _scores(report: Report) -> Table:

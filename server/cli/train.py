@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import errors_as_sentences
+from server.cli.files import read_text
 from server.cli.logs import configure_logging
 from server.errors import ConfigurationError
 from server.settings import Settings
@@ -139,7 +140,7 @@ def train(
             init=init,
             init_text=init_text,
             init_from=None if init_from is None else str(init_from),
-            teacher_template=None if teacher is None else _read_text(teacher),
+            teacher_template=None if teacher is None else read_text(teacher),
             teacher_chat=teacher_chat,
             labels=tuple(label) if label else None,
         )
@@ -203,13 +204,6 @@ def make_config(**fields: Any) -> TrainingConfig:
             + ".",
             remedy="`prelude train --help` says what each option takes.",
         ) from exc
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"{path} cannot be read: {exc}.", remedy="Name a text file in UTF-8.") from exc
 
 
 class Bars:

@@ -120,7 +120,7 @@ class Questions:
             raise InvalidTrainingData(
                 f"{self.data.name}, line {asked.row.line}{who}: {exc.message}",
                 remedy="Draw fewer examples, or raise PRELUDE_MAX_MODEL_LEN."
-                if contestant.preamble
+                if contestant.preamble and not contestant.chat
                 else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
             ) from exc
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import ConfigurationError
-from server.evaluation.contestants import INSTRUCTION, ZERO_SHOT
+from server.evaluation.contestants import INSTRUCTION, TEACHER, ZERO_SHOT
 from server.evaluation.intervals import RESAMPLES
 from server.evaluation.report import Report, written_estimate
 from server.soft_prompts.formats import MANIFEST_FILE
@@ -21,12 +21,14 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- prelude eval: card -->", "<!-- prelude eval: end of card -->"
+LONG_VALUE = 200
 MOST_LABELS = 32
 """Labels of which a card has a table; with more nobody would read it."""
 
 WAYS = {
     ZERO_SHOT: "the frozen model continues the input in the task's own template, without the virtual tokens",
     INSTRUCTION: "the frozen model is told what to do: the instruction, an empty line and the input, as a chat",
+    TEACHER: "the frozen model continues the long text that the soft prompt stands for",
 }
 
 
@@ -158,7 +160,9 @@ def _measured(report: Report) -> Iterable[str]:
         ],
     )
     if report.differences:
-        yield "\n".join(f"- {report.sentence(other)}" for other in report.differences)
+        told = [report.sentence(other) for other in report.differences]
+        told += [report.agreement_sentence(TEACHER)] if TEACHER in report.agreement else []
+        yield "\n".join(f"- {sentence}" for sentence in told)
     yield "\n".join(_notes(report))
     if report.by_label and len(report.by_label) <= MOST_LABELS:
         rows = [[f"`{label}`", f"{right} of {rows}"] for label, (right, rows) in report.by_label.items()]
@@ -201,4 +205,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _value(value: Any) -> str:
     text = str(value)
+    if len(text) > LONG_VALUE:
+        return f"{text[:LONG_VALUE]}… ({len(text):,} characters, all of them in {MANIFEST_FILE})"
     return f"`{text[:12]}…`" if len(text) == 64 and text.isalnum() else text

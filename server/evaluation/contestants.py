@@ -5,6 +5,7 @@ Every contestant reads the same rows. What a row's input becomes on the way to t
     zero-shot     the task's own template without virtual tokens: what the soft prompt adds
     instruction   the instruction, an empty line and the input, as a chat: what most people would try first
     k-shot        the instruction and k examples from the training data, as plain text: the best that a hard prompt does
+    teacher       a text of one's own around the input: what a soft prompt was distilled from, or is to replace
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from server.core import GenerationRequest, ModelSpec, SamplingParams
 from server.engine.text import common_start
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.evaluation.data import EvaluationData
-from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.manifest import INPUT_FIELD, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile, Row
 
-ZERO_SHOT, INSTRUCTION = "zero-shot", "instruction"
+ZERO_SHOT, INSTRUCTION, TEACHER = "zero-shot", "instruction", "teacher"
 MOST_SHOTS = 256
 BASELINE_SLACK = 8
 """New tokens that the frozen model alone gets beyond the longest target."""
@@ -107,6 +108,19 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class TeacherText:
+    """A text around the input.
+
+    Attributes:
+        template: holds `{input}` once.
+        chat: it is sent as a user message.
+    """
+
+    template: str
+    chat: bool = False
+
+
+@dataclass(frozen=True)
 class Contestant:
     """Somebody who answers rows: a soft prompt, or the frozen model alone.
 
@@ -114,8 +128,8 @@ class Contestant:
         name: as reports call it.
         soft_prompt: None is the frozen model alone.
         template: what an input is put into, for whoever is not asked in a chat.
-        instruction: what is written before the input in a chat; None is no chat.
         preamble: plain text before the template: instruction and examples.
+        chat: the text is a user message, and goes through the chat template.
         longest: new tokens that the frozen model alone gets.
         stop: where its answer ends.
         shared: what all rows begin with, as embeddings: the engine computes it once, as it does a soft prompt.
@@ -124,8 +138,8 @@ class Contestant:
     name: str
     soft_prompt: SoftPrompt | None = None
     template: Manifest = field(default_factory=Manifest)
-    instruction: str | None = None
     preamble: str = ""
+    chat: bool = False
     longest: int = 0
     stop: tuple[str, ...] = ()
     shared: SoftPrompt | None = None
@@ -142,11 +156,10 @@ class Contestant:
 
     def read(self, row: Row, host: Host) -> list[int]:
         """The tokens that the model reads of a row, behind its prefix if there is one."""
-        if self.instruction is None:
-            ids = host.encode(self.preamble + self.template.render(row.input))
-        else:
-            text = host.render_chat([{"role": "user", "content": f"{self.instruction}\n\n{row.input}"}])
-            ids = host.encode(text, add_special_tokens=False)
+        text = self.preamble + self.template.render(row.input)
+        if self.chat:
+            text = host.render_chat([{"role": "user", "content": text}])
+        ids = host.encode(text, add_special_tokens=not self.chat)
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 
     def sharing(self, rows: Sequence[Row], host: Host) -> Contestant:
@@ -183,6 +196,7 @@ def baselines(
     instruction: str | None = None,
     shots: DataFile | None = None,
     labels: Sequence[str] | None = None,
+    teacher: TeacherText | None = None,
     seed: int = 0,
 ) -> list[Contestant]:
     """The frozen model alone, in every way that is wanted.
@@ -195,6 +209,7 @@ def baselines(
         instruction: what to do, instead of what the data's folder says.
         shots: the training data.
         labels: the task's classes: examples are balanced over them.
+        teacher: a text of one's own; None is none.
         seed: which examples are drawn.
 
     Raises:
@@ -213,8 +228,8 @@ def baselines(
                 remedy='Give one, or put it into meta.json beside the data: {"instruction": "…"}.',
                 param="instruction",
             )
-        _check_chat(host)
-        found.append(Contestant(INSTRUCTION, instruction=instruction, longest=longest))
+        _check_chat(host, INSTRUCTION)
+        found.append(Contestant(INSTRUCTION, preamble=f"{instruction}\n\n", chat=True, longest=longest))
     for count in wanted.shots:
         if shots is None:
             raise InvalidRequest(
@@ -229,6 +244,10 @@ def baselines(
             raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
         template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
         found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
+    if teacher is not None:
+        if teacher.chat:
+            _check_chat(host, TEACHER)
+        found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found
 
 
@@ -271,12 +290,22 @@ def draw_examples(
     return chosen
 
 
-def _check_chat(host: Host) -> None:
+def _template_of(teacher: TeacherText) -> Manifest:
+    if teacher.template.count(INPUT_FIELD) != 1:
+        raise InvalidRequest(
+            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+            param="teacher",
+        )
+    return Manifest(input_template=teacher.template)
+
+
+def _check_chat(host: Host, name: str) -> None:
     try:
         host.render_chat([{"role": "user", "content": "Hello"}])
     except InvalidRequest as exc:
         raise InvalidRequest(
-            f"{host.model.name} cannot be asked for the baseline `instruction`: {exc.message}",
-            remedy="Leave it out (k-shot needs no chat), or serve a model that is tuned for chat.",
+            f"{host.model.name} cannot be asked as `{name}`: {exc.message}",
+            remedy="Leave it out (plain text needs no chat), or serve a model that is tuned for chat.",
             param="baselines",
         ) from exc

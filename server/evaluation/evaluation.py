@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from server.evaluation import contestants as ways
 from server.evaluation import metrics
 from server.evaluation.ask import Answer, Asked, Questions
-from server.evaluation.contestants import Contestant, Host, Wanted
+from server.evaluation.contestants import Contestant, Host, TeacherText, Wanted
 from server.evaluation.data import EvaluationData
-from server.evaluation.intervals import Bootstrap
+from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
 from server.evaluation.report import About, Report, Score
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -85,6 +85,9 @@ class Evaluation:
                 if name != subject
             },
             by_label=self._by_label(answers[subject]),
+            agreement={name: bootstrap.estimate(self._agreement(answers, name)) for name in found if name != subject}
+            if self.questions.labels
+            else {},
         )
 
     def _statistics(self, contestant: Contestant, answers: Answers) -> Statistics:
@@ -92,6 +95,11 @@ class Evaluation:
         if questions.labels:
             return metrics.classification(answers, contestant, questions.data, questions.labels)
         return metrics.written(answers, contestant, questions.data)
+
+    def _agreement(self, answers: Mapping[str, Answers], other: str) -> Statistic:
+        """Share of the rows of which the first and another choose the same label."""
+        pairs = zip(answers[self.contestants[0].name], answers[other], strict=True)
+        return metrics.share([one.chosen == two.chosen for one, two in pairs])
 
     def _by_label(self, answers: Answers) -> dict[str, tuple[int, int]]:
         """(chosen rightly, rows) of every label that is some row's."""
@@ -117,6 +125,7 @@ def prepare(
     wanted: Wanted | None = None,
     instruction: str | None = None,
     shots: DataFile | None = None,
+    teacher: TeacherText | None = None,
     version: int | None = None,
 ) -> Evaluation:
     """Put an evaluation together, and check all of it.
@@ -129,6 +138,7 @@ def prepare(
         wanted: baselines.
         instruction: for the baselines that are told in words; else what the data's folder says.
         shots: training data for k-shot.
+        teacher: a text of one's own, to be asked too.
         version: the subject's number, if it has one.
 
     Raises:
@@ -139,10 +149,17 @@ def prepare(
     labels = manifest.labels or data.labels or ()
     questions = Questions(data, labels, host)
     alone = ways.baselines(
-        wanted or Wanted(), data, host, manifest, instruction=instruction, shots=shots, labels=labels or None
+        wanted or Wanted(),
+        data,
+        host,
+        manifest,
+        instruction=instruction,
+        shots=shots,
+        labels=labels or None,
+        teacher=teacher,
     )
     asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
-    is_told = any(one.instruction or one.preamble for one in alone)
+    is_told = any(one.preamble for one in alone)
     about = About(
         task=name.partition("@")[0],
         version=version,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from server.evaluation.intervals import RESAMPLES, SEED, Estimate
@@ -46,12 +46,14 @@ class Report:
         scores: by contestant; the first is what the evaluation is about.
         differences: of each other contestant, by how much the first is above it on the same rows.
         by_label: (rightly chosen, rows) of the first, in a classification.
+        agreement: of each other contestant, the share of rows of which it chooses the same label as the first.
     """
 
     about: About
     scores: Mapping[str, Score]
     differences: Mapping[str, Mapping[Metric, Estimate]]
     by_label: Mapping[str, tuple[int, int]]
+    agreement: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def main(self) -> Metric:
@@ -89,6 +91,8 @@ class Report:
         score = self.scores[name]
         shown: dict[str, Any] = {metric.key: _estimate(of) for metric, of in score.figures.items()}
         shown["seconds"] = round(score.seconds, 2)
+        if name in self.agreement:
+            shown["agreement"] = _estimate(self.agreement[name])
         if name in self.differences:
             shown["difference"] = {
                 metric.key: {**_estimate(of), "verdict": self.verdict(name, metric)}
@@ -111,6 +115,11 @@ class Report:
             else f"no difference shown between {names[0]} and {names[1]}"
         )
         return f"{start}: {metric.title} {written_difference(metric, difference)}"
+
+    def agreement_sentence(self, other: str) -> str:
+        """How often what was evaluated chooses another contestant's label, as one line."""
+        value, interval = written_estimate(ACCURACY, self.agreement[other])
+        return f"{self.about.name} chooses the same label as {other} on {value} of the rows (95 % interval {interval})"
 
 
 def _plainly(one: str, other: str) -> tuple[str, str]:

@@ -13,9 +13,9 @@ import torch
 
 from server.engine.model import FrozenModel
 from server.errors import GenerationFailed, InvalidRequest, InvalidTrainingData
-from server.evaluation.contestants import BASELINE_SLACK, Contestant, Wanted, draw_examples
+from server.evaluation.contestants import BASELINE_SLACK, Contestant, TeacherText, Wanted, draw_examples
 from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY, PERPLEXITY
-from server.evaluation.run import OwnEngine, run
+from server.evaluation.run import OwnEngine, _answers, run
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.initial import initial_values
 from server.train.trainer import train
@@ -181,6 +181,30 @@ def test_words_that_all_rows_begin_with_are_computed_once_and_change_no_answer(c
         name: score.figures for name, score in alone.scores.items()
     }
     assert engine.prefixes.computed == 3, "the soft prompt's, the instruction's and the examples'"
+
+
+def test_a_teacher_is_asked_in_its_own_words_and_agreement_counts_the_same_choice(chat: FrozenModel) -> None:
+    data = data_of([("good", "yes"), ("bad", "no"), ("fine", "no")])
+    soft_prompt = soft_prompt_of(chat, labels=LABELS)
+    for is_chat, words in ((False, "Is 'good' good?\n"), (True, "[user]Is 'good' good?\n[answer]")):
+        teacher = TeacherText("Is '{input}' good?\n", is_chat)
+        engine, evaluation = prepared(chat, data, soft_prompt, teacher=teacher)
+        shared = evaluation.contestants[1].shared
+        assert shared is not None
+        rest = read(chat, evaluation.contestants[1])
+        assert shared.num_virtual_tokens + len(rest) == len(words)
+        assert words.endswith(rest)
+        report = run(engine, evaluation)
+        chosen = [
+            [answer.chosen for _, answer in sorted(_answers(make_engine(chat), evaluation, one, lambda name: None))]
+            for one in evaluation.contestants
+        ]
+        same = sum(one == two for one, two in zip(*chosen, strict=True))
+        assert report.agreement["teacher"].value == pytest.approx(same / 3)
+        assert report.as_dict()["contestants"]["teacher"]["agreement"]["value"] == pytest.approx(same / 3, abs=1e-4)
+        assert "chooses the same label as teacher on" in report.agreement_sentence("teacher")
+    with pytest.raises(InvalidRequest, match="exactly once"):
+        prepared(chat, data, soft_prompt, teacher=TeacherText("Good?"))
 
 
 def test_examples_are_even_over_labels_drawn_by_seed_and_never_evaluated() -> None:

@@ -1,9 +1,7 @@
 """The figures of tasks.py as a picture: speed, waiting and hits against the number of tasks.
 
-    python benchmarks/tasks.py | tail -n 1 > tasks.json
-    python benchmarks/tasks_plot.py tasks.json docs/images/tasks.svg
-
-The background is transparent and every colour is legible on white and on black, because a page may be either.
+python benchmarks/tasks.py | tail -n 1 > tasks.json
+python benchmarks/tasks_plot.py tasks.json docs/images/tasks.svg
 """
 
 from __future__ import annotations
@@ -13,41 +11,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INK = "#747c87"
-"""Of words and axes: more than 4 to 1 against white and against GitHub's dark page alike."""
+import pictures
+from pictures import AMBER, BLUE, GREEN, INK, RED
+
 STYLES = {
-    ("all", "uniform"): ("#2f81f7", "o", "-", 4.0, "room for all prefixes, even choices"),
-    ("all", "zipf"): ("#1a9e7a", "s", "-", 1.6, "room for all prefixes, Zipf choices"),
-    ("quarter", "zipf"): ("#d98a00", "D", "--", 1.8, "room for a quarter, Zipf choices"),
-    ("quarter", "uniform"): ("#e5534b", "^", "--", 1.8, "room for a quarter, even choices"),
+    ("all", "uniform"): (BLUE, "o", "-", 4.0, "room for all prefixes, even choices"),
+    ("all", "zipf"): (GREEN, "s", "-", 1.6, "room for all prefixes, Zipf choices"),
+    ("quarter", "zipf"): (AMBER, "D", "--", 1.8, "room for a quarter, Zipf choices"),
+    ("quarter", "uniform"): (RED, "^", "--", 1.8, "room for a quarter, even choices"),
 }
 """Colour, mark, line, width and name; the first two lie on one another, so the lower one is the wider."""
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three panels, one below the other, over one axis of tasks."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     base, *rows = result["rows"]
     counts = [1, *sorted({row["tasks"] for row in rows})]
-    settings: Any = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "svg.hashsalt": "prelude",  # the same figures make the same file
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    }
-    with mpl.rc_context(settings):
+    with pictures.style():
         figure = Figure(figsize=(8, 8.4), layout=ConstrainedLayoutEngine(hspace=0.06, h_pad=0.08))
         panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": (1.25, 1, 1)})
         for panel in panels:
-            panel.set_facecolor("none")
-            panel.set_xscale("log")
-            panel.grid(axis="y", color=INK, alpha=0.25, linewidth=0.7)
-            panel.spines[["top", "right", "left"]].set_visible(False)
-            panel.tick_params(length=0)
+            pictures.prepare_panel(panel)
         for key, (color, marker, line, width, label) in STYLES.items():
             found = [row for row in rows if (row["budget"], row["choice"]) == key]
             if not found:
@@ -79,8 +67,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, handlelength=3.2)
         figure.supxlabel(caption(result), fontsize=8.5, x=0.01, ha="left", color=INK)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        pictures.save(figure, path)
 
 
 def caption(result: dict[str, Any]) -> str:

@@ -1,0 +1,45 @@
+"""How pictures of figures look: legible on white and on black, because a page may be either, and quiet.
+
+The background is transparent, and the same figures make the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+INK = "#747c87"
+"""Of words and axes: more than 4 to 1 against white and against GitHub's dark page alike."""
+BLUE, GREEN, AMBER, RED, VIOLET = "#2f81f7", "#1a9e7a", "#d98a00", "#e5534b", "#8957e5"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Within it, matplotlib draws so."""
+    import matplotlib as mpl
+
+    settings: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "svg.hashsalt": "prelude",
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def prepare_panel(panel: Any) -> None:
+    """A panel with lines to read heights by, and nothing else around the figures."""
+    panel.set_facecolor("none")
+    panel.set_xscale("log")
+    panel.grid(axis="y", color=INK, alpha=0.25, linewidth=0.7)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(length=0)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write it, as what the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

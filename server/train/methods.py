@@ -6,6 +6,8 @@ and values; exactly one of the two is what the model sees. `saved` is what PEFT 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -16,22 +18,22 @@ KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """Of each layer keys and values `[kv_heads, num_virtual_tokens, head_dim]`."""
 
 
-class LearnedPrefix(nn.Module):
+class LearnedPrefix(nn.Module, ABC):
     """The parameters of a method."""
 
     peft_type = "PROMPT_TUNING"
 
+    @abstractmethod
     def virtual_tokens(self, task: int) -> torch.Tensor | None:
         """Input embeddings `[num_virtual_tokens, hidden_size]` in float32 for rows of a task."""
-        raise NotImplementedError
 
     def key_values(self) -> KeyValues | None:
         """Keys and values in float32, where they are what is learned."""
         return None
 
+    @abstractmethod
     def saved(self) -> dict[str, torch.Tensor]:
         """Tensors by the names under which PEFT keeps them, in float32 on the CPU."""
-        raise NotImplementedError
 
 
 class PromptTuning(LearnedPrefix):

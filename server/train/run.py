@@ -133,8 +133,15 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
         "template": files.input_template,
         "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
+        "init_from": None if config.init_from is None else _content_of(Path(config.init_from)),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _content_of(directory: Path) -> list[str]:
+    """What lies in a directory, by content: another soft prompt under the same name is another beginning."""
+    found = sorted(file for file in directory.glob("adapter_*") if file.is_file())
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in found]
 
 
 def _read(files: TaskFiles, config: TrainingConfig) -> _Rows:

@@ -34,6 +34,9 @@ class Given(LearnedPrefix):
     def virtual_tokens(self, task: int) -> torch.Tensor:
         return self._embeddings
 
+    def saved(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self._embeddings}
+
 
 def losses(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example]) -> torch.Tensor:
     """Cross-entropy of every target token."""

@@ -13,14 +13,14 @@ from peft import PeftModel
 
 from server.engine.model import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
-from server.soft_prompts.formats import load_soft_prompts
+from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.train.config import Method
 from server.train.output import Trained, check_writable, write_task
 from server.train.record import Progress, Score, TrainingResult
 from server.train.run import TaskFiles, train_task
 from server.train.sweep import PEAKS, Tried
-from tests.support import EOS, make_engine, request, run_engine, tiny_module
+from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows
 
 REPEATED = MOODS * 5
@@ -223,6 +223,29 @@ def test_a_run_that_goes_on_does_not_look_for_its_learning_rate_again(tiny32: Fr
     write_rows(Path(str(files.validation)), MOODS[:2])
     train_task(tiny32, files, config, lambda progress: steps.append(progress.step), checkpoint=folder)
     assert steps[0] == 1, "nor what was measured on other rows"
+
+
+def test_a_run_that_began_at_another_soft_prompt_of_that_name_is_not_gone_on_from(
+    tiny32: FrozenModel, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    def break_off(progress: Progress) -> None:
+        steps.append(progress.step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    begin, folder = tmp_path / "begin", tmp_path / "checkpoint"
+    save_soft_prompt(begin, random_soft_prompt(tiny32.spec, seed=0), tiny32.spec)
+    count = random_soft_prompt(tiny32.spec).num_virtual_tokens
+    config = replace(LEARNS, init="soft_prompt", init_from=str(begin), num_virtual_tokens=count, steps=4, evaluations=4)
+    files = task_files(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(tiny32, files, config, break_off, checkpoint=folder)
+    train_task(tiny32, files, config, break_off, checkpoint=folder)
+    save_soft_prompt(begin, random_soft_prompt(tiny32.spec, seed=1), tiny32.spec)
+    train_task(tiny32, files, config, break_off, checkpoint=folder)
+    assert steps == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: FrozenModel, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class State(StrEnum):
 
 
 @dataclass
-class Job:
+class EvaluationJob:
     """One evaluation, from its acceptance until it is forgotten.
 
     Attributes:
@@ -67,7 +67,7 @@ class Job:
     error: PreludeError | None = None
 
     @classmethod
-    def of(cls, evaluation: Evaluation, soft_prompt: SoftPrompt, key_id: str | None, command: str) -> Job:
+    def of(cls, evaluation: Evaluation, soft_prompt: SoftPrompt, key_id: str | None, command: str) -> EvaluationJob:
         """A job for an evaluation that was checked."""
         names = tuple(one.name for one in evaluation.contestants)
         return cls(evaluation.about, names, evaluation.num_questions, (evaluation, soft_prompt), key_id, command)
@@ -89,7 +89,7 @@ class Evaluations:
         """None yet."""
         self._worker = worker
         self._settings = settings
-        self._jobs: dict[str, Job] = {}  # oldest first
+        self._jobs: dict[str, EvaluationJob] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         self._is_stopping = False
@@ -108,7 +108,7 @@ class Evaluations:
                 f"{MOST_WAITING} evaluations wait already.", remedy="Come back when one has ended, or cancel one."
             )
 
-    def add(self, job: Job) -> None:
+    def add(self, job: EvaluationJob) -> None:
         """Let a job run when it is its turn.
 
         Raises:
@@ -118,7 +118,7 @@ class Evaluations:
         self._jobs[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job))
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> EvaluationJob:
         """One of them.
 
         Raises:
@@ -128,11 +128,11 @@ class Evaluations:
             raise UnknownEvaluation("There is no evaluation of that id.")
         return self._jobs[job_id]
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[EvaluationJob]:
         """All of them, newest first."""
         return list(reversed(self._jobs.values()))
 
-    async def cancel(self, job: Job) -> None:
+    async def cancel(self, job: EvaluationJob) -> None:
         """End a job, and wait until all that it holds of the engine is free; forget one that has ended."""
         task = self._tasks.get(job.id)
         if task is None:
@@ -149,7 +149,7 @@ class Evaluations:
         for job in [job for job in self._jobs.values() if not job.has_ended]:
             await self.cancel(job)
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: EvaluationJob) -> None:
         try:
             async with self._turn:
                 await self._evaluate(job)
@@ -166,7 +166,7 @@ class Evaluations:
             log.exception("an evaluation failed")
             self._end(job, State.FAILED, PreludeError("The server failed on this evaluation."))
 
-    async def _evaluate(self, job: Job) -> None:
+    async def _evaluate(self, job: EvaluationJob) -> None:
         assert job.work is not None, "a job runs once"
         evaluation, soft_prompt = job.work
         job.state, job.started_at = State.RUNNING, _now()
@@ -183,7 +183,7 @@ class Evaluations:
         job.card = render_card(job.report, soft_prompt, job.command)
         self._end(job, State.DONE)
 
-    def _end(self, job: Job, state: State, error: PreludeError | None = None) -> None:
+    def _end(self, job: EvaluationJob, state: State, error: PreludeError | None = None) -> None:
         job.end(state, error)
         self._tasks.pop(job.id, None)
         ended = [other for other in self._jobs.values() if other.has_ended]

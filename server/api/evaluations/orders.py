@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile as FormFile
 
 from server.api.evaluations.bodies import FILES, Order
-from server.api.evaluations.jobs import Job
+from server.api.evaluations.jobs import EvaluationJob
 from server.api.generation import find_soft_prompt
 from server.api.uploads import not_kept
 from server.data_dir import resolve_data
@@ -99,7 +99,7 @@ async def _read_json(request: Request) -> Any:
 
 async def make_job(
     body: Body, worker: EngineWorker, registry: Registry, data_dir: Path | None, key_id: str | None
-) -> Job:
+) -> EvaluationJob:
     """Find the soft prompts, read and check the data, put the evaluation together; nothing runs yet.
 
     Raises:
@@ -122,7 +122,7 @@ async def make_job(
     numbers = [number for number in dict.fromkeys(others) if number != resolved.version]
     against = [await find_soft_prompt(registry, f"{task}@{number}", "") for number in numbers]
 
-    def prepared() -> Job:
+    def prepared() -> EvaluationJob:
         with _sources(body, data_dir) as sources:
             data, shots = _read(order, sources, data_dir, wanted)
         evaluation = prepare(
@@ -135,7 +135,7 @@ async def make_job(
             shots=shots,
             version=resolved.version,
         )
-        return Job.of(evaluation, soft_prompt, key_id, _command(order, data.name))
+        return EvaluationJob.of(evaluation, soft_prompt, key_id, _command(order, data.name))
 
     return await asyncio.to_thread(prepared)
 

@@ -10,7 +10,7 @@ from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_
 from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
 from server.api.errors import error_body
 from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
-from server.api.evaluations.jobs import Evaluations, Job
+from server.api.evaluations.jobs import EvaluationJob, Evaluations
 from server.api.evaluations.orders import make_job, read_body
 from server.api.schemas import ErrorBody
 from server.errors import EvaluationNotDone, UnknownEvaluation
@@ -46,7 +46,7 @@ async def _evaluations(request: Request) -> Evaluations:
     return evaluations
 
 
-async def _job(request: Request, id: JobId) -> Job:  # noqa: A002 (as the path says it)
+async def _job(request: Request, id: JobId) -> EvaluationJob:  # noqa: A002 (as the path says it)
     """The job that the path names, if the key is for its task: others' are not even there."""
     job = (await _evaluations(request)).get(id)
     if not may_see(request, job.about.task):
@@ -55,7 +55,7 @@ async def _job(request: Request, id: JobId) -> Job:  # noqa: A002 (as the path s
 
 
 EvaluationsDep = Annotated[Evaluations, Depends(_evaluations)]
-JobDep = Annotated[Job, Depends(_job)]
+JobDep = Annotated[EvaluationJob, Depends(_job)]
 
 
 @router.post(
@@ -127,7 +127,7 @@ async def delete_evaluation(job: JobDep, evaluations: EvaluationsDep) -> None:
     await evaluations.cancel(job)
 
 
-def _shown(job: Job, *, result: bool = True) -> EvaluationBody:
+def _shown(job: EvaluationJob, *, result: bool = True) -> EvaluationBody:
     assert job.about.version is not None, "a server evaluates versions"
     return EvaluationBody(
         id=job.id,

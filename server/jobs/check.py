@@ -8,9 +8,9 @@ from server.core import ModelSpec
 from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, JobSpec
-from server.soft_prompts.manifest import INPUT_FIELD
 from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_shape
+from server.train.config import contradiction
 from server.train.data import check_rows, hold_out, labels_of, read_data
 
 
@@ -48,26 +48,8 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
             remedy="Leave out init_from, or train with `prelude train --init-from`.",
             param="config.init_from",
         )
-    if config.init == "text" and not config.init_text:
-        raise InvalidRequest("init text needs a text.", remedy="Give it as init_text.", param="config.init_text")
-    if spec.input_template.count(INPUT_FIELD) != 1:
-        raise InvalidRequest(
-            f"The input template {spec.input_template[:200]!r} does not hold {INPUT_FIELD} exactly once.",
-            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
-            param="input_template",
-        )
-    if config.teacher_template is None and config.labels:
-        raise InvalidRequest(
-            "Labels are named for distillation only; otherwise they are the targets of the rows.",
-            remedy="Leave out labels, or give a teacher_template.",
-            param="config.labels",
-        )
-    if config.teacher_template is not None and config.teacher_template.count(INPUT_FIELD) != 1:
-        raise InvalidRequest(
-            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
-            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
-            param="config.teacher_template",
-        )
+    if (found := contradiction(config, spec.input_template)) is not None:
+        raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)
 
 
 def check_data(spec: JobSpec, folder: JobFolder, names: DataNames) -> None:

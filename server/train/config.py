@@ -7,14 +7,19 @@ validation rows get no better, and the first virtual tokens are what Lester et a
 from __future__ import annotations
 
 from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from server.soft_prompts.manifest import INPUT_FIELD
+
 Method = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning"]
 Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "random"]
 
+SHOWN = 200
+"""Characters of a template that an error repeats."""
 HIGHEST_LEARNING_RATE = 1e6
 """Beyond it a step leaves the range of float32, and nothing could be learned long before."""
 
@@ -58,3 +63,33 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, object]:
         """For the manifest: what is set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@plain_dataclass(frozen=True)
+class Contradiction:
+    """Why what is asked for cannot be: the field that is wrong, as a job's specification calls it, and the remedy."""
+
+    field: str
+    message: str
+    remedy: str
+
+
+def contradiction(config: TrainingConfig, input_template: str) -> Contradiction | None:
+    """The first thing in which what is asked for contradicts itself, whatever the data and the model."""
+    place = f"Write {INPUT_FIELD} where the row's input belongs."
+    teacher = config.teacher_template
+    if input_template.count(INPUT_FIELD) != 1:
+        shown = input_template[:SHOWN]
+        message = f"The input template {shown!r} does not hold {INPUT_FIELD} exactly once."
+        return Contradiction("input_template", message, place)
+    if teacher is not None and teacher.count(INPUT_FIELD) != 1:
+        message = f"The teacher's text does not hold {INPUT_FIELD} exactly once."
+        return Contradiction("config.teacher_template", message, place)
+    if config.labels and teacher is None:
+        message = "Labels are named for distillation only; otherwise they are the targets of the rows."
+        return Contradiction("config.labels", message, "Leave them out, or give a teacher's text.")
+    if config.init == "text" and not config.init_text:
+        return Contradiction(
+            "config.init_text", "init 'text' needs a text.", "Give it with --init-text (of a job: as init_text)."
+        )
+    return None

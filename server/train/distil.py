@@ -80,15 +80,9 @@ def distilled_lessons(
         on_row: called after each row.
 
     Raises:
-        InvalidTrainingData: the teacher's text does not hold the input once, or does not fit the context with it.
+        InvalidTrainingData: the teacher's text does not fit the context with a row's input.
     """
-    template = config.teacher_template or ""
-    if template.count(INPUT_FIELD) != 1:
-        raise InvalidTrainingData(
-            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
-            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
-        )
-    teacher = Teacher(model, template, config.teacher_chat)
+    teacher = Teacher(model, config.teacher_template or "", config.teacher_chat)
     read = [teacher.encode(row.input) for row in data.rows]
     labels = [tuple(model.encode(label, add_special_tokens=False)) for label in config.labels or ()]
     room = max_new_tokens if not labels else max(map(len, labels))

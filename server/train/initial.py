@@ -68,9 +68,7 @@ def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str]
             )
         ids = [token for label in labels for token in model.tokenizer.encode(label, add_special_tokens=False)]
     elif config.init == "text":
-        if not config.init_text:
-            raise InvalidTrainingData("init 'text' needs a text.", remedy="Give it with --init-text.")
-        ids = model.tokenizer.encode(config.init_text, add_special_tokens=False)
+        ids = model.tokenizer.encode(config.init_text or "", add_special_tokens=False)
     generator = torch.Generator().manual_seed(config.seed)
     special = set(model.tokenizer.all_special_ids)
     common = torch.tensor([i for i in range(min(COMMON_TOKENS, model.spec.vocab_size)) if i not in special])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
-from server.soft_prompts.manifest import INPUT_FIELD, BaseModelRef, GenerationDefaults, Manifest
+from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_shape
-from server.train.config import TrainingConfig
+from server.train.config import TrainingConfig, contradiction
 from server.train.data import DataFile, check_rows, encode_examples, hold_out, labels_of, read_data
 from server.train.distil import distilled_lessons
 from server.train.initial import initial_values
@@ -112,16 +112,8 @@ def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
         )
     if several and config.teacher_template is not None:
         raise InvalidTrainingData("Several tasks cannot be distilled together.", remedy="Distil one after the other.")
-    if config.labels and config.teacher_template is None:
-        raise InvalidTrainingData(
-            "Labels are named for distillation only; otherwise they are the targets of the rows.",
-            remedy="Leave out --label, or name a teacher's text with --teacher.",
-        )
-    if files.input_template.count(INPUT_FIELD) != 1:
-        raise InvalidTrainingData(
-            f"The input template {files.input_template!r} does not hold {INPUT_FIELD} exactly once.",
-            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
-        )
+    if (found := contradiction(config, files.input_template)) is not None:
+        raise InvalidTrainingData(found.message, remedy=found.remedy)
 
 
 def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: _Rows) -> str:

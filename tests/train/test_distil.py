@@ -101,7 +101,6 @@ def test_rows_to_be_distilled_need_no_targets(tiny32: FrozenModel, tmp_path: Pat
 @pytest.mark.parametrize(
     ("template", "rows", "message"),
     [
-        ("no field", [("a", "-")], r"does not hold \{input\} exactly once"),
         (TEACHER, [("a", "-"), ("x" * 120, "-")], r"line 2: the teacher reads \d+ tokens and answers up to 5; the con"),
     ],
 )

@@ -96,7 +96,6 @@ def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_p
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"init": "text"}, r"init 'text' needs a text\. Give it with --init-text\."),
         ({"init": "labels"}, r"init 'labels' needs data with class labels\. Use init 'vocab' or 'text'\."),
         ({"init": "soft_prompt"}, r"needs the directory of one\. Name it with --init-from"),
         ({"init": "random", "method": "prefix_tuning"}, r"train badly"),

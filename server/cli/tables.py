@@ -83,11 +83,16 @@ def print_versions(listed: VersionList, out: Console) -> None:
             _text(_ago(version["created_at"])),
             _text(version.get("by") or version["source"]),
             _text(_size(version["bytes"])),
-            _text(", ".join(f"{name} {_metric(value)}" for name, value in version.get("metrics", {}).items())),
+            _text(_metrics(version.get("metrics", {}))),
         )
     _print(table, out)
     if "etag" in listed and out.is_terminal:  # a pipe gets the table alone; --json has the state as well
         out.print(_text(f"state {listed['etag']}, for --if-match", "dim"))
+
+
+def _metrics(metrics: Mapping[str, object]) -> str:
+    """Figures on one line; intervals and hashes are for the manifest."""
+    return ", ".join(f"{name} {_metric(value)}" for name, value in metrics.items() if isinstance(value, int | float))
 
 
 def print_keys(keys: Sequence[ApiKey], out: Console) -> None:

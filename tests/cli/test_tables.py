@@ -114,7 +114,13 @@ def test_versions_tell_live_weight_age_who_size_and_metrics() -> None:
         "traffic": {"3": 90, "2": 10},
         "etag": "42",
         "versions": [
-            version(3, live=True, created_at=now.isoformat(), by="alice", metrics={"loss": 0.123456789, "rows": 4}),
+            version(
+                3,
+                live=True,
+                created_at=now.isoformat(),
+                by="alice",
+                metrics={"loss": 0.123456789, "loss_interval": [0.1, 0.2], "rows": 4},
+            ),
             version(2, live=True, created_at=(now - timedelta(minutes=61)).isoformat(), bytes=512),
             version(1, created_at=(now - timedelta(days=3)).isoformat(), source="inbox", bytes=3 * 2**20),
         ],

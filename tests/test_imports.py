@@ -55,10 +55,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.tables": BOTTOM | {"client", "keys", "cli.errors", "cli.files", "cli.diff"},
     "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.tables"},
     "cli.keys": COMMAND | {"keys", "cli.tables"},
-    "cli.train": COMMAND | {"soft_prompts", "engine", "train"},
+    "cli.train": COMMAND | {"soft_prompts", "engine", "train", "cli.files"},
     "cli.contents": BOTTOM | {"soft_prompts", "registry"},
     "cli.scores": {"cli.errors", "evaluation"},
-    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.contents", "cli.scores", "cli.tables"},
+    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.contents", "cli.files", "cli.scores", "cli.tables"},
     "cli.main": COMMAND | {"serve", "openmp", "cli.options", "cli.prompts", "cli.keys", "cli.train", "cli.evaluate"},
 }
 """What each part of `server` may import beside itself; a new part has to be given its place here."""

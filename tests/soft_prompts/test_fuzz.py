@@ -49,6 +49,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec) -> list[Ca
     large = replace(
         spec,
         hidden_size=manifest.hidden_size or 0,
+        num_hidden_layers=30,
+        num_key_value_heads=3,
+        head_dim=64,
         fingerprint=manifest.base_model.fingerprint or "",
         max_model_len=2048,
     )

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from quality_weights import PEAKS, WAYS, ChangedWeights
+from quality_weights import PEAKS, WAYS
 from tqdm import tqdm
 
 from server.engine.build import build_engine
@@ -184,7 +184,6 @@ def weights_point(task: Task, settings: Settings, way: str, config: TrainingConf
     settings = settings.model_copy(update={"dtype": "float32"})
     model = FrozenModel.load(settings)
     tuned = WAYS[way](model, config.seed)
-    assert isinstance(tuned.weights, ChangedWeights)
     learned = learn(task, model, tuned.weights, config, way)
     tuned.finish()
     asked = Contestant(way, template=TEMPLATE, longest=task.longest(model))

@@ -1,7 +1,9 @@
 """The figures of quality.py as a picture and as a table: quality against the numbers that were trained.
 
-python benchmarks/quality_plot.py
-python benchmarks/quality_plot.py --points quality.jsonl --out quality.svg
+    python benchmarks/quality_plot.py
+    python benchmarks/quality_plot.py --points quality.jsonl --out quality.svg
+
+How it looks is in pictures.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The figures of tasks.py as a picture: speed, waiting and hits against the number of tasks.
 
-python benchmarks/tasks.py | tail -n 1 > tasks.json
-python benchmarks/tasks_plot.py tasks.json docs/images/tasks.svg
+    python benchmarks/tasks.py | tail -n 1 > tasks.json
+    python benchmarks/tasks_plot.py tasks.json docs/images/tasks.svg
+
+How it looks is in pictures.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Serving reads every weight for each token that it writes, so there bfloat16, which is half as much to read, is worth it
 wherever it is native. Training multiplies whole batches, and some CPUs that know bfloat16 do that more slowly than in
-float32: an Intel Xeon without AMX at 0.55 of the speed, where an AMD Zen 4 has twice the speed (benchmarks/RESULTS.md).
+float32: an Intel Xeon without AMX at 0.54 of the speed (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

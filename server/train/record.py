@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+TELLING_MATCHES = 0.1
+"""The share of rows that some measurement must answer exactly for exact matches to be more than chance."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,6 @@ class Score:
     exact_match: float
     """Share of rows whose every target token, the end token included, is the most likely one: exactly the rows that
     greedy decoding answers with the target. In distillation: rows with the teacher's answer, or its best label."""
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """More is better."""
-        return self.exact_match, -self.loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,21 @@ class Measured:
     step: int
     training_loss: float
     score: Score
+
+
+def best_of(history: Sequence[Measured]) -> int:
+    """The place of the best measurement: the earliest of equals.
+
+    Exact match decides, and loss between equals, where it says something: labels, calls, queries. A text can be written
+    in many right ways and is hardly ever met word for word: there exact match is chance, and the loss alone decides.
+    """
+    is_told_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
+
+    def rank(place: int) -> tuple[float, float]:
+        score = history[place].score
+        return score.exact_match if is_told_by_matches else 0.0, -score.loss
+
+    return max(range(len(history)), key=rank)
 
 
 @dataclass(frozen=True)

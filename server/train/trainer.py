@@ -23,7 +23,7 @@ from server.train.forward import target_logits
 from server.train.methods import LearnedPrefix, clone_state
 from server.train.objectives import Lesson, Objective
 from server.train.recompute import recomputing
-from server.train.record import Measured, Progress, Score, TrainingResult
+from server.train.record import Measured, Progress, Score, TrainingResult, best_of
 
 CHECKPOINT_SECONDS = 30.0
 MEASURED_TOGETHER = 32
@@ -100,8 +100,7 @@ class _Run:
     def _is_stuck(self) -> bool:
         if self._config.patience is None or not self._history:
             return False
-        best = max(range(len(self._history)), key=lambda place: self._history[place].score.rank)
-        return len(self._history) - 1 - best >= self._config.patience
+        return len(self._history) - 1 - best_of(self._history) >= self._config.patience
 
     def step(self) -> Progress:
         """One step of the optimiser, and a measurement where one is due."""
@@ -117,9 +116,9 @@ class _Run:
         score = None
         if self._step in self._measured_at:
             score = measure(work.model, work.prefix, work.objective, work.validation)
-            if all(score.rank > earlier.score.rank for earlier in self._history):
-                self._best = clone_state(work.prefix)
             self._history.append(Measured(self._step, loss, score))
+            if best_of(self._history) == len(self._history) - 1:
+                self._best = clone_state(work.prefix)
         return Progress(self._step, loss, speed, score)
 
     def _backward(self, lessons: Sequence[Lesson]) -> float:
@@ -154,7 +153,7 @@ class _Run:
     def result(self) -> TrainingResult:
         """The best measured state, which the prefix is put into."""
         self._work.prefix.load_state_dict(self._best)
-        best = max(self._history, key=lambda measured: measured.score.rank)
+        best = self._history[best_of(self._history)]
         return TrainingResult(self._work.prefix.saved(), best.step, best.score, tuple(self._history))
 
 

@@ -14,7 +14,7 @@ from server.train.config import Method, TrainingConfig
 from server.train.initial import initial_values
 from server.train.methods import PromptTuning, build_prefix
 from server.train.objectives import Targets
-from server.train.record import Progress, Score, TrainingResult
+from server.train.record import Progress, Score, TrainingResult, best_of
 from server.train.trainer import Work, learning_rate_factor, measure, train
 from tests.support import tiny_model
 from tests.train.rows import LEARNS, MOODS, examples_of, lessons_of, random_embeddings, work_of
@@ -136,10 +136,10 @@ def test_training_stops_once_measurements_get_no_better(tiny32: FrozenModel) -> 
     opposite = examples_of(tiny32, [(text, "no" if target == "yes" else "yes") for text, target in MOODS])
     config = replace(LEARNS, steps=60, evaluations=20, patience=3)
     result = train(work_of(tiny32, taught, opposite, examples_of(tiny32)), config, PEAK)
-    ranks = [entry.score.rank for entry in result.history]
-    assert len(ranks) < 20
-    assert len(ranks) - 1 - ranks.index(max(ranks)) == 3
-    assert result.validation.rank == max(ranks)
+    best = best_of(result.history)
+    assert len(result.history) < 20
+    assert len(result.history) - 1 - best == 3
+    assert result.validation == result.history[best].score
 
 
 LEARNED = 0.2

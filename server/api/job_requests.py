@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from server.api.bodies import FORM, JSON, media_type, misfit
 from server.api.limits import MAX_DATA_BYTES
 from server.api.training_schemas import REQUEST, JobRequest
 from server.data_dir import resolve_data
@@ -41,11 +41,11 @@ async def read_job(request: Request) -> AsyncIterator[AskedFor]:
     Raises:
         InvalidRequest, RequestValidationError: a field is missing, unknown, or not what it must be.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    kind = media_type(request)
+    if kind == FORM:
         async with request.form(max_files=2, max_fields=1) as form:
             yield _from_form(form)
-    elif kind == "application/json":
+    elif kind == JSON:
         yield AskedFor(_parse(await request.body()))
     else:
         raise InvalidRequest(
@@ -103,9 +103,7 @@ def _parse(text: str | bytes) -> JobRequest:
     try:
         return REQUEST.validate_json(text)
     except ValidationError as exc:
-        raise RequestValidationError(
-            [{**error, "loc": ("body", *error["loc"])} for error in exc.errors(include_url=False)]
-        ) from exc
+        raise misfit(exc) from exc
 
 
 def _source(field: str, uploaded: UploadFile | None, name: str | None, data_dir: Path | None) -> Source | None:

@@ -18,7 +18,7 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model import FrozenModel
 from server.engine.prefix_cache import PrefixCache
-from server.engine.text import common_start
+from server.engine.text import common_start, render_chat
 from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingData
 from server.soft_prompts.manifest import INPUT_FIELD
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -52,13 +52,12 @@ class Teacher:
         whole = self.template.replace(INPUT_FIELD, text)
         if not self.chat:
             return tuple(self.model.encode(whole))
-        if self.model.tokenizer.chat_template is None:
+        if not self.model.tokenizer.chat_template:
             raise ConfigurationError(
                 f"{self.model.spec.name} has no chat template.", remedy="Leave out --teacher-chat, or use a chat model."
             )
-        message = [{"role": "user", "content": whole}]
-        rendered = self.model.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tuple(self.model.encode(str(rendered), add_special_tokens=False))
+        rendered = render_chat(self.model.tokenizer, [{"role": "user", "content": whole}])
+        return tuple(self.model.encode(rendered, add_special_tokens=False))
 
 
 def distilled_lessons(

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastapi import Request, UploadFile
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile as FormFile
 
+from server.api.bodies import FORM, JSON, media_type, misfit
 from server.api.evaluations.bodies import FILES, Order
 from server.api.evaluations.jobs import EvaluationJob
 from server.api.generation import find_soft_prompt
@@ -59,8 +59,8 @@ async def read_body(request: Request) -> Body:
         InvalidRequest: it is neither; a field comes twice, or the data is missing.
         HTTPException: (400) a form that cannot be read.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    kind = media_type(request)
+    if kind == FORM:
         form = await request.form(max_files=len(FILES), max_fields=16)
         items = form.multi_items()
         fields: dict[str, Any] = {name: value for name, value in items if not isinstance(value, FormFile)}
@@ -74,15 +74,14 @@ async def read_body(request: Request) -> Body:
         for name in ("baselines", "compare"):
             if name in fields:
                 fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
-    elif kind == "application/json":
+    elif kind == JSON:
         fields, files = await _read_json(request), {}
     else:
         raise InvalidRequest("The body is neither a multipart form nor JSON.", remedy="Send one with its Content-Type.")
     try:
-        order = Order.model_validate(fields, strict=kind == "application/json")
+        order = Order.model_validate(fields, strict=kind == JSON)
     except ValidationError as exc:
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in exc.errors(include_url=False)]
-        raise RequestValidationError(problems) from exc
+        raise misfit(exc) from exc
     if order.data is None and "data" not in files:
         raise InvalidRequest(
             "There is no `data`.", remedy="Send the rows as a file of a form, or their name.", param="data"

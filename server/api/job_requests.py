@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -12,13 +12,18 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from server.api.auth import allow_task
 from server.api.bodies import FORM, JSON, media_type, misfit
+from server.api.generation import find_soft_prompt
 from server.api.limits import MAX_DATA_BYTES
 from server.api.training_schemas import REQUEST, JobRequest
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, InvalidTrainingData, PayloadTooLarge
 from server.jobs.board import JobBoard
-from server.jobs.job import DataNames, Job
+from server.jobs.job import DataNames, Job, JobSpec
+from server.registry.registry import Registry
+from server.soft_prompts.names import split_version
+from server.soft_prompts.soft_prompt import SoftPrompt
 
 CHUNK = 2**20
 
@@ -54,7 +59,30 @@ async def read_job(request: Request) -> AsyncIterator[AskedFor]:
         )
 
 
-def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | None) -> Job:
+@dataclass(frozen=True)
+class Start:
+    """The soft prompt that a job begins with, and the version that it is."""
+
+    name: str
+    soft_prompt: SoftPrompt
+
+
+async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id: str | None) -> Start | None:
+    """What a job is to begin with; the version that its name stands for now, whatever happens while the job waits.
+
+    Raises:
+        Forbidden: the request's key is not for that task.
+        UnknownTask, InvalidTaskName, VersionUnavailable.
+    """
+    name = spec.config.init_from
+    if name is None or spec.config.init != "soft_prompt":
+        return None
+    allow_task(request, split_version(name)[0])
+    resolved, soft_prompt = await find_soft_prompt(registry, name, key_id or "")
+    return Start(f"{resolved.task}@{resolved.version}", soft_prompt)
+
+
+def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | None, start: Start | None = None) -> Job:
     """Copy the data, check it, and queue the job.
 
     Raises:
@@ -62,6 +90,8 @@ def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | No
     """
     spec = asked.request.spec
     board.check(spec)
+    if start is not None:
+        spec = replace(spec, config=replace(spec.config, init_from=start.name))
     data = _source("data", asked.data, asked.request.data, data_dir)
     validation = _source("validation", asked.validation, asked.request.validation, data_dir)
     if data is None:
@@ -74,7 +104,7 @@ def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | No
         if validation is not None:
             names = DataNames(names.data, _named(validation, asked.request.validation or "validation"))
             _copy(validation, draft.validation, room)
-        return board.submit(draft, spec, names, by)
+        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt)
 
 
 def _from_form(form: FormData) -> AskedFor:

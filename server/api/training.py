@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
-from server.api.deps import BoardDep, KeyIdDep, SettingsDep, WorkerDep, known_query
-from server.api.job_requests import read_job, submit
+from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.job_requests import find_start, read_job, submit
 from server.api.schemas import ErrorBody
 from server.api.sse import NumberedStream
 from server.api.training_schemas import JOBS, JobBody, JobList, job_body, request_body
@@ -33,10 +33,12 @@ MISSING: dict[int | str, dict[str, Any]] = {
 }
 REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The form cannot be read."},
+    404: {"model": ErrorBody, "description": "There is no such task to begin with."},
     413: {"model": ErrorBody, "description": "The data is too large."},
     422: {"model": ErrorBody, "description": "A field, the task's name or the data does not fit."},
     429: {"model": ErrorBody, "description": "Too many jobs are waiting."},
     500: {"model": ErrorBody, "description": "The job could not be written."},
+    503: {"model": ErrorBody, "description": "The server is shutting down, or what to begin with cannot be served."},
     507: {"model": ErrorBody, "description": "There is no space left to keep it."},
 }
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -61,13 +63,19 @@ JobId = Annotated[str, Path(description="Id of a job.", json_schema_extra={"patt
     openapi_extra=request_body(),
 )
 async def create_job(
-    request: Request, response: Response, board: BoardDep, settings: SettingsDep, key_id: KeyIdDep
+    request: Request,
+    response: Response,
+    board: BoardDep,
+    registry: RegistryDep,
+    settings: SettingsDep,
+    key_id: KeyIdDep,
 ) -> JobBody:
     """Queue a training job, once its data has been found good. What it learns becomes a version of its task."""
     async with read_job(request) as asked:
         authorise(request, Scope.PUBLISH)  # the key may have been revoked while the data came
         allow_task(request, asked.request.task)
-        job = await asyncio.to_thread(submit, board, asked, settings.data_dir, key_id)
+        start = await find_start(request, asked.request.spec, registry, key_id)
+        job = await asyncio.to_thread(submit, board, asked, settings.data_dir, key_id, start)
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)
 

@@ -14,6 +14,9 @@ from server.jobs.check import Frame, check_data, check_spec
 from server.jobs.folder import JobFolder, JobsFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.settings import Settings
+from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.initial import check_start
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +61,25 @@ class JobBoard:
                 f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again once one is over."
             )
 
-    def submit(self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None) -> Job:
+    def submit(
+        self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None, start: SoftPrompt | None = None
+    ) -> Job:
         """Check a draft's data and queue it.
+
+        Args:
+            draft: holds the data.
+            spec: what to do with it.
+            names: what its files are called outside.
+            by: whose key asked for it.
+            start: what config.init_from names, if it names anything.
 
         Raises:
             InvalidTrainingData: nothing is queued then.
             OSError: it cannot be written.
         """
+        if start is not None:
+            check_start(spec.config, start)
+            save_soft_prompt(draft.start, start, self._frame.model)
         with self._checking:
             check_data(spec, draft, names)
         job = self.files.add(draft, spec, names, by)

@@ -27,7 +27,7 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
 
     Raises:
         InvalidTaskName, InvalidSoftPrompt: the name or the number of virtual tokens.
-        InvalidRequest: it needs files of the server, or contradicts itself.
+        InvalidRequest: it trains several tasks, or contradicts itself.
     """
     check_task_name(spec.task)
     if spec.task == frame.model.name:
@@ -41,12 +41,6 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
             "A job trains one task, and multitask prompt tuning several.",
             remedy="Send a job for each task, or train them together with `prelude train`.",
             param="config.method",
-        )
-    if config.init == "soft_prompt" or config.init_from is not None:
-        raise InvalidRequest(
-            "A job cannot begin with a soft prompt from a file of the server.",
-            remedy="Leave out init_from, or train with `prelude train --init-from`.",
-            param="config.init_from",
         )
     if (found := contradiction(config, spec.input_template)) is not None:
         raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)

@@ -4,6 +4,7 @@
       20261125t101500123-9f3a1c2b7d10/
         spec.json                    what was asked for, by whom; written once
         data.jsonl  validation.jsonl copies: what is changed elsewhere meanwhile changes no run
+        start/                       the soft prompt that it begins with, if it does with one; a copy as well
         status.json                  replaced whole, by the server that runs jobs
         cancel                       there if somebody wants it to end
         order.json                   settings for its process, written whenever one is started
@@ -61,6 +62,11 @@ class JobFolder:
     def validation(self) -> Path:
         """Rows to measure on, if they were given."""
         return self.path / "validation.jsonl"
+
+    @property
+    def start(self) -> Path:
+        """The soft prompt to begin with, if there is one: a PEFT directory."""
+        return self.path / "start"
 
     @property
     def order(self) -> Path:
@@ -155,9 +161,10 @@ class JobsFolder:
         Raises:
             OSError: it cannot be written.
         """
-        for data in (draft.data, draft.validation):
-            if data.exists():
-                _sync(data)
+        copies = [draft.data, draft.validation, draft.start, *draft.start.glob("*")]
+        for copy in copies:
+            if copy.exists():
+                _sync(copy)
         said = {
             "spec": _SPEC.dump_python(spec, mode="json"),
             "names": asdict(names),

@@ -95,6 +95,7 @@ def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, m
         licence=job.spec.licence,
         max_virtual_tokens=settings.max_virtual_tokens,
         max_new_tokens=job.spec.max_new_tokens,
+        start=folder.start if folder.start.exists() else None,
     )
     return train_task(
         model,

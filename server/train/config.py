@@ -44,7 +44,7 @@ class TrainingConfig:
     init_text: str | None = None
     """The text for init text."""
     init_from: str | None = None
-    """A PEFT directory for init soft_prompt (SPoT, Vu et al. 2022)."""
+    """What init soft_prompt begins with (SPoT, Vu et al. 2022): of the command a PEFT directory, of a job a task."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     evaluations: int = Field(default=10, ge=1)
     """How often the validation rows are measured on the way; the best of these states is kept."""
@@ -92,4 +92,13 @@ def contradiction(config: TrainingConfig, input_template: str) -> Contradiction 
         return Contradiction(
             "config.init_text", "init 'text' needs a text.", "Give it with --init-text (of a job: as init_text)."
         )
+    if config.init == "soft_prompt" and not config.init_from:
+        return Contradiction(
+            "config.init_from",
+            "init 'soft_prompt' needs one to begin with.",
+            "Name its directory with --init-from (of a job: a task of this server, as init_from).",
+        )
+    if config.init_from is not None and config.init != "soft_prompt":
+        message = f"There is a soft prompt to begin with, and init is {config.init!r}."
+        return Contradiction("config.init_from", message, "Leave it out, or set init to soft_prompt.")
     return None

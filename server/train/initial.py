@@ -15,6 +15,7 @@ import torch
 from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts
+from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
 from server.train.forward import key_values_of
 from server.train.methods import KeyValues, split_key_values
@@ -23,7 +24,7 @@ COMMON_TOKENS = 5000
 
 
 def initial_values(
-    model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None
+    model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None, start: Path | None = None
 ) -> torch.Tensor | KeyValues:
     """First values of what the method learns, in float32 on the CPU.
 
@@ -33,6 +34,7 @@ def initial_values(
             both filled up with sampled ones; 'soft_prompt' takes another's; 'random' draws numbers as large as those
             of real tokens; 'auto' is 'labels' where there are some, else 'vocab'.
         labels: of the task, if it has any.
+        start: the PEFT directory for 'soft_prompt'.
 
     Returns:
         Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
@@ -41,7 +43,10 @@ def initial_values(
         InvalidTrainingData: what the way needs is missing.
     """
     if config.init == "soft_prompt":
-        return _from_soft_prompt(model, config)
+        assert start is not None, "asked for by whoever read the configuration"
+        found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
+        check_start(config, found)
+        return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
     ids = _first_ids(model, config, labels)
     if config.method == "prefix_tuning":
         if config.init == "random":
@@ -76,18 +81,16 @@ def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str]
     return (ids + sampled)[: config.num_virtual_tokens]
 
 
-def _from_soft_prompt(model: FrozenModel, config: TrainingConfig) -> torch.Tensor | KeyValues:
-    if not config.init_from:
-        raise InvalidTrainingData(
-            "init 'soft_prompt' needs the directory of one.", remedy="Name it with --init-from prompts/TASK."
-        )
-    found = load_soft_prompts(Path(config.init_from), model.spec, config.num_virtual_tokens)[0]
-    if found.num_virtual_tokens != config.num_virtual_tokens or found.is_kv_prefix != (
-        config.method == "prefix_tuning"
-    ):
+def check_start(config: TrainingConfig, found: SoftPrompt) -> None:
+    """Refuse to begin with a soft prompt that is not of the kind and length of what is to be learned.
+
+    Raises:
+        InvalidTrainingData: it is not.
+    """
+    is_alike = found.is_kv_prefix == (config.method == "prefix_tuning")
+    if found.num_virtual_tokens != config.num_virtual_tokens or not is_alike:
         raise InvalidTrainingData(
             f"{config.init_from} holds {found.num_virtual_tokens} virtual tokens of {found.peft_type}; "
             f"{config.num_virtual_tokens} of {config.method} are to be trained.",
             remedy="Start from one of the same kind and length.",
         )
-    return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()

@@ -42,6 +42,8 @@ class TaskFiles:
     max_virtual_tokens: int = 512
     max_new_tokens: int = 64
     """Of a teacher's answers, in distillation."""
+    start: Path | None = None
+    """The PEFT directory that config.init_from names, where that is not its path."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train_task(
         [lesson for task, data in enumerate(part) for lesson in _lessons(model, files, config, data, task, on_taught)]
         for part in (rows.training, rows.validation)
     )
-    initial = initial_values(model, config, config.labels or rows.labels[0])
+    initial = initial_values(model, config, config.labels or rows.labels[0], _start(files, config))
     work = Work(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried)
@@ -125,9 +127,13 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
         "template": files.input_template,
         "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
-        "init_from": None if config.init_from is None else _content_of(Path(config.init_from)),
+        "start": None if (start := _start(files, config)) is None else _content_of(start),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _start(files: TaskFiles, config: TrainingConfig) -> Path | None:
+    return files.start or (None if config.init_from is None else Path(config.init_from))
 
 
 def _content_of(directory: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load
 
 from server.api import limits
 from server.keys.file import add_key
 from server.keys.key import Scope
-from tests.api.live import LiveServer, assert_error, live_server, wait_until
+from tests.api.live import LiveServer, as_form, assert_error, live_server, wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, save_tiny_model
+from tests.support import random_soft_prompt
 from tests.train.rows import MOODS
 
 GOOD = "".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in ROWS).encode()
@@ -50,6 +55,13 @@ class Site:
     def job(self, job_id: str) -> dict[str, Any]:
         found: dict[str, Any] = self.request("GET", f"/{job_id}").json()
         return found
+
+    def published(self, task: str) -> zipfile.ZipFile:
+        """The first version of a task."""
+        headers = {"Authorization": f"Bearer {self.keys['all']}"}
+        version = self.live.client.get(f"/prompts/{task}/versions/1/download", headers=headers)
+        assert version.status_code == 200, version.text
+        return zipfile.ZipFile(io.BytesIO(version.content))
 
     def events(self, job_id: str, **headers: str) -> list[tuple[int | None, dict[str, Any]]]:
         """Until the end, with the ids of those that have one."""
@@ -115,6 +127,34 @@ def test_a_job_is_trained_published_and_told_of_as_it_goes(site: Site) -> None:
     assert_error(site.request("GET", f"/{job['id']}"), 404, "unknown_job")
 
 
+def test_a_job_begins_with_the_version_that_its_start_stood_for(site: Site) -> None:
+    short = {**LEARNS, "steps": 2}
+    first = site.ask(data="good.jsonl", task="begin", config=short, activate=True).json()
+    assert site.events(first["id"])[-1][1]["job"]["state"] == "succeeded"
+    still = {**short, "learning_rate": 1e-9, "init": "soft_prompt", "init_from": "begin"}
+    job = site.ask(data="good.jsonl", task="onward", config=still).json()
+    assert job["spec"]["config"]["init_from"] == "begin@1"
+    assert site.events(job["id"])[-1][1]["job"]["state"] == "succeeded"
+    begun, went_on = site.published("begin"), site.published("onward")
+    assert json.loads(went_on.read("manifest.json"))["training"]["init_from"] == "begin@1"
+    before, after = (load(one.read("adapter_model.safetensors"))["prompt_embeddings"] for one in (begun, went_on))
+    assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_a_job_begins_with_nothing_that_is_not_there_for_its_key_or_of_another_kind(site: Site) -> None:
+    headers = {"Authorization": f"Bearer {site.keys['all']}"}
+    files = as_form(site.live.files(random_soft_prompt(site.live.model.spec)))
+    upload = site.live.client.put("/prompts/kept", files=files, headers=headers)
+    assert upload.status_code == 201, upload.text
+    config = {**LEARNS, "init": "soft_prompt", "init_from": "kept"}
+    assert_error(site.ask("team-a", data="good.jsonl", task="team-a-y", config=config), 403, "forbidden", "'kept'")
+    longer = {**config, "num_virtual_tokens": 7}
+    error = assert_error(site.ask(data="good.jsonl", config=longer), 422, "invalid_training_data")
+    assert "kept@1 holds" in error["error"]
+    unknown = {**config, "init_from": "nowhere"}
+    assert_error(site.ask(data="good.jsonl", config=unknown), 404, "unknown_task")
+
+
 def test_one_job_runs_and_the_others_wait_until_they_are_cancelled(site: Site) -> None:
     first = site.ask(data="good.jsonl", config=SLOW).json()
     second = site.ask(data="good.jsonl", config=SLOW, task="team-a-mood").json()
@@ -160,7 +200,7 @@ def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
         ({"config": {"stepps": 3}}, "unknown field config.stepps (did you mean steps?)"),
         ({"config": {"steps": 0}}, "config.steps"),
         ({"config": {"method": "multitask_prompt_tuning"}}, "A job trains one task"),
-        ({"config": {"init_from": "/etc"}}, "from a file of the server"),
+        ({"config": {"init": "soft_prompt", "init_from": "/etc"}}, "/etc"),
         ({"config": {"num_virtual_tokens": 513}}, "513"),
         ({"task": "No"}, "cannot be the name"),
         ({"task": "tiny-llama"}, "the frozen model's name"),

@@ -21,6 +21,8 @@ TEMPLATE = "{input}\n"
         ({"labels": ("yes", "no")}, TEMPLATE, "config.labels"),
         ({"init": "text"}, TEMPLATE, "config.init_text"),
         ({"init": "text", "init_text": ""}, TEMPLATE, "config.init_text"),
+        ({"init": "soft_prompt"}, TEMPLATE, "config.init_from"),
+        ({"init_from": "mood"}, TEMPLATE, "config.init_from"),
     ],
 )
 def test_a_contradiction_names_its_field_and_a_remedy(fields: dict[str, Any], template: str, field: str) -> None:
@@ -32,7 +34,13 @@ def test_a_contradiction_names_its_field_and_a_remedy(fields: dict[str, Any], te
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"teacher_template": "Good? {input}", "labels": ("yes",)}, {"init": "text", "init_text": "a"}]
+    "fields",
+    [
+        {},
+        {"teacher_template": "Good? {input}", "labels": ("yes",)},
+        {"init": "text", "init_text": "a"},
+        {"init": "soft_prompt", "init_from": "mood"},
+    ],
 )
 def test_what_fits_together_is_no_contradiction(fields: dict[str, Any]) -> None:
     assert contradiction(replace(TrainingConfig(), **fields), TEMPLATE) is None

@@ -25,8 +25,15 @@ def rows_of(model: FrozenModel, embeddings: torch.Tensor) -> list[int]:
     return [match[0] for match in matches]
 
 
-def initial(model: FrozenModel, init: Any, n: int = 8, labels: tuple[str, ...] | None = None, **given: Any) -> Any:
-    return initial_values(model, TrainingConfig(init=init, num_virtual_tokens=n, **given), labels)
+def initial(
+    model: FrozenModel,
+    init: Any,
+    n: int = 8,
+    labels: tuple[str, ...] | None = None,
+    start: Path | None = None,
+    **given: Any,
+) -> Any:
+    return initial_values(model, TrainingConfig(init=init, num_virtual_tokens=n, **given), labels, start)
 
 
 def test_vocab_takes_embedding_rows_of_ordinary_tokens(tiny32: FrozenModel) -> None:
@@ -83,13 +90,13 @@ def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_p
     make = random_kv_prompt if method == "prefix_tuning" else random_soft_prompt
     other = make(tiny32.spec)
     save_soft_prompt(tmp_path, other, tiny32.spec)
-    given: dict[str, Any] = {"init_from": str(tmp_path), "method": method}
+    given: dict[str, Any] = {"init_from": "other", "method": method, "start": tmp_path}
     values = initial(tiny32, "soft_prompt", n=other.num_virtual_tokens, **given)
     if method == "prompt_tuning":
         assert torch.equal(values, other.tensor.float())
     else:
         assert torch.equal(join_key_values(values), other.tensor.float())
-    with pytest.raises(InvalidTrainingData, match=r"Start from one of the same kind and length\."):
+    with pytest.raises(InvalidTrainingData, match=r"^other holds .* Start from one of the same kind"):
         initial(tiny32, "soft_prompt", n=other.num_virtual_tokens + 1, **given)
 
 
@@ -97,7 +104,6 @@ def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_p
     ("config", "message"),
     [
         ({"init": "labels"}, r"init 'labels' needs data with class labels\. Use init 'vocab' or 'text'\."),
-        ({"init": "soft_prompt"}, r"needs the directory of one\. Name it with --init-from"),
         ({"init": "random", "method": "prefix_tuning"}, r"train badly"),
     ],
 )

@@ -247,6 +247,8 @@ def baselines(
     if teacher is not None:
         if teacher.chat:
             _check_chat(host, TEACHER)
+        if len(teacher.template) > host.max_characters:
+            raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
         found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found
 

@@ -89,6 +89,14 @@ def test_the_card_comes_as_markdown_once_it_is_done(server: LiveServer, mood: st
     assert f"prelude eval {mood}@1 --data test.jsonl" in reply.text
 
 
+def test_a_teacher_is_asked_beside_it_and_the_card_says_how_to_have_that_again(server: LiveServer, mood: str) -> None:
+    ended = finished(server, start(server, task=mood, teacher="Is {input} good?\n"))
+    assert ended["contestants"] == [f"{mood}@2", "teacher"]
+    assert 0 <= ended["result"]["contestants"]["teacher"]["agreement"]["value"] <= 1
+    card = server.client.get(f"/evaluations/{ended['id']}/card").text
+    assert "--teacher teacher.txt" in card
+
+
 def test_text_is_measured_with_references(server: LiveServer) -> None:
     server.publish_random("eval-text", 3, {"generation": {"max_new_tokens": 4}})
     references = "".join(json.dumps({"references": [target, "other"]}) + "\n" for _, target in PAIRS)
@@ -125,6 +133,14 @@ def test_bad_rows_are_refused_by_file_and_line_before_anything_runs(server: Live
         ({"task": "eval-mood", "baselines": "zero"}, 422, "invalid_request", "no baseline 'zero'"),
         ({"task": "eval-mood", "baselines": "instruction"}, 422, "invalid_request", "needs an instruction"),
         ({"task": "eval-mood", "baselines": "2-shot"}, 422, "invalid_request", "needs training data"),
+        ({"task": "eval-mood", "teacher": "Good?"}, 422, "invalid_request", "exactly once"),
+        (
+            {"task": "eval-mood", "teacher": "{input}" + "x" * 99_000},
+            422,
+            "invalid_request",
+            "does not fit the context",
+        ),
+        ({"task": "eval-mood", "teacher": "{input}", "teacher_chat": "yes"}, 422, "invalid_request", "chat template"),
         ({"task": "eval-mood", "compare": "1"}, 422, "invalid_request", "compare"),
         ({"task": "eval-mood", "compare": "1,9"}, 404, "unknown_task", ""),
         ({"task": "eval-mood@1", "compare": "1,2"}, 422, "invalid_request", "names a version"),

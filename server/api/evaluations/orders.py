@@ -23,7 +23,7 @@ from server.api.uploads import not_kept
 from server.data_dir import resolve_data
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
-from server.evaluation.contestants import Wanted
+from server.evaluation.contestants import TeacherText, Wanted
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import prepare
 from server.registry.registry import Registry
@@ -133,6 +133,7 @@ async def make_job(
             instruction=order.instruction,
             shots=shots,
             version=resolved.version,
+            teacher=None if order.teacher is None else TeacherText(order.teacher, order.teacher_chat),
         )
         return EvaluationJob.of(evaluation, soft_prompt, key_id, _command(order, data.name))
 
@@ -190,6 +191,8 @@ def _command(order: Order, data: str) -> str:
     options = {"--baselines": ",".join(order.baselines), "--instruction": order.instruction, "--limit": order.limit}
     for option, value in options.items():
         parts += [option, str(value)] if value else []
+    if order.teacher is not None:
+        parts += ["--teacher", "teacher.txt", *(["--teacher-chat"] if order.teacher_chat else [])]
     if order.compare is not None:
         parts += ["--compare", *map(str, order.compare)]
     return shlex.join(parts)

@@ -131,7 +131,7 @@ def _from_form(form: FormData) -> AskedFor:
 
 def _parse(text: str | bytes) -> JobRequest:
     try:
-        return REQUEST.validate_json(text)
+        return REQUEST.validate_json(text, strict=True)
     except ValidationError as exc:
         raise misfit(exc) from exc
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,7 @@ from server.train.config import TrainingConfig
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
     from tqdm import tqdm
 
+    from server.train.files import TaskFiles, TaskRows
     from server.train.record import Progress
     from server.train.sweep import Tried
 
@@ -24,6 +28,9 @@ LEARNING = "Learning"
 START = "First values"
 DISTILLING = "Distillation: learn from a long text instead of from targets"
 ABOUT = "About the task"
+
+ABANDONED_SECONDS = 30 * 24 * 3600.0
+"""A run that was broken off so long ago is not gone on with."""
 
 
 def train(
@@ -116,17 +123,11 @@ def train(
     """
     configure_logging("warning")
     with errors_as_sentences():
-        import shutil
-
-        from server.engine.model import FrozenModel
         from server.soft_prompts.names import check_task_name
-        from server.train.dtype import training_settings
-        from server.train.output import check_writable, write_task
-        from server.train.run import TaskFiles, train_task
+        from server.train.files import TaskFiles
 
         check_task_name(task)
         settings = Settings.load()
-        template = input_template.replace("\\n", "\n").replace("\\t", "\t")
         config = make_config(
             method=method,
             num_virtual_tokens=num_virtual_tokens,
@@ -148,32 +149,89 @@ def train(
             task=task,
             training=data[0] if len(data) == 1 else tuple(data),
             validation=None if not validation else validation[0] if len(validation) == 1 else tuple(validation),
-            input_template=template,
+            input_template=input_template.replace("\\n", "\n").replace("\\t", "\t"),
             description=description,
             licence=licence,
             max_virtual_tokens=settings.max_virtual_tokens,
         )
-        directory = out or settings.prompts_dir / task
-        check_writable(directory)
-        checkpoint = settings.cache_dir.expanduser() / "training" / task
-        if fresh:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        model = FrozenModel.load(training_settings(settings))
-        with Bars(task, config.steps) as bars:
+        learn(files, config, out or settings.prompts_dir / task, settings, fresh=fresh)
+
+
+def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: Settings, *, fresh: bool) -> None:
+    """Read the rows, and only then load the model; train, and write the PEFT directory.
+
+    Raises:
+        PreludeError: something does not fit; before any step is run, unless the loss gets out of hand.
+    """
+    from server.train.files import read_task
+
+    rows = read_task(files, config)
+    show_rows(rows)
+    # Torch takes seconds to load, and whoever has mistyped a path need not wait for it.
+    from server.engine.model import FrozenModel
+    from server.train.dtype import training_settings
+    from server.train.output import check_writable, write_task
+    from server.train.run import train_task
+
+    check_writable(directory)
+    checkpoints = settings.cache_dir.expanduser() / "training" / files.task
+    drop_old(checkpoints)
+    model = FrozenModel.load(training_settings(settings))
+    try:
+        with Bars(files.task, config.steps) as bars:
             trained = train_task(
                 model,
                 files,
                 config,
                 bars.on_step,
-                checkpoint=checkpoint,
+                rows=rows,
+                checkpoint=checkpoints,
+                fresh=fresh,
                 on_tried=bars.on_tried,
                 on_sweep_step=bars.on_sweep_step,
                 on_taught=bars.on_taught,
             )
-        write_task(directory, trained, model.spec)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        best = trained.result
-        typer.echo(f"{directory}: validation exact match {best.validation.exact_match:.1%} (step {best.step})")
+    except KeyboardInterrupt:
+        typer.echo(
+            "Broken off. The same command goes on from the last checkpoint; with --fresh it begins anew.", err=True
+        )
+        raise
+    before = measured_before(directory)
+    write_task(directory, trained, model.spec)
+    if trained.checkpoint is not None:
+        shutil.rmtree(trained.checkpoint, ignore_errors=True)
+    best = trained.result
+    what_was = "" if before is None else f"; what was there before had {before:.1%}"
+    typer.echo(f"{directory}: validation exact match {best.validation.exact_match:.1%} (step {best.step}){what_was}")
+
+
+def show_rows(rows: TaskRows) -> None:
+    """What was read, and what is odd about it."""
+    for training, validation, labels in zip(rows.training, rows.validation, rows.labels, strict=True):
+        kind = f"labels {', '.join(labels)}" if labels else "targets are text"
+        learned, held = len(training.rows), len(validation.rows)
+        typer.echo(f"{training.path}: {learned:,} rows to learn from, {held:,} to measure on; {kind}", err=True)
+        if {row.input for row in training.rows} >= {row.input for row in validation.rows}:
+            typer.echo(
+                "Every validation row is a training row: what is measured is how well they were learned by heart.",
+                err=True,
+            )
+
+
+def drop_old(checkpoints: Path) -> None:
+    """Forget runs that were broken off long ago."""
+    for folder in checkpoints.glob("*"):
+        if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def measured_before(directory: Path) -> float | None:
+    """The validation exact match of what lies there already, if it lies there and says so."""
+    try:
+        value = json.loads((directory / "manifest.json").read_bytes())["metrics"]["validation_exact_match"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def make_config(**fields: Any) -> TrainingConfig:
@@ -240,8 +298,11 @@ class Bars:
 
     def on_step(self, progress: Progress) -> None:
         """A step of training; what is measured on the way is written above the bar."""
+        is_first = self._shown != self._task
         bar = self._on(self._task, "step", self._steps)
-        bar.set_postfix(loss=f"{progress.loss:.3f}", tok_s=f"{progress.tokens_per_second:.0f}", refresh=False)
+        if is_first and progress.step > 1:
+            bar.write(f"goes on from step {progress.step - 1}")
+        bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
         bar.update(progress.step - bar.n)  # a run that goes on does not begin at 0
         if score := progress.validation:
             bar.write(f"step {progress.step}: validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}")

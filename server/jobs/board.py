@@ -16,6 +16,7 @@ from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import Encode
 from server.train.initial import check_start
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,11 @@ class JobBoard:
         changed: set whenever there is something for whoever runs them to look at.
     """
 
-    def __init__(self, settings: Settings, model: ModelSpec) -> None:
+    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode) -> None:
         """Nothing is read yet; the folder is made with the first job."""
         self.files = JobsFolder(settings.jobs_folder)
         self.changed = threading.Event()
-        self._frame = Frame(model, settings.max_virtual_tokens)
+        self._frame = Frame(model, settings.max_virtual_tokens, encode)
         self._checking = threading.Lock()  # a big data file takes memory; one at a time
 
     @contextmanager
@@ -81,7 +82,7 @@ class JobBoard:
             check_start(spec.config, start)
             save_soft_prompt(draft.start, start, self._frame.model)
         with self._checking:
-            check_data(spec, draft, names)
+            check_data(spec, draft, names, self._frame)
         job = self.files.add(draft, spec, names, by)
         log.info("training job %s for %s is queued", job.id, spec.task)
         self.changed.set()

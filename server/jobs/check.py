@@ -8,10 +8,12 @@ from server.core import ModelSpec
 from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, JobSpec
+from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_shape
 from server.train.config import contradiction
-from server.train.data import check_rows, hold_out, labels_of, read_data
+from server.train.data import Encode, check_lengths
+from server.train.files import TaskFiles, read_task
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Frame:
 
     model: ModelSpec
     max_virtual_tokens: int
+    encode: Encode
 
 
 def check_spec(spec: JobSpec, frame: Frame) -> None:
@@ -44,22 +47,29 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
         )
     if (found := contradiction(config, spec.input_template)) is not None:
         raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)
+    teacher = config.teacher_template
+    if teacher is not None and len(frame.encode(teacher)) > frame.model.max_model_len:
+        raise InvalidRequest(
+            f"The teacher's text does not fit the context, which holds {frame.model.max_model_len} tokens.",
+            remedy="Shorten it, or raise PRELUDE_MAX_MODEL_LEN.",
+            param="config.teacher_template",
+        )
 
 
-def check_data(spec: JobSpec, folder: JobFolder, names: DataNames) -> None:
+def check_data(spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame) -> None:
     """Read all rows as the run will.
 
     Raises:
         InvalidTrainingData: names file and line, by the names that whoever sent them knows.
     """
-    need_targets = spec.config.teacher_template is None
+    config = spec.config
+    held = folder.validation if folder.validation.exists() else None
+    files = TaskFiles(spec.task, folder.data, held, input_template=spec.input_template)
+    manifest = Manifest(input_template=spec.input_template)
     try:
-        training = read_data(folder.data, need_targets=need_targets)
-        if folder.validation.exists():
-            validation = read_data(folder.validation, need_targets=need_targets)
-        else:
-            training, validation = hold_out(training)
-        check_rows(training, validation, labels_of(training.rows) if need_targets else None)
+        rows = read_task(files, config)
+        for data in (*rows.training, *rows.validation):
+            check_lengths(data, manifest, config.num_virtual_tokens, frame.encode, frame.model.max_model_len)
     except InvalidTrainingData as exc:
         raise InvalidTrainingData(
             in_their_words(exc.message, folder, names), remedy=in_their_words(exc.remedy, folder, names)

@@ -44,6 +44,11 @@ class ActivateIf:
     def _has_a_bound(self) -> ActivateIf:
         if self.at_least is None and self.at_most is None:
             raise ValueError("needs at_least or at_most")
+        low, high = self.at_least, self.at_most
+        if low is not None and high is not None and low > high:
+            raise ValueError("at_least is above at_most, so no value keeps to both")
+        if self.metric == "validation_exact_match" and ((low or 0) > 1 or (high is not None and high < 0)):
+            raise ValueError("exact match is a share from 0 to 1, so no value keeps to this bound")
         return self
 
     def holds(self, value: object) -> bool:

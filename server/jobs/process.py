@@ -83,7 +83,8 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
 
 def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, model: FrozenModel) -> Trained:
     """The one call of the trainer, and what it tells on the way."""
-    from server.train.run import TaskFiles, train_task
+    from server.train.files import TaskFiles
+    from server.train.run import train_task
 
     watch = _Watch(recorder)
     files = TaskFiles(

@@ -20,6 +20,7 @@ Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "random"]
 
 SHOWN = 200
 """Characters of a template that an error repeats."""
+PLACE = f"Write {INPUT_FIELD} where the row's input belongs."
 HIGHEST_LEARNING_RATE = 1e6
 """Beyond it a step leaves the range of float32, and nothing could be learned long before."""
 
@@ -76,29 +77,45 @@ class Contradiction:
 
 def contradiction(config: TrainingConfig, input_template: str) -> Contradiction | None:
     """The first thing in which what is asked for contradicts itself, whatever the data and the model."""
-    place = f"Write {INPUT_FIELD} where the row's input belongs."
-    teacher = config.teacher_template
     if input_template.count(INPUT_FIELD) != 1:
         shown = input_template[:SHOWN]
         message = f"The input template {shown!r} does not hold {INPUT_FIELD} exactly once."
-        return Contradiction("input_template", message, place)
+        return Contradiction("input_template", message, PLACE)
+    return _wrong_teacher(config) or _wrong_start(config)
+
+
+def _wrong_teacher(config: TrainingConfig) -> Contradiction | None:
+    teacher, labels = config.teacher_template, config.labels
     if teacher is not None and teacher.count(INPUT_FIELD) != 1:
         message = f"The teacher's text does not hold {INPUT_FIELD} exactly once."
-        return Contradiction("config.teacher_template", message, place)
-    if config.labels and teacher is None:
+        return Contradiction("config.teacher_template", message, PLACE)
+    if config.teacher_chat and teacher is None:
+        return Contradiction("config.teacher_chat", "There is no teacher's text to send.", "Give one, or leave it out.")
+    if labels is None:
+        return None
+    if teacher is None:
         message = "Labels are named for distillation only; otherwise they are the targets of the rows."
         return Contradiction("config.labels", message, "Leave them out, or give a teacher's text.")
-    if config.init == "text" and not config.init_text:
+    if len(set(labels)) < len(labels) or len(labels) < 2 or not all(map(str.strip, labels)):
+        message = f"The labels are not at least two different ones: {', '.join(map(repr, labels))[:SHOWN]}."
+        return Contradiction("config.labels", message, "Name every label that the teacher may answer, each once.")
+    return None
+
+
+def _wrong_start(config: TrainingConfig) -> Contradiction | None:
+    if (config.init == "text") != bool((config.init_text or "").strip()):
         return Contradiction(
-            "config.init_text", "init 'text' needs a text.", "Give it with --init-text (of a job: as init_text)."
+            "config.init_text",
+            f"init is {config.init!r}, and there is {'a' if config.init_text else 'no'} text to begin with.",
+            "Give init 'text' and --init-text (of a job: init_text) together, or neither.",
         )
-    if config.init == "soft_prompt" and not config.init_from:
+    if (config.init == "soft_prompt") != bool(config.init_from):
         return Contradiction(
             "config.init_from",
-            "init 'soft_prompt' needs one to begin with.",
-            "Name its directory with --init-from (of a job: a task of this server, as init_from).",
+            f"init is {config.init!r}, and there is {'a' if config.init_from else 'no'} soft prompt to begin with.",
+            "Give init 'soft_prompt' and --init-from (of a job: init_from, a task) together, or neither.",
         )
-    if config.init_from is not None and config.init != "soft_prompt":
-        message = f"There is a soft prompt to begin with, and init is {config.init!r}."
-        return Contradiction("config.init_from", message, "Leave it out, or set init to soft_prompt.")
+    if config.init == "random" and config.method == "prefix_tuning":
+        message = "Random keys and values train badly, so prefix tuning does not begin with them."
+        return Contradiction("config.init", message, "Use init vocab, labels or text.")
     return None

@@ -5,19 +5,34 @@ Bad data is refused before any step is run, by file and line, because a run that
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from server.engine.model import FrozenModel
 from server.errors import InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
 
+if TYPE_CHECKING:  # torch is not needed to read and check rows
+    from server.engine.model import FrozenModel
+
 MAX_ROWS = 500_000
 MAX_LINE_BYTES = 2**20
+REPEATED = 3
+"""As often targets must occur, on average, to be taken for labels."""
+FRAME = 8
+"""Special tokens that a tokenizer may put around a text, at most."""
+
+
+class Encode(Protocol):
+    """A tokenizer's."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +91,9 @@ def read_data(path: Path, *, need_targets: bool = True) -> DataFile:
                 digest.update(line)
                 if len(rows) == MAX_ROWS or len(line) > MAX_LINE_BYTES:
                     raise _too_long(path, number, len(line))
-                if line.strip():
-                    rows.append(_parse_row(path, number, line, need_targets=need_targets))
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    rows.append(_parse_row(path, number, text, need_targets=need_targets))
     except OSError as exc:
         raise InvalidTrainingData(f"{path} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
     if not rows:
@@ -129,15 +145,33 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
     for row in data.rows:
         target_ids = model.tokenizer.encode(row.target, add_special_tokens=False)
         example = Example(tuple(model.encode(manifest.render(row.input))), (*target_ids, *eos))
-        length = num_virtual_tokens + len(example.fed_ids)
-        if length > model.spec.max_model_len:
-            raise InvalidTrainingData(
-                f"{data.path}, line {row.line}: {length} tokens with the {num_virtual_tokens} virtual ones; "
-                f"the context holds {model.spec.max_model_len}.",
-                remedy="Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
-            )
+        _check_length(data, row, len(example.fed_ids), num_virtual_tokens, model.spec.max_model_len)
         examples.append(example)
     return examples
+
+
+def check_lengths(
+    data: DataFile, manifest: Manifest, num_virtual_tokens: int, encode: Encode, max_model_len: int
+) -> None:
+    """Refuse rows that `encode_examples` would, without the model; a token is at least a byte, so few are tokenised.
+
+    Raises:
+        InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
+    """
+    for row in data.rows:
+        text = manifest.render(row.input)
+        if num_virtual_tokens + len(text.encode()) + len(row.target.encode()) + FRAME > max_model_len:
+            length = len(encode(text)) + len(encode(row.target, add_special_tokens=False))
+            _check_length(data, row, length, num_virtual_tokens, max_model_len)
+
+
+def _check_length(data: DataFile, row: Row, length: int, num_virtual_tokens: int, max_model_len: int) -> None:
+    if num_virtual_tokens + length > max_model_len:
+        raise InvalidTrainingData(
+            f"{data.path}, line {row.line}: {num_virtual_tokens + length} tokens with the {num_virtual_tokens} virtual "
+            f"ones; the context holds {max_model_len}.",
+            remedy="Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
+        )
 
 
 def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0) -> tuple[DataFile, DataFile]:
@@ -150,7 +184,7 @@ def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0)
     if len(inputs) < 2:
         raise InvalidTrainingData(
             f"{data.path} holds one input only, so none can be held out to measure on.",
-            remedy="Give more rows, some hundreds are usual; or rows to measure on with --validation.",
+            remedy="Give more rows, some hundreds are usual; or validation rows of their own.",
         )
     random.Random(seed).shuffle(inputs)
     held = set(inputs[: max(1, min(most, round(len(inputs) * share)))])
@@ -180,4 +214,4 @@ def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] |
 def labels_of(rows: Sequence[Row], most: int = 100) -> tuple[str, ...] | None:
     """The distinct targets, sorted, where there are few enough, and often enough repeated, to be class labels."""
     targets = sorted({row.target for row in rows})
-    return tuple(targets) if len(targets) <= min(most, max(1, len(rows) // 5)) else None
+    return tuple(targets) if len(targets) <= min(most, max(1, len(rows) // REPEATED)) else None

@@ -49,11 +49,6 @@ def initial_values(
         return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
     ids = _first_ids(model, config, labels)
     if config.method == "prefix_tuning":
-        if config.init == "random":
-            raise InvalidTrainingData(
-                "Random keys and values train badly, so prefix tuning does not begin with them.",
-                remedy="Use init vocab, labels or text.",
-            )
         return tuple((key.float().cpu(), value.float().cpu()) for key, value in key_values_of(model, ids))
     with torch.no_grad():
         embeddings = model.embed(torch.tensor(ids, device=model.device)).float().cpu().clone()
@@ -67,11 +62,7 @@ def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str]
     """Real tokens for all virtual ones."""
     ids: list[int] = []
     if config.init == "labels" or (config.init == "auto" and labels):
-        if not labels:
-            raise InvalidTrainingData(
-                "init 'labels' needs data with class labels.", remedy="Use init 'vocab' or 'text'."
-            )
-        ids = [token for label in labels for token in model.tokenizer.encode(label, add_special_tokens=False)]
+        ids = [token for label in labels or () for token in model.tokenizer.encode(label, add_special_tokens=False)]
     elif config.init == "text":
         ids = model.tokenizer.encode(config.init_text or "", add_special_tokens=False)
     generator = torch.Generator().manual_seed(config.seed)

@@ -27,6 +27,8 @@ class Trained:
     peft_type: str
     result: TrainingResult
     manifest: Manifest
+    checkpoint: Path | None = None
+    """What the run went on from; of no use once this is written."""
 
     @property
     def soft_prompt(self) -> SoftPrompt:

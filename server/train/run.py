@@ -5,17 +5,18 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from server.engine.model import FrozenModel
-from server.errors import InvalidTrainingData
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_shape
-from server.train.config import TrainingConfig, contradiction
-from server.train.data import DataFile, check_rows, encode_examples, hold_out, labels_of, read_data
+from server.train.config import TrainingConfig
+from server.train.data import DataFile, encode_examples
 from server.train.distil import distilled_lessons
+from server.train.files import TaskFiles, TaskRows, read_task
 from server.train.initial import initial_values
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
@@ -27,39 +28,15 @@ from server.train.trainer import Work, train
 Watch = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class TaskFiles:
-    """What a training run is given beside its hyperparameters."""
-
-    task: str
-    training: Path | tuple[Path, ...]
-    """Several only for multitask prompt tuning: one for each task."""
-    validation: Path | tuple[Path, ...] | None = None
-    """As many; None holds out a tenth of the rows."""
-    input_template: str = "{input}\n"
-    description: str | None = None
-    licence: str | None = None
-    max_virtual_tokens: int = 512
-    max_new_tokens: int = 64
-    """Of a teacher's answers, in distillation."""
-    start: Path | None = None
-    """The PEFT directory that config.init_from names, where that is not its path."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    training: tuple[DataFile, ...]
-    validation: tuple[DataFile, ...]
-    labels: tuple[tuple[str, ...] | None, ...]
-
-
 def train_task(
     model: FrozenModel,
     files: TaskFiles,
     config: TrainingConfig,
     on_step: Watch = lambda progress: None,
     *,
+    rows: TaskRows | None = None,
     checkpoint: Path | None = None,
+    fresh: bool = False,
     on_tried: Callable[[Tried], None] = lambda tried: None,
     on_sweep_step: Watch = lambda progress: None,
     on_taught: Callable[[], None] = lambda: None,
@@ -71,7 +48,9 @@ def train_task(
         files: data and what is said about it.
         config: hyperparameters.
         on_step: called after each step of training; what it raises ends the run.
+        rows: the files' rows, if they have been read already.
         checkpoint: a folder to go on from, if a run of the same data and configuration has left something there.
+        fresh: do not go on, but begin anew.
         on_tried: called after each learning rate that was tried.
         on_sweep_step: called after each step of that search.
         on_taught: called for each row that a teacher has been asked about.
@@ -79,11 +58,10 @@ def train_task(
     Raises:
         InvalidTrainingData: before any step is run; or the loss is not finite any more.
     """
-    check_kind(files, config)
+    rows = rows or read_task(files, config)
     check_shape(
         "PROMPT_TUNING", (config.num_virtual_tokens, model.spec.hidden_size), model.spec, files.max_virtual_tokens
     )
-    rows = _read(files, config)
     objective: Objective = Targets()
     if config.teacher_template is not None:
         objective = TeacherLabels() if config.labels else TeacherTokens()
@@ -91,34 +69,18 @@ def train_task(
         [lesson for task, data in enumerate(part) for lesson in _lessons(model, files, config, data, task, on_taught)]
         for part in (rows.training, rows.validation)
     )
-    initial = initial_values(model, config, config.labels or rows.labels[0], _start(files, config))
+    initial = initial_values(model, config, config.labels or rows.labels[0], files.start_of(config))
     work = Work(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
+    if fresh and folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried)
     result = train(work, config, learning_rate, on_step, checkpoint=folder)
     manifest = _manifest(model, files, config, rows, work, result, learning_rate)
-    return Trained(work.prefix.peft_type, result, manifest)
+    return Trained(work.prefix.peft_type, result, manifest, folder)
 
 
-def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        InvalidTrainingData: says what does.
-    """
-    several = isinstance(files.training, tuple) and len(files.training) > 1
-    if several != (config.method == "multitask_prompt_tuning"):
-        raise InvalidTrainingData(
-            "Several data files are the tasks of multitask prompt tuning, which needs at least two.",
-            remedy="Give --data once; or give it once for each task, with --method multitask_prompt_tuning.",
-        )
-    if several and config.teacher_template is not None:
-        raise InvalidTrainingData("Several tasks cannot be distilled together.", remedy="Distil one after the other.")
-    if (found := contradiction(config, files.input_template)) is not None:
-        raise InvalidTrainingData(found.message, remedy=found.remedy)
-
-
-def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: _Rows) -> str:
+def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: TaskRows) -> str:
     """Names a run: only a checkpoint of the same model, data and configuration is gone on from."""
     said = {
         "fingerprint": model.spec.fingerprint,
@@ -127,37 +89,15 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
         "template": files.input_template,
         "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
-        "start": None if (start := _start(files, config)) is None else _content_of(start),
+        "start": None if (start := files.start_of(config)) is None else _content_of(start),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _start(files: TaskFiles, config: TrainingConfig) -> Path | None:
-    return files.start or (None if config.init_from is None else Path(config.init_from))
 
 
 def _content_of(directory: Path) -> list[str]:
     """What lies in a directory, by content: another soft prompt under the same name is another beginning."""
     found = sorted(file for file in directory.glob("adapter_*") if file.is_file())
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in found]
-
-
-def _read(files: TaskFiles, config: TrainingConfig) -> _Rows:
-    need = config.teacher_template is None
-    paths = files.training if isinstance(files.training, tuple) else (files.training,)
-    held = files.validation if isinstance(files.validation, tuple | None) else (files.validation,)
-    if held is not None and len(held) != len(paths):
-        raise InvalidTrainingData(
-            f"{len(paths)} data files and {len(held)} validation files.", remedy="Give one for each, or none."
-        )
-    pairs = []
-    for number, path in enumerate(paths):
-        data = read_data(path, need_targets=need)
-        pairs.append(hold_out(data) if held is None else (data, read_data(held[number], need_targets=need)))
-    labels = [labels_of(training.rows) if need else None for training, _ in pairs]
-    for (training, validation), of in zip(pairs, labels, strict=True):
-        check_rows(training, validation, of)
-    return _Rows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs), tuple(labels))
 
 
 def _lessons(
@@ -195,7 +135,7 @@ def _manifest(
     model: FrozenModel,
     files: TaskFiles,
     config: TrainingConfig,
-    rows: _Rows,
+    rows: TaskRows,
     work: Work,
     result: TrainingResult,
     learning_rate: float,

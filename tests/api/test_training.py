@@ -23,6 +23,11 @@ from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, save_tiny_model
 from tests.support import random_soft_prompt
 from tests.train.rows import MOODS
 
+
+def jsonl(text: str, target: str) -> bytes:
+    return (json.dumps({"input": text, "target": target}) + "\n").encode()
+
+
 GOOD = "".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in ROWS).encode()
 HELD = "".join(json.dumps({"input": text, "target": target}) + "\n" for text, target in MOODS).encode()
 
@@ -177,6 +182,7 @@ def test_one_job_runs_and_the_others_wait_until_they_are_cancelled(site: Site) -
     ("files", "message"),
     [
         ({"data": GOOD + b'{"input": "late"}\n'}, "data.jsonl, line 21: no string field 'target'"),
+        ({"data": GOOD + jsonl("x" * 300, "yes")}, "data.jsonl, line 21: 324 tokens with the 20 virtual ones"),
         ({"data": GOOD, "validation": b"[]\n"}, "validation.jsonl, line 1: no string field 'input'"),
         ({"data": GOOD, "validation": b'{"input": "a", "target": "maybe"}\n'}, "validation.jsonl, line 1: the label"),
         ({"data": b""}, "data.jsonl holds no rows"),
@@ -206,6 +212,14 @@ def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
         ({"task": "tiny-llama"}, "the frozen model's name"),
         ({"input_template": "no place"}, "exactly once"),
         ({"activate": {"metric": "validation_loss"}}, "at_least or at_most"),
+        ({"activate": {"metric": "validation_loss", "at_least": 0.9, "at_most": 0.1}}, "no value keeps to both"),
+        ({"activate": {"metric": "validation_exact_match", "at_least": 90}}, "a share from 0 to 1"),
+        ({"activate": "yes"}, "activate"),
+        ({"config": {"steps": "10"}}, "config.steps"),
+        ({"config": {"learning_rate": 0}}, "greater than 0"),
+        ({"config": {"teacher_template": "{input}", "labels": ["a", "a"]}}, "not at least two different ones"),
+        ({"config": {"teacher_template": "{input}" + "x" * 200}}, "teacher's text does not fit the context"),
+        ({"config": {"method": "prefix_tuning", "init": "random"}}, "train badly"),
         ({"data": "../secret.jsonl"}, "is no name of a data file"),
         ({"data": "none.jsonl"}, "There is no data file"),
     ],

@@ -235,7 +235,10 @@ def test_a_row_beyond_the_context_is_refused_by_line(workplace: Path) -> None:
         (["--teacher", "none.txt"], "none.txt cannot be read"),
         (["--lr", "fast"], "Give a number, 0.02 is usual, or auto."),
         (["--lr", "inf"], "--lr is inf: Input should be less than or equal to 1000000"),
-        (["--init", "text"], "Give it with --init-text"),
+        (["--init", "text"], "init is 'text', and there is no text to begin with"),
+        (["--init-text", "Good?"], "init is 'auto', and there is a text to begin with"),
+        (["--init-from", "prompts"], "init is 'auto', and there is a soft prompt to begin with"),
+        (["--teacher-chat"], "There is no teacher's text to send"),
         (["--input-template", "no field"], "does not hold {input} exactly once"),
         (["--num-virtual-tokens", "600"], "this server takes 1 to 512"),
         (["--out", "train.jsonl/mood"], "cannot be written to train.jsonl/mood"),
@@ -247,6 +250,24 @@ def test_training_that_cannot_work_is_refused_with_a_remedy(
     files = sorted(workplace.rglob("*"))
     assert problem in refused(train("--steps", "5", *arguments))
     assert sorted(workplace.rglob("*")) == files
+
+
+def test_a_run_that_is_over_leaves_the_checkpoints_of_others(workplace: Path) -> None:
+    checkpoints = Settings.load().cache_dir.expanduser() / "training/mood"
+    other, old = checkpoints / "other", checkpoints / "old"
+    for folder in (other, old):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert train("--steps", "1", "--lr", "0.01").exit_code == 0
+    assert list(checkpoints.iterdir()) == [other]
+
+
+def test_a_run_says_what_it_read_and_what_its_result_takes_the_place_of(workplace: Path) -> None:
+    first = train("--steps", "1", "--lr", "0.01")
+    assert "train.jsonl: 20 rows to learn from, 4 to measure on; labels no, yes" in first.stderr
+    assert "how well they were learned by heart" in first.stderr
+    assert "what was there before" not in first.stdout
+    assert re.search(r"\(step 1\); what was there before had \d+\.\d%$", train("--steps", "1", "--lr", "0.02").stdout)
 
 
 def test_a_template_is_written_with_the_escapes_of_a_shell_s_user(workplace: Path) -> None:

@@ -88,7 +88,7 @@ def make_yard(
 ) -> Yard:
     """Nothing runs yet."""
     registry = registry or Registry(Store(MemoryObjects()), model.spec, 512)
-    board = JobBoard(settings, registry.model)
+    board = JobBoard(settings, registry.model, model.encode)
     return Yard(settings, registry, board, JobRunner(settings, registry, board, start))
 
 

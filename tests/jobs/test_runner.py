@@ -25,8 +25,9 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
+from server.train.files import TaskFiles
 from server.train.output import write_task
-from server.train.run import TaskFiles, train_task
+from server.train.run import train_task
 from tests.api.live import wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, Yard, make_yard, running, spec
 from tests.registry.fakes import MemoryObjects
@@ -175,10 +176,11 @@ def test_what_only_the_model_shows_fails_the_job_in_the_words_of_whoever_sent_it
 
     monkeypatch.setattr(yard.runner, "_start_child", start)
     with running(yard):
-        job = yard.ended(yard.submit(spec(), [*ROWS, ("far " * 60, "no")]))
+        wordy = spec(config=LEARNS | {"teacher_template": "Well, " * 12 + "{input}", "labels": ("yes", "no")})
+        job = yard.ended(yard.submit(wordy, [*ROWS, ("far " * 15, "no")]))
     assert job.status.error is not None
     assert job.status.error.code == "invalid_training_data"
-    assert job.status.error.error.startswith("rows.jsonl, line 21: ")
+    assert job.status.error.error.startswith("rows.jsonl, line 21: the teacher reads ")
 
 
 def test_a_server_that_was_killed_finds_its_jobs_and_the_process_that_it_left_is_ended(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import hashlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from server.errors import InvalidTrainingData
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
-from server.train.data import Row, encode_examples, labels_of, read_data
+from server.train.data import Row, check_lengths, encode_examples, labels_of, read_data
 from tests.registry.fakes import MemoryObjects
 from tests.support import EOS, byte_tokenizer, make_engine, random_soft_prompt, tiny_module
 from tests.train.rows import TEMPLATE, data_of, write_rows
@@ -110,10 +111,26 @@ def test_a_row_that_exceeds_the_context_is_refused_by_line_with_both_lengths(tin
     assert "PRELUDE_MAX_MODEL_LEN" in caught.value.remedy
 
 
+def test_lengths_are_checked_without_the_model_as_with_it(tiny: FrozenModel) -> None:
+    manifest, most = Manifest(input_template=TEMPLATE), tiny.spec.max_model_len
+    check_lengths(data_of([("x" * 119, "yes"), ("a", "b")]), manifest, 5, tiny.encode, most)
+    with pytest.raises(InvalidTrainingData, match=r"rows\.jsonl, line 2: 129 tokens with the 5 virtual ones"):
+        check_lengths(data_of([("a", "b"), ("x" * 120, "yes")]), manifest, 5, tiny.encode, most)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + GOOD)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_bytes(GOOD)
+    assert read_data(path).rows == read_data(plain).rows
+
+
 def test_targets_are_labels_only_where_they_are_few_and_repeated() -> None:
     rows = data_of([(str(i), "ab"[i % 2]) for i in range(10)]).rows
     assert labels_of(rows) == ("a", "b")
-    assert labels_of(rows[:9]) is None
+    assert labels_of(rows[:6]) == ("a", "b")
+    assert labels_of(rows[:5]) is None
     assert labels_of(data_of([(str(i), str(i)) for i in range(10)]).rows) is None
     assert labels_of(rows, most=1) is None
 

@@ -12,10 +12,11 @@ from server.errors import ConfigurationError, InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example
 from server.train.distil import KEPT_TOKENS, distilled_lessons
+from server.train.files import TaskFiles
 from server.train.forward import rows_logits
 from server.train.methods import PromptTuning
 from server.train.objectives import Lesson, TeacherLabels, TeacherTokens
-from server.train.run import TaskFiles, train_task
+from server.train.run import train_task
 from server.train.trainer import Work, measure, train
 from tests.support import EOS, byte_tokenizer, make_engine, request, run_engine, tiny_module
 from tests.train.rows import LEARNS, data_of, random_embeddings

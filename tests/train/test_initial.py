@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +97,3 @@ def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_p
         assert torch.equal(join_key_values(values), other.tensor.float())
     with pytest.raises(InvalidTrainingData, match=r"^other holds .* Start from one of the same kind"):
         initial(tiny32, "soft_prompt", n=other.num_virtual_tokens + 1, **given)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"init": "labels"}, r"init 'labels' needs data with class labels\. Use init 'vocab' or 'text'\."),
-        ({"init": "random", "method": "prefix_tuning"}, r"train badly"),
-    ],
-)
-def test_what_a_way_needs_is_asked_for(tiny32: FrozenModel, config: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidTrainingData, match=message):
-        initial_values(tiny32, replace(TrainingConfig(), **config), None)

@@ -16,9 +16,10 @@ from server.errors import ConfigurationError, InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.train.config import Method
+from server.train.files import TaskFiles
 from server.train.output import Trained, check_writable, write_task
 from server.train.record import Progress, Score, TrainingResult
-from server.train.run import TaskFiles, train_task
+from server.train.run import train_task
 from server.train.sweep import PEAKS, Tried
 from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows

@@ -1,0 +1,95 @@
+"""What a run is given: files, and the rows that are in them. Free of torch, so whatever is wrong is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import InvalidTrainingData
+from server.train.config import TrainingConfig, contradiction
+from server.train.data import DataFile, check_rows, hold_out, labels_of, read_data
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What a training run is given beside its hyperparameters."""
+
+    task: str
+    training: Path | tuple[Path, ...]
+    """Several only for multitask prompt tuning: one for each task."""
+    validation: Path | tuple[Path, ...] | None = None
+    """As many; None holds out a tenth of the rows."""
+    input_template: str = "{input}\n"
+    description: str | None = None
+    licence: str | None = None
+    max_virtual_tokens: int = 512
+    max_new_tokens: int = 64
+    """Of a teacher's answers, in distillation."""
+    start: Path | None = None
+    """The PEFT directory that config.init_from names, where that is not its path."""
+
+    def start_of(self, config: TrainingConfig) -> Path | None:
+        """The PEFT directory that the run begins with, if it begins with one."""
+        return self.start or (None if config.init_from is None else Path(config.init_from))
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of each task: one, but for multitask prompt tuning.
+
+    Attributes:
+        training: to learn from.
+        validation: to measure on.
+        labels: the classes of each; None where text is written, or a teacher answers.
+    """
+
+    training: tuple[DataFile, ...]
+    validation: tuple[DataFile, ...]
+    labels: tuple[tuple[str, ...] | None, ...]
+
+
+def read_task(files: TaskFiles, config: TrainingConfig) -> TaskRows:
+    """Read and check all rows.
+
+    Raises:
+        InvalidTrainingData: what is asked for contradicts itself, or a row or a file is not what it must be.
+    """
+    check_kind(files, config)
+    need = config.teacher_template is None
+    paths = files.training if isinstance(files.training, tuple) else (files.training,)
+    held = files.validation if isinstance(files.validation, tuple | None) else (files.validation,)
+    if held is not None and len(held) != len(paths):
+        raise InvalidTrainingData(
+            f"{len(paths)} data files and {len(held)} validation files.", remedy="Give one for each, or none."
+        )
+    pairs = []
+    for number, path in enumerate(paths):
+        data = read_data(path, need_targets=need)
+        pairs.append(hold_out(data) if held is None else (data, read_data(held[number], need_targets=need)))
+    labels = [labels_of(training.rows) if need else None for training, _ in pairs]
+    for (training, validation), of in zip(pairs, labels, strict=True):
+        check_rows(training, validation, of)
+    if config.init == "labels" and not (config.labels or labels[0]):
+        raise InvalidTrainingData(
+            f"init is 'labels', and the targets of {paths[0]} are no labels: too many, or too seldom repeated.",
+            remedy="Use init 'vocab' or 'text'.",
+        )
+    return TaskRows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs), tuple(labels))
+
+
+def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        InvalidTrainingData: says what does.
+    """
+    several = isinstance(files.training, tuple) and len(files.training) > 1
+    if several != (config.method == "multitask_prompt_tuning"):
+        raise InvalidTrainingData(
+            "Several data files are the tasks of multitask prompt tuning, which needs at least two.",
+            remedy="Give --data once; or give it once for each task, with --method multitask_prompt_tuning.",
+        )
+    if several and config.teacher_template is not None:
+        raise InvalidTrainingData("Several tasks cannot be distilled together.", remedy="Distil one after the other.")
+    if (found := contradiction(config, files.input_template)) is not None:
+        raise InvalidTrainingData(found.message, remedy=found.remedy)

@@ -26,16 +26,23 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="its name from then on")
     parser.add_argument("--data", type=Path, required=True, help="rows to learn from")
     parser.add_argument("--test", type=Path, required=True, help="rows that training does not see")
-    parser.add_argument("--config", default="{}", help='hyperparameters as JSON, such as {"steps": 300}')
+    parser.add_argument("--config", type=json.loads, default={}, help='as JSON, such as {"steps": 300}; 600 by itself')
     options = parser.parse_args()
     headers = {"authorization": f"Bearer {os.environ['PRELUDE_API_KEY']}"} if "PRELUDE_API_KEY" in os.environ else {}
     with httpx.Client(base_url=options.url, headers=headers, timeout=600) as client:
-        job = train(client, options.task, options.data, json.loads(options.config))
+        try:
+            client.get("/ready").raise_for_status()
+        except httpx.HTTPError as error:
+            sys.exit(f"No server is ready at {options.url} ({error}). Start one: make run")
+        job = train(client, options.task, options.data, options.config)
         if job["state"] != "succeeded":
-            sys.exit(f"{job['state']}: {job.get('error')}")
-        print(f"live: {options.task}@{job['version']}, validation {job['metrics']}")
-        for name, estimate in measure(client, options.task, options.test).items():
-            print(f"{name}: {estimate}")
+            sys.exit(f"The job has {job['state']}: {job.get('error', {}).get('error', '')}")
+        right, rows = job["metrics"]["validation_exact_match"], job["metrics"]["validation_rows"]
+        print(f"live: {options.task}@{job['version']}, right on {right:.1%} of {rows} validation rows")
+        for name, figure in measure(client, options.task, options.test).items():
+            if name != "seconds":
+                low, high = figure["interval"]
+                print(f"{name}: {figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})")
         row = json.loads(options.test.read_text(encoding="utf-8").splitlines()[0])
         reply = client.post("/generate", params={"task": options.task}, json={"inputs": row["input"]})
         print(f"{row['input']!r}: {reply.raise_for_status().json()['generated_text']!r}")
@@ -46,8 +53,7 @@ def train(client: httpx.Client, task: str, data: Path, config: dict[str, Any]) -
     spec = {"task": task, "config": config, "activate": True}
     with data.open("rb") as rows:
         reply = client.post("/training/jobs", data={"spec": json.dumps(spec)}, files={"data": rows})
-    if reply.is_error:
-        sys.exit(reply.text)
+    stop_if_refused(reply)
     shown = None
     with client.stream("GET", f"{reply.headers['location']}/events", timeout=None) as events:
         for line in events.iter_lines():
@@ -59,7 +65,7 @@ def train(client: httpx.Client, task: str, data: Path, config: dict[str, Any]) -
                 return job
             if event.get("validation") not in (None, shown):
                 shown = event["validation"]
-                print(f"step {event['step']}: {shown}")
+                print(f"step {event['step']}: validation loss {shown['loss']:.4f}, right on {shown['exact_match']:.1%}")
     raise RuntimeError("the events ended before the job")
 
 
@@ -67,8 +73,7 @@ def measure(client: httpx.Client, task: str, data: Path) -> dict[str, Any]:
     """Evaluate a task on rows that it has not seen, and answer the figures with their intervals."""
     with data.open("rb") as rows:
         reply = client.post("/evaluations", data={"task": task}, files={"data": rows})
-    if reply.is_error:
-        sys.exit(reply.text)
+    stop_if_refused(reply)
     evaluation = reply.json()
     while evaluation["state"] in ("waiting", "running"):
         time.sleep(0.2)
@@ -77,6 +82,12 @@ def measure(client: httpx.Client, task: str, data: Path) -> dict[str, Any]:
         sys.exit(str(evaluation))
     figures: dict[str, Any] = evaluation["result"]["contestants"][evaluation["contestants"][0]]
     return figures
+
+
+def stop_if_refused(reply: httpx.Response) -> None:
+    """End with the server's own words, which say what to change."""
+    if reply.is_error:
+        sys.exit(reply.json()["error"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def print_report(report: Report, out: Console) -> None:
     """The whole result."""
     about = report.about
     out.print(_text(f"{about.name} on {about.rows:,} rows of {about.data}, {about.model} in {about.dtype}"))
+    if report.warning:
+        out.print(_text(report.warning, "yellow"))
     out.print(_text("Below each figure: its 95 % interval, by bootstrap over the rows.", "dim"))
     out.print()
     out.print(_scores(report))

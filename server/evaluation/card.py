@@ -42,7 +42,7 @@ def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
     """
     manifest = soft_prompt.manifest
     parts = [f"# {report.about.task}", *_about(report, soft_prompt), "## Measured", *_measured(report)]
-    parts += [f"    {command}"]
+    parts += [f"    PRELUDE_DTYPE={report.about.dtype} {command}"]
     if manifest.training:
         parts += ["## Trained", _table(["", ""], [[name, _value(value)] for name, value in manifest.training.items()])]
     if manifest.licence:
@@ -151,6 +151,8 @@ def _measured(report: Report) -> Iterable[str]:
         f"On {about.rows:,} rows of `{about.data}` (sha256 `{about.data_sha256[:12]}…`), through the served path, in "
         f"{about.dtype}. In brackets: 95 % intervals, by {RESAMPLES:,} bootstrap resamples of the rows."
     )
+    if report.warning:
+        yield f"**{report.warning}**"
     yield _table(
         ["", *(metric.title for metric in metrics)],
         [
@@ -183,7 +185,8 @@ def _notes(report: Report) -> Iterable[str]:
         )
     alone = [name for name in report.differences if "@" not in name]
     for name in alone:
-        way = WAYS.get(name, "the frozen model continues a plain text of the instruction, examples and the input")
+        told = "the instruction, " if report.about.instruction else ""
+        way = WAYS.get(name, f"the frozen model continues a plain text of {told}examples and the input")
         yield f"- *{name}*: {way}."
     if alone:
         yield (

@@ -172,7 +172,18 @@ def prepare(
         rows=len(data.rows),
         labels=tuple(labels),
         instruction=(instruction or data.instruction) if is_told else None,
+        known_from=_known_from(soft_prompt, data.sha256),
     )
     evaluation = Evaluation(about, (*asked, *alone), questions)
     evaluation.check()
     return replace(evaluation, contestants=(*asked, *(one.sharing(data.rows, host) for one in alone)))
+
+
+def _known_from(soft_prompt: SoftPrompt, sha256: str) -> str | None:
+    """Whether a data file is one that a soft prompt was made with, as its manifest tells."""
+    told = soft_prompt.manifest.training or {}
+    for part in ("training", "validation"):
+        hashes = told.get("data_sha256" if part == "training" else "validation_sha256")
+        if sha256 in (hashes if isinstance(hashes, list) else [hashes]):
+            return part
+    return None

@@ -27,6 +27,8 @@ class About:
     """The classes; empty where text is written."""
     instruction: str | None = None
     """What the baselines were told, if one was told anything."""
+    known_from: str | None = None
+    """`training` or `validation`, if the rows are the very file that the soft prompt learned or was chosen by."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,17 @@ class Report:
 
     def _labels(self) -> dict[str, dict[str, int]]:
         return {label: {"correct": correct, "rows": rows} for label, (correct, rows) in self.by_label.items()}
+
+    @property
+    def warning(self) -> str | None:
+        """What makes the figures worth little, if anything does."""
+        if self.about.known_from is None:
+            return None
+        how = "learned from" if self.about.known_from == "training" else "was chosen by"
+        return (
+            f"These are the rows that {self.about.name} {how}: the figures do not say how it does on rows that it has "
+            "not seen."
+        )
 
     def sentence(self, other: str) -> str:
         """Whether what was evaluated is better than another contestant, with the interval, as one line."""

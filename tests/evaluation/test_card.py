@@ -36,9 +36,25 @@ def measured(tiny32: FrozenModel) -> tuple[Report, SoftPrompt]:
 def test_a_card_says_what_was_measured_and_how(measured: tuple[Report, SoftPrompt]) -> None:
     card = render_card(*measured, "prelude eval mood --data rows.jsonl")
     wanted = ["# mood", "Moods.", "5 virtual tokens (prompt tuning) for tiny-llama", "4 rows of `rows.jsonl`", "95 %"]
-    wanted += ["| **mood** |", "| zero-shot |", "| `no` |", "    prelude eval mood --data rows.jsonl", "| steps | 5 |"]
+    wanted += [
+        "| **mood** |",
+        "| zero-shot |",
+        "| `no` |",
+        "    PRELUDE_DTYPE=float32 prelude eval mood --data rows.jsonl",
+        "| steps | 5 |",
+    ]
     wanted += ["## Licence\n\nCC0", "without the virtual tokens", "in float32"]
     assert [text for text in wanted if text not in card] == []
+
+
+@pytest.mark.parametrize(("part", "how"), [("data", "learned from"), ("validation", "was chosen by")])
+def test_figures_on_rows_that_made_the_soft_prompt_say_so(tiny32: FrozenModel, part: str, how: str) -> None:
+    data = data_of(MOODS)
+    soft_prompt = soft_prompt_of(tiny32, **ABOUT | {"training": {f"{part}_sha256": ["0", data.sha256]}})
+    engine, evaluation = prepared(tiny32, data, soft_prompt)
+    report = run(engine, evaluation)
+    assert f"These are the rows that mood {how}" in render_card(report, soft_prompt, "prelude eval mood")
+    assert report.as_dict()["known_from"] == ("training" if part == "data" else part)
 
 
 def test_a_card_written_again_keeps_what_stands_around_it(tmp_path: Path) -> None:

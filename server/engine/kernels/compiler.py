@@ -38,8 +38,13 @@ class Compiler:
         self._keep = keep
 
     def inline(self, function: Callable[..., Any]) -> Any:
-        """Compile a function that loops call."""
-        return numba.njit(nogil=True, **_OPTIONS)(self._named(function))
+        """Compile a function that becomes a part of the loops that use it.
+
+        If it were called, the process that has compiled it would call the copy that stands by itself, and a later one
+        the copy within the loop that it reads: their sums are in another order, so the same start would not come to
+        the same bits twice.
+        """
+        return numba.njit(nogil=True, forceinline=True, **_OPTIONS)(self._named(function))
 
     def loop(self, function: Callable[..., Any]) -> Loop:
         """Compile a loop, or read it from where numba keeps it."""

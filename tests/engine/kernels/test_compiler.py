@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numba
@@ -34,6 +36,47 @@ def test_what_was_compiled_is_found_again() -> None:
     for hits in (0, 1):
         small = small_loops.__wrapped__(np.float32, keep=True)
         assert [loop._compiled.cache_hits for loop in vars(small).values()] == [hits] * 4
+
+
+ATTEND = """
+import sys, torch
+from pathlib import Path
+from server.engine.kv_cache import KVCache, Slot
+from server.engine.compiled_attention import CompiledAttention, CompiledRows
+from server.engine.kernels import use_kernels
+
+from server.engine.layout import Span
+from server.engine.model import FrozenModel
+from tests.support import TINY, byte_tokenizer, tiny_module
+
+TINY["llama"] |= {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
+module = tiny_module(dtype=torch.float32, attention="prelude")
+with torch.no_grad():
+    [weight.mul_(0.1) for weight in module.parameters() if weight.dim() > 1]  # so that a token attends to many
+model = FrozenModel(module, byte_tokenizer(), name="tiny", max_model_len=128)
+kv_cache = KVCache(model.spec, num_slabs=2)
+kernels = use_kernels(Path(sys.argv[1]))
+kernels.small(torch.float32)
+attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)
+with torch.inference_mode():
+    for start, tokens in ((0, 100), (100, 1)):
+        rows = CompiledRows(attention, [Span(Slot(128, 0), start, tokens)])
+        hidden = model.embed(torch.arange(tokens) % 7)
+        last = torch.tensor([tokens - 1])
+        print(model.forward(hidden, rows.position_ids, rows, last).float().numpy().tobytes().hex())
+"""
+
+
+def test_what_was_just_compiled_computes_the_bits_of_what_is_read_later(tmp_path: Path) -> None:
+    """A function that is called, and not made a part of the loop, is another one in the process that compiled it."""
+
+    def attend() -> str:
+        command = [sys.executable, "-c", ATTEND, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert attend() == attend()
 
 
 @pytest.mark.usefixtures("cache_dir")

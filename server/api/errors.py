@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from server.api.bodies import UNKNOWN
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
 from server.api.tgi_schemas import GenerateBody, GenerateParameters
@@ -142,7 +143,7 @@ def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> s
     if len(location) > 2 and location[1] in _OF_SEVERAL_KINDS:
         location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
-    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+    if item["type"] in UNKNOWN:
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] == "json_invalid":

@@ -216,7 +216,14 @@ def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
         ({"activate": {"metric": "validation_exact_match", "at_least": 90}}, "a share from 0 to 1"),
         ({"activate": "yes"}, "activate"),
         ({"config": {"steps": "10"}}, "config.steps"),
-        ({"config": {"learning_rate": 0}}, "greater than 0"),
+        (
+            {"config": {"learning_rate": 0}},
+            "learning_rate: Input should be 'auto', or: Input should be greater than 0",
+        ),
+        (
+            {"activate": {"metric": "accuracy", "at_least": 0.5}},
+            "activate.metric: Input should be 'validation_",
+        ),
         ({"config": {"teacher_template": "{input}", "labels": ["a", "a"]}}, "not at least two different ones"),
         ({"config": {"teacher_template": "{input}" + "x" * 200}}, "teacher's text does not fit the context"),
         ({"config": {"method": "prefix_tuning", "init": "random"}}, "train badly"),

@@ -276,4 +276,5 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"{path} cannot be read: {exc}.", remedy="Name a text file in UTF-8.") from exc
+        why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigurationError(f"{path} cannot be read: {why}.", remedy="Name a text file in UTF-8.") from exc

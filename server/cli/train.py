@@ -15,7 +15,7 @@ from server.cli.files import read_text
 from server.cli.logs import configure_logging
 from server.errors import ConfigurationError
 from server.settings import Settings
-from server.train.config import TrainingConfig
+from server.train.config import LARGEST_BATCH, MOST_STEPS, TrainingConfig
 
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
     from tqdm import tqdm
@@ -54,8 +54,10 @@ def train(
     num_virtual_tokens: Annotated[
         int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.", rich_help_panel=LEARNING)
     ] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=LEARNING)] = 600,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=LEARNING)] = 16,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimiser steps.", rich_help_panel=LEARNING)] = 600,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=LARGEST_BATCH, help="Rows of a step.", rich_help_panel=LEARNING)
+    ] = 16,
     lr: Annotated[
         str,
         typer.Option(help="Peak learning rate; auto tries a few for some steps each.", rich_help_panel=LEARNING),
@@ -178,7 +180,8 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     drop_old(checkpoints)
     model = FrozenModel.load(training_settings(settings))
     try:
-        with Bars(files.task, config.steps) as bars:
+        taught = sum(len(data.rows) for data in (*rows.training, *rows.validation))
+        with Bars(files.task, config.steps, taught) as bars:
             trained = train_task(
                 model,
                 files,
@@ -267,11 +270,11 @@ def make_config(**fields: Any) -> TrainingConfig:
 class Bars:
     """Progress bars: of the teacher's rows, of the search for a learning rate, of the steps of training."""
 
-    def __init__(self, task: str, steps: int) -> None:
+    def __init__(self, task: str, steps: int, taught: int) -> None:
         from tqdm import tqdm
 
         self._tqdm = tqdm
-        self._task, self._steps = task, steps
+        self._task, self._steps, self._taught = task, steps, taught
         self._bar: tqdm[Any] | None = None
         self._shown = ""
 
@@ -284,7 +287,7 @@ class Bars:
 
     def on_taught(self) -> None:
         """A row that the teacher has been asked about."""
-        self._on("teacher", "row", None).update()
+        self._on("teacher", "row", self._taught).update()
 
     def on_sweep_step(self, progress: Progress) -> None:
         """A step of the search."""

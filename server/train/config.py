@@ -21,6 +21,7 @@ Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "random"]
 SHOWN = 200
 """Characters of a template that an error repeats."""
 PLACE = f"Write {INPUT_FIELD} where the row's input belongs."
+MOST_STEPS, LARGEST_BATCH = 10_000_000, 4096
 HIGHEST_LEARNING_RATE = 1e6
 """Beyond it a step leaves the range of float32, and nothing could be learned long before."""
 
@@ -33,8 +34,8 @@ class TrainingConfig:
     """prompt_tuning (Lester et al. 2021), p_tuning (Liu et al. 2021; an MLP makes the vectors, and is not kept),
     prefix_tuning (Li and Liang 2021; keys and values of every layer), multitask_prompt_tuning (Wang et al. 2023)."""
     num_virtual_tokens: int = Field(default=20, ge=1)
-    steps: int = Field(default=600, ge=1, le=10_000_000)
-    batch_size: int = Field(default=16, ge=1, le=4096)
+    steps: int = Field(default=600, ge=1, le=MOST_STEPS)
+    batch_size: int = Field(default=16, ge=1, le=LARGEST_BATCH)
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=HIGHEST_LEARNING_RATE)] = "auto"
     """The peak; auto tries a few for some steps each and takes the best."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from server.engine.model import FrozenModel
-from server.errors import InvalidTrainingData
+from server.errors import InvalidSoftPrompt, InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
@@ -44,7 +44,13 @@ def initial_values(
     """
     if config.init == "soft_prompt":
         assert start is not None, "asked for by whoever read the configuration"
-        found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
+        try:
+            found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
+        except InvalidSoftPrompt as exc:
+            raise InvalidTrainingData(
+                f"{config.init_from} cannot be begun with: {exc.message}",
+                remedy="Name the PEFT directory of a soft prompt for this model.",
+            ) from exc
         check_start(config, found)
         return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
     ids = _first_ids(model, config, labels)

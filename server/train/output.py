@@ -87,6 +87,7 @@ def draw_course(path: Path, trained: Trained) -> None:
     """Draw losses and the share of right answers over the steps; nothing where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError:
         return
     history = trained.result.history
@@ -104,8 +105,11 @@ def draw_course(path: Path, trained: Trained) -> None:
     right.plot(
         steps, [measured.score.exact_match for measured in history], color="C2", marker=marker, label="exact match"
     )
-    right.set(ylabel="exact match on validation rows", ylim=(0, 1))
+    right.set(ylabel="exact match on validation rows", ylim=(-0.02, 1.02))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses.axvline(trained.result.step, color="0.5", linestyle=":", label="kept")
     lines = [*losses.get_lines(), *right.get_lines()]
-    losses.legend(lines, [str(line.get_label()) for line in lines], loc="center right", fontsize="small")
+    names = [str(line.get_label()) for line in lines]
+    figure.legend(lines, names, loc="outside lower center", ncols=len(lines), frameon=False, fontsize="small")
     figure.savefig(path, metadata={"Date": None})

@@ -252,8 +252,9 @@ def test_training_that_cannot_work_is_refused_with_a_remedy(
     assert sorted(workplace.rglob("*")) == files
 
 
-def test_a_run_that_is_over_leaves_the_checkpoints_of_others(workplace: Path) -> None:
-    checkpoints = Settings.load().cache_dir.expanduser() / "training/mood"
+def test_a_run_that_is_over_leaves_the_checkpoints_of_others(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_PREFIX + "CACHE_DIR", str(workplace / "cache"))
+    checkpoints = workplace / "cache/training/mood"
     other, old = checkpoints / "other", checkpoints / "old"
     for folder in (other, old):
         folder.mkdir(parents=True)

@@ -84,6 +84,11 @@ def test_prefix_tuning_begins_with_the_keys_and_values_of_real_tokens(tiny32: Fr
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_start_that_is_no_soft_prompt_is_named(tiny32: FrozenModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidTrainingData, match=r"^other cannot be begun with: .* Name the PEFT directory"):
+        initial(tiny32, "soft_prompt", start=tmp_path, init_from="other")
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_another_soft_prompt_is_where_its_like_begins(tiny32: FrozenModel, tmp_path: Path, method: str) -> None:
     make = random_kv_prompt if method == "prefix_tuning" else random_soft_prompt

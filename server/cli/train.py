@@ -78,8 +78,8 @@ def train(
     init: Annotated[
         str,
         typer.Option(
-            help="labels, vocab (sampled), text, soft_prompt (another one), random; auto is labels where there are "
-            "some, else vocab.",
+            help="labels, vocab (sampled), text, soft_prompt (another one), teacher (its own keys and values), random; "
+            "auto is teacher for prefix tuning with one, else labels where there are some, else vocab.",
             rich_help_panel=START,
         ),
     ] = "auto",

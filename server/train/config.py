@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from server.soft_prompts.manifest import INPUT_FIELD
 
 Method = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning"]
-Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "random"]
+Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "teacher", "random"]
 
 SHOWN = 200
 """Characters of a template that an error repeats."""
@@ -42,7 +42,8 @@ class TrainingConfig:
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     init: Init = "auto"
-    """First values. auto: class labels where there are some, else sampled vocabulary."""
+    """First values. auto: of prefix tuning with a teacher the teacher's own, else class labels where there are some,
+    else sampled vocabulary."""
     init_text: str | None = None
     """The text for init text."""
     init_from: str | None = None
@@ -61,6 +62,12 @@ class TrainingConfig:
     """Distil what the teacher thinks of these labels, instead of what it answers."""
     recompute: Literal["auto"] | bool = "auto"
     """Compute activations again in the backward pass: a third slower, in a fraction of the memory."""
+
+    @property
+    def may_begin_as_teacher(self) -> bool:
+        """Whether first values are the teacher's own, if it can be had."""
+        is_auto = self.init == "auto" and self.teacher_template is not None and self.method == "prefix_tuning"
+        return is_auto or self.init == "teacher"
 
     def as_dict(self) -> dict[str, object]:
         """For the manifest: what is set."""
@@ -116,6 +123,9 @@ def _wrong_start(config: TrainingConfig) -> Contradiction | None:
             f"init is {config.init!r}, and there is {'a' if config.init_from else 'no'} soft prompt to begin with.",
             "Give init 'soft_prompt' and --init-from (of a job: init_from, a task) together, or neither.",
         )
+    if config.init == "teacher" and (config.teacher_template is None or config.method != "prefix_tuning"):
+        message = "Only prefix tuning begins with a teacher, whose text it needs."
+        return Contradiction("config.init", message, "Give a teacher's text and method prefix_tuning, or another init.")
     if config.init == "random" and config.method == "prefix_tuning":
         message = "Random keys and values train badly, so prefix tuning does not begin with them."
         return Contradiction("config.init", message, "Use init vocab, labels or text.")

@@ -33,6 +33,8 @@ ANSWERING = 16
 KEPT_TOKENS = 64
 """Of each of the teacher's distributions the likeliest tokens that are kept; the others count together."""
 TEACHER_BATCH = 16
+COMPARED = 64
+"""Of so many rows the teacher's texts are compared for what they begin with."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,41 @@ def distilled_lessons(
             lessons[index] = lesson
             on_row()
     return [lessons[index] for index in range(len(own))]
+
+
+def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -> KeyValues | None:
+    """The teacher's own keys and values of what stands last before an input: a student that hardly has to learn.
+
+    Each of these tokens has read the whole text before it, and stands as far before the input as in the teacher's text:
+    keys know their positions, so the text begins at a negative one. The very first token is kept too, because a model
+    attends to it from anywhere (attention sinks, Xiao et al. 2024).
+
+    Args:
+        model: the frozen model.
+        config: holds the teacher's text and the number of virtual tokens.
+        data: rows to put into it: what all of its texts begin with is what can be kept.
+
+    Returns:
+        None if init is left to us and this cannot be had.
+
+    Raises:
+        InvalidTrainingData: it is asked for and cannot be had.
+    """
+    teacher = Teacher(model, config.teacher_template or "", config.teacher_chat)
+    shared = common_start([teacher.encode(row.input) for row in data.rows[:COMPARED]])
+    count = config.num_virtual_tokens
+    is_rotary = hasattr(model.module.base_model, "rotary_emb")
+    if is_rotary and len(shared) >= count:
+        states = key_values_of(model, shared, first=count - len(shared))
+        kept = torch.tensor([0, *range(len(shared) - count + 1, len(shared))])
+        return tuple((key[:, kept].float().cpu(), value[:, kept].float().cpu()) for key, value in states)
+    if config.init != "teacher":
+        return None
+    raise InvalidTrainingData(
+        f"{count} virtual tokens cannot begin as the teacher's last {count}: "
+        + (f"its texts have {len(shared)} in common." if is_rotary else f"{model.spec.name} has no rotary positions."),
+        remedy="Use fewer virtual tokens, or init auto." if is_rotary else "Use init auto.",
+    )
 
 
 @torch.no_grad()

@@ -80,10 +80,17 @@ def _places_of_targets(examples: Sequence[Example], lengths: Sequence[int], star
 
 
 @torch.no_grad()
-def key_values_of(model: FrozenModel, token_ids: Sequence[int]) -> KeyValues:
-    """Keys and values of a text at the start of a sequence, per layer `[kv_heads, tokens, head_dim]`."""
+def key_values_of(model: FrozenModel, token_ids: Sequence[int], first: int = 0) -> KeyValues:
+    """Keys and values of a text, per layer `[kv_heads, tokens, head_dim]`.
+
+    Args:
+        model: the frozen model.
+        token_ids: of the text.
+        first: position of its first token; of a model with rotary embeddings it may be before the start.
+    """
     ids = torch.tensor(token_ids, device=model.device)
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    positions = torch.arange(len(token_ids), device=model.device)
-    model.forward(model.embed(ids), positions, PackedRows([len(token_ids)], kept=kept), positions[-1:])
+    positions = torch.arange(first, first + len(token_ids), device=model.device)
+    last = torch.tensor([len(token_ids) - 1], device=model.device)
+    model.forward(model.embed(ids), positions, PackedRows([len(token_ids)], kept=kept), last)
     return tuple((key.contiguous(), value.contiguous()) for _, (key, value) in sorted(kept.items()))

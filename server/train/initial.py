@@ -32,7 +32,7 @@ def initial_values(
         model: the frozen model.
         config: says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens, 'text' those of a text,
             both filled up with sampled ones; 'soft_prompt' takes another's; 'random' draws numbers as large as those
-            of real tokens; 'auto' is 'labels' where there are some, else 'vocab'.
+            of real tokens; 'auto' is 'labels' where there are some, else 'vocab'. ('teacher' is `distil.py`'s.)
         labels: of the task, if it has any.
         start: the PEFT directory for 'soft_prompt'.
 

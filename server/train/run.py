@@ -15,7 +15,7 @@ from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manif
 from server.soft_prompts.soft_prompt import check_shape
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, encode_examples
-from server.train.distil import distilled_lessons
+from server.train.distil import distilled_lessons, teacher_states
 from server.train.files import TaskFiles, TaskRows, read_task
 from server.train.initial import initial_values
 from server.train.methods import build_prefix
@@ -69,7 +69,8 @@ def train_task(
         [lesson for task, data in enumerate(part) for lesson in _lessons(model, files, config, data, task, on_taught)]
         for part in (rows.training, rows.validation)
     )
-    initial = initial_values(model, config, config.labels or rows.labels[0], files.start_of(config))
+    own = teacher_states(model, config, rows.training[0]) if config.may_begin_as_teacher else None
+    initial = own or initial_values(model, config, config.labels or rows.labels[0], files.start_of(config))
     work = Work(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     if fresh and folder is not None:

@@ -19,6 +19,8 @@ from server.train.trainer import Work, train
 
 PEAKS = {"prompt_tuning": (5e-3, 2e-2, 8e-2), "prefix_tuning": (2e-3, 8e-3, 3e-2)}
 PEAKS |= {"p_tuning": (3e-4, 1e-3, 3e-3), "multitask_prompt_tuning": PEAKS["prompt_tuning"]}
+BEGUN_AS_TEACHER = (3e-4, 1e-3, 3e-3)
+"""Hardly anything is left to learn there, and much to lose."""
 SHARE = 0.05
 """Of all steps, what each peak gets."""
 FEWEST, MOST = 10, 60
@@ -57,7 +59,8 @@ def find_learning_rate(
     small = replace(work, validation=work.validation[:MEASURED_ROWS])
     initial = clone_state(work.prefix)
     tried = []
-    for learning_rate in peaks or PEAKS[config.method]:
+    usual = BEGUN_AS_TEACHER if config.may_begin_as_teacher else PEAKS[config.method]
+    for learning_rate in peaks or usual:
         try:
             loss = train(small, short, learning_rate, on_step).validation.loss
         except InvalidTrainingData:

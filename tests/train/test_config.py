@@ -22,6 +22,8 @@ TEMPLATE = "{input}\n"
         ({"teacher_template": "{input}", "labels": ("yes",)}, TEMPLATE, "config.labels"),
         ({"teacher_template": "{input}", "labels": ("yes", "yes")}, TEMPLATE, "config.labels"),
         ({"teacher_template": "{input}", "labels": ("yes", " ")}, TEMPLATE, "config.labels"),
+        ({"init": "teacher", "method": "prefix_tuning"}, TEMPLATE, "config.init"),
+        ({"init": "teacher", "teacher_template": "{input}"}, TEMPLATE, "config.init"),
         ({"teacher_chat": True}, TEMPLATE, "config.teacher_chat"),
         ({"init": "random", "method": "prefix_tuning"}, TEMPLATE, "config.init"),
         ({"init_text": "classify"}, TEMPLATE, "config.init_text"),

@@ -11,10 +11,11 @@ from server.engine.model import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example
-from server.train.distil import KEPT_TOKENS, distilled_lessons
+from server.train.distil import KEPT_TOKENS, distilled_lessons, teacher_states
 from server.train.files import TaskFiles
 from server.train.forward import rows_logits
-from server.train.methods import PromptTuning
+from server.train.initial import initial_values
+from server.train.methods import PrefixTuning, PromptTuning
 from server.train.objectives import Lesson, TeacherLabels, TeacherTokens
 from server.train.run import train_task
 from server.train.trainer import Work, measure, train
@@ -87,6 +88,39 @@ def test_a_soft_prompt_learns_to_have_the_effect_of_a_text(tiny32: FrozenModel, 
     result = train(Work(tiny32, prefix, objective, taught, taught), config, 0.3)
     assert result.validation.loss < 0.2 * before.loss
     assert result.validation.exact_match >= before.exact_match
+
+
+LONG = "You read what people write about the weather and say what you think of it. Here it is: {input}\nAnswer:"
+
+
+@pytest.mark.parametrize("count", [None, 20])
+def test_a_student_that_begins_as_its_teacher_begins_with_its_effect(tiny32: FrozenModel, count: int | None) -> None:
+    """As many virtual tokens as the teacher's text has before the input are that text, wherever they stand."""
+    shared = len(tiny32.encode(LONG.partition("{input}")[0]))
+    config = TrainingConfig(
+        method="prefix_tuning", num_virtual_tokens=count or shared, teacher_template=LONG, labels=("yes", "no")
+    )
+    assert config.may_begin_as_teacher
+    students = [tuple(tiny32.encode(f"{row.input}\nAnswer:")) for row in INPUTS.rows]
+    taught = distilled_lessons(tiny32, config, INPUTS, students, 5)
+    states = teacher_states(tiny32, config, INPUTS)
+    assert states is not None
+    assert {key.shape[1] for key, _ in states} == {config.num_virtual_tokens}
+    begun = measure(tiny32, PrefixTuning(states), TeacherLabels(), taught)
+    if count is None:
+        assert begun.loss < 1e-6
+        assert begun.exact_match == 1.0
+    else:
+        words = initial_values(tiny32, replace(config, init="vocab"), None)
+        assert isinstance(words, tuple)
+        assert begun.loss < measure(tiny32, PrefixTuning(words), TeacherLabels(), taught).loss
+
+
+def test_a_teacher_that_says_less_than_the_student_is_no_beginning(tiny32: FrozenModel) -> None:
+    config = TrainingConfig(method="prefix_tuning", num_virtual_tokens=100, teacher_template=TEACHER)
+    assert teacher_states(tiny32, config, INPUTS) is None
+    with pytest.raises(InvalidTrainingData, match=r"its texts have \d+ in common\. Use fewer virtual tokens"):
+        teacher_states(tiny32, replace(config, init="teacher"), INPUTS)
 
 
 def test_rows_to_be_distilled_need_no_targets(tiny32: FrozenModel, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def create_app(
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    board = board or JobBoard(settings, registry.model, worker.encode)
+    board = board or JobBoard(settings, registry.model, worker.text.encode)
     metrics = Metrics(worker, registry, settings.metrics_tasks, board)
 
     @asynccontextmanager

@@ -137,8 +137,8 @@ async def prepare(
 
 async def _encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     if sum(map(len, labels)) > LONG_TEXT:
-        return await asyncio.to_thread(encode_labels, worker, labels)
-    return encode_labels(worker, labels)
+        return await asyncio.to_thread(encode_labels, worker.text, labels)
+    return encode_labels(worker.text, labels)
 
 
 async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:
@@ -176,8 +176,8 @@ async def encode_text(
     """
     if truncate is None:
         refuse_too_long(worker, text)
-    text = text[-worker.max_characters :]
-    encode = partial(worker.encode, text, add_special_tokens=add_special_tokens)
+    text = text[-worker.text.max_characters :]
+    encode = partial(worker.text.encode, text, add_special_tokens=add_special_tokens)
     ids = await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
     return ids if truncate is None else ids[-truncate:]
 
@@ -188,8 +188,8 @@ def refuse_too_long(worker: EngineWorker, text: str) -> None:
     Raises:
         InputTooLong: names both lengths.
     """
-    if len(text) > worker.max_characters:
+    if len(text) > worker.text.max_characters:
         raise InputTooLong(
             f"The input has {len(text):,} characters; the context of {worker.model.max_model_len:,} tokens holds "
-            f"at most {worker.max_characters:,}."
+            f"at most {worker.text.max_characters:,}."
         )

@@ -86,7 +86,7 @@ def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> Genera
 def _details(choice: Choice, prepared: Prepared, parameters: GenerateParameters, worker: EngineWorker) -> DetailsBody:
     assert choice.usage is not None, "a choice that has ended has its usage"
     prefill = [
-        InputTokenBody(id=scored.id, text=worker.token_text(scored.id), logprob=scored.logprob)
+        InputTokenBody(id=scored.id, text=worker.text.token_text(scored.id), logprob=scored.logprob)
         for scored in choice.scored
     ]
     details = DetailsBody(
@@ -135,9 +135,9 @@ def _top(candidates: Sequence[Candidate], worker: EngineWorker) -> list[TokenBod
     return [
         TokenBody(
             id=candidate.id,
-            text=worker.token_text(candidate.id),
+            text=worker.text.token_text(candidate.id),
             logprob=candidate.logprob,
-            special=worker.is_special(candidate.id),
+            special=worker.text.is_special(candidate.id),
         )
         for candidate in candidates
     ]

@@ -21,6 +21,7 @@ from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice, choose_next
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.text import ModelText
 from server.engine.upload import upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidRequest, NotFinite
@@ -32,6 +33,7 @@ class Engine:
 
     Attributes:
         model: the frozen model.
+        text: its texts and tokens; safe from any thread.
         kv_cache: the pool that running sequences own slots of.
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
@@ -52,7 +54,7 @@ class Engine:
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
         self.grammars = Grammars(model.backend, model.spec.vocab_size, model.eos_token_ids)
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
-        self._special_ids = frozenset(model.tokenizer.all_special_ids)
+        self.text = ModelText(model)
         self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.varlen = varlen_attention(model.spec, model.attention_rules)
@@ -68,10 +70,6 @@ class Engine:
         """Assert that nothing is left of those who have ended; called whenever the engine is idle."""
         self.scheduler.check_integrity()
         assert self.has_work or not self._unfinished, "a request has neither ended nor anything to run"
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token is none of the text; safe from any thread."""
-        return token_id in self._special_ids
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
@@ -254,7 +252,7 @@ class Engine:
 
     def _token(self, token_id: int, text: str, choice: Choice) -> Token:
         """A special token shows its own name, unless it carries text that was held back until it came."""
-        if token_id in self._special_ids and not text:
+        if self.text.is_special(token_id) and not text:
             name = str(self.model.tokenizer.convert_ids_to_tokens(token_id))
             return Token(token_id, name, choice.logprob, special=True, top=choice.top)
         return Token(token_id, text, choice.logprob, top=choice.top)

@@ -20,7 +20,7 @@ LabelIds = tuple[int, ...]
 
 
 class Encodes(Protocol):
-    """What makes tokens of labels: the frozen model, or the worker around it."""
+    """What makes tokens of labels: a frozen model, or what others may ask of it (`ModelText`)."""
 
     @property
     def end_token_id(self) -> int | None:

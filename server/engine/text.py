@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from server.engine.model import FrozenModel
 
 META_SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -58,6 +63,61 @@ class TokenTexts:
         if text is None:
             text = self._texts[token_id] = self.bytes_of(token_id).decode("utf-8", "replace")
         return text
+
+
+class ModelText:
+    """A model's texts and tokens, for whoever is not its engine: everything here is safe from any thread."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        """Take a model, of which nothing is changed."""
+        self._model = model
+        self._special_ids = frozenset(model.tokenizer.all_special_ids)
+
+    @property
+    def max_characters(self) -> int:
+        """A text of more characters has more tokens than the context, whatever they are."""
+        return self._model.spec.max_model_len * self._model.longest_token
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a text, as training puts it behind every target."""
+        return self._model.end_token_id
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to."""
+        return self._model.encode(text, add_special_tokens=add_special_tokens)
+
+    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
+        """Token ids of a text with the characters that each stands for, from and to."""
+        return self._model.tokenize(text)
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
+        return self._model.embeddings_of(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special ones by their names."""
+        return self._model.texts.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that are no character are U+FFFD."""
+        return self._model.texts.text_of(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text, which may be a part of a character."""
+        return self._model.texts.bytes_of(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is none of the text."""
+        return token_id in self._special_ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the model reads it, with BOS where it needs one.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        return render_chat(self._model.tokenizer, messages)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:

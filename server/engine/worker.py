@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 import torch
 
@@ -27,7 +27,7 @@ from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.kv_cache import SlotAllocator
 from server.engine.prefix_cache import PrefixCache
-from server.engine.text import render_chat
+from server.engine.text import ModelText
 from server.errors import (
     GenerationFailed,
     InvalidSoftPrompt,
@@ -112,30 +112,9 @@ class EngineWorker:
         return self._engine.prefixes
 
     @property
-    def max_characters(self) -> int:
-        """A text of more characters has more tokens than the context, whatever they are."""
-        return self.model.max_model_len * self._engine.model.longest_token
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to; safe from any thread."""
-        return self._engine.model.encode(text, add_special_tokens=add_special_tokens)
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`; safe from any thread."""
-        return self._engine.model.embeddings_of(token_ids)
-
-    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
-        """Token ids of a text with the characters that each stands for, from and to; safe from any thread."""
-        return self._engine.model.tokenize(text)
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token is none of the text."""
-        return self._engine.is_special(token_id)
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text, as training puts it behind every target."""
-        return self._engine.model.end_token_id
+    def text(self) -> ModelText:
+        """The model's texts and tokens."""
+        return self._engine.text
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; safe from any thread.
@@ -144,26 +123,6 @@ class EngineWorker:
             EmptyInput, InputTooLong: as the engine's.
         """
         self._engine.check(request, soft_prompt)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special ones by their names; safe from any thread."""
-        return self._engine.model.texts.decode(token_ids)
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text; bytes that are no character are U+FFFD."""
-        return self._engine.model.texts.text_of(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to the text, which may be a part of a character."""
-        return self._engine.model.texts.bytes_of(token_id)
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as the model reads it, with BOS where it needs one.
-
-        Raises:
-            InvalidRequest: the model has no chat template, or its template refuses these messages.
-        """
-        return render_chat(self._engine.model.tokenizer, messages)
 
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
         """Start the thread; results go to the running event loop.

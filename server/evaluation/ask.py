@@ -81,9 +81,9 @@ class Questions:
         self.data = data
         self.labels = tuple(labels)
         self._host = host
-        self._label_ids: tuple[LabelIds, ...] = encode_labels(host, self.labels) if self.labels else ()
+        self._label_ids: tuple[LabelIds, ...] = encode_labels(host.text, self.labels) if self.labels else ()
         for row in data.rows:  # before they are tokenised, which takes long and cannot be interrupted
-            if len(row.input) + len(row.target) > host.max_characters:
+            if len(row.input) + len(row.target) > host.text.max_characters:
                 raise InvalidTrainingData(
                     f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
                     remedy="Shorten or leave out the row.",
@@ -148,8 +148,8 @@ class Questions:
 
     def _target_ids(self, row: Row) -> LabelIds:
         """A row's target as training teaches it: with the token that ends it."""
-        end = self._host.end_token_id
-        ids = self._host.encode(row.target, add_special_tokens=False)
+        end = self._host.text.end_token_id
+        ids = self._host.text.encode(row.target, add_special_tokens=False)
         return (*ids, *(() if end is None else (end,)))
 
 

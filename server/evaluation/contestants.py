@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
-
 from server.core import GenerationRequest, ModelSpec, SamplingParams
-from server.engine.text import common_start
+from server.engine.text import ModelText, common_start
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.evaluation.data import EvaluationData
 from server.soft_prompts.manifest import INPUT_FIELD, Manifest
@@ -43,21 +41,8 @@ class Host(Protocol):
         """What may be known of the frozen model."""
 
     @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text."""
-
-    @property
-    def max_characters(self) -> int:
-        """A text of more characters has more tokens than the context, whatever they are."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`."""
-
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as the model reads it; raises InvalidRequest if it has no chat template."""
+    def text(self) -> ModelText:
+        """The model's texts and tokens."""
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run."""
@@ -158,8 +143,8 @@ class Contestant:
         """The tokens that the model reads of a row, behind its prefix if there is one."""
         text = self.preamble + self.template.render(row.input)
         if self.chat:
-            text = host.render_chat([{"role": "user", "content": text}])
-        ids = host.encode(text, add_special_tokens=not self.chat)
+            text = host.text.render_chat([{"role": "user", "content": text}])
+        ids = host.text.encode(text, add_special_tokens=not self.chat)
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 
     def sharing(self, rows: Sequence[Row], host: Host) -> Contestant:
@@ -169,7 +154,7 @@ class Contestant:
         start = common_start([tuple(self.read(row, host)) for row in rows])
         if not start:
             return self
-        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.embeddings_of(start)))
+        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.text.embeddings_of(start)))
 
     def sampling(self, row: Row, input_ids: Sequence[int], host: Host) -> SamplingParams:
         """How it answers a row: a soft prompt as it is served, the frozen model alone greedily.
@@ -217,7 +202,7 @@ def baselines(
         InvalidTrainingData: the training data has not enough rows.
     """
     instruction = instruction or data.instruction
-    longest = max(len(host.encode(row.target, add_special_tokens=False)) for row in data.rows) + BASELINE_SLACK
+    longest = max(len(host.text.encode(row.target, add_special_tokens=False)) for row in data.rows) + BASELINE_SLACK
     found = []
     if wanted.zero_shot:
         found.append(Contestant(ZERO_SHOT, template=Manifest(input_template=manifest.input_template), longest=longest))
@@ -240,14 +225,14 @@ def baselines(
         examples = draw_examples(shots, data, count, labels, seed)
         stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
         preamble = few_shot_text(instruction, examples)
-        if len(preamble) > host.max_characters:
+        if len(preamble) > host.text.max_characters:
             raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
         template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
         found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
     if teacher is not None:
         if teacher.chat:
             _check_chat(host, TEACHER)
-        if len(teacher.template) > host.max_characters:
+        if len(teacher.template) > host.text.max_characters:
             raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
         found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found
@@ -304,7 +289,7 @@ def _template_of(teacher: TeacherText) -> Manifest:
 
 def _check_chat(host: Host, name: str) -> None:
     try:
-        host.render_chat([{"role": "user", "content": "Hello"}])
+        host.text.render_chat([{"role": "user", "content": "Hello"}])
     except InvalidRequest as exc:
         raise InvalidRequest(
             f"{host.model.name} cannot be asked as `{name}`: {exc.message}",

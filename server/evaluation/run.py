@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from collections.abc import Callable, Iterator
 
 from server.core import GenerationRequest, ModelSpec
 from server.engine.engine import Engine
-from server.engine.text import render_chat
+from server.engine.text import ModelText
 from server.errors import GenerationFailed
 from server.evaluation.ask import Answer, Asked
 from server.evaluation.contestants import Contestant
@@ -38,26 +36,9 @@ class OwnEngine:
         return self.engine.model.spec
 
     @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text."""
-        return self.engine.model.end_token_id
-
-    @property
-    def max_characters(self) -> int:
-        """A text of more characters has more tokens than the context, whatever they are."""
-        return self.model.max_model_len * self.engine.model.longest_token
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        return self.engine.model.encode(text, add_special_tokens=add_special_tokens)
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`."""
-        return self.engine.model.embeddings_of(token_ids)
-
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as the model reads it."""
-        return render_chat(self.engine.model.tokenizer, messages)
+    def text(self) -> ModelText:
+        """The model's texts and tokens."""
+        return self.engine.text
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run."""

@@ -62,7 +62,7 @@ class _Form:
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, tokens: list[Token]) -> Body | None:
-        return chat_logprobs(self.worker, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
+        return chat_logprobs(self.worker.text, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=OR_STREAM)

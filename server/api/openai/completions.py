@@ -86,9 +86,9 @@ class _Form:
         if self.body.logprobs is None:
             return None
         if not self.body.echo:
-            return completion_logprobs(self.worker, tokens, offsets, self.body.logprobs)
-        at = text_offsets(self.texts[number], [self.worker.token_bytes(token.id) for token in given])
-        return completion_logprobs(self.worker, [*given, *tokens], [*at, *offsets], self.body.logprobs)
+            return completion_logprobs(self.worker.text, tokens, offsets, self.body.logprobs)
+        at = text_offsets(self.texts[number], [self.worker.text.token_bytes(token.id) for token in given])
+        return completion_logprobs(self.worker.text, [*given, *tokens], [*at, *offsets], self.body.logprobs)
 
 
 def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
@@ -153,4 +153,4 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
                 f"{place}: there is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.",
                 param="prompt",
             )
-    return [worker.decode(ids) if body.echo else "" for ids in lists], lists
+    return [worker.text.decode(ids) if body.echo else "" for ids in lists], lists

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.core import Candidate, Scored, Token
-from server.engine.worker import EngineWorker
+from server.engine.text import ModelText
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not know."""
@@ -19,30 +19,30 @@ _REPLACEMENT = "\ufffd".encode()
 
 
 def completion_logprobs(
-    worker: EngineWorker, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
+    words: ModelText, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice.
 
     Args:
-        worker: for the tokens' texts.
+        words: for the tokens' texts.
         tokens: those of the text, in order.
         offsets: where in the text each begins.
         top: how many of the most likely tokens were asked for; the token itself is told beside them.
     """
     return {
-        "tokens": [worker.token_text(token.id) for token in tokens],
+        "tokens": [words.token_text(token.id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
-        "top_logprobs": [_by_text(worker, token, top) for token in tokens],
+        "top_logprobs": [_by_text(words, token, top) for token in tokens],
         "text_offset": list(offsets),
     }
 
 
-def chat_logprobs(worker: EngineWorker, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+def chat_logprobs(words: ModelText, tokens: Sequence[Token], top: int) -> dict[str, Any]:
     """`logprobs` of a chat's choice."""
     content = []
     for token in tokens:
-        others = [_entry(worker, candidate.id, candidate.logprob) for candidate in token.top[:top]]
-        content.append({**_entry(worker, token.id, token.logprob), "top_logprobs": others})
+        others = [_entry(words, candidate.id, candidate.logprob) for candidate in token.top[:top]]
+        content.append({**_entry(words, token.id, token.logprob), "top_logprobs": others})
     return {"content": content, "refusal": None}
 
 
@@ -78,22 +78,22 @@ def running_offsets(start: int, pieces: Sequence[str]) -> list[int]:
     return offsets
 
 
-def _by_text(worker: EngineWorker, token: Token | Scored, top: int) -> dict[str, float] | None:
+def _by_text(words: ModelText, token: Token | Scored, top: int) -> dict[str, float] | None:
     """The most likely tokens by their texts; of two that read alike, the likelier one is told."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
     for candidate in (*token.top[:top], Candidate(token.id, token.logprob)):
-        found.setdefault(worker.token_text(candidate.id), _finite(candidate.logprob))
+        found.setdefault(words.token_text(candidate.id), _finite(candidate.logprob))
     return found
 
 
-def _entry(worker: EngineWorker, token_id: int, logprob: float | None) -> dict[str, Any]:
+def _entry(words: ModelText, token_id: int, logprob: float | None) -> dict[str, Any]:
     assert logprob is not None, "log-probabilities were asked for"
     return {
-        "token": worker.token_text(token_id),
+        "token": words.token_text(token_id),
         "logprob": _finite(logprob),
-        "bytes": list(worker.token_bytes(token_id)),
+        "bytes": list(words.token_bytes(token_id)),
     }
 
 

@@ -68,7 +68,7 @@ def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Messa
         for turn, message in zip(turns, messages, strict=True):
             if message.name is not None:
                 turn["name"] = message.name
-        return worker.render_chat(turns), False
+        return worker.text.render_chat(turns), False
     *before, last = messages
     if before or last.role != "user":
         raise InvalidRequest(

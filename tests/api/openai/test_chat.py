@@ -60,7 +60,7 @@ def test_a_template_that_writes_bos_is_not_given_a_second_one(tmp_path: Path) ->
     backend.post_processor = processors.TemplateProcessing("<pad> $A", None, [("<pad>", PAD)])
     tokenizer.chat_template = "<pad>{{ messages[0].content }}"
     with live_server(tmp_path, model=model) as live:
-        assert live.worker.encode("hello")[0] == PAD, "the tokenizer adds one"
+        assert live.worker.text.encode("hello")[0] == PAD, "the tokenizer adds one"
         assert ask(live, CHAT, max_tokens=2)["usage"]["prompt_tokens"] == 1 + len("hello")
         assert ask(live, max_tokens=2)["usage"]["prompt_tokens"] == 1 + len("hello")
         live.publish_random("bos", 1, {"input_template": "{input}!"})

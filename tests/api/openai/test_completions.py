@@ -52,7 +52,7 @@ def test_the_text_is_taken_as_it_is_whatever_template_the_task_has(server: LiveS
 
 
 def test_token_ids_are_the_same_as_their_text(server: LiveServer) -> None:
-    ids = server.worker.encode("hello")
+    ids = server.worker.text.encode("hello")
     expected = texts(ask(server, max_tokens=9))
     assert texts(ask(server, prompt=ids, max_tokens=9)) == expected
     assert texts(ask(server, prompt=[ids], max_tokens=9)) == expected
@@ -77,7 +77,7 @@ def test_several_inputs_with_several_texts_each_come_in_order(server: LiveServer
     assert [choice["index"] for choice in twice["choices"]] == list(range(8))
     assert twice["usage"]["prompt_tokens"] == sum(map(len, inputs))
     assert twice["usage"]["completion_tokens"] == 2 * reply["usage"]["completion_tokens"]
-    by_ids = ask(server, prompt=[server.worker.encode(text) for text in inputs], max_tokens=8)
+    by_ids = ask(server, prompt=[server.worker.text.encode(text) for text in inputs], max_tokens=8)
     assert texts(by_ids) == alone
 
 
@@ -182,7 +182,7 @@ def test_an_end_token_ends_the_text_and_is_not_part_of_it(server: LiveServer) ->
 
 
 def test_a_biased_token_is_chosen_or_never(server: LiveServer) -> None:
-    assert texts(ask(server, logit_bias={str(server.worker.encode("z")[0]): 100}, max_tokens=5)) == ["zzzzz"]
+    assert texts(ask(server, logit_bias={str(server.worker.text.encode("z")[0]): 100}, max_tokens=5)) == ["zzzzz"]
     [first] = engine_ids(server, FROZEN, 1)
     told: Body = {"max_tokens": 1, "logprobs": 0}
     unbiased, biased = ask(server, **told), ask(server, **told, logit_bias={str(first): -100})
@@ -193,7 +193,7 @@ def test_a_biased_token_is_chosen_or_never(server: LiveServer) -> None:
 
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
 def test_penalties_change_what_repeats(server: LiveServer, penalty: str) -> None:
-    token = str(server.worker.encode("z")[0])
+    token = str(server.worker.text.encode("z")[0])
     biased: Body = {"logit_bias": {token: 8}, "max_tokens": 30, "ignore_eos": True}
     penalised: Body = {**biased, penalty: 2}
     assert texts(ask(server, **biased)) != texts(ask(server, **penalised))
@@ -236,7 +236,7 @@ def scored(server: LiveServer, prompt: str | list[int], **own: Any) -> Body:
 def test_a_text_that_is_echoed_is_as_likely_as_when_it_was_generated(server: LiveServer, model: str) -> None:
     server.publish_random("cmpl-echo", 3)
     generated = ask(server, model=model, max_tokens=8, logprobs=1, ignore_eos=True)["choices"][0]
-    given = server.worker.encode("hello")
+    given = server.worker.text.encode("hello")
     # Ids, because bytes that are no character cannot be sent as text.
     ids = [*given, *engine_ids(server, model, 8)]
     echoed = scored(server, ids, model=model, max_tokens=0)
@@ -259,7 +259,7 @@ def engine_ids(server: LiveServer, model: str, count: int) -> list[int]:
 
 def test_lm_evals_arithmetic_holds(server: LiveServer) -> None:
     """It asks for one token more, leaves that out, and calls a continuation greedy if no other token is likelier."""
-    context = server.worker.encode("hello")
+    context = server.worker.text.encode("hello")
     greedy = engine_ids(server, FROZEN, 4)
     other = [*greedy[:3], (greedy[3] + 1) % 256]
     for continuation, is_greedy in ((greedy, True), (other, False)):
@@ -279,7 +279,7 @@ def test_an_echoed_text_stands_before_what_was_generated(server: LiveServer) -> 
     text = "h\N{SNOWMAN}llo"
     [generated] = texts(ask(server, prompt=text, max_tokens=5))
     assert texts(ask(server, prompt=text, max_tokens=5, echo=True)) == [text + generated]
-    assert texts(ask(server, prompt=server.worker.encode(text), max_tokens=5, echo=True)) == [text + generated]
+    assert texts(ask(server, prompt=server.worker.text.encode(text), max_tokens=5, echo=True)) == [text + generated]
     assert texts(ask(server, prompt=text, max_tokens=0, echo=True)) == [text]
     twice = ask(server, prompt=[text, "x"], n=2, temperature=0, max_tokens=5, echo=True, logprobs=0)
     assert [found.startswith(given) for found, given in zip(texts(twice), [text, text, "x", "x"], strict=True)]

@@ -13,13 +13,13 @@ from server.api.choices import Choice
 from server.api.openai.logprobs import LOWEST, chat_logprobs, completion_logprobs, running_offsets, text_offsets
 from server.api.openai.replies import usage_of
 from server.core import Candidate, Scored, Token, Usage
-from server.engine.worker import EngineWorker
+from server.engine.text import ModelText
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=20)
 
 
 class Vocabulary:
-    """The worker's half that logprobs ask: single tokens, two of which read alike."""
+    """What logprobs ask of a model's texts: single tokens, two of which read alike."""
 
     pieces = (b"a", b"b", b"\xf0", b"\x9f")
 
@@ -30,27 +30,27 @@ class Vocabulary:
         return self.pieces[token_id].decode("utf-8", "replace")
 
 
-WORKER = cast(EngineWorker, Vocabulary())
+WORDS = cast(ModelText, Vocabulary())
 BROKEN = Token(3, "", -4.0, top=(Candidate(2, -1.0), Candidate(0, -2.0)))
 
 
 def test_of_two_tokens_that_read_alike_the_likelier_is_told() -> None:
     """Else a harness would take a token for the most likely one that is not."""
-    told = completion_logprobs(WORKER, [BROKEN], [0], 2)
+    told = completion_logprobs(WORDS, [BROKEN], [0], 2)
     assert told["top_logprobs"] == [{"\ufffd": -1.0, "a": -2.0}]
     assert told["token_logprobs"] == [-4.0]
-    assert completion_logprobs(WORKER, [BROKEN], [0], 0)["top_logprobs"] == [{"\ufffd": -4.0}]
+    assert completion_logprobs(WORDS, [BROKEN], [0], 0)["top_logprobs"] == [{"\ufffd": -4.0}]
 
 
 def test_a_chat_tells_their_bytes_apart() -> None:
-    [entry] = chat_logprobs(WORKER, [BROKEN], 2)["content"]
+    [entry] = chat_logprobs(WORDS, [BROKEN], 2)["content"]
     assert (entry["token"], entry["bytes"]) == ("\ufffd", [0x9F])
     assert [other["bytes"] for other in entry["top_logprobs"]] == [[0xF0], [ord("a")]]
 
 
 def test_what_can_never_come_is_told_in_json() -> None:
     never = Token(0, "a", float("-inf"), top=(Candidate(1, float("-inf")),))
-    told = [completion_logprobs(WORKER, [never, Scored(0, None)], [0, 1], 1), chat_logprobs(WORKER, [never], 1)]
+    told = [completion_logprobs(WORDS, [never, Scored(0, None)], [0, 1], 1), chat_logprobs(WORDS, [never], 1)]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert told[0]["token_logprobs"] == [LOWEST, None]
 

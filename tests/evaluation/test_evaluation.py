@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from server.engine.model import FrozenModel
+from server.engine.text import ModelText
 from server.errors import GenerationFailed, InvalidRequest, InvalidTrainingData
 from server.evaluation.contestants import BASELINE_SLACK, Contestant, TeacherText, Wanted, draw_examples
 from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY, PERPLEXITY
@@ -119,7 +120,7 @@ def test_a_row_that_does_not_fit_is_refused_by_file_and_line_before_anything_run
 def test_a_row_that_could_never_fit_is_refused_before_it_is_tokenised(
     tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OwnEngine, "encode", lambda *_, **__: pytest.fail("it was tokenised"))
+    monkeypatch.setattr(ModelText, "encode", lambda *_, **__: pytest.fail("it was tokenised"))
     with pytest.raises(InvalidTrainingData, match=r"line 1: 1,000,003 characters can never fit"):
         prepared(tiny, data_of([("x" * 10**6, "yes")]))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answe
     from tqdm import tqdm
 
     from server.train.files import TaskFiles, TaskRows
-    from server.train.record import Progress
+    from server.train.record import Progress, Score
     from server.train.sweep import Tried
 
 LEARNING = "Learning"
@@ -168,7 +168,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     from server.train.files import read_task
 
     rows = read_task(files, config)
-    show_rows(rows)
+    show_rows(rows, is_distilled=config.teacher_template is not None)
     # Torch takes seconds to load, and whoever has mistyped a path need not wait for it.
     from server.engine.model import FrozenModel
     from server.train.dtype import training_settings
@@ -203,15 +203,16 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     write_task(directory, trained, model.spec)
     if trained.checkpoint is not None:
         shutil.rmtree(trained.checkpoint, ignore_errors=True)
-    best = trained.result
+    score, step = trained.result.validation, trained.result.step
     what_was = "" if before is None else f"; what was there before had {before:.1%}"
-    typer.echo(f"{directory}: validation exact match {best.validation.exact_match:.1%} (step {best.step}){what_was}")
+    typer.echo(f"{directory}: {describe(score)} (step {step}){what_was}")
 
 
-def show_rows(rows: TaskRows) -> None:
+def show_rows(rows: TaskRows, *, is_distilled: bool) -> None:
     """What was read, and what is odd about it."""
     for training, validation, labels in zip(rows.training, rows.validation, rows.labels, strict=True):
-        kind = f"labels {', '.join(labels)}" if labels else "targets are text"
+        kind = "targets are text" if not labels else f"labels {', '.join(labels)}"
+        kind = "the teacher answers" if is_distilled else kind
         learned, held = len(training.rows), len(validation.rows)
         typer.echo(f"{training.path}: {learned:,} rows to learn from, {held:,} to measure on; {kind}", err=True)
         if {row.input for row in training.rows} >= {row.input for row in validation.rows}:
@@ -267,6 +268,11 @@ def make_config(**fields: Any) -> TrainingConfig:
         ) from exc
 
 
+def describe(score: Score) -> str:
+    """A measurement in words."""
+    return f"validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}"
+
+
 class Bars:
     """Progress bars: of the teacher's rows, of the search for a learning rate, of the steps of training."""
 
@@ -308,7 +314,7 @@ class Bars:
         bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
         bar.update(progress.step - bar.n)  # a run that goes on does not begin at 0
         if score := progress.validation:
-            bar.write(f"step {progress.step}: validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}")
+            bar.write(f"step {progress.step}: {describe(score)}")
 
     def _on(self, description: str, unit: str, total: int | None) -> tqdm[Any]:
         if self._bar is not None and self._shown == description:

@@ -99,8 +99,9 @@ def test_a_teacher_is_asked_beside_it_and_the_card_says_how_to_have_that_again(s
 
 def test_text_is_measured_with_references(server: LiveServer) -> None:
     server.publish_random("eval-text", 3, {"generation": {"max_new_tokens": 4}})
-    references = "".join(json.dumps({"references": [target, "other"]}) + "\n" for _, target in PAIRS)
-    files = {"data": ("test.jsonl", jsonl(*PAIRS)), "references": ("r.jsonl", references.encode())}
+    written = [(text, f"{target}, {text}") for text, target in PAIRS]
+    references = "".join(json.dumps({"references": [target, "other"]}) + "\n" for _, target in written)
+    files = {"data": ("test.jsonl", jsonl(*written)), "references": ("r.jsonl", references.encode())}
     ended = finished(server, server.client.post("/evaluations", data={"task": "eval-text"}, files=files))
     figures = ended["result"]["contestants"]["eval-text@1"]
     assert set(figures) == {"exact_match", "rouge_l", "bleu", "perplexity", "seconds"}

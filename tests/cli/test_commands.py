@@ -175,7 +175,7 @@ def test_a_card_is_written_only_where_it_is_asked_for(workplace: Path, mood: Pat
     assert prelude("eval", "mood", "--data", "test.jsonl", "--card").exit_code == 0
     card = (mood / "README.md").read_text()
     assert "# mood" in card
-    assert "    prelude eval mood --data test.jsonl\n" in card
+    assert "    PRELUDE_DTYPE=float32 prelude eval mood --data test.jsonl\n" in card
     metrics = json.loads((mood / "manifest.json").read_text())["metrics"]
     assert metrics["test_accuracy_choices"] == 1.0
     assert set(json.loads(before)["metrics"]) < set(metrics)

@@ -111,10 +111,11 @@ def _wrong_teacher(config: TrainingConfig) -> Contradiction | None:
 
 
 def _wrong_start(config: TrainingConfig) -> Contradiction | None:
-    if (config.init == "text") != bool((config.init_text or "").strip()):
+    has_text = bool((config.init_text or "").strip())
+    if (config.init == "text") != has_text:
         return Contradiction(
             "config.init_text",
-            f"init is {config.init!r}, and there is {'a' if config.init_text else 'no'} text to begin with.",
+            f"init is {config.init!r}, and there is {'a' if has_text else 'no'} text to begin with.",
             "Give init 'text' and --init-text (of a job: init_text) together, or neither.",
         )
     if (config.init == "soft_prompt") != bool(config.init_from):

@@ -22,7 +22,7 @@ from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
 from server.train.output import Trained
 from server.train.record import Progress, TrainingResult
-from server.train.sweep import Tried, find_learning_rate
+from server.train.sweep import BEGUN_AS_TEACHER, Tried, find_learning_rate
 from server.train.trainer import Work, train
 
 Watch = Callable[[Progress], None]
@@ -75,7 +75,8 @@ def train_task(
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     if fresh and folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried)
+    peaks = None if own is None else BEGUN_AS_TEACHER
+    learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried, peaks)
     result = train(work, config, learning_rate, on_step, checkpoint=folder)
     manifest = _manifest(model, files, config, rows, work, result, learning_rate)
     return Trained(work.prefix.peft_type, result, manifest, folder)
@@ -117,7 +118,12 @@ def _lessons(
 
 
 def _learning_rate(
-    work: Work, config: TrainingConfig, folder: Path | None, on_step: Watch, on_tried: Callable[[Tried], None]
+    work: Work,
+    config: TrainingConfig,
+    folder: Path | None,
+    on_step: Watch,
+    on_tried: Callable[[Tried], None],
+    peaks: Sequence[float] | None,
 ) -> float:
     """The one that is asked for, or found; a run that goes on uses the one it began with."""
     if config.learning_rate != "auto":
@@ -125,7 +131,7 @@ def _learning_rate(
     known = None if folder is None else folder / "learning_rate"
     if known is not None and known.is_file():
         return float(known.read_text(encoding="utf-8"))
-    found = find_learning_rate(work, config, on_step, on_tried)
+    found = find_learning_rate(work, config, on_step, on_tried, peaks)
     if known is not None:
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(repr(found), encoding="utf-8")

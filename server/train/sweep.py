@@ -59,8 +59,7 @@ def find_learning_rate(
     small = replace(work, validation=work.validation[:MEASURED_ROWS])
     initial = clone_state(work.prefix)
     tried = []
-    usual = BEGUN_AS_TEACHER if config.may_begin_as_teacher else PEAKS[config.method]
-    for learning_rate in peaks or usual:
+    for learning_rate in peaks or PEAKS[config.method]:
         try:
             loss = train(small, short, learning_rate, on_step).validation.loss
         except InvalidTrainingData:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from server.cli import keys, prompts
+from server.cli import jobs, keys, prompts
 from server.cli.errors import errors_as_sentences
 from server.cli.evaluate import evaluate
 from server.cli.logs import configure_logging
@@ -52,4 +52,5 @@ app.command()(with_settings_options(serve))
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.add_typer(prompts.app, name="prompts")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

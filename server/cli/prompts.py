@@ -5,43 +5,24 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.errors import errors_as_sentences, printable
+from server.cli.errors import printable
+from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
 from server.errors import (
     ConfigurationError,
     InvalidTaskName,
-    NothingToRollBackTo,
-    PreconditionFailed,
-    PreludeError,
-    Unauthorized,
-    UnknownTask,
 )
-from server.settings import check_variables
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
     from server.cli.diff import Content
-    from server.client import OnSent, PreludeClient, VersionList
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-BIG_BYTES = 2**22
-"""From here on an upload takes long enough for a progress bar."""
+    from server.client import PreludeClient, VersionList
 
 _SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
-
-REMEDIES: dict[type[PreludeError], str] = {
-    UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
-    Unauthorized: "Give a key of this server in PRELUDE_API_KEY or with --key.",
-    NothingToRollBackTo: "`prelude prompts list TASK` lists the versions; activate the one that you want.",
-    PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide anew, and give its new state.",
-}
-"""What to do here where the server speaks of requests."""
 
 app = typer.Typer(
     name="prompts",
@@ -52,27 +33,14 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 2 refused (the reason and what to do about it are on stderr).",
 )
 
-UrlOption = Annotated[str, typer.Option("--url", envvar="PRELUDE_URL", help="Address of the server.")]
-KeyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key; in the variable nobody else sees it."
-    ),
-]
 IfMatchOption = Annotated[
     str | None,
     typer.Option(
         "--if-match", metavar="STATE", help="Only if the task is still in this state, as `list TASK` showed it; * any."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Name of a task.")]
 ReferenceArgument = Annotated[str, typer.Argument(metavar="TASK@N", help="A version of a task, such as sms_spam@3.")]
-
-
-def examples(*commands: str) -> str:
-    """The end of a command's help, a paragraph a line."""
-    return "\n\n".join(["Examples:", *commands])
 
 
 @app.command(
@@ -93,7 +61,7 @@ def list_prompts(
     if task is not None:
         _print_versions(task, as_json, url, key)
         return
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         from server.cli.tables import console, print_json, print_tasks
 
         entries = list(client.prompts())
@@ -140,12 +108,12 @@ def push(
 
     SOURCE is a directory as save_pretrained or `prelude train` write it; if there is none, a repository on the hub.
     """
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         from server.cli.files import find_upload
 
         upload = find_upload(source)
         name = upload.task(task)
-        with _upload_bar(name, upload.num_bytes) as on_sent:
+        with upload_bar(name, upload.num_bytes) as on_sent:
             pushed = client.publish(
                 name, upload.files, activate=not no_activate, dry_run=dry_run, expect=if_match, on_sent=on_sent
             )
@@ -181,7 +149,7 @@ def pull(
 
     PeftModel.from_pretrained loads it, and `prelude prompts push` takes it back.
     """
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         from server.cli.files import check_target, new_directory
 
         task, number = split_version(reference)
@@ -207,7 +175,7 @@ def activate(
     key: KeyOption = None,
 ) -> None:
     """Let a version answer its task's requests, alone."""
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         task, named = split_version(reference)
         if (named is None) == (number is None):
             raise InvalidTaskName("Which version?", remedy=f"Name one: {task}@3.")
@@ -223,7 +191,7 @@ def rollback(
     task: TaskArgument, if_match: IfMatchOption = None, url: UrlOption = DEFAULT_URL, key: KeyOption = None
 ) -> None:
     """Return to what was live before; twice in a row goes back twice."""
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         _echo_live(client.roll_back(_whole(task), expect=if_match))
 
 
@@ -240,7 +208,7 @@ def traffic(
     key: KeyOption = None,
 ) -> None:
     """Let several versions share a task's requests: a canary. `activate` ends it."""
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         _echo_live(client.set_traffic(_whole(task), _parse_weights(weights), expect=if_match))
 
 
@@ -258,7 +226,7 @@ def delete(
     key: KeyOption = None,
 ) -> None:
     """Delete a task with all its versions, or one version that is not live. There is no way back."""
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         task, number = split_version(reference)
         if not yes:
             if_match = _confirm_delete(client.versions(task), reference, number, if_match)
@@ -292,7 +260,7 @@ def diff(
 
     Exit status as of diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.
     """
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         from server.cli.diff import compare
         from server.cli.tables import console, print_comparison, print_json
 
@@ -305,24 +273,8 @@ def diff(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _connected(url: str, key: str | None) -> Iterator[PreludeClient]:
-    """A client of the server, whose refusals are told as the shell's user can act on them."""
-    from server.client import PreludeClient
-
-    with errors_as_sentences():
-        check_variables()  # a misspelt PRELUDE_URL would lead to another server
-        try:
-            with PreludeClient(url, key) as client:
-                yield client
-        except PreludeError as exc:
-            if exc.remedy == exc.default_remedy:
-                exc.remedy = REMEDIES.get(type(exc), exc.remedy)
-            raise
-
-
 def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None:
-    with _connected(url, key) as client:
+    with connected(url, key) as client:
         from server.cli.tables import console, print_json, print_versions
 
         listed = client.versions(_whole(task))
@@ -348,22 +300,6 @@ def _echo_live(listed: VersionList) -> None:
     from server.cli.tables import live_sentence
 
     typer.echo(printable(live_sentence(listed)))
-
-
-@contextmanager
-def _upload_bar(task: str, num_bytes: int) -> Iterator[OnSent | None]:
-    """A progress bar for a big upload, if somebody watches."""
-    if num_bytes < BIG_BYTES or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=num_bytes, desc=task, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
-
-        def show(sent: int) -> None:
-            bar.update(sent)
-
-        yield show
 
 
 def _only_live(listed: VersionList) -> int:

@@ -16,18 +16,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from server.cli.bars import in_words, standing
 from server.cli.errors import printable
 from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 
 if TYPE_CHECKING:  # a command loads only what it prints
     from server.cli.diff import Comparison, FieldChange, TensorChange
-    from server.client import PromptEntry, VersionList
+    from server.client import Job, PromptEntry, VersionList
     from server.keys.key import ApiKey
 
 UNLIMITED = 1_000_000
 """Width of a table that goes into a pipe: whoever reads it there wants whole lines."""
 NONE = "–"
 DIFFERENCE = "max |a-b|"
+
+_STATE_COLORS = {"running": "yellow", "succeeded": "green", "failed": "red"}
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
@@ -93,6 +96,35 @@ def print_versions(listed: VersionList, out: Console) -> None:
 def _metrics(metrics: Mapping[str, object]) -> str:
     """Figures on one line; intervals and hashes are for the manifest."""
     return ", ".join(f"{name} {_metric(value)}" for name, value in metrics.items() if isinstance(value, int | float))
+
+
+def print_jobs(jobs: Sequence[Job], out: Console) -> None:
+    """Training jobs, newest first: how far each has come, or what it came to."""
+    if not jobs:
+        out.print("No training jobs yet: send one with `prelude train --url`.")
+        return
+    table = _table("job", "task", "state", "step", "when", "result", right={"step"}, wrap={"task", "result"})
+    for job in jobs:
+        table.add_row(
+            _text(job["id"], "bold"),
+            _text(job["task"]),
+            _text(standing(job), _STATE_COLORS.get(job["state"], "")),
+            _text(f"{job['step']:,} of {job['steps']:,}"),
+            _text(_ago(job["created_at"])),
+            _text(_result(job)),
+        )
+    _print(table, out)
+
+
+def _result(job: Job) -> str:
+    """What has become of a job, or the newest measurement of one that runs."""
+    if "error" in job:
+        return job["error"]["error"]
+    score = job.get("validation")
+    found = "" if score is None else in_words(score["exact_match"], score["loss"])
+    if "version" not in job:
+        return found
+    return f"version {job['version']}, {'live' if job['live'] else 'staged'}; {_metrics(job.get('metrics', {}))}"
 
 
 def print_keys(keys: Sequence[ApiKey], out: Console) -> None:

@@ -6,122 +6,61 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from server.cli import train_options as options
 from server.cli.errors import errors_as_sentences
 from server.cli.files import read_text
+from server.cli.jobs import send
 from server.cli.logs import configure_logging
 from server.errors import ConfigurationError
 from server.settings import Settings
-from server.train.config import LARGEST_BATCH, MOST_STEPS, TrainingConfig
+from server.train.config import TrainingConfig
 
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
-    from tqdm import tqdm
-
     from server.train.files import TaskFiles, TaskRows
-    from server.train.record import Progress, Score
-    from server.train.sweep import Tried
-
-LEARNING = "Learning"
-START = "First values"
-DISTILLING = "Distillation: learn from a long text instead of from targets"
-ABOUT = "About the task"
 
 ABANDONED_SECONDS = 30 * 24 * 3600.0
 """A run that was broken off so long ago is not gone on with."""
 
 
 def train(
-    task: Annotated[str, typer.Argument(help="Name of the task; the soft prompt is written to prompts/TASK.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(help='JSONL, each line {"input": "…", "target": "…"}. Once for each task of a multitask one.'),
-    ],
-    validation: Annotated[
-        list[Path] | None,
-        typer.Option(help="The same for held-out rows: they choose the best state. Default: a tenth of the rows."),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="prompt_tuning; p_tuning; prefix_tuning, which learns more, in a file 20 times as large; or "
-            "multitask_prompt_tuning.",
-            rich_help_panel=LEARNING,
-        ),
-    ] = "prompt_tuning",
-    num_virtual_tokens: Annotated[
-        int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.", rich_help_panel=LEARNING)
-    ] = 20,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimiser steps.", rich_help_panel=LEARNING)] = 600,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=LARGEST_BATCH, help="Rows of a step.", rich_help_panel=LEARNING)
-    ] = 16,
-    lr: Annotated[
-        str,
-        typer.Option(help="Peak learning rate; auto tries a few for some steps each.", rich_help_panel=LEARNING),
-    ] = "auto",
-    optimizer: Annotated[str, typer.Option(help="adamw or adafactor.", rich_help_panel=LEARNING)] = "adamw",
-    evaluations: Annotated[
-        int, typer.Option(min=1, help="Measurements on the validation rows on the way.", rich_help_panel=LEARNING)
-    ] = 10,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Stop after so many measurements that are no better than the best.", rich_help_panel=LEARNING
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.", rich_help_panel=LEARNING)
-    ] = 0,
-    init: Annotated[
-        str,
-        typer.Option(
-            help="labels, vocab (sampled), text, soft_prompt (another one), teacher (its own keys and values), random; "
-            "auto is teacher for prefix tuning with one, else labels where there are some, else vocab.",
-            rich_help_panel=START,
-        ),
-    ] = "auto",
-    init_text: Annotated[str | None, typer.Option(help="The text for --init text.", rich_help_panel=START)] = None,
-    init_from: Annotated[
-        Path | None, typer.Option(help="A PEFT directory for --init soft_prompt.", rich_help_panel=START)
-    ] = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of a long text that holds {input} once: instructions, examples. The soft prompt learns to have "
-            "its effect; rows need no targets.",
-            rich_help_panel=DISTILLING,
-        ),
-    ] = None,
-    teacher_chat: Annotated[
-        bool, typer.Option("--teacher-chat", help="Send that text as a user message.", rich_help_panel=DISTILLING)
-    ] = False,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Once for each label: learn what the teacher thinks of these, not what it answers.",
-            rich_help_panel=DISTILLING,
-        ),
-    ] = None,
-    input_template: Annotated[
-        str, typer.Option(help="What the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
-    ] = "{input}\\n",
-    description: Annotated[
-        str | None, typer.Option(help="One line about the task, shown by GET /prompts.", rich_help_panel=ABOUT)
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option(help="Licence of the data, kept in the manifest.", rich_help_panel=ABOUT)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory to write instead of prompts/TASK.")] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew, even if the same run was broken off before.")
-    ] = False,
+    task: options.Task,
+    data: options.Data,
+    validation: options.Validation = None,
+    method: options.Method = "prompt_tuning",
+    num_virtual_tokens: options.NumVirtualTokens = 20,
+    steps: options.Steps = 600,
+    batch_size: options.BatchSize = 16,
+    lr: options.Lr = "auto",
+    optimizer: options.Optimizer = "adamw",
+    evaluations: options.Evaluations = 10,
+    patience: options.Patience = None,
+    seed: options.Seed = 0,
+    init: options.Init = "auto",
+    init_text: options.InitText = None,
+    init_from: options.InitFrom = None,
+    teacher: options.Teacher = None,
+    teacher_chat: options.TeacherChat = False,
+    label: options.Label = None,
+    input_template: options.InputTemplate = "{input}\\n",
+    description: options.Description = None,
+    licence: options.Licence = None,
+    out: options.Out = None,
+    fresh: options.Fresh = False,
+    url: options.Url = None,
+    key: options.Key = None,
+    activate: options.Activate = False,
+    activate_at_least: options.ActivateAtLeast = None,
+    detach: options.Detach = False,
 ) -> None:
     """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory.
 
     Run again after it was broken off, it goes on where it was.
+
+    With --url a running server does it, and publishes what it learned.
     """
     configure_logging("warning")
     with errors_as_sentences():
@@ -156,7 +95,14 @@ def train(
             licence=licence,
             max_virtual_tokens=settings.max_virtual_tokens,
         )
-        learn(files, config, out or settings.prompts_dir / task, settings, fresh=fresh)
+        if url is None:
+            for_jobs = {"activate": activate, "activate-at-least": activate_at_least is not None, "detach": detach}
+            refuse("for a job of a server", "Name the server with --url.", **for_jobs)
+            learn(files, config, out or settings.prompts_dir / task, settings, fresh=fresh)
+            return
+        refuse("for training on this machine", "Leave it out, or leave out --url.", out=out, fresh=fresh)
+        bound = {"metric": "validation_exact_match", "at_least": activate_at_least}
+        train_there(files, config, activate if activate_at_least is None else bound, url, key, detach=detach)
 
 
 def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: Settings, *, fresh: bool) -> None:
@@ -165,11 +111,9 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     Raises:
         PreludeError: something does not fit; before any step is run, unless the loss gets out of hand.
     """
-    from server.train.files import read_task
-
-    rows = read_task(files, config)
-    show_rows(rows, is_distilled=config.teacher_template is not None)
+    rows = read_rows(files, config)
     # Torch takes seconds to load, and whoever has mistyped a path need not wait for it.
+    from server.cli.bars import Bars, describe
     from server.engine.model import FrozenModel
     from server.train.dtype import training_settings
     from server.train.output import check_writable, write_task
@@ -208,8 +152,44 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     typer.echo(f"{directory}: {describe(score)} (step {step}){what_was}")
 
 
-def show_rows(rows: TaskRows, *, is_distilled: bool) -> None:
-    """What was read, and what is odd about it."""
+def train_there(
+    files: TaskFiles, config: TrainingConfig, activate: object, url: str, key: str | None, *, detach: bool
+) -> None:
+    """Read the rows here, where an error costs nothing, and send them to a server as a job.
+
+    Raises:
+        PreludeError: something does not fit, here or there.
+    """
+    read_rows(files, config)
+    if isinstance(files.training, tuple) or isinstance(files.validation, tuple):
+        raise ConfigurationError("A job takes one data file.", remedy="Train several tasks on this machine.")
+    about = {"description": files.description, "licence": files.licence}
+    spec = {
+        "task": files.task,
+        "config": config.as_dict(),
+        "input_template": files.input_template,
+        "activate": activate,
+        **{name: text for name, text in about.items() if text is not None},
+    }
+    send(spec, files.training, files.validation, url, key, detach=detach)
+
+
+def refuse(purpose: str, remedy: str, **given: object) -> None:
+    """Refuse options that mean nothing where the training is to be done.
+
+    Raises:
+        ConfigurationError: one of them is given.
+    """
+    for name, value in given.items():
+        if value:
+            raise ConfigurationError(f"--{name} is {purpose}.", remedy=remedy)
+
+
+def read_rows(files: TaskFiles, config: TrainingConfig) -> TaskRows:
+    """Read and check all rows; tell what was read, and what is odd about it."""
+    from server.train.files import read_task
+
+    rows, is_distilled = read_task(files, config), config.teacher_template is not None
     for training, validation, labels in zip(rows.training, rows.validation, rows.labels, strict=True):
         kind = "targets are text" if not labels else f"labels {', '.join(labels)}"
         kind = "the teacher answers" if is_distilled else kind
@@ -220,6 +200,7 @@ def show_rows(rows: TaskRows, *, is_distilled: bool) -> None:
                 "Every validation row is a training row: what is measured is how well they were learned by heart.",
                 err=True,
             )
+    return rows
 
 
 def drop_old(checkpoints: Path) -> None:
@@ -266,59 +247,3 @@ def make_config(**fields: Any) -> TrainingConfig:
             + ".",
             remedy="`prelude train --help` says what each option takes.",
         ) from exc
-
-
-def describe(score: Score) -> str:
-    """A measurement in words."""
-    return f"validation exact match {score.exact_match:.1%}, loss {score.loss:.4f}"
-
-
-class Bars:
-    """Progress bars: of the teacher's rows, of the search for a learning rate, of the steps of training."""
-
-    def __init__(self, task: str, steps: int, taught: int) -> None:
-        from tqdm import tqdm
-
-        self._tqdm = tqdm
-        self._task, self._steps, self._taught = task, steps, taught
-        self._bar: tqdm[Any] | None = None
-        self._shown = ""
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def on_taught(self) -> None:
-        """A row that the teacher has been asked about."""
-        self._on("teacher", "row", self._taught).update()
-
-    def on_sweep_step(self, progress: Progress) -> None:
-        """A step of the search."""
-        self._on("learning rate", "step", None).update()
-
-    def on_tried(self, tried: Tried) -> None:
-        """A learning rate that was tried."""
-        self._on("learning rate", "step", None).write(
-            f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}"
-        )
-
-    def on_step(self, progress: Progress) -> None:
-        """A step of training; what is measured on the way is written above the bar."""
-        is_first = self._shown != self._task
-        bar = self._on(self._task, "step", self._steps)
-        if is_first and progress.step > 1:
-            bar.write(f"goes on from step {progress.step - 1}")
-        bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
-        bar.update(progress.step - bar.n)  # a run that goes on does not begin at 0
-        if score := progress.validation:
-            bar.write(f"step {progress.step}: {describe(score)}")
-
-    def _on(self, description: str, unit: str, total: int | None) -> tqdm[Any]:
-        if self._bar is not None and self._shown == description:
-            return self._bar
-        self.__exit__()
-        self._bar, self._shown = self._tqdm(desc=description, unit=unit, total=total, dynamic_ncols=True), description
-        return self._bar

@@ -1,41 +1,25 @@
-"""A client of a running server, for the soft prompts that it serves: a method per route, replies as plain JSON.
-
-    with PreludeClient("http://127.0.0.1:8000") as client:
-        client.publish("sms_spam", [Path("sms_spam/adapter_config.json"), Path("sms_spam/adapter_model.safetensors")])
-        client.roll_back("sms_spam")
-
-What the server refuses is raised as the class of `server.errors` that it was refused with, in the server's own words.
-Neither torch nor the engine is imported, so a command that asks a server answers at once.
-"""
+"""The way to a server and back: requests with their key and their patience, failures as our own errors."""
 
 from __future__ import annotations
 
 import io
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NotRequired, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import TypeAdapter
 
 from server import __version__
 from server.errors import ConfigurationError, PreconditionFailed, PreludeError, Unauthorized
-from server.soft_prompts.names import check_task_name
-
-if sys.version_info >= (3, 12):
-    from typing import TypedDict
-else:  # pydantic reads only these there
-    from typing_extensions import TypedDict
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 CHANGE_SECONDS = 600.0
 """A publish waits until the soft prompt's prefix is computed, behind the requests that are running."""
-PAGE = 1000
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 TLS_REMEDY = (
@@ -61,80 +45,8 @@ class ServerUnreachable(PreludeError):
     default_remedy = "Start a server with `prelude serve`, or name another one with --url or PRELUDE_URL."
 
 
-class PromptEntry(TypedDict):
-    """One task of the list; a broken one has an `error`."""
-
-    task: str
-    version: NotRequired[int]
-    traffic: NotRequired[dict[str, int]]
-    digest: NotRequired[str]
-    peft_type: NotRequired[str]
-    num_virtual_tokens: NotRequired[int]
-    description: NotRequired[str]
-    error: NotRequired[str]
-
-
-class PromptPage(TypedDict):
-    """A page of the list; `next` is behind which task the following one starts."""
-
-    prompts: list[PromptEntry]
-    next: NotRequired[str]
-
-
-class Version(TypedDict):
-    """One version of a task."""
-
-    version: int
-    live: bool
-    digest: str
-    prefix_hash: str
-    peft_type: str
-    num_virtual_tokens: int
-    bytes: int
-    created_at: str
-    source: str
-    by: NotRequired[str]
-    description: NotRequired[str]
-    metrics: NotRequired[dict[str, Any]]
-
-
-class VersionList(TypedDict):
-    """The versions of a task, newest first, and what is live. `etag` is what `expect` of the next change takes."""
-
-    task: str
-    versions: list[Version]
-    live: NotRequired[int | None]
-    traffic: NotRequired[dict[str, int]]
-    etag: NotRequired[str]
-
-
-class TaskVersion(TypedDict):
-    """A task and one of its versions."""
-
-    task: str
-    version: int
-
-
-class Pushed(TypedDict):
-    """What a publish made; `created` is False where nothing had to change."""
-
-    task: str
-    version: int
-    digest: str
-    peft_type: str
-    num_virtual_tokens: int
-    live: bool
-    tasks: list[TaskVersion]
-    created: NotRequired[bool]
-
-
-_PROMPT_PAGE = TypeAdapter(PromptPage)
-_VERSION_LIST = TypeAdapter(VersionList)
-_PUSHED = TypeAdapter(Pushed)
-
-
-class PreludeClient:
-    """A connection to one server; `expect` of a change is an ETag, such as "42", or "*" for any state of the task."""
+class Connection:
+    """A connection to one server."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """Connect with the first request.
@@ -167,92 +79,7 @@ class PreludeClient:
     ) -> None:
         self._http.close()
 
-    def prompts(self) -> Iterator[PromptEntry]:
-        """All tasks by name, page after page."""
-        after: dict[str, str] = {}
-        while True:
-            with self._request("GET", "/prompts", params={"limit": PAGE, **after}) as response:
-                page = self._body(response, _PROMPT_PAGE)
-            yield from page["prompts"]
-            if "next" not in page:
-                return
-            after = {"after": page["next"]}
-
-    def versions(self, task: str) -> VersionList:
-        """The versions of a task, newest first."""
-        return self._versions("GET", f"{_path(task)}/versions")
-
-    def publish(
-        self,
-        task: str,
-        files: Sequence[Path],
-        *,
-        activate: bool = True,
-        dry_run: bool = False,
-        expect: str | None = None,
-        on_sent: OnSent | None = None,
-    ) -> Pushed:
-        """Upload the files of a soft prompt, or one zip of them.
-
-        Args:
-            task: the name to publish under.
-            files: sent under their own names.
-            activate: let the version answer requests; otherwise it is only kept.
-            dry_run: only validate.
-            expect: the ETag of the state that this change is meant for.
-            on_sent: told of every piece that has been sent.
-        """
-        params = {"activate": activate, "dry_run": dry_run}
-        path = _path(task)
-        with ExitStack() as stack:
-            form = [("files", (file.name, stack.enter_context(_ReportingFile(file, on_sent)))) for file in files]
-            with self._request("PUT", path, params=params, files=form, headers=_if_match(expect)) as response:
-                pushed = self._body(response, _PUSHED)
-                pushed["created"] = response.status_code == httpx.codes.CREATED
-                return pushed
-
-    def activate(self, task: str, version: int, *, expect: str | None = None) -> VersionList:
-        """Let a version answer the task's requests."""
-        return self._versions("POST", f"{_path(task)}/activate", expect, json={"version": version})
-
-    def roll_back(self, task: str, *, expect: str | None = None) -> VersionList:
-        """Return to what was live before."""
-        return self._versions("POST", f"{_path(task)}/rollback", expect)
-
-    def set_traffic(self, task: str, weights: Mapping[int, int], *, expect: str | None = None) -> VersionList:
-        """Let versions share the task's requests, by percentages that sum to 100."""
-        body = {str(version): weight for version, weight in weights.items()}
-        return self._versions("PUT", f"{_path(task)}/traffic", expect, json=body)
-
-    def delete(self, task: str, *, expect: str | None = None) -> None:
-        """Delete a task and all its versions."""
-        self._no_content(_path(task), expect)
-
-    def delete_version(self, task: str, version: int, *, expect: str | None = None) -> None:
-        """Delete a version that is not live."""
-        self._no_content(f"{_path(task)}/versions/{version}", expect)
-
-    def download(self, task: str, version: int, archive: Path) -> None:
-        """Write a version's zip of PEFT files to a new file."""
-        with (
-            self._request("GET", f"{_path(task)}/versions/{version}/download") as response,
-            archive.open("xb") as file,
-        ):
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-
-    def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> VersionList:
-        with self._request(method, path, headers=_if_match(expect), **content) as response:
-            listed = self._body(response, _VERSION_LIST)
-            if "ETag" in response.headers:
-                listed["etag"] = response.headers["ETag"].removeprefix("W/").strip('"')
-            return listed
-
-    def _no_content(self, path: str, expect: str | None) -> None:
-        with self._request("DELETE", path, headers=_if_match(expect)):
-            pass
-
-    def _body(self, response: httpx.Response, kind: TypeAdapter[Reply]) -> Reply:
+    def body(self, response: httpx.Response, kind: TypeAdapter[Reply]) -> Reply:
         """What a reply holds, with fields that a newer server may have added, if it is what ours would answer."""
         response.read()
         try:
@@ -265,7 +92,7 @@ class PreludeClient:
         return body
 
     @contextmanager
-    def _request(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
+    def request(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
         """Send a request and hand out the reply with its body still to be read; failures become our errors."""
         seconds = READ_SECONDS if method == "GET" else CHANGE_SECONDS
         try:
@@ -304,7 +131,7 @@ class PreludeClient:
         return _error_classes().get(code, PreludeError)(message, remedy=remedy)
 
 
-class _ReportingFile(io.FileIO):
+class ReportingFile(io.FileIO):
     """A file that tells how much of it has been read."""
 
     def __init__(self, path: Path, on_read: OnSent | None) -> None:
@@ -312,6 +139,7 @@ class _ReportingFile(io.FileIO):
         self._on_read = on_read
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file; what is handed out counts as sent."""
         data = super().read(size) or b""
         if self._on_read is not None:
             self._on_read(len(data))
@@ -340,11 +168,7 @@ def _checked_key(key: str) -> str:
     return key
 
 
-def _path(task: str) -> str:
-    return f"/prompts/{check_task_name(task)}"
-
-
-def _if_match(expect: str | None) -> dict[str, str]:
+def if_match(expect: str | None) -> dict[str, str]:
     """The header for an ETag, which people write with or without its quotes."""
     if expect is None:
         return {}

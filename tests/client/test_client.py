@@ -11,8 +11,8 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import client as module
-from server.client import PreludeClient, ServerUnreachable
+from server.client import PreludeClient, ServerUnreachable, connection
+from server.client import client as routes
 from server.errors import (
     BaseModelMismatch,
     ConfigurationError,
@@ -109,7 +109,7 @@ def test_the_list_goes_on_through_all_pages(
 ) -> None:
     for letter in "abcde":
         server.publish_random(f"page-{letter}")
-    monkeypatch.setattr(module, "PAGE", 2)
+    monkeypatch.setattr(routes, "PAGE", 2)
     names = [entry["task"] for entry in client.prompts()]
     assert [name for name in names if name.startswith("page-")] == [f"page-{letter}" for letter in "abcde"]
     assert names == sorted(set(names))
@@ -275,7 +275,7 @@ def test_a_server_that_does_not_answer_is_waited_for_only_so_long(monkeypatch: p
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    monkeypatch.setattr(module, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.2)
     with answering(silent) as waiting, pytest.raises(ServerUnreachable, match=r"not answered within 0\.2 seconds"):
         waiting.versions("task")
 

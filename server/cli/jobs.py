@@ -1,0 +1,163 @@
+"""`prelude jobs`: the training jobs of a running server, from the shell. `prelude train --url` queues one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli.errors import printable
+from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
+from server.errors import PreludeError, UnknownJob
+
+if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+    from server.client import Job, PreludeClient
+
+LOOK_SECONDS = 1.0
+AWAY_SECONDS = 120.0
+"""How long a server may be away, as it is when it is started anew; its jobs go on with it."""
+OVER = ("succeeded", "failed", "cancelled")
+
+app = typer.Typer(
+    name="jobs",
+    no_args_is_help=True,
+    help="List, follow and cancel the training jobs of a running server; `prelude train --url` queues one.\n\n"
+    "The server is the one at --url or PRELUDE_URL, and a key with the scope publish goes into PRELUDE_API_KEY.",
+    epilog="Exit status: 0 done, 2 refused, or the job failed (the reason and what to do about it are on stderr).",
+)
+
+JobArgument = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id of a job; or the name of a task, for its newest job.")
+]
+
+
+@app.command(name="list", epilog=examples("prelude jobs list", "prelude jobs list --json | jq -r '.jobs[].id'"))
+def list_jobs(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
+    """List all jobs, newest first."""
+    with connected(url, key) as client:
+        from server.cli.tables import console, print_jobs, print_json
+
+        jobs = client.jobs()
+        if as_json:
+            print_json({"jobs": jobs})
+        else:
+            print_jobs(jobs, console())
+
+
+@app.command(epilog=examples("prelude jobs follow my_task", "prelude jobs follow 20261127t093005123-0a1b2c3d4e5f"))
+def follow(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
+    """Show how far a job has come until it is over, and what it came to."""
+    with connected(url, key) as client:
+        follow_to_its_end(client, find_job(client, job))
+
+
+@app.command(epilog=examples("prelude jobs cancel my_task"))
+def cancel(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
+    """End a job; nothing is published."""
+    with connected(url, key) as client:
+        from server.cli.bars import standing
+
+        ended = client.cancel_job(find_job(client, job)["id"])
+        typer.echo(f"{ended['id']} ({ended['task']}): {standing(ended)}")
+
+
+@app.command(epilog=examples("prelude jobs log my_task"))
+def log(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
+    """Print the end of what a job's process has printed."""
+    with connected(url, key) as client:
+        for line in client.job_log(find_job(client, job)["id"]).splitlines():
+            typer.echo(printable(line))
+
+
+def send(
+    spec: Mapping[str, Any], data: Path, validation: Path | None, url: str, key: str | None, *, detach: bool
+) -> None:
+    """Queue a job on a server, and follow it."""
+    with connected(url, key) as client:
+        size = sum(path.stat().st_size for path in (data, validation) if path is not None)
+        with upload_bar(data.name, size) as on_sent:
+            job = client.train(spec, data, validation, on_sent=on_sent)
+        if detach:
+            typer.echo(job["id"])
+        else:
+            typer.echo(f"job {job['id']}", err=True)
+            follow_to_its_end(client, job)
+
+
+def find_job(client: PreludeClient, named: str) -> Job:
+    """The job of this id, or the newest one of this task.
+
+    Raises:
+        UnknownJob: there is none.
+    """
+    for job in client.jobs():
+        if named in (job["id"], job["task"]):
+            return job
+    raise UnknownJob(f"There is no training job {named[:80]!r}, and none of a task of that name.")
+
+
+def follow_to_its_end(client: PreludeClient, job: Job) -> None:
+    """Show a job until it is over, and say what it came to.
+
+    Raises:
+        PreludeError: it failed or was cancelled, or its server has been away for too long.
+    """
+    from server.cli.bars import JobBar
+
+    try:
+        with JobBar(job) as bar:
+            bar.show(job)
+            while job["state"] not in OVER:
+                time.sleep(LOOK_SECONDS)
+                job = look(client, job, bar.write)
+                bar.show(job)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"The job goes on. `prelude jobs follow {job['id']}` shows it again, `prelude jobs cancel` ends it.",
+            err=True,
+        )
+        raise
+    tell_end(job)
+
+
+def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
+    """The job as it is now; a server that is away for a moment is waited for.
+
+    Raises:
+        PreludeError: it has been away for too long, or does not know the job any more.
+    """
+    end = time.monotonic() + AWAY_SECONDS
+    is_told = False
+    while True:
+        try:
+            return client.job(job["id"])
+        except PreludeError as exc:
+            if exc.status != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > end:
+                raise
+            if not is_told:
+                write(f"{printable(exc.message)} The job goes on when it is back; waiting for it.")
+                is_told = True
+        time.sleep(LOOK_SECONDS)
+
+
+def tell_end(job: Job) -> None:
+    """What a job came to.
+
+    Raises:
+        PreludeError: it failed, or was cancelled.
+    """
+    from server.cli.bars import in_words
+
+    if job["state"] != "succeeded":
+        failure = job.get("error")
+        if failure is None:
+            raise PreludeError("The job was cancelled.", remedy="Send it again, if it was not meant to be.")
+        raise PreludeError(failure["error"], remedy=failure["remedy"])
+    name, metrics = f"{job['task']}@{job.get('version')}", job.get("metrics", {})
+    score = in_words(metrics.get("validation_exact_match"), metrics.get("validation_loss"))
+    is_live = "live" if job["live"] else f"staged; `prelude prompts activate {name}` makes it live"
+    typer.echo(printable(f"{name}: {score}; {is_live}"))

@@ -1,0 +1,76 @@
+"""What commands share that ask a running server: its address and key, its refusals in the shell's words, uploads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli.errors import errors_as_sentences
+from server.errors import NothingToRollBackTo, PreconditionFailed, PreludeError, Unauthorized, UnknownJob, UnknownTask
+from server.settings import check_variables
+
+if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+    from server.client import OnSent, PreludeClient
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+BIG_BYTES = 2**22
+"""From here on an upload takes long enough for a progress bar."""
+
+REMEDIES: dict[type[PreludeError], str] = {
+    UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
+    Unauthorized: "Give a key of this server in PRELUDE_API_KEY or with --key.",
+    NothingToRollBackTo: "`prelude prompts list TASK` lists the versions; activate the one that you want.",
+    UnknownJob: "`prelude jobs list` lists the training jobs.",
+    PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide anew, and give its new state.",
+}
+"""What to do here where the server speaks of requests."""
+
+UrlOption = Annotated[str, typer.Option("--url", envvar="PRELUDE_URL", help="Address of the server.")]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key; in the variable nobody else sees it."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help, a paragraph a line."""
+    return "\n\n".join(["Examples:", *commands])
+
+
+@contextmanager
+def connected(url: str, key: str | None) -> Iterator[PreludeClient]:
+    """A client of the server, whose refusals are told as the shell's user can act on them."""
+    from server.client import PreludeClient
+
+    with errors_as_sentences():
+        check_variables()  # a misspelt PRELUDE_URL would lead to another server
+        try:
+            with PreludeClient(url, key) as client:
+                yield client
+        except PreludeError as exc:
+            if exc.remedy == exc.default_remedy:
+                exc.remedy = REMEDIES.get(type(exc), exc.remedy)
+            raise
+
+
+@contextmanager
+def upload_bar(name: str, num_bytes: int) -> Iterator[OnSent | None]:
+    """A progress bar for a big upload, if somebody watches."""
+    if num_bytes < BIG_BYTES or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=num_bytes, desc=name, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+
+        def show(sent: int) -> None:
+            bar.update(sent)
+
+        yield show

@@ -1,0 +1,131 @@
+"""What `prelude train` can be told: each option's kind, help and place in --help. The command is in train.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.train.config import LARGEST_BATCH, MOST_STEPS
+
+LEARNING = "Learning"
+START = "First values"
+DISTILLING = "Distillation: learn from a long text instead of from targets"
+ABOUT = "About the task"
+REMOTE = "On a running server, beside what it serves"
+
+Task = Annotated[str, typer.Argument(help="Name of the task; the soft prompt is written to prompts/TASK.")]
+Data = Annotated[
+    list[Path],
+    typer.Option(help='JSONL, each line {"input": "…", "target": "…"}. Once for each task of a multitask one.'),
+]
+Validation = Annotated[
+    list[Path] | None,
+    typer.Option(help="The same for held-out rows: they choose the best state. Default: a tenth of the rows."),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="prompt_tuning; p_tuning; prefix_tuning, which learns more, in a file 20 times as large; or "
+        "multitask_prompt_tuning.",
+        rich_help_panel=LEARNING,
+    ),
+]
+NumVirtualTokens = Annotated[
+    int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.", rich_help_panel=LEARNING)
+]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimiser steps.", rich_help_panel=LEARNING)]
+BatchSize = Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Rows of a step.", rich_help_panel=LEARNING)]
+Lr = Annotated[
+    str,
+    typer.Option(help="Peak learning rate; auto tries a few for some steps each.", rich_help_panel=LEARNING),
+]
+Optimizer = Annotated[str, typer.Option(help="adamw or adafactor.", rich_help_panel=LEARNING)]
+Evaluations = Annotated[
+    int, typer.Option(min=1, help="Measurements on the validation rows on the way.", rich_help_panel=LEARNING)
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Stop after so many measurements that are no better than the best.", rich_help_panel=LEARNING
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.", rich_help_panel=LEARNING)]
+Init = Annotated[
+    str,
+    typer.Option(
+        help="labels, vocab (sampled), text, soft_prompt (another one), teacher (its own keys and values), random; "
+        "auto is teacher for prefix tuning with one, else labels where there are some, else vocab.",
+        rich_help_panel=START,
+    ),
+]
+InitText = Annotated[str | None, typer.Option(help="The text for --init text.", rich_help_panel=START)]
+InitFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="A PEFT directory for --init soft_prompt; with --url a task there, or TASK@N.", rich_help_panel=START
+    ),
+]
+Teacher = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of a long text that holds {input} once: instructions, examples. The soft prompt learns to have "
+        "its effect; rows need no targets.",
+        rich_help_panel=DISTILLING,
+    ),
+]
+TeacherChat = Annotated[
+    bool, typer.Option("--teacher-chat", help="Send that text as a user message.", rich_help_panel=DISTILLING)
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Once for each label: learn what the teacher thinks of these, not what it answers.",
+        rich_help_panel=DISTILLING,
+    ),
+]
+InputTemplate = Annotated[
+    str, typer.Option(help="What the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
+]
+Description = Annotated[
+    str | None, typer.Option(help="One line about the task, shown by GET /prompts.", rich_help_panel=ABOUT)
+]
+Licence = Annotated[str | None, typer.Option(help="Licence of the data, kept in the manifest.", rich_help_panel=ABOUT)]
+Out = Annotated[Path | None, typer.Option(help="Directory to write instead of prompts/TASK.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, even if the same run was broken off before.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        show_default=False,
+        help="Address of the server. What is learned becomes a version of TASK there; nothing is written here.",
+        rich_help_panel=REMOTE,
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        envvar="PRELUDE_API_KEY",
+        show_default=False,
+        help="API key; in the variable nobody else sees it.",
+        rich_help_panel=REMOTE,
+    ),
+]
+Activate = Annotated[
+    bool,
+    typer.Option(
+        "--activate", help="Let it answer TASK as soon as it is there; else it is staged.", rich_help_panel=REMOTE
+    ),
+]
+ActivateAtLeast = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="The same, if it is right on this share of the validation rows.", rich_help_panel=REMOTE
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach", help="Print the job's id and do not wait; `prelude jobs follow` does.", rich_help_panel=REMOTE
+    ),
+]

@@ -1,0 +1,178 @@
+"""The routes as methods: soft prompts and their versions, and the training jobs that make them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import TypeAdapter
+
+from server.client.connection import Connection, OnSent, ReportingFile, if_match
+from server.client.replies import Job, JobList, PromptEntry, PromptPage, Pushed, VersionList
+from server.errors import UnknownJob
+from server.soft_prompts.names import check_task_name
+
+PAGE = 1000
+JOBS = "/training/jobs"
+
+_JOB_ID = re.compile(r"[0-9a-z-]{1,80}")
+
+_PROMPT_PAGE = TypeAdapter(PromptPage)
+_VERSION_LIST = TypeAdapter(VersionList)
+_PUSHED = TypeAdapter(Pushed)
+_JOB = TypeAdapter(Job)
+_JOB_LIST = TypeAdapter(JobList)
+
+
+class PreludeClient(Connection):
+    """A connection to one server; `expect` of a change is an ETag, such as "42", or "*" for any state of the task."""
+
+    def prompts(self) -> Iterator[PromptEntry]:
+        """All tasks by name, page after page."""
+        after: dict[str, str] = {}
+        while True:
+            with self.request("GET", "/prompts", params={"limit": PAGE, **after}) as response:
+                page = self.body(response, _PROMPT_PAGE)
+            yield from page["prompts"]
+            if "next" not in page:
+                return
+            after = {"after": page["next"]}
+
+    def versions(self, task: str) -> VersionList:
+        """The versions of a task, newest first."""
+        return self._versions("GET", f"{_path(task)}/versions")
+
+    def publish(
+        self,
+        task: str,
+        files: Sequence[Path],
+        *,
+        activate: bool = True,
+        dry_run: bool = False,
+        expect: str | None = None,
+        on_sent: OnSent | None = None,
+    ) -> Pushed:
+        """Upload the files of a soft prompt, or one zip of them.
+
+        Args:
+            task: the name to publish under.
+            files: sent under their own names.
+            activate: let the version answer requests; otherwise it is only kept.
+            dry_run: only validate.
+            expect: the ETag of the state that this change is meant for.
+            on_sent: told of every piece that has been sent.
+        """
+        params = {"activate": activate, "dry_run": dry_run}
+        path = _path(task)
+        with ExitStack() as stack:
+            form = [("files", (file.name, stack.enter_context(ReportingFile(file, on_sent)))) for file in files]
+            with self.request("PUT", path, params=params, files=form, headers=if_match(expect)) as response:
+                pushed = self.body(response, _PUSHED)
+                pushed["created"] = response.status_code == httpx.codes.CREATED
+                return pushed
+
+    def activate(self, task: str, version: int, *, expect: str | None = None) -> VersionList:
+        """Let a version answer the task's requests."""
+        return self._versions("POST", f"{_path(task)}/activate", expect, json={"version": version})
+
+    def roll_back(self, task: str, *, expect: str | None = None) -> VersionList:
+        """Return to what was live before."""
+        return self._versions("POST", f"{_path(task)}/rollback", expect)
+
+    def set_traffic(self, task: str, weights: Mapping[int, int], *, expect: str | None = None) -> VersionList:
+        """Let versions share the task's requests, by percentages that sum to 100."""
+        body = {str(version): weight for version, weight in weights.items()}
+        return self._versions("PUT", f"{_path(task)}/traffic", expect, json=body)
+
+    def delete(self, task: str, *, expect: str | None = None) -> None:
+        """Delete a task and all its versions."""
+        self._no_content(_path(task), expect)
+
+    def delete_version(self, task: str, version: int, *, expect: str | None = None) -> None:
+        """Delete a version that is not live."""
+        self._no_content(f"{_path(task)}/versions/{version}", expect)
+
+    def download(self, task: str, version: int, archive: Path) -> None:
+        """Write a version's zip of PEFT files to a new file."""
+        with (
+            self.request("GET", f"{_path(task)}/versions/{version}/download") as response,
+            archive.open("xb") as file,
+        ):
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+
+    def train(
+        self, spec: Mapping[str, Any], data: Path, validation: Path | None = None, *, on_sent: OnSent | None = None
+    ) -> Job:
+        """Queue a training job; what it learns becomes a version of its task.
+
+        Args:
+            spec: the body of `POST /training/jobs`: `task`, `config` and so on.
+            data: JSONL rows to learn from.
+            validation: rows to measure on; None holds out a tenth of the others.
+            on_sent: told of every piece that has been sent.
+        """
+        named = {"data": data} | ({} if validation is None else {"validation": validation})
+        with ExitStack() as stack:
+            form = {
+                name: (file.name, stack.enter_context(ReportingFile(file, on_sent))) for name, file in named.items()
+            }
+            with self.request("POST", JOBS, data={"spec": json.dumps(spec)}, files=form) as response:
+                return self.body(response, _JOB)
+
+    def jobs(self) -> list[Job]:
+        """All training jobs, newest first."""
+        with self.request("GET", JOBS) as response:
+            return self.body(response, _JOB_LIST)["jobs"]
+
+    def job(self, job_id: str) -> Job:
+        """One training job as it is now."""
+        with self.request("GET", _job_path(job_id)) as response:
+            return self.body(response, _JOB)
+
+    def job_log(self, job_id: str) -> str:
+        """The end of what a job's process has printed."""
+        with self.request("GET", f"{_job_path(job_id)}/log") as response:
+            response.read()
+            return response.text
+
+    def cancel_job(self, job_id: str) -> Job:
+        """End a job; nothing is published. One that is over stays as it is."""
+        with self.request("POST", f"{_job_path(job_id)}/cancel") as response:
+            return self.body(response, _JOB)
+
+    def delete_job(self, job_id: str) -> None:
+        """Forget a job that is over."""
+        with self.request("DELETE", _job_path(job_id)):
+            pass
+
+    def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> VersionList:
+        with self.request(method, path, headers=if_match(expect), **content) as response:
+            listed = self.body(response, _VERSION_LIST)
+            if "ETag" in response.headers:
+                listed["etag"] = response.headers["ETag"].removeprefix("W/").strip('"')
+            return listed
+
+    def _no_content(self, path: str, expect: str | None) -> None:
+        with self.request("DELETE", path, headers=if_match(expect)):
+            pass
+
+
+def _path(task: str) -> str:
+    return f"/prompts/{check_task_name(task)}"
+
+
+def _job_path(job_id: str) -> str:
+    """The path of a job.
+
+    Raises:
+        UnknownJob: no job is called so; what has a slash in it must not become another path.
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
+    return f"{JOBS}/{job_id}"

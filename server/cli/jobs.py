@@ -25,7 +25,7 @@ OVER = ("succeeded", "failed", "cancelled")
 app = typer.Typer(
     name="jobs",
     no_args_is_help=True,
-    help="List, follow and cancel the training jobs of a running server; `prelude train --url` queues one.\n\n"
+    help="Follow, cancel and forget the training jobs of a running server; `prelude train --url` queues one.\n\n"
     "The server is the one at --url or PRELUDE_URL, and a key with the scope publish goes into PRELUDE_API_KEY.",
     epilog="Exit status: 0 done, 2 refused, or the job failed (the reason and what to do about it are on stderr).",
 )
@@ -62,7 +62,7 @@ def cancel(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None
         from server.cli.bars import standing
 
         ended = client.cancel_job(find_job(client, job)["id"])
-        typer.echo(f"{ended['id']} ({ended['task']}): {standing(ended)}")
+        typer.echo(printable(f"{ended['id']} ({ended['task']}): {standing(ended)}"))
 
 
 @app.command(epilog=examples("prelude jobs log my_task"))
@@ -71,6 +71,15 @@ def log(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -
     with connected(url, key) as client:
         for line in client.job_log(find_job(client, job)["id"]).splitlines():
             typer.echo(printable(line))
+
+
+@app.command(epilog=examples("prelude jobs delete my_task"))
+def delete(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
+    """Forget a job that is over, with its record; what it has published stays."""
+    with connected(url, key) as client:
+        found = find_job(client, job)
+        client.delete_job(found["id"])
+        typer.echo(printable(f"{found['id']} ({found['task']}): forgotten"))
 
 
 def send(

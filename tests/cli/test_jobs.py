@@ -95,6 +95,8 @@ def test_a_job_that_nobody_waits_for_is_listed_and_ended_by_the_name_of_its_task
     assert row[4:6] == ["of", "1,000,000"]
     assert refused(prelude("jobs", "follow", job_id, "--url", server.url))[0] == "The job was cancelled."
     assert prelude("jobs", "log", job_id, "--url", server.url).exit_code == 0
+    assert prelude("jobs", "delete", job_id, "--url", server.url).stdout == f"{job_id} (slow): forgotten\n"
+    assert job_id not in prelude("jobs", "list", "--url", server.url).stdout
 
 
 def test_rows_that_do_not_fit_are_refused_before_the_server_is_asked() -> None:
@@ -125,7 +127,7 @@ def test_several_tasks_are_for_this_machine() -> None:
     assert refused(result) == ("A job takes one data file.", "Train several tasks on this machine.")
 
 
-@pytest.mark.parametrize("command", ["follow", "cancel", "log"])
+@pytest.mark.parametrize("command", ["follow", "cancel", "log", "delete"])
 def test_a_job_that_is_not_there_is_told_with_where_to_look(server: LiveServer, command: str) -> None:
     error, remedy = refused(prelude("jobs", command, "../prompts", "--url", server.url))
     assert error == "There is no training job '../prompts', and none of a task of that name."

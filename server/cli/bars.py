@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
@@ -80,7 +81,7 @@ class JobBar:
     def __init__(self, job: Job) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=job["steps"], unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=job["steps"], initial=job["step"], unit="step", dynamic_ncols=True)
         self._measured = 0
 
     def __enter__(self) -> JobBar:
@@ -90,8 +91,8 @@ class JobBar:
         self._bar.close()
 
     def write(self, line: str) -> None:
-        """A line above the bar."""
-        self._bar.write(line)
+        """A line above the bar, on stderr as the bar is: stdout is for what the job came to."""
+        self._bar.write(line, file=sys.stderr)
 
     def show(self, job: Job) -> None:
         """How far it has come."""
@@ -99,18 +100,20 @@ class JobBar:
         if job.get("loss") is not None:
             speed = job.get("tokens_per_second") or 0
             self._bar.set_postfix(loss=f"{job['loss']:.3f}", speed=f"{speed:.0f} tokens/s", refresh=False)
-        self._bar.update(job["step"] - self._bar.n)
-        self._bar.refresh()
+        if job["step"] != self._bar.n:
+            self._bar.update(job["step"] - self._bar.n)
+        if sys.stderr.isatty():
+            self._bar.refresh()
         score = job.get("validation")
         if score is not None and score["step"] > self._measured:
             self._measured = score["step"]
-            self._bar.write(f"step {score['step']}: {in_words(score['exact_match'], score['loss'])}")
+            self.write(f"step {score['step']}: {in_words(score['exact_match'], score['loss'])}")
 
 
 def standing(job: Job) -> str:
     """Where a job stands, in a word or two."""
     if job["cancelling"]:
-        return "ends"
+        return "is being cancelled"
     if job["state"] == "queued":
         return f"waits, number {job.get('queue_position', 1)} in the queue"
     if job["state"] == "running":

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at
 LOOK_SECONDS = 1.0
 AWAY_SECONDS = 120.0
 """How long a server may be away, as it is when it is started anew; its jobs go on with it."""
-OVER = ("succeeded", "failed", "cancelled")
+ENDED = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
+OVER = tuple(ENDED)
 
 app = typer.Typer(
     name="jobs",
@@ -61,7 +62,12 @@ def cancel(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None
     with connected(url, key) as client:
         from server.cli.bars import standing
 
-        ended = client.cancel_job(find_job(client, job)["id"])
+        found = find_job(client, job, runs=True)
+        if found["state"] in OVER:
+            raise PreludeError(
+                f"{found['id']} is over already: it {ENDED[found['state']]}.", remedy="`prelude jobs list` shows all."
+            )
+        ended = client.cancel_job(found["id"])
         typer.echo(printable(f"{ended['id']} ({ended['task']}): {standing(ended)}"))
 
 
@@ -97,15 +103,17 @@ def send(
             follow_to_its_end(client, job)
 
 
-def find_job(client: PreludeClient, named: str) -> Job:
-    """The job of this id, or the newest one of this task.
+def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
+    """The job of this id, or the newest one of this task; with `runs`, one that runs before one that waits or is over.
 
     Raises:
         UnknownJob: there is none.
     """
-    for job in client.jobs():
-        if named in (job["id"], job["task"]):
-            return job
+    found = [job for job in client.jobs() if named in (job["id"], job["task"])]
+    if runs:
+        found.sort(key=lambda job: ("running", "queued", *OVER).index(job["state"]))
+    if found:
+        return found[0]
     raise UnknownJob(f"There is no training job {named[:80]!r}, and none of a task of that name.")
 
 
@@ -125,12 +133,11 @@ def follow_to_its_end(client: PreludeClient, job: Job) -> None:
                 job = look(client, job, bar.write)
                 bar.show(job)
     except KeyboardInterrupt:
-        typer.echo(
-            f"The job goes on. `prelude jobs follow {job['id']}` shows it again, `prelude jobs cancel` ends it.",
-            err=True,
-        )
+        named = f"{job['id']} --url {client.url}"
+        typer.echo(f"The job goes on. To see it again: prelude jobs follow {named}", err=True)
+        typer.echo(f"To end it: prelude jobs cancel {named}", err=True)
         raise
-    tell_end(job)
+    tell_end(job, client.url)
 
 
 def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
@@ -148,12 +155,12 @@ def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
             if exc.status != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > end:
                 raise
             if not is_told:
-                write(f"{printable(exc.message)} The job goes on when it is back; waiting for it.")
+                write(f"{printable(exc.message)} Trying again; the job is kept.")
                 is_told = True
         time.sleep(LOOK_SECONDS)
 
 
-def tell_end(job: Job) -> None:
+def tell_end(job: Job, url: str) -> None:
     """What a job came to.
 
     Raises:
@@ -168,5 +175,11 @@ def tell_end(job: Job) -> None:
         raise PreludeError(failure["error"], remedy=failure["remedy"])
     name, metrics = f"{job['task']}@{job.get('version')}", job.get("metrics", {})
     score = in_words(metrics.get("validation_exact_match"), metrics.get("validation_loss"))
-    is_live = "live" if job["live"] else f"staged; `prelude prompts activate {name}` makes it live"
-    typer.echo(printable(f"{name}: {score}; {is_live}"))
+    typer.echo(printable(f"{name}: {score}; {'live' if job['live'] else staged(job, name, url)}"))
+
+
+def staged(job: Job, name: str, url: str) -> str:
+    """Why a result does not answer yet, and how it would."""
+    bound = job["spec"].get("activate")
+    missed = " because it did not keep to its bound" if isinstance(bound, dict) else ""
+    return f"staged{missed}; to make it live: prelude prompts activate {name} --url {url}"

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.cli.errors import errors_as_sentences
-from server.errors import NothingToRollBackTo, PreconditionFailed, PreludeError, Unauthorized, UnknownJob, UnknownTask
+from server.errors import (
+    JobRuns,
+    NothingToRollBackTo,
+    PreconditionFailed,
+    PreludeError,
+    Unauthorized,
+    UnknownJob,
+    UnknownTask,
+)
 from server.settings import check_variables
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
@@ -24,6 +32,7 @@ REMEDIES: dict[type[PreludeError], str] = {
     UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
     Unauthorized: "Give a key of this server in PRELUDE_API_KEY or with --key.",
     NothingToRollBackTo: "`prelude prompts list TASK` lists the versions; activate the one that you want.",
+    JobRuns: "Cancel it first: `prelude jobs cancel`.",
     UnknownJob: "`prelude jobs list` lists the training jobs.",
     PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide anew, and give its new state.",
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from server.cli import train_options as options
-from server.cli.errors import errors_as_sentences
+from server.cli.errors import errors_as_sentences, printable
 from server.cli.files import read_text
 from server.cli.jobs import send
 from server.cli.logs import configure_logging
@@ -101,6 +101,10 @@ def train(
             learn(files, config, out or settings.prompts_dir / task, settings, fresh=fresh)
             return
         refuse("for training on this machine", "Leave it out, or leave out --url.", out=out, fresh=fresh)
+        if activate and activate_at_least is not None:
+            raise ConfigurationError(
+                "--activate is for any result, --activate-at-least for a good one.", remedy="Give one of them."
+            )
         bound = {"metric": "validation_exact_match", "at_least": activate_at_least}
         train_there(files, config, activate if activate_at_least is None else bound, url, key, detach=detach)
 
@@ -160,9 +164,9 @@ def train_there(
     Raises:
         PreludeError: something does not fit, here or there.
     """
-    read_rows(files, config)
     if isinstance(files.training, tuple) or isinstance(files.validation, tuple):
         raise ConfigurationError("A job takes one data file.", remedy="Train several tasks on this machine.")
+    read_rows(files, config)
     about = {"description": files.description, "licence": files.licence}
     spec = {
         "task": files.task,
@@ -191,7 +195,7 @@ def read_rows(files: TaskFiles, config: TrainingConfig) -> TaskRows:
 
     rows, is_distilled = read_task(files, config), config.teacher_template is not None
     for training, validation, labels in zip(rows.training, rows.validation, rows.labels, strict=True):
-        kind = "targets are text" if not labels else f"labels {', '.join(labels)}"
+        kind = "targets are text" if not labels else printable(f"labels {', '.join(labels)}")
         kind = "the teacher answers" if is_distilled else kind
         learned, held = len(training.rows), len(validation.rows)
         typer.echo(f"{training.path}: {learned:,} rows to learn from, {held:,} to measure on; {kind}", err=True)

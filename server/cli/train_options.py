@@ -98,7 +98,8 @@ Url = Annotated[
     str | None,
     typer.Option(
         show_default=False,
-        help="Address of the server. What is learned becomes a version of TASK there; nothing is written here.",
+        help="Address of the server; PRELUDE_URL does not count here. What is learned becomes a version of TASK there, "
+        "and nothing is written here.",
         rich_help_panel=REMOTE,
     ),
 ]

@@ -112,7 +112,7 @@ class Connection:
             raise ServerUnreachable(f"The server at {self.url} has not answered within {waited:g} seconds.") from exc
         except (httpx.HTTPError, httpx.StreamError) as exc:
             raise ServerUnreachable(
-                f"The connection to {self.url} broke off: {exc or type(exc).__name__}.",
+                f"The connection to {self.url} broke off: {str(exc).rstrip('.') or type(exc).__name__}.",
                 remedy="Send it again. If it was a large upload, see PRELUDE_MAX_UPLOAD_BYTES of the server; "
                 "if the address is served by TLS, write https://.",
             ) from exc

@@ -105,6 +105,7 @@ class Job(TypedDict):
     step: int
     steps: int
     live: bool
+    spec: dict[str, Any]
     queue_position: NotRequired[int]
     phase: NotRequired[str]
     loss: NotRequired[float]

@@ -220,4 +220,8 @@ class JobRunner:
 
 
 def _broken(message: str) -> Failure:
-    return Failure(message, PreludeError.code, "GET /training/jobs/{job}/log shows what it printed.")
+    return Failure(
+        message,
+        PreludeError.code,
+        "Its log (`prelude jobs log`, GET /training/jobs/{job}/log) tells more.",
+    )

@@ -27,6 +27,7 @@ JOB: dict[str, Any] = {
     "step": 3,
     "steps": 10,
     "live": False,
+    "spec": {"task": "mood"},
 }
 FAILED = JOB | {"state": "failed", "error": {"error": "It\x1b[2J broke.", "code": "x", "remedy": "Mend it."}}
 
@@ -121,6 +122,37 @@ def test_options_that_mean_nothing_there_are_refused(arguments: list[str], error
     assert refused(train("mood", LEARNS, *arguments))[0] == error
 
 
+def test_one_condition_is_enough() -> None:
+    both = ("--activate", "--activate-at-least", "0.9", "--url", "http://127.0.0.1:1")
+    assert refused(train("mood", LEARNS, *both))[1] == "Give one of them."
+
+
+def test_labels_of_a_file_steer_no_terminal() -> None:
+    write_rows(Path("train.jsonl"), [("good", "go\x1b[31mod"), ("bad", "bad")] * 10)
+    write_rows(Path("held.jsonl"), [("good", "go\x1b[31mod"), ("bad", "bad")])
+    result = train("mood", LEARNS, "--url", "http://127.0.0.1:1")
+    assert "labels bad, go [31mod" in result.output
+
+
+def test_what_misses_its_bound_is_staged_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    done: dict[str, Any] = JOB | {"state": "succeeded", "version": 1, "metrics": {"validation_exact_match": 0.5}}
+    done |= {"spec": {"activate": {"metric": "validation_exact_match", "at_least": 0.9}}}
+    jobs.tell_end(done, "http://there")  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "50.0%, loss not finite; staged because it did not keep to its bound;" in said
+    assert said.endswith("prelude prompts activate mood@1 --url http://there\n")
+
+
+def test_what_is_over_cannot_be_cancelled_and_what_runs_is_meant_first() -> None:
+    with answering(reply(200, json.dumps({"jobs": [FAILED]}).encode())) as stranger:
+        error, _ = refused(prelude("jobs", "cancel", "mood", "--url", stranger.url))
+        assert error == f"{JOB['id']} is over already: it has failed."
+    queue = [FAILED | {"id": "c"}, JOB | {"id": "b", "state": "queued"}, JOB | {"id": "a"}]
+    with answering(reply(200, json.dumps({"jobs": queue}).encode())) as stranger:
+        assert jobs.find_job(stranger, "mood", runs=True)["id"] == "a"
+        assert jobs.find_job(stranger, "mood")["id"] == "c"
+
+
 def test_several_tasks_are_for_this_machine() -> None:
     several = ("--data", "held.jsonl", "--method", "multitask_prompt_tuning", "--url", "http://127.0.0.1:1")
     result = prelude("train", "mood", "--data", "train.jsonl", *several)
@@ -169,7 +201,7 @@ def test_a_server_that_is_started_anew_is_waited_for(monkeypatch: pytest.MonkeyP
     told: list[str] = []
     with Restarting(away=3) as client:
         assert jobs.look(client, JOB, told.append)["step"] == 7  # type: ignore[arg-type]
-    assert told == ["No server answers. The job goes on when it is back; waiting for it."]
+    assert told == ["No server answers. Trying again; the job is kept."]
 
 
 def test_a_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,7 @@ import typer
 
 from server.cli.errors import printable
 from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
-from server.errors import (
-    ConfigurationError,
-    InvalidTaskName,
-)
+from server.errors import ConfigurationError, InvalidTaskName
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once

@@ -7,6 +7,7 @@ to the input embeddings.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ class FrozenModel:
         tokenizer: its tokenizer.
         backend: the Rust part of it, safe from any thread.
         texts: what single tokens say.
-        eos_token_ids: tokens that end a generation.
+        eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
+        end_token_id: the one that ends a text, as training puts it after every target.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
         keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
@@ -71,13 +73,13 @@ class FrozenModel:
         self.tokenizer = tokenizer
         self.backend = _plain_backend(tokenizer)
         self.texts = TokenTexts(self.backend)
-        self.eos_token_ids = _eos_token_ids(module, tokenizer)
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
         self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
+        self.eos_token_ids, self.end_token_id = _end_tokens(module, tokenizer, weights.shape[0])
         self.spec = ModelSpec(
             name=name,
             fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
@@ -103,11 +105,6 @@ class FrozenModel:
         """What the weights are in."""
         dtype: torch.dtype = self.module.dtype
         return dtype
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text, as training puts it behind every target."""
-        return min(self.eos_token_ids, default=None)
 
     @classmethod
     def load(cls, settings: Settings) -> FrozenModel:
@@ -246,14 +243,27 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def _eos_token_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> tuple[frozenset[int], int | None]:
+    """Token ids that end a generation, and the one that training puts after every target.
+
+    A chat fine-tune often names its end of turn in one place only, so the ids of all three places count. Training takes
+    the lowest id of the first place that names one: that is what existing soft prompts have learned.
+    """
     generation = getattr(module.generation_config, "eos_token_id", None)
-    found: set[int] = set()
-    for ids in (generation, module.config.get_text_config().eos_token_id, tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, Sequence) else [] if ids is None else [ids])
-        if found:
-            break
-    return frozenset(found)
+    found: dict[str, list[int]] = {}
+    for place, ids in (
+        ("generation_config.json", generation),
+        ("config.json", module.config.get_text_config().eos_token_id),
+        ("the tokenizer", tokenizer.eos_token_id),
+    ):
+        named = list(ids) if isinstance(ids, Sequence) else [] if ids is None else [ids]
+        found[place] = [token_id for token_id in named if 0 <= token_id < rows]
+        for token_id in set(named).difference(found[place]):
+            log.warning("%s names the end token %d; the model has the tokens 0 to %d only", place, token_id, rows - 1)
+    first: list[int] = next((ids for ids in found.values() if ids), [])
+    return frozenset(itertools.chain(*found.values())), min(first, default=None)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -140,7 +140,7 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
     Raises:
         InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
     """
-    eos = (min(model.eos_token_ids),) if model.eos_token_ids else ()
+    eos = () if model.end_token_id is None else (model.end_token_id,)
     examples = []
     for row in data.rows:
         target_ids = model.tokenizer.encode(row.target, add_special_tokens=False)

@@ -11,6 +11,7 @@ from server.engine.compatibility import refuse_unsupported
 from server.engine.model import FrozenModel, choose_device, choose_dtype, weights_hash
 from server.errors import ConfigurationError, UnsupportedModel
 from tests.support import (
+    EOS,
     TINY,
     byte_tokenizer,
     make_engine,
@@ -19,6 +20,7 @@ from tests.support import (
     request,
     run_engine,
     tiny_model,
+    tiny_module,
 )
 
 
@@ -150,3 +152,40 @@ def test_training_attention_is_served_attention_for_one_whole_row() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
     got = PackedRows([6]).attend(0, query, key, value, AttentionRules(0.5))
     torch.testing.assert_close(got.transpose(0, 1), expected)
+
+
+def _model_that_ends_at(
+    generation: int | list[int] | None, config: int | list[int] | None, tokenizer: str | None
+) -> FrozenModel:
+    """A tiny model whose three places name these end tokens."""
+    module = tiny_module(attention=ATTENTION_NAME)
+    assert module.generation_config is not None, "from_config makes one"
+    module.generation_config.eos_token_id = generation
+    module.config.eos_token_id = config
+    words = byte_tokenizer()
+    words.eos_token = tokenizer
+    return FrozenModel(module, words, name="tiny", max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "ends", "taught"),
+    [
+        ([5, 3], 4, "<eos>", {3, 4, 5, EOS}, 3),
+        (5, None, None, {5}, 5),
+        (None, [7, 6], "<eos>", {6, 7, EOS}, 6),
+        (None, None, "<eos>", {EOS}, EOS),
+        (None, None, None, set(), None),
+        ([300, 5, -1], 10_000, "<eos>", {5, EOS}, 5),
+        (300, 300, "<eos>", {EOS}, EOS),
+    ],
+)
+def test_a_generation_ends_at_what_any_place_names_and_the_model_has(
+    generation: int | list[int] | None,
+    config: int | list[int] | None,
+    tokenizer: str | None,
+    ends: set[int],
+    taught: int | None,
+) -> None:
+    model = _model_that_ends_at(generation, config, tokenizer)
+    assert model.eos_token_ids == ends
+    assert model.end_token_id == taught

@@ -31,7 +31,7 @@ CORS: dict[str, Any] = {
     "allow_headers": ("Authorization", "If-Match", "If-None-Match", "X-Request-Id"),
     "expose_headers": (
         *("ETag", "Retry-After", "X-Request-Id", "Content-Disposition"),
-        *("Prelude-Model", "Prelude-Task", "Prelude-Version"),
+        *("Prelude-Model", "Prelude-Task", "Prelude-Version", "Prelude-System-Message"),
     ),
     "allow_private_network": True,
 }

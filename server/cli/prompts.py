@@ -104,6 +104,7 @@ def push(
     """Publish a soft prompt as a new version of a task.
 
     SOURCE is a directory as save_pretrained or `prelude train` write it; if there is none, a repository on the hub.
+    Its manifest.json says how the task is asked: input_template, system_message (ignore, refuse, template), generation.
     """
     with connected(url, key) as client:
         from server.cli.files import find_upload

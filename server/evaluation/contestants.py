@@ -205,7 +205,8 @@ def baselines(
     longest = max(len(host.text.encode(row.target, add_special_tokens=False)) for row in data.rows) + BASELINE_SLACK
     found = []
     if wanted.zero_shot:
-        found.append(Contestant(ZERO_SHOT, template=Manifest(input_template=manifest.input_template), longest=longest))
+        template = Manifest(input_template=manifest.input_template, system_message=manifest.system_message)
+        found.append(Contestant(ZERO_SHOT, template=template, longest=longest))
     if wanted.instruction:
         if instruction is None:
             raise InvalidRequest(

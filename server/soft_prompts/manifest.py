@@ -1,21 +1,24 @@
 """The manifest: what a soft prompt says about itself beside its numbers.
 
-Everything in it is optional, because a PEFT directory has none. Three fields change answers (`input_template`,
-`generation`, `labels`) and are therefore part of a version's identity; the others are for people.
+Everything in it is optional, because a PEFT directory has none. Four fields change answers (`input_template`,
+`system_message`, `generation`, `labels`) and are therefore part of a version's identity; the others are for people.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from server.core import SamplingParams
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
+SYSTEM_FIELD = "{system}"
+SystemMessage = Literal["ignore", "refuse", "template"]
+"""What a task does with a chat's system message: leave it out, answer 400, or let the template read it."""
 MANIFEST_NAME = "manifest.json"
 MAX_DEPTH = 64
 """Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
@@ -113,6 +116,8 @@ class Manifest(BaseModel):
     hidden_size: int | None = None
     description: str | None = None
     input_template: str | None = None
+    system_message: SystemMessage | None = None
+    """`template` is `{system}` of the input_template, or the model's chat template where the task has none."""
     generation: GenerationDefaults = GenerationDefaults()
     labels: tuple[str, ...] | None = None
     training: dict[str, Any] | None = None
@@ -125,6 +130,23 @@ class Manifest(BaseModel):
         if template is not None and template.count(INPUT_FIELD) != 1:
             raise ValueError(f"input_template must contain {INPUT_FIELD} exactly once")
         return template
+
+    @field_validator("system_message")
+    @classmethod
+    def _template_has_the_slot(cls, wanted: SystemMessage | None, info: ValidationInfo) -> SystemMessage | None:
+        template: str | None = info.data.get("input_template")
+        if wanted == "template" and template is not None and template.count(SYSTEM_FIELD) != 1:
+            raise ValueError(f"with 'template', input_template must contain {SYSTEM_FIELD} exactly once")
+        return wanted
+
+    @property
+    def on_system_message(self) -> SystemMessage:
+        """What happens to a chat's system message; by default only the model's chat template reads it."""
+        return self.system_message or self._default_on_system_message
+
+    @property
+    def _default_on_system_message(self) -> SystemMessage:
+        return "template" if self.input_template is None else "ignore"
 
     @classmethod
     def parse(cls, data: bytes | str) -> Manifest:
@@ -154,16 +176,23 @@ class Manifest(BaseModel):
 
     def answers_identity(self) -> str:
         """Canonical JSON of the fields that change answers; part of the digest."""
-        fields = {
+        fields: dict[str, Any] = {
             "input_template": self.input_template,
             "generation": self.generation.model_dump(mode="json", exclude_none=True),
             "labels": self.labels,
         }
+        if self.on_system_message != self._default_on_system_message:  # the default keeps the digests of older versions
+            fields["system_message"] = self.on_system_message
         return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
-    def render(self, text: str) -> str:
-        """Put a request's text into the template, if there is one."""
-        return text if self.input_template is None else self.input_template.replace(INPUT_FIELD, text)
+    def render(self, text: str, system: str = "") -> str:
+        """Put a request's text, and a system message if the template reads it, into the template, if there is one."""
+        if self.input_template is None:
+            return text
+        before, after = self.input_template.split(INPUT_FIELD)
+        if self.system_message == "template":  # elsewhere {system} means itself
+            before, after = (part.replace(SYSTEM_FIELD, system) for part in (before, after))
+        return before + text + after
 
     def to_json(self) -> str:
         """The file's text: sorted, indented, without the fields that are not set."""

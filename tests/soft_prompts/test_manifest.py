@@ -25,6 +25,7 @@ FULL: dict[str, Any] = {
     "num_virtual_tokens": 20,
     "peft_type": "PROMPT_TUNING",
     "prefix_hash": "h",
+    "system_message": "refuse",
     "task": "sms_spam",
     "training": {"seed": 1, "hyperparameters": {"lr": 0.02}},
     "a_fact_of_tomorrow": [1, {"deep": None}],
@@ -60,6 +61,38 @@ def test_names_of_our_own_methods_are_facts_like_any_other() -> None:
 )
 def test_the_text_is_put_into_the_template_as_it_is(template: str | None, text: str, rendered: str) -> None:
     assert Manifest(input_template=template).render(text) == rendered
+
+
+def test_a_system_message_fills_the_slot_that_the_manifest_declares_and_no_other() -> None:
+    template = "{system}|{input}|"
+    slot = Manifest(input_template=template, system_message="template")
+    assert slot.render("{system}", "{input}") == "{input}|{system}|", "neither text is a template"
+    assert slot.render("a") == "|a|"
+    for wanted in (None, "ignore", "refuse"):
+        assert Manifest(input_template=template, system_message=wanted).render("a", "b") == "{system}|a|"
+
+
+@pytest.mark.parametrize(
+    ("fields", "outcome"),
+    [
+        ({}, "template"),
+        ({"input_template": "{input}"}, "ignore"),
+        ({"input_template": "{input}{system}"}, "ignore"),
+        ({"system_message": "ignore"}, "ignore"),
+        ({"input_template": "{input}{system}", "system_message": "template"}, "template"),
+        ({"input_template": "{input}", "system_message": "refuse"}, "refuse"),
+    ],
+)
+def test_only_a_template_that_has_a_place_for_it_reads_a_system_message(fields: dict[str, Any], outcome: str) -> None:
+    assert Manifest.parse(json.dumps(fields)).on_system_message == outcome
+
+
+@pytest.mark.parametrize("template", ["{input}", "{input}{system}{system}"])
+def test_a_slot_that_the_template_lacks_is_refused(template: str) -> None:
+    with pytest.raises(InvalidSoftPrompt, match=r"system_message: .*exactly once"):
+        Manifest.parse(json.dumps({"input_template": template, "system_message": "template"}))
+    with pytest.raises(InvalidSoftPrompt, match=r"system_message: .*ignore"):
+        Manifest.parse(json.dumps({"input_template": template, "system_message": "obey"}))
 
 
 @pytest.mark.parametrize(

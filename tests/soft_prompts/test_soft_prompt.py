@@ -65,6 +65,8 @@ def test_the_method_that_trained_embeddings_is_not_in_their_identity(kind: str) 
         {"labels": ["ham", "spam"]},
         {"labels": ["spam", "ham"]},
         {"labels": []},
+        {"system_message": "ignore"},
+        {"system_message": "refuse"},
     ],
 )
 def test_what_changes_answers_is_in_the_digest_and_not_in_the_prefix_hash(manifest: dict[str, Any]) -> None:
@@ -83,6 +85,15 @@ def test_answers_do_not_run_together_in_the_digest() -> None:
     assert len(digests) == 5
 
 
+def test_a_system_message_that_is_read_otherwise_is_in_the_digest_and_the_default_is_not() -> None:
+    template = "{input}{system}"
+    digests = [
+        make(input_template=template, system_message=wanted).digest for wanted in ("ignore", "refuse", "template")
+    ]
+    assert len({make(input_template=template).digest, *digests}) == 3
+    assert digests[0] == make(input_template=template).digest, "the default, written out"
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -94,6 +105,7 @@ def test_answers_do_not_run_together_in_the_digest() -> None:
         {"task": "other", "digest": "0", "prefix_hash": "0"},
         {"base_model": {"name": "llm", "fingerprint": "f"}},
         {"generation": {}},
+        {"system_message": "template"},
         {"a_field_of_tomorrow": 1},
     ],
 )

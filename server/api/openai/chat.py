@@ -69,11 +69,11 @@ class _Form:
 async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
     """Answer the last message of a conversation; with `stream: true` as server-sent events."""
     target = await find_target(request, worker, registry, body, "chatcmpl")
-    text, add_special_tokens = chat_text(worker, target.manifest, body.messages)
-    inputs = await encode_all(worker, [text], add_special_tokens=add_special_tokens)
+    read = chat_text(worker, target.manifest, body.messages)
+    inputs = await encode_all(worker, [read.text], add_special_tokens=read.add_special_tokens)
     n = body.n or 1
     (prepared,) = prepare_all(worker, target, inputs, body, choices=n)
-    headers = prepared.headers(worker)
+    headers = prepared.headers(worker) | read.headers
     form = _Form(worker, body)
     special = body.skip_special_tokens is False
     running = start_all(request, worker, [prepared])

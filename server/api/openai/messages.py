@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,6 +13,9 @@ from server.api.schemas import Text
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest
+
+SYSTEM_MESSAGE = "Prelude-System-Message"
+"""The header that says what became of the chat's system message, where the model did not read it."""
 
 
 def _joined(content: Any) -> Any:
@@ -51,31 +55,70 @@ class Message(BaseModel):
     tool_calls: NotOffered = None
 
 
-def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Message]) -> tuple[str, bool]:
-    """The text that a chat comes to, and whether the tokenizer is to add its special tokens.
+@dataclass(frozen=True)
+class ChatText:
+    """What the model reads of a chat.
 
-    A task that brings an `input_template` was trained on single inputs in it, so it takes one message and no other
-    template; elsewhere the model's own chat template is used, which writes BOS itself.
+    Attributes:
+        text: what the messages come to.
+        add_special_tokens: whether the tokenizer is to add its own; a chat template writes them itself.
+        headers: what the reply says of how the messages were read.
+    """
+
+    text: str
+    add_special_tokens: bool
+    headers: dict[str, str]
+
+
+def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Message]) -> ChatText:
+    """The text that a chat comes to.
+
+    A task that brings an `input_template` was trained on single inputs in it, so it takes one message of the user and
+    no other template; elsewhere the model's own chat template is used. The manifest's `system_message` says what
+    becomes of system messages.
 
     Raises:
-        InvalidRequest: the task takes one message, or the model has no template, or refuses these messages.
+        InvalidRequest: the task takes one message, or no system message; or the model has no template, or it refuses
+            these messages.
         EmptyInput: the one message is empty.
     """
-    if manifest.input_template is None:
-        # OpenAI's newer name for what templates call system.
-        roles = [("system" if message.role == "developer" else message.role) for message in messages]
-        turns = [{"role": role, "content": m.content} for role, m in zip(roles, messages, strict=True)]
-        for turn, message in zip(turns, messages, strict=True):
-            if message.name is not None:
-                turn["name"] = message.name
-        return worker.text.render_chat(turns), False
-    *before, last = messages
-    if before or last.role != "user":
+    # developer is OpenAI's newer name for what templates call system.
+    roles = ["system" if message.role == "developer" else message.role for message in messages]
+    system = [m.content for role, m in zip(roles, messages, strict=True) if role == "system" and m.content]
+    if system and manifest.on_system_message == "refuse":
         raise InvalidRequest(
-            "This task has an input_template, which takes one message of the user, no system message or earlier turns.",
-            remedy="Send the one message, or ask a task without input_template or the frozen model.",
+            "This task refuses system messages: its manifest says so.",
+            remedy="Send the message of the user alone, or ask the frozen model.",
             param="messages",
         )
-    if not last.content:
+    ignored = manifest.on_system_message == "ignore"
+    headers = {SYSTEM_MESSAGE: "ignored"} if system and ignored else {}
+    if manifest.input_template is None:
+        turns = [_turn(role, message) for role, message in zip(roles, messages, strict=True)]
+        kept = [turn for turn in turns if not ignored or turn["role"] != "system"]
+        if not kept:
+            raise _without_a_user("This task ignores system messages, and there is no other.")
+        return ChatText(worker.text.render_chat(kept), False, headers)
+    others = [message for role, message in zip(roles, messages, strict=True) if role != "system"]
+    if [message.role for message in others] != ["user"]:
+        raise _without_a_user(
+            "This task has an input_template, which takes one message of the user and no earlier turns; "
+            f"there are {len(others)} messages beside system messages."
+        )
+    if not others[0].content:
         raise EmptyInput("The message is empty.", remedy="Send at least one character.", param="messages")
-    return manifest.render(last.content), True
+    return ChatText(manifest.render(others[0].content, "\n\n".join(system)), True, headers)
+
+
+def _turn(role: str, message: Message) -> dict[str, str]:
+    """A message in the words of chat templates."""
+    turn = {"role": role, "content": message.content}
+    return turn if message.name is None else {**turn, "name": message.name}
+
+
+def _without_a_user(problem: str) -> InvalidRequest:
+    return InvalidRequest(
+        problem,
+        remedy="Send one message of the user, or ask a task without input_template or the frozen model.",
+        param="messages",
+    )

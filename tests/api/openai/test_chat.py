@@ -80,14 +80,67 @@ def test_a_task_with_an_input_template_reads_the_message_in_it(chatty: LiveServe
     assert texts(reply) == [engine_answer(tiny, soft_prompt, "Q: hello\nA:", max_new_tokens=12).text]
     assert texts(reply) == [chatty.text("hello", "chat-template", max_new_tokens=12)]
     for messages in (
-        [{"role": "system", "content": "x"}, *user("hello")],
         [*user("hello"), {"role": "assistant", "content": "hi"}, *user("again")],
         [{"role": "assistant", "content": "hi"}],
+        [{"role": "system", "content": "x"}],
     ):
         response = post(chatty, CHAT, model="chat-template", messages=messages)
         error = assert_openai_error(response, 400, "invalid_request", "input_template", "one message")
         assert error["param"] == "messages"
     assert_openai_error(post(chatty, CHAT, model="chat-template", messages=user("")), 400, "empty_input")
+
+
+SYSTEM: list[dict[str, object]] = [{"role": "system", "content": "be brief"}]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_task_with_an_input_template_ignores_a_system_message_and_says_so(
+    chatty: LiveServer, role: str, stream: bool
+) -> None:
+    chatty.publish_random("chat-ignores", 2, {"input_template": "Q: {input}\nA:"})
+    asked: dict[str, object] = {"model": "chat-ignores", "max_tokens": 6}
+    alone = post(chatty, CHAT, messages=user("hello"), **asked)
+    assert "Prelude-System-Message" not in alone.headers
+    for messages in ([{"role": role, "content": "x"}, *user("hello")], [*user("hello"), *SYSTEM, *SYSTEM]):
+        reply = post(chatty, CHAT, messages=messages, **asked)
+        assert (reply.status_code, reply.headers["Prelude-System-Message"]) == (200, "ignored")
+        assert texts(reply.json()) == texts(alone.json())
+    if stream:
+        streamed = post(chatty, CHAT, messages=[*SYSTEM, *user("hello")], stream=True, **asked)
+        assert streamed.headers["Prelude-System-Message"] == "ignored"
+    empty = post(chatty, CHAT, messages=[{"role": role, "content": ""}, *user("hello")], **asked)
+    assert "Prelude-System-Message" not in empty.headers, "nothing was left out"
+
+
+def test_a_task_may_refuse_system_messages(chatty: LiveServer) -> None:
+    for number, template in enumerate(("{input}\n", None)):
+        task = f"chat-refuses-{number}"
+        chatty.publish_random(task, 2, {"input_template": template, "system_message": "refuse"})
+        response = post(chatty, CHAT, model=task, messages=[*SYSTEM, *user("hello")])
+        assert assert_openai_error(response, 400, "invalid_request", "system message")["param"] == "messages"
+        ask(chatty, CHAT, model=task, messages=user("hello"), max_tokens=2)
+
+
+def test_a_task_may_read_system_messages_in_a_slot_of_its_template(chatty: LiveServer, tiny: FrozenModel) -> None:
+    manifest = {"input_template": "{system}|{input}|", "system_message": "template"}
+    soft_prompt = chatty.publish_random("chat-slot", 2, manifest)
+    messages = [*SYSTEM, *user("hello"), {"role": "developer", "content": "now"}]
+    reply = post(chatty, CHAT, model="chat-slot", messages=messages, max_tokens=12)
+    read = "be brief\n\nnow|hello|"
+    assert texts(reply.json()) == [engine_answer(tiny, soft_prompt, read, max_new_tokens=12).text]
+    assert "Prelude-System-Message" not in reply.headers
+    without = ask(chatty, CHAT, model="chat-slot", max_tokens=12)
+    assert texts(without) == [engine_answer(tiny, soft_prompt, "|hello|", max_new_tokens=12).text]
+
+
+def test_a_task_without_a_template_may_ignore_system_messages(chatty: LiveServer, tiny: FrozenModel) -> None:
+    soft_prompt = chatty.publish_random("chat-deaf", 3, {"system_message": "ignore"})
+    reply = post(chatty, CHAT, model="chat-deaf", messages=[*SYSTEM, *user("hello")], max_tokens=12)
+    assert reply.headers["Prelude-System-Message"] == "ignored"
+    assert texts(reply.json()) == [engine_answer(tiny, soft_prompt, RENDERED, max_new_tokens=12).text]
+    response = post(chatty, CHAT, model="chat-deaf", messages=SYSTEM)
+    assert_openai_error(response, 400, "invalid_request", "ignores system messages")
 
 
 def test_a_model_without_a_template_chats_only_with_tasks_that_bring_theirs(server: LiveServer) -> None:

@@ -47,6 +47,8 @@ class GrammarKind(StrEnum):
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     CHOICE = "choice"
+    LARK = "lark"
+    EBNF = "ebnf"
 
 
 MAX_SCHEMA_DEPTH = 124
@@ -62,7 +64,10 @@ class Grammar:
 
     kind: GrammarKind
     source: str
-    """A JSON schema, a regular expression, or a JSON list of texts."""
+    """A JSON schema, a regular expression, a JSON list of texts, a Lark grammar, or an EBNF grammar in GBNF's form.
+
+    EBNF may also be Lark, where a line begins with `start:` or `%llguidance`: vLLM's clients send either.
+    """
 
 
 @dataclass(frozen=True, slots=True)

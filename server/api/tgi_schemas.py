@@ -38,16 +38,17 @@ class _Strict(BaseModel):
 class GrammarBody(_Strict):
     """What the generated text must match."""
 
-    type: Literal["json", "json_schema", "regex"]
+    type: Literal["json", "json_schema", "regex", "lark", "ebnf"]
     value: Any = Field(
-        description="A JSON schema, as an object or as text; {name, schema} for json_schema; a regular expression.",
+        description="A JSON schema, as an object or as text; {name, schema} for json_schema; a regular expression; "
+        "a Lark grammar; an EBNF grammar in the form of llama.cpp's GBNF.",
         json_schema_extra={"anyOf": [{"type": "string"}, {"type": "object"}]},
     )
 
     @model_validator(mode="after")
     def _fits(self) -> GrammarBody:
-        if self.type == "regex" and not isinstance(self.value, str):
-            raise ValueError("the value of a regex is a text")
+        if self.type in ("regex", "lark", "ebnf") and not isinstance(self.value, str):
+            raise ValueError(f"the value of {self.type} is a text")
         if self.type == "json" and not isinstance(self.value, str | dict):
             raise ValueError("the value of json is a JSON schema, as an object or as text")
         if self.type == "json_schema" and not (isinstance(self.value, dict) and "schema" in self.value):
@@ -57,8 +58,8 @@ class GrammarBody(_Strict):
     @property
     def grammar(self) -> Grammar:
         """For the engine."""
-        if self.type == "regex":
-            return Grammar(GrammarKind.REGEX, str(self.value))
+        if self.type in ("regex", "lark", "ebnf"):
+            return Grammar(GrammarKind(self.type), str(self.value))
         schema = self.value["schema"] if self.type == "json_schema" else self.value
         return Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))
 

@@ -24,6 +24,14 @@ from server.errors import InvalidRequest
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
 """Characters that mean something in a regular expression."""
 
+NAMES = {
+    GrammarKind.JSON_SCHEMA: "JSON schema",
+    GrammarKind.REGEX: "regular expression",
+    GrammarKind.CHOICE: "choice",
+    GrammarKind.LARK: "Lark grammar",
+    GrammarKind.EBNF: "EBNF grammar",
+}
+
 KEPT = 64
 """Compiled grammars; the one that was used last stays longest."""
 
@@ -129,7 +137,12 @@ def _source(grammar: Grammar) -> str:
         if grammar.kind is GrammarKind.JSON_SCHEMA:
             source: str = llguidance.LLMatcher.grammar_from_json_schema(grammar.source, overrides=ONE_SPACE)
         elif grammar.kind is GrammarKind.REGEX:
-            source = llguidance.LLMatcher.grammar_from_regex(grammar.source)
+            # As ECMA 262 and thus JSON schemas' patterns read it: \d and \w are ASCII.
+            source = llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(grammar.source, "dw"))
+        elif grammar.kind is GrammarKind.LARK:
+            source = llguidance.LLMatcher.grammar_from_lark(grammar.source)
+        elif grammar.kind is GrammarKind.EBNF:
+            source = llguidance.grammar_from("ebnf", grammar.source)
         else:
             # One expression, not a rule for each: the parser keeps no more than 2,000 of those in mind.
             source = llguidance.LLMatcher.grammar_from_regex("|".join(map(_literally, json.loads(grammar.source))))
@@ -151,8 +164,8 @@ def brief(why: str) -> str:
 def _unusable(grammar: Grammar, why: str) -> InvalidRequest:
     if grammar.kind is GrammarKind.JSON_SCHEMA and "recursion limit exceeded" in why:
         why = TOO_DEEP  # instead of a place in a text that nobody has written
-    kind = {GrammarKind.JSON_SCHEMA: "JSON schema", GrammarKind.REGEX: "regular expression"}.get(grammar.kind, "choice")
     return InvalidRequest(
-        f"The {kind} cannot be used: {brief(why)}.",
-        remedy="Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around.",
+        f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.",
+        remedy="Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around, "
+        "EBNF in GBNF's form with a rule named root, Lark with a rule named start.",
     )

@@ -137,7 +137,8 @@ def test_a_misspelt_query_is_refused_and_not_answered_without_the_task(server: L
         {"choices": []},
         {"choices": [""]},
         {"choices": ["a", "a"]},
-        {"grammar": {"type": "lark", "value": "a"}},
+        {"grammar": {"type": "yacc", "value": "a"}},
+        {"grammar": {"type": "lark", "value": {}}},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e-300},
         {"seed": -1},
@@ -596,6 +597,8 @@ def test_a_grammar_holds(server: LiveServer, route: str) -> None:
     }
     schema["additionalProperties"] = False
     assert re.fullmatch("[ab]{3}c", text({"type": "regex", "value": "[ab]{3}c"}))
+    assert text({"type": "lark", "value": 'start: WORD "!"\nWORD: "yes" | "no"'}) in ("yes!", "no!")
+    assert text({"type": "ebnf", "value": 'root ::= word "?"\nword ::= "yes" | "no"'}) in ("yes?", "no?")
     for grammar in (
         {"type": "json", "value": schema},
         {"type": "json", "value": json.dumps(schema)},

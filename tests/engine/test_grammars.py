@@ -72,6 +72,56 @@ def test_a_text_that_is_complete_ends_without_another_step(tiny: FrozenModel) ->
     assert engine.steps == 7
 
 
+def takes(grammars: Grammars, grammar: Grammar, text: str) -> bool:
+    """Whether a text, byte by byte, is one that the grammar describes whole."""
+    matcher = grammars.matcher(grammar)
+    for token_id in [*byte_tokenizer().encode(text), EOS]:
+        if not matcher.allowed(VOCAB_SIZE)[token_id]:
+            return matcher.is_complete and token_id == EOS
+        matcher.accept(token_id)
+    return True
+
+
+OCTET = r"(25[0-5]|2[0-4]\d|[01]?\d\d?)"
+
+
+@pytest.mark.parametrize(
+    ("regex", "matching", "others"),
+    [
+        (rf"({OCTET}\.){{3}}{OCTET}", ["192.168.0.1"], ["١٩٢.١٦٨.٠.١", "192.168.0.٣"]),
+        (r"[\d_]+", ["1_2"], ["٣", "߁_"]),
+        (r"\w\W", ["a.", "_é"], ["é.", "ab"]),
+        (r"[^\D2]\D", ["1a", "3٣"], ["2a", "٣a", "11"]),
+        (r"\\d[\\d]", [r"\dd", r"\d\\"[:3]], ["12", r"\d1"]),
+        (r"a/b", ["a/b"], [r"a\/b"]),
+        (r"\p{Nd}\s", ["٣ ", "3\u00a0"], ["a "]),
+    ],
+)
+def test_digits_and_letters_of_a_regular_expression_are_ascii_as_in_ecma_262(
+    grammars: Grammars, regex: str, matching: list[str], others: list[str]
+) -> None:
+    for text in matching:
+        assert takes(grammars, Grammar(GrammarKind.REGEX, regex), text), text
+    for text in others:
+        assert not takes(grammars, Grammar(GrammarKind.REGEX, regex), text), text
+
+
+SUM = 'root ::= term (op term)*\nop ::= "+" | "-"\nterm ::= [0-9]+ | "(" root ")"'
+LARK_SUM = 'start: term (OP term)*\nOP: "+" | "-"\nterm: /[0-9]+/ | "(" start ")"'
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [Grammar(GrammarKind.EBNF, SUM), Grammar(GrammarKind.EBNF, LARK_SUM), Grammar(GrammarKind.LARK, LARK_SUM)],
+    ids=["GBNF", "Lark sent as EBNF", "Lark"],
+)
+def test_a_grammar_of_rules_that_refer_to_themselves_is_matched(grammars: Grammars, grammar: Grammar) -> None:
+    for text in ("1", "12+(3-(4))-5"):
+        assert takes(grammars, grammar, text), text
+    for text in ("1+", "(1", "a"):
+        assert not takes(grammars, grammar, text), text
+
+
 def test_between_the_parts_of_a_json_text_there_is_at_most_one_space(grammars: Grammars) -> None:
     def takes(text: str) -> bool:
         matcher = grammars.matcher(PERSON)
@@ -103,6 +153,9 @@ def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Gra
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), "JSON schema cannot be used"),
         (Grammar(GrammarKind.REGEX, "(a"), "regular expression cannot be used"),
         (Grammar(GrammarKind.REGEX, r"(?=a)b"), "regular expression cannot be used"),
+        (Grammar(GrammarKind.LARK, "start: missing"), "Lark grammar cannot be used"),
+        (Grammar(GrammarKind.EBNF, 'answer ::= "a"'), "EBNF grammar cannot be used: .*root"),
+        (Grammar(GrammarKind.EBNF, 'root ::= "a'), "EBNF grammar cannot be used"),
         (Grammar(GrammarKind.REGEX, r"[^\s\S]"), "No text can match it"),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "#"}'), "No text can match it"),
     ],

@@ -49,11 +49,14 @@ class StructuredOutputs(_Body):
     json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     regex: Text | None = Field(None, description="A regular expression that the whole text matches.")
     choice: list[Text] | None = Field(None, min_length=1, max_length=4096, description="The text is one of these.")
+    grammar: Text | None = Field(
+        None, description="An EBNF grammar in the form of llama.cpp's GBNF, or a Lark grammar with a start rule."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
-        if sum(value is not None for value in (self.json_, self.regex, self.choice)) != 1:
-            raise ValueError("name one of json, regex and choice")
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("name one of json, regex, choice and grammar")
         return self
 
 

@@ -224,6 +224,8 @@ def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
     if form is not None:
         if form.regex is not None:
             return Grammar(GrammarKind.REGEX, form.regex)
+        if form.grammar is not None:
+            return Grammar(GrammarKind.EBNF, form.grammar)
         if form.choice is not None:
             return Grammar(GrammarKind.CHOICE, json.dumps(form.choice))
         return Grammar(GrammarKind.JSON_SCHEMA, schema_text(form.json_))

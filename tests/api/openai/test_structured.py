@@ -74,6 +74,15 @@ def test_a_regex_holds(chatty: LiveServer) -> None:
         assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}
 
 
+@pytest.mark.parametrize("grammar", ['root ::= [a-f] "-" digit+\ndigit ::= [7]', 'start: /[a-f]/ "-" "7"+'])
+def test_a_grammar_in_gbnf_or_lark_holds(chatty: LiveServer, grammar: str) -> None:
+    for path in (COMPLETIONS, CHAT):
+        reply = ask(chatty, path, structured_outputs={"grammar": grammar}, n=3, seed=4, **HOT)
+        assert all(re.fullmatch("[a-f]-7*", text) for text in texts(reply))
+    error = assert_openai_error(post(chatty, CHAT, structured_outputs={"grammar": "answer: 7"}), 400, "invalid_request")
+    assert "EBNF grammar cannot be used" in error["message"]
+
+
 def test_one_of_the_choices_is_said(chatty: LiveServer) -> None:
     offered = ["positive", "negative", "neither of them"]
     reply = ask(chatty, structured_outputs={"choice": offered}, n=8, seed=5, **HOT)

@@ -136,16 +136,19 @@ class FrozenModel:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
 
+        Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
+
         Args:
             text: what to encode.
             add_special_tokens: False for a text that brings its own, such as a rendered chat.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def tokenize(self, text: str) -> list[tuple[int, int, int]]:
         """Token ids of a text, each with the characters that it stands for, from and to; safe from any thread."""
-        encoding = self.backend.encode(text)
+        [encoding] = self.backend.encode_batch([text])
         return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -189,3 +192,34 @@ def test_a_generation_ends_at_what_any_place_names_and_the_model_has(
     model = _model_that_ends_at(generation, config, tokenizer)
     assert model.eos_token_ids == ends
     assert model.end_token_id == taught
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
+    model = tiny_model()
+    begun, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        model.encode("word another " * 40_000)
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    turns = 0
+    while not ended.is_set():
+        time.sleep(0.001)
+        turns += 1
+    thread.join()
+    assert turns > 10, "the tokenizer holds the interpreter's lock"
+
+
+def test_texts_have_the_tokens_that_the_tokenizer_gives_them_alone() -> None:
+    model = tiny_model()
+    for text in ("", "a", " the  cat\n", "Ünï 123 🙂" * 3):
+        for special in (True, False):
+            assert model.encode(text, add_special_tokens=special) == (
+                model.backend.encode(text, add_special_tokens=special).ids
+            )
+        whole = model.backend.encode(text)
+        assert model.tokenize(text) == [(id_, *span) for id_, span in zip(whole.ids, whole.offsets, strict=True)]

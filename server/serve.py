@@ -7,9 +7,12 @@ import concurrent.futures
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
@@ -45,6 +48,9 @@ MANY_FILES = 65_536
 
 SAME_SIGNAL_SECONDS = 1.0
 
+LATEST_SECONDS = 9.0
+"""After the drain, how long the process may take to end; the 40 s of docker-compose.yml are the drain and these."""
+
 
 def serve(settings: Settings) -> None:
     """Run a server until it is told to stop.
@@ -76,7 +82,22 @@ def serve(settings: Settings) -> None:
             lifespan="on",
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
+        before = set(threading.enumerate())
         DrainingServer(config, worker, settings.drain_seconds).run([listener])
+        leave_hanging_threads(set(threading.enumerate()) - before)
+
+
+def leave_hanging_threads(threads: Collection[threading.Thread], status: int = 0) -> None:
+    """End the process at once if threads are left that hang, in a store for example: Python would wait for them."""
+    if threads:
+        log.warning("left behind: %s", ", ".join(sorted({thread.name for thread in threads})))
+        end_process(status)
+
+
+def end_process(status: int) -> None:
+    """End the process without waiting for anything."""
+    logging.shutdown()
+    os._exit(status)
 
 
 def start_engine(settings: Settings) -> Engine:
@@ -215,6 +236,15 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: concurrent.futures.Future[None] | None = None
         self._signalled = 0.0
+        self._latest_end = threading.Timer(drain_seconds + LATEST_SECONDS, self._end_late)
+        self._latest_end.daemon = True
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until drained, or until the drain should long be over."""
+        super().run(sockets)
+        if self._latest_end.is_alive():
+            self._latest_end.cancel()
+            self._latest_end.join()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until drained."""
@@ -240,7 +270,12 @@ class DrainingServer(uvicorn.Server):
         if self._loop is None or self._draining is not None:
             return
         self._signalled = now
+        self._latest_end.start()
         self._draining = asyncio.run_coroutine_threadsafe(self._drain(signal.Signals(sig).name), self._loop)
+
+    def _end_late(self) -> None:
+        log.error("the server hangs %g s after its drain; it ends now", LATEST_SECONDS)
+        end_process(0)
 
     async def _drain(self, signal_name: str) -> None:
         log.info("%s: finishing %d requests", signal_name, self._worker.num_in_flight)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from server.engine.model import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.serve import bind, check_exposure, open_keys, serve
+from server.serve import LATEST_SECONDS, bind, check_exposure, open_keys, serve
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import make_engine, random_soft_prompt
@@ -46,8 +47,8 @@ class Process:
 
 
 @contextmanager
-def prelude_serve(directory: Path, **settings: str) -> Iterator[Process]:
-    """Start the command on a free port and wait until it is ready."""
+def prelude_serve(directory: Path, program: str = "", **settings: str) -> Iterator[Process]:
+    """Start the command on a free port and wait until it is ready; `program` runs before it, in the same process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +61,7 @@ def prelude_serve(directory: Path, **settings: str) -> Iterator[Process]:
         "HF_HUB_OFFLINE": "1",
         **settings,
     }
-    command = [sys.executable, "-m", "server.cli", "serve"]
+    command = [sys.executable, "-c", f"{program}\nfrom server.cli.main import app\napp()", "serve"]
     command += ["--port", str(port), "--prompts-dir", str(directory / "prompts")]
     with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         popen = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -148,6 +149,43 @@ def test_serve_ends_with_0_although_the_drain_time_is_up(tmp_path: Path) -> None
         assert stream.events[-1]["code"] == "request_aborted"
         assert len(stream.events) < 1500
     assert "Traceback" not in process.log.read_text()
+
+
+HANGING_STORE = """
+import time
+from pathlib import Path
+from server.registry.objects import LocalObjects
+def hang(*_):
+    while True:
+        time.sleep(1)
+create = LocalObjects.create
+LocalObjects.create = lambda self, *args: hang() if Path({flag!r}).exists() else create(self, *args)
+"""
+
+
+def test_sigterm_ends_the_process_within_the_drain_although_the_store_hangs(
+    tmp_path: Path, smollm2: FrozenModel
+) -> None:
+    flag = tmp_path / "hang"
+    uploads = []
+    for seed in range(6):
+        folder = tmp_path / f"upload-{seed}"
+        save_soft_prompt(folder, random_soft_prompt(smollm2.spec, seed=seed), smollm2.spec)
+        uploads.append([("files", (path.name, path.read_bytes())) for path in folder.iterdir()])
+    program = HANGING_STORE.format(flag=str(flag))
+    with prelude_serve(tmp_path, program, PRELUDE_DRAIN_SECONDS="1") as process, ThreadPoolExecutor(6) as pool:
+        flag.touch()
+        hung = [pool.submit(process.client.put, f"/prompts/new-{i}", files=files) for i, files in enumerate(uploads)]
+        end = time.monotonic() + 60
+        while "prelude_prefix_cache_misses_total 6.0" not in process.client.get("/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.05)  # each has computed its prefix, and goes to the store next
+        process.popen.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.ended_with(30) == 0, process.log.read_text()
+        assert time.monotonic() - started < 1 + LATEST_SECONDS + 5
+        assert all(future.exception() is not None or future.result().status_code >= 500 for future in hung)
+    assert "left behind: changes" in process.log.read_text()
 
 
 def _until_refused(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -23,13 +24,20 @@ from server.api.openai import chat, completions, models
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
+from server.executors import Executors
 from server.jobs.board import JobBoard
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.settings import Settings
 
+log = logging.getLogger(__name__)
+
 DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few learned vectors in front of the input.
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
+
+
+STOP_SECONDS = 3.5
+"""How long the services and the engine's thread may take to end; a thread that hangs in a store is left behind."""
 
 
 class Service(Protocol):
@@ -65,6 +73,15 @@ class App(FastAPI):
         return Access(stack, self.state.metrics)
 
 
+async def _within(seconds: float, ending: Sequence[Awaitable[None]]) -> None:
+    """Wait for what ends, but not for ever."""
+    _, late = await asyncio.wait([asyncio.ensure_future(one) for one in ending], timeout=seconds)
+    for task in late:
+        task.cancel()
+    if late:
+        log.warning("%d parts of the server hang; they are left behind", len(late))
+
+
 def create_app(
     settings: Settings,
     worker: EngineWorker,
@@ -90,16 +107,16 @@ def create_app(
         for service in services:
             service.start()
         yield
-        for service in services:
-            await asyncio.to_thread(service.stop)
         await app.state.evaluations.stop()
-        await worker.stop()
+        ending = [executors.ending.run(service.stop) for service in services]
+        await _within(STOP_SECONDS, [*ending, worker.stop()])
 
     app = App(
         metrics, settings.origins, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
-    app.state.evaluations = Evaluations(worker, settings)
+    app.state.executors = executors = Executors()
+    app.state.evaluations = Evaluations(worker, settings, executors.evaluations)
     app.state.keys = keys
     app.state.jobs = board
     app.state.started = int(time.time())

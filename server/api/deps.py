@@ -10,6 +10,7 @@ from fastapi import Depends, Path, Request
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
+from server.executors import Executors
 from server.jobs.board import JobBoard
 from server.registry.registry import Registry
 from server.settings import Settings
@@ -41,6 +42,11 @@ async def _board(request: Request) -> JobBoard:
     return board
 
 
+async def _executors(request: Request) -> Executors:
+    executors: Executors = request.app.state.executors
+    return executors
+
+
 async def _key_id(request: Request) -> str | None:
     """The id of the key that the request came with, for the record of who changed what."""
     key_id: str | None = getattr(request.state, "key_id", None)
@@ -69,6 +75,7 @@ WorkerDep = Annotated[EngineWorker, Depends(_worker)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 BoardDep = Annotated[JobBoard, Depends(_board)]
+ExecutorsDep = Annotated[Executors, Depends(_executors)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]
 

@@ -137,7 +137,7 @@ async def prepare(
 
 async def _encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     if sum(map(len, labels)) > LONG_TEXT:
-        return await asyncio.to_thread(encode_labels, worker.text, labels)
+        return await worker.threads.run(encode_labels, worker.text, labels)
     return encode_labels(worker.text, labels)
 
 
@@ -178,7 +178,7 @@ async def encode_text(
         refuse_too_long(worker, text)
     text = text[-worker.text.max_characters :]
     encode = partial(worker.text.encode, text, add_special_tokens=add_special_tokens)
-    ids = await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+    ids = await worker.threads.run(encode) if len(text) > LONG_TEXT else encode()
     return ids if truncate is None else ids[-truncate:]
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
 from server.api.auth import Reads, Scrapes, may_see
-from server.api.deps import MetricsDep, RegistryDep, SettingsDep, WorkerDep
+from server.api.deps import ExecutorsDep, MetricsDep, RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import ErrorBody, Health, Info, Live, PrefixInfo, Ready
 from server.api.telemetry.metrics import CONTENT_TYPE
 from server.engine.worker import EngineWorker
@@ -69,11 +69,11 @@ def _check_ready(worker: EngineWorker) -> None:
     responses={**AUTH_ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus's text format."}},
     dependencies=[Scrapes],
 )
-async def metrics(request: Request, metrics: MetricsDep) -> Response:
+async def metrics(request: Request, metrics: MetricsDep, executors: ExecutorsDep) -> Response:
     """Metrics of requests, tokens, caches and changes, for Prometheus."""
     if not may_see(request, None):
         raise Forbidden("The key is for some tasks, and the metrics name all.", remedy="Use a key without patterns.")
-    return Response(await metrics.scrape(), media_type=CONTENT_TYPE)
+    return Response(await metrics.scrape(executors.scrapes), media_type=CONTENT_TYPE)
 
 
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
 from server.api.conditions import ExpectedDep, set_etag
-from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, TaskName, known_query
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, TaskName, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
 from server.api.uploads import unpacked_upload
 from server.errors import InvalidRequest, InvalidSoftPrompt
@@ -27,6 +26,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {
     **ERRORS,
     412: {"model": ErrorBody, "description": "The task is not what If-Match or If-None-Match expects."},
+    429: {"model": ErrorBody, "description": "Too many changes are waiting; Retry-After says when to come back."},
     500: {"model": ErrorBody, "description": "The store could not be written."},
     507: {"model": ErrorBody, "description": "The store has no space left."},
 }
@@ -37,6 +37,7 @@ PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
     412: CHANGE_ERRORS[412],
     413: {"model": ErrorBody, "description": "The upload is too large."},
     422: {"model": ErrorBody, "description": "The files are not a soft prompt for this model."},
+    429: CHANGE_ERRORS[429],
     500: CHANGE_ERRORS[500],
     507: CHANGE_ERRORS[507],
 }
@@ -96,6 +97,7 @@ async def put_prompt(
     request: Request,
     response: Response,
     registry: RegistryDep,
+    executors: ExecutorsDep,
     settings: SettingsDep,
     expected: ExpectedDep,
     key_id: KeyIdDep,
@@ -106,10 +108,10 @@ async def put_prompt(
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
-    soft_prompts = await asyncio.to_thread(_validate, task, files, registry, settings)
+    soft_prompts = await executors.changes.run(_validate, task, files, registry, settings)
     for name in names_of(task, soft_prompts):
         allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
-    published = await asyncio.to_thread(
+    published = await executors.changes.run(
         registry.publish, task, soft_prompts, "api", by=key_id, activate=activate, expected=expected, dry_run=dry_run
     )
     if not published.created:
@@ -129,9 +131,11 @@ async def put_prompt(
 
 
 @router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS, dependencies=[Publishes])
-async def delete_prompt(task: TaskName, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep) -> None:
+async def delete_prompt(
+    task: TaskName, registry: RegistryDep, executors: ExecutorsDep, expected: ExpectedDep, key_id: KeyIdDep
+) -> None:
     """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
-    await asyncio.to_thread(registry.delete, task, by=key_id, expected=expected)
+    await executors.changes.run(registry.delete, task, by=key_id, expected=expected)
 
 
 def _validate(task: str, files: list[UploadFile], registry: Registry, settings: Settings) -> list[SoftPrompt]:

@@ -89,7 +89,8 @@ async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]
     """The tokens of a text, as the frozen model reads it."""
     text = body.inputs
     refuse_too_long(worker, text)
-    found = await asyncio.to_thread(worker.text.tokenize, text) if len(text) > LONG_TEXT else worker.text.tokenize(text)
+    tokenize = worker.text.tokenize
+    found = await worker.threads.run(tokenize, text) if len(text) > LONG_TEXT else tokenize(text)
     return [TokenizedBody(id=id_, text=text[start:stop], start=start, stop=stop) for id_, start, stop in found]
 
 

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
-from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.deps import BoardDep, ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
 from server.api.job_requests import find_start, read_job, submit
 from server.api.schemas import ErrorBody
 from server.api.sse import NumberedStream
 from server.api.training_schemas import JOBS, JobBody, JobList, job_body, request_body
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, ServerDraining, UnknownJob
+from server.executors import Executor, Executors
 from server.jobs.board import JobBoard
 from server.jobs.job import JOB_ID, Job
 from server.jobs.record import read_lines
@@ -30,6 +31,7 @@ CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 MISSING: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such job."},
     422: {"model": ErrorBody, "description": "A parameter does not fit."},
+    429: {"model": ErrorBody, "description": "Too much waits; Retry-After says when to come back."},
 }
 REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The form cannot be read."},
@@ -66,6 +68,7 @@ async def create_job(
     request: Request,
     response: Response,
     board: BoardDep,
+    executors: ExecutorsDep,
     registry: RegistryDep,
     settings: SettingsDep,
     key_id: KeyIdDep,
@@ -75,15 +78,17 @@ async def create_job(
         authorise(request, Scope.PUBLISH)  # the key may have been revoked while the data came
         allow_task(request, asked.request.task)
         start = await find_start(request, asked.request.spec, registry, key_id)
-        job = await asyncio.to_thread(submit, board, asked, settings.data_dir, key_id, start)
+        job = await executors.jobs.run(submit, board, asked, settings.data_dir, key_id, start)
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)
 
 
-@router.get("", response_model=JobList, response_model_exclude_none=True, responses={422: MISSING[422]})
-async def list_jobs(request: Request, board: BoardDep) -> JobList:
+@router.get(
+    "", response_model=JobList, response_model_exclude_none=True, responses={422: MISSING[422], 429: MISSING[429]}
+)
+async def list_jobs(request: Request, board: BoardDep, executors: ExecutorsDep) -> JobList:
     """All jobs, newest first; of those that are over a hundred are kept."""
-    jobs = await asyncio.to_thread(board.jobs)
+    jobs = await executors.jobs.run(board.jobs)
     return JobList(jobs=[job_body(job) for job in jobs if may_see(request, job.spec.task)])
 
 
@@ -98,26 +103,27 @@ async def follow_job(
     job: JobId,
     request: Request,
     board: BoardDep,
+    executors: ExecutorsDep,
     worker: WorkerDep,
     last_event_id: Annotated[str | None, Header(description="The id of the last event that was received.")] = None,
 ) -> Response:
     """Everything that has happened to a job, then what happens, until it is over: server-sent events."""
     await _find(job, request, board)
-    return NumberedStream(_events(job, board, worker, _number(last_event_id)), {})
+    return NumberedStream(_events(job, board, executors.jobs, worker, _number(last_event_id)), {})
 
 
 @router.get("/{job}/log", response_class=Response, responses=LOG)
-async def get_log(job: JobId, request: Request, board: BoardDep) -> Response:
+async def get_log(job: JobId, request: Request, board: BoardDep, executors: ExecutorsDep) -> Response:
     """The end of what a job's process has printed."""
     await _find(job, request, board)
-    return Response(await asyncio.to_thread(_read_log, board, job), media_type="text/plain; charset=utf-8")
+    return Response(await executors.jobs.run(_read_log, board, job), media_type="text/plain; charset=utf-8")
 
 
 @router.post("/{job}/cancel", response_model=JobBody, response_model_exclude_none=True, responses=MISSING)
-async def cancel_job(job: JobId, request: Request, board: BoardDep) -> JobBody:
+async def cancel_job(job: JobId, request: Request, board: BoardDep, executors: ExecutorsDep) -> JobBody:
     """End a job; nothing is published. One that is over stays as it is."""
     await _find(job, request, board)
-    await asyncio.to_thread(board.cancel, job)
+    await executors.jobs.run(board.cancel, job)
     for _ in range(CANCEL_LOOKS):  # whoever runs it may be another server on the same folder
         found = await _find(job, request, board)
         if not found.is_cancelling:
@@ -131,21 +137,24 @@ async def cancel_job(job: JobId, request: Request, board: BoardDep) -> JobBody:
     status_code=204,
     responses={**MISSING, 409: {"model": ErrorBody, "description": "The job is not over."}},
 )
-async def delete_job(job: JobId, request: Request, board: BoardDep) -> None:
+async def delete_job(job: JobId, request: Request, board: BoardDep, executors: ExecutorsDep) -> None:
     """Forget a job that is over, with its record; what it has published stays."""
     await _find(job, request, board)
-    await asyncio.to_thread(board.delete, job)
+    await executors.jobs.run(board.delete, job)
 
 
 async def _find(job_id: str, request: Request, board: JobBoard) -> Job:
     """A job that the request's key is for; of others it does not learn that they are there."""
-    job = await asyncio.to_thread(board.job, job_id)
+    executors: Executors = request.app.state.executors
+    job = await executors.jobs.run(board.job, job_id)
     if not may_see(request, job.spec.task):
         raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
     return job
 
 
-async def _events(job_id: str, board: JobBoard, worker: EngineWorker, last: int) -> AsyncGenerator[Mapping[str, Any]]:
+async def _events(
+    job_id: str, board: JobBoard, threads: Executor, worker: EngineWorker, last: int
+) -> AsyncGenerator[Mapping[str, Any]]:
     """The lines of the record behind the last one, numbered; the state whenever it changes; at the end the whole job.
 
     Raises:
@@ -153,11 +162,11 @@ async def _events(job_id: str, board: JobBoard, worker: EngineWorker, last: int)
     """
     number, offset, shown, at = 0, 0, "", time.monotonic()
     while True:
-        job = await asyncio.to_thread(board.job, job_id)  # before its record: what it said before its end is read
+        job = await threads.run(board.job, job_id)  # before its record: what it said before its end is read
         if job.status.state != shown:
             shown, at = job.status.state, time.monotonic()
             yield {"event": "state", "state": shown}
-        lines, offset = await asyncio.to_thread(read_lines, board.folder(job_id).record, offset)
+        lines, offset = await threads.run(read_lines, board.folder(job_id).record, offset)
         for line in lines:
             number += 1
             if number > last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from pydantic import PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.conditions import ExpectedDep, set_etag
-from server.api.deps import KeyIdDep, RegistryDep, TaskName, known_query
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
 from server.api.prompts import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
@@ -57,12 +56,13 @@ async def activate(
     task: TaskName,
     body: ActivateBody,
     registry: RegistryDep,
+    executors: ExecutorsDep,
     expected: ExpectedDep,
     key_id: KeyIdDep,
     response: Response,
 ) -> VersionList:
     """Let one version answer, alone; ends a canary."""
-    changed = await asyncio.to_thread(registry.activate, task, body.version, by=key_id, expected=expected)
+    changed = await executors.changes.run(registry.activate, task, body.version, by=key_id, expected=expected)
     return _versions(changed, response)
 
 
@@ -74,10 +74,15 @@ async def activate(
     dependencies=[Publishes],
 )
 async def roll_back(
-    task: TaskName, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep, response: Response
+    task: TaskName,
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    response: Response,
 ) -> VersionList:
     """Let what answered before answer again; twice in a row goes back twice."""
-    return _versions(await asyncio.to_thread(registry.roll_back, task, by=key_id, expected=expected), response)
+    return _versions(await executors.changes.run(registry.roll_back, task, by=key_id, expected=expected), response)
 
 
 @router.put(
@@ -94,13 +99,14 @@ async def set_traffic(
         Body(description="Shares of 100 by version.", examples=[{"1": 90, "2": 10}], max_length=100),
     ],
     registry: RegistryDep,
+    executors: ExecutorsDep,
     expected: ExpectedDep,
     key_id: KeyIdDep,
     response: Response,
 ) -> VersionList:
     """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
     return _versions(
-        await asyncio.to_thread(registry.set_traffic, task, weights, by=key_id, expected=expected), response
+        await executors.changes.run(registry.set_traffic, task, weights, by=key_id, expected=expected), response
     )
 
 
@@ -110,11 +116,12 @@ async def set_traffic(
     responses={
         200: {"content": {"application/zip": {}}, "description": "A PEFT directory."},
         **ERRORS,
+        429: CHANGE_ERRORS[429],
         503: UNAVAILABLE,
     },
     dependencies=[Publishes],
 )
-async def download(task: TaskName, version: Number, registry: RegistryDep) -> Response:
+async def download(task: TaskName, version: Number, registry: RegistryDep, executors: ExecutorsDep) -> Response:
     """A version as a zip that `PeftModel.from_pretrained` loads once unpacked, and that PUT takes back."""
     found, soft_prompt = await find_soft_prompt(registry, f"{task}@{version}", "")
     about = {
@@ -127,7 +134,7 @@ async def download(task: TaskName, version: Number, registry: RegistryDep) -> Re
         "hidden_size": registry.model.hidden_size,
     }
     manifest = found.content.parse_manifest().model_copy(update=about)
-    data = await asyncio.to_thread(zip_soft_prompt, replace(soft_prompt, manifest=manifest), registry.model)
+    data = await executors.changes.run(zip_soft_prompt, replace(soft_prompt, manifest=manifest), registry.model)
     headers = {"Content-Disposition": f'attachment; filename="{task}-{version}.zip"', "ETag": f'"{soft_prompt.digest}"'}
     return Response(data, media_type="application/zip", headers=headers)
 
@@ -139,10 +146,15 @@ async def download(task: TaskName, version: Number, registry: RegistryDep) -> Re
     dependencies=[Publishes],
 )
 async def delete_version(
-    task: TaskName, version: Number, registry: RegistryDep, expected: ExpectedDep, key_id: KeyIdDep
+    task: TaskName,
+    version: Number,
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
 ) -> None:
     """Delete a version that does not answer."""
-    await asyncio.to_thread(registry.delete_version, task, version, by=key_id, expected=expected)
+    await executors.changes.run(registry.delete_version, task, version, by=key_id, expected=expected)
 
 
 def _versions(task: Task, response: Response) -> VersionList:

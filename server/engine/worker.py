@@ -36,6 +36,7 @@ from server.errors import (
     RequestTimedOut,
     ServerDraining,
 )
+from server.executors import Executor, for_texts
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,12 @@ STUCK_SECONDS = 60.0
 
 READ_SECONDS = 2.0
 """How long those who wait may take to read how their request ended; a client that reads nothing holds up nobody."""
+
+STOP_SECONDS = 1.0
+"""How long the thread may take to end: a step on a device that hangs never does."""
+
+UNLIMITED = 4096
+"""Long texts that may wait to be tokenised where no limit on requests in flight is set."""
 
 Command = Callable[[], list[Delta]]
 """Runs on the engine thread, between two steps."""
@@ -68,7 +75,10 @@ class EngineWorker:
         self._failed = False
         self._num_threads = torch.get_num_threads()
         self._began = threading.Event()
+        self._ended = asyncio.Event()
         self.draining = False
+        self.threads: Executor = for_texts(self._limits.in_flight or UNLIMITED)
+        """Tokenises what is too long for the event loop's thread."""
 
     @property
     def model(self) -> ModelSpec:
@@ -250,7 +260,10 @@ class EngineWorker:
         """End the thread; what is still in flight is aborted."""
         await self.drain(0)
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), STOP_SECONDS)
+        if not self._ended.is_set():
+            log.error("the engine's thread does not end; it is left behind")
         torch.set_num_threads(self._num_threads)
 
     async def _idle_within(self, seconds: float) -> bool:
@@ -283,6 +296,8 @@ class EngineWorker:
         except Exception:
             log.exception("the engine has stopped; the server must be restarted")
             self._on_loop(self._fail_streams)
+        finally:
+            self._on_loop(self._ended.set)
 
     def _turns(self) -> None:
         """Commands, a step, commands, a step, until told to stop."""

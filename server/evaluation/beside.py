@@ -17,6 +17,7 @@ from server.evaluation.ask import Answer, Asked
 from server.evaluation.contestants import Contestant
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.report import Report
+from server.executors import Executor
 from server.train.data import Row
 
 ROWS_AT_ONCE = 32
@@ -33,7 +34,12 @@ def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
 
 
 async def run_beside(
-    worker: EngineWorker, evaluation: Evaluation, at_once: int, on_row: Callable[[], None], key_id: str | None = None
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    threads: Executor,
+    at_once: int,
+    on_row: Callable[[], None],
+    key_id: str | None = None,
 ) -> Report:
     """Ask all contestants, one after the other, and report; cancelling it frees all that it holds.
 
@@ -44,15 +50,16 @@ async def run_beside(
     seconds: dict[str, float] = {}
     for contestant in evaluation.contestants:
         started = time.perf_counter()
-        answers[contestant.name] = await _ask_all(worker, evaluation, contestant, at_once, on_row, key_id)
+        answers[contestant.name] = await _ask_all(worker, evaluation, contestant, threads, at_once, on_row, key_id)
         seconds[contestant.name] = time.perf_counter() - started
-    return await asyncio.to_thread(evaluation.report, answers, seconds)
+    return await threads.run(evaluation.report, answers, seconds)
 
 
 async def _ask_all(
     worker: EngineWorker,
     evaluation: Evaluation,
     contestant: Contestant,
+    threads: Executor,
     at_once: int,
     on_row: Callable[[], None],
     key_id: str | None,
@@ -62,7 +69,7 @@ async def _ask_all(
 
     async def ask_in_turn() -> None:
         for index, row in waiting:
-            answers[index] = await _ask(worker, evaluation, contestant, row, key_id)
+            answers[index] = await _ask(worker, evaluation, contestant, threads, row, key_id)
             on_row()
 
     asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(at_once, len(evaluation.rows)))]
@@ -76,9 +83,14 @@ async def _ask_all(
 
 
 async def _ask(
-    worker: EngineWorker, evaluation: Evaluation, contestant: Contestant, row: Row, key_id: str | None
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    contestant: Contestant,
+    threads: Executor,
+    row: Row,
+    key_id: str | None,
 ) -> Answer:
-    generated, scored = await asyncio.to_thread(evaluation.ask, contestant, row, key_id)
+    generated, scored = await threads.run(evaluation.ask, contestant, row, key_id)
     for asked in (generated, scored):
         await _finish(worker, asked)
     return evaluation.questions.answer(generated, scored)

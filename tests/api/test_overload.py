@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.api.live import LiveServer, assert_error, live_server, parse_events, wait_until
+from server.api.generation import LONG_TEXT
+from tests.api.live import LiveServer, as_form, assert_error, live_server, parse_events, wait_until
+from tests.support import random_soft_prompt
 
 
 @contextmanager
@@ -92,3 +96,45 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(tmp_path: Path) -
         assert tokens
         assert last["code"] == "request_timed_out"
         wait_until(lambda: server.is_idle)
+
+
+@contextmanager
+def hanging_store(server: LiveServer) -> Iterator[None]:
+    """A store that answers nothing before the block ends, as an object store behind a dead network."""
+    gate = threading.Event()
+    objects = server.registry._store._objects
+    actions = {name: getattr(objects, name) for name in ("list", "get", "create", "delete")}
+
+    def hung(name: str, *args: object) -> object:
+        gate.wait()
+        return actions[name](*args)
+
+    for name in actions:
+        setattr(objects, name, partial(hung, name))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def test_a_store_that_hangs_holds_up_changes_alone_and_only_so_many(tmp_path: Path) -> None:
+    with live_server(tmp_path, max_upload_bytes=2**20) as server:
+        server.publish_random("mood", 1)
+        files = as_form(server.files(random_soft_prompt(server.model.spec, seed=2)))
+        with ThreadPoolExecutor(60) as pool:
+            with hanging_store(server):
+                pending = [pool.submit(server.client.put, f"/prompts/new-{i}", files=files) for i in range(60)]
+                wait_until(lambda: any(future.done() for future in pending))
+                refused = next(future for future in pending if future.done()).result()
+                assert_error(refused, 429, "overloaded", "32 changes of tasks wait already")
+                assert int(refused.headers["retry-after"]) >= 1
+                with httpx.Client(base_url=server.url, timeout=10) as client:
+                    parameters = {"max_new_tokens": 1, "truncate": 5}
+                    for text in ("hello", "x" * (LONG_TEXT + 1)):
+                        body = {"inputs": text, "parameters": parameters}
+                        answer = client.post("/generate", params={"task": "mood"}, json=body)
+                        assert answer.status_code == 200, answer.text
+                    for path in ("/metrics", "/health", "/ready", "/training/jobs", "/prompts"):
+                        assert client.get(path).status_code == 200
+            statuses = sorted(future.result().status_code for future in pending)
+        assert statuses == [201] * 38 + [429] * 22

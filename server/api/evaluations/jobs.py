@@ -15,6 +15,7 @@ from server.evaluation.beside import rows_at_once, run_beside
 from server.evaluation.card import render_card
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.report import About, Report
+from server.executors import Executor
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -85,10 +86,11 @@ class EvaluationJob:
 class Evaluations:
     """All of them. Only for the event loop's thread."""
 
-    def __init__(self, worker: EngineWorker, settings: Settings) -> None:
+    def __init__(self, worker: EngineWorker, settings: Settings, threads: Executor) -> None:
         """None yet."""
         self._worker = worker
         self._settings = settings
+        self._threads = threads
         self._jobs: dict[str, EvaluationJob] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
@@ -179,7 +181,7 @@ class Evaluations:
         at_once = rows_at_once(
             evaluation.questions.choices_per_row - 1, in_flight, settings.max_per_task, settings.max_per_key
         )
-        job.report = await run_beside(self._worker, evaluation, at_once, count, job.key_id)
+        job.report = await run_beside(self._worker, evaluation, self._threads, at_once, count, job.key_id)
         job.card = render_card(job.report, soft_prompt, job.command)
         self._end(job, State.DONE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from server.errors import InvalidRequest
 from server.evaluation.contestants import TeacherText, Wanted
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import prepare
+from server.executors import Executor
 from server.registry.registry import Registry
 from server.registry.views import Resolved
 from server.soft_prompts.names import split_version
@@ -97,7 +97,12 @@ async def _read_json(request: Request) -> Any:
 
 
 async def make_job(
-    body: Body, worker: EngineWorker, registry: Registry, data_dir: Path | None, key_id: str | None
+    body: Body,
+    worker: EngineWorker,
+    registry: Registry,
+    threads: Executor,
+    data_dir: Path | None,
+    key_id: str | None,
 ) -> EvaluationJob:
     """Find the soft prompts, read and check the data, put the evaluation together; nothing runs yet.
 
@@ -137,7 +142,7 @@ async def make_job(
         )
         return EvaluationJob.of(evaluation, soft_prompt, key_id, _command(order, data.name))
 
-    return await asyncio.to_thread(prepared)
+    return await threads.run(prepared)
 
 
 def _named(resolved: Resolved, soft_prompt: SoftPrompt) -> tuple[str, SoftPrompt]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request, Response
 
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
-from server.api.deps import KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
 from server.api.errors import error_body
 from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
 from server.api.evaluations.jobs import EvaluationJob, Evaluations
@@ -73,6 +73,7 @@ async def start_evaluation(
     worker: WorkerDep,
     registry: RegistryDep,
     settings: SettingsDep,
+    executors: ExecutorsDep,
     key_id: KeyIdDep,
 ) -> EvaluationBody:
     """Measure a task on a data file, beside live traffic; ask `GET /evaluations/{id}` how far it is.
@@ -84,7 +85,7 @@ async def start_evaluation(
         body = await read_body(request)
         authorise(request, Scope.PUBLISH)  # again: the key must still be valid when a long upload is over
         allow_task(request, body.order.task)
-        job = await make_job(body, worker, registry, settings.data_dir, key_id)
+        job = await make_job(body, worker, registry, executors.evaluations, settings.data_dir, key_id)
     finally:
         await request.close()  # the form's files
     evaluations.add(job)

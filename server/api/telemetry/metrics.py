@@ -6,7 +6,6 @@ it. Time between tokens has no label: the tasks of a batch share its steps, so i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -18,6 +17,7 @@ from server.api.telemetry.record import Outcome
 from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
 from server.core import Usage
 from server.engine.worker import EngineWorker
+from server.executors import Executor
 from server.jobs.board import JobBoard
 from server.registry.registry import Registry
 
@@ -117,10 +117,10 @@ class Metrics:
         known = method if method in METHODS else OTHER
         self._http.labels(known, route or OTHER, "none" if status is None else status).inc()
 
-    async def scrape(self) -> bytes:
+    async def scrape(self, threads: Executor) -> bytes:
         """All metrics as text; written on another thread, as there may be thousands of lines."""
         self._labels.forget_deleted()
-        return await asyncio.to_thread(generate_latest, self)
+        return await threads.run(generate_latest, self)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics without the time at which each series was made, which would double those of counters."""

@@ -16,7 +16,7 @@ from server.api.auth import allow_task
 from server.api.bodies import FORM, JSON, media_type, misfit
 from server.api.generation import find_soft_prompt
 from server.api.limits import MAX_DATA_BYTES
-from server.api.training_schemas import REQUEST, JobRequest
+from server.api.training_schemas import JobRequest, parse_request
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, InvalidTrainingData, PayloadTooLarge
 from server.jobs.board import JobBoard
@@ -131,7 +131,7 @@ def _from_form(form: FormData) -> AskedFor:
 
 def _parse(text: str | bytes) -> JobRequest:
     try:
-        return REQUEST.validate_json(text, strict=True)
+        return parse_request(text)
     except ValidationError as exc:
         raise misfit(exc) from exc
 

@@ -1,11 +1,24 @@
-"""Bodies of requests and replies. Unknown fields are errors: a misspelt option must not silently do nothing."""
+"""Bodies of requests and replies. Unknown fields are errors: a misspelt option must not silently do nothing.
+
+A field that is null counts as left out, whether it is known or not: clients send all fields that they know of, and null
+for those that nobody has set.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.core import TOO_DEEP
 from server.errors import InvalidRequest
@@ -37,6 +50,27 @@ def schema_text(schema: Any) -> str:
 
 
 SHARES = "Shares of 100 by version, in a canary."
+
+
+class RequestBody(BaseModel):
+    """An object of a request. An unknown field is an error, unless it is null."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: item for name, item in value.items() if item is not None or name in known}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema, which says that unknown fields may be null."""
+        schema = handler(core_schema)
+        handler.resolve_ref_schema(schema)["additionalProperties"] = {"type": "null"}
+        return schema
 
 
 class ErrorBody(BaseModel):
@@ -108,10 +142,10 @@ class VersionList(BaseModel):
     versions: list[VersionBody]
 
 
-class ActivateBody(BaseModel):
+class ActivateBody(RequestBody):
     """POST /prompts/{task}/activate."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"version": 1}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
     version: int = Field(ge=1, strict=True)
 

@@ -64,7 +64,7 @@ async def generate(
 
     `/` is the same, for clients that know only the server's address (huggingface_hub).
     """
-    return await _answer(body, task, body.stream, request, worker, registry, key_id)
+    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
 
 
 @router.post(

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.schemas import Text, schema_text
+from server.api.schemas import RequestBody, Text, schema_text
 from server.core import Grammar, GrammarKind
 
 MAX_INPUTS = 128
@@ -31,8 +31,8 @@ NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate"
 """Parameters that mean something where labels are scored; all others say how to generate."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Strict(RequestBody):
+    model_config = ConfigDict(strict=True)
 
 
 class GrammarBody(_Strict):
@@ -135,7 +135,7 @@ class GenerateParameters(_Strict):
 
     @model_validator(mode="after")
     def _generate_or_choose(self) -> GenerateParameters:
-        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
+        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False, [])]
         if self.choices is not None:
             idle = [name for name in given if name not in NO_EFFECT_ON_CHOICES]
             if idle:
@@ -175,7 +175,7 @@ class GenerateBody(_Strict):
         ),
     ] = Field(description="The text, or a list of texts; the task's input_template is put around each.")
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
-    stream: bool = Field(False, description="Answer as server-sent events, one per token.")
+    stream: bool | None = Field(None, description="Answer as server-sent events, one per token.")
     user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
 
     @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)

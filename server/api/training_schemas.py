@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
+from pydantic_core import from_json, to_json
 
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
 
@@ -28,7 +30,29 @@ class JobRequest(JobSpec):
         return JobSpec(**{field.name: getattr(self, field.name) for field in fields(JobSpec)})
 
 
-REQUEST = TypeAdapter(JobRequest)
+_REQUEST = TypeAdapter(JobRequest)
+
+
+def parse_request(text: str | bytes) -> JobRequest:
+    """A job from JSON. Fields that are null count as left out; there is none whose null means anything else.
+
+    Raises:
+        ValidationError: a field is missing, unknown, or not what it must be.
+    """
+    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    if b"null" in raw:
+        with contextlib.suppress(ValueError):  # what is no JSON is refused below
+            raw = to_json(_without_nulls(from_json(raw)))
+    # As JSON, not as Python: strict mode then takes a list for a tuple.
+    return _REQUEST.validate_json(raw, strict=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+
+
 JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *CONFIG_FIELDS]
 
 
@@ -117,8 +141,8 @@ def job_body(job: Job) -> JobBody:
 
 def request_body() -> dict[str, Any]:
     """For OpenAPI: the body in both of its forms, which FastAPI cannot tell of one route."""
-    whole = REQUEST.json_schema()
-    spec = _inlined(whole, whole.pop("$defs", {}))
+    whole = _REQUEST.json_schema()
+    spec = _with_nulls(_inlined(whole, whole.pop("$defs", {})))
     file = {"type": "string", "format": "binary"}
     form = {
         "type": "object",
@@ -143,3 +167,20 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     return {name: _inlined(value, definitions) for name, value in schema.items()}
+
+
+def _with_nulls(schema: Any) -> Any:
+    """A schema in which fields of objects may be null, if they may be left out; see `parse_request`."""
+    if isinstance(schema, list):
+        return [_with_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: _with_nulls(value) for name, value in schema.items()}
+    if "properties" in schema:
+        required = schema.get("required", ())
+        found["properties"] = {
+            name: value if name in required else {"anyOf": [value, {"type": "null"}]}
+            for name, value in found["properties"].items()
+        }
+        found["additionalProperties"] = {"type": "null"}
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.api.tgi_schemas import GenerateParameters
 from server.core import MAX_SCHEMA_DEPTH
 from server.engine.model import FrozenModel
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, engine_answer, parse_events, wait_until
@@ -542,6 +543,28 @@ def test_what_is_wrong_with_all_texts_of_a_list_is_not_said_of_the_first(server:
         response = server.client.post(f"/generate{query}", json={"inputs": ["a", "b"], "parameters": parameters})
         assert response.status_code == 422
         assert "inputs" not in response.json()["error"]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream", "/tokenize"])
+def test_null_counts_as_left_out_whatever_the_field_is_called(server: LiveServer, route: str) -> None:
+    # What text-generation-inference's and LoRAX's clients send unasked, and a name that nobody has.
+    names = ["adapter_source", "merged_adapters", "api_token", "return_k_alternatives", "response_format", "zzzzz"]
+    nulls = dict.fromkeys([*GenerateParameters.model_fields, *names])
+    body: dict[str, Any] = {"inputs": "hello", "zzzzz": None}
+    if route != "/tokenize":
+        body |= {"parameters": nulls, "stream": None, "user": None}
+    response = server.client.post(route, json=body)
+    assert response.status_code == 200, response.text
+    assert response.content == server.client.post(route, json={"inputs": "hello"}).content
+    if route != "/tokenize":
+        assert server.client.post(route, json={"inputs": "hello", "parameters": None}).content == response.content
+        body["parameters"]["adapter_source"] = "hub"
+        assert_error(server.client.post(route, json=body), 422, "invalid_request", "unknown field", "adapter_source")
+    assert_error(server.client.post(route, json={"inputs": "hello", "zzzzz": 0}), 422, "invalid_request", "zzzzz")
+
+
+def test_an_empty_list_of_stops_has_no_effect_on_choices_either(server: LiveServer) -> None:
+    assert server.generate(choices=["a", "b"], stop=[], details=False, top_n_tokens=0).status_code == 200
 
 
 def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: LiveServer) -> None:

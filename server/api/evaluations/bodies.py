@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.schemas import ErrorBody, Text
+from server.api.schemas import ErrorBody, RequestBody, Text
 
 FILES = ("data", "references", "shots")
 """Fields that are a file of the form, or the name of one in PRELUDE_DATA_DIR."""
@@ -14,20 +14,21 @@ FILES = ("data", "references", "shots")
 _NAMED = "a name inside PRELUDE_DATA_DIR; in a form also the file itself."
 
 
-class Order(BaseModel):
+class Order(RequestBody):
     """POST /evaluations, as JSON or as a form."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"task": "sms_spam", "data": "sms_spam/test.jsonl", "limit": 100}]},
+        json_schema_extra={"examples": [{"task": "sms_spam", "data": "sms_spam/test.jsonl", "limit": 100}]}
     )
 
     task: Text = Field(description="The task, or task@version.", max_length=128)
     data: Text | None = Field(None, description=f"The rows, JSONL: {_NAMED}", max_length=1000)
     references: Text | None = Field(None, description=f"Right answers, line by line: {_NAMED}", max_length=1000)
     shots: Text | None = Field(None, description=f"Training data, for k-shot: {_NAMED}", max_length=1000)
-    baselines: list[Text] = Field(
-        [], description="Some of zero-shot, instruction, 4-shot, @2. In a form with commas between them.", max_length=16
+    baselines: list[Text] | None = Field(
+        None,
+        description="Some of zero-shot, instruction, 4-shot, @2. In a form, with commas.",
+        max_length=16,
     )
     instruction: Text | None = Field(None, description="What baselines are told.", min_length=1, max_length=10_000)
     teacher: Text | None = Field(
@@ -37,7 +38,7 @@ class Order(BaseModel):
         min_length=1,
         max_length=100_000,
     )
-    teacher_chat: bool = Field(False, description="Send that text as a user message.")
+    teacher_chat: bool | None = Field(None, description="Send that text as a user message.")
     limit: int | None = Field(None, description="Only the first so many rows.", ge=1)
     compare: list[int] | None = Field(
         None, description="Two versions: whether the second is better. In a form: 2,3.", min_length=2, max_length=2

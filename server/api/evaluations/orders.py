@@ -112,7 +112,7 @@ async def make_job(
         StoreError: the server has no place for the files.
     """
     order = body.order
-    wanted = Wanted.parse(order.baselines)
+    wanted = Wanted.parse(order.baselines or ())
     task, version = split_version(order.task)
     others = list(wanted.versions)
     if order.compare is not None:
@@ -138,7 +138,7 @@ async def make_job(
             instruction=order.instruction,
             shots=shots,
             version=resolved.version,
-            teacher=None if order.teacher is None else TeacherText(order.teacher, order.teacher_chat),
+            teacher=None if order.teacher is None else TeacherText(order.teacher, bool(order.teacher_chat)),
         )
         return EvaluationJob.of(evaluation, soft_prompt, key_id, _command(order, data.name))
 
@@ -193,7 +193,11 @@ def _read(
 def _command(order: Order, data: str) -> str:
     """What measures the same from a shell, for the card."""
     parts = ["prelude", "eval", order.task, "--data", data]
-    options = {"--baselines": ",".join(order.baselines), "--instruction": order.instruction, "--limit": order.limit}
+    options = {
+        "--baselines": ",".join(order.baselines or ()),
+        "--instruction": order.instruction,
+        "--limit": order.limit,
+    }
     for option, value in options.items():
         parts += [option, str(value)] if value else []
     if order.teacher is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -15,9 +16,25 @@ MAX_STOPS = 16
 _ID = re.compile(r"[0-9]{1,9}")
 
 
+class Idle:
+    """Marks a field of OpenAI's whose only values are those that ask for nothing."""
+
+
 def _not_offered(value: Any) -> None:
     if value is not None:
         raise ValueError("not offered by this server; leave it out")
+
+
+def _only(*idle: Any) -> BeforeValidator:
+    """Refuses all values but these, in one sentence."""
+    named = " or ".join(json.dumps(value) for value in idle)
+
+    def check(value: Any) -> Any:
+        if value is not None and not any(type(value) is type(one) and value == one for one in idle):
+            raise ValueError(f"not offered by this server, which takes only {named}; leave it out")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _as_list(value: Any) -> Any:
@@ -42,8 +59,31 @@ Schema = Annotated[dict[str, Any] | str, BeforeValidator(_is_schema)]
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
-NotOffered = Annotated[None, BeforeValidator(_not_offered), Field(description="Not offered.")]
+NotOffered = Annotated[None, BeforeValidator(_not_offered), Field(description="Not offered."), Idle]
 """A field of OpenAI's that does something there and could do nothing here."""
+
+NoList = Annotated[
+    Annotated[list[Any], Field(max_length=0)] | None,
+    _only([]),
+    Field(description="Not offered; an empty list asks for nothing."),
+    Idle,
+]
+NoText = Annotated[
+    Annotated[str, Field(max_length=0)] | None,
+    _only(""),
+    Field(description="Not offered; an empty text asks for nothing."),
+    Idle,
+]
+NoTool = Annotated[
+    Literal["none", "auto"] | None,
+    _only("none", "auto"),
+    Field(description="Without tools neither asks for any."),
+    Idle,
+]
+NoReasoning = Annotated[Literal["none"] | None, _only("none"), Field(description="Only none."), Idle]
+UsualVerbosity = Annotated[Literal["medium"] | None, _only("medium"), Field(description="Only medium."), Idle]
+OnlyText = Annotated[list[Literal["text"]] | None, _only(["text"]), Field(description="Only text."), Idle]
+"""What these fields may hold asks for what is done anyway."""
 
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],

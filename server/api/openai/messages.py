@@ -1,4 +1,8 @@
-"""The messages of a chat, and the text that the model reads of them."""
+"""The messages of a chat, and the text that the model reads of them.
+
+A message may have fields that we do not know: clients append the answers of other servers, and of libraries, to their
+history, and what these add beside the text asks for nothing. What asks the model to read more than text is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.api.openai.fields import NotOffered
+from server.api.openai.fields import NoList, NotOffered
 from server.api.schemas import Text
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest
+
+CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
+"""What clients add to parts of a text for servers that keep what is before it."""
 
 SYSTEM_MESSAGE = "Prelude-System-Message"
 """The header that says what became of the chat's system message, where the model did not read it."""
@@ -32,7 +39,8 @@ def _text_of(part: Any) -> str:
     if kind != "text":
         raise ValueError(f"parts of type {kind[:80]!r} are not offered: the model reads text only")
     text = part.get("text")
-    if not isinstance(text, str) or set(part) != {"type", "text"}:
+    given = {name for name, value in part.items() if value is not None}
+    if not isinstance(text, str) or given - CACHE_HINTS != {"type", "text"}:
         raise ValueError('a part of type text must have a "text" and nothing else')
     return text
 
@@ -41,18 +49,26 @@ Content = Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | 
 
 
 class Message(BaseModel):
-    """One message; what a reply of this server holds may be sent back as it is."""
+    """One message; what a reply of this server holds may be sent back as it is. Unknown fields have no effect."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content = Field(description='A text, or a list of {"type": "text", "text": …}.')
+    content: Content = Field(
+        description='A text, or a list of {"type": "text", "text": …}; null, of the assistant, is an empty text.'
+    )
     name: Text | None = Field(None, max_length=64, description="Who speaks, for templates that tell it.")
-    annotations: NotOffered = None
     audio: NotOffered = None
     function_call: NotOffered = None
     refusal: NotOffered = None
-    tool_calls: NotOffered = None
+    tool_calls: NoList = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_answer_may_be_empty(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
 
 
 @dataclass(frozen=True)

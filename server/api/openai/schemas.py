@@ -1,16 +1,15 @@
 """Bodies of /v1/completions and /v1/chat/completions.
 
 A field is either offered, or one of OpenAI's that has no effect here and is let through, or an error: a client that
-asks for a tool must not get an answer as if it had not. What is null counts as left out.
+asks for a tool must not get an answer as if it had not. Even there, values that ask for nothing are let through: null,
+which counts as left out everywhere, or an empty list of tools.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -20,27 +19,42 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.openai.fields import LogitBias, NotOffered, Schema, Stop, TokenIds
+from server.api.openai.fields import (
+    Idle,
+    LogitBias,
+    NoList,
+    NoReasoning,
+    NoText,
+    NotOffered,
+    NoTool,
+    OnlyText,
+    Schema,
+    Stop,
+    TokenIds,
+    UsualVerbosity,
+)
 from server.api.openai.messages import Message
-from server.api.schemas import Text
+from server.api.openai.response_format import ResponseFormat
+from server.api.schemas import RequestBody, Text
 
 MAX_CHOICES = 128
 """Most choices of one request: inputs times what is asked of each."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Body(RequestBody):
+    model_config = ConfigDict(strict=True)
 
     @classmethod
     def offered(cls) -> list[str]:
-        """Names of the fields that may hold something."""
-        return [name for name, field in cls.model_fields.items() if field.annotation is not type(None)]
+        """Names of the fields that may ask for something."""
+        return [name for name, field in cls.model_fields.items() if Idle not in field.metadata]
 
 
 class StreamOptions(_Body):
     """`stream_options`."""
 
     include_usage: bool | None = Field(None, description="A last chunk without choices tells the token counts.")
+    include_obfuscation: bool | None = Field(None, description="Has no effect: chunks are not padded.")
 
 
 class StructuredOutputs(_Body):
@@ -88,6 +102,8 @@ class SamplingBody(_Body):
     user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
     metadata: dict[str, str] | None = Field(None, description="Has no effect.")
     prompt_cache_key: str | None = Field(None, description="Has no effect.")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="Has no effect.")
+    prompt_cache_retention: str | None = Field(None, description="Has no effect.")
     safety_identifier: str | None = Field(None, description="Has no effect.")
     service_tier: str | None = Field(None, description="Has no effect.")
     store: bool | None = Field(None, description="Has no effect: nothing is stored.")
@@ -148,7 +164,7 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Log-probabilities of the tokens, and so many of the most likely in their place."
     )
-    suffix: NotOffered = None
+    suffix: NoText = None
 
     @field_validator("best_of")
     @classmethod
@@ -186,57 +202,6 @@ class CompletionBody(SamplingBody):
         return self.logprobs or 0
 
 
-class JsonSchema(_Body):
-    """`response_format.json_schema`."""
-
-    name: str = Field(max_length=64, description="For people.")
-    description: str | None = Field(None, description="For people; the model does not see it.")
-    schema_: dict[str, Any] = Field(alias="schema", description="What the answer must match.")
-    strict: bool | None = Field(None, description="Has no effect: the schema always holds.")
-
-
-class ResponseFormat(_Body):
-    """`response_format`: OpenAI's, and text-generation-inference's, into which huggingface_hub turns the other."""
-
-    type: Literal["text", "json_object", "json_schema", "json"]
-    json_schema: JsonSchema | None = Field(None, validate_default=True)
-    value: dict[str, Any] | None = Field(
-        None, validate_default=True, description="With json_object or json: a JSON schema for it."
-    )
-
-    @field_validator("json_schema")
-    @classmethod
-    def _is_where_it_belongs(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
-        if "type" in info.data and (info.data["type"] == "json_schema") != (value is not None):
-            raise ValueError("belongs to the type json_schema, which needs it")
-        return value
-
-    @field_validator("value")
-    @classmethod
-    def _has_a_type_that_takes_it(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-        kind = info.data.get("type")
-        if value is not None and kind not in ("json_object", "json", None):
-            raise ValueError("belongs to the types json_object and json")
-        if value is None and kind == "json":
-            raise ValueError("is needed by the type json")
-        return value
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """What the answer must match; None if anything goes."""
-        if self.type == "text":
-            return None
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        return {"type": "object"} if self.value is None else self.value
-
-
-def _only_text(value: Any) -> Any:
-    if value not in (None, ["text"]):
-        raise ValueError("only text is offered")
-    return value
-
-
 class ChatBody(SamplingBody):
     """Body of /v1/chat/completions."""
 
@@ -271,16 +236,17 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = Field(None, description="Answer the log-probability of every token.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Also so many of the most likely in its place.")
     response_format: ResponseFormat | None = Field(None, description="What the answer must match.")
-    modalities: Annotated[list[str] | None, BeforeValidator(_only_text)] = Field(None, description="Only text.")
+    modalities: OnlyText = None
     audio: NotOffered = None
-    function_call: NotOffered = None
-    functions: NotOffered = None
-    parallel_tool_calls: NotOffered = None
+    function_call: NoTool = None
+    functions: NoList = None
+    moderation: NotOffered = None
+    parallel_tool_calls: bool | None = Field(None, description="Has no effect: there are no tools.")
     prediction: NotOffered = None
-    reasoning_effort: NotOffered = None
-    tool_choice: NotOffered = None
-    tools: NotOffered = None
-    verbosity: NotOffered = None
+    reasoning_effort: NoReasoning = None
+    tool_choice: NoTool = None
+    tools: NoList = None
+    verbosity: UsualVerbosity = None
     web_search_options: NotOffered = None
 
     @field_validator("max_tokens")

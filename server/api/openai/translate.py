@@ -15,7 +15,8 @@ from fastapi import Request
 
 from server.api.auth import allow_task
 from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed
-from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, ResponseFormat, SamplingBody
+from server.api.openai.response_format import ResponseFormat
+from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
 from server.api.schemas import schema_text
 from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind

@@ -79,6 +79,17 @@ def test_plain_text(chats: LiveServer, ask: dict[str, Any]) -> None:
     assert "".join(chunk.choices[0].text or "" for chunk in chunks) == expected
 
 
+def test_a_conversation_goes_on_with_the_message_that_was_answered(chats: LiveServer, ask: dict[str, Any]) -> None:
+    history: list[Any] = user("hello")
+    for text in ("go on", "and then?"):
+        message = litellm.completion(f"openai/{FROZEN}", history, **ask).choices[0].message
+        for answer in (message, message.model_dump()):
+            reply = litellm.completion(f"openai/{FROZEN}", [*history, answer, *user(text)], **ask)
+            assert reply.choices[0].message.content is not None
+            assert reply.usage.prompt_tokens > len(f"hello{message.content}{text}")
+        history += [message, *user(text)]
+
+
 def test_an_answer_in_a_form(ask: dict[str, Any]) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "review", "schema": SCHEMA, "strict": True}}
     reply = litellm.completion(f"openai/{FROZEN}", user("hello"), response_format=form, **{**ask, "max_tokens": 60})

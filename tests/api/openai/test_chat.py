@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from tokenizers import processors
 
@@ -72,6 +73,34 @@ def test_what_was_answered_can_be_sent_back_as_it_is(chatty: LiveServer) -> None
     [choice] = ask(chatty, CHAT, max_tokens=5)["choices"]
     assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
     ask(chatty, CHAT, messages=[*user("hello"), choice["message"], *user("go on")], max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "hi", "tool_calls": [], "annotations": [], "function_call": None, "refusal": None, "audio": None},
+        {"content": "hi", "reasoning_content": "hm", "provider_specific_fields": {"a": [1]}, "annotations": [{"x": 1}]},
+        {"content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}]},
+        openai.types.chat.ChatCompletionMessage(role="assistant", content="hi").model_dump(),
+        {"content": "hi", "tool_calls": None, "function_call": None, "provider_specific_fields": None},  # litellm's
+    ],
+)
+def test_an_answer_of_any_server_or_library_can_be_appended_to_the_history(
+    chatty: LiveServer, tiny: FrozenModel, answer: Body
+) -> None:
+    messages = [*user("hello"), {"role": "assistant", **answer}, *user("go on")]
+    rendered = "<user>hello\n<assistant>hi\n<user>go on\n<assistant>"
+    reply = ask(chatty, CHAT, messages=messages, max_tokens=5)
+    assert texts(reply) == [engine_answer(tiny, None, rendered, max_new_tokens=5).text]
+
+
+def test_an_answer_without_text_is_an_empty_one(chatty: LiveServer, tiny: FrozenModel) -> None:
+    rendered = "<user>hello\n<assistant>\n<user>go on\n<assistant>"
+    expected = [engine_answer(tiny, None, rendered, max_new_tokens=5).text]
+    empties: list[Body] = [{}, {"content": None}, {"content": None, "tool_calls": []}, {"content": ""}]
+    for empty in empties:
+        messages = [*user("hello"), {"role": "assistant", **empty}, *user("go on")]
+        assert texts(ask(chatty, CHAT, messages=messages, max_tokens=5)) == expected
 
 
 def test_a_task_with_an_input_template_reads_the_message_in_it(chatty: LiveServer, tiny: FrozenModel) -> None:
@@ -162,7 +191,10 @@ def test_a_model_without_a_template_chats_only_with_tasks_that_bring_theirs(serv
         {"role": "user", "content": None},
         {"role": "user"},
         {"role": "tool", "content": "x", "tool_call_id": "1"},
-        {"role": "user", "content": "x", "names": "ada"},
+        {"role": "system", "content": None},
+        {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "assistant", "content": "x", "audio": {"id": "1"}},
+        {"role": "assistant", "content": None, "refusal": "no"},
         {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
         {"role": "robot", "content": "x"},
         "hello",

@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.completion_create_params import CompletionCreateParamsBase as LegacyParams
 
 from server.api.app import create_app
 from server.api.openai.errors import is_openai, openai_error
+from server.api.openai.schemas import ChatBody, CompletionBody
 from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
 from server.keys.key import Scope
@@ -54,6 +57,84 @@ def test_an_unknown_field_is_refused_by_name_with_the_nearest(server: LiveServer
     assert (error["param"], error["type"]) == ("max_token", "invalid_request_error")
     assert_openai_error(post(server, path, zzzzz=1), 400, "invalid_request", "unknown field zzzzz.")
     assert "did you mean" not in post(server, COMPLETIONS, messages=[]).json()["error"]["message"], "a chat's field"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_null_counts_as_left_out_whatever_the_field_is_called(chatty: LiveServer, path: str) -> None:
+    model = ChatBody if path == CHAT else CompletionBody
+    required = {"model", "messages", "prompt"}
+    nulls: Body = dict.fromkeys([*model.offered(), "tools", "suffix", "adapter_source", "zzzzz"])
+    body = {name: value for name, value in nulls.items() if name not in required}
+    reply = post(chatty, path, **body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"] == post(chatty, path).json()["choices"]
+    for field, inner in (("stream_options", {"zzzzz": None}), ("structured_outputs", {"regex": "ab", "zzzzz": None})):
+        assert post(chatty, path, stream=True, **{field: inner}).status_code == 200
+    assert_openai_error(post(chatty, path, **body, zzzz=1), 400, "invalid_request", "unknown field zzzz.")
+
+
+NOTHING: list[tuple[str, Body]] = [
+    (CHAT, {"tools": []}),
+    (CHAT, {"functions": []}),
+    *((CHAT, {"tool_choice": choice}) for choice in ("none", "auto")),
+    *((CHAT, {"function_call": choice}) for choice in ("none", "auto")),
+    (CHAT, {"parallel_tool_calls": True}),
+    (CHAT, {"parallel_tool_calls": False}),
+    (CHAT, {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}),
+    (CHAT, {"modalities": ["text"], "verbosity": "medium", "reasoning_effort": "none"}),
+    (CHAT, {"response_format": {"type": "text"}}),
+    (COMPLETIONS, {"suffix": ""}),
+    *((path, {"prompt_cache_retention": "24h"}) for path in ROUTES),
+    *((path, {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}}) for path in ROUTES),
+    *((path, {"prompt_cache_key": "a", "safety_identifier": "b", "service_tier": "auto"}) for path in ROUTES),
+    *((path, {"store": False, "metadata": {}, "logit_bias": {}, "stop": []}) for path in ROUTES),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), NOTHING)
+def test_a_value_that_asks_for_nothing_changes_nothing(chatty: LiveServer, path: str, body: Body) -> None:
+    response = post(chatty, path, **body)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == post(chatty, path).json()["choices"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_streams_obfuscation_can_be_asked_for_or_not(chatty: LiveServer, path: str) -> None:
+    for wanted in (True, False, None):
+        options = {"include_usage": True, "include_obfuscation": wanted}
+        assert post(chatty, path, stream=True, stream_options=options).status_code == 200
+
+
+NOT_OFFERED: dict[str, list[Any]] = {
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, [], True],
+    "function_call": [{"name": "f"}, "f"],
+    "tools": [[{"type": "function"}], {}, "none", False, 0],
+    "functions": [[{"name": "f"}], ""],
+    "reasoning_effort": ["minimal", "low", "high", "None"],
+    "verbosity": ["low", "high"],
+    "modalities": [["text", "audio"], ["audio"], [], "text"],
+    "audio": [{"voice": "ash", "format": "wav"}],
+    "moderation": [{"model": "omni-moderation-latest"}],
+    "prediction": [{"type": "content", "content": "x"}],
+    "web_search_options": [{}],
+    "parallel_tool_calls": ["yes"],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in NOT_OFFERED.items() for value in values]
+)
+def test_a_value_that_asks_for_what_is_not_offered_is_refused(chatty: LiveServer, field: str, value: Any) -> None:
+    error = assert_openai_error(post(chatty, CHAT, **{field: value}), 400, "invalid_request", f"{field}: ")
+    assert error["param"] == field
+    assert error["message"].count(";") <= 1, "one problem, and what to do about it"
+
+
+def test_every_field_of_openais_is_either_taken_or_refused_on_purpose() -> None:
+    chats = CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
+    assert chats <= ChatBody.model_fields.keys()
+    completions = LegacyParams.__annotations__.keys() | {"stream"}
+    assert completions <= CompletionBody.model_fields.keys()
 
 
 @pytest.mark.parametrize("path", ROUTES)

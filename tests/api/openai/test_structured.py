@@ -61,7 +61,24 @@ def test_a_schema_holds_in_text_generation_inferences_form(chatty: LiveServer, k
     check(texts(ask(chatty, CHAT, response_format={"type": kind, "value": SCHEMA}, seed=2, **HOT))[0])
 
 
-@pytest.mark.parametrize("form", [{"type": "text", "value": SCHEMA}, {"type": "json"}, {"type": "json", "value": "{}"}])
+@pytest.mark.parametrize("more", [{"name": "mood"}, {}, {"name": None, "strict": True, "zzzzz": None}])
+def test_a_named_schema_holds_in_text_generation_inferences_form(chatty: LiveServer, more: Body) -> None:
+    form = {"type": "json_schema", "value": {"schema": SCHEMA, **more}}
+    check(texts(ask(chatty, CHAT, response_format=form, seed=2, **HOT))[0])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "text", "value": SCHEMA},
+        {"type": "json"},
+        {"type": "json", "value": "{}"},
+        {"type": "json_schema", "value": SCHEMA},
+        {"type": "json_schema", "value": {"name": "mood"}},
+        {"type": "json_schema", "value": {"schema": SCHEMA, "more": 1}},
+        {"type": "json_schema", "value": {"schema": SCHEMA}, "json_schema": {"name": "mood", "schema": SCHEMA}},
+    ],
+)
 def test_a_schema_stands_where_its_type_takes_it(chatty: LiveServer, form: Body) -> None:
     error = assert_openai_error(post(chatty, CHAT, response_format=form), 400, "invalid_request", "value")
     assert error["param"] == "response_format"

@@ -21,6 +21,8 @@ class ModelSpec:
     max_model_len: int
     dtype: str
     device: str
+    num_attention_heads: int | None = None
+    """Of queries; None where nobody has asked the model."""
 
     @property
     def kv_width(self) -> int:

@@ -108,7 +108,7 @@ async def put_prompt(
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
-    soft_prompts = await executors.changes.run(_validate, task, files, registry, settings)
+    soft_prompts, ignored = await executors.changes.run(_validate, task, files, registry, settings)
     for name in names_of(task, soft_prompts):
         allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
     published = await executors.changes.run(
@@ -127,6 +127,8 @@ async def put_prompt(
         num_virtual_tokens=first.content.num_virtual_tokens,
         live=published.live,
         tasks=[TaskVersion(task=item.task, version=item.version) for item in published.tasks],
+        warnings=list(soft_prompts[0].notes),
+        ignored=ignored,
     )
 
 
@@ -138,13 +140,16 @@ async def delete_prompt(
     await executors.changes.run(registry.delete, task, by=key_id, expected=expected)
 
 
-def _validate(task: str, files: list[UploadFile], registry: Registry, settings: Settings) -> list[SoftPrompt]:
-    """From the form's files to soft prompts; the files are gone afterwards."""
+def _validate(
+    task: str, files: list[UploadFile], registry: Registry, settings: Settings
+) -> tuple[list[SoftPrompt], list[str]]:
+    """From the form's files to soft prompts, and the names of files that were not taken; all are gone afterwards."""
     check_task_name(task)
     if not files:
         raise InvalidSoftPrompt("The form has no files.")
-    with unpacked_upload(files, settings.max_upload_bytes) as directory:
-        return load_soft_prompts(directory, registry.model, registry.max_virtual_tokens)
+    with unpacked_upload(files, settings.max_upload_bytes) as upload:
+        soft_prompts = load_soft_prompts(upload.directory, registry.model, registry.max_virtual_tokens)
+        return soft_prompts, upload.ignored
 
 
 def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:

@@ -160,6 +160,8 @@ class PublishReply(BaseModel):
     num_virtual_tokens: int
     live: bool
     tasks: list[TaskVersion]
+    warnings: list[str] = Field([], description="What the files say and the server does not use, a sentence each.")
+    ignored: list[str] = Field([], description="Files that were sent and not used.")
 
 
 class Health(BaseModel):

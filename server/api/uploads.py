@@ -19,12 +19,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
 from fastapi import UploadFile
 
 from server.errors import InvalidSoftPrompt, PayloadTooLarge, StoreError, StoreFull
-from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
+from server.soft_prompts.declared import CONFIG_FILE
+from server.soft_prompts.formats import MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
 
 WANTED = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
 MAX_ZIP_ENTRIES = 64
@@ -40,8 +41,15 @@ BROKEN_ZIP = (
 MAKE_PLAIN = "Make a plain zip of the files."
 
 
+class Unpacked(NamedTuple):
+    """A directory with the files of a soft prompt, and the names of the files that were sent and not taken."""
+
+    directory: Path
+    ignored: list[str]
+
+
 @contextmanager
-def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Path]:
+def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unpacked]:
     """An upload's files in a temporary directory, which is gone afterwards, however that ends.
 
     Raises:
@@ -50,8 +58,7 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Pat
     """
     try:
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
-            unpack_upload(files, Path(folder), max_bytes)
-            yield Path(folder)
+            yield Unpacked(Path(folder), unpack_upload(files, Path(folder), max_bytes))
     except OSError as exc:
         raise not_kept(exc) from exc
 
@@ -67,30 +74,32 @@ def not_kept(exc: OSError) -> StoreError:
     )
 
 
-def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> None:
-    """Write the files of a soft prompt into a directory.
+def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> list[str]:
+    """Write the files of a soft prompt into a directory; answers the names of those that were not taken.
 
     Raises:
         InvalidSoftPrompt: a file has no place in a soft prompt, comes twice, or the zip is unsafe or broken.
         PayloadTooLarge: the files unfold to more than `max_bytes`.
     """
-    names = [PurePosixPath(file.filename or "").name for file in files]
+    names = [_path(file.filename or "").name for file in files]
     if len(files) == 1 and names[0].lower().endswith(".zip"):
-        _unzip(files[0].file, directory, max_bytes)
-        return
+        return _unzip(files[0].file, directory, max_bytes)
+    ignored = []
     for name, file in zip(names, files, strict=True):
-        if name in PICKLE_FILES:
-            (directory / name).touch()  # formats.py says what is wrong with it and how to convert it
-        elif name in WANTED:
+        if name in WANTED:
             max_bytes -= _copy(file.file, _new(directory, name), max_bytes)
-        elif name != "README.md":
+            continue
+        if name not in (*PICKLE_FILES, "README.md"):
             raise InvalidSoftPrompt(
                 f"{name[:100]!r} is not a file of a soft prompt.",
                 remedy=f"Send {CONFIG_FILE}, {TENSOR_FILE} and optionally {MANIFEST_FILE}, or one .zip of them.",
             )
+        ignored.append(_leave_out(name, directory))
+    return ignored
 
 
-def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
+def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> list[str]:
+    ignored = []
     try:
         _check_directory(source)
         with zipfile.ZipFile(source) as archive:
@@ -99,19 +108,41 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> None:
                 raise InvalidSoftPrompt(f"The zip has {len(entries)} entries; at most {MAX_ZIP_ENTRIES} are taken.")
             for entry in entries:
                 _check_entry(entry)
-            for entry in entries:
-                name = PurePosixPath(entry.filename).name
-                if entry.filename.endswith("/") or name not in (*WANTED, *PICKLE_FILES):
-                    continue
-                if name in PICKLE_FILES:
-                    (directory / name).touch()
+            files = {entry: _path(entry.filename) for entry in entries if entry.filename[-1:] not in ("/", "\\")}
+            _check_folders([path for path in files.values() if path.name in WANTED])
+            for entry, path in files.items():
+                if path.name not in WANTED:
+                    ignored.append(_leave_out(path.name, directory))
                     continue
                 with archive.open(entry) as file:
-                    max_bytes -= _copy(file, _new(directory, name), max_bytes)
+                    max_bytes -= _copy(file, _new(directory, path.name), max_bytes)
     except (*BROKEN_ZIP, OSError) as exc:
         if isinstance(exc, OSError) and exc.errno != errno.EINVAL:  # which is a seek to where no file can have bytes
             raise
         raise InvalidSoftPrompt(f"The zip cannot be read: {str(exc)[:200]}.", remedy=MAKE_PLAIN) from exc
+    return ignored
+
+
+def _path(name: str) -> PurePosixPath:
+    """A file's path, whether its name was written with slashes or, on Windows, with backslashes."""
+    return PurePosixPath(name.replace("\\", "/"))
+
+
+def _check_folders(paths: Sequence[PurePosixPath]) -> None:
+    """Refuse files of two soft prompts: a config and a tensor of different folders need not belong together."""
+    folders = sorted({str(path.parent) for path in paths})
+    if len(folders) > 1 and len({path.name for path in paths}) == len(paths):  # else one comes twice, which is clearer
+        raise InvalidSoftPrompt(
+            f"The zip has files of a soft prompt in {folders[0][:100]!r} and in {folders[1][:100]!r}.",
+            remedy="Zip the files of one soft prompt, in one folder.",
+        )
+
+
+def _leave_out(name: str, directory: Path) -> str:
+    """Take note of a file that is not used."""
+    if name in PICKLE_FILES:
+        (directory / name).touch()  # formats.py says what is wrong with it where it is all that there is
+    return name[:100]
 
 
 def _check_directory(source: IO[bytes]) -> None:
@@ -134,7 +165,7 @@ def _check_directory(source: IO[bytes]) -> None:
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
     """Refuse entries that point outside, are links, or are encrypted; none of them has a place in a soft prompt."""
-    path = PurePosixPath(entry.filename.replace("\\", "/"))
+    path = _path(entry.filename)
     if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
         raise InvalidSoftPrompt(f"The zip has an entry that leads outside: {entry.filename[:100]!r}.")
     if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):

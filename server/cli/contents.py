@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.names import names_of, split_version
 from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
 
 Named = tuple[str, SoftPrompt]
 
@@ -90,6 +93,8 @@ def _of_inbox(settings: Settings, model: ModelSpec, task: str, directory: Path |
             if not directory.is_dir():
                 raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
             contents = load_soft_prompts(directory, model, settings.max_virtual_tokens)
+            for note in contents[0].notes:
+                log.warning("%s: %s", directory, note)
             if names_of(task, contents) != [task]:
                 raise InvalidSoftPrompt(
                     f"{directory} is a multitask soft prompt with {len(contents)} rows.",

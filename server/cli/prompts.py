@@ -125,6 +125,8 @@ def push(
                 typer.echo(f"{reference}: published")
             else:
                 typer.echo(f"{reference}: published, not live; `prelude prompts activate {reference}` makes it live")
+        for note in [*pushed.get("warnings", ()), *(f"{name} is not used." for name in pushed.get("ignored", ()))]:
+            typer.echo(printable(note), err=True)
         if not dry_run:
             for made in pushed["tasks"]:
                 _echo_live(client.versions(made["task"]))

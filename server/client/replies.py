@@ -75,6 +75,8 @@ class Pushed(TypedDict):
     num_virtual_tokens: int
     live: bool
     tasks: list[TaskVersion]
+    warnings: NotRequired[list[str]]
+    ignored: NotRequired[list[str]]
     created: NotRequired[bool]
 
 

@@ -91,6 +91,7 @@ class FrozenModel:
             max_model_len=min(max_model_len, limit),
             dtype=str(module.dtype).removeprefix("torch."),
             device=str(module.device),
+            num_attention_heads=getattr(text_config, "num_attention_heads", None),
         )
         pin_longrope(module, self.spec.max_model_len)
 

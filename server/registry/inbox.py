@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from server.registry.events import content_of
 from server.registry.folder import Folder, Signature
 from server.registry.registry import Registry
 from server.registry.state import Version
-from server.soft_prompts.formats import load_soft_prompts
+from server.soft_prompts.declared import CONFIG_FILE
+from server.soft_prompts.formats import MANIFEST_FILE, TENSOR_FILE, load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ LOOK_SECONDS = 1.0
 
 LOOK_SHARE = 0.01
 """Of a core's time, what looking at every file may take: with very many entries it is done less often."""
+
+FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
+COMPANIONS = ("README.md", "metrics.json", "loss.svg", "teacher.txt")
+"""What `prelude train`, or who publishes, lays beside them for people."""
+MOST_UNUSED = 10
 
 BUG_SECONDS = 30.0
 STOP_SECONDS = 0.8
@@ -195,12 +201,20 @@ class Inbox:
             published = registry.publish(path.name, contents, "inbox", by=self._place)
             for task in published.tasks if published.created else ():
                 log.info("%s: version %d from %s", task.task, task.version, path)
+            self._say_what_is_unused(path, entry, contents[0].notes)
         entry.put_back = False
         left = {task: identity for task, identity in entry.tasks.items() if task not in names}  # rows that are no more
         entry.tasks = {name: content_of(content, "").identity for name, content in zip(names, contents, strict=True)}
         if not self._retire(left):
             entry.tasks |= left
             entry.retry = True
+
+    def _say_what_is_unused(self, path: Path, entry: _Entry, notes: Sequence[str]) -> None:
+        for note in notes:
+            log.warning("%s: %s", path, note)
+        unused = [_shown(file[0]) for file in entry.read or () if file[0] not in (*FILES, *COMPANIONS)]
+        if unused:
+            log.warning("%s: not used: %s", path, ", ".join(unused[:MOST_UNUSED]))
 
     def _check_clash(self, name: str, tasks: Collection[str]) -> None:
         """Refuse a task that another entry makes: `many-0`, if it is the first row of the multitask `many`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,23 +17,22 @@ import torch
 from safetensors.torch import save_file
 
 from server.core import ModelSpec
-from server.errors import InvalidSoftPrompt, UnsupportedPeftType
-from server.soft_prompts.manifest import Manifest, parse_json_object
-from server.soft_prompts.soft_prompt import (
-    EMBEDDING_TYPES,
-    KV_TYPES,
-    SoftPrompt,
-    check_base_model,
-    check_finite,
-    check_shape,
+from server.errors import InvalidSoftPrompt
+from server.soft_prompts.declared import (
+    CONFIG_FILE,
+    MULTITASK,
+    check_declared,
+    check_multitask,
+    check_tensor_names,
+    notes_of,
+    peft_type_of,
 )
+from server.soft_prompts.manifest import Manifest, parse_json_object
+from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
 from server.soft_prompts.tensor_file import TensorFile, open_regular, open_tensor_file
 
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
-MULTITASK = "MULTITASK_PROMPT_TUNING"
-SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
 
 MAX_JSON_BYTES = 2**20
 MAX_MULTITASK_BYTES = 2**28
@@ -54,9 +52,10 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
     manifest_path = directory / MANIFEST_FILE
     # A link that leads nowhere is no manifest that was left out: without its template the task would answer otherwise.
     manifest = Manifest.parse(_read_small(manifest_path)) if os.path.lexists(manifest_path) else Manifest()
-    peft_type = _peft_type(config)
+    peft_type = peft_type_of(config)
     check_base_model(manifest, model)
     with _open_tensors(directory / TENSOR_FILE) as tensors:
+        check_tensor_names(peft_type, tensors.entries, TENSOR_FILE)
         if peft_type == MULTITASK:
             values = _multitask_rows(tensors, config, model, max_virtual_tokens)
         else:
@@ -65,7 +64,8 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
     for value in values:
         check_finite(value, model.dtype)
     kind = "PROMPT_TUNING" if multitask else peft_type
-    return [SoftPrompt(kind, value, manifest, is_multitask_row=multitask) for value in values]
+    notes = notes_of(config, manifest, model)
+    return [SoftPrompt(kind, value, manifest, is_multitask_row=multitask, notes=notes) for value in values]
 
 
 def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec) -> None:
@@ -116,22 +116,6 @@ def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def _peft_type(config: dict[str, Any]) -> str:
-    peft_type = config.get("peft_type")
-    served = ", ".join(SERVED_TYPES)
-    if not isinstance(peft_type, str) or not peft_type:
-        raise InvalidSoftPrompt(f"{CONFIG_FILE} has no peft_type.", remedy=f"Served are {served}.")
-    if peft_type not in SERVED_TYPES:
-        raise UnsupportedPeftType(f"peft_type {peft_type[:64]!r} is not a soft prompt; served are {served}.")
-    submodules = config.get("num_transformer_submodules")
-    if submodules not in (None, 1):
-        raise UnsupportedPeftType(
-            f"num_transformer_submodules is {reprlib.repr(submodules)}: a soft prompt of an encoder-decoder model.",
-            remedy="Train the soft prompt on the decoder-only model that this server holds.",
-        )
-    return peft_type
-
-
 def _read_small(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
@@ -158,35 +142,12 @@ def _open_tensors(path: Path) -> Iterator[TensorFile]:
         yield tensors
 
 
-def _check_declared_length(config: dict[str, Any], rows: int) -> None:
-    declared = config.get("num_virtual_tokens")
-    if declared is not None and declared != rows:
-        raise InvalidSoftPrompt(
-            f"{CONFIG_FILE} says num_virtual_tokens {reprlib.repr(declared)}, but prompt_embeddings has {rows} rows.",
-            remedy="Send the config and the tensor of the same save_pretrained call.",
-        )
-
-
-def _check_declared_heads(config: dict[str, Any], model: ModelSpec) -> None:
-    """Layers and heads that differ can have the right width and mean something else."""
-    held = {"num_layers": model.num_hidden_layers, "num_attention_heads": model.num_key_value_heads}
-    for key, expected in held.items():
-        if config.get(key) not in (None, expected):
-            declared = reprlib.repr(config[key])
-            raise InvalidSoftPrompt(
-                f"{CONFIG_FILE} says {key} {declared}; the keys and values of {model.name} have {expected}.",
-                remedy=f"Train it on {model.name}, or serve the model that it was trained on.",
-            )
-
-
 def _single_tensor(
     tensors: TensorFile, peft_type: str, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
 ) -> torch.Tensor:
     shape = tensors.shape("prompt_embeddings")
     check_shape(peft_type, shape, model, max_virtual_tokens)
-    _check_declared_length(config, shape[0])
-    if peft_type in KV_TYPES:
-        _check_declared_heads(config, model)
+    check_declared(config, peft_type, shape[0], model)
     return tensors.read("prompt_embeddings")
 
 
@@ -200,7 +161,6 @@ def _multitask_rows(
     shape = tensors.shape("prompt_embeddings")
     cols, rows = tensors.shape("prefix_task_cols"), tensors.shape("prefix_task_rows")
     check_shape(MULTITASK, shape, model, max_virtual_tokens)
-    _check_declared_length(config, shape[0])
     fits = len(cols) == len(rows) == 3 and cols == (rows[0], shape[0], rows[1]) and rows[2] == shape[1]
     if not fits or not 1 <= cols[0] <= 1000 or not 1 <= cols[2] <= shape[1]:
         raise InvalidSoftPrompt(
@@ -213,6 +173,8 @@ def _multitask_rows(
             f"{cols[0]} tasks of {shape[0]} virtual tokens unfold to more than {MAX_MULTITASK_BYTES} bytes.",
             remedy="Publish fewer tasks at a time.",
         )
+    check_declared(config, MULTITASK, shape[0], model)
+    check_multitask(config, cols[0], cols[2])
     shared = tensors.read("prompt_embeddings").float()
     task_cols = tensors.read("prefix_task_cols").float()
     task_rows = tensors.read("prefix_task_rows").float()

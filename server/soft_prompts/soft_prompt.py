@@ -31,6 +31,7 @@ class SoftPrompt:
             `[num_virtual_tokens, layers * 2 * kv_heads * head_dim]` for a KV prefix. Never written to.
         manifest: what the soft prompt says about itself.
         is_multitask_row: whether it was split off a multitask soft prompt; only the name of its task depends on it.
+        notes: sentences for the publisher on what its files say and the server does not use; no part of its identity.
         prefix_hash: sha256 over name, dtype, shape and bytes of `tensor`, and whether it is a KV prefix.
         digest: sha256 over `prefix_hash` and the manifest's fields that change answers.
     """
@@ -39,6 +40,7 @@ class SoftPrompt:
     tensor: torch.Tensor
     manifest: Manifest = field(default_factory=Manifest)
     is_multitask_row: bool = False
+    notes: tuple[str, ...] = ()
     prefix_hash: str = field(init=False)
     digest: str = field(init=False)
 

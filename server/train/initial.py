@@ -7,6 +7,7 @@ soft prompt as the start is SPoT (Vu et al. 2022). Prefix tuning starts at the k
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
 from server.train.forward import key_values_of
 from server.train.methods import KeyValues, split_key_values
+
+log = logging.getLogger(__name__)
 
 COMMON_TOKENS = 5000
 
@@ -51,6 +54,8 @@ def initial_values(
                 f"{config.init_from} cannot be begun with: {exc.message}",
                 remedy="Name the PEFT directory of a soft prompt for this model.",
             ) from exc
+        for note in found.notes:
+            log.warning("%s: %s", config.init_from, note)
         check_start(config, found)
         return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
     ids = _first_ids(model, config, labels)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from server.core import ModelSpec
 from server.errors import ConfigurationError
-from server.soft_prompts.formats import MULTITASK, save_multitask, save_soft_prompt
+from server.soft_prompts.declared import MULTITASK
+from server.soft_prompts.formats import save_multitask, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.record import TrainingResult

@@ -236,6 +236,41 @@ def test_a_readme_is_no_error(server: LiveServer, good: Files) -> None:
     assert server.put(LIVE, {**good, "README.md": b"# mine"}).status_code == 200
 
 
+def test_the_reply_names_every_file_that_was_not_used(server: LiveServer, good: Files) -> None:
+    for name in ("README.md", "adapter_model.bin"):
+        assert server.put(LIVE, {**good, name: b"more"}).json()["ignored"] == [name]
+    packed = zip_of({**good, "tokenizer.json": b"{}", "checkpoint/optimizer.pt": b"x", "adapter_model.bin": b"x"})
+    reply = server.put(LIVE, {"f.zip": packed}).json()
+    assert reply["ignored"] == ["tokenizer.json", "optimizer.pt", "adapter_model.bin"]
+    assert server.put(LIVE, good).json()["ignored"] == []
+
+
+def test_the_reply_names_what_the_files_say_and_nobody_uses(server: LiveServer, good: Files) -> None:
+    config = {**json.loads(good[CONFIG]), "base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}
+    manifest = {name: value for name, value in json.loads(good[MANIFEST]).items() if name != "base_model"}
+    files = {**good, CONFIG: json.dumps(config).encode(), MANIFEST: json.dumps({**manifest, "lables": []}).encode()}
+    base, field = server.client.put(f"/prompts/{LIVE}?dry_run=true", files=as_form(files)).json()["warnings"]
+    assert "Mistral-7B" in base
+    assert "lables" in field
+    assert server.put(LIVE, good).json()["warnings"] == []
+
+
+def test_a_zip_made_on_windows_is_taken(server: LiveServer, good: Files) -> None:
+    entries: list[tuple[zipfile.ZipInfo | str, bytes]] = []
+    for name, data in (("mine\\", b""), *((f"mine\\{name}", data) for name, data in good.items())):
+        info = zipfile.ZipInfo("placeholder")
+        info.filename = name
+        entries.append((info, data))
+    reply = server.put(LIVE, {"f.zip": _zip(entries)})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["ignored"] == []
+
+
+def test_a_zip_with_files_of_two_soft_prompts_is_refused(server: LiveServer, good: Files) -> None:
+    files = {f"a/{CONFIG}": good[CONFIG], f"b/{TENSORS}": good[TENSORS]}
+    _refused(server, {"f.zip": zip_of(files)}, "in 'a' and in 'b'")
+
+
 def test_a_file_that_comes_twice_is_refused(server: LiveServer, good: Files) -> None:
     _refused(server, [*good.items(), (TENSORS, good[TENSORS])], f"{TENSORS} comes twice")
     _refused(server, [*good.items(), (f"b/{CONFIG}", good[CONFIG])], f"{CONFIG} comes twice")

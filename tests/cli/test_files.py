@@ -9,7 +9,7 @@ import pytest
 from server.cli import files
 from server.cli.files import check_target, find_upload, new_directory, unpack
 from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTaskName
-from server.soft_prompts import formats
+from server.soft_prompts import declared, formats
 from tests.api.live import Files, zip_of
 
 CONTENT: Files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"numbers", "manifest.json": b"{}"}
@@ -31,7 +31,7 @@ def read(directory: Path) -> Files:
 
 
 def test_the_files_are_those_that_the_server_reads_and_writes() -> None:
-    assert files.FILES == (formats.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
+    assert files.FILES == (declared.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
     assert files.PICKLE_FILE in formats.PICKLE_FILES
 
 

@@ -23,7 +23,8 @@ from server.cli import app
 from server.cli.prompts import app as prompts_app
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.soft_prompts.formats import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
+from server.soft_prompts.declared import CONFIG_FILE
+from server.soft_prompts.formats import MANIFEST_FILE, TENSOR_FILE
 from tests.api.live import Files, LiveServer, live_server, wait_until, zip_of
 from tests.cli.fake_hub import FakeHub, fake_hub
 from tests.strangers import answering, reply

@@ -26,12 +26,12 @@ from server.errors import (
     UnknownTask,
     VersionInUse,
 )
-from server.soft_prompts import formats
+from server.soft_prompts import declared, formats
 from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, live_server, zip_of
 from tests.strangers import answering, reply
 from tests.support import random_soft_prompt
 
-FORMATS = (formats.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
+FORMATS = (declared.CONFIG_FILE, formats.TENSOR_FILE, formats.MANIFEST_FILE)
 
 
 @pytest.fixture(scope="module")

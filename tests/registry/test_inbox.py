@@ -132,6 +132,18 @@ def test_a_new_entry_is_published_after_it_was_warmed(home: Home) -> None:
     assert version.by.endswith(f":{home.prompts}")
 
 
+def test_what_an_entry_holds_and_nobody_uses_is_logged_once(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    home.drop("a", 1, lables="x")
+    for name in ("README.md", "tokenizer.json"):
+        (home.prompts / "a" / name).write_text("{}")
+    server = home.server()
+    server.scan()
+    server.scan()
+    field, file = [record.message for record in caplog.records]
+    assert "lables" in field
+    assert file.endswith("a: not used: tokenizer.json")
+
+
 def test_what_peft_saved_is_served_and_a_multitask_entry_as_one_task_per_row(home: Home) -> None:
     peft_directory(home.prompts / "plain")
     peft_directory(home.prompts / "many", "MULTITASK_PROMPT_TUNING")

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from server.core import ModelSpec
 from server.errors import BaseModelMismatch, InvalidSoftPrompt, PreludeError, UnsupportedPeftType
-from server.soft_prompts.formats import SERVED_TYPES, load_soft_prompts, save_soft_prompt
+from server.soft_prompts.declared import SERVED_TYPES
+from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.peft_files import (
@@ -451,7 +452,76 @@ def test_keys_and_values_of_other_heads_are_refused_although_the_width_fits(tmp_
     assert other.kv_width == spec.kv_width
     error = refusal(peft_directory(tmp_path, "PREFIX_TUNING"), other)
     assert "num_layers 2" in error.message
-    assert "have 4" in error.message
+    assert "has 4" in error.message
+
+
+BESIDE = {
+    "the head of a classifier": ("base_model.score.weight", "head that was trained"),
+    "an output layer": ("base_model.lm_head.weight", "vocabulary was resized"),
+    "a resized vocabulary": ("base_model.model.embed_tokens.weight", "vocabulary was resized"),
+    "a LoRA matrix": ("base_model.model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA"),
+    "anything else": ("prompt_encoder.mlp.0.weight", "no part of a soft prompt"),
+    "a multitask factor": ("prefix_task_cols", "no part of a soft prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "CPT"])
+def test_a_tensor_that_would_be_dropped_is_refused_by_its_name(
+    name: str, kind: str, tmp_path: Path, spec: ModelSpec
+) -> None:
+    tensor, meaning = BESIDE[name]
+    edit_tensors(peft_directory(tmp_path, kind), **{tensor: torch.ones(3, spec.hidden_size)})
+    error = refusal(tmp_path, spec)
+    assert tensor in error.message
+    assert meaning in error.message
+
+
+DECLARED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a classifier": ("PROMPT_TUNING", {"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+    "a token classifier": ("P_TUNING", {"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'"),
+    "an encoder-decoder": ("PREFIX_TUNING", {"task_type": "SEQ_2_SEQ_LM"}, "task_type is 'SEQ_2_SEQ_LM'"),
+    "features": ("CPT", {"task_type": "FEATURE_EXTRACTION"}, "task_type is 'FEATURE_EXTRACTION'"),
+    "no text": ("PROMPT_TUNING", {"task_type": 7}, "task_type is 7"),
+    "trained modules": ("PROMPT_TUNING", {"modules_to_save": ["score"]}, "modules_to_save is ['score']"),
+    "other layers": ("PROMPT_TUNING", {"num_layers": 32}, "num_layers 32"),
+    "another width": ("P_TUNING", {"token_dim": 4096}, "token_dim 4096"),
+    "other heads": ("PROMPT_TUNING", {"num_attention_heads": 99}, "num_attention_heads 99"),
+    "another width of keys": ("PREFIX_TUNING", {"token_dim": 4096}, "token_dim 4096"),
+    "ids of another length": ("CPT", {"cpt_token_ids": [1, 2], "num_virtual_tokens": 5}, "length of cpt_token_ids 2"),
+    "other tasks": ("MULTITASK_PROMPT_TUNING", {"num_tasks": 9}, "num_tasks 9"),
+    "other ranks": ("MULTITASK_PROMPT_TUNING", {"num_ranks": 9}, "num_ranks 9"),
+    "a multitask of other layers": ("MULTITASK_PROMPT_TUNING", {"num_layers": 9}, "num_layers 9"),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_config_that_contradicts_what_would_be_served_is_refused(name: str, tmp_path: Path, spec: ModelSpec) -> None:
+    kind, changes, words = DECLARED[name]
+    edit_json(peft_directory(tmp_path, kind) / CONFIG, **changes)
+    assert words in refusal(tmp_path, spec).message
+
+
+def test_a_config_without_a_task_type_is_taken(tmp_path: Path, spec: ModelSpec) -> None:
+    edit_json(peft_directory(tmp_path) / CONFIG, task_type=None)
+    assert load(tmp_path, spec)[0].notes == ()
+
+
+def test_what_is_taken_but_not_used_is_noted(tmp_path: Path, spec: ModelSpec) -> None:
+    peft_directory(tmp_path)
+    assert load(tmp_path, spec)[0].notes == ()
+    edit_json(tmp_path / CONFIG, base_model_name_or_path="mistralai/Mistral-7B-v0.1", use_dora=True)
+    (tmp_path / MANIFEST).write_text('{"lables": ["a", "b"]}')
+    base, key, field = load(tmp_path, spec)[0].notes
+    assert "mistralai/Mistral-7B-v0.1" in base
+    assert spec.name in base
+    assert "use_dora" in key
+    assert "lables" in field
+
+
+def test_a_local_copy_of_the_same_name_is_not_noted(tmp_path: Path, spec: ModelSpec) -> None:
+    edit_json(peft_directory(tmp_path) / CONFIG, base_model_name_or_path=f"/data/models/{spec.name.upper()}/")
+    assert load(tmp_path, spec)[0].notes == ()
 
 
 def test_embeddings_under_the_name_of_a_prefix_are_refused(tmp_path: Path, spec: ModelSpec) -> None:

@@ -88,8 +88,8 @@ def take(files: list[UploadFile], spec: ModelSpec) -> list[SoftPrompt] | Prelude
     """What becomes of an upload; anything else that is raised is a bug."""
     started = time.monotonic()
     try:
-        with unpacked_upload(files, MAX_BYTES) as directory:
-            return load_soft_prompts(directory, spec, MAX_VIRTUAL_TOKENS)
+        with unpacked_upload(files, MAX_BYTES) as upload:
+            return load_soft_prompts(upload.directory, spec, MAX_VIRTUAL_TOKENS)
     except PreludeError as error:
         return error
     finally:

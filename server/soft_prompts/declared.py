@@ -1,0 +1,196 @@
+"""What `adapter_config.json` declares, held against the frozen model: nothing that it says is ignored in silence.
+
+A key either contradicts what would be served, and the soft prompt is refused; or it only says how the numbers came
+about; or it is reported in a note, which the publisher reads.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from server.core import ModelSpec
+from server.errors import InvalidSoftPrompt, UnsupportedPeftType
+from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.soft_prompt import EMBEDDING_TYPES, KV_TYPES
+
+CONFIG_FILE = "adapter_config.json"
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
+SERVED_TASK_TYPES = (None, "CAUSAL_LM")
+
+TENSORS = {MULTITASK: ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")}
+"""The tensors of a soft prompt's file; of every other kind it is `prompt_embeddings` alone."""
+
+CHECKED_KEYS = {
+    *("base_model_name_or_path", "cpt_token_ids", "modules_to_save", "num_attention_heads", "num_layers", "num_ranks"),
+    *("num_tasks", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "task_type", "token_dim"),
+}
+TRAINING_KEYS = {
+    *("auto_mapping", "cpt_mask", "cpt_tokens_type_mask", "encoder_dropout", "encoder_hidden_size"),
+    *("encoder_num_layers", "encoder_reparameterization_type", "inference_mode", "init_weights", "num_frozen_tokens"),
+    *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon", "opt_weighted_loss_type"),
+    *("peft_version", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_state_dict_path"),
+    *("prompt_tuning_init_task", "prompt_tuning_init_text", "revision", "tokenizer_kwargs", "tokenizer_name_or_path"),
+}
+"""Keys that PEFT writes about how the numbers came about; PEFT itself needs none of them to apply them."""
+
+MOST_NAMES = 5
+RETRAIN = "Train it on {model}, or serve the model that it was trained on."
+
+
+def peft_type_of(config: dict[str, Any]) -> str:
+    """The kind of soft prompt that a config declares.
+
+    Raises:
+        InvalidSoftPrompt: it declares none.
+        UnsupportedPeftType: an adapter of another kind, or of a model that is no decoder-only language model.
+    """
+    peft_type = config.get("peft_type")
+    served = ", ".join(SERVED_TYPES)
+    if not isinstance(peft_type, str) or not peft_type:
+        raise InvalidSoftPrompt(f"{CONFIG_FILE} has no peft_type.", remedy=f"Served are {served}.")
+    if peft_type not in SERVED_TYPES:
+        raise UnsupportedPeftType(f"peft_type {peft_type[:64]!r} is not a soft prompt; served are {served}.")
+    task_type = config.get("task_type")
+    if task_type not in SERVED_TASK_TYPES:
+        raise UnsupportedPeftType(
+            f"task_type is {_shown(task_type)}; this server generates text, which is CAUSAL_LM.",
+            remedy="Train the soft prompt with task_type CAUSAL_LM on the model that this server holds.",
+        )
+    submodules = config.get("num_transformer_submodules")
+    if submodules not in (None, 1):
+        raise UnsupportedPeftType(
+            f"num_transformer_submodules is {_shown(submodules)}: a soft prompt of an encoder-decoder model.",
+            remedy="Train the soft prompt on the decoder-only model that this server holds.",
+        )
+    if config.get("modules_to_save"):
+        raise UnsupportedPeftType(
+            f"modules_to_save is {_shown(config['modules_to_save'])}: parts of the model were trained too.",
+            remedy="Train the soft prompt alone, without modules_to_save.",
+        )
+    return peft_type
+
+
+def check_tensor_names(peft_type: str, names: Iterable[str], file_name: str) -> None:
+    """Refuse a tensor that serving the soft prompt would drop.
+
+    Raises:
+        InvalidSoftPrompt: names the first one, and says what it is.
+    """
+    expected = TENSORS.get(peft_type, ("prompt_embeddings",))
+    found = set(names)
+    extra = sorted(found.difference(expected))
+    if extra and found.issuperset(expected):  # else what is missing says more
+        meaning, remedy = _meaning(extra[0])
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise InvalidSoftPrompt(
+            f"{file_name} holds {extra[0][:200]!r}{more} beside {', '.join(expected)}: {meaning}.", remedy=remedy
+        )
+
+
+def check_declared(config: dict[str, Any], peft_type: str, rows: int, model: ModelSpec) -> None:
+    """Refuse a config that contradicts the tensor or the frozen model.
+
+    Layers and heads that differ can have the right width and mean something else.
+
+    Args:
+        config: the adapter's.
+        peft_type: what it declares.
+        rows: virtual tokens of the tensor.
+        model: the frozen model.
+
+    Raises:
+        InvalidSoftPrompt: names the key, what it says and what is expected.
+    """
+    ids = config.get("cpt_token_ids") if peft_type == "CPT" else None
+    lengths = {"num_virtual_tokens": config.get("num_virtual_tokens")}
+    if isinstance(ids, list):
+        lengths["length of cpt_token_ids"] = len(ids)
+    for key, declared in lengths.items():
+        if declared is not None and declared != rows:
+            raise InvalidSoftPrompt(
+                f"{CONFIG_FILE} says {key} {_shown(declared)}, but prompt_embeddings has {rows} rows.",
+                remedy="Send the config and the tensor of the same save_pretrained call.",
+            )
+    if peft_type in KV_TYPES:
+        heads: int | None = model.num_key_value_heads
+        width = model.num_key_value_heads * model.head_dim
+    else:
+        heads, width = model.num_attention_heads, model.hidden_size
+    held = {"num_layers": model.num_hidden_layers, "num_attention_heads": heads, "token_dim": width}
+    for key, expected in held.items():
+        if expected is not None and config.get(key) not in (None, expected):
+            raise InvalidSoftPrompt(
+                f"{CONFIG_FILE} says {key} {_shown(config[key])}; a {peft_type} soft prompt for {model.name} has "
+                f"{expected}.",
+                remedy=RETRAIN.format(model=model.name),
+            )
+
+
+def check_multitask(config: dict[str, Any], tasks: int, ranks: int) -> None:
+    """Refuse a config that declares other numbers of tasks and ranks than the tensors have.
+
+    Raises:
+        InvalidSoftPrompt: names the key, what it says and what the tensors have.
+    """
+    for key, held in {"num_tasks": tasks, "num_ranks": ranks}.items():
+        if config.get(key) not in (None, held):
+            raise InvalidSoftPrompt(
+                f"{CONFIG_FILE} says {key} {_shown(config[key])}; the tensors have {held}.",
+                remedy="Send the config and the tensors of the same save_pretrained call.",
+            )
+
+
+def notes_of(config: dict[str, Any], manifest: Manifest, model: ModelSpec) -> tuple[str, ...]:
+    """What a publisher should know of a soft prompt that is taken all the same, a sentence each.
+
+    That the base model has another name proves nothing: it is often the path of a local copy.
+    """
+    notes = []
+    base = config.get("base_model_name_or_path")
+    is_known = manifest.base_model is not None and manifest.base_model.fingerprint == model.fingerprint
+    if isinstance(base, str) and base and not is_known and _last(base) != _last(model.name):
+        notes.append(
+            f"{CONFIG_FILE} names the base model {base[:200]!r}; this server holds {model.name}. The shapes fit; "
+            "whether it was trained on this model cannot be told from the files."
+        )
+    unused = sorted(set(config) - CHECKED_KEYS - TRAINING_KEYS)
+    if unused:
+        notes.append(f"{CONFIG_FILE} has keys that no soft prompt uses, and they change nothing: {_names(unused)}.")
+    unknown = sorted(manifest.model_extra or ())
+    if unknown:
+        notes.append(
+            f"manifest.json has fields that this server does not know; they are kept and change nothing: "
+            f"{_names(unknown)}."
+        )
+    return tuple(notes)
+
+
+def _meaning(tensor: str) -> tuple[str, str]:
+    """What a tensor beside the virtual tokens is, and what to do."""
+    parts = tensor.split(".")
+    if any("lora" in part.lower() for part in parts):
+        return "a LoRA matrix", "Merge the adapter into the model, or train a soft prompt alone."
+    if any(part in ("embed_tokens", "word_embeddings", "wte", "embeddings", "lm_head") for part in parts):
+        return (
+            "a layer of a model whose vocabulary was resized or whose embeddings were trained or saved",
+            "Train on the model as it is; if its vocabulary is unchanged, save with save_embedding_layers=False.",
+        )
+    if any(part in ("score", "classifier", "qa_outputs", "modules_to_save") for part in parts):
+        return "a head that was trained too", "Train the soft prompt alone, with task_type CAUSAL_LM."
+    return "no part of a soft prompt", "Save the soft prompt alone, as PEFT's save_pretrained does."
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(name[:64] for name in names[:MOST_NAMES]) + more
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from server.api.app import Service, create_app
 from server.api.browsers import is_loopback
-from server.api.connection import PROTOCOL
+from server.api.connection import bounded_protocol
 from server.core import GenerationRequest, SamplingParams
 from server.engine.admission import Limits
 from server.engine.build import load_engine
@@ -75,11 +75,12 @@ def serve(settings: Settings) -> None:
         keep_for_good()
         config = uvicorn.Config(
             app,
-            http=PROTOCOL,
+            http=bounded_protocol(),
             log_level=settings.log_level,
             log_config=None,  # the messages of uvicorn look like ours
             access_log=False,
             lifespan="on",
+            ws="none",  # no route speaks it: a request for it is answered as HTTP
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         before = set(threading.enumerate())

@@ -19,6 +19,7 @@ from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.evaluations import routes as evaluations
 from server.api.evaluations.jobs import Evaluations
+from server.api.head import HeadAsGet
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
 from server.api.telemetry.access import Access
@@ -70,7 +71,7 @@ class App(FastAPI):
         stack = super().build_middleware_stack()
         if self._origins:
             stack = CORSMiddleware(stack, allow_origins=self._origins, **CORS)
-        return Access(stack, self.state.metrics)
+        return Access(HeadAsGet(stack), self.state.metrics)
 
 
 async def _within(seconds: float, ending: Sequence[Awaitable[None]]) -> None:

@@ -1,61 +1,280 @@
-"""How connections are read: uvicorn's own protocol, with a limit on what comes before a body.
+"""How connections are read: uvicorn's own protocol, with limits on bytes, time and number before anybody is known.
 
-httptools, which parses for uvicorn, keeps a header until its end has come, and there is no limit to when that is.
+httptools, which parses for uvicorn, keeps a header until its end has come, however long it is. uvicorn waits without a
+limit for the rest of a request, takes the trailer of a chunked body for headers, and hangs up on a client that closes
+its half of the connection after its request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import select
 from typing import Any
 
 from server.api.errors import error_body
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, Overloaded, PreludeError
 
 MAX_HEADER_BYTES = 2**16
-"""Of a request's line and headers together."""
+"""Of a request's line and headers together; also of a chunked body between two pieces, and of its trailer."""
+HEADER_SECONDS = 20.0
+"""From the connection, or the last reply on it, until a request's headers have come."""
+BODY_SECONDS, BODY_RATE = 20.0, 2**14
+"""A body may take so many seconds, and one more for each so many bytes that have come."""
+STALLED_SECONDS = 60.0
+"""How long a client may take nothing of what is left for it."""
+MAX_PIPELINED = 16
+"""Requests on one connection that wait for the reply to the one before."""
+LOOKS = (0.02, 0.1, 0.5, 2.0)
+"""Seconds after a client's last word at which to look whether it has gone."""
 
-PROTOCOL: Any
-"""For uvicorn's `http`: `auto` where there is no httptools, since h11 has a limit of its own."""
+PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What a client that waits reads over, and the system of one that has gone answers with a reset."""
+
+
+class Connections:
+    """Makes the protocol of each connection to one server, and keeps their number within what files allow.
+
+    Beyond it the one gives way that has waited longest without a request: a stranger who opens many finds that they
+    replace one another, while the store, the jobs and whoever sends a request still get their files.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        """None has been made.
+
+        Args:
+            most: connections at once. Default: three quarters of the files that the process may open, 128 left over.
+        """
+        self.most = most_connections() if most is None else most
+        self._waiting: dict[Any, None] = {}
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The protocol of a new connection, for uvicorn."""
+        return BoundedHttp(self, *args, **options)
+
+    def waits(self, protocol: Any) -> None:
+        """A connection begins to wait for a request."""
+        self._waiting.pop(protocol, None)
+        self._waiting[protocol] = None
+
+    def is_done_waiting(self, protocol: Any) -> None:
+        """A request has come on a connection, or it is closed."""
+        self._waiting.pop(protocol, None)
+
+    def make_room(self, connections: int) -> None:
+        """Close the one that has waited longest, the new one included, if there are too many."""
+        if connections > self.most and self._waiting:
+            next(iter(self._waiting)).give_way()
+
+
+def most_connections() -> int:
+    """Connections that leave enough files for everything else."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 2**14
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = 2**16 if soft == resource.RLIM_INFINITY else soft
+    return max(16, files - max(128, files // 4))
+
 
 try:
+    import httptools
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ImportError:
-    PROTOCOL = "auto"
+
+    def bounded_protocol() -> Any:
+        """uvicorn's own choice."""
+        return "auto"
 else:
 
     class BoundedHttp(HttpToolsProtocol):
-        """Closes a connection whose headers do not end."""
+        """Closes a connection whose request does not come to its end."""
 
-        _num_header_bytes = 0
-        _is_in_headers = False
+        def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._bounds = connections
+            self._is_in_headers = self._is_in_body = self._body_came = self._has_ended = False
+            self._num_bytes = 0  # of headers, or since a body's last piece
+            self._num_body_bytes, self._began = 0, 0.0
+            self._deadline: asyncio.TimerHandle | None = None
+            self._stalled: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            """Somebody connects."""
+            super().connection_made(transport)
+            self._wait()
+            self._bounds.make_room(len(self.connections))
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """The connection is closed."""
+            self._bounds.is_done_waiting(self)
+            for timer in (self._deadline, self._stalled):
+                if timer is not None:
+                    timer.cancel()
+            self._deadline = self._stalled = None
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             """Bytes have come; those of a body that follows in the same piece are not held against the headers."""
-            super().data_received(data)
-            if not self._is_in_headers:
+            if self.transport.is_closing():
                 return
-            self._num_header_bytes += len(data)
-            if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self._refuse()
+            self._body_came = False
+            super().data_received(data)
+            if self._is_in_headers or (self._is_in_body and not self._body_came):
+                self._num_bytes += len(data)
+                if self._num_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                    what = "headers" if self._is_in_headers else "lines between the body's pieces"
+                    error = InvalidRequest(
+                        f"The {what} have more than {MAX_HEADER_BYTES:,} bytes.", remedy="Send less."
+                    )
+                    self._refuse(b"431 Request Header Fields Too Large", error)
+            else:
+                self._num_bytes = 0
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """The client has said all: one whose request is whole gets its reply, unless it has gone altogether."""
+            cycle = self.cycle
+            if self._is_in_headers or self._is_in_body or cycle is None or not hasattr(select, "poll"):
+                return False
+            if cycle.response_complete or (cycle.response_started and not self.pipeline):
+                return False
+            cycle.keep_alive = False
+            if not self._has_ended and not self.pipeline and cycle.scope["http_version"] == "1.1":
+                self.transport.write(PROBE)
+                self._look(0)
+            self._has_ended = True
+            return True
 
         def on_message_begin(self) -> None:
             """A request begins."""
+            if len(self.pipeline) >= MAX_PIPELINED:
+                raise httptools.HttpParserError("too many requests wait for a reply")
             super().on_message_begin()
-            self._num_header_bytes, self._is_in_headers = 0, True
+            self._num_bytes, self._is_in_headers = 0, True
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            """A header, or a field of a trailer, of which nothing is believed."""
+            if self._is_in_headers:
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
-            """Its headers have ended."""
-            self._is_in_headers = False
+            """A request's headers have ended."""
+            self._is_in_headers, self._is_in_body = False, True
+            self._num_bytes = self._num_body_bytes = 0
+            self._bounds.is_done_waiting(self)
             super().on_headers_complete()
+            self._expire_in(BODY_SECONDS)
 
-        def _refuse(self) -> None:
-            error = InvalidRequest(
-                f"The headers have more than {MAX_HEADER_BYTES:,} bytes.", remedy="Send less of them."
-            )
+        def on_body(self, body: bytes) -> None:
+            """A piece of a body has come."""
+            self._body_came = True
+            self._num_body_bytes += len(body)
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            """A request has come to its end."""
+            self._is_in_body = False
+            if self._deadline is not None and not self.cycle.response_complete:
+                self._deadline.cancel()
+                self._deadline = None
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            """A request was answered, perhaps before its body was read."""
+            super().on_response_complete()
+            if self.cycle.response_complete:
+                self._wait()
+                if self.transport.get_write_buffer_size():
+                    self.pause_writing_since()
+
+        def pause_writing(self) -> None:
+            """The client does not take what is sent."""
+            super().pause_writing()
+            self.pause_writing_since()
+
+        def resume_writing(self) -> None:
+            """It does again."""
+            super().resume_writing()
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
+
+        def pause_writing_since(self) -> None:
+            """Begin to look whether the client takes anything."""
+            if self._stalled is None:
+                size = self.transport.get_write_buffer_size()
+                self._stalled = self.loop.call_later(STALLED_SECONDS, self._give_up, size)
+
+        def give_way(self) -> None:
+            """Close a connection on which nothing is asked, for others."""
+            self._bounds.is_done_waiting(self)
+            error = Overloaded("There are too many connections.")
+            self._refuse(b"503 Service Unavailable", error)
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """A request to change the protocol is answered as if it did not ask; what follows it is none of ours."""
+            self.cycle.keep_alive = False
+
+        def _wait(self) -> None:
+            if not self.transport.is_closing():
+                self._bounds.waits(self)
+                self._expire_in(HEADER_SECONDS)
+
+        def _expire_in(self, seconds: float) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._began = self.loop.time()
+            self._deadline = self.loop.call_later(seconds, self._expire)
+
+        def _expire(self) -> None:
+            if self.transport.is_closing():
+                return
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            if is_answering and (self.flow.read_paused or not self._is_in_body):  # it is we who keep the client waiting
+                self._expire_in(BODY_SECONDS)
+                return
+            if is_answering:
+                left = self._began + BODY_SECONDS + self._num_body_bytes / BODY_RATE - self.loop.time()
+                if left > 0.01:
+                    self._deadline = self.loop.call_later(left, self._expire)
+                    return
+            if not self._is_in_headers and not is_answering:
+                self.transport.abort()  # nobody waits for an answer
+                return
+            error = InvalidRequest("The request took too long to come.", remedy="Send it in one go.")
+            self._refuse(b"408 Request Timeout", error)
+
+        def _give_up(self, before: int) -> None:
+            self._stalled = None
+            size = self.transport.get_write_buffer_size()
+            if size >= before > 0:
+                self.transport.abort()
+            elif size:
+                self.pause_writing_since()
+
+        def _look(self, number: int) -> None:
+            if self.cycle is None or self.cycle.response_started or self.transport.is_closing():
+                return
+            poll = select.poll()
+            poll.register(self.transport.get_extra_info("socket").fileno(), 0)
+            if poll.poll(0):  # an error or a hang-up; what can be read or written was not asked for
+                self.transport.abort()
+            elif number < len(LOOKS):
+                self.loop.call_later(LOOKS[number], self._look, number + 1)
+
+        def _refuse(self, status: bytes, error: PreludeError) -> None:
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            if is_answering and (self.cycle.response_started or self.pipeline):
+                self.transport.abort()  # whatever were written now would be part of another reply
+                return
             body = json.dumps(error_body(error)).encode()
-            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n"
-            head += b"content-type: application/json\r\n"
+            head = b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-type: application/json\r\n"
             self.transport.write(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
             self.transport.close()
+            if self.transport.get_write_buffer_size():
+                self.pause_writing_since()
 
-    PROTOCOL = BoundedHttp
+    def bounded_protocol() -> Any:
+        """What makes the protocols of one server's connections."""
+        return Connections()

@@ -114,11 +114,12 @@ def _methods(request: Request) -> list[str]:
     """The methods of a path: of several routes that share it, each knows only its own."""
     scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
     routes = request.app.routes
-    return [
+    methods = [
         method
         for method in METHODS
         if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
     ]
+    return [*methods, "HEAD"] if "GET" in methods else methods
 
 
 def _unreadable(cause: BaseException | None) -> str | None:

@@ -22,7 +22,7 @@ import torch
 import uvicorn
 
 from server.api.app import Service, create_app
-from server.api.connection import PROTOCOL
+from server.api.connection import bounded_protocol
 from server.engine.attention import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
@@ -180,9 +180,8 @@ def live_server(
         JobRunner(settings, registry, board, start_eagerly),
     ]
     app = create_app(settings, worker, registry, services, open_keys(settings), board)
-    with serving(
-        uvicorn.Config(app, host="127.0.0.1", port=0, http=PROTOCOL, log_config=None, lifespan="on", ws="none")
-    ) as port:
+    options = {"http": bounded_protocol(), "log_config": None, "lifespan": "on", "ws": "none"}
+    with serving(uvicorn.Config(app, host="127.0.0.1", port=0, **options)) as port:
         url = f"http://127.0.0.1:{port}"
         loop = worker._loop
         assert loop is not None

@@ -75,6 +75,10 @@ def test_every_answer_is_as_documented(soak: Soak, documented: Documented) -> No
 
 
 def test_a_method_that_a_path_does_not_have_is_answered_by_those_that_it_has(server: LiveServer) -> None:
-    for path, allowed in {"/prompts/mood": "GET, PUT, DELETE", "/generate": "POST", "/prompts": "GET"}.items():
+    for path, allowed in {
+        "/prompts/mood": "GET, PUT, DELETE, HEAD",
+        "/generate": "POST",
+        "/prompts": "GET, HEAD",
+    }.items():
         response = server.client.request("PATCH", path)
         assert (response.status_code, response.headers["allow"]) == (405, allowed)

@@ -1,0 +1,31 @@
+"""HEAD wherever GET is: the same status and headers, and no body (RFC 9110, section 9.3.2)."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class HeadAsGet:
+    """Has HEAD answered as GET would be, up to the first byte of the body; pure ASGI."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an app."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                # The reply ends here, also a stream that would go on: its handler learns that nobody reads it.
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        asked = {**scope, "method": "GET"}  # a copy: whoever sends the reply goes by the scope's own method
+        try:
+            await self._app(asked, receive, send_head)
+        finally:
+            scope.update({**asked, "method": "HEAD"})  # the route that was found, for the log

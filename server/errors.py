@@ -8,6 +8,7 @@
     ├── InvalidRequest                 the request breaks a rule that is documented
     │   ├── EmptyInput                 no token is left to continue from
     │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
+    │   ├── UnknownToken               a text or a request holds a token that the model has no embedding for
     │   └── InvalidTaskName            a task is called by a name that no task can have
     ├── UnknownEvaluation              there is no evaluation of that id, or it was forgotten
     ├── EvaluationNotDone              it has no result, or not yet
@@ -122,6 +123,13 @@ class InputTooLong(InvalidRequest):
 
     code = "input_too_long"
     default_remedy = "Shorten the input, or let /generate `truncate` it."
+
+
+class UnknownToken(InvalidRequest):
+    """A token whose id the model has no embedding for, although its tokenizer may know it."""
+
+    code = "unknown_token"
+    default_remedy = "Leave it out."
 
 
 class InvalidTaskName(InvalidRequest):

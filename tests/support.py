@@ -103,13 +103,13 @@ def tiny_module(architecture: str = "llama", *, dtype: torch.dtype = torch.float
     return module
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, ids 0-255; end of sequence is 256."""
+def byte_tokenizer(*added: str) -> PreTrainedTokenizerFast:
+    """One token per byte, ids 0-255; end of sequence is 256; `added` are special tokens from 258 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>", "<pad>"])
+    backend.add_special_tokens(["<eos>", "<pad>", *added])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
     )

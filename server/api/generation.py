@@ -15,7 +15,7 @@ from urllib.parse import quote
 from server.core import GenerationRequest
 from server.engine.labels import encode_labels
 from server.engine.worker import EngineWorker
-from server.errors import EmptyInput, InputTooLong, VersionUnavailable
+from server.errors import EmptyInput, InputTooLong, UnknownToken, VersionUnavailable
 from server.registry.registry import Registry
 from server.registry.views import Resolved
 from server.soft_prompts.manifest import Manifest
@@ -53,7 +53,7 @@ def placed(place: str | None) -> Iterator[None]:
     """Let the refusal of one of several texts say which."""
     try:
         yield
-    except (EmptyInput, InputTooLong) as error:
+    except (EmptyInput, InputTooLong, UnknownToken) as error:
         if place is None:
             raise
         raise error.at(place) from error

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, Token
+from server.engine.checks import check_request
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
@@ -24,7 +25,7 @@ from server.engine.sequence import Sequence
 from server.engine.text import ModelText
 from server.engine.upload import upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
-from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidRequest, NotFinite
+from server.errors import GenerationFailed, InvalidRequest, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -78,31 +79,9 @@ class Engine:
             EmptyInput: no input token.
             InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
                 fault where the input alone would fit.
+            UnknownToken: an id in it is none of the model's.
         """
-        virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
-        inputs, new = len(request.input_ids), request.sampling.max_new_tokens
-        label = max(map(len, request.labels), default=0)
-        if not inputs:
-            raise EmptyInput("The input holds no token.")
-        if not all(request.labels):
-            raise EmptyInput("A label holds no token.", remedy="Send at least one character in each.")
-        limit = self.model.spec.max_model_len
-        needed = virtual + inputs + (label or new)
-        if needed <= limit:
-            return
-        last = f"{label} of the longest label" if label else f"{new} new tokens"
-        message = (
-            f"The request needs {needed} positions ({virtual} virtual tokens, {inputs} input tokens, {last}); "
-            f"the context holds {limit}."
-        )
-        room = limit - virtual - inputs
-        if label:
-            raise InputTooLong(message, remedy="Shorten the input or the labels.")
-        if room < 1:
-            raise InputTooLong(message)
-        raise InputTooLong(
-            message, remedy=f"Ask for at most {room} new tokens, or shorten the input.", param="max_new_tokens"
-        )
+        check_request(request, soft_prompt, self.model)
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.

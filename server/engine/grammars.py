@@ -126,8 +126,10 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
+        # It wants room for all that the tokenizer knows, also tokens that the model has no row for.
+        known = max(self._backend.get_vocab().values()) + 1
         return llguidance.LLTokenizer(
-            self._backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+            self._backend.to_str(), n_vocab=max(self._vocab_size, known), eos_token=self._eos_token_ids or None
         )
 
 

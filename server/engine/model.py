@@ -30,7 +30,7 @@ from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
 from server.engine.text import TokenTexts
-from server.errors import ConfigurationError, UnsupportedModel
+from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
 from server.settings import Settings
 
 if TYPE_CHECKING:  # numba is only imported where it is used
@@ -79,6 +79,8 @@ class FrozenModel:
         self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
+        _refuse_other_rows(module, weights.shape[0])
+        self._exceeds_rows = max(tokenizer.get_vocab().values()) >= weights.shape[0]
         self.eos_token_ids, self.end_token_id = _end_tokens(module, tokenizer, weights.shape[0])
         self.spec = ModelSpec(
             name=name,
@@ -142,10 +144,31 @@ class FrozenModel:
         Args:
             text: what to encode.
             add_special_tokens: False for a text that brings its own, such as a rendered chat.
+
+        Raises:
+            UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
         """
         [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
+        if self._exceeds_rows:
+            self.check_tokens(ids)
         return ids
+
+    def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
+        """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
+
+        Raises:
+            UnknownToken: names the first of them.
+        """
+        rows = self.spec.vocab_size
+        if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):
+            return
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < rows)
+        name = self.texts.text_of(unknown) if 0 <= unknown < 2**31 else ""
+        raise UnknownToken(
+            f"{place} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
+            f"for the tokens 0 to {rows - 1:,} only."
+        )
 
     def tokenize(self, text: str) -> list[tuple[int, int, int]]:
         """Token ids of a text, each with the characters that it stands for, from and to; safe from any thread."""
@@ -154,6 +177,7 @@ class FrozenModel:
 
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
+        self.check_tokens(token_ids)
         with torch.no_grad():
             return self.embed(torch.tensor(token_ids, device=self.device)).cpu()
 
@@ -245,6 +269,14 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _refuse_other_rows(module: PreTrainedModel, rows: int) -> None:
+    """Refuse a model that would choose tokens which it cannot read, or could not choose those that it reads."""
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    logits = rows if head is None else head.weight.shape[0]
+    if logits != rows:
+        raise UnsupportedModel(f"The model has embeddings for {rows:,} tokens and logits for {logits:,}.")
 
 
 def _end_tokens(

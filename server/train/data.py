@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from server.errors import InvalidTrainingData
+from server.errors import InvalidTrainingData, UnknownToken
 from server.soft_prompts.manifest import Manifest
 
 if TYPE_CHECKING:  # torch is not needed to read and check rows
@@ -138,13 +138,17 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
     """Tokenise rows exactly as serving will: the templated input alone, then the target, then the end token.
 
     Raises:
-        InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
+        InvalidTrainingData: a row does not fit the context, or holds a token that the model has no embedding for; names
+            file and line.
     """
     eos = () if model.end_token_id is None else (model.end_token_id,)
     examples = []
     for row in data.rows:
-        target_ids = model.tokenizer.encode(row.target, add_special_tokens=False)
-        example = Example(tuple(model.encode(manifest.render(row.input))), (*target_ids, *eos))
+        try:
+            target_ids = model.encode(row.target, add_special_tokens=False)
+            example = Example(tuple(model.encode(manifest.render(row.input))), (*target_ids, *eos))
+        except UnknownToken as exc:
+            raise InvalidTrainingData(f"{data.path}, line {row.line}: {exc.message}", remedy=exc.remedy) from exc
         _check_length(data, row, len(example.fed_ids), num_virtual_tokens, model.spec.max_model_len)
         examples.append(example)
     return examples

@@ -1,0 +1,52 @@
+"""What is refused of a request before it is accepted, because it could never run."""
+
+from __future__ import annotations
+
+from server.core import GenerationRequest
+from server.engine.model import FrozenModel
+from server.errors import EmptyInput, InputTooLong
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+
+def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, model: FrozenModel) -> None:
+    """Refuse what can never run; safe from any thread.
+
+    Raises:
+        EmptyInput: no input token.
+        InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
+            fault where the input alone would fit.
+        UnknownToken: an id in it is none of the model's.
+    """
+    virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
+    inputs, new = len(request.input_ids), request.sampling.max_new_tokens
+    label = max(map(len, request.labels), default=0)
+    if not inputs:
+        raise EmptyInput("The input holds no token.")
+    if not all(request.labels):
+        raise EmptyInput("A label holds no token.", remedy="Send at least one character in each.")
+    _check_tokens(request, model)
+    limit = model.spec.max_model_len
+    needed = virtual + inputs + (label or new)
+    if needed <= limit:
+        return
+    last = f"{label} of the longest label" if label else f"{new} new tokens"
+    message = (
+        f"The request needs {needed} positions ({virtual} virtual tokens, {inputs} input tokens, {last}); "
+        f"the context holds {limit}."
+    )
+    room = limit - virtual - inputs
+    if label:
+        raise InputTooLong(message, remedy="Shorten the input or the labels.")
+    if room < 1:
+        raise InputTooLong(message)
+    raise InputTooLong(
+        message, remedy=f"Ask for at most {room} new tokens, or shorten the input.", param="max_new_tokens"
+    )
+
+
+def _check_tokens(request: GenerationRequest, model: FrozenModel) -> None:
+    """Compare all ids with the model's rows, wherever they come from."""
+    model.check_tokens(request.input_ids, "The input")
+    for label in request.labels:
+        model.check_tokens(label, "A label")
+    model.check_tokens([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")

@@ -118,7 +118,7 @@ def create_app(
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.executors = executors = Executors()
     app.state.evaluations = Evaluations(worker, settings, executors.evaluations)
-    app.state.keys = keys
+    app.state.keys = board.keys = keys
     app.state.jobs = board
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)

@@ -121,12 +121,15 @@ async def get_log(job: JobId, request: Request, board: BoardDep, executors: Exec
 
 @router.post("/{job}/cancel", response_model=JobBody, response_model_exclude_none=True, responses=MISSING)
 async def cancel_job(job: JobId, request: Request, board: BoardDep, executors: ExecutorsDep) -> JobBody:
-    """End a job; nothing is published. One that is over stays as it is."""
+    """End a job; nothing is published. One that is over stays as it is.
+
+    A reply with `cancelling: false` of a job that still runs says that its result is being published already.
+    """
     await _find(job, request, board)
     await executors.jobs.run(board.cancel, job)
     for _ in range(CANCEL_LOOKS):  # whoever runs it may be another server on the same folder
         found = await _find(job, request, board)
-        if not found.is_cancelling:
+        if found.status.state.is_over:
             break
         await asyncio.sleep(CANCEL_SECONDS / CANCEL_LOOKS)
     return job_body(found)

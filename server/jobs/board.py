@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from server.core import ModelSpec
+from server.durable import sync
 from server.errors import JobRuns, Overloaded
 from server.jobs.check import Frame, check_data, check_spec
-from server.jobs.folder import JobFolder, JobsFolder
+from server.jobs.folder import JobFolder, JobsFolder, not_kept
 from server.jobs.job import DataNames, Job, JobSpec, JobState
+from server.keys.live import ApiKeys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -30,12 +32,14 @@ class JobBoard:
     Attributes:
         files: where they lie.
         changed: set whenever there is something for whoever runs them to look at.
+        keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
     """
 
     def __init__(self, settings: Settings, model: ModelSpec, encode: Encode) -> None:
         """Nothing is read yet; the folder is made with the first job."""
         self.files = JobsFolder(settings.jobs_folder)
         self.changed = threading.Event()
+        self.keys: ApiKeys | None = None
         self._frame = Frame(model, settings.max_virtual_tokens, encode)
         self._checking = threading.Lock()  # a big data file takes memory; one at a time
 
@@ -57,7 +61,7 @@ class JobBoard:
             Overloaded: as many jobs wait as may.
         """
         check_spec(spec, self._frame)
-        if sum(job.status.state == JobState.QUEUED for job in self.files.jobs()) >= MOST_QUEUED:
+        if len(self._queue()) >= MOST_QUEUED:
             raise Overloaded(
                 f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again once one is over."
             )
@@ -90,10 +94,8 @@ class JobBoard:
 
     def jobs(self) -> list[Job]:
         """All jobs, newest first."""
-        jobs = self.files.jobs()
-        waiting = [job.id for job in jobs if job.status.state == JobState.QUEUED]
-        positions = {job_id: place for place, job_id in enumerate(waiting, 1)}
-        return [replace(job, queue_position=positions.get(job.id)) for job in reversed(jobs)]
+        positions = self._queue()
+        return [replace(job, queue_position=positions.get(job.id)) for job in reversed(self.files.jobs())]
 
     def job(self, job_id: str) -> Job:
         """One of them.
@@ -104,7 +106,12 @@ class JobBoard:
         job = self.files.job(job_id)
         if job.status.state != JobState.QUEUED:
             return job
-        return next((other for other in self.jobs() if other.id == job_id), job)
+        return replace(job, queue_position=self._queue().get(job_id))
+
+    def _queue(self) -> dict[str, int]:
+        """The places of the jobs that wait; 1 is the next one."""
+        waiting = [job_id for job_id, state in self.files.states().items() if state == JobState.QUEUED]
+        return {job_id: place for place, job_id in enumerate(waiting, 1)}
 
     def folder(self, job_id: str) -> JobFolder:
         """The files of one of them.
@@ -115,13 +122,19 @@ class JobBoard:
         return self.files.folder(job_id)
 
     def cancel(self, job_id: str) -> None:
-        """Ask for a job's end; one that is over stays as it is.
+        """Ask for a job's end; one that is over stays as it is. What is not being published yet never will be.
 
         Raises:
             UnknownJob: there is none of that id.
+            StoreError: that cannot be written down.
         """
         if not self.files.job(job_id).status.state.is_over:
-            self.files.folder(job_id).cancel.touch()
+            folder = self.files.folder(job_id)
+            try:
+                folder.cancel.touch()
+                sync(folder.path)
+            except OSError as exc:
+                raise not_kept(exc) from exc
             self.changed.set()
 
     def delete(self, job_id: str) -> None:

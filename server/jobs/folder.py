@@ -7,6 +7,7 @@
         start/                       the soft prompt that it begins with, if it does with one; a copy as well
         status.json                  replaced whole, by the server that runs jobs
         cancel                       there if somebody wants it to end
+        publishing                   there once its result is being published, and it is too late to cancel it
         order.json                   settings for its process, written whenever one is started
         record.jsonl  log.txt        what its process says of itself
         checkpoint/  result/         what it goes on from; the PEFT directory
@@ -34,11 +35,15 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from server.durable import replace_file, sync
 from server.errors import StoreError, StoreFull, UnknownJob
 from server.jobs.job import JOB_ID, DataNames, Job, JobSpec, JobState, Status, new_job_id, now
 from server.jobs.record import read_progress
+from server.jobs.states import STATUS, States, job_ids
 
 log = logging.getLogger(__name__)
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 ABANDONED_SECONDS = 24 * 3600.0
 """A draft that is so old is nobody's any more."""
@@ -104,13 +109,22 @@ class JobFolder:
         return self.path / "cancel"
 
     @property
+    def publishing(self) -> Path:
+        """There once the result is being published.
+
+        It is made before `cancel` is looked for, and `cancel` is made before it is looked for: of a cancellation and a
+        publish at the same time, at least one sees the other.
+        """
+        return self.path / "publishing"
+
+    @property
     def has_result(self) -> bool:
         """Whether training is over; the tensor is what is written last."""
         return (self.result / "adapter_model.safetensors").is_file()
 
     def write_status(self, status: Status) -> None:
         """Replace it, durably."""
-        write_json(self.path / "status.json", _STATUS.dump_python(status, mode="json"))
+        write_json(self.path / STATUS, _STATUS.dump_python(status, mode="json"))
 
     def read(self) -> Job:
         """The job as it is now.
@@ -119,7 +133,7 @@ class JobFolder:
             OSError, ValueError, TypeError, KeyError: the folder is not whole.
         """
         said = json.loads((self.path / "spec.json").read_bytes())
-        status = _STATUS.validate_json((self.path / "status.json").read_bytes())
+        status = _STATUS.validate_json((self.path / STATUS).read_bytes())
         return Job(
             id=self.path.name,
             spec=_SPEC.validate_python(said["spec"]),
@@ -128,7 +142,7 @@ class JobFolder:
             created_at=said["created_at"],
             status=status,
             progress=read_progress(self.record),
-            is_cancelling=not status.state.is_over and self.cancel.exists(),
+            is_cancelling=not status.state.is_over and self.cancel.exists() and not self.publishing.exists(),
         )
 
 
@@ -138,6 +152,8 @@ class JobsFolder:
     def __init__(self, root: Path) -> None:
         """It need not be there yet."""
         self.root = root
+        self._states = States(root)
+        self._unreadable: set[str] = set()
 
     @contextmanager
     def draft(self) -> Iterator[JobFolder]:
@@ -164,7 +180,7 @@ class JobsFolder:
         copies = [draft.data, draft.validation, draft.start, *draft.start.glob("*")]
         for copy in copies:
             if copy.exists():
-                _sync(copy)
+                sync(copy)
         said = {
             "spec": _SPEC.dump_python(spec, mode="json"),
             "names": asdict(names),
@@ -175,15 +191,16 @@ class JobsFolder:
         draft.write_status(Status())
         target = self.root / new_job_id()
         os.rename(draft.path, target)
-        _sync(self.root)
+        sync(self.root)
         return JobFolder(target).read()
 
     def ids(self) -> list[str]:
         """Of all jobs, oldest first."""
-        try:
-            return sorted(name for name in os.listdir(self.root) if JOB_ID.fullmatch(name))
-        except OSError:
-            return []
+        return job_ids(self.root)
+
+    def states(self) -> dict[str, JobState]:
+        """The state of every job whose status can be read, oldest first; cheap, as only what has changed is read."""
+        return self._states.all()
 
     def folder(self, job_id: str) -> JobFolder:
         """The files of a job.
@@ -205,7 +222,9 @@ class JobsFolder:
         try:
             return folder.read()
         except (OSError, ValueError, TypeError, KeyError, ValidationError) as exc:
-            log.warning("the training job in %s cannot be read: %s", folder.path, exc)
+            if job_id not in self._unreadable:
+                self._unreadable.add(job_id)
+                log.warning("the training job in %s cannot be read: %s", folder.path, exc)
             raise UnknownJob(f"The training job {job_id} cannot be read.") from exc
 
     def jobs(self) -> list[Job]:
@@ -225,7 +244,7 @@ class JobsFolder:
 
     def tidy(self, kept: int) -> None:
         """Remove what nobody needs: all but the newest jobs that are over, and drafts of long ago."""
-        over = [job.id for job in self.jobs() if job.status.state.is_over]
+        over = [job_id for job_id, state in self.states().items() if state.is_over]
         for job_id in over[: max(0, len(over) - kept)]:
             self.remove(job_id)
         for path in self.root.glob(".*-*"):
@@ -251,14 +270,9 @@ class JobsFolder:
         return file
 
 
-def count_states(jobs: list[Job]) -> dict[JobState, int]:
-    """How many jobs there are in each state."""
-    return {state: sum(job.status.state == state for job in jobs) for state in JobState}
-
-
 def not_kept(exc: OSError) -> StoreError:
     """The error for a job that there is no place for."""
-    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = exc.errno in NO_SPACE
     return (StoreFull if full else StoreError)(
         f"The training job cannot be kept: {exc.strerror or exc}.",
         remedy="Make room where PRELUDE_JOBS_DIR lies (or delete jobs), then send it again."
@@ -268,22 +282,9 @@ def not_kept(exc: OSError) -> StoreError:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file beside its place, then into it: it is whole, and durable before it is seen."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    """Replace a file, durably.
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # a network file system that writes names at once, and knows no such call
-            raise
-    finally:
-        os.close(descriptor)
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace_file(path, json.dumps(value, indent=2).encode())

@@ -1,7 +1,8 @@
 """A job's own process: `python -m server.jobs.process FOLDER` trains what the folder says, and leaves the result there.
 
 It takes only what the server leaves of the cores, is the first to go where memory is short, and ends with its parent.
-Exit status: 0 the result is there; 2 the job cannot be done, failure.json says why; anything else was not meant.
+Exit status: 0 the result is there; 2 the job cannot be done, failure.json says why; 3 the disk is full, so nothing can
+say why; anything else was not meant.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.errors import PreludeError
-from server.jobs.folder import JobFolder, write_json
+from server.jobs.folder import NO_SPACE, JobFolder, write_json
 from server.jobs.job import Job, now
 from server.jobs.record import Recorder
 from server.openmp import bound_primitives, share_cores
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # torch must not be there before priorities and OpenMP's vari
 
 log = logging.getLogger(__name__)
 
-DONE, REFUSED = 0, 2
+DONE, REFUSED, FULL = 0, 2, 3
 LOOK_SECONDS = 0.5
 """How often to see whether the parent is still there."""
 
@@ -49,6 +50,16 @@ def main(path: Path) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     job = folder.read()
     try:
+        return _try(folder, job, settings)
+    except Exception as exc:
+        if not _is_full(exc):
+            raise
+        log.exception("no space is left on the disk")
+        return FULL
+
+
+def _try(folder: JobFolder, job: Job, settings: Settings) -> int:
+    try:
         with contextlib.closing(Recorder(folder.record, job.spec.config)) as recorder:
             run(folder, job, recorder, settings)
     except PreludeError as exc:
@@ -58,6 +69,12 @@ def main(path: Path) -> int:
         write_json(folder.failure, as_told(exc, folder, job.names))
         return REFUSED
     return DONE
+
+
+def _is_full(exc: Exception) -> bool:
+    """Whether an error is that of a full disk; safetensors, written in Rust, tells it in its text alone."""
+    numbers = (exc.errno,) if isinstance(exc, OSError) else (n for n in NO_SPACE if f"(os error {n})" in str(exc))
+    return any(number in NO_SPACE for number in numbers)
 
 
 def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from server.errors import UnknownTask
-from server.jobs.folder import JobFolder
+from server.jobs.folder import JobFolder, not_kept
 from server.jobs.job import Job
 from server.registry.events import content_of
 from server.registry.registry import Registry
@@ -24,26 +25,53 @@ class Outcome:
     metrics: dict[str, Any] | None
 
 
-def publish_result(registry: Registry, folder: JobFolder, job: Job) -> Outcome:
+class Withdrawn(Exception):
+    """Somebody wants the job to end, and said so before its result was published."""
+
+
+def publish_result(registry: Registry, folder: JobFolder, job: Job, check: Callable[[], None]) -> Outcome:
     """Publish what a job has learned, live if its rule holds, else staged.
 
     A server that was killed in here does it again, so a version of this very content is taken for the one that it
     published.
 
+    Args:
+        registry: takes the result.
+        folder: of the job.
+        job: the job.
+        check: raises if the job may not publish any more; called right before anything is.
+
     Raises:
+        Withdrawn: the job was cancelled before anything was published.
         PreludeError: it is not one for this model (any more), or the store refuses.
     """
+    if not folder.publishing.exists():
+        _claim(folder, check)
     [soft_prompt] = load_soft_prompts(folder.result, registry.model, registry.max_virtual_tokens)
     metrics = soft_prompt.manifest.metrics
     task, activate = job.spec.task, job.spec.activates(metrics)
     version = _published(registry, task, soft_prompt)
     if version is None:
+        _claim(folder, check)
         published = registry.publish(task, [soft_prompt], "api", by=job.by, activate=activate)
         return Outcome(published.tasks[0].version, published.live, metrics)
     live = version in dict(registry.task(task).traffic)
     if activate and not live:
+        _claim(folder, check)
         registry.activate(task, version, by=job.by)
     return Outcome(version, activate or live, metrics)
+
+
+def _claim(folder: JobFolder, check: Callable[[], None]) -> None:
+    """Make it too late to cancel the job, unless somebody has cancelled it; see `JobFolder.publishing`."""
+    check()
+    try:
+        folder.publishing.touch()
+    except OSError as exc:
+        raise not_kept(exc) from exc
+    if folder.cancel.exists():
+        folder.publishing.unlink(missing_ok=True)
+        raise Withdrawn
 
 
 def _published(registry: Registry, task: str, soft_prompt: SoftPrompt) -> int | None:

@@ -10,6 +10,7 @@ A line that is not whole was being written when its process was killed, or is be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -89,16 +90,16 @@ class Recorder:
         self._written_at = time.monotonic()
 
 
-def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a record from an offset on, and where the next ones will begin."""
+def read_lines(path: Path, offset: int = 0, most: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a record from an offset on, in at most so many bytes, and where the next ones begin."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            data = file.read()
+            data = file.read(most)
     except FileNotFoundError:
         return [], offset
     whole = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return _parsed(whole), offset + len(whole)
 
 
 def read_progress(path: Path) -> Progress:
@@ -110,8 +111,8 @@ def read_progress(path: Path) -> Progress:
             data = file.read()
     except FileNotFoundError:
         return Progress()
-    whole = data[: data.rfind(b"\n") + 1].splitlines()
-    lines = [json.loads(line) for line in whole[1 if size > TAIL_BYTES else 0 :]]
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = _parsed(whole[whole.find(b"\n") + 1 :] if size > TAIL_BYTES else whole)
     phase = next((line["phase"] for line in reversed(lines) if line["event"] == "phase"), "training" if lines else "")
     last = next((line for line in reversed(lines) if line["event"] == "step"), None)
     if last is None:
@@ -119,6 +120,17 @@ def read_progress(path: Path) -> Progress:
     is_ahead = lines[-1]["event"] != "step"  # a process that began again is not there yet
     left = None if is_ahead else last["seconds_left"]
     return Progress(phase, last["step"], last["loss"], last["tokens_per_second"], left, last["validation"])
+
+
+def _parsed(lines: bytes) -> list[dict[str, Any]]:
+    """The events of whole lines; a line that is none, which a broken disk may leave, counts for nothing."""
+    found = []
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and "event" in value:
+                found.append(value)
+    return found
 
 
 def count_steps(path: Path) -> int:

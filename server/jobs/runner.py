@@ -2,28 +2,35 @@
 
 What it knows is in the folders (`folder.py`): a server that starts finds the jobs of the one before, and one whose
 process was killed goes on from its checkpoint. Of servers that share a folder the one that holds its lock runs jobs.
+
+No job stops another: one whose folder cannot be read or written is over as far as this server is concerned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO
+from pathlib import Path
+from typing import IO, NamedTuple
 
-from server.errors import PreludeError, UnknownJob
+from server.errors import Forbidden, PreludeError, StoreFull, UnknownJob
 from server.jobs.board import JobBoard
 from server.jobs.check import as_told
 from server.jobs.child import end_child, end_left_behind, identify, start_child
 from server.jobs.folder import JobFolder
-from server.jobs.job import Failure, Job, JobState, now
-from server.jobs.process import REFUSED
-from server.jobs.publish import publish_result
+from server.jobs.job import Failure, Job, JobState, Status, now
+from server.jobs.process import FULL, REFUSED
+from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
+from server.keys.key import Scope
 from server.registry.registry import Registry
 from server.settings import Settings
 
@@ -44,6 +51,14 @@ PUBLISH_WAITS = (1.0, 5.0, 30.0)
 Start = Callable[[JobFolder, Settings], subprocess.Popen[bytes]]
 
 
+class _Running(NamedTuple):
+    """A job whose process runs."""
+
+    job: Job
+    """As it was when its folder was last read."""
+    child: subprocess.Popen[bytes]
+
+
 class JobRunner:
     """Looks after the jobs of a board."""
 
@@ -53,15 +68,19 @@ class JobRunner:
         Args:
             settings: of the server, and so of the frozen model.
             registry: where results are published.
-            board: the jobs.
+            board: the jobs, and the keys that they were asked for with.
             start: starts a job's process.
         """
         self._start_child = start
         self._settings = settings
         self._registry = registry
+        self._board = board
         self._files, self._changed = board.files, board.changed
-        self._over: set[str] = set()  # jobs that need not be looked at again
-        self._running: tuple[str, subprocess.Popen[bytes]] | None = None
+        self._running: _Running | None = None
+        self._unwritten: dict[str, Status] = {}
+        """How jobs ended whose folders cannot be written; tried again at every turn."""
+        self._left_alone: dict[str, float] = {}
+        """Jobs that could not be looked after, and until when they are not looked at again."""
         self._lock: IO[bytes] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -80,7 +99,7 @@ class JobRunner:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                if self._lock is not None or self._adopt():
+                if self._holds_lock() or self._adopt():
                     self._turn()
             except Exception:
                 log.exception("training jobs cannot be looked after")
@@ -91,6 +110,20 @@ class JobRunner:
         if self._lock is not None:
             self._lock.close()
 
+    def _holds_lock(self) -> bool:
+        """Whether this server runs the jobs of the folder; not if somebody has removed the folder under it."""
+        if self._lock is None:
+            return False
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), Path(self._lock.name).stat()):
+                return True
+        if self._running is not None:  # its folder may be gone as well
+            self._look_at(self._running)
+        self._interrupt()
+        self._lock.close()
+        self._lock = None
+        return False
+
     def _adopt(self) -> bool:
         """Take over the folder, once it is there and no other server has it; what ran in it is queued again."""
         if not self._files.root.is_dir():  # nobody has ever asked for a job
@@ -99,67 +132,121 @@ class JobRunner:
         if self._lock is None:
             return False
         self._files.tidy(KEPT)
-        for job in self._files.jobs():
-            if job.status.state == JobState.RUNNING:
-                end_left_behind(job.status)
-                self._files.folder(job.id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
-                log.info("training job %s goes on where it was", job.id)
+        for job_id, state in self._files.states().items():
+            if state == JobState.RUNNING:
+                with self._apart(job_id):
+                    job = self._files.job(job_id)
+                    end_left_behind(job.status)
+                    self._files.folder(job_id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
+                    log.info("training job %s goes on where it was", job_id)
         return True
 
     def _turn(self) -> None:
         """End what is to end, then run the oldest one that waits."""
+        self._write_down()
         if self._running is not None:
-            self._look_at(*self._running)
-        for job_id in self._files.ids():
-            if job_id in self._over or (self._running is not None and self._running[0] == job_id):
-                continue
-            try:
-                job = self._files.job(job_id)
-            except UnknownJob:  # deleted a moment ago, or broken, which is logged
-                self._over.add(job_id)
-                continue
-            if job.status.state.is_over:
-                self._over.add(job_id)
-            elif job.is_cancelling:
-                self._end(job, JobState.CANCELLED)
-            elif self._running is None and not self._stop.is_set():
-                self._begin(job)
+            self._look_at(self._running)
+        for job_id, state in self._files.states().items():
+            if self._stop.is_set():
+                return
+            if not state.is_over and self._is_to_be_looked_at(job_id):
+                with self._apart(job_id):
+                    self._take(self._files.job(job_id))
+
+    def _is_to_be_looked_at(self, job_id: str) -> bool:
+        if job_id in self._unwritten or self._left_alone.get(job_id, 0.0) > time.monotonic():
+            return False
+        if self._running is None:
+            return True
+        return job_id != self._running.job.id and (self._files.root / job_id / "cancel").exists()
+
+    @contextlib.contextmanager
+    def _apart(self, job_id: str) -> Iterator[None]:
+        """Keep what goes wrong with one job from the others: it is left alone for a while."""
+        try:
+            yield
+        except UnknownJob:  # deleted a moment ago, or broken, which is logged
+            self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
+        except Exception as exc:
+            if not isinstance(exc, OSError):
+                log.exception("training job %s cannot be looked after", job_id)
+            else:
+                log.warning("training job %s has to wait, its folder cannot be written: %s", job_id, exc)
+            self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
+
+    def _take(self, job: Job) -> None:
+        """End a job that waits, or begin it."""
+        if job.is_cancelling:
+            self._end(job, JobState.CANCELLED)
+        elif (refused := self._refused(job)) is not None:
+            self._end(job, JobState.FAILED, error=refused)
+        elif self._running is None:
+            self._begin(job)
 
     def _begin(self, job: Job) -> None:
         folder, status = self._files.folder(job.id), job.status
         restarts = status.restarts + (status.started_at is not None)
         status = replace(status, state=JobState.RUNNING, started_at=status.started_at or now(), restarts=restarts)
         folder.write_status(status)
+        job = replace(job, status=status)
         if folder.has_result:  # the server was killed before it could publish
-            self._publish(replace(job, status=status))
+            self._publish(job)
             return
         try:
             child = self._start_child(folder, self._settings)
-        except OSError as exc:
+        except (OSError, ValueError, subprocess.SubprocessError) as exc:
             self._end(job, JobState.FAILED, error=_broken(f"Its process cannot be started: {exc}."))
             return
-        self._running = job.id, child
-        folder.write_status(replace(status, pid=child.pid, created=identify(child)))
+        job = replace(job, status=replace(status, pid=child.pid, created=identify(child)))
+        self._running = _Running(job, child)
+        folder.write_status(job.status)
 
-    def _look_at(self, job_id: str, child: subprocess.Popen[bytes]) -> None:
-        """See whether the process has ended, or is to end."""
-        job, folder = self._files.job(job_id), self._files.folder(job_id)
-        code = child.poll()
-        if code is None and not job.is_cancelling:
+    def _look_at(self, running: _Running) -> None:
+        """See whether the process has ended, or is to end; whatever goes wrong with it, the next job runs."""
+        try:
+            self._follow(running)
+        except Exception as exc:
+            if not isinstance(exc, UnknownJob):
+                log.exception("training job %s cannot be looked after", running.job.id)
+            why = (
+                "Its folder is gone or cannot be read" if isinstance(exc, UnknownJob) else f"The server failed: {exc!r}"
+            )
+            end_child(running.child)
+            self._running = None
+            self._end(running.job, JobState.FAILED, error=_broken(f"{why}, so its process was ended."))
+
+    def _follow(self, running: _Running) -> None:
+        job = self._files.job(running.job.id)
+        self._running = running._replace(job=job)
+        code, refused = running.child.poll(), self._refused(job)
+        if code is None and not job.is_cancelling and refused is None:
             return
         if code is None:
-            end_child(child)
+            end_child(running.child)
         self._running = None
-        if code == 0:
-            self._publish(job)
-        elif job.is_cancelling:
+        if job.is_cancelling:
             self._end(job, JobState.CANCELLED)
-        elif code == REFUSED and folder.failure.exists():
-            self._end(job, JobState.FAILED, error=Failure(**json.loads(folder.failure.read_bytes())))
+        elif refused is not None:
+            self._end(job, JobState.FAILED, error=refused)
+        elif code == 0:
+            self._publish(job)
         elif code is not None and code < 0:
-            self._was_killed(job, folder, -code)
+            self._was_killed(job, self._files.folder(job.id), -code)
         else:
-            self._end(job, JobState.FAILED, error=_broken(f"Its process ended with {code}."))
+            self._end(job, JobState.FAILED, error=_why(self._files.folder(job.id), code))
+
+    def _refused(self, job: Job) -> Failure | None:
+        """Why a job may not run or publish any more: it may do what the key may that asked for it."""
+        error = self._forbidden(job)
+        return None if error is None else Failure(error.message, error.code, error.remedy)
+
+    def _forbidden(self, job: Job) -> Forbidden | None:
+        keys = self._board.keys
+        why = None if keys is None or job.by is None else keys.why_not(job.by, Scope.PUBLISH, [job.spec.task])
+        if why is None:
+            return None
+        remedy = "Send the job again with a key that may publish this task."
+        return Forbidden(f"{why} It asked for this job, so nothing is published.", remedy=remedy)
 
     def _was_killed(self, job: Job, folder: JobFolder, signal: int) -> None:
         """Queue it again, at its old place, unless it never comes any further."""
@@ -177,9 +264,17 @@ class JobRunner:
     def _publish(self, job: Job) -> None:
         """Publish what was learned; a store that refuses is asked again a few times."""
         folder = self._files.folder(job.id)
+
+        def check() -> None:
+            if (error := self._forbidden(job)) is not None:
+                raise error
+
         for wait in (*PUBLISH_WAITS, None):
             try:
-                outcome = publish_result(self._registry, folder, job)
+                outcome = publish_result(self._registry, folder, job, check)
+            except Withdrawn:
+                self._end(job, JobState.CANCELLED)
+                return
             except PreludeError as exc:
                 if exc.status >= 500 and wait is not None:
                     log.warning("the result of training job %s cannot be published yet: %s", job.id, exc)
@@ -198,25 +293,58 @@ class JobRunner:
             return
 
     def _end(self, job: Job, state: JobState, *, error: Failure | None = None) -> None:
+        """Nothing more comes of a job. Its files go first: the status is written even where no space was left."""
         if error is not None:
             log.warning("training job %s failed: %s", job.id, error.error)
-        folder = self._files.folder(job.id)
-        folder.write_status(replace(job.status, state=state, ended_at=now(), pid=None, error=error))
+        folder = JobFolder(self._files.root / job.id)
         for file in (folder.data, folder.validation):  # nobody needs them any more, and they may be large, or private
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
-        self._over.add(job.id)
+        self._unwritten[job.id] = replace(job.status, state=state, ended_at=now(), pid=None, error=error)
+        self._write_down()
         self._files.tidy(KEPT)
         self._changed.set()
 
+    def _write_down(self) -> None:
+        """Write how jobs have ended; of one whose folder is gone nothing is kept."""
+        for job_id, status in list(self._unwritten.items()):
+            folder = JobFolder(self._files.root / job_id)
+            try:
+                folder.write_status(status)
+                folder.publishing.unlink(missing_ok=True)
+            except OSError as exc:
+                if folder.path.is_dir():
+                    if self._left_alone.get(job_id, 0.0) < time.monotonic():
+                        log.warning("how training job %s ended cannot be written down yet: %s", job_id, exc)
+                        self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
+                    continue
+            self._unwritten.pop(job_id)
+            self._left_alone.pop(job_id, None)
+
     def _interrupt(self) -> None:
         """End the process, and let its job wait for the next server."""
+        self._write_down()
         if self._running is None:
             return
-        job_id, child = self._running
+        job, child = self._running
+        self._running = None
         end_child(child)
-        job = self._files.job(job_id)
-        self._files.folder(job_id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
+        with self._apart(job.id):
+            self._files.folder(job.id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
+
+
+def _why(folder: JobFolder, code: int | None) -> Failure:
+    """Why a process ended that was not killed."""
+    if code == FULL:
+        full = StoreFull(
+            "No space is left where PRELUDE_JOBS_DIR lies.", remedy="Make room, or delete jobs, then send it again."
+        )
+        return Failure(full.message, full.code, full.remedy)
+    if code == REFUSED:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Failure(**json.loads(folder.failure.read_bytes()))
+    return _broken(f"Its process ended with {code}.")
 
 
 def _broken(message: str) -> Failure:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from server.errors import ConfigurationError
 from server.keys.file import how_to_make_a_key, read_keys
-from server.keys.key import ApiKey, is_secret_of, split_key
+from server.keys.key import ApiKey, Scope, is_secret_of, split_key
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,21 @@ class ApiKeys:
         key_id, secret = split_key(presented)
         key = self._keys.get(key_id)
         return key if is_secret_of(key, secret) else None
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """The key of an id as it is now; None if there is none, or it was revoked. Safe from any thread."""
+        self._follow_file()
+        return self._keys.get(key_id)
+
+    def why_not(self, key_id: str, scope: Scope, tasks: Iterable[str] = ()) -> str | None:
+        """Why a key that was once allowed something no longer is, as a sentence; None if it still is."""
+        key = self.get(key_id)
+        if key is None:
+            return f"The key {key_id} was revoked."
+        if not key.may(scope):
+            return f"The key {key_id} no longer has the scope {scope}."
+        lost = next((task for task in tasks if not key.is_for(task)), None)
+        return None if lost is None else f"The key {key_id} is no longer for the task {lost!r}."
 
     def _follow_file(self) -> None:
         now = time.monotonic()

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from server.durable import sync
 from server.train.record import Measured, Score
 
 FILE = "state.safetensors"
@@ -56,9 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     temporary = folder / f".{FILE}"
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, _metadata(record))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, folder / FILE)
+    sync(folder)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

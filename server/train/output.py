@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.core import ModelSpec
+from server.durable import sync
 from server.errors import ConfigurationError
 from server.soft_prompts.declared import MULTITASK
 from server.soft_prompts.formats import save_multitask, save_soft_prompt
@@ -58,7 +59,7 @@ def check_writable(directory: Path) -> None:
 
 
 def write_task(directory: Path, trained: Trained, model: ModelSpec) -> None:
-    """Write the PEFT directory beside its place, then move its files in, the tensor last."""
+    """Write the PEFT directory beside its place, then move its files in, durably and the tensor last."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory.parent))
     try:
@@ -68,7 +69,9 @@ def write_task(directory: Path, trained: Trained, model: ModelSpec) -> None:
             save_soft_prompt(temporary, trained.soft_prompt, model)
         _write_course(temporary, trained)
         for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            sync(file)
             os.replace(file, directory / file.name)
+        sync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

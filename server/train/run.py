@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from server.durable import replace_file
 from server.engine.model import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_shape
@@ -129,12 +131,13 @@ def _learning_rate(
     if config.learning_rate != "auto":
         return config.learning_rate
     known = None if folder is None else folder / "learning_rate"
-    if known is not None and known.is_file():
-        return float(known.read_text(encoding="utf-8"))
+    if known is not None:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is not whole: it is looked for again
+            return float(known.read_bytes())
     found = find_learning_rate(work, config, on_step, on_tried, peaks)
     if known is not None:
         known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(repr(found), encoding="utf-8")
+        replace_file(known, repr(found).encode())
     return found
 
 

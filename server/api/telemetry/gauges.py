@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from server import __version__
 from server.engine.worker import EngineWorker
 from server.jobs.board import JobBoard
-from server.jobs.folder import count_states
+from server.jobs.states import count_states
 from server.registry.events import KINDS
 from server.registry.registry import Registry
 
@@ -84,7 +84,7 @@ class Gauges(Collector):
 
     def _jobs(self) -> Iterator[Metric]:
         jobs = GaugeMetricFamily("prelude_training_jobs", "Training jobs that are kept.", labels=["state"])
-        for state, count in count_states(self._board.files.jobs() if self._board else []).items():
+        for state, count in count_states(self._board.files.states().values() if self._board else ()).items():
             jobs.add_metric([state.value], count)
         yield jobs
 

@@ -1,0 +1,274 @@
+"""What goes wrong with one job stops no other, and what was withdrawn in time is never published."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.engine.model import FrozenModel
+from server.errors import StoreFull
+from server.jobs import publish
+from server.jobs.folder import JobFolder
+from server.jobs.job import Job, JobState, Status
+from server.jobs.process import FULL, _is_full
+from server.keys import live
+from server.keys.file import add_key, revoke_key
+from server.keys.key import Scope
+from server.keys.live import ApiKeys
+from server.settings import Settings
+from server.soft_prompts.formats import save_soft_prompt
+from tests.api.live import wait_until
+from tests.api.telemetry.logged import logged
+from tests.jobs.support import Yard, make_yard, running, spec
+from tests.support import random_soft_prompt
+
+SLEEP = "time.sleep(600)"
+
+
+def stubbed(settings: Settings, model: FrozenModel, code: str = SLEEP) -> Yard:
+    """A yard whose processes do this instead of training; `folder` is the job's."""
+
+    def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+        head = f"import pathlib, shutil, sys, time; folder = pathlib.Path({str(folder.path)!r})\n"
+        return subprocess.Popen([sys.executable, "-S", "-c", head + code])
+
+    return make_yard(settings, model, start=start)
+
+
+@pytest.fixture
+def result(tiny32: FrozenModel, tmp_path: Path) -> str:
+    """Code that leaves a result at once."""
+    saved = tmp_path / "saved"
+    save_soft_prompt(saved, random_soft_prompt(tiny32.spec), tiny32.spec)
+    return f"shutil.copytree({str(saved)!r}, folder / 'result')\n"
+
+
+@contextmanager
+def by_hand(yard: Yard) -> Iterator[Yard]:
+    """Let the runner take its turns by hand until the block ends."""
+    assert yard.runner._adopt()
+    yield yard
+    yard.runner._interrupt()
+    assert yard.runner._lock is not None
+    yard.runner._lock.close()
+
+
+def finished(yard: Yard) -> None:
+    """Wait until that process has ended by itself."""
+    assert yard.runner._running is not None
+    assert yard.runner._running[1].wait(30) == 0
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "the folder is removed": shutil.rmtree,
+    "the status is broken": lambda path: (path / "status.json").write_text("{"),
+    "the status is a folder": lambda path: [(path / "status.json").unlink(), (path / "status.json").mkdir()],
+    "the specification is gone": lambda path: (path / "spec.json").unlink(),
+    "the folder is a file": lambda path: [shutil.rmtree(path), path.touch()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_job_whose_folder_breaks_is_over_with_a_sentence_and_the_next_one_runs(
+    settings: Settings, tiny32: FrozenModel, damage: str
+) -> None:
+    with running(stubbed(settings, tiny32)) as yard, logged() as log:
+        job, later = yard.submit(spec()), yard.submit(spec())
+        wait_until(lambda: yard.state(job) == JobState.RUNNING and yard.runner._running is not None)
+        assert yard.runner._running is not None
+        child = yard.runner._running[1]
+        DAMAGES[damage](yard.files(job).path)
+        wait_until(lambda: yard.state(later) == JobState.RUNNING, 10)
+        assert child.poll() is not None, "its process is not left behind"
+    assert f"training job {job.id} failed: Its folder is gone or cannot be read" in log.text
+    assert "Traceback" not in log.text
+
+
+def test_a_folder_of_jobs_that_vanishes_whole_is_begun_anew(settings: Settings, tiny32: FrozenModel) -> None:
+    with running(stubbed(settings, tiny32)) as yard:
+        job = yard.submit(spec())
+        wait_until(lambda: yard.state(job) == JobState.RUNNING)
+        settings.jobs_folder.rename(settings.jobs_folder.with_name("gone"))
+        wait_until(lambda: yard.runner._running is None, 10)
+        wait_until(lambda: yard.runner._lock is None, 10)
+        again = yard.submit(spec())
+        wait_until(lambda: yard.state(again) == JobState.RUNNING, 10)
+
+
+def test_a_job_whose_process_cannot_be_started_fails_and_the_next_one_runs(
+    settings: Settings, tiny32: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yard = stubbed(settings, tiny32)
+    start, errors = yard.runner._start_child, iter([OSError("no memory"), ValueError("no such option")])
+
+    def fails(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+        for error in errors:
+            raise error
+        return start(folder, settings)
+
+    monkeypatch.setattr(yard.runner, "_start_child", fails)
+    with running(yard):
+        jobs = [yard.submit(spec()) for _ in range(3)]
+        wait_until(lambda: yard.state(jobs[2]) == JobState.RUNNING, 10)
+    for job in jobs[:2]:
+        error = yard.board.job(job.id).status.error
+        assert error is not None
+        assert "cannot be started" in error.error
+
+
+def test_a_full_disk_ends_the_job_in_words_and_stops_no_other(
+    settings: Settings, tiny32: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(stubbed(settings, tiny32, f"sys.exit({FULL})")) as yard:
+        error = yard.ended(yard.submit(spec())).status.error
+    assert error is not None
+    assert (error.code, error.error) == (StoreFull.code, "No space is left where PRELUDE_JOBS_DIR lies.")
+
+    write, full = JobFolder.write_status, {"": True}
+
+    def write_if_there_is_room(folder: JobFolder, status: Status) -> None:
+        if status.state.is_over and full[""]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, status)
+
+    monkeypatch.setattr(JobFolder, "write_status", write_if_there_is_room)
+    with running(stubbed(settings, tiny32, "sys.exit(1)")) as yard:
+        one, two = yard.submit(spec()), yard.submit(spec())
+        wait_until(lambda: {one.id, two.id} <= yard.runner._unwritten.keys(), 20)
+        full[""] = False
+        assert {yard.ended(job).status.state for job in (one, two)} == {JobState.FAILED}
+
+
+def test_a_full_disk_is_known_by_number_or_text() -> None:
+    assert _is_full(OSError(errno.ENOSPC, "x"))
+    assert _is_full(RuntimeError(f"I/O error: No space left on device (os error {errno.ENOSPC})"))
+    assert not _is_full(OSError(errno.EACCES, "x"))
+    assert not _is_full(RuntimeError("x"))
+
+
+def test_a_cancelled_job_never_publishes_though_its_process_has_succeeded(
+    settings: Settings, tiny32: FrozenModel, result: str
+) -> None:
+    yard = stubbed(settings, tiny32, result)
+    job = yard.submit(spec(activate=True))
+    with by_hand(yard):
+        yard.runner._turn()
+        finished(yard)
+        yard.board.cancel(job.id)
+        assert yard.board.job(job.id).is_cancelling
+        yard.runner._turn()
+    assert yard.state(job) == JobState.CANCELLED
+    assert yard.registry.num_tasks == 0
+
+
+def test_a_cancellation_right_before_the_publish_wins_and_one_after_it_is_not_acknowledged(
+    settings: Settings, tiny32: FrozenModel, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = publish.load_soft_prompts
+    yard = stubbed(settings, tiny32, result)
+    jobs = [yard.submit(spec(task=task)) for task in ("early", "late")]
+
+    def cancel_and_load(*given: object) -> object:
+        yard.board.cancel(jobs[0].id)
+        return load(*given)  # type: ignore[arg-type]
+
+    put = yard.registry.publish
+    seen: list[Job] = []
+
+    def cancel_and_publish(*given: object, **options: object) -> object:
+        yard.board.cancel(jobs[1].id)
+        seen.append(yard.board.job(jobs[1].id))
+        return put(*given, **options)  # type: ignore[arg-type]
+
+    with by_hand(yard):
+        yard.runner._turn()
+        finished(yard)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(publish, "load_soft_prompts", cancel_and_load)
+            yard.runner._turn()  # which begins the next one as well
+        assert yard.state(jobs[0]) == JobState.CANCELLED
+        assert yard.registry.num_tasks == 0
+        monkeypatch.setattr(yard.registry, "publish", cancel_and_publish)
+        finished(yard)
+        yard.runner._turn()
+    assert not seen[0].is_cancelling, "it is too late, and whoever cancels is not told otherwise"
+    assert yard.state(jobs[1]) == JobState.SUCCEEDED
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(live, "LOOK_SECONDS", 0.0)
+    add_key(tmp_path / "keys.json", "admin", [Scope.ADMIN], None)
+    return tmp_path / "keys.json"
+
+
+@pytest.mark.parametrize("when", ["before it starts", "while it runs", "before it publishes"])
+def test_a_job_of_a_revoked_key_ends_with_a_sentence_and_publishes_nothing(
+    settings: Settings, tiny32: FrozenModel, result: str, keys_file: Path, when: str
+) -> None:
+    yard = stubbed(settings, tiny32, SLEEP if when == "while it runs" else result)
+    key, _ = add_key(keys_file, "team", [Scope.PUBLISH], ["mo*"])
+    yard.board.keys = ApiKeys(keys_file)
+    job = yard.submit(spec(), by=key.id)
+    with by_hand(yard):
+        if when != "before it starts":
+            yard.runner._turn()
+        if when == "before it publishes":
+            finished(yard)
+        revoke_key(keys_file, key.id)
+        yard.runner._turn()
+        assert yard.runner._running is None
+    ended = yard.board.job(job.id)
+    assert ended.status.state == JobState.FAILED
+    assert ended.status.error is not None
+    assert ended.status.error.code == "forbidden"
+    assert ended.status.error.error.startswith(f"The key {key.id} was revoked.")
+    assert yard.registry.num_tasks == 0
+
+
+@pytest.mark.parametrize(
+    ("scopes", "tasks", "part"),
+    [([Scope.GENERATE], None, "no longer has the scope publish"), ([Scope.PUBLISH], ["x"], "no longer for the task")],
+)
+def test_a_job_whose_key_lost_what_it_needs_publishes_nothing(
+    settings: Settings,
+    tiny32: FrozenModel,
+    result: str,
+    keys_file: Path,
+    scopes: list[Scope],
+    tasks: list[str] | None,
+    part: str,
+) -> None:
+    yard = stubbed(settings, tiny32, result)
+    key, _ = add_key(keys_file, "team", scopes, tasks)  # as an operator has left it in the meantime
+    yard.board.keys = ApiKeys(keys_file)
+    job = yard.submit(spec(), by=key.id)
+    with running(yard):
+        ended = yard.ended(job)
+    assert ended.status.error is not None
+    assert part in ended.status.error.error
+    assert yard.registry.num_tasks == 0
+
+
+def test_states_are_read_again_only_once_they_have_changed(settings: Settings, tiny32: FrozenModel) -> None:
+    yard = stubbed(settings, tiny32)
+    jobs = [yard.submit(spec()) for _ in range(2)]
+    assert yard.board.files.states() == {job.id: JobState.QUEUED for job in jobs}
+    for number in range(998):
+        shutil.copytree(yard.files(jobs[0]).path, settings.jobs_folder / f"{jobs[0].id[:-12]}{number:012x}")
+    assert len(yard.board.files.states()) == 1000
+    started = time.perf_counter()
+    assert len(yard.board.files.states()) == 1000
+    assert time.perf_counter() - started < 0.2
+    yard.files(jobs[1]).write_status(Status(JobState.FAILED))
+    assert yard.board.files.states()[jobs[1].id] == JobState.FAILED
+    (yard.files(jobs[0]).path / "status.json").write_text("{}")
+    assert jobs[0].id not in yard.board.files.states()

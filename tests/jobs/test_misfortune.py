@@ -24,7 +24,7 @@ from server.keys.file import add_key, revoke_key
 from server.keys.key import Scope
 from server.keys.live import ApiKeys
 from server.settings import Settings
-from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from tests.api.live import wait_until
 from tests.api.telemetry.logged import logged
 from tests.jobs.support import Yard, make_yard, running, spec
@@ -67,12 +67,22 @@ def finished(yard: Yard) -> None:
     assert yard.runner._running[1].wait(30) == 0
 
 
+def _status_is_a_folder(path: Path) -> None:
+    (path / "status.json").unlink()
+    (path / "status.json").mkdir()
+
+
+def _folder_is_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "the folder is removed": shutil.rmtree,
     "the status is broken": lambda path: (path / "status.json").write_text("{"),
-    "the status is a folder": lambda path: [(path / "status.json").unlink(), (path / "status.json").mkdir()],
-    "the specification is gone": lambda path: (path / "spec.json").unlink(),
-    "the folder is a file": lambda path: [shutil.rmtree(path), path.touch()],
+    "the status is a folder": _status_is_a_folder,
+    "the specification is gone": lambda path: (path / "spec.json").rename(path / "spec"),
+    "the folder is a file": _folder_is_a_file,
 }
 
 
@@ -172,7 +182,7 @@ def test_a_cancelled_job_never_publishes_though_its_process_has_succeeded(
 def test_a_cancellation_right_before_the_publish_wins_and_one_after_it_is_not_acknowledged(
     settings: Settings, tiny32: FrozenModel, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = publish.load_soft_prompts
+    load = load_soft_prompts
     yard = stubbed(settings, tiny32, result)
     jobs = [yard.submit(spec(task=task)) for task in ("early", "late")]
 

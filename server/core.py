@@ -100,7 +100,13 @@ class SamplingParams:
     """Token ids, and what is added to their logits."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these that appears in it."""
+    """The text ends before the first of these that appears in it; one that ends within `min_new_tokens` is passed."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end a generation as end-of-sequence tokens do, also where those are ignored."""
+    include_stop: bool = False
+    """What ends the text, a stop string or a token, is a part of it."""
+    show_special: bool = False
+    """Special tokens are text, by their names."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
@@ -130,6 +136,8 @@ class GenerationRequest:
     n: int = 1
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
+    continues_text: bool = True
+    """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
     labels: tuple[tuple[int, ...], ...] = ()
     """Token ids of continuations. Nothing is generated then; each is a choice, whose log-probabilities are reported."""
 
@@ -160,10 +168,13 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. The non-special texts of a choice, joined, are its generated text."""
+    """One generated token. The texts of a choice's tokens, joined, are its generated text."""
 
     id: int
-    text: str
+    text: str = ""
+    """What it adds to the text: nothing for a special token that is not shown, nor for what a stop string took away."""
+    offset: int = 0
+    """Characters of the generated text before it, counted as if no stop string had come."""
     logprob: float | None = None
     special: bool = False
     top: tuple[Candidate, ...] = ()

@@ -264,7 +264,7 @@ def run_engine(
                 outcome.top.append(delta.token.top)
                 outcome.token_ids.append(delta.token.id)
                 outcome.logprobs.append(delta.token.logprob)
-                outcome.text += "" if delta.token.special else delta.token.text
+                outcome.text += delta.token.text
             if delta.finish_reason is not None:
                 outcome.ends += 1
                 outcome.lasts += delta.is_last

@@ -11,46 +11,30 @@ from typing import Any
 from server.core import Delta, FinishReason, Scored, Token, Usage
 
 
-def shown(delta: Delta, *, special: bool = False) -> str:
-    """The text that a delta adds; `special` writes special tokens by their names, but never the one that ended it."""
-    token = delta.token
-    if token is None:
-        return ""
-    hidden = token.special and (not special or delta.finish_reason is FinishReason.EOS_TOKEN)
-    return "" if hidden else token.text
-
-
 @dataclass
 class Choice:
     """One choice of a request, as far as it has come."""
 
     index: int
-    special: bool = False
-    """Whether special tokens are part of its text."""
     tokens: list[Token] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    """What each token added to the text; a token that leaves it open what the text will be adds nothing."""
     scored: tuple[Scored, ...] = ()
     """Given tokens with their log-probabilities: the input's, or the label's."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
-    def take(self, delta: Delta) -> str:
-        """Take over what a step added, and answer the text of it."""
+    def take(self, delta: Delta) -> None:
+        """Take over what a step added."""
         assert self.finish_reason is None, "a choice ends once"
-        piece = shown(delta, special=self.special)
         if delta.token is not None:
             self.tokens.append(delta.token)
-            self.pieces.append(piece)
         self.scored = delta.scored or self.scored
         self.finish_reason = delta.finish_reason
         self.usage = delta.usage or self.usage
-        return piece
 
     @property
     def text(self) -> str:
         """Its text."""
-        return "".join(self.pieces)
+        return "".join(token.text for token in self.tokens)
 
     @property
     def mean_logprob(self) -> float:
@@ -59,22 +43,20 @@ class Choice:
         return sum(known) / len(known) if known else float("-inf")
 
 
-async def collect(deltas: AsyncIterator[Delta], num_choices: int = 1, *, special: bool = False) -> list[Choice]:
+async def collect(deltas: AsyncIterator[Delta], num_choices: int = 1) -> list[Choice]:
     """All choices of one request, once it has ended."""
-    choices = [Choice(index, special) for index in range(num_choices)]
+    choices = [Choice(index) for index in range(num_choices)]
     async for delta in deltas:
         choices[delta.index].take(delta)
     return choices
 
 
-async def collect_all(
-    requests: Sequence[AsyncIterator[Delta]], num_choices: int = 1, *, special: bool = False
-) -> list[list[Choice]]:
+async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int = 1) -> list[list[Choice]]:
     """All choices of several requests that run at once, in their order.
 
     If one fails, or whoever waits is cancelled, the others are aborted: nobody would read them.
     """
-    running = [asyncio.ensure_future(collect(deltas, num_choices, special=special)) for deltas in requests]
+    running = [asyncio.ensure_future(collect(deltas, num_choices)) for deltas in requests]
     try:
         return await asyncio.gather(*running)
     finally:

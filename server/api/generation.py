@@ -130,15 +130,17 @@ async def prepare(
         key_id,
         n=wanted.n,
         input_logprobs=wanted.input_logprobs,
-        labels=await _encode_labels(worker, wanted.labels),
+        continues_text=soft_prompt is None,
+        labels=await _encode_labels(worker, wanted.labels, continue_text=soft_prompt is None),
     )
     return Prepared(request, resolved, soft_prompt, place)
 
 
-async def _encode_labels(worker: EngineWorker, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    if sum(map(len, labels)) > LONG_TEXT:
-        return await worker.threads.run(encode_labels, worker.text, labels)
-    return encode_labels(worker.text, labels)
+async def _encode_labels(
+    worker: EngineWorker, labels: Sequence[str], *, continue_text: bool
+) -> tuple[tuple[int, ...], ...]:
+    encode = partial(encode_labels, worker.text, labels, continue_text=continue_text)
+    return await worker.threads.run(encode) if sum(map(len, labels)) > LONG_TEXT else encode()
 
 
 async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:

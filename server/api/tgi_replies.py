@@ -51,7 +51,7 @@ async def events(
             ended = delta.finish_reason is not None
             event: dict[str, Any] = {
                 "index": len(choice.tokens),
-                "token": _token(delta.token).model_dump(),
+                "token": _token(delta.token, worker).model_dump(),
                 "generated_text": None,
                 "details": None,
             }
@@ -96,7 +96,7 @@ def _details(choice: Choice, prepared: Prepared, parameters: GenerateParameters,
         virtual_tokens=choice.usage.virtual_tokens,
         seed=_seed(prepared),
         prefill=prefill,
-        tokens=[_token(token) for token in choice.tokens],
+        tokens=[_token(token, worker) for token in choice.tokens],
     )
     if parameters.top_n_tokens:
         details.top_tokens = _all_top(choice.tokens, worker)
@@ -111,7 +111,7 @@ def _sequence(
         finish_reason=str(choice.finish_reason),
         generated_tokens=len(choice.tokens),
         seed=_seed(prepared),
-        tokens=[_token(token) for token in choice.tokens],
+        tokens=[_token(token, worker) for token in choice.tokens],
     )
     if parameters.top_n_tokens:
         sequence.top_tokens = _all_top(choice.tokens, worker)
@@ -123,8 +123,10 @@ def _seed(prepared: Prepared) -> int | None:
     return None if sampling.is_greedy else sampling.seed
 
 
-def _token(token: Token) -> TokenBody:
-    return TokenBody(id=token.id, text=token.text, logprob=token.logprob, special=token.special)
+def _token(token: Token, worker: EngineWorker) -> TokenBody:
+    """A special token is none of the text, and reads as its name."""
+    text = worker.text.token_text(token.id) if token.special else token.text
+    return TokenBody(id=token.id, text=text, logprob=token.logprob, special=token.special)
 
 
 def _all_top(tokens: Iterable[Token], worker: EngineWorker) -> list[list[TokenBody]]:

@@ -41,7 +41,9 @@ def apply_rules(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[
     if sequence.matcher is not None:  # it knows better than `min_new_tokens` when there may be an end
         row.masked_fill_(~on_device(row.device, sequence.matcher.allowed(len(row))), NEVER)
     elif len(sequence.output_ids) < params.min_new_tokens:
-        row.index_fill_(0, on_device(row.device, sorted(eos_token_ids)), NEVER)
+        ends = sorted(eos_token_ids | params.stop_token_ids)
+        if ends:
+            row.index_fill_(0, on_device(row.device, ends), NEVER)
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:

@@ -185,7 +185,7 @@ class Engine:
         siblings, sequence.siblings = sequence.siblings, []
         if siblings:
             self.scheduler.share_input(sequence, siblings)
-        deltas = [self._append(who, choice) for who, choice in drawn]
+        deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
         self.scheduler.add_sharing([who for who in siblings if not who.has_ended])
         return deltas
 
@@ -205,36 +205,38 @@ class Engine:
         self.scheduler.finish(first)
         return deltas
 
-    def _append(self, sequence: Sequence, choice: Choice) -> Delta:
+    def _append(self, sequence: Sequence, choice: Choice) -> list[Delta]:
+        """Take a generated token; the deltas are of all tokens whose text is certain now."""
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
         sequence.append(token_id)
         params, matcher = sequence.sampling, sequence.matcher
         if matcher is not None:
             matcher.accept(token_id)
-        text, stopped = sequence.detokenizer.push(token_id)
-        reason = None
-        if token_id in self.model.eos_token_ids and (matcher is not None or not params.ignore_eos):
+        reason = by_id = self._ending(sequence, token_id)
+        if reason is None and matcher is not None and matcher.is_complete:
             reason = FinishReason.EOS_TOKEN
-        elif stopped:
-            reason = FinishReason.STOP_SEQUENCE
-        elif matcher is not None and matcher.is_complete:
-            reason = FinishReason.EOS_TOKEN
-        elif len(sequence.output_ids) >= params.max_new_tokens:
+        elif reason is None and len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
-        if reason is not None and not stopped:
-            text += sequence.detokenizer.flush()
-        token = self._token(token_id, text, choice)
-        if reason is not None:
-            return self._end(sequence, token, reason)
-        return Delta(sequence.request_id, token, index=sequence.index, scored=sequence.take_scored())
+        token = Token(token_id, logprob=choice.logprob, special=self.text.is_special(token_id), top=choice.top)
+        certain, stopped = sequence.detokenizer.push(
+            token, is_last=reason is not None, is_text=by_id is None or params.include_stop
+        )
+        if stopped and by_id is None:
+            reason = FinishReason.STOP_SEQUENCE
+        last = certain.pop() if reason is not None else None
+        deltas = [
+            Delta(sequence.request_id, one, index=sequence.index, scored=sequence.take_scored()) for one in certain
+        ]
+        return deltas if reason is None else [*deltas, self._end(sequence, last, reason)]
 
-    def _token(self, token_id: int, text: str, choice: Choice) -> Token:
-        """A special token shows its own name, unless it carries text that was held back until it came."""
-        if self.text.is_special(token_id) and not text:
-            name = str(self.model.tokenizer.convert_ids_to_tokens(token_id))
-            return Token(token_id, name, choice.logprob, special=True, top=choice.top)
-        return Token(token_id, text, choice.logprob, top=choice.top)
+    def _ending(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why a token ends a generation by itself, if it does."""
+        params = sequence.sampling
+        if token_id in self.model.eos_token_ids and (sequence.matcher is not None or not params.ignore_eos):
+            return FinishReason.EOS_TOKEN
+        is_early = len(sequence.output_ids) <= params.min_new_tokens  # only a grammar lets it come so soon
+        return FinishReason.STOP_SEQUENCE if token_id in params.stop_token_ids and not is_early else None
 
     def _end(self, sequence: Sequence, token: Token | None, reason: FinishReason) -> Delta:
         """The last Delta of a choice; of its request too, if it is the last one."""
@@ -271,7 +273,7 @@ class Engine:
     ) -> Sequence:
         grammar = request.sampling.grammar
         matcher = None if grammar is None or request.labels else self.grammars.matcher(grammar)
-        detokenizer = Detokenizer(self.model.tokenizer, request.sampling.stop)
+        detokenizer = Detokenizer(self.model.texts, request.sampling, continues_text=request.continues_text)
         return Sequence(request, soft_prompt, detokenizer, index, label_ids, matcher)
 
 

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from server.core import Scored
@@ -29,6 +30,9 @@ class Encodes(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
+    def encode_after_text(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -41,13 +45,19 @@ class Judged:
     num_tokens: int
 
 
-def encode_labels(model: Encodes, labels: Sequence[str]) -> tuple[LabelIds, ...]:
+def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool = False) -> tuple[LabelIds, ...]:
     """Token ids of labels as training tokenises targets: apart from the input.
+
+    Args:
+        model: whose tokens they are to be.
+        labels: their texts.
+        continue_text: they continue the input instead, as the frozen model alone would.
 
     Raises:
         InvalidRequest: two labels are the same to the model.
     """
-    ids = [tuple(model.encode(label, add_special_tokens=False)) for label in labels]
+    encode = model.encode_after_text if continue_text else partial(model.encode, add_special_tokens=False)
+    ids = [tuple(encode(label)) for label in labels]
     ordered = sorted(zip(ids, labels, strict=True))
     for (one, text), (other, twin) in itertools.pairwise(ordered):
         if one == other:

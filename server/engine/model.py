@@ -72,7 +72,7 @@ class FrozenModel:
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
         self.backend = _plain_backend(tokenizer)
-        self.texts = TokenTexts(self.backend)
+        self.texts = TokenTexts(self.backend, tokenizer.all_special_ids)
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len

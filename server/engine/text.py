@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -28,27 +29,65 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """The vocabulary, read one token at a time; safe from any thread."""
+    """The vocabulary, read one token at a time; safe from any thread.
 
-    def __init__(self, backend: Tokenizer) -> None:
+    Attributes:
+        backend: the tokenizer's Rust part.
+        special_ids: tokens that are none of the text: those that the tokenizer marks as special, and `special_ids`.
+    """
+
+    def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
         """Find out how this tokenizer's decoder writes bytes."""
-        self._backend = backend
+        self.backend = backend
         self._kinds = frozenset(_kinds_of(backend.decoder))
         self._byte_of = _byte_level_alphabet()
-        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_ids = frozenset(special_ids) | {token_id for token_id, token in added.items() if token.special}
         self._texts: dict[int, str] = {}
+
+    @cached_property
+    def primer(self) -> tuple[int, ...]:
+        """Tokens of a text that generated ones are decoded after, so that they keep a space that they begin with.
+
+        Decoders of SentencePiece's kind take the first space of a text away, and every other one is none of the first.
+        """
+        for text in "a0.\n":
+            ids = tuple(self._encode(text))
+            if ids and self.special_ids.isdisjoint(ids) and self.decode(ids) == text:
+                return ids
+        return ()
+
+    @cached_property
+    def puts_space_first(self) -> bool:
+        """Whether the tokenizer puts a space before a text that it encodes, which its decoder takes away."""
+        before = self.decode(self.primer)
+        return bool(self.primer) and self.decode(self.primer * 2).removeprefix(before) == f" {before}"
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a sequence, special tokens by their names."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=False)
         return text
+
+    def encode_after_text(self, text: str) -> list[int]:
+        """Token ids of a text that continues another: without the space that the tokenizer puts before a first one."""
+        whole = self._encode(text)
+        for before in ("\n", "a") if self.puts_space_first else ():
+            first, both = self._encode(before), self._encode(before + text)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return whole
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def bytes_of(self, token_id: int) -> bytes:
         """What a token adds to the text, in UTF-8 or a part of it; nothing for a row that no token belongs to."""
         token = self._added.get(token_id)
         if token is not None:  # as it is: it went through no byte-level alphabet
             return token.encode()
-        token = self._backend.id_to_token(token_id)
+        token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
         if "ByteLevel" in self._kinds:
@@ -71,7 +110,6 @@ class ModelText:
     def __init__(self, model: FrozenModel) -> None:
         """Take a model, of which nothing is changed."""
         self._model = model
-        self._special_ids = frozenset(model.tokenizer.all_special_ids)
 
     @property
     def max_characters(self) -> int:
@@ -86,6 +124,10 @@ class ModelText:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one, unless told not to."""
         return self._model.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_after_text(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
+        return self._model.texts.encode_after_text(text)
 
     def tokenize(self, text: str) -> list[tuple[int, int, int]]:
         """Token ids of a text with the characters that each stands for, from and to."""
@@ -109,7 +151,7 @@ class ModelText:
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is none of the text."""
-        return token_id in self._special_ids
+        return token_id in self._model.texts.special_ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as the model reads it, with BOS where it needs one.

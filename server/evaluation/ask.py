@@ -56,7 +56,7 @@ class Asked:
         """
         if delta.finish_reason in (FinishReason.FAILED, FinishReason.ABORTED):
             raise GenerationFailed(f"Line {self.row.line} got no answer: {delta.error or 'it was aborted'}")
-        if delta.token is not None and not delta.token.special:
+        if delta.token is not None:
             self.text.append(delta.token.text)
         if delta.scored:
             self.scored[delta.index] = delta.scored
@@ -130,7 +130,8 @@ class Questions:
         ids = tuple(contestant.read(row, host))
         name = f"evaluation-{uuid.uuid4().hex}"
         sampling = contestant.sampling(row, ids, host)
-        generated = GenerationRequest(f"{name}-text", ids, sampling, QUEUE, key_id)
+        is_fresh = contestant.soft_prompt is not None
+        generated = GenerationRequest(f"{name}-text", ids, sampling, QUEUE, key_id, continues_text=not is_fresh)
         given = self._label_ids or (self._target_ids(row),)
         scored = GenerationRequest(f"{name}-given", ids, task=QUEUE, key_id=key_id, labels=given)
         return Asked(row, generated, prefix), Asked(row, scored, prefix)

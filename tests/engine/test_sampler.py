@@ -19,13 +19,18 @@ from transformers import (
 from server.engine.detokenizer import Detokenizer
 from server.engine.sampler import choose_next
 from server.engine.sequence import Sequence
+from server.engine.text import TokenTexts
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
 
 NO_EOS: frozenset[int] = frozenset()
 
 
 def sequence(seed: int = 0, input_ids: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Sequence:
-    return Sequence(request("r", input_ids, seed=seed, **sampling), None, Detokenizer(byte_tokenizer()))
+    return Sequence(
+        request("r", input_ids, seed=seed, **sampling),
+        None,
+        Detokenizer(TokenTexts(byte_tokenizer().backend_tokenizer)),
+    )
 
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:

@@ -51,7 +51,7 @@ class _Form:
         if len(choice.tokens) <= 1:
             found.append(self._part(choice, {"role": "assistant", "content": ""}))
         logprobs = self._logprobs([] if delta.token is None else [delta.token])
-        piece = choice.pieces[-1] if delta.token is not None else ""
+        piece = "" if delta.token is None else delta.token.text
         if piece or (logprobs is not None and logprobs["content"]):
             found.append({**self._part(choice, {"content": piece}), "logprobs": logprobs})
         if delta.finish_reason is not None:
@@ -75,16 +75,15 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     (prepared,) = prepare_all(worker, target, inputs, body, choices=n)
     headers = prepared.headers(worker) | read.headers
     form = _Form(worker, body)
-    special = body.skip_special_tokens is False
     running = start_all(request, worker, [prepared])
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
-        choices = [[Choice(index, special) for index in range(n)]]
+        choices = [[Choice(index) for index in range(n)]]
         head = target.head("chat.completion.chunk", worker)
         return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
-    ended = await unless_disconnected(request, collect(running[0], n, special=special))
+    ended = await unless_disconnected(request, collect(running[0], n))
     reply = {
         **target.head("chat.completion", worker),
         "choices": [form.choice(choice) for choice in ended],

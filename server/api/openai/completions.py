@@ -14,7 +14,7 @@ from server.api.choices import Choice, collect_all, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.generation import place_of, placed
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
-from server.api.openai.logprobs import completion_logprobs, running_offsets, text_offsets
+from server.api.openai.logprobs import completion_logprobs, text_offsets
 from server.api.openai.replies import CompletionReply, usage_of
 from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
@@ -52,11 +52,10 @@ class _Form:
         """A choice that has ended, the one at this place of the request with this number."""
         choice = choices[at]
         assert choice.finish_reason is not None, "the request has ended"
-        start = len(self.texts[number])
         return {
             "index": index,
             "text": self.texts[number] + choice.text,
-            "logprobs": self._logprobs(number, _given(choices), choice.tokens, running_offsets(start, choice.pieces)),
+            "logprobs": self._logprobs(number, _given(choices), choice.tokens),
             "finish_reason": FINISH_REASONS[choice.finish_reason],
         }
 
@@ -64,27 +63,24 @@ class _Form:
         """What a delta adds to a stream; nothing where it leaves the text open."""
         choice = choices[delta.index]
         tokens = [] if delta.token is None else [delta.token]
-        pieces = choice.pieces[len(choice.pieces) - len(tokens) :]
         begins = len(choice.tokens) <= 1
-        text = (self.texts[number] if begins else "") + "".join(pieces)
+        text = (self.texts[number] if begins else "") + "".join(token.text for token in tokens)
         if not text and self.body.logprobs is None and delta.finish_reason is None:
             return []
-        start = len(self.texts[number]) + len(choice.text) - sum(map(len, pieces))
         given = _given(choices) if begins else ()
         return [
             {
                 "index": number * self.body.generated + choice.index,
                 "text": text,
-                "logprobs": self._logprobs(number, given, tokens, running_offsets(start, pieces)),
+                "logprobs": self._logprobs(number, given, tokens),
                 "finish_reason": None if delta.finish_reason is None else FINISH_REASONS[delta.finish_reason],
             }
         ]
 
-    def _logprobs(
-        self, number: int, given: Sequence[Scored], tokens: Sequence[Token], offsets: Sequence[int]
-    ) -> Body | None:
+    def _logprobs(self, number: int, given: Sequence[Scored], tokens: Sequence[Token]) -> Body | None:
         if self.body.logprobs is None:
             return None
+        offsets = [len(self.texts[number]) + token.offset for token in tokens]
         if not self.body.echo:
             return completion_logprobs(self.worker.text, tokens, offsets, self.body.logprobs)
         at = text_offsets(self.texts[number], [self.worker.text.token_bytes(token.id) for token in given])
@@ -106,15 +102,14 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     headers = prepared[0].headers(worker)
     head = target.head("text_completion", worker)
     form = _Form(worker, body, texts)
-    special = body.skip_special_tokens is False
     running = start_all(request, worker, prepared)
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
-        choices = [[Choice(index, special) for index in range(body.generated)] for _ in running]
+        choices = [[Choice(index) for index in range(body.generated)] for _ in running]
         return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
-    requests = await unless_disconnected(request, collect_all(running, body.generated, special=special))
+    requests = await unless_disconnected(request, collect_all(running, body.generated))
     return JSONResponse({**head, "choices": _answered(form, requests), "usage": usage_of(requests)}, headers=headers)
 
 

@@ -69,15 +69,6 @@ def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
     return offsets
 
 
-def running_offsets(start: int, pieces: Sequence[str]) -> list[int]:
-    """Where generated tokens begin: behind the text that those before had made certain."""
-    offsets = []
-    for piece in pieces:
-        offsets.append(start)
-        start += len(piece)
-    return offsets
-
-
 def _by_text(words: ModelText, token: Token | Scored, top: int) -> dict[str, float] | None:
     """The most likely tokens by their texts; of two that read alike, the likelier one is told."""
     if token.logprob is None:

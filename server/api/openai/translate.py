@@ -170,6 +170,7 @@ def prepare_all(
             target.key_id,
             n=choices,
             input_logprobs=input_logprobs,
+            continues_text=target.soft_prompt is None,
         )
         prepared.append(Prepared(request, target.resolved, target.soft_prompt, place))
     return prepared
@@ -195,6 +196,7 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
         fields["stop"] = tuple(body.stop)
     if body.logit_bias is not None:
         fields["logit_bias"] = _biases(worker, body.logit_bias)
+    fields["show_special"] = body.skip_special_tokens is False
     fields["logprobs"] = body.wants_logprobs
     fields["top_logprobs"] = body.most_likely
     return fields

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.choices import Choice
-from server.api.openai.logprobs import LOWEST, chat_logprobs, completion_logprobs, running_offsets, text_offsets
+from server.api.openai.logprobs import LOWEST, chat_logprobs, completion_logprobs, text_offsets
 from server.api.openai.replies import usage_of
 from server.core import Candidate, Scored, Token, Usage
 from server.engine.text import ModelText
@@ -31,7 +31,7 @@ class Vocabulary:
 
 
 WORDS = cast(ModelText, Vocabulary())
-BROKEN = Token(3, "", -4.0, top=(Candidate(2, -1.0), Candidate(0, -2.0)))
+BROKEN = Token(3, "", 0, -4.0, top=(Candidate(2, -1.0), Candidate(0, -2.0)))
 
 
 def test_of_two_tokens_that_read_alike_the_likelier_is_told() -> None:
@@ -49,7 +49,7 @@ def test_a_chat_tells_their_bytes_apart() -> None:
 
 
 def test_what_can_never_come_is_told_in_json() -> None:
-    never = Token(0, "a", float("-inf"), top=(Candidate(1, float("-inf")),))
+    never = Token(0, "a", 0, float("-inf"), top=(Candidate(1, float("-inf")),))
     told = [completion_logprobs(WORDS, [never, Scored(0, None)], [0, 1], 1), chat_logprobs(WORDS, [never], 1)]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert told[0]["token_logprobs"] == [LOWEST, None]
@@ -76,11 +76,6 @@ def test_offsets_of_pieces_are_the_characters_that_they_begin_in(text: str, size
 )
 def test_what_the_text_does_not_show_has_no_width(text: str, pieces: list[bytes], expected: list[int]) -> None:
     assert text_offsets(text, pieces) == expected
-
-
-def test_generated_tokens_begin_where_the_text_had_come_to() -> None:
-    assert running_offsets(3, ["ab", "", "c"]) == [3, 5, 5]
-    assert running_offsets(3, []) == []
 
 
 def test_an_input_counts_once_and_is_cached_only_if_no_choice_had_to_compute_it() -> None:

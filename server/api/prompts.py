@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
@@ -83,11 +84,18 @@ async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) 
     return PromptDetail(
         **_summary(task, found, registry.errors.get(task)).model_dump(),
         versions=sorted(found.versions),
-        manifest=shown.content.parse_manifest().model_dump(mode="json", exclude_none=True),
+        manifest={"generation": {}, **json.loads(shown.content.manifest)},
     )
 
 
-@router.put("/{task}", status_code=201, response_model=PublishReply, responses=PUBLISH_ERRORS, dependencies=[Publishes])
+@router.put(
+    "/{task}",
+    status_code=201,
+    response_model=PublishReply,
+    response_model_exclude_none=True,
+    responses=PUBLISH_ERRORS,
+    dependencies=[Publishes],
+)
 async def put_prompt(
     task: TaskName,
     files: Annotated[
@@ -127,8 +135,8 @@ async def put_prompt(
         num_virtual_tokens=first.content.num_virtual_tokens,
         live=published.live,
         tasks=[TaskVersion(task=item.task, version=item.version) for item in published.tasks],
-        warnings=list(soft_prompts[0].notes),
-        ignored=ignored,
+        warnings=list(soft_prompts[0].notes) or None,
+        ignored=ignored or None,
     )
 
 
@@ -162,7 +170,7 @@ def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
         digest=live.content.digest,
         peft_type=live.content.peft_type,
         num_virtual_tokens=live.content.num_virtual_tokens,
-        description=live.content.parse_manifest().description,
+        description=live.content.about.description,
         error=error,
     )
 

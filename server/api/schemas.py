@@ -131,6 +131,7 @@ class VersionBody(BaseModel):
     by: str | None = Field(None, description="Id of the key, or place of the inbox, that it came from.")
     description: str | None = None
     metrics: dict[str, Any] | None = None
+    error: str | None = Field(None, description="Why this server cannot read or serve it, as far as it knows.")
 
 
 class VersionList(BaseModel):
@@ -140,6 +141,7 @@ class VersionList(BaseModel):
     live: int | None = Field(None, description="The version that answers; in a canary the one that answers most.")
     traffic: dict[int, int] | None = Field(None, description=SHARES)
     versions: list[VersionBody]
+    next: int | None = Field(None, description="`before` of the following page.")
 
 
 class ActivateBody(RequestBody):
@@ -160,8 +162,10 @@ class PublishReply(BaseModel):
     num_virtual_tokens: int
     live: bool
     tasks: list[TaskVersion]
-    warnings: list[str] = Field([], description="What the files say and the server does not use, a sentence each.")
-    ignored: list[str] = Field([], description="Files that were sent and not used.")
+    warnings: list[str] | None = Field(
+        None, description="What the files say and the server does not use, a sentence each."
+    )
+    ignored: list[str] | None = Field(None, description="Files that were sent and not used.")
 
 
 class Health(BaseModel):

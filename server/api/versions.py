@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Path, Response
+from fastapi import APIRouter, Body, Depends, Path, Query, Response
 from pydantic import PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
@@ -14,9 +15,14 @@ from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known
 from server.api.generation import find_soft_prompt
 from server.api.prompts import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
+from server.core import ModelSpec
+from server.errors import VersionUnavailable
+from server.registry.events import Content, seconds_of
+from server.registry.registry import Registry
 from server.registry.state import Version
 from server.registry.views import Task
 from server.soft_prompts.archive import zip_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
 
 UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
 ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}
@@ -30,6 +36,9 @@ router = APIRouter(
     prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
 )
 
+PAGE = 100
+"""Versions of a page, with their metrics and descriptions."""
+
 Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=[1])]
 
 
@@ -40,9 +49,17 @@ Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=
     responses=ERRORS,
     dependencies=[Reads],
 )
-async def list_versions(task: TaskName, registry: RegistryDep, response: Response) -> VersionList:
-    """All versions of a task, newest first."""
-    return _versions(registry.task(task), response)
+async def list_versions(
+    task: TaskName,
+    registry: RegistryDep,
+    response: Response,
+    limit: Annotated[int, Query(ge=1, le=PAGE, description="Entries of a page.")] = PAGE,
+    before: Annotated[
+        int | None, Query(ge=1, description="Only versions older than this one: `next` of the page before.")
+    ] = None,
+) -> VersionList:
+    """A task's versions, newest first, a page of them."""
+    return _versions(registry, registry.task(task), response, limit, before)
 
 
 @router.post(
@@ -63,7 +80,7 @@ async def activate(
 ) -> VersionList:
     """Let one version answer, alone; ends a canary."""
     changed = await executors.changes.run(registry.activate, task, body.version, by=key_id, expected=expected)
-    return _versions(changed, response)
+    return _versions(registry, changed, response)
 
 
 @router.post(
@@ -82,7 +99,8 @@ async def roll_back(
     response: Response,
 ) -> VersionList:
     """Let what answered before answer again; twice in a row goes back twice."""
-    return _versions(await executors.changes.run(registry.roll_back, task, by=key_id, expected=expected), response)
+    changed = await executors.changes.run(registry.roll_back, task, by=key_id, expected=expected)
+    return _versions(registry, changed, response)
 
 
 @router.put(
@@ -106,7 +124,9 @@ async def set_traffic(
 ) -> VersionList:
     """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
     return _versions(
-        await executors.changes.run(registry.set_traffic, task, weights, by=key_id, expected=expected), response
+        registry,
+        await executors.changes.run(registry.set_traffic, task, weights, by=key_id, expected=expected),
+        response,
     )
 
 
@@ -133,8 +153,9 @@ async def download(task: TaskName, version: Number, registry: RegistryDep, execu
         "num_virtual_tokens": soft_prompt.num_virtual_tokens,
         "hidden_size": registry.model.hidden_size,
     }
-    manifest = found.content.parse_manifest().model_copy(update=about)
-    data = await executors.changes.run(zip_soft_prompt, replace(soft_prompt, manifest=manifest), registry.model)
+    if found.content.about.problem is not None:  # another version of the same numbers may be in memory
+        raise VersionUnavailable(f"This server cannot read the version: {found.content.about.problem}")
+    data = await executors.changes.run(_zip, found.content, soft_prompt, about, registry.model)
     headers = {"Content-Disposition": f'attachment; filename="{task}-{version}.zip"', "ETag": f'"{soft_prompt.digest}"'}
     return Response(data, media_type="application/zip", headers=headers)
 
@@ -157,20 +178,30 @@ async def delete_version(
     await executors.changes.run(registry.delete_version, task, version, by=key_id, expected=expected)
 
 
-def _versions(task: Task, response: Response) -> VersionList:
+def _zip(content: Content, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:
+    """A version's zip; its manifest is its own, where several versions of one digest differ in what they say."""
+    manifest = content.parse_manifest().model_copy(update=about)
+    return zip_soft_prompt(replace(soft_prompt, manifest=manifest), model)
+
+
+def _versions(
+    registry: Registry, task: Task, response: Response, limit: int = PAGE, before: int | None = None
+) -> VersionList:
     set_etag(response, task.etag)
     live = task.live
+    numbers = sorted((n for n in task.versions if before is None or n < before), reverse=True)
     return VersionList(
         task=task.name,
         live=None if live is None else live.number,
         traffic=shares(task),
-        versions=[_version(version, task) for _, version in sorted(task.versions.items(), reverse=True)],
+        versions=[_version(registry, task.versions[number], task) for number in numbers[:limit]],
+        next=numbers[limit - 1] if len(numbers) > limit else None,
     )
 
 
-def _version(version: Version, task: Task) -> VersionBody:
+def _version(registry: Registry, version: Version, task: Task) -> VersionBody:
     content = version.content
-    manifest = content.parse_manifest()
+    about = content.about
     return VersionBody(
         version=version.number,
         live=version.number in dict(task.traffic),
@@ -182,6 +213,11 @@ def _version(version: Version, task: Task) -> VersionBody:
         created_at=version.at,
         source=version.source,
         by=version.by,
-        description=manifest.description,
-        metrics=manifest.metrics,
+        description=about.description,
+        metrics=None if about.metrics is None else json.loads(about.metrics),
+        error=registry.why_broken(version) or _wrong_time(version.at),
     )
+
+
+def _wrong_time(at: str) -> str | None:
+    return None if seconds_of(at) is not None else f"Its event's time, {at[:64]!r}, is not one."

@@ -44,8 +44,13 @@ class PreludeClient(Connection):
             after = {"after": page["next"]}
 
     def versions(self, task: str) -> VersionList:
-        """The versions of a task, newest first."""
-        return self._versions("GET", f"{_path(task)}/versions")
+        """The versions of a task, newest first, page after page."""
+        path = f"{_path(task)}/versions"
+        listed = page = self._versions("GET", path)
+        while "next" in page:
+            page = self._versions("GET", path, params={"before": page["next"]})
+            listed["versions"] += page["versions"]
+        return listed
 
     def publish(
         self,

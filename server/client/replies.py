@@ -46,6 +46,7 @@ class Version(TypedDict):
     by: NotRequired[str]
     description: NotRequired[str]
     metrics: NotRequired[dict[str, Any]]
+    error: NotRequired[str]
 
 
 class VersionList(TypedDict):
@@ -55,6 +56,7 @@ class VersionList(TypedDict):
     versions: list[Version]
     live: NotRequired[int | None]
     traffic: NotRequired[dict[str, int]]
+    next: NotRequired[int]
     etag: NotRequired[str]
 
 

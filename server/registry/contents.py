@@ -8,7 +8,17 @@ from server.core import ModelSpec
 from server.errors import PreludeError, VersionUnavailable
 from server.registry.events import Content
 from server.registry.store import Store
-from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
+from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.soft_prompt import (
+    EMBEDDING_TYPES,
+    KV_TYPES,
+    SoftPrompt,
+    check_base_model,
+    check_finite,
+    check_shape,
+)
+
+SINGLE_TYPES = (*EMBEDDING_TYPES, *KV_TYPES)
 
 
 class Contents:
@@ -43,16 +53,27 @@ class Contents:
             VersionUnavailable: it cannot be read, or not be served.
         """
         try:
-            self._check_fit(content)
+            self.check_fit(content)
             soft_prompt = self._store.get_blob(content)
             check_finite(soft_prompt.tensor, self._model.dtype)
         except PreludeError as exc:
             self.broken[content.blob] = str(exc)
             if not self._is_wanted(content.prefix_hash):  # in this order: who deletes it forgets it last
                 self.forget(content)
-            raise VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy) from exc
+            raise _unavailable(exc) from exc
         self.broken.pop(content.blob, None)
         return soft_prompt
+
+    def require_fit(self, content: Content) -> None:
+        """Refuse to let a content answer that this server cannot serve, whatever the store holds of it.
+
+        Raises:
+            VersionUnavailable: a newer Prelude wrote it, or it does not fit the frozen model.
+        """
+        try:
+            self.check_fit(content)
+        except PreludeError as exc:
+            raise _unavailable(exc) from exc
 
     def check_all(self, contents: Iterable[Content]) -> None:
         """Find out at start what cannot be served, by what events say and which blobs there are.
@@ -62,14 +83,17 @@ class Contents:
         """
         by_blob = {content.blob: content for content in contents}
         missing = self._store.missing_blobs(by_blob)
-        for blob, content in by_blob.items():
-            if blob in missing:
-                self.broken[blob] = f"The store's blob {blob} is missing."
-                continue
+        for blob in missing:
+            self.broken[blob] = f"The store's blob {blob} is missing."
+        self.check(content for blob, content in by_blob.items() if blob not in missing)
+
+    def check(self, contents: Iterable[Content]) -> None:
+        """Find out what cannot be served by what events say; nothing is read from the store."""
+        for content in contents:
             try:
-                self._check_fit(content)
+                self.check_fit(content)
             except PreludeError as exc:
-                self.broken[blob] = str(exc)
+                self.broken[content.blob] = str(exc)
 
     def is_broken(self, content: Content) -> bool:
         """Whether it could not be served when that was last tried."""
@@ -79,6 +103,28 @@ class Contents:
         """No version has it any more."""
         self.broken.pop(content.blob, None)
 
-    def _check_fit(self, content: Content) -> None:
-        check_base_model(content.parse_manifest(), self._model)
+    def check_fit(self, content: Content) -> None:
+        """Refuse a content that this server cannot serve whatever the store answers.
+
+        Raises:
+            VersionUnavailable: a newer Prelude wrote it.
+            InvalidSoftPrompt, BaseModelMismatch: it does not fit the frozen model.
+        """
+        about = content.about
+        if about.problem is not None:
+            raise VersionUnavailable(f"This server cannot read the version: {about.problem}", remedy=_NEWER)
+        if content.peft_type not in SINGLE_TYPES:
+            raise VersionUnavailable(
+                f"This server does not know the version's peft_type {content.peft_type[:64]!r}.", remedy=_NEWER
+            )
+        check_base_model(Manifest(base_model=about.base_model), self._model)
         check_shape(content.peft_type, content.shape, self._model, self._max_virtual_tokens)
+
+
+_NEWER = "Run the version of Prelude that wrote it, or activate another version."
+
+
+def _unavailable(exc: PreludeError) -> VersionUnavailable:
+    if isinstance(exc, VersionUnavailable):
+        return exc
+    return VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy)

@@ -5,14 +5,17 @@ Events say what was done; `state.py` says what that means.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from server.errors import StoreError
+from server.registry.about import About, ManifestText, compact_json
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -22,26 +25,16 @@ Traffic = tuple[tuple[int, int], ...]
 """Who answers: (version, weight) by version, weights summing to 100. One pair usually, more in a canary; () nobody."""
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any) -> ManifestText:
+    if isinstance(value, ManifestText):  # what several rows share
+        return value
     if not isinstance(value, dict):
         raise ValueError("must be an object")
-    return compact_json(value)
+    return ManifestText(compact_json(value))
 
 
-JsonText = Annotated[str, BeforeValidator(_as_text)]
-"""A JSON object in an event's file, its text in memory: ten thousand parsed manifests would take ten times the room."""
-
-FILLED_IN = (
-    "task",
-    "digest",
-    "prefix_hash",
-    "created_at",
-    "peft_type",
-    "num_virtual_tokens",
-    "hidden_size",
-    "base_model",
-)
-"""Fields of a manifest that a download fills in: uploading it again changes nothing."""
+JsonText = Annotated[str, PlainValidator(_as_text)]
+"""A JSON object in an event's file, its text in memory."""
 
 
 def alone(version: int) -> Traffic:
@@ -82,28 +75,55 @@ class Content(_Strict):
         return self.shape[0]
 
     @property
+    def about(self) -> About:
+        """What is known of its manifest."""
+        return self._text.about
+
+    @property
     def identity(self) -> str:
         """Digest and what people wrote into the manifest: what differs here is worth a new version."""
-        about = {name: value for name, value in json.loads(self.manifest).items() if name not in FILLED_IN}
-        return f"{self.digest} {hashlib.sha256(compact_json(about).encode()).hexdigest()[:16]}"
+        return f"{self.digest} {self.about.identity}"
 
     def parse_manifest(self) -> Manifest:
-        """The manifest as an object."""
-        return Manifest.parse(self.manifest)
+        """The manifest as an object.
+
+        Raises:
+            InvalidSoftPrompt: a newer Prelude wrote it.
+        """
+        return self._text.manifest
+
+    @property
+    def _text(self) -> ManifestText:
+        return self.manifest if isinstance(self.manifest, ManifestText) else ManifestText(self.manifest)
 
 
 def content_of(soft_prompt: SoftPrompt, blob: str) -> Content:
     """What an event says of a soft prompt."""
-    n, width = soft_prompt.tensor.shape
-    return Content(
-        digest=soft_prompt.digest,
-        prefix_hash=soft_prompt.prefix_hash,
-        peft_type=soft_prompt.peft_type,
-        shape=(n, width),
-        num_bytes=soft_prompt.num_bytes,
-        blob=blob,
-        manifest=compact_json(json.loads(soft_prompt.manifest.to_json())),
-    )
+    [content] = contents_of([soft_prompt], [blob])
+    return content
+
+
+def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> list[Content]:
+    """What an event says of soft prompts; those of one manifest share its text."""
+    texts: dict[int, ManifestText] = {}
+    found = []
+    for soft_prompt, blob in zip(soft_prompts, blobs, strict=True):
+        manifest = soft_prompt.manifest
+        if id(manifest) not in texts:
+            texts[id(manifest)] = ManifestText(compact_json(json.loads(manifest.to_json())))
+        n, width = soft_prompt.tensor.shape
+        found.append(
+            Content(
+                digest=soft_prompt.digest,
+                prefix_hash=soft_prompt.prefix_hash,
+                peft_type=soft_prompt.peft_type,
+                shape=(n, width),
+                num_bytes=soft_prompt.num_bytes,
+                blob=blob,
+                manifest=texts[id(manifest)],
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +221,10 @@ class Event(_Strict):
     nonce: str = ""
 
     def to_json(self) -> bytes:
-        """The event's file."""
-        fields = asdict(self)
-        for item in fields["change"].get("published", ()):
-            item["content"]["manifest"] = json.loads(item["content"]["manifest"])
+        """The event's file. A manifest that several versions share is written once, as the change's."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        change = self.change
+        fields["change"] = _publish_fields(change) if isinstance(change, Publish) else asdict(change)
         return json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()
 
     @classmethod
@@ -215,14 +235,17 @@ class Event(_Strict):
             StoreError: it is not one, or it is of a kind that only a newer Prelude knows.
         """
         try:
-            return _EVENT.validate_json(data)
+            fields = json.loads(data)
+            _share_manifest(fields)
+            return _EVENT.validate_python(fields)
         except ValidationError as exc:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:3])
-            raise StoreError(
-                f"The store's event {name} cannot be read: {problems}.",
-                remedy="Restore it from a backup of the store, or run the version of Prelude that wrote it.",
-            ) from exc
+            raise StoreError(f"The store's event {name} cannot be read: {problems}.", remedy=_UNREADABLE) from exc
+        except (ValueError, RecursionError) as exc:
+            raise StoreError(f"The store's event {name} cannot be read: {exc}.", remedy=_UNREADABLE) from exc
 
+
+_UNREADABLE = "Restore it from a backup of the store, or run the version of Prelude that wrote it."
 
 _EVENT = TypeAdapter(Event)
 
@@ -234,6 +257,40 @@ def tasks_of(change: Change) -> set[str]:
     return set(change.tasks) if isinstance(change, Retire) else {change.task}
 
 
-def compact_json(value: Any) -> str:
-    """JSON without white space."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _publish_fields(change: Publish) -> dict[str, Any]:
+    fields: dict[str, Any] = {"kind": change.kind, "activate": change.activate}
+    manifests = {item.content.manifest for item in change.published}
+    is_shared = len(change.published) > 1 and len(manifests) == 1
+    if is_shared:
+        fields["manifest"] = json.loads(manifests.pop())
+    fields["published"] = [
+        {"task": item.task, "version": item.version, "content": _content_fields(item.content, is_shared)}
+        for item in change.published
+    ]
+    return fields
+
+
+def _content_fields(content: Content, is_shared: bool) -> dict[str, Any]:
+    fields = {item.name: getattr(content, item.name) for item in dataclasses.fields(content)}
+    manifest = fields.pop("manifest")
+    return fields if is_shared else {**fields, "manifest": json.loads(manifest)}
+
+
+def _share_manifest(fields: Any) -> None:
+    """Give every version of a publish the manifest that its event holds once."""
+    change = fields.get("change") if isinstance(fields, dict) else None
+    if not isinstance(change, dict) or change.get("kind") != "publish" or not isinstance(change.get("manifest"), dict):
+        return
+    published, text = change.get("published"), ManifestText(compact_json(change.pop("manifest")))
+    for item in published if isinstance(published, list) else ():
+        content = item.get("content") if isinstance(item, dict) else None
+        if isinstance(content, dict):
+            content.setdefault("manifest", text)
+
+
+def seconds_of(at: str) -> int | None:
+    """An event's time in seconds since 1970; None if it is not one."""
+    try:
+        return int(datetime.fromisoformat(at).timestamp())
+    except (ValueError, OverflowError):
+        return None

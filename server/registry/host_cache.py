@@ -16,8 +16,10 @@ from server.registry.events import Content
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 LOADERS = 4
-OVERHEAD_BYTES = 8192
-"""What a soft prompt takes beside its tensor: the objects, and a manifest as `prelude train` writes it, 6 KB of it."""
+OVERHEAD_BYTES = 4096
+"""What a soft prompt's objects take beside its tensor and its manifest."""
+PARSED = 8
+"""Bytes in memory for a byte of a manifest: short texts and numbers, each an object."""
 
 
 class HostCache:
@@ -51,6 +53,7 @@ class HostCache:
         self._load = load
         self._is_wanted = is_wanted
         self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # of those that are kept, by digest
         self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another of the same content may be whole
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Content, Future[SoftPrompt]]] = deque()
@@ -89,12 +92,14 @@ class HostCache:
 
     def put(self, soft_prompt: SoftPrompt) -> None:
         """Keep a soft prompt, and drop the least recently used ones beyond the budget; the newest always stays."""
+        size = size_of(soft_prompt)
         with self._lock:
             self._drop(soft_prompt.digest)
             if not self._is_wanted(soft_prompt.digest):
                 return
             self._kept[soft_prompt.digest] = soft_prompt
-            self.num_bytes += _num_bytes(soft_prompt)
+            self._sizes[soft_prompt.digest] = size
+            self.num_bytes += size
             while self.num_bytes > self.budget_bytes and len(self._kept) > 1:
                 self._drop(next(iter(self._kept)))
 
@@ -104,9 +109,8 @@ class HostCache:
             self._drop(digest)
 
     def _drop(self, digest: str) -> None:
-        dropped = self._kept.pop(digest, None)
-        if dropped is not None:
-            self.num_bytes -= _num_bytes(dropped)
+        if self._kept.pop(digest, None) is not None:
+            self.num_bytes -= self._sizes.pop(digest)
 
     def _start_loader(self) -> None:
         """One more, if there may be; a store that does not answer must not keep the process from ending: a daemon."""
@@ -144,5 +148,6 @@ class HostCache:
             del self._loading[content.blob]
 
 
-def _num_bytes(soft_prompt: SoftPrompt) -> int:
-    return soft_prompt.num_bytes + OVERHEAD_BYTES
+def size_of(soft_prompt: SoftPrompt) -> int:
+    """Bytes of memory that a soft prompt counts for."""
+    return soft_prompt.num_bytes + OVERHEAD_BYTES + PARSED * len(soft_prompt.manifest.to_json())

@@ -19,7 +19,7 @@ from server.core import ModelSpec
 from server.errors import UnknownTask
 from server.registry import plans
 from server.registry.contents import Contents
-from server.registry.events import Content, Event
+from server.registry.events import Change, Content, Event, Publish
 from server.registry.host_cache import HostCache
 from server.registry.state import State, Version
 from server.registry.store import Store
@@ -162,6 +162,10 @@ class LiveMap:
         }
         return {**found, **self.inbox_errors}
 
+    def why_broken(self, version: Version) -> str | None:
+        """Why a version is not served; None if nothing is known against it."""
+        return self._contents.broken.get(version.content.blob)
+
     def report(self, entry: str, error: str | None) -> None:
         """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
         others = {name: why for name, why in self.inbox_errors.items() if name != entry}
@@ -184,6 +188,7 @@ class LiveMap:
                 touched |= names
                 removed += gone
         finally:  # an event that does not follow does not hide those before it
+            self._contents.check(content for event in events for content in _published(event.change))
             self._refresh(touched)
             contents = [version.content for version in removed]
             self._drop(contents)
@@ -233,3 +238,7 @@ class LiveMap:
 
     def _live_names(self) -> Iterator[str]:
         return (name for name, task in self._tasks.items() if task.traffic)
+
+
+def _published(change: Change) -> list[Content]:
+    return [item.content for item in change.published] if isinstance(change, Publish) else []

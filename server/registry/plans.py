@@ -31,6 +31,10 @@ Expected = int | Literal["any", "none"] | None
 """What a client believes of a task: the number of its last event, that it exists, that it does not, or nothing."""
 
 
+MAX_VERSIONS = 1000
+"""Of one task; each stays in memory and in every list until it is deleted."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """Where contents are, or would be.
@@ -59,6 +63,8 @@ def publish(
     for name, _ in items:
         check_expected(state, name, expected)
     versions = tuple(_place(state, name, content, is_broken) for name, content in items)
+    for item in versions:
+        _check_room(item, _task(state, item.task))
     is_new = any(item.version not in _task(state, item.task).versions for item in versions)
     unseen = source == "inbox" and any(
         _task(state, item.task).held_by(by) != item.content.identity for item in versions
@@ -163,6 +169,14 @@ def check_version(name: str, versions: Collection[int], number: int) -> None:
 
 def _task(state: State, name: str) -> TaskState:
     return state.tasks.get(name) or TaskState()
+
+
+def _check_room(item: NewVersion, task: TaskState) -> None:
+    if item.version not in task.versions and len(task.versions) >= MAX_VERSIONS:
+        raise InvalidRequest(
+            f"Task {item.task!r} has {len(task.versions):,} versions; at most {MAX_VERSIONS:,} are kept.",
+            remedy="Delete versions that nobody needs, then publish it again.",
+        )
 
 
 def _place(state: State, name: str, content: Content, is_broken: Callable[[Content], bool]) -> NewVersion:

@@ -12,12 +12,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, StoreFull
 from server.registry import plans
-from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of
+from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.plans import Expected, Placed
 from server.registry.store import Store
@@ -86,7 +86,7 @@ class Registry(LiveMap):
 
         self.sync()
         with self._changing:  # before any work: most of what is refused is refused here
-            placed = place([content_of(soft_prompt, "") for soft_prompt in soft_prompts])
+            placed = place(contents_of(soft_prompts, [""] * len(soft_prompts)))
         if placed.change is None:
             return Published(created=False, live=True, tasks=placed.versions, etag=placed.etag)
 
@@ -123,7 +123,7 @@ class Registry(LiveMap):
         Raises:
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        return self._let_answer(name, lambda: plans.activate(self._state, name, version, expected), by)
+        return self._let_answer(name, (version,), lambda: plans.activate(self._state, name, version, expected), by)
 
     def set_traffic(
         self, name: str, weights: Mapping[int, int], *, by: str | None = None, expected: Expected = None
@@ -134,7 +134,8 @@ class Registry(LiveMap):
             InvalidRequest: the weights are not shares of 100.
             UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        return self._let_answer(name, lambda: plans.set_traffic(self._state, name, weights, expected), by)
+        wanted = tuple(version for version, weight in weights.items() if weight)
+        return self._let_answer(name, wanted, lambda: plans.set_traffic(self._state, name, weights, expected), by)
 
     def roll_back(self, name: str, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let what answered before answer again; twice in a row goes back twice.
@@ -142,7 +143,7 @@ class Registry(LiveMap):
         Raises:
             NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
         """
-        return self._let_answer(name, lambda: plans.roll_back(self._state, name, expected), by)
+        return self._let_answer(name, (), lambda: plans.roll_back(self._state, name, expected), by)
 
     def delete_version(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> None:
         """Forget a version that does not answer.
@@ -257,11 +258,18 @@ class Registry(LiveMap):
             log.warning("versions that another server published go live before they are warm")
         return list(warmed)
 
-    def _let_answer(self, name: str, plan: Callable[[], Change | None], by: str | None) -> Task:
-        """Warm what a plan lets answer, and make the change; what is refused is refused before the work."""
+    def _let_answer(
+        self, name: str, versions: Collection[int], plan: Callable[[], Change | None], by: str | None
+    ) -> Task:
+        """Warm what a plan lets answer, and make the change; what is refused is refused before the work.
+
+        Versions that the plan names must be ones that this server can read, also where they answer already.
+        """
         self.sync()
         with self._changing:
             change = plan()
+            for version in versions:
+                self._contents.require_fit(self._state.tasks[name].versions[version].content)
             ahead = [] if change is None else [Event(self._state.last_event + 1, "", "api", by, change)]
             going_live = self._going_live(ahead)
         self._engine.warm([self.host.fetch(content).result() for content in going_live])
@@ -294,13 +302,13 @@ class Registry(LiveMap):
         return event, live
 
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
-        contents: list[Content] = []
+        blobs: list[str] = []
         try:
-            contents.extend(map(self._store.put_blob, soft_prompts))
+            blobs.extend(map(self._store.put, soft_prompts))
         except StoreError:
-            self._remove(contents)
+            self._remove(contents_of(soft_prompts[: len(blobs)], blobs))
             raise
-        return contents
+        return contents_of(soft_prompts, blobs)
 
     def _remove(self, contents: Sequence[Content]) -> None:
         """Remove blobs that no event names, or none any more; what the store refuses is left as garbage."""

@@ -214,6 +214,7 @@ class State:
 
     def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
         task = self.tasks.setdefault(item.task, TaskState())
+        item.content.about  # noqa: B018 - read now, so that no list has to
         if event.source == "inbox":
             task.note_inbox(event.by, item.content.identity)
         if item.version in task.versions:

@@ -32,6 +32,8 @@ READERS = 16
 """Events that are read at once when a server starts: an object store answers each in tens of milliseconds."""
 
 TENSOR_NAME = "prompt_embeddings"
+_IN_EVENT = "manifest_in_event"
+"""Marks a blob whose event has more of the manifest than the blob itself."""
 _EVENT_NAME = re.compile(r"\d{12}\.json")
 
 
@@ -86,12 +88,27 @@ class Store:
         Raises:
             StoreError: the store refuses.
         """
-        metadata = {"peft_type": soft_prompt.peft_type, "manifest": soft_prompt.manifest.to_json()}
+        return content_of(soft_prompt, self.put(soft_prompt))
+
+    def put(self, soft_prompt: SoftPrompt) -> str:
+        """Keep a content durably, and answer the name of its blob.
+
+        A row of a multitask soft prompt keeps only the part of its manifest that changes answers; the event has it all.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        manifest = soft_prompt.manifest
+        metadata = {"peft_type": soft_prompt.peft_type, "manifest": manifest.to_json()}
+        if soft_prompt.is_multitask_row:
+            own = manifest.answering()
+            assert own.answers_identity() == manifest.answers_identity(), "ANSWER_FIELDS has them all"
+            metadata |= {"manifest": own.to_json(), _IN_EVENT: "true"}
         data = save({TENSOR_NAME: soft_prompt.tensor.contiguous()}, metadata)
         blob = f"{soft_prompt.digest}-{secrets.token_hex(8)}"
         if not self._objects.create(_blob_key(blob), data) and self._objects.get(_blob_key(blob)) != data:
             raise StoreError(f"The store already has a blob {blob}, of another content.")
-        return content_of(soft_prompt, blob)
+        return blob
 
     def get_blob(self, content: Content) -> SoftPrompt:
         """Read a content and check that it is the one that its event promises.
@@ -103,7 +120,7 @@ class Store:
         if data is None:
             raise StoreError(f"The store's blob {content.blob} is missing.", remedy=_RESTORE)
         try:
-            soft_prompt = _parse_blob(data)
+            soft_prompt = _parse_blob(data, content)
         except (SafetensorError, KeyError, TypeError, ValueError, InvalidSoftPrompt) as exc:
             raise StoreError(f"The store's blob {content.blob} cannot be read: {exc}.", remedy=_RESTORE) from exc
         if soft_prompt.digest != content.digest:
@@ -156,10 +173,11 @@ def _parse(number: int, data: bytes) -> Event:
     return event
 
 
-def _parse_blob(data: bytes) -> SoftPrompt:
+def _parse_blob(data: bytes, content: Content) -> SoftPrompt:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header["__metadata__"]
-    return SoftPrompt(metadata["peft_type"], load(data)[TENSOR_NAME], Manifest.parse(metadata["manifest"]))
+    manifest = content.parse_manifest() if metadata.get(_IN_EVENT) else Manifest.parse(metadata["manifest"])
+    return SoftPrompt(metadata["peft_type"], load(data)[TENSOR_NAME], manifest)
 
 
 def _event_name(number: int) -> str:

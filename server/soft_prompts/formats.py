@@ -27,6 +27,7 @@ from server.soft_prompts.declared import (
     notes_of,
     peft_type_of,
 )
+from server.soft_prompts.limits import check_manifest
 from server.soft_prompts.manifest import Manifest, parse_json_object
 from server.soft_prompts.soft_prompt import SoftPrompt, check_base_model, check_finite, check_shape
 from server.soft_prompts.tensor_file import TensorFile, open_regular, open_tensor_file
@@ -64,6 +65,7 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
     for value in values:
         check_finite(value, model.dtype)
     kind = "PROMPT_TUNING" if multitask else peft_type
+    check_manifest(manifest, len(values))
     notes = notes_of(config, manifest, model)
     return [SoftPrompt(kind, value, manifest, is_multitask_row=multitask, notes=notes) for value in values]
 

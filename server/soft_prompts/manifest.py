@@ -22,6 +22,7 @@ SystemMessage = Literal["ignore", "refuse", "template"]
 MANIFEST_NAME = "manifest.json"
 MAX_DEPTH = 64
 """Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
+ANSWER_FIELDS = ("input_template", "system_message", "generation", "labels")
 MOST_PROBLEMS = 5
 """Problems of one manifest that are told; it can have as many as it has bytes."""
 
@@ -173,6 +174,10 @@ class Manifest(BaseModel):
         except (ValueError, RecursionError) as exc:
             raise InvalidSoftPrompt(f"manifest.json cannot be kept: {exc}.", remedy="Leave that text out.") from exc
         return manifest
+
+    def answering(self) -> Manifest:
+        """The fields that change answers, and no other."""
+        return Manifest(**{name: getattr(self, name) for name in ANSWER_FIELDS})
 
     def answers_identity(self) -> str:
         """Canonical JSON of the fields that change answers; part of the digest."""

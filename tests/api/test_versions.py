@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 
 from server.engine.model import FrozenModel
 from server.registry.events import Content
-from server.registry.host_cache import OVERHEAD_BYTES
+from server.registry.host_cache import size_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import LiveServer, as_form, assert_error, engine_answer, live_server, wait_until
 from tests.support import random_kv_prompt, random_soft_prompt, tiny_module
@@ -61,6 +61,21 @@ def serving_version(server: LiveServer, reference: str, **body: Any) -> int:
     reply = server.client.post("/generate", params={"task": reference}, json=sent)
     assert reply.status_code == 200, reply.text
     return int(reply.headers["prelude-version"])
+
+
+def test_versions_come_in_pages(server: LiveServer) -> None:
+    for seed in range(5):
+        stage(server, "versions-pages", seed)
+    pages, before = [], None
+    while before != "end":
+        query = {"limit": 2} if before is None else {"limit": 2, "before": before}
+        page = server.client.get("/prompts/versions-pages/versions", params=query).json()
+        pages.append([entry["version"] for entry in page["versions"]])
+        before = page.get("next", "end")
+    assert pages == [[5, 4], [3, 2], [1]]
+    for wrong in ({"limit": 0}, {"limit": 101}, {"before": 0}):
+        reply = server.client.get("/prompts/versions-pages/versions", params=wrong)
+        assert_error(reply, 422, "invalid_request")
 
 
 def test_the_versions_of_a_task_are_told_newest_first(server: LiveServer) -> None:
@@ -402,7 +417,7 @@ def test_a_hundred_requests_for_one_cold_task_load_it_once_and_hold_nobody_up(tm
 
 def test_more_tasks_than_fit_into_memory_are_all_served(tmp_path: Path, tiny: FrozenModel) -> None:
     restarted(tmp_path, 12)
-    one = random_soft_prompt(tiny.spec).num_bytes + OVERHEAD_BYTES
+    one = size_of(random_soft_prompt(tiny.spec))
     with live_server(tmp_path, host_memory=str(3 * one)) as server:
         for _ in range(2):
             for seed in range(12):

@@ -16,7 +16,7 @@ import pytest
 
 from server.errors import VersionUnavailable
 from server.registry.events import Content, content_of
-from server.registry.host_cache import LOADERS, OVERHEAD_BYTES, HostCache
+from server.registry.host_cache import LOADERS, HostCache, size_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import wait_until
 from tests.registry.shelf import content
@@ -24,7 +24,7 @@ from tests.registry.shelf import content
 PATIENCE = 10.0
 PROMPTS = [content(seed) for seed in range(4)]
 CONTENTS = [content_of(soft_prompt, f"blob {seed}") for seed, soft_prompt in enumerate(PROMPTS)]
-ONE = PROMPTS[0].num_bytes + OVERHEAD_BYTES
+ONE = size_of(PROMPTS[0])
 
 
 class Shelves:

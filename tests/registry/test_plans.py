@@ -21,6 +21,7 @@ from server.registry.events import (
     Activate,
     Change,
     Content,
+    DeleteVersion,
     Event,
     NewVersion,
     Publish,
@@ -216,6 +217,20 @@ def test_each_version_answers_about_its_share() -> None:
     counts = Counter(picks(((1, 5), (2, 35), (7, 60))).values())
     for version, weight in ((1, 5), (2, 35), (7, 60)):
         assert abs(counts[version] - 40 * weight) < 120, "four standard deviations of 4000 throws"
+
+
+def test_a_task_keeps_a_bounded_number_of_versions_and_takes_more_once_some_are_deleted() -> None:
+    full = [Publish((NewVersion("a", n, content(str(n))),)) for n in range(1, plans.MAX_VERSIONS + 1)]
+    state = State(Event(n, "now", "api", None, change) for n, change in enumerate(full, 1))
+
+    def publish(digest: str) -> Placed:
+        return plans.publish(state, [("a", content(digest))], "api", True, None, lambda _: False)
+
+    assert publish(str(plans.MAX_VERSIONS)).change is None, "it answers already"
+    with pytest.raises(InvalidRequest, match="at most 1,000 are kept"):
+        publish("new")
+    state.apply(Event(plans.MAX_VERSIONS + 1, "now", "api", None, DeleteVersion("a", 1)))
+    assert publish("new").versions[0].version == plans.MAX_VERSIONS + 1
 
 
 @pytest.mark.parametrize(("canary", "stable"), [(1, 2), (2, 1)])

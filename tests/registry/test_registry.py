@@ -24,7 +24,7 @@ from server.errors import (
     VersionInUse,
     VersionUnavailable,
 )
-from server.registry.host_cache import OVERHEAD_BYTES
+from server.registry.host_cache import size_of
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry
 from server.registry.store import Store
@@ -374,7 +374,7 @@ def test_the_least_recently_used_soft_prompts_leave_memory_first(shelf: Shelf) -
     writer = shelf.open()
     for seed in range(4):
         put(writer, f"t{seed}", content(seed))
-    one = content(0).num_bytes + OVERHEAD_BYTES
+    one = size_of(content(0))
     registry = Registry(Store(shelf.objects), SPEC, 32, host_memory=2 * one)
     for name in ("t0", "t1", "t0", "t2"):
         serving(registry, name)

@@ -10,7 +10,9 @@ import torch
 from server.core import ModelSpec
 from server.errors import StoreError
 from server.registry.events import Delete, Event
+from server.registry.registry import Registry
 from server.registry.store import ABANDONED_SECONDS, Store
+from server.soft_prompts.manifest import Manifest
 from tests.registry.fakes import MemoryObjects
 from tests.support import random_kv_prompt, random_soft_prompt
 
@@ -76,6 +78,22 @@ def test_a_content_is_read_as_it_was_kept(objects: MemoryObjects, spec: ModelSpe
         )
         assert content.parse_manifest() == soft_prompt.manifest
         assert content.shape == tuple(soft_prompt.tensor.shape)
+
+
+def test_rows_of_a_multitask_soft_prompt_keep_one_manifest_between_them(
+    objects: MemoryObjects, spec: ModelSpec
+) -> None:
+    manifest = Manifest(description="long " * 1000, input_template="{input}!", labels=("a", "b"))
+    rows = [replace(random_soft_prompt(spec, seed=n), manifest=manifest, is_multitask_row=True) for n in range(20)]
+    registry = Registry(Store(objects), spec, 32)
+    registry.publish("many", rows, "api")
+    assert sum(data.count(b"long long") for data in objects.objects.values()) == pytest.approx(500, abs=10)
+    for opened in (Registry(Store(objects), spec, 32), registry):
+        contents = [opened.task(f"many-{n}").versions[1].content for n in range(20)]
+        assert len({id(content.manifest) for content in contents}) == 1
+        assert [Store(objects).get_blob(content).digest for content in contents] == [row.digest for row in rows]
+        manifests = [Store(objects).get_blob(content).manifest for content in contents]
+        assert manifests == [manifest] * 20
 
 
 def test_equal_contents_have_blobs_of_their_own(objects: MemoryObjects, spec: ModelSpec) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +13,7 @@ from server.api.openai.errors import MISSING, REFUSALS
 from server.api.openai.translate import MODELS, task_of
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTaskName, UnknownTask
+from server.registry.events import seconds_of
 
 router = APIRouter(
     prefix="/v1/models",
@@ -77,6 +77,6 @@ def _frozen(request: Request, worker: EngineWorker) -> ModelCard:
 
 
 def _card(worker: EngineWorker, name: str, root: str, at: str) -> ModelCard:
-    created = int(datetime.fromisoformat(at).timestamp())
+    created = seconds_of(at) or 0  # a time that is not one must not take the whole list along
     spec = worker.model
     return ModelCard(id=name, created=created, root=root, parent=spec.name, max_model_len=spec.max_model_len)

@@ -30,6 +30,43 @@ class ModelSpec:
         return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
 
 
+@dataclass(frozen=True, slots=True)
+class TemplatedText:
+    """A text for the model that holds users' texts, and where they stand in it.
+
+    Attributes:
+        text: all of it; the template's own part may hold special tokens.
+        user_spans: `(start, stop)` in characters of each user's text that is not empty, in order. None of them is a raw
+            text, all of which may hold special tokens.
+    """
+
+    text: str
+    user_spans: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, *parts: tuple[str, bool]) -> TemplatedText:
+        """From parts in order, each with whether a user wrote it."""
+        spans, at = [], 0
+        for part, is_user in parts:
+            if is_user and part:
+                spans.append((at, at + len(part)))
+            at += len(part)
+        return cls("".join(part for part, _ in parts), tuple(spans))
+
+    def behind(self, preamble: str) -> TemplatedText:
+        """The same after a text that a user wrote too; a raw text stays raw."""
+        if not self.user_spans:
+            return TemplatedText(preamble + self.text)
+        moved = [(start + len(preamble), stop + len(preamble)) for start, stop in self.user_spans]
+        return TemplatedText(preamble + self.text, ((0, len(preamble)), *moved) if preamble else tuple(moved))
+
+    def last(self, characters: int) -> TemplatedText:
+        """Its end, of at most so many characters."""
+        cut = max(0, len(self.text) - characters)
+        spans = ((max(0, start - cut), stop - cut) for start, stop in self.user_spans if stop > cut)
+        return TemplatedText(self.text[cut:], tuple(spans))
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended; the first three are text-generation-inference's words."""
 

@@ -29,6 +29,8 @@ OPTIMISATIONS = frozenset({"compiled", "fused", "graphs", "packed"})
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\\?#@*\s]+")
 
+SpecialTokensInInput = Literal["text", "control"]
+
 Memory = Literal["auto"] | ByteSize
 """A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
 
@@ -106,6 +108,11 @@ class Settings(BaseSettings):
     )
     max_model_len: int = Field(
         2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
+    )
+    special_tokens_in_input: SpecialTokensInInput = Field(
+        "text",
+        description="What the string of a special token, such as <|im_end|>, means in a user's text in a task's or a "
+        "chat's template: text, or control, the token itself. In a raw text it always means the token.",
     )
     max_sequences: int = Field(64, ge=1, le=4096, description="Sequences that run at once; the others wait in turn.")
     max_queue: int = Field(

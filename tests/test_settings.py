@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dtype": ("float32", "float32"),
     "optimise": ("fused,packed", "fused,packed"),
     "max_model_len": ("512", 512),
+    "special_tokens_in_input": ("control", "control"),
     "max_sequences": ("3", 3),
     "max_queue": ("7", 7),
     "max_per_task": ("8", 8),

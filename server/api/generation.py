@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from server.core import GenerationRequest
+from server.core import GenerationRequest, TemplatedText
 from server.engine.labels import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, UnknownToken, VersionUnavailable
@@ -166,7 +166,7 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
 
 
 async def encode_text(
-    worker: EngineWorker, text: str, truncate: int | None = None, *, add_special_tokens: bool = True
+    worker: EngineWorker, text: str | TemplatedText, truncate: int | None = None, *, add_special_tokens: bool = True
 ) -> list[int]:
     """Token ids of a text that is ready for the model, the last `truncate` of them.
 
@@ -175,12 +175,14 @@ async def encode_text(
 
     Raises:
         InputTooLong: the text can never fit, however it is tokenised.
+        InvalidRequest: a user's text in a template cannot be told from a special token.
     """
+    whole = TemplatedText(text) if isinstance(text, str) else text
     if truncate is None:
-        refuse_too_long(worker, text)
-    text = text[-worker.text.max_characters :]
-    encode = partial(worker.text.encode, text, add_special_tokens=add_special_tokens)
-    ids = await worker.threads.run(encode) if len(text) > LONG_TEXT else encode()
+        refuse_too_long(worker, whole.text)
+    whole = whole.last(worker.text.max_characters)
+    encode = partial(worker.text.encode, whole, add_special_tokens=add_special_tokens)
+    ids = await worker.threads.run(encode) if len(whole.text) > LONG_TEXT else encode()
     return ids if truncate is None else ids[-truncate:]
 
 

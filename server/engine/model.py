@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from server.core import ModelSpec
+from server.core import ModelSpec, TemplatedText
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
+from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
+from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
-from server.settings import Settings
+from server.settings import Settings, SpecialTokensInInput
 
 if TYPE_CHECKING:  # numba is only imported where it is used
     from server.engine.kernels import Kernels
@@ -50,6 +52,7 @@ class FrozenModel:
         tokenizer: its tokenizer.
         backend: the Rust part of it, safe from any thread.
         texts: what single tokens say.
+        special_tokens_in_input: what the strings of special tokens are in users' texts in a template.
         eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
         end_token_id: the one that ends a text, as training puts it after every target.
         attention_rules: what each layer asks of its attention.
@@ -59,7 +62,13 @@ class FrozenModel:
     """
 
     def __init__(
-        self, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, max_model_len: int
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        max_model_len: int,
+        special_tokens_in_input: SpecialTokensInInput = "text",
     ) -> None:
         """Take a loaded model. Its attention implementation must be ours already.
 
@@ -73,6 +82,10 @@ class FrozenModel:
         self.tokenizer = tokenizer
         self.backend = _plain_backend(tokenizer)
         self.texts = TokenTexts(self.backend, tokenizer.all_special_ids)
+        self.special_tokens_in_input = special_tokens_in_input
+        self._encoder = (
+            InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
+        )
         text_config = module.config.get_text_config()
         kv_heads, head_dim, self.attention_rules = probe_attention(module)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
@@ -134,9 +147,15 @@ class FrozenModel:
                 f"The model {checkpoint.location} cannot be loaded: {exc}",
                 remedy="Let PRELUDE_MODEL name a causal language model: a hub id, a directory or a GGUF file.",
             ) from exc
-        return cls(module, tokenizer, name=checkpoint.name, max_model_len=settings.max_model_len)
+        return cls(
+            module,
+            tokenizer,
+            name=checkpoint.name,
+            max_model_len=settings.max_model_len,
+            special_tokens_in_input=settings.special_tokens_in_input,
+        )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
 
         Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
@@ -147,12 +166,25 @@ class FrozenModel:
 
         Raises:
             UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
+            InvalidRequest: a user's text in a template cannot be told from a special token.
         """
-        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
+        if self._encoder is not None and isinstance(text, TemplatedText):
+            ids = self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            raw = text.text if isinstance(text, TemplatedText) else text
+            [encoding] = self.backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
+            ids = encoding.ids
         if self._exceeds_rows:
             self.check_tokens(ids)
         return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> TemplatedText:
+        """A conversation as the model reads it, with BOS where it needs one.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        return render_chat(self.tokenizer, messages, self._encoder, self.spec.max_model_len * self.longest_token)
 
     def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
         """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.

@@ -1,4 +1,4 @@
-"""What single tokens say, and how the model wants a chat to be written down.
+"""What single tokens say, and a model's texts and tokens for others than its engine.
 
 `detokenizer.py` makes text of a sequence as it grows. Here every token stands by itself: in a byte-level vocabulary it
 may be a third of a character, so its bytes are what is exact, and its text is for people.
@@ -12,11 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
-from server.errors import InvalidRequest
+from server.core import TemplatedText
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +119,12 @@ class ModelText:
         """The token that ends a text, as training puts it behind every target."""
         return self._model.end_token_id
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to."""
+    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to.
+
+        Raises:
+            InvalidRequest: a user's text in a template cannot be told from a special token.
+        """
         return self._model.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_after_text(self, text: str) -> list[int]:
@@ -153,38 +155,13 @@ class ModelText:
         """Whether a token is none of the text."""
         return token_id in self._model.texts.special_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> TemplatedText:
         """A conversation as the model reads it, with BOS where it needs one.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        return render_chat(self._model.tokenizer, messages)
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as the model was trained to read it, up to where its own answer begins.
-
-    A template writes the BOS that the model needs, so the text is to be tokenised without adding one.
-
-    Raises:
-        InvalidRequest: the model has no chat template, or its template refuses these messages.
-    """
-    if not tokenizer.chat_template:
-        raise InvalidRequest(
-            "This model has no chat template.",
-            remedy="Use /v1/completions or /generate, or ask a task whose input_template takes one message.",
-        )
-    conversation = [dict(message) for message in messages]
-    try:
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as exc:
-        raise InvalidRequest(
-            f"The model's chat template refuses these messages: {str(exc)[:200]}.",
-            remedy="Send roles in the order that the model knows.",
-        ) from exc
-    assert isinstance(rendered, str), "one conversation, not tokenised, is one text"
-    return rendered
+        return self._model.render_chat(messages)
 
 
 def _kinds_of(decoder: Any) -> Iterator[str]:

@@ -141,9 +141,9 @@ class Contestant:
 
     def read(self, row: Row, host: Host) -> list[int]:
         """The tokens that the model reads of a row, behind its prefix if there is one."""
-        text = self.preamble + self.template.render(row.input)
+        text = self.template.render(row.input).behind(self.preamble)
         if self.chat:
-            text = host.text.render_chat([{"role": "user", "content": text}])
+            text = host.text.render_chat([{"role": "user", "content": text.text}])
         ids = host.text.encode(text, add_special_tokens=not self.chat)
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 

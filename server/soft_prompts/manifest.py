@@ -7,12 +7,12 @@ Everything in it is optional, because a PEFT directory has none. Four fields cha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from server.core import SamplingParams
+from server.core import SamplingParams, TemplatedText
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"
@@ -190,14 +190,22 @@ class Manifest(BaseModel):
             fields["system_message"] = self.on_system_message
         return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
-    def render(self, text: str, system: str = "") -> str:
-        """Put a request's text, and a system message if the template reads it, into the template, if there is one."""
+    def render(self, text: str, system: str = "") -> TemplatedText:
+        """Put a request's text, and a system message if the template reads it, into the template.
+
+        Without a template the text is the client's own, special tokens included.
+        """
         if self.input_template is None:
-            return text
-        before, after = self.input_template.split(INPUT_FIELD)
-        if self.system_message == "template":  # elsewhere {system} means itself
-            before, after = (part.replace(SYSTEM_FIELD, system) for part in (before, after))
-        return before + text + after
+            return TemplatedText(text)
+        parts = [(self.input_template, False)]
+        fields = {INPUT_FIELD: text, SYSTEM_FIELD: system} if self.system_message == "template" else {INPUT_FIELD: text}
+        for name, value in fields.items():  # a value is never looked through for another field
+            parts = [
+                piece
+                for part, is_user in parts
+                for piece in ([(part, True)] if is_user else _filled(part, name, value))
+            ]
+        return TemplatedText.of(*parts)
 
     def to_json(self) -> str:
         """The file's text: sorted, indented, without the fields that are not set."""
@@ -205,6 +213,15 @@ class Manifest(BaseModel):
         if not fields.get("generation"):
             fields.pop("generation", None)
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _filled(template: str, name: str, value: str) -> Iterator[tuple[str, bool]]:
+    """The parts of a template with the user's value in the place of a field."""
+    before, *others = template.split(name)
+    yield before, False
+    for after in others:
+        yield value, True
+        yield after, False
 
 
 def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from server.errors import InvalidTrainingData, UnknownToken
+from server.core import TemplatedText
+from server.errors import InvalidRequest, InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
 
 if TYPE_CHECKING:  # torch is not needed to read and check rows
@@ -31,7 +32,7 @@ FRAME = 8
 class Encode(Protocol):
     """A tokenizer's."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def __call__(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
 
@@ -147,7 +148,7 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
         try:
             target_ids = model.encode(row.target, add_special_tokens=False)
             example = Example(tuple(model.encode(manifest.render(row.input))), (*target_ids, *eos))
-        except UnknownToken as exc:
+        except InvalidRequest as exc:
             raise InvalidTrainingData(f"{data.path}, line {row.line}: {exc.message}", remedy=exc.remedy) from exc
         _check_length(data, row, len(example.fed_ids), num_virtual_tokens, model.spec.max_model_len)
         examples.append(example)
@@ -164,7 +165,7 @@ def check_lengths(
     """
     for row in data.rows:
         text = manifest.render(row.input)
-        if num_virtual_tokens + len(text.encode()) + len(row.target.encode()) + FRAME > max_model_len:
+        if num_virtual_tokens + len(text.text.encode()) + len(row.target.encode()) + FRAME > max_model_len:
             length = len(encode(text)) + len(encode(row.target, add_special_tokens=False))
             _check_length(data, row, length, num_virtual_tokens, max_model_len)
 

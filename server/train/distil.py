@@ -18,9 +18,9 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model import FrozenModel
 from server.engine.prefix_cache import PrefixCache
-from server.engine.text import common_start, render_chat
+from server.engine.text import common_start
 from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingData
-from server.soft_prompts.manifest import INPUT_FIELD
+from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example
@@ -51,14 +51,14 @@ class Teacher:
         Raises:
             ConfigurationError: it is to go through a chat template that the model does not have.
         """
-        whole = self.template.replace(INPUT_FIELD, text)
+        whole = Manifest(input_template=self.template).render(text)
         if not self.chat:
             return tuple(self.model.encode(whole))
         if not self.model.tokenizer.chat_template:
             raise ConfigurationError(
                 f"{self.model.spec.name} has no chat template.", remedy="Leave out --teacher-chat, or use a chat model."
             )
-        rendered = render_chat(self.model.tokenizer, [{"role": "user", "content": whole}])
+        rendered = self.model.render_chat([{"role": "user", "content": whole.text}])
         return tuple(self.model.encode(rendered, add_special_tokens=False))
 
 

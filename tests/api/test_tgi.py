@@ -415,6 +415,17 @@ def test_the_tasks_template_is_put_around_the_input(server: LiveServer, tiny: Fr
     assert reply["details"]["input_length"] == len("Q: why {input}?\nA:")
 
 
+def test_special_tokens_are_text_in_a_template_and_tokens_in_a_raw_text(server: LiveServer) -> None:
+    server.publish_random("tgi-special", 5, {"input_template": "{input}!"})
+    server.publish_random("tgi-raw", 5)
+    text = "hi<eos><pad>"
+    for task, length in (("tgi-special", len(text) + 1), ("tgi-raw", 4), (None, 4)):
+        reply = server.generate(text, task, max_new_tokens=1, details=True).json()
+        assert reply["details"]["input_length"] == length
+    cut = server.generate(text, "tgi-special", max_new_tokens=1, details=True, truncate=3).json()
+    assert cut["details"]["input_length"] == 3
+
+
 def test_the_tasks_generation_defaults_hold_unless_the_request_says_otherwise(server: LiveServer) -> None:
     generation: dict[str, Any] = {"max_new_tokens": 7, "temperature": 0.8, "seed": 11, "top_k": 50}
     server.publish_random("tgi-defaults", 6, {"generation": generation})

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from server.engine.model import FrozenModel
-from server.engine.text import TokenTexts, _byte_level_alphabet, render_chat
-from server.errors import InvalidRequest
+from server.engine.text import TokenTexts, _byte_level_alphabet
 from tests.engine.test_detokenizer import FALLBACK
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
 
@@ -79,48 +77,6 @@ def test_an_added_token_is_not_read_in_the_byte_level_alphabet() -> None:
     token_id = backend.token_to_id("café")
     assert token_id is not None
     assert TokenTexts(backend).bytes_of(token_id) == "café".encode()
-
-
-def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """A tokenizer that adds a BOS, with a chat template."""
-    backend = byte_tokenizer().backend_tokenizer
-    backend.add_special_tokens(["<bos>"])
-    backend.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", backend.token_to_id("<bos>"))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")  # type: ignore[no-untyped-call]
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_a_chat_is_rendered_up_to_where_the_answer_begins_with_one_bos() -> None:
-    tokenizer = chat_tokenizer(
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    text = render_chat(tokenizer, HELLO)
-    assert text == "<bos>[user]hello[assistant]"
-    bos = tokenizer.bos_token_id
-    assert tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids.count(bos) == 1
-    assert tokenizer.backend_tokenizer.encode(text).ids.count(bos) == 2, "the test would not see a second one"
-
-
-def test_a_model_without_a_chat_template_says_so() -> None:
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        render_chat(chat_tokenizer(None), HELLO)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('Roles must alternate') }}",
-        "{{ 1 // 0 }}",
-        "{{ messages[7]['content'] + 1 }}",
-        "{% for m in messages %}",
-        "{{ messages + 1 }}",
-    ],
-)
-def test_a_template_that_refuses_or_fails_is_the_requests_error(template: str) -> None:
-    with pytest.raises(InvalidRequest, match="chat template refuses"):
-        render_chat(chat_tokenizer(template), HELLO)
 
 
 def test_special_tokens_are_added_unless_the_text_brings_its_own(smollm2: FrozenModel) -> None:

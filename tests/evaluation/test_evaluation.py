@@ -14,9 +14,17 @@ import torch
 from server.engine.model import FrozenModel
 from server.engine.text import ModelText
 from server.errors import GenerationFailed, InvalidRequest, InvalidTrainingData
-from server.evaluation.contestants import BASELINE_SLACK, Contestant, TeacherText, Wanted, draw_examples
+from server.evaluation.contestants import (
+    BASELINE_SLACK,
+    Contestant,
+    TeacherText,
+    Wanted,
+    draw_examples,
+    of_soft_prompt,
+)
 from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY, PERPLEXITY
 from server.evaluation.run import OwnEngine, _answers, run
+from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.initial import initial_values
 from server.train.trainer import train
@@ -98,6 +106,17 @@ def test_the_manifest_decides_template_and_generation(tiny: FrozenModel) -> None
     stop = next(character for character in plain[0][1:] if character.isascii() and character.isprintable())
     stopped = answers(tiny, soft_prompt_of(tiny, generation={"max_new_tokens": 8, "stop": [stop]}))
     assert stopped[0] == plain[0][: plain[0].index(stop)]
+
+
+def test_special_tokens_in_a_row_are_text_for_whoever_answers(chat: FrozenModel) -> None:
+    row = data_of([("hi<eos>", "yes")]).rows[0]
+    host = OwnEngine(make_engine(chat))
+    for contestant in (
+        of_soft_prompt("mood", soft_prompt_of(chat)),
+        Contestant("1-shot", template=Manifest(input_template="{input}!"), preamble="a<eos>\n"),
+        Contestant("instruction", preamble="do<eos>\n\n", chat=True),
+    ):
+        assert chat.end_token_id not in contestant.read(row, host), contestant.name
 
 
 def test_a_sampling_task_is_measured_reproducibly(tiny: FrozenModel) -> None:

@@ -117,7 +117,7 @@ def check(outcome: list[SoftPrompt] | PreludeError, spec: ModelSpec) -> None:
         text = soft_prompt.manifest.to_json()
         assert Manifest.parse(text).to_json() == text
         soft_prompt.manifest.generation.sampling_params({}, room=10, seed=0)
-        assert soft_prompt.manifest.render("x").count("x") >= 1
+        assert soft_prompt.manifest.render("x").text.count("x") >= 1
 
 
 @contextmanager

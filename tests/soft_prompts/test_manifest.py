@@ -45,7 +45,7 @@ def test_its_text_is_sorted_readable_and_without_what_is_not_set() -> None:
 
 def test_names_of_our_own_methods_are_facts_like_any_other() -> None:
     manifest = Manifest.parse('{"to_json": 1, "render": 2, "model_config": 3, "__class__": 4}')
-    assert manifest.render("x") == "x"
+    assert manifest.render("x").text == "x"
     assert json.loads(manifest.to_json()) == {"to_json": 1, "render": 2, "model_config": 3, "__class__": 4}
 
 
@@ -60,16 +60,16 @@ def test_names_of_our_own_methods_are_facts_like_any_other() -> None:
     ],
 )
 def test_the_text_is_put_into_the_template_as_it_is(template: str | None, text: str, rendered: str) -> None:
-    assert Manifest(input_template=template).render(text) == rendered
+    assert Manifest(input_template=template).render(text).text == rendered
 
 
 def test_a_system_message_fills_the_slot_that_the_manifest_declares_and_no_other() -> None:
     template = "{system}|{input}|"
     slot = Manifest(input_template=template, system_message="template")
-    assert slot.render("{system}", "{input}") == "{input}|{system}|", "neither text is a template"
-    assert slot.render("a") == "|a|"
+    assert slot.render("{system}", "{input}").text == "{input}|{system}|", "neither text is a template"
+    assert slot.render("a").text == "|a|"
     for wanted in (None, "ignore", "refuse"):
-        assert Manifest(input_template=template, system_message=wanted).render("a", "b") == "{system}|a|"
+        assert Manifest(input_template=template, system_message=wanted).render("a", "b").text == "{system}|a|"
 
 
 @pytest.mark.parametrize(

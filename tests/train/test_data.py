@@ -96,6 +96,10 @@ async def test_an_example_is_tokenised_exactly_as_a_request_for_its_task_is(tmp_
     [example] = encode_examples(data_of([("good ä", "yes")]), model, soft_prompt.manifest, 5)
     assert example.input_ids == prepared.request.input_ids
     assert example.input_ids[0] == model.tokenizer.bos_token_id
+    prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="a<eos><bos>")
+    [example] = encode_examples(data_of([("a<eos><bos>", "yes")]), model, soft_prompt.manifest, 5)
+    assert example.input_ids == prepared.request.input_ids
+    assert model.end_token_id not in example.input_ids, "special tokens of a row are text, too"
     assert model.tokenizer.bos_token_id not in example.target_ids
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from server.api.openai.fields import NoList, NotOffered
 from server.api.schemas import Text
+from server.core import TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest
@@ -81,7 +82,7 @@ class ChatText:
         headers: what the reply says of how the messages were read.
     """
 
-    text: str
+    text: TemplatedText
     add_special_tokens: bool
     headers: dict[str, str]
 

@@ -19,7 +19,7 @@ from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
 from server.api.schemas import schema_text
 from server.api.telemetry.watch import watched
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind
+from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
 from server.registry.registry import Registry
@@ -100,7 +100,9 @@ async def find_target(
     return Target(request_id, body.model, resolved, soft_prompt, key_id)
 
 
-async def encode_all(worker: EngineWorker, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+async def encode_all(
+    worker: EngineWorker, texts: Sequence[str | TemplatedText], *, add_special_tokens: bool = True
+) -> list[list[int]]:
     """Token ids of several texts.
 
     Raises:

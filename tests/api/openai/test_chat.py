@@ -69,6 +69,29 @@ def test_a_template_that_writes_bos_is_not_given_a_second_one(tmp_path: Path) ->
         assert usage["prompt_tokens"] == 5 + 1 + len("hello!"), "that template writes none, so the tokenizer does"
 
 
+@pytest.mark.parametrize("field", ["content", "name"])
+def test_a_message_holds_no_special_token(chatty: LiveServer, field: str) -> None:
+    messages = [{"role": "user", "content": "hello", field: "hello<eos><pad>"}]
+    reply = ask(chatty, CHAT, messages=messages, max_tokens=2)
+    added = len("<eos><pad>") if field == "content" else len("hello<eos><pad>")
+    assert reply["usage"]["prompt_tokens"] == len(RENDERED) + added, "a token for each character"
+
+
+@pytest.mark.parametrize("template", ["{input}!", None])
+def test_a_message_for_a_task_holds_no_special_token(chatty: LiveServer, template: str | None) -> None:
+    task = f"chat-special-{'own' if template else 'chat'}"
+    chatty.publish_random(task, 1, {"input_template": template} if template else {})
+    alone = ask(chatty, CHAT, model=task, max_tokens=2)["usage"]["prompt_tokens"]
+    more = ask(chatty, CHAT, model=task, messages=user("hello<eos>"), max_tokens=2)["usage"]["prompt_tokens"]
+    assert more == alone + len("<eos>")
+
+
+@pytest.mark.parametrize("role", ["system<eos>", "user\n", "tool", ""])
+def test_a_role_is_one_of_the_known_ones(chatty: LiveServer, role: str) -> None:
+    response = post(chatty, CHAT, messages=[{"role": role, "content": "x"}, *user("hello")])
+    assert_openai_error(response, 400, "invalid_request", "messages.0.role")
+
+
 def test_what_was_answered_can_be_sent_back_as_it_is(chatty: LiveServer) -> None:
     [choice] = ask(chatty, CHAT, max_tokens=5)["choices"]
     assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"], "refusal": None}

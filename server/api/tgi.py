@@ -199,6 +199,9 @@ def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
     best_of = parameters.best_of or 1
     if parameters.stop is not None:
         fields["stop"] = tuple(parameters.stop)
+    if parameters.stop_token_ids is not None:
+        fields["stop_token_ids"] = frozenset(parameters.stop_token_ids)
+    fields["include_stop"] = bool(parameters.include_stop_str_in_output)
     if parameters.ignore_eos_token is not None:
         fields["ignore_eos"] = parameters.ignore_eos_token
     if parameters.do_sample is False:

@@ -25,6 +25,7 @@ MAX_GENERATED = 128
 MAX_SCORED = 2048
 """Most labels that one request scores: its inputs times `choices`."""
 MAX_STOP = 16
+MAX_STOP_IDS = 128
 MAX_TOP_TOKENS = 20
 
 NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate")
@@ -72,7 +73,7 @@ class GenerateParameters(_Strict):
     max_new_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; 128 unless the task says else."
     )
-    min_new_tokens: int | None = Field(None, ge=0, description="No end-of-sequence token before so many tokens.")
+    min_new_tokens: int | None = Field(None, ge=0, description="The text does not end before so many tokens.")
     temperature: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy; anything else samples."
     )
@@ -90,6 +91,12 @@ class GenerateParameters(_Strict):
     seed: int | None = Field(None, ge=0, lt=2**64, description="Makes sampling repeatable.")
     stop: list[Annotated[Text, Field(min_length=1, max_length=256)]] | None = Field(
         None, max_length=MAX_STOP, description="The text ends before the first of these."
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=MAX_STOP_IDS, description="Tokens that end the text."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
     )
     ignore_eos_token: bool | None = Field(None, description="Go on past the end-of-sequence token.")
     grammar: GrammarBody | None = Field(None, description="What the text must match.")

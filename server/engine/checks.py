@@ -50,3 +50,4 @@ def _check_tokens(request: GenerationRequest, model: FrozenModel) -> None:
     for label in request.labels:
         model.check_tokens(label, "A label")
     model.check_tokens([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
+    model.check_tokens(sorted(request.sampling.stop_token_ids), "stop_token_ids")

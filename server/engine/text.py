@@ -77,7 +77,8 @@ class TokenTexts:
         return whole
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)  # lets other threads run
+        ids: list[int] = encoding.ids
         return ids
 
     def bytes_of(self, token_id: int) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import CHAT, COMPLETIONS, TEMPLATE, Body, joined, user
 from tests.api.openai.support import ask as ask_openai
+from tests.api.openai.support import post as post_openai
 from tests.api.openai.support import stream as stream_openai
 from tests.scripted import ScriptedModel, sentencepiece_tokenizer
 from tests.support import byte_tokenizer
@@ -149,6 +150,51 @@ def test_a_stop_string_within_the_least_number_of_tokens_ends_nothing(speaker: S
     for least, expected in ((0, "a"), (1, "a"), (2, "a.b"), (3, "a.b"), (4, "a.b.c")):
         assert speaker.text(path, stop=["."], min_tokens=least, **body) == expected
         assert speaker.generate(stop=["."], min_new_tokens=least)["generated_text"] == expected
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_stop_string_is_kept_where_the_request_asks_for_it(speaker: Speaker, path: str) -> None:
+    speaker.say("a", "b", "c", EOS, "d")
+    body: Body = {"messages": user("hello")} if path == CHAT else {}
+    kept: Body = {"include_stop_str_in_output": True, "ignore_eos": True, **body}
+    assert speaker.text(path, stop=["bc", "c"], **kept) == "abc"
+    assert speaker.text(path, stop=["c<e"], skip_special_tokens=False, **kept) == "abc<e"
+    assert speaker.text(path, stop=["x"], **kept) == "abcd"
+    reply = speaker.generate(stop=["bc"], include_stop_str_in_output=True)
+    assert (reply["generated_text"], reply["details"]["finish_reason"]) == ("abc", "stop_sequence")
+    assert speaker.generate(stop=["bc"], include_stop_str_in_output=False)["generated_text"] == "a"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_named_tokens_end_the_text_as_end_tokens_do(speaker: Speaker, path: str) -> None:
+    speaker.say("a", "b", "c", EOS, "d")
+    b, c, eos = speaker.model.ids("b", "c", EOS)
+    body: Body = {"messages": user("hello")} if path == CHAT else {}
+    choice = speaker.ask(path, stop_token_ids=[c, 7], **body)
+    assert (choice["text"] if path == COMPLETIONS else choice["message"]["content"]) == "ab"
+    assert choice["finish_reason"] == "stop"
+    kept: Body = {"include_stop_str_in_output": True, **body}
+    assert speaker.text(path, stop_token_ids=[c], **kept) == "abc"
+    assert speaker.text(path, stop_token_ids=[eos], ignore_eos=True, **kept) == "abc"
+    shown: Body = {"ignore_eos": True, "skip_special_tokens": False}
+    assert speaker.text(path, stop_token_ids=[eos], **shown, **body) == "abc"
+    assert speaker.text(path, stop_token_ids=[eos], **shown, **kept) == "abc<eos>"
+    assert speaker.text(path, stop_token_ids=[c], stop=["bc"], **kept) == "abc"
+    assert speaker.text(path, stop_token_ids=[c], stop=["bx"], **body) == "ab", "what was held back is text"
+    assert b not in speaker.model.ids(*speaker.text(path, stop_token_ids=[b], min_tokens=4, **body)), "as end tokens"
+    for include, expected in ((False, "ab"), (True, "abc")):
+        reply = speaker.generate(stop_token_ids=[c], include_stop_str_in_output=include)
+        assert (reply["generated_text"], reply["details"]["finish_reason"]) == (expected, "stop_sequence")
+        assert [token["id"] for token in reply["details"]["tokens"]] == speaker.model.script[:3]
+
+
+def test_token_ids_to_stop_at_are_bounded_and_the_models(speaker: Speaker) -> None:
+    for ids in ([-1], [260], ["2"], list(range(129))):
+        refusal = post_openai(speaker.server, COMPLETIONS, model="scripted", stop_token_ids=ids)
+        assert (refusal.status_code, "stop_token_ids" in refusal.json()["error"]["message"]) == (400, True)
+        assert speaker.server.generate("hello", stop_token_ids=ids).status_code == 422
+    speaker.say("a")
+    assert speaker.text(stop_token_ids=list(range(200, 256))) == "a"
 
 
 def test_what_continues_a_text_keeps_the_space_that_it_begins_with(reader: Speaker) -> None:

@@ -12,6 +12,7 @@ from server.api.schemas import Text, is_text
 
 MAX_BIASES = 1024
 MAX_STOPS = 16
+MAX_STOP_IDS = 128
 
 _ID = re.compile(r"[0-9]{1,9}")
 
@@ -90,6 +91,8 @@ Stop = Annotated[
     Field(max_length=MAX_STOPS),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
+
+StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)]
 
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES), AfterValidator(_are_ids)

@@ -30,6 +30,7 @@ from server.api.openai.fields import (
     OnlyText,
     Schema,
     Stop,
+    StopTokenIds,
     TokenIds,
     UsualVerbosity,
 )
@@ -93,7 +94,11 @@ class SamplingBody(_Body):
     logit_bias: LogitBias | None = Field(None, description="Token ids, and -100 to 100 to add to their logits.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="Makes sampling repeatable.")
     stop: Stop | None = Field(None, description="The text ends before the first of these; a text, or up to 16.")
-    min_tokens: int | None = Field(None, ge=0, description="No end-of-sequence token before so many tokens.")
+    stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the text, at most 128.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
+    )
+    min_tokens: int | None = Field(None, ge=0, description="The text does not end before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on past the end-of-sequence token.")
     skip_special_tokens: bool | None = Field(None, description="False writes special tokens by their names.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What the text must match.")

@@ -196,6 +196,9 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
         fields["seed"] = body.seed % 2**64
     if body.stop is not None:
         fields["stop"] = tuple(body.stop)
+    if body.stop_token_ids is not None:
+        fields["stop_token_ids"] = frozenset(body.stop_token_ids)
+    fields["include_stop"] = bool(body.include_stop_str_in_output)
     if body.logit_bias is not None:
         fields["logit_bias"] = _biases(worker, body.logit_bias)
     fields["show_special"] = body.skip_special_tokens is False

@@ -147,6 +147,9 @@ class UnknownTask(PreludeError):
     family = "validation"
     default_remedy = "GET /prompts lists the tasks."
 
+    near: tuple[str, ...] | None = None
+    """Where nobody published a task of that name, those that may have been meant; the message has them too."""
+
 
 class UnknownEvaluation(PreludeError):
     """No evaluation of that id: they are kept in memory, the last hundred of them."""

@@ -31,12 +31,12 @@ class Executor:
         Args:
             name: of the threads.
             work: the work in the plural, for the refusal: "changes of tasks".
-            threads: work that runs at once.
+            threads: work that runs at once; kept as `most_threads`.
             most_waiting: work that may wait for a thread.
         """
         self._name = name
         self._work = work
-        self._threads = threads
+        self.most_threads = threads
         self._most_waiting = most_waiting
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_threads = 0
@@ -57,12 +57,12 @@ class Executor:
         call = partial(contextvars.copy_context().run, work, *args, **kwargs)
         future: Future[T] = Future()
         with self._lock:
-            if self._num_threads == self._threads and len(self._waiting) >= self._most_waiting:
+            if self._num_threads == self.most_threads and len(self._waiting) >= self._most_waiting:
                 self._forget_cancelled()
                 if len(self._waiting) >= self._most_waiting:
                     raise Overloaded(f"{len(self._waiting)} {self._work} wait already; no more may wait.")
             self._waiting.append((future, call))
-            if self._num_threads < self._threads:
+            if self._num_threads < self.most_threads:
                 self._num_threads += 1
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
         return future

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server import __version__
-from server.api import ops, prompts, tgi, training, versions
+from server.api import ops, prompts, sagemaker, tgi, training, versions
 from server.api.browsers import CORS, OwnPagesOnly
 from server.api.errors import install_error_handlers
 from server.api.evaluations import routes as evaluations
@@ -129,6 +129,6 @@ def create_app(
     elif hosts is not None:
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
-    for module in (tgi, completions, chat, models, prompts, versions, training, evaluations, ops):
+    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, training, evaluations, ops):
         app.include_router(module.router)
     return app

@@ -16,6 +16,7 @@ from fastapi.params import Security as SecurityParameter
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer, SecurityScopes
 
+from server.api.openai.errors import MODELS, is_openai
 from server.api.schemas import ErrorBody
 from server.api.telemetry.record import record_of
 from server.errors import Forbidden, Unauthorized, UnknownTask
@@ -135,10 +136,12 @@ def _discreet(request: Request) -> Iterator[None]:
     """Keep names that the key is not for out of a 404: the nearest tasks, which are meant as a help, may be others'."""
     try:
         yield
-    except UnknownTask:
+    except UnknownTask as exc:
         key = _key_of(request)
         if key is None or key.tasks is None:
             raise
+        if is_openai(request.url.path):
+            raise UnknownTask(exc.message, remedy=MODELS) from None
         raise UnknownTask("There is no task or version of that name.") from None
 
 

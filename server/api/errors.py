@@ -19,7 +19,7 @@ from starlette.routing import Match
 from server.api.bodies import UNKNOWN
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
-from server.api.tgi_schemas import GenerateBody, GenerateParameters
+from server.api.tgi_schemas import INVOCATIONS, GenerateBody, GenerateParameters
 from server.api.training_schemas import JOB_FIELDS, JOBS
 from server.api.uploads import not_kept
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
@@ -69,8 +69,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        items = error.errors()
         path = request.url.path
+        items = _without_kinds(path, error.errors())
         known = openai_fields(path) or (JOB_FIELDS if path.startswith(JOBS) else _KNOWN_FIELDS)
         problems = "; ".join(_problem(item, known) for item in items[:MOST_PROBLEMS])
         more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
@@ -130,6 +130,13 @@ def _unreadable(cause: BaseException | None) -> str | None:
         return "it is nested too deeply"
     is_too_long = type(cause) is ValueError and "integer string conversion" in str(cause)
     return "it holds a number of too many digits" if is_too_long else None
+
+
+def _without_kinds(path: str, items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Validation problems, at /invocations without the word of ours for the kind of body that they are in."""
+    if path != INVOCATIONS:
+        return list(items)
+    return [{**item, "loc": (*item["loc"][:1], *item["loc"][2:])} for item in items]
 
 
 def _param(item: Mapping[str, Any]) -> str | None:

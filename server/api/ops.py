@@ -12,6 +12,7 @@ from server.api.auth import Reads, Scrapes, may_see
 from server.api.deps import ExecutorsDep, MetricsDep, RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import ErrorBody, Health, Info, Live, PrefixInfo, Ready
 from server.api.telemetry.metrics import CONTENT_TYPE
+from server.api.tgi_schemas import MAX_BEST_OF, MAX_INPUTS, MAX_STOP
 from server.engine.worker import EngineWorker
 from server.errors import Forbidden, PreludeError, ServerDraining
 
@@ -94,4 +95,19 @@ async def info(request: Request, worker: WorkerDep, registry: RegistryDep, setti
         tasks=sum(may_see(request, task.name) for task in registry.tasks()),
         in_flight=worker.num_in_flight,
         prefixes=PrefixInfo(hits=prefixes.hits, misses=prefixes.misses, budget_bytes=prefixes.budget_bytes),
+        model_id=model.name,
+        model_sha=None,
+        model_dtype=f"torch.{model.dtype}",
+        model_device_type=model.device.partition(":")[0],
+        model_pipeline_tag="text-generation",
+        max_concurrent_requests=settings.max_sequences + settings.max_queue,
+        max_best_of=MAX_BEST_OF,
+        max_stop_sequences=MAX_STOP,
+        max_input_tokens=model.max_model_len - 1,
+        max_total_tokens=model.max_model_len,
+        validation_workers=worker.threads.most_threads,
+        max_client_batch_size=MAX_INPUTS,
+        router="prelude",
+        sha=None,
+        docker_label=None,
     )

@@ -195,7 +195,9 @@ class PrefixInfo(BaseModel):
 
 
 class Info(BaseModel):
-    """/info."""
+    """/info: our names first, then those of text-generation-inference that say something else."""
+
+    model_config = ConfigDict(protected_namespaces=())
 
     model: str
     fingerprint: str
@@ -210,3 +212,18 @@ class Info(BaseModel):
     tasks: int
     in_flight: int
     prefixes: PrefixInfo
+    model_id: str = Field(description="The same as `model`.")
+    model_sha: str | None = Field(description="Null: the model's commit is not known. `fingerprint` identifies it.")
+    model_dtype: str = Field(description="torch.float32, torch.bfloat16, …")
+    model_device_type: str = Field(description="cpu or cuda.")
+    model_pipeline_tag: str
+    max_concurrent_requests: int = Field(description="Answers that may run or wait; beyond that requests get 429.")
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int = Field(description="Virtual tokens included.")
+    max_total_tokens: int = Field(description="The same as `max_model_len`.")
+    validation_workers: int = Field(description="Threads that tokenise long texts.")
+    max_client_batch_size: int = Field(description="Texts in one request.")
+    router: str
+    sha: str | None = Field(description="Null: the server's commit is not known.")
+    docker_label: str | None = Field(description="Null: the image is not known.")

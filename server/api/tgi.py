@@ -50,7 +50,21 @@ TaskQuery = Query(
 Reply = GenerateReply | list[GenerateReply]
 
 
-@router.post("/", response_model=Reply, responses=ERRORS | OR_STREAM)
+@router.post("/", response_model=list[GenerateReply], responses=ERRORS | OR_STREAM)
+async def generate_list(
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
+) -> Response:
+    """The same as /generate, for clients that know only the server's address; the reply is always a list."""
+    if isinstance(body.inputs, str) and not body.stream:
+        body = body.model_copy(update={"inputs": [body.inputs]})
+    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
+
+
 @router.post("/generate", response_model=Reply, responses=ERRORS | OR_STREAM)
 async def generate(
     body: GenerateBody,
@@ -60,10 +74,7 @@ async def generate(
     key_id: KeyIdDep,
     task: str | None = TaskQuery,
 ) -> Response:
-    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream.
-
-    `/` is the same, for clients that know only the server's address (huggingface_hub).
-    """
+    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream."""
     return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
 
 

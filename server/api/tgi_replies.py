@@ -32,9 +32,11 @@ def reply_of(
     best, *others = sorted(choices, key=lambda choice: -choice.mean_logprob)  # stable: of equals the first
     reply = GenerateReply(generated_text=front + best.text)
     if parameters.wants_details:
-        reply.details = _details(best, prepared, parameters, worker)
+        prefill = _prefill(choices, worker)
+        reply.details = _details(best, prefill, prepared, parameters, worker)
         if others:
-            reply.details.best_of_sequences = [_sequence(it, prepared, front, parameters, worker) for it in others]
+            sequences = [_sequence(it, prefill, prepared, front, parameters, worker) for it in others]
+            reply.details.best_of_sequences = sequences
     return reply
 
 
@@ -61,7 +63,7 @@ async def events(
                 front = body.inputs if parameters.return_full_text and isinstance(body.inputs, str) else ""
                 event["generated_text"] = front + choice.text
                 if parameters.details:
-                    details = _details(choice, prepared, parameters, worker)
+                    details = _details(choice, [], prepared, parameters, worker)
                     event["details"] = details.model_dump(
                         include={"finish_reason", "generated_tokens", "input_length", "virtual_tokens", "seed"}
                     )
@@ -83,12 +85,22 @@ def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> Genera
     return GenerateReply(generated_text=best.text, choices=bodies)
 
 
-def _details(choice: Choice, prepared: Prepared, parameters: GenerateParameters, worker: EngineWorker) -> DetailsBody:
-    assert choice.usage is not None, "a choice that has ended has its usage"
-    prefill = [
+def _prefill(choices: Sequence[Choice], worker: EngineWorker) -> list[InputTokenBody]:
+    """The input's tokens, which all choices share and the engine tells once: with the first one."""
+    return [
         InputTokenBody(id=scored.id, text=worker.text.token_text(scored.id), logprob=scored.logprob)
-        for scored in choice.scored
+        for scored in choices[0].scored
     ]
+
+
+def _details(
+    choice: Choice,
+    prefill: list[InputTokenBody],
+    prepared: Prepared,
+    parameters: GenerateParameters,
+    worker: EngineWorker,
+) -> DetailsBody:
+    assert choice.usage is not None, "a choice that has ended has its usage"
     details = DetailsBody(
         finish_reason=str(choice.finish_reason),
         generated_tokens=choice.usage.output_tokens,
@@ -104,13 +116,19 @@ def _details(choice: Choice, prepared: Prepared, parameters: GenerateParameters,
 
 
 def _sequence(
-    choice: Choice, prepared: Prepared, front: str, parameters: GenerateParameters, worker: EngineWorker
+    choice: Choice,
+    prefill: list[InputTokenBody],
+    prepared: Prepared,
+    front: str,
+    parameters: GenerateParameters,
+    worker: EngineWorker,
 ) -> SequenceBody:
     sequence = SequenceBody(
         generated_text=front + choice.text,
         finish_reason=str(choice.finish_reason),
         generated_tokens=len(choice.tokens),
         seed=_seed(prepared),
+        prefill=prefill,
         tokens=[_token(token, worker) for token in choice.tokens],
     )
     if parameters.top_n_tokens:

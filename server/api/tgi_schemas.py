@@ -17,6 +17,9 @@ from pydantic import (
 from server.api.schemas import RequestBody, Text, schema_text
 from server.core import Grammar, GrammarKind
 
+INVOCATIONS = "/invocations"
+"""Takes one of these bodies, or one of OpenAI's."""
+
 MAX_INPUTS = 128
 MAX_BEST_OF = 64
 MAX_CHOICES = 128
@@ -215,6 +218,7 @@ class SequenceBody(BaseModel):
     finish_reason: str = Field(description="length, eos_token or stop_sequence.")
     generated_tokens: int
     seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
+    prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")
     tokens: list[TokenBody] = []
     top_tokens: list[list[TokenBody]] | None = None
 

@@ -106,7 +106,7 @@ class LiveMap:
         number = task.pick(key) if version is None else version
         if number is None:
             staged = ", ".join(f"{name}@{n}" for n in sorted(task.versions)[-5:])
-            raise UnknownTask(f"No version of {name!r} is live.", remedy=f"Activate one, or ask for {staged}.")
+            raise UnknownTask(f"No version of {name!r} is live.", remedy=f"Activate a version, or ask for {staged}.")
         plans.check_version(name, task.versions, number)
         found = task.versions[number]
         return Resolved(name, number, found.content, found.at)

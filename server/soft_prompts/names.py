@@ -55,7 +55,9 @@ def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
     """The error for a task that nobody published, with the names that it may have been meant for."""
     near = difflib.get_close_matches(name, _worth_comparing(name, list(known)), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
-    return UnknownTask(f"There is no task {name!r}.{hint}")
+    error = UnknownTask(f"There is no task {name!r}.{hint}")
+    error.near = tuple(near)
+    return error
 
 
 def _worth_comparing(name: str, known: list[str]) -> list[str]:

@@ -28,6 +28,14 @@ def test_the_task_as_adapter_id(server: LiveServer, client: InferenceClient) -> 
     assert text != server.text("hello", max_new_tokens=9)
 
 
+def test_the_endpoint_tells_its_model_and_limits(server: LiveServer) -> None:
+    info = InferenceClient(provider="hf-inference").get_endpoint_info(model=server.url)
+    required = {"model_id", "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_input_tokens"}
+    required |= {"max_total_tokens", "validation_workers", "max_client_batch_size", "router", "version"}
+    assert required <= info.keys()
+    assert info["model_id"] == "tiny-llama"
+
+
 def test_details(server: LiveServer, client: InferenceClient) -> None:
     output = client.text_generation("hello", max_new_tokens=7, details=True)
     reply = server.generate("hello", max_new_tokens=7, details=True).json()

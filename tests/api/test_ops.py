@@ -64,7 +64,39 @@ def test_info_tells_the_frozen_model_and_the_limits(own_server: LiveServer) -> N
         "tasks": 1,
         "in_flight": 0,
         "prefixes": {"hits": 0, "misses": 1, "budget_bytes": own_server.engine.prefixes.budget_bytes},
+        "model_id": "tiny-llama",
+        "model_sha": None,
+        "model_dtype": "torch.float64",
+        "model_device_type": "cpu",
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": 8 + 4096,
+        "max_best_of": 64,
+        "max_stop_sequences": 16,
+        "max_input_tokens": MAX_MODEL_LEN - 1,
+        "max_total_tokens": MAX_MODEL_LEN,
+        "validation_workers": own_server.worker.threads.most_threads,
+        "max_client_batch_size": 128,
+        "router": "prelude",
+        "sha": None,
+        "docker_label": None,
     }
+
+
+def test_the_limits_that_info_tells_are_those_that_hold(own_server: LiveServer) -> None:
+    info = own_server.client.get("/info").json()
+    text, most = "a" * info["max_input_tokens"], info["max_client_batch_size"]
+    limits: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"inputs": text, "parameters": {"max_new_tokens": 1}}, {"inputs": f"{text}a"}),
+        ({"inputs": ["a"] * most, "parameters": {"max_new_tokens": 1}}, {"inputs": ["a"] * (most + 1)}),
+        ({"parameters": {"max_new_tokens": 1, "best_of": info["max_best_of"]}}, {"parameters": {"best_of": 65}}),
+        (
+            {"parameters": {"max_new_tokens": 1, "stop": ["zzzz"] * info["max_stop_sequences"]}},
+            {"parameters": {"stop": ["zzzz"] * (info["max_stop_sequences"] + 1)}},
+        ),
+    ]
+    for fits, does_not in limits:
+        assert own_server.client.post("/generate", json={"inputs": "hello", **fits}).status_code == 200
+        assert own_server.client.post("/generate", json={"inputs": "hello", **does_not}).status_code == 422
 
 
 def test_info_tells_how_many_requests_found_their_prefix(own_server: LiveServer) -> None:

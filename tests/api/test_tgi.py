@@ -23,7 +23,9 @@ def test_a_request_is_answered_by_the_soft_prompt_of_its_task(
     first, second = server.publish_random("tgi-first", 1), server.publish_random("tgi-second", 2)
     for task, soft_prompt in (("tgi-first", first), ("tgi-second", second), (None, None)):
         expected = engine_answer(tiny, soft_prompt, "hello", max_new_tokens=20).text
-        assert server.generate("hello", task, route, max_new_tokens=20).json() == {"generated_text": expected}
+        reply = {"generated_text": expected}
+        found = server.generate("hello", task, route, max_new_tokens=20).json()
+        assert found == ([reply] if route == "/" else reply)
     assert len({server.text("hello", task, max_new_tokens=20) for task in ("tgi-first", "tgi-second", None)}) == 3
 
 
@@ -556,6 +558,10 @@ def test_what_is_wrong_with_all_texts_of_a_list_is_not_said_of_the_first(server:
         assert "inputs" not in response.json()["error"]
 
 
+SEQUENCE = {"generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens"}
+"""What text-generation-inference's document requires of each of `best_of_sequences`, and its nullable seed."""
+
+
 @pytest.mark.parametrize("route", ["/generate", "/generate_stream", "/tokenize"])
 def test_null_counts_as_left_out_whatever_the_field_is_called(server: LiveServer, route: str) -> None:
     # What text-generation-inference's and LoRAX's clients send unasked, and a name that nobody has.
@@ -593,6 +599,35 @@ def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: Li
     texts = {reply["generated_text"], *(sequence["generated_text"] for sequence in others)}
     assert len(texts) == 5
     assert server.text("hello", temperature=1.5, seed=4, max_new_tokens=6, ignore_eos_token=True) in texts
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_text_of_best_of_is_told_with_the_inputs_tokens(server: LiveServer, wanted: bool) -> None:
+    """Whichever of them is the best: the engine tells them with the first one."""
+    expected = server.generate("hello", decoder_input_details=True, max_new_tokens=1).json()["details"]["prefill"]
+    assert len(expected) == len("hello")
+    best = set()
+    for seed in range(12):
+        parameters: dict[str, Any] = {"best_of": 3, "temperature": 1.5, "seed": seed, "max_new_tokens": 3}
+        details = server.generate("hello", decoder_input_details=wanted, details=True, **parameters).json()["details"]
+        sequences = [details, *details["best_of_sequences"]]
+        assert [sequence["prefill"] for sequence in sequences] == [expected if wanted else []] * 3
+        first = server.generate("hello", **{**parameters, "best_of": 1}).json()["generated_text"]
+        best.add(first == "".join(token["text"] for token in details["tokens"]))
+        assert all(sequence.keys() >= SEQUENCE for sequence in sequences[1:])
+    assert best == {True, False}, "the first one is not always the best"
+
+
+def test_the_bare_address_answers_a_list_and_generate_an_object(server: LiveServer) -> None:
+    reply = server.generate("hello", max_new_tokens=5, details=True).json()
+    assert server.generate("hello", route="/", max_new_tokens=5, details=True).json() == [reply]
+    several = server.client.post("/", json={"inputs": ["hello", "what"], "parameters": {"max_new_tokens": 5}}).json()
+    assert several == [{"generated_text": server.text(text, max_new_tokens=5)} for text in ("hello", "what")]
+    [chosen] = server.generate("hello", route="/", choices=["a", "b"]).json()
+    assert chosen == server.generate("hello", choices=["a", "b"]).json()
+    body = {"inputs": "hello", "stream": True, "parameters": {"max_new_tokens": 5}}
+    assert parse_events(server.client.post("/", json=body).content) == server.events("hello", max_new_tokens=5)
+    assert_error(server.generate("hello", "nobody", "/"), 404, "unknown_task", "no task 'nobody'")
 
 
 def test_the_inputs_tokens_are_told_with_how_likely_they_were(server: LiveServer, tiny: FrozenModel) -> None:

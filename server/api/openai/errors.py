@@ -11,9 +11,11 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from server.api.openai.schemas import ChatBody, CompletionBody
-from server.errors import InputTooLong, InvalidRequest, PreludeError, Unauthorized, UnknownTask
+from server.errors import InputTooLong, InvalidRequest, InvalidTaskName, PreludeError, Unauthorized, UnknownTask
 
 PREFIX = "/v1"
+
+MODELS = "GET /v1/models lists the models."
 
 _CODES: dict[type[PreludeError], str] = {
     InputTooLong: "context_length_exceeded",
@@ -57,6 +59,21 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 """What every route may refuse, for /openapi.json."""
 
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": OpenAIErrorBody, "description": "No such task or version."}}
+
+
+def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:
+    """The error for a model that there is not, in the words of OpenAI's API, where tasks are models.
+
+    The message repeats only what the request says. What may have been meant is in the remedy, which `auth.py` replaces
+    for keys that are not for all tasks.
+    """
+    hint = ""
+    if isinstance(why, UnknownTask):
+        if why.near is None:  # the task is there, but not that version of it
+            hint = f"{why} "
+        elif why.near:
+            hint = f"Did you mean {', '.join(why.near)}? "
+    return UnknownTask(f"The model `{name[:80]}` does not exist.", remedy=f"{hint}{MODELS}")
 
 
 def is_openai(path: str) -> bool:

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field
 
 from server.api.auth import GuardedRoute, Reads, allow_task, may_see
 from server.api.deps import RegistryDep, WorkerDep, known_query
-from server.api.openai.errors import MISSING, REFUSALS
-from server.api.openai.translate import MODELS, task_of
+from server.api.openai.errors import MISSING, REFUSALS, no_model
+from server.api.openai.translate import task_of
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTaskName, UnknownTask
 from server.registry.events import seconds_of
@@ -64,8 +64,8 @@ async def get_model(model: str, request: Request, worker: WorkerDep, registry: R
     try:
         resolved = registry.resolve(name)
         live = None if "@" in name else registry.task(name).live
-    except InvalidTaskName as exc:
-        raise UnknownTask(f"There is no model {name[:80]!r}.", remedy=MODELS) from exc
+    except (InvalidTaskName, UnknownTask) as exc:
+        raise no_model(name, exc) from exc
     number, at = (resolved.version, resolved.at) if live is None else (live.number, live.at)
     return _card(worker, name, f"{resolved.task}@{number}", at)
 

@@ -15,6 +15,7 @@ from fastapi import Request
 
 from server.api.auth import allow_task
 from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed
+from server.api.openai.errors import no_model
 from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
 from server.api.schemas import schema_text
@@ -32,8 +33,6 @@ SAME = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
 """Fields that are called the same here and there."""
-
-MODELS = "GET /v1/models lists the models."
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
@@ -95,8 +94,8 @@ async def find_target(
         return Target(request_id, body.model, None, None, key_id)
     try:
         resolved, soft_prompt = await find_soft_prompt(registry, task, body.user or request_id)
-    except InvalidTaskName as exc:
-        raise UnknownTask(f"There is no model {task[:80]!r}.", remedy=MODELS) from exc
+    except (InvalidTaskName, UnknownTask) as exc:
+        raise no_model(task, exc) from exc
     return Target(request_id, body.model, resolved, soft_prompt, key_id)
 
 

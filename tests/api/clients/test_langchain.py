@@ -166,9 +166,9 @@ async def test_plain_texts_without_blocking(chats: LiveServer, text: Text, async
 
 
 def test_refusals_are_classes_that_programs_catch(chat: Chat, text: Text, connections: dict[str, Any]) -> None:
-    with pytest.raises(openai.NotFoundError, match="no task 'langchain-nobody'"):
+    with pytest.raises(openai.NotFoundError, match="The model `langchain-nobody` does not exist"):
         chat("langchain-nobody", **connections).invoke("hello")
-    with pytest.raises(openai.NotFoundError, match="no task 'langchain-nobody'"):
+    with pytest.raises(openai.NotFoundError, match="The model `langchain-nobody` does not exist"):
         text("langchain-nobody", **connections).invoke("hello")
     with pytest.raises(ContextOverflowError):
         chat(**connections).invoke("x" * 500)

@@ -97,7 +97,7 @@ def test_an_answer_in_a_form(ask: dict[str, Any]) -> None:
 
 
 def test_refusals_are_litellms_own_classes(chats: LiveServer, ask: dict[str, Any]) -> None:
-    with pytest.raises(litellm.NotFoundError, match="no task 'litellm-nobody'"):
+    with pytest.raises(litellm.NotFoundError, match="The model `litellm-nobody` does not exist"):
         litellm.completion("openai/litellm-nobody", user("hello"), **ask)
     with pytest.raises(litellm.ContextWindowExceededError, match="the context holds 192"):
         litellm.completion(f"openai/{FROZEN}", user("x" * 500), **ask)
@@ -116,7 +116,7 @@ def test_refusals_are_litellms_own_classes(chats: LiveServer, ask: dict[str, Any
 
 @pytest.mark.usefixtures("_connections")
 async def test_refusals_without_blocking_are_the_same_classes(ask: dict[str, Any]) -> None:
-    with pytest.raises(litellm.NotFoundError, match="no task 'litellm-nobody'"):
+    with pytest.raises(litellm.NotFoundError, match="The model `litellm-nobody` does not exist"):
         await litellm.acompletion("openai/litellm-nobody", user("hello"), **ask)
 
 

@@ -19,9 +19,10 @@ from server.api.openai.schemas import ChatBody, CompletionBody
 from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, live_server
+from tests.api.live import MAX_MODEL_LEN, LiveServer, as_form, assert_openai_error, live_server
 from tests.api.openai.support import CHAT, COMPLETIONS, FROZEN, Body, post, user
 from tests.api.test_errors import _tree
+from tests.support import random_soft_prompt
 
 ROUTES = (COMPLETIONS, CHAT)
 NO_SCHEMAS: list[Any] = [False, True, 3, 1.5, [], [{}]]
@@ -254,8 +255,26 @@ def test_whether_the_input_or_max_tokens_is_too_large_is_told_apart(chatty: Live
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("model", ["nobody", "GPT 4", "", "org/model", "nobody@3", "x@latest", "\N{SNOWMAN}"])
 def test_a_model_that_there_is_not_is_not_found(server: LiveServer, path: str, model: str) -> None:
-    error = assert_openai_error(post(server, path, model=model), 404, "unknown_task")
-    assert (error["param"], error["type"]) == ("model", "invalid_request_error")
+    told = f"The model `{model}` does not exist. GET /v1/models lists the models."
+    for response in (post(server, path, model=model), server.client.get(f"/v1/models/{model}") if model else None):
+        if response is not None:
+            error = assert_openai_error(response, 404, "unknown_task")
+            assert error == {
+                "message": told,
+                "type": "invalid_request_error",
+                "param": "model",
+                "code": "model_not_found",
+            }
+
+
+def test_a_version_that_there_is_not_is_told_with_those_that_there_are(server: LiveServer) -> None:
+    server.publish_random("openai-twice", 1)
+    told = "The model `openai-twice@9` does not exist. Task 'openai-twice' has no version 9. Its versions are 1. GET"
+    assert_openai_error(post(server, COMPLETIONS, model="openai-twice@9"), 404, "unknown_task", told)
+    files = as_form(server.files(random_soft_prompt(server.model.spec)))
+    assert server.client.put("/prompts/openai-staged?activate=false", files=files).is_success
+    told = "The model `openai-staged` does not exist. No version of 'openai-staged' is live. Activate a version, or ask"
+    assert_openai_error(post(server, COMPLETIONS, model="openai-staged"), 404, "unknown_task", told)
 
 
 def test_a_misspelt_model_is_told_the_nearest(server: LiveServer) -> None:
@@ -380,7 +399,8 @@ def test_keys_are_asked_for_and_hold_what_they_say(tmp_path: Path) -> None:
         for model in ("team-b-mood", FROZEN, "nobody"):
             for route in ROUTES:
                 assert_openai_error(post(live, route, model=model), 403, "forbidden", "team-a-*")
-        assert "mood" not in post(live, COMPLETIONS, model="team-a-x").json()["error"]["message"]
+        told = "The model `team-a-moot` does not exist. GET /v1/models lists the models."
+        assert post(live, COMPLETIONS, model="team-a-moot").json()["error"]["message"] == told, "no names of others"
 
 
 def test_the_librarys_classes_are_the_ones_that_fit(own_server: LiveServer) -> None:

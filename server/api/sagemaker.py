@@ -1,0 +1,60 @@
+"""POST /invocations, by which Amazon SageMaker generates.
+
+The other half of its contract, GET /ping, is one of the probes in `ops.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Discriminator, Tag
+
+from server.api import tgi
+from server.api.auth import Generates, GuardedRoute
+from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.openai import chat, completions
+from server.api.openai.replies import ChatReply, CompletionReply
+from server.api.openai.schemas import ChatBody, CompletionBody
+from server.api.sse import OR_STREAM
+from server.api.tgi_schemas import INVOCATIONS, GenerateBody, GenerateReply
+
+_KINDS = {"inputs": GenerateBody, "messages": ChatBody, "prompt": CompletionBody}
+"""Bodies by the field that only they have."""
+
+
+def _kind_of(body: Any) -> str | None:
+    if isinstance(body, dict):
+        return next((field for field in _KINDS if field in body), None)
+    return next((field for field, kind in _KINDS.items() if isinstance(body, kind)), None)
+
+
+Body = Annotated[
+    Annotated[GenerateBody, Tag("inputs")]
+    | Annotated[ChatBody, Tag("messages")]
+    | Annotated[CompletionBody, Tag("prompt")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="no_invocation",
+        custom_error_message="must be an object with inputs, messages or prompt",
+    ),
+]
+
+router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
+
+
+@router.post(
+    INVOCATIONS,
+    response_model=list[GenerateReply] | ChatReply | CompletionReply,
+    responses=tgi.ERRORS | OR_STREAM,
+)
+async def invoke(body: Body, request: Request, worker: WorkerDep, registry: RegistryDep, key_id: KeyIdDep) -> Response:
+    """What SageMaker sends: a body of `/`, of /v1/chat/completions or of /v1/completions, answered as there.
+
+    SageMaker passes no query on, so the task is `parameters.adapter_id`, or `model`.
+    """
+    if isinstance(body, GenerateBody):
+        return await tgi.generate_list(body, request, worker, registry, key_id, None)
+    if isinstance(body, ChatBody):
+        return await chat.chat(body, request, worker, registry)
+    return await completions.complete(body, request, worker, registry)

@@ -107,6 +107,8 @@ class Grammar:
 
     EBNF may also be Lark, where a line begins with `start:` or `%llguidance`: vLLM's clients send either.
     """
+    after_space: bool = False
+    """A space comes before what matches: the one that the tokenizer puts before a text, and that the text lacks."""
 
 
 @dataclass(frozen=True, slots=True)

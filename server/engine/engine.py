@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest, Token
+from server.core import Delta, FinishReason, GenerationRequest, Grammar, Token
 from server.engine.checks import check_request
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
@@ -94,6 +95,13 @@ class Engine:
             first.siblings = [self._sequence(request, soft_prompt, index) for index in range(1, request.n)]
         self._unfinished[request.request_id] = request.num_choices
         self.scheduler.add(first)
+
+    def grammar_of(self, request: GenerationRequest) -> Grammar | None:
+        """What a request's tokens must match: its text, after a space where the tokenizer puts one before a target."""
+        grammar = request.sampling.grammar
+        if grammar is None or request.continues_text or not self.model.texts.puts_space_first:
+            return grammar
+        return replace(grammar, after_space=True)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free what it holds; None if it has ended already."""
@@ -271,7 +279,7 @@ class Engine:
         index: int = 0,
         label_ids: tuple[int, ...] = (),
     ) -> Sequence:
-        grammar = request.sampling.grammar
+        grammar = self.grammar_of(request)
         matcher = None if grammar is None or request.labels else self.grammars.matcher(grammar)
         detokenizer = Detokenizer(self.model.texts, request.sampling, continues_text=request.continues_text)
         return Sequence(request, soft_prompt, detokenizer, index, label_ids, matcher)

@@ -150,7 +150,16 @@ def _source(grammar: Grammar) -> str:
             source = llguidance.LLMatcher.grammar_from_regex("|".join(map(_literally, json.loads(grammar.source))))
     except ValueError as exc:
         raise _unusable(grammar, str(exc)) from exc
-    return source
+    return _after_space(source) if grammar.after_space else source
+
+
+def _after_space(source: str) -> str:
+    """The same grammar after a space, so that the first token may be the one that training puts there."""
+    parts = json.loads(source) if source.startswith("{") else {"grammars": [{"lark_grammar": source}]}
+    first, *others = parts["grammars"]
+    return json.dumps(
+        parts | {"grammars": [{"lark_grammar": 'start: " " @matched'}, first | {"name": "matched"}, *others]}
+    )
 
 
 def _literally(text: str) -> str:

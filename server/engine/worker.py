@@ -160,8 +160,8 @@ class EngineWorker:
         """
         self._refuse_if_closed()
         self._engine.check(request, soft_prompt)
-        if request.sampling.grammar is not None:  # compiled here, so that it is there when the engine wants it
-            await asyncio.to_thread(self._engine.grammars.check, request.sampling.grammar)
+        if (grammar := self._engine.grammar_of(request)) is not None:  # compiled before the engine wants it
+            await asyncio.to_thread(self._engine.grammars.check, grammar)
         with self._admission.of(request):
             async with contextlib.aclosing(self._deltas(request, soft_prompt)) as deltas:
                 async for delta in deltas:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from server.engine.labels import encode_labels
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import CHAT, COMPLETIONS, TEMPLATE, Body, joined, user
 from tests.api.openai.support import ask as ask_openai
@@ -219,3 +220,44 @@ def test_what_a_task_was_trained_on_had_no_such_space(reader: Speaker) -> None:
     assert reader.text(model="texts-target", prompt="the cat", stop=["sat"]) == ""
     assert reader.text(CHAT, model="texts-target", messages=user("hello")) == "sat on"
     assert reader.generate("texts-target")["generated_text"] == "sat on"
+
+
+FORMS: list[Body] = [
+    {"choice": ["sat on", "    return x"]},
+    {"regex": "sat on"},
+    {"json": {"const": "sat on"}},
+    {"grammar": 'root ::= "sat on"'},
+    {"grammar": 'start: "sat on"'},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["choice", "regex", "json", "ebnf", "lark"])
+def test_what_must_match_is_the_text_with_its_first_space_or_without_it(reader: Speaker, form: Body) -> None:
+    reader.server.publish_random("texts-matched", 2)
+    reader.say("▁sat", "▁on")
+    expected = '"sat on"' if "json" in form else "sat on"
+    for model in ("scripted", "texts-matched"):
+        choice = reader.ask(model=model, prompt="the cat", structured_outputs=form, max_tokens=40, logprobs=0)
+        assert choice["text"] == expected
+        wanted = {"scripted": expected[0], "texts-matched": " sat" if "choice" in form or "regex" in form else " "}
+        assert choice["logprobs"]["tokens"][0].startswith(wanted[model]), "as targets are tokenised"
+
+
+@pytest.mark.parametrize("text", [" sat", "sat", "    return x", " ", ""])
+def test_a_choice_reads_as_it_was_given(reader: Speaker, text: str) -> None:
+    reader.server.publish_random("texts-chosen", 3)
+    reader.say()
+    form: Body = {"structured_outputs": {"choice": [text]}, "max_tokens": 40}
+    assert reader.text(prompt="the cat", **form) == text
+    assert reader.text(CHAT, messages=user("hello"), **form) == text
+    assert reader.text(model="texts-chosen", prompt="the cat", **form) == text
+
+
+def test_labels_are_tokens_that_continue_a_text_or_a_tasks_targets(reader: Speaker) -> None:
+    text, ids = reader.server.worker.text, reader.model.ids
+    assert encode_labels(text, [" sat", "sat"], continue_text=True) == (tuple(ids("▁sat")), tuple(ids("s", "at")))
+    assert encode_labels(text, ["sat"]) == (tuple(ids("▁sat")),)
+    reader.server.publish_random("texts-labels", 4)
+    for task, expected in ((None, {" sat": 1, "sat": 2}), ("texts-labels", {"sat": 1})):
+        reply = reader.server.generate("the cat", task, choices=list(expected))
+        assert {choice["text"]: choice["tokens"] for choice in reply.json()["choices"]} == expected

@@ -25,7 +25,7 @@ class Contents:
     """Reads contents, and remembers which of them cannot be served.
 
     Attributes:
-        broken: blob -> why it cannot be served.
+        broken: key of a content -> why it cannot be served.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Contents:
             soft_prompt = self._store.get_blob(content)
             check_finite(soft_prompt.tensor, self._model.dtype)
         except PreludeError as exc:
-            self.broken[content.blob] = str(exc)
+            self.broken[_key(content)] = str(exc)
             if not self._is_wanted(content.prefix_hash):  # in this order: who deletes it forgets it last
                 self.forget(content)
             raise _unavailable(exc) from exc
-        self.broken.pop(content.blob, None)
+        self.broken.pop(_key(content), None)
         return soft_prompt
 
     def require_fit(self, content: Content) -> None:
@@ -81,11 +81,12 @@ class Contents:
         Raises:
             StoreError: the store cannot be listed.
         """
-        by_blob = {content.blob: content for content in contents}
-        missing = self._store.missing_blobs(by_blob)
-        for blob in missing:
-            self.broken[blob] = f"The store's blob {blob} is missing."
-        self.check(content for blob, content in by_blob.items() if blob not in missing)
+        contents = list(contents)
+        missing = self._store.missing_blobs({content.blob for content in contents})
+        self.check(contents)
+        for content in contents:
+            if content.blob in missing:
+                self.broken.setdefault(_key(content), f"The store's blob {content.blob} is missing.")
 
     def check(self, contents: Iterable[Content]) -> None:
         """Find out what cannot be served by what events say; nothing is read from the store."""
@@ -93,15 +94,19 @@ class Contents:
             try:
                 self.check_fit(content)
             except PreludeError as exc:
-                self.broken[content.blob] = str(exc)
+                self.broken[_key(content)] = str(exc)
 
     def is_broken(self, content: Content) -> bool:
         """Whether it could not be served when that was last tried."""
-        return content.blob in self.broken
+        return _key(content) in self.broken
+
+    def why_broken(self, content: Content) -> str | None:
+        """Why it cannot be served; None if nothing is known against it."""
+        return self.broken.get(_key(content))
 
     def forget(self, content: Content) -> None:
         """No version has it any more."""
-        self.broken.pop(content.blob, None)
+        self.broken.pop(_key(content), None)
 
     def check_fit(self, content: Content) -> None:
         """Refuse a content that this server cannot serve whatever the store answers.
@@ -122,6 +127,11 @@ class Contents:
 
 
 _NEWER = "Run the version of Prelude that wrote it, or activate another version."
+
+
+def _key(content: Content) -> str:
+    """Of a version's content: blobs have names of their own, but what a newer Prelude wrote need not keep to that."""
+    return f"{content.blob} {content.about.identity}"
 
 
 def _unavailable(exc: PreludeError) -> VersionUnavailable:

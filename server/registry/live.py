@@ -7,9 +7,10 @@ immutable value. `registry.py` says how it comes to events.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -21,11 +22,14 @@ from server.registry import plans
 from server.registry.contents import Contents
 from server.registry.events import Change, Content, Event, Publish
 from server.registry.host_cache import HostCache
-from server.registry.state import State, Version
+from server.registry.state import WHOLE_STORE, State, Version
 from server.registry.store import Store
+from server.registry.unreadable import Entry
 from server.registry.views import Resolved, Task
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
 
 HOST_MEMORY = 2**30
 
@@ -65,7 +69,7 @@ class LiveMap:
         """Fold the store's events; tensors stay in the store until somebody asks for them.
 
         Raises:
-            StoreError: an event cannot be read.
+            StoreError: the store cannot be listed or read.
         """
         self.model = model
         self.max_virtual_tokens = max_virtual_tokens
@@ -76,6 +80,7 @@ class LiveMap:
         self._holding = threading.Lock()
         self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
         self._state = State(store.events())
+        _log_new({}, self._state.problems)
         self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced)
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
         self._tasks: dict[str, Task] = {}
@@ -153,18 +158,17 @@ class LiveMap:
     @property
     def errors(self) -> dict[str, str]:
         """Task or inbox entry -> why it, or a version of it, is not served."""
-        broken = dict(self._contents.broken)
         found = {
-            task.name: broken[version.content.blob]
-            for task in (self._tasks.values() if broken else ())
+            task.name: why
+            for task in (self._tasks.values() if self._contents.broken else ())
             for version in task.versions.values()
-            if version.content.blob in broken
+            if (why := self._contents.why_broken(version.content)) is not None
         }
-        return {**found, **self.inbox_errors}
+        return {**self._state.problems, **found, **self.inbox_errors}
 
     def why_broken(self, version: Version) -> str | None:
         """Why a version is not served; None if nothing is known against it."""
-        return self._contents.broken.get(version.content.blob)
+        return self._contents.why_broken(version.content)
 
     def report(self, entry: str, error: str | None) -> None:
         """Take note of why an entry of the inbox is not served, or that nothing is wrong with it any more."""
@@ -173,7 +177,7 @@ class LiveMap:
 
     # Taking events over: one thread at a time.
 
-    def _apply(self, events: Sequence[Event]) -> list[Content]:
+    def _apply(self, events: Sequence[Entry]) -> list[Content]:
         """Take events over, with one assignment of the live map at the end.
 
         Returns:
@@ -181,17 +185,18 @@ class LiveMap:
         """
         touched: set[str] = set()
         removed: list[Version] = []
-        try:
-            for event in events:
-                names, gone = self._state.apply(event)
-                self.changes[event.change.kind] += 1
-                touched |= names
-                removed += gone
-        finally:  # an event that does not follow does not hide those before it
-            self._contents.check(content for event in events for content in _published(event.change))
-            self._refresh(touched)
-            contents = [version.content for version in removed]
-            self._drop(contents)
+        problems = dict(self._state.problems)
+        for event in events:
+            names, gone = self._state.take(event)
+            touched |= names
+            removed += gone
+        changes = [event.change for event in events if isinstance(event, Event)]
+        self.changes.update(change.kind for change in changes)
+        self._contents.check(content for change in changes for content in _published(change))
+        self._refresh(touched)
+        contents = [version.content for version in removed]
+        self._drop(contents)
+        _log_new(problems, self._state.problems)
         return contents
 
     def _drop(self, contents: Sequence[Content]) -> None:
@@ -226,7 +231,7 @@ class LiveMap:
                 self._held += Counter()  # without those that nobody holds any more
             self._engine.drop_unused({prefix for prefix in hashes if not self.is_referenced(prefix)})
 
-    def _going_live(self, events: Sequence[Event]) -> list[Content]:
+    def _going_live(self, events: Sequence[Entry]) -> list[Content]:
         """Contents that answer once these events are taken over, and do not yet."""
         ahead = self._state.ahead(events)
         return [
@@ -238,6 +243,12 @@ class LiveMap:
 
     def _live_names(self) -> Iterator[str]:
         return (name for name, task in self._tasks.items() if task.traffic)
+
+
+def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name, problem in now.items():
+        if before.get(name) != problem:
+            log.error("%s: %s", "all tasks" if name == WHOLE_STORE else name, problem)
 
 
 def _published(change: Change) -> list[Content]:

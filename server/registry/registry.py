@@ -21,6 +21,7 @@ from server.registry.events import Change, Content, Event, Publish, Retire, Sour
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.plans import Expected, Placed
 from server.registry.store import Store
+from server.registry.unreadable import Entry
 from server.registry.views import Published, Task
 from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -211,10 +212,10 @@ class Registry(LiveMap):
 
     # Within.
 
-    def _take_over(self, events: Sequence[Event]) -> None:
+    def _take_over(self, events: Sequence[Entry]) -> None:
         """Take over other servers' events, as far as no change of our own has met them meanwhile."""
 
-        def news() -> list[Event]:
+        def news() -> list[Entry]:
             return [event for event in events if event.number > self._state.last_event]
 
         with self._changing:

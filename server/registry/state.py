@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from server.errors import StoreError
@@ -29,6 +28,10 @@ from server.registry.events import (
     alone,
     tasks_of,
 )
+from server.registry.unreadable import Entry, Unreadable
+
+WHOLE_STORE = ".store"
+"""Stands for all tasks; no task and no entry of the inbox is called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +131,41 @@ class State:
         last_event: number of the last event that was taken.
         digests: digest -> versions that have it.
         prefixes: prefix hash -> versions that have it.
+        problems: task -> why its last change has no effect here; WHOLE_STORE where the task cannot be made out.
     """
 
-    def __init__(self, events: Iterable[Event] = ()) -> None:
+    def __init__(self, events: Iterable[Entry] = ()) -> None:
         """Fold events in the order of their numbers."""
         self.tasks: dict[str, TaskState] = {}
         self.last_event = 0
         self.digests: Counter[str] = Counter()
         self.prefixes: Counter[str] = Counter()
+        self.problems: dict[str, str] = {}
+        self._first_version = 1
         for event in events:
-            self.apply(event)
+            self.take(event)
+
+    def take(self, entry: Entry) -> tuple[set[str], list[Version]]:
+        """Take one more event; one that cannot be read, or does not follow, leaves a note and changes nothing else.
+
+        Returns:
+            As `apply`.
+        """
+        if isinstance(entry, Event):
+            try:
+                return self.apply(entry)
+            except StoreError as exc:
+                entry = Unreadable(entry.number, exc.message, frozenset(tasks_of(entry.change)))
+        self.last_event = entry.number
+        for name in (WHOLE_STORE,) if entry.tasks is None else entry.tasks:
+            self.problems[name] = entry.problem
+        if entry.tasks is None:
+            self._first_version += 1
+        # It may have published a version of any task that it may be about, and no number is given twice.
+        for name in self.tasks if entry.tasks is None else entry.tasks:
+            task = self.tasks.setdefault(name, TaskState())
+            task.last_version += 1
+        return set(entry.tasks or ()), []
 
     def apply(self, event: Event) -> tuple[set[str], list[Version]]:
         """Take one more event.
@@ -157,6 +185,8 @@ class State:
             ) from exc
         self.last_event = event.number
         touched = tasks_of(event.change)
+        if isinstance(event.change, Delete):
+            self.problems.pop(event.change.task, None)
         for name in touched:
             self.tasks[name].last_event = event.number
         for version in removed:
@@ -164,25 +194,22 @@ class State:
             _decrement(self.prefixes, version.content.prefix_hash)
         return touched, removed
 
-    def ahead(self, events: Sequence[Event]) -> State:
-        """The tasks that these events are about, as they will be once they are taken; this state stays as it is.
-
-        An event that does not follow is left out, with all after it: taking it will say why.
-        """
+    def ahead(self, events: Sequence[Entry]) -> State:
+        """The tasks that these events are about, as they will be once they are taken; this state stays as it is."""
         state = State()
-        for name in {name for event in events for name in tasks_of(event.change)} & self.tasks.keys():
+        changes = [event.change for event in events if isinstance(event, Event)]
+        for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
             task = self.tasks[name]
             state.tasks[name] = replace(
                 task, versions=dict(task.versions), history=list(task.history), inbox=dict(task.inbox)
             )
-        with suppress(StoreError):
-            for event in events:
-                state.apply(event)
+        for event in events:
+            state.take(event)
         return state
 
     def next_version(self, task: str) -> int:
         """The number that the next publish under this name gets."""
-        return self.tasks[task].last_version + 1 if task in self.tasks else 1
+        return self.tasks[task].last_version + 1 if task in self.tasks else self._first_version
 
     def _change(self, event: Event) -> list[Version]:
         change = event.change

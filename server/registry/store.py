@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from server.errors import InvalidSoftPrompt, StoreError
 from server.registry.events import Content, Event, content_of
 from server.registry.objects import Objects
+from server.registry.unreadable import Entry, read_event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -44,31 +45,31 @@ class Store:
         """Use an open place for objects."""
         self._objects = objects
 
-    def events(self) -> list[Event]:
-        """All events, in order; for a server that starts.
+    def events(self) -> list[Entry]:
+        """All events, in order; for a server that starts. One that cannot be read stands for itself.
 
         Raises:
-            StoreError: one cannot be read, or a number is missing.
+            StoreError: the store cannot be listed or read, or a number is missing.
         """
         names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
-        for expected, name in enumerate(names, 1):
-            if name != _event_name(expected):
-                raise StoreError(
-                    f"The store's event {expected} is missing.", remedy="Restore it from a backup of the store."
-                )
+        last = int(names[-1].partition(".")[0]) if names else 0
+        # A list that is made while others write may lack one before the last.
+        gap = next((n for n, name in enumerate(names, 1) if name != _event_name(n)), None)
+        if gap is not None and self._objects.get(_event_key(gap)) is None:
+            raise _missing(gap)
         with ThreadPoolExecutor(READERS, "events") as readers:
-            return list(readers.map(self._read_event, range(1, len(names) + 1)))
+            return list(readers.map(self._read_event, range(1, last + 1)))
 
-    def events_after(self, number: int, most: int | None = None) -> list[Event]:
+    def events_after(self, number: int, most: int | None = None) -> list[Entry]:
         """Events that came since, in order, the first `most` of them; one look at the store if there is none.
 
         Raises:
-            StoreError: one cannot be read.
+            StoreError: the store cannot be read.
         """
-        found: list[Event] = []
+        found: list[Entry] = []
         while len(found) != most and (data := self._objects.get(_event_key(number + 1))) is not None:
             number += 1
-            found.append(_parse(number, data))
+            found.append(read_event(number, data, _event_name(number)))
         return found
 
     def append(self, event: Event) -> bool:
@@ -153,24 +154,14 @@ class Store:
                     self._objects.delete(_blob_key(blob))
         return set(named) - present
 
-    def _read_event(self, number: int) -> Event:
+    def _read_event(self, number: int) -> Entry:
         data = self._objects.get(_event_key(number))
         if data is None:
-            raise StoreError(f"The store's event {number} is missing.", remedy="Restore it from a backup of the store.")
-        return _parse(number, data)
+            raise _missing(number)
+        return read_event(number, data, _event_name(number))
 
 
 _RESTORE = "Restore it from a backup of the store, or publish the task again."
-
-
-def _parse(number: int, data: bytes) -> Event:
-    event = Event.parse(data, _event_name(number))
-    if event.number != number:
-        raise StoreError(
-            f"The store's event {_event_name(number)} says that it is number {event.number}.",
-            remedy="Restore it from a backup of the store.",
-        )
-    return event
 
 
 def _parse_blob(data: bytes, content: Content) -> SoftPrompt:
@@ -178,6 +169,10 @@ def _parse_blob(data: bytes, content: Content) -> SoftPrompt:
     metadata = header["__metadata__"]
     manifest = content.parse_manifest() if metadata.get(_IN_EVENT) else Manifest.parse(metadata["manifest"])
     return SoftPrompt(metadata["peft_type"], load(data)[TENSOR_NAME], manifest)
+
+
+def _missing(number: int) -> StoreError:
+    return StoreError(f"The store's event {number} is missing.", remedy="Restore it from a backup of the store.")
 
 
 def _event_name(number: int) -> str:

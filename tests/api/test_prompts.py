@@ -311,3 +311,28 @@ def test_racing_uploads_all_count_and_none_is_lost(own_server: LiveServer) -> No
     assert detail["versions"] == list(range(1, 9))
     winner = next(reply.json() for reply in replies if reply.json()["version"] == 8)
     assert detail["digest"] == winner["digest"]
+
+
+def test_what_a_newer_prelude_stored_breaks_no_list(own_server: LiveServer) -> None:
+    own_server.publish_random("newer", 1)
+    own_server.publish_random("newer", 2)
+    events = sorted((own_server.settings.prompts_dir / ".store" / "events").iterdir())
+    fields = json.loads(events[-1].read_text())
+    fields |= {"number": fields["number"] + 1, "at": "yesterday", "nonce": "n"}
+    fields["change"]["published"][0]["version"] = 3
+    fields["change"]["published"][0]["content"]["manifest"] = {"generation": {"dry_multiplier": 0.8}}
+    (events[-1].parent / f"{fields['number']:012d}.json").write_text(json.dumps(fields))
+    own_server.registry.sync()
+    client = own_server.client
+    [entry] = [item for item in client.get("/prompts").json()["prompts"] if item["task"] == "newer"]
+    assert "dry_multiplier" in entry["error"]
+    assert client.get("/prompts/newer").json()["manifest"] == {"generation": {"dry_multiplier": 0.8}}
+    unread, second, _ = client.get("/prompts/newer/versions").json()["versions"]
+    assert "dry_multiplier" in unread["error"]
+    assert "error" not in second
+    assert "newer" in [card["id"] for card in client.get("/v1/models").json()["data"]]
+    assert client.get("/v1/models/newer").json()["created"] == 0
+    assert_error(client.post("/prompts/newer/activate", json={"version": 3}), 503, "version_unavailable")
+    assert_error(client.get("/prompts/newer/versions/3/download"), 503, "version_unavailable")
+    assert client.post("/prompts/newer/activate", json={"version": 2}).status_code == 200
+    assert client.delete("/prompts/newer/versions/3").status_code == 204

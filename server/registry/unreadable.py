@@ -1,0 +1,120 @@
+"""Events that this server cannot read, because a newer Prelude wrote them or a disk damaged them.
+
+One of them must not keep a server from starting, nor change anything for the tasks that it does not name. What can be
+made out is kept: which tasks it is about, and which versions it publishes, so that no number is given twice.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import StoreError
+from server.registry.about import About, ManifestText
+from server.registry.events import Content, Event, NewVersion, Publish
+from server.soft_prompts.names import TASK_NAME
+
+MAX_TASKS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An event whose effect is not known.
+
+    Attributes:
+        number: the event's.
+        problem: why it has no effect here.
+        tasks: those that it is about; None if that cannot be made out.
+    """
+
+    number: int
+    problem: str
+    tasks: frozenset[str] | None = None
+
+
+Entry = Event | Unreadable
+"""What stands at a number of the log."""
+
+
+class UnreadableText(ManifestText):
+    """Stands for the manifest of a version that cannot be read."""
+
+    problem: str
+
+    @property
+    def about(self) -> About:
+        """Only why it cannot be read."""
+        return About(identity="unreadable", problem=self.problem)
+
+
+def read_event(number: int, data: bytes, name: str) -> Entry:
+    """The event in a file, or what can be made out of it.
+
+    Raises:
+        StoreError: it is another event's file.
+    """
+    try:
+        event = Event.parse(data, name)
+    except StoreError as exc:
+        fields: Any = None
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(data)
+        return _made_out(number, fields, exc.message)
+    if event.number != number:
+        raise StoreError(
+            f"The store's event {name} says that it is number {event.number}.",
+            remedy="Restore it from a backup of the store.",
+        )
+    return event
+
+
+def _made_out(number: int, fields: Any, problem: str) -> Entry:
+    """A publish of versions that cannot be read, or an event whose tasks are known, or nothing at all."""
+    fields = fields if isinstance(fields, dict) else {}
+    change = fields.get("change")
+    if not isinstance(change, dict):
+        return Unreadable(number, problem)
+    published = change.get("published")
+    if change.get("kind") == "publish" and isinstance(published, list) and published:
+        versions = [_version(item, number, problem) for item in published]
+        if None not in versions:
+            source, by = fields.get("source"), fields.get("by")
+            return Event(
+                number,
+                at=fields["at"] if isinstance(fields.get("at"), str) else "",
+                source="inbox" if source == "inbox" else "api",
+                by=by if isinstance(by, str) else None,
+                change=Publish(tuple(filter(None, versions)), activate=change.get("activate") is not False),
+            )
+    named = change.get("tasks", [change.get("task")])
+    if isinstance(published, list):
+        named = [item.get("task") if isinstance(item, dict) else None for item in published]
+    if not isinstance(named, list) or not named or not all(map(_is_task, named)):
+        return Unreadable(number, problem)
+    return Unreadable(number, problem, frozenset(named[:MAX_TASKS]))
+
+
+def _version(item: Any, number: int, problem: str) -> NewVersion | None:
+    """A version of which only its task and its number need be readable."""
+    if not isinstance(item, dict) or not _is_task(item.get("task")) or not isinstance(item.get("version"), int):
+        return None
+    content = item.get("content")
+    text = {
+        name: content[name] if isinstance(content, dict) and isinstance(content.get(name), str) else ""
+        for name in ("digest", "prefix_hash", "peft_type", "blob")
+    }
+    manifest = UnreadableText("{}")
+    manifest.problem = problem
+    unknown = f"unreadable-{number}-{item['task']}-{item['version']}"
+    digest, blob = text["digest"] or unknown, text["blob"] or unknown
+    return NewVersion(
+        item["task"],
+        item["version"],
+        Content(digest, text["prefix_hash"] or unknown, text["peft_type"], (0, 0), 0, blob, manifest),
+    )
+
+
+def _is_task(name: Any) -> bool:
+    return isinstance(name, str) and TASK_NAME.fullmatch(name) is not None

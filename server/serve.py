@@ -48,6 +48,9 @@ MANY_FILES = 65_536
 
 SAME_SIGNAL_SECONDS = 1.0
 
+ENGINE_FAILED = 70
+"""Status of a process whose engine has failed for good: whatever looks after it starts another."""
+
 LATEST_SECONDS = 9.0
 """After the drain, how long the process may take to end; the 40 s of docker-compose.yml are the drain and these."""
 
@@ -84,8 +87,11 @@ def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         before = set(threading.enumerate())
-        DrainingServer(config, worker, settings.drain_seconds).run([listener])
-        leave_hanging_threads(set(threading.enumerate()) - before)
+        server = DrainingServer(config, worker, settings.drain_seconds)
+        server.run([listener])
+        leave_hanging_threads(set(threading.enumerate()) - before, server.status)
+        if server.status:
+            raise SystemExit(server.status)
 
 
 def leave_hanging_threads(threads: Collection[threading.Thread], status: int = 0) -> None:
@@ -237,13 +243,14 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: concurrent.futures.Future[None] | None = None
         self._signalled = 0.0
-        self._latest_end = threading.Timer(drain_seconds + LATEST_SECONDS, self._end_late)
-        self._latest_end.daemon = True
+        self.status = 0
+        """What the process is to end with."""
+        self._latest_end: threading.Timer | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until drained, or until the drain should long be over."""
         super().run(sockets)
-        if self._latest_end.is_alive():
+        if self._latest_end is not None:
             self._latest_end.cancel()
             self._latest_end.join()
 
@@ -271,12 +278,27 @@ class DrainingServer(uvicorn.Server):
         if self._loop is None or self._draining is not None:
             return
         self._signalled = now
-        self._latest_end.start()
+        self._end_after(self._drain_seconds + LATEST_SECONDS)
         self._draining = asyncio.run_coroutine_threadsafe(self._drain(signal.Signals(sig).name), self._loop)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Look, ten times a second, whether to go on: an engine that has failed for good ends the process."""
+        if self._worker.has_failed and not self.status:
+            log.error("the engine has failed for good: the process ends with %d, to be started again", ENGINE_FAILED)
+            self.status, self.should_exit = ENGINE_FAILED, True
+            self._end_after(LATEST_SECONDS)
+        return await super().on_tick(counter)
+
+    def _end_after(self, seconds: float) -> None:
+        """End the process after so long, whatever hangs by then."""
+        if self._latest_end is None:
+            self._latest_end = threading.Timer(seconds, self._end_late)
+            self._latest_end.daemon = True
+            self._latest_end.start()
+
     def _end_late(self) -> None:
-        log.error("the server hangs %g s after its drain; it ends now", LATEST_SECONDS)
-        end_process(0)
+        log.error("the server hangs at its end; the process ends now")
+        end_process(self.status)
 
     async def _drain(self, signal_name: str) -> None:
         log.info("%s: finishing %d requests", signal_name, self._worker.num_in_flight)

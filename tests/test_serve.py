@@ -25,7 +25,7 @@ from server.engine.model import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.serve import LATEST_SECONDS, bind, check_exposure, open_keys, serve
+from server.serve import ENGINE_FAILED, LATEST_SECONDS, bind, check_exposure, open_keys, serve
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import make_engine, random_soft_prompt
@@ -186,6 +186,31 @@ def test_sigterm_ends_the_process_within_the_drain_although_the_store_hangs(
         assert time.monotonic() - started < 1 + LATEST_SECONDS + 5
         assert all(future.exception() is not None or future.result().status_code >= 500 for future in hung)
     assert "left behind: changes" in process.log.read_text()
+
+
+POISONED_ENGINE = """
+from pathlib import Path
+from server.engine.model import FrozenModel
+forward = FrozenModel.forward
+def poisoned(self, *args):
+    if Path({flag!r}).exists():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    return forward(self, *args)
+FrozenModel.forward = poisoned
+"""
+
+
+def test_an_engine_that_has_failed_for_good_ends_the_process_so_that_it_is_started_again(tmp_path: Path) -> None:
+    flag = tmp_path / "poisoned"
+    with prelude_serve(tmp_path, POISONED_ENGINE.format(flag=str(flag))) as process:
+        stream = Stream(process.client, max_new_tokens=1500)
+        stream.start()
+        assert stream.has_begun.wait(30)
+        flag.touch()
+        assert process.ended_with(30) == ENGINE_FAILED, process.log.read_text()
+        stream.join(10)
+        assert stream.events[-1]["code"] == "generation_failed"
+    assert "the engine has failed for good" in process.log.read_text()
 
 
 def _until_refused(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:

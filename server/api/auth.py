@@ -16,6 +16,7 @@ from fastapi.params import Security as SecurityParameter
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer, SecurityScopes
 
+from server.api.deadline import in_time
 from server.api.openai.errors import MODELS, is_openai
 from server.api.schemas import ErrorBody
 from server.api.telemetry.record import record_of
@@ -73,7 +74,10 @@ class GuardedRoute(APIRoute):
         async def handle_if_allowed(request: Request) -> Response:
             authorise(request, *scopes)
             with _discreet(request):
-                return await handle(request)
+                if Scope.GENERATE not in scopes:
+                    return await handle(request)
+                async with in_time(request):
+                    return await handle(request)
 
         return handle_if_allowed
 

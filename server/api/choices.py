@@ -73,14 +73,17 @@ async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tup
             async for delta in deltas:
                 yield 0, delta
         return
-    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
+    # No more than one waits of each: what is not read stays where it is counted, with the engine's worker.
+    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue(len(requests))
 
     async def pump(number: int, deltas: AsyncIterator[Delta]) -> None:
         try:
             async for delta in deltas:
-                arrived.put_nowait((number, delta))
-        finally:
-            arrived.put_nowait((number, None))
+                await arrived.put((number, delta))
+        except Exception:
+            await arrived.put((number, None))
+            raise
+        await arrived.put((number, None))
 
     running = [asyncio.ensure_future(pump(number, deltas)) for number, deltas in enumerate(requests)]
     try:

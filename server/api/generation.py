@@ -24,6 +24,9 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 LONG_TEXT = 4096
 """Characters beyond which a text is tokenised on another thread than the event loop's."""
 
+FETCH_SECONDS = 60.0
+"""How long a request waits for the store; a soft prompt that comes later is there for the next one."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -159,7 +162,13 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
             return resolved, soft_prompt
         try:
             # Others may wait for the same future: whoever hangs up must not cancel it for them.
-            return resolved, await asyncio.shield(asyncio.wrap_future(registry.fetch(resolved)))
+            fetched = asyncio.shield(asyncio.wrap_future(registry.fetch(resolved)))
+            return resolved, await asyncio.wait_for(fetched, FETCH_SECONDS)
+        except TimeoutError as exc:
+            raise VersionUnavailable(
+                f"The store did not give {resolved.task}@{resolved.version} within {FETCH_SECONDS:g} s.",
+                remedy="Send the request again; if it happens again, look after the store.",
+            ) from exc
         except VersionUnavailable:
             if registry.resolve(reference, key) == resolved:
                 raise

@@ -21,12 +21,15 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "The server is shutting down."},
 }
 
+NOT_ALIVE: dict[int | str, dict[str, Any]] = {500: {"model": ErrorBody, "description": "The engine has failed."}}
+
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health")
-async def health() -> Health:
-    """The process answers."""
+@router.get("/health", responses=NOT_ALIVE)
+async def health(worker: WorkerDep) -> Health:
+    """The process answers, and its engine has not failed for good."""
+    _check_alive(worker)
     return Health(status="ok")
 
 
@@ -44,9 +47,10 @@ async def ping(worker: WorkerDep) -> Health:
     return Health(status="ready")
 
 
-@router.get("/v2/health/live")
-async def live() -> Live:
+@router.get("/v2/health/live", responses=NOT_ALIVE)
+async def live(worker: WorkerDep) -> Live:
     """The same as /health, in the Open Inference Protocol's words."""
+    _check_alive(worker)
     return Live(live=True)
 
 
@@ -55,6 +59,11 @@ async def v2_ready(worker: WorkerDep) -> Ready:
     """The same as /ready, in the Open Inference Protocol's words."""
     _check_ready(worker)
     return Ready(ready=True)
+
+
+def _check_alive(worker: EngineWorker) -> None:
+    if worker.has_failed:
+        raise PreludeError("The engine has failed for good.", remedy="Restart the server; its log says why.")
 
 
 def _check_ready(worker: EngineWorker) -> None:

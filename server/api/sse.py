@@ -13,6 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.deadline import seconds_left
 from server.api.errors import error_body
 from server.errors import PreludeError, RequestAborted
 
@@ -53,6 +54,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    is_answer = True
+    """Whether it answers a request that may take only so long; then it is cut off if the client does not read it."""
 
     def __init__(
         self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str], dialect: Dialect = NATIVE
@@ -67,8 +70,11 @@ class EventStream(Response):
         """ASGI."""
         sending = asyncio.ensure_future(self._send_all(send))
         gone = asyncio.ensure_future(_disconnected(receive))
+        seconds = seconds_left(Request(scope)) if self.is_answer else None
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({sending, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                log.info("a stream is cut off: its client did not read it within the time that a request may take")
         finally:
             gone.cancel()
             sending.cancel()
@@ -100,6 +106,8 @@ class NumberedStream(EventStream):
 
     An event without anything in it is a comment: proxies end connections on which nothing comes.
     """
+
+    is_answer = False
 
     def _encode(self, event: Mapping[str, Any]) -> bytes:
         if not event:

@@ -6,7 +6,7 @@ Counted are choices, because each takes a slot: a request of eight texts weighs 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,8 +39,8 @@ class Admission:
         self._by_key: Counter[str | None] = Counter()
 
     @contextmanager
-    def of(self, request: GenerationRequest) -> Iterator[None]:
-        """Count a request in while the block runs.
+    def of(self, request: GenerationRequest) -> Iterator[Callable[[], None]]:
+        """Count a request in while the block runs, or until what it yields is called: that is once it has ended.
 
         Raises:
             Overloaded: a limit is reached; says which.
@@ -51,10 +51,18 @@ class Admission:
         if key is not None:
             self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
         self._count(request, choices)
+        counted = True
+
+        def leave() -> None:
+            nonlocal counted
+            if counted:
+                counted = False
+                self._count(request, -choices)
+
         try:
-            yield
+            yield leave
         finally:
-            self._count(request, -choices)
+            leave()
 
     def _count(self, request: GenerationRequest, choices: int) -> None:
         self._in_flight += choices

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, Token
+from server.core import Delta, FinishReason, GenerationRequest, Grammar, SamplingParams, Token
 from server.engine.checks import check_request
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
@@ -28,6 +29,8 @@ from server.engine.upload import upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import GenerationFailed, InvalidRequest, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -110,6 +113,20 @@ class Engine:
         sequences = self.scheduler.abort(request_id)
         return Delta(request_id, None, FinishReason.ABORTED, sequences[0].usage)
 
+    def forget(self, request_id: str) -> None:
+        """Take out whatever is left of a request that failed, wherever it failed."""
+        self._unfinished.pop(request_id, None)
+        for sequence in [sequence for sequence in self.scheduler.running if sequence.request_id == request_id]:
+            self.scheduler.finish(sequence, scrub=True)
+        self.scheduler.abort(request_id)
+
+    def try_out(self) -> None:
+        """Take the steps of one token, with nobody else there; raises what a step raises."""
+        assert not self.has_work, "an engine is tried out when it is empty"
+        self.add(GenerationRequest("try-out", (0,), SamplingParams(max_new_tokens=1, ignore_eos=True)), None)
+        while self.has_work:
+            self.step()
+
     def fail_all(self, message: str) -> list[Delta]:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
         for sequence in list(self.scheduler.running):
@@ -174,8 +191,18 @@ class Engine:
             drawing = [sequence, *sequence.siblings] if asked and not sequence.request.labels else []
             drawn = [(who, next(remaining)) for who in drawing]
             if sequence.slot is not None:  # else another choice of its request has failed in this very step
-                deltas += self._take_over(sequence, span, drawn)
+                deltas += self._take_over_alone(sequence, span, drawn)
         return deltas
+
+    def _take_over_alone(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
+        """As `_take_over`; what it raises ends this request and no other."""
+        try:
+            return self._take_over(sequence, span, drawn)
+        except Exception:
+            log.exception("a request fails; no other is affected")
+            self.forget(sequence.request_id)
+            error = GenerationFailed("The engine failed on this request; no other is affected.")
+            return [Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)]
 
     def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
         sequence.num_computed = span.end
@@ -295,6 +322,9 @@ def _only_decodes(batch: Batch, rows: LogitRows) -> bool:
 def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
     """Why a sequence cannot go on after a step, if it cannot."""
     for who, choice in drawn:
+        if who.error is not None:
+            log.error("the rules of a request fail; no other is affected", exc_info=who.error)
+            return GenerationFailed("The engine failed on this request; no other is affected.")
         if choice.token_id is None and who.matcher is not None and who.matcher.error is not None:
             return InvalidRequest(f"The grammar is too complex: {who.matcher.error}.", remedy="Simplify it.")
     is_finite = prefix_is_finite and all(choice.token_id is not None for _, choice in drawn)

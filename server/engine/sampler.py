@@ -65,7 +65,11 @@ def _choose_by_rules(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_
         index = on_device(logits.device, ruled)
         rows = logits[index]
         for row, i in zip(rows, ruled, strict=True):
-            apply_rules(row, sequences[i], eos_token_ids)
+            try:
+                apply_rules(row, sequences[i], eos_token_ids)
+            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
+                sequences[i].error = exc
+                row.fill_(float("nan"))
         adjusted = logits.index_copy(0, index, rows)
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)

@@ -55,6 +55,8 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     has_ended: bool = False
     """Whether its last Delta was made."""
+    error: Exception | None = None
+    """What its own rules raised when its next token was chosen."""
     scored: list[Scored] = field(default_factory=list)
     """Given tokens whose log-probabilities are known; they go out with the first Delta."""
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.generation import LONG_TEXT
 from tests.api.live import LiveServer, as_form, assert_error, live_server, parse_events, wait_until
@@ -138,3 +142,65 @@ def test_a_store_that_hangs_holds_up_changes_alone_and_only_so_many(tmp_path: Pa
                         assert client.get(path).status_code == 200
             statuses = sorted(future.result().status_code for future in pending)
         assert statuses == [201] * 38 + [429] * 22
+
+
+def stalled(server: LiveServer, path: str, body: Mapping[str, object]) -> socket.socket:
+    """A client that asks for a stream and reads nothing of it, with as little room for it as there may be."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    connection.sendall(f"{head}\r\n\r\n".encode() + data)
+    return connection
+
+
+@pytest.fixture
+def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes little of what the server sends to a client that reads nothing."""
+    made = HttpToolsProtocol.connection_made
+
+    def connection_made(self: HttpToolsProtocol, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(HttpToolsProtocol, "connection_made", connection_made)
+
+
+@pytest.mark.usefixtures("_small_buffers")
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "there"]], ids=["one", "several"])
+def test_a_stream_that_nobody_reads_gives_its_place_back_and_ends_in_time(
+    tmp_path: Path, prompt: str | list[str]
+) -> None:
+    body = {
+        "model": "tiny-llama",
+        "prompt": prompt,
+        "n": 8,
+        "max_tokens": 100,
+        "ignore_eos": True,
+        "logprobs": 5,
+        "stream": True,
+    }
+    with live_server(tmp_path, max_queue=8, request_timeout=5.0) as server:
+        with closing(stalled(server, "/v1/completions", body)):
+            wait_until(lambda: server.worker._admission._in_flight > 0)
+            wait_until(lambda: not server.worker._admission._in_flight, 20)
+            assert server.worker.num_in_flight > 0, "it was read, so that this test shows nothing"
+            assert server.generate("hello", max_new_tokens=1).status_code == 200
+            wait_until(lambda: server.worker.num_in_flight == 0, 20)
+        assert server.generate("hello", max_new_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+def test_a_request_that_waits_for_the_store_ends_in_time_and_holds_up_no_other_task(tmp_path: Path, path: str) -> None:
+    with live_server(tmp_path, host_memory=1, request_timeout=1.0) as server:
+        for seed, task in enumerate(("cold", "warm")):
+            server.publish_random(task, seed)  # there is room for one alone
+        with hanging_store(server):
+            if path.startswith("/v1/"):
+                late = server.client.post(path, json={"model": "cold", "prompt": "hello", "max_tokens": 1})
+            else:
+                late = server.generate("hello", "cold", path)
+            assert_error(late, 504, "request_timed_out", "not done after 1 s")
+            assert server.generate("hello", "warm", max_new_tokens=1).status_code == 200
+        wait_until(lambda: server.generate("hello", "cold", max_new_tokens=1).status_code == 200)

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
 
-from server.core import Delta
+from server.core import Delta, GenerationRequest
+from server.engine.admission import Limits
 from server.engine.attention import Layout
+from server.engine.detokenizer import Detokenizer
+from server.engine.grammars import Matcher
 from server.engine.model import FrozenModel
+from server.engine.sequence import Sequence
 from server.engine.worker import EngineWorker
-from server.errors import GenerationFailed, InputTooLong, RequestAborted, ServerDraining
+from server.errors import (
+    GenerationFailed,
+    InputTooLong,
+    InvalidRequest,
+    PreludeError,
+    RequestAborted,
+    RequestTimedOut,
+    ServerDraining,
+)
+from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import RecordingModel, make_engine, request
+
+
+class Panic(BaseException):
+    """What a panic in a library of Rust is to Python: no Exception."""
 
 
 class FailingModel(RecordingModel):
@@ -138,3 +158,230 @@ async def test_a_drain_that_runs_out_of_time_aborts_the_rest(tiny: FrozenModel) 
         await running
     await worker.stop()
     assert not worker.responsive
+
+
+def begin(worker: EngineWorker, request_id: str, new_tokens: int = 5, **options: Any) -> asyncio.Task[list[Delta]]:
+    """A request that runs beside others."""
+    asked = request(request_id, [1, 2, 3], max_new_tokens=new_tokens, ignore_eos=True, **options)
+
+    async def collected() -> list[Delta]:
+        return [delta async for delta in worker.generate(asked, None)]
+
+    return asyncio.ensure_future(collected())
+
+
+async def assert_fails_alone(worker: EngineWorker, make: Callable[[], asyncio.Task[list[Delta]]], why: str) -> None:
+    """A request fails at once; one that runs beside it does not notice."""
+    bystander = begin(worker, "bystander", 100)
+    await asyncio.sleep(0.02)
+    with pytest.raises(PreludeError, match=why):
+        await asyncio.wait_for(make(), 10)
+    assert len(await bystander) == 100
+    await until_idle(worker)
+    worker._engine.check_integrity()
+    assert worker.responsive
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), InvalidRequest("It cannot be."), Panic("in Rust")])
+async def test_a_request_whose_acceptance_raises_fails_alone_and_at_once(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    add = worker._engine.add
+
+    def adding(asked: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
+        add(asked, soft_prompt)
+        if asked.request_id == "bad":
+            raise error
+
+    monkeypatch.setattr(worker._engine, "add", adding)
+    why = "It cannot be" if isinstance(error, InvalidRequest) else "failed on this request"
+    await assert_fails_alone(worker, lambda: begin(worker, "bad", n=3), why)
+
+
+async def test_an_abort_that_raises_ends_nobody_else(worker: EngineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(request_id: str) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(worker._engine, "abort", abort)
+    bystander = begin(worker, "bystander", 100)
+    left = worker.generate(request("left", [1], max_new_tokens=100, ignore_eos=True), None)
+    await anext(left)
+    await left.aclose()
+    assert len(await bystander) == 100
+    await until_idle(worker)
+    assert not worker._engine.kv_cache.allocator.used
+
+
+async def test_prefixes_that_cannot_be_dropped_end_nobody(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(prefix_hashes: object) -> None:
+        raise RuntimeError("a bug")
+
+    bystander = begin(worker, "bystander", 100)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._engine.scheduler, "drop_unused", drop)
+        worker.drop_unused(["x"])
+        assert len(await bystander) == 100
+
+
+@pytest.mark.parametrize("place", ["rules", "detokenizer", "append"])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_request_whose_own_token_cannot_be_taken_fails_alone(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch, place: str, n: int
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise RuntimeError("a bug")
+
+    class Failing(Sequence):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.request_id == "bad" and self.index == n - 1:
+                if place == "rules":
+                    self.matcher = cast(Matcher, SimpleNamespace(allowed=fail, error=None))
+                elif place == "detokenizer":
+                    self.detokenizer = cast(Detokenizer, SimpleNamespace(push=fail))
+                else:
+                    self.append = fail  # type: ignore[method-assign, assignment]
+
+    monkeypatch.setattr("server.engine.engine.Sequence", Failing)
+    await assert_fails_alone(worker, lambda: begin(worker, "bad", n=n, temperature=1.0), "failed on this request")
+
+
+async def test_an_engine_that_can_take_no_step_any_more_has_failed_for_good_and_tells_everybody(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(RecordingModel):
+        def forward(self, *_: object) -> NoReturn:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("server.engine.engine_thread.RETRY_SECONDS", (0.01, 0.01))
+    worker = EngineWorker(make_engine(Poisoned(tiny)))
+    worker.start()
+    results = await asyncio.wait_for(
+        asyncio.gather(*(begin(worker, str(i)) for i in range(12)), return_exceptions=True), 10
+    )
+    assert all(isinstance(result, GenerationFailed) for result in results), results
+    await asyncio.wait_for(worker._ended.wait(), 10)
+    assert worker.has_failed
+    assert not worker.responsive
+    with pytest.raises(GenerationFailed, match="has stopped"):
+        await collect(worker, "late")
+    await asyncio.wait_for(worker.stop(), 5)
+
+
+async def test_a_thread_that_is_killed_leaves_nobody_waiting(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = [begin(worker, str(i), 100) for i in range(12)]
+    await asyncio.sleep(0.02)
+
+    def die() -> NoReturn:
+        raise SystemExit
+
+    monkeypatch.setattr(worker._engine, "step", die)
+    results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
+    assert all(isinstance(result, GenerationFailed) for result in results), results
+    assert worker.has_failed
+    assert not worker.responsive
+
+
+class HeldModel(RecordingModel):
+    """A frozen model whose forward waits while it is told to."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        super().__init__(model)
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.goes_on.wait(30)
+        return super().forward(inputs_embeds, position_ids, layout, keep)
+
+
+async def test_it_is_the_step_that_tells_whether_the_engine_hangs_and_not_how_long_nothing_was_asked(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.worker.STUCK_SECONDS", 0.2)
+    model = HeldModel(tiny)
+    worker = EngineWorker(make_engine(model))
+    worker.start()
+    unread = worker.generate(request("unread", [1], max_new_tokens=2, ignore_eos=True), None)
+    await anext(unread)
+    await asyncio.sleep(0.4)  # idle for long, with a stream that nobody reads
+    assert worker.responsive
+    begun = begin(worker, "next", 2)
+    for _ in range(3):
+        await asyncio.sleep(0)
+        assert worker.responsive, "it flickers when the first request comes"
+    assert len(await begun) == 2
+    model.goes_on.clear()
+    held = begin(worker, "held", 2)
+    await asyncio.sleep(0.5)
+    assert not worker.responsive
+    assert not worker.has_failed
+    monkeypatch.setattr("server.engine.worker.LOST_SECONDS", 0.2)
+    assert worker.has_failed
+    with pytest.raises(GenerationFailed, match="has stopped"):
+        await asyncio.wait_for(held, 5)
+    model.goes_on.set()
+    await unread.aclose()
+    await worker.stop()
+
+
+async def test_a_request_leaves_its_place_with_its_last_token_also_if_nobody_reads_it(tiny: FrozenModel) -> None:
+    worker = EngineWorker(make_engine(tiny), Limits(in_flight=1, request_timeout=30))
+    worker.start()
+    unread = worker.generate(request("unread", [1], max_new_tokens=5, ignore_eos=True), None)
+    await anext(unread)
+    for i in range(3):
+        await until_engine_is_idle(worker)
+        assert len(await collect(worker, str(i))) == 5
+    assert len([delta async for delta in unread]) == 4, "what was not read is there"
+    assert not worker._admission._in_flight
+    await worker.stop()
+
+
+async def test_a_request_that_takes_too_long_leaves_its_place_also_if_nobody_reads_it(tiny: FrozenModel) -> None:
+    model = HeldModel(tiny)
+    worker = EngineWorker(make_engine(model), Limits(in_flight=1, request_timeout=0.3))
+    worker.start()
+    unread = worker.generate(request("unread", [1], max_new_tokens=100, ignore_eos=True), None)
+    await anext(unread)
+    model.goes_on.clear()
+    await asyncio.sleep(0.5)
+    assert not worker._admission._in_flight
+    model.goes_on.set()
+    assert len(await collect(worker, "next")) == 5
+    with pytest.raises(RequestTimedOut):
+        await anext(unread)
+    await worker.stop()
+
+
+async def test_what_waits_to_be_read_is_bounded_and_who_lets_most_wait_is_dropped(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.streams.MOST_UNREAD", 300)
+    asked = [
+        request("modest", [1], max_new_tokens=40, ignore_eos=True),
+        request("greedy", [1], max_new_tokens=90, ignore_eos=True, n=4, temperature=1.0, logprobs=True, top_logprobs=2),
+    ]
+    unread = [worker.generate(one, None) for one in asked]
+    for stream in unread:
+        await anext(stream)
+    await until_engine_is_idle(worker)
+    with pytest.raises(RequestAborted, match="reads more slowly"):
+        await anext(unread[1])
+    assert len([delta async for delta in unread[0]]) == 39
+    assert len(await collect(worker, "read")) == 5
+
+
+async def until_engine_is_idle(worker: EngineWorker) -> None:
+    for _ in range(1000):
+        await asyncio.sleep(0.01)
+        if not worker._engine.has_work:
+            await asyncio.sleep(0.01)
+            return
+    raise AssertionError("the engine does not become idle")

@@ -24,7 +24,9 @@ async def watched(request: Request, worker: EngineWorker, prepared: Prepared) ->
     watch = Watch(request.app.state.metrics, record_of(request), prepared)
     with placed(prepared.place):
         try:
-            async with aclosing(worker.generate(prepared.request, prepared.soft_prompt)) as deltas:
+            taken = time.perf_counter() - record_of(request).started
+            generated = worker.generate(prepared.request, prepared.soft_prompt, seconds=taken)
+            async with aclosing(generated) as deltas:
                 async for delta in deltas:
                     watch.take(delta)
                     yield delta

@@ -1,0 +1,49 @@
+"""How long a request for an answer may take, from its arrival to its last byte: PRELUDE_REQUEST_TIMEOUT.
+
+The engine's worker ends a request in time by itself. Here is what it does not see: a soft prompt that the store does
+not give, a text that waits for a thread, a client that does not read its stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import Request
+
+from server.api.telemetry.record import record_of
+from server.engine.worker import EngineWorker, timed_out
+
+GRACE_SECONDS = 0.5
+"""So much later than the worker, whose error says more and may still be sent."""
+
+
+def seconds_taken(request: Request) -> float:
+    """How long ago a request arrived."""
+    return time.perf_counter() - record_of(request).started
+
+
+def seconds_left(request: Request) -> float | None:
+    """How long a request may still take, or None for as long as it likes; never negative."""
+    worker: EngineWorker | None = getattr(request.app.state, "worker", None) if "app" in request.scope else None
+    if worker is None or worker.request_timeout is None:
+        return None
+    return max(0.0, worker.request_timeout + GRACE_SECONDS - seconds_taken(request))
+
+
+@asynccontextmanager
+async def in_time(request: Request) -> AsyncIterator[None]:
+    """Cancel what takes longer than the request may.
+
+    Raises:
+        RequestTimedOut: it did.
+    """
+    try:
+        async with asyncio.timeout(seconds_left(request)) as limit:
+            yield
+    except TimeoutError as exc:
+        if not limit.expired():
+            raise
+        raise timed_out(request.app.state.worker.request_timeout) from exc

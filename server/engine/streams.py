@@ -1,0 +1,124 @@
+"""What the engine has answered and nobody has read yet, by request; only for the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from server.core import Delta, FinishReason
+from server.errors import RequestAborted
+
+MOST_UNREAD = 1_000_000
+"""Tokens and candidates that may wait to be read, of all streams together: some 150 MB."""
+
+
+class Stream:
+    """The deltas of one request, on their way to whoever waits for them."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        """Nothing has come.
+
+        Args:
+            on_end: called with the last delta, read or not.
+        """
+        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._on_end = on_end
+        self.unread = 0
+        """Tokens and candidates that wait to be read."""
+        self.has_ended = False
+        """Whether the last delta has come."""
+
+    def put(self, delta: Delta) -> None:
+        """Take a delta."""
+        self.unread += _size(delta)
+        self._deltas.put_nowait(delta)
+        if delta.finish_reason is not None and delta.is_last:
+            self.has_ended = True
+            self._on_end()
+
+    async def get(self) -> Delta:
+        """The next delta; waits for it."""
+        delta = await self._deltas.get()
+        self.unread -= _size(delta)
+        return delta
+
+    def end_with(self, delta: Delta) -> None:
+        """Let this delta be the next one that is read, and the last; what was not read is dropped."""
+        while not self._deltas.empty():
+            self._deltas.get_nowait()
+        self.unread = 0
+        self.put(delta)
+
+
+class Streams:
+    """The streams of all accepted requests."""
+
+    def __init__(self) -> None:
+        """There are none."""
+        self._streams: dict[str, Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._streams))
+
+    @contextmanager
+    def open(self, request_id: str, on_end: Callable[[], None]) -> Iterator[Stream]:
+        """The stream of a request while the block runs."""
+        assert request_id not in self._streams, "request ids are unique"
+        stream = self._streams[request_id] = Stream(on_end)
+        self._idle.clear()
+        try:
+            yield stream
+        finally:
+            del self._streams[request_id]
+            if not self._streams:
+                self._idle.set()
+
+    def hand_out(self, deltas: Iterable[Delta]) -> list[str]:
+        """Pass a step's deltas on.
+
+        Returns:
+            Requests that are to be aborted: too much waits to be read, and of theirs the most.
+        """
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                stream.put(delta)
+        return self._drop_slowest()
+
+    def end_all(self, error: Exception) -> None:
+        """End every stream that has not ended with an error, after what has come."""
+        for request_id, stream in self._streams.items():
+            if not stream.has_ended:
+                stream.put(Delta(request_id, None, FinishReason.FAILED, error=error))
+
+    async def idle_within(self, seconds: float) -> bool:
+        """Wait until there is no stream; False if there is one after so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return self._idle.is_set()
+
+    def _drop_slowest(self) -> list[str]:
+        unread = sum(stream.unread for stream in self._streams.values())
+        dropped = []
+        while unread > MOST_UNREAD:
+            request_id, stream = max(self._streams.items(), key=lambda item: item[1].unread)
+            unread -= stream.unread
+            error = RequestAborted(
+                "The client reads more slowly than the model writes, and too much waits to be read.",
+                remedy="Read faster, or ask for fewer choices and log-probabilities.",
+            )
+            stream.end_with(Delta(request_id, None, FinishReason.FAILED, error=error))
+            dropped.append(request_id)
+        return dropped
+
+
+def _size(delta: Delta) -> int:
+    token = 0 if delta.token is None else 1 + len(delta.token.top)
+    return token + sum(1 + len(scored.top) for scored in delta.scored)

@@ -14,8 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server import __version__
-from server.api import ops, prompts, sagemaker, tgi, training, versions
-from server.api.browsers import CORS, OwnPagesOnly
+from server.api import ops, pages, prompts, sagemaker, tgi, training, versions
+from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.errors import install_error_handlers
 from server.api.evaluations import routes as evaluations
 from server.api.evaluations.jobs import Evaluations
@@ -71,7 +71,7 @@ class App(FastAPI):
         stack = super().build_middleware_stack()
         if self._origins:
             stack = CORSMiddleware(stack, allow_origins=self._origins, **CORS)
-        return Access(HeadAsGet(stack), self.state.metrics)
+        return Access(SecurityHeaders(HeadAsGet(stack)), self.state.metrics)
 
 
 async def _within(seconds: float, ending: Sequence[Awaitable[None]]) -> None:
@@ -113,7 +113,14 @@ def create_app(
         await _within(STOP_SECONDS, [*ending, worker.stop()])
 
     app = App(
-        metrics, settings.origins, title="Prelude", version=__version__, description=DESCRIPTION, lifespan=lifespan
+        metrics,
+        settings.origins,
+        title="Prelude",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.executors = executors = Executors()
@@ -131,4 +138,5 @@ def create_app(
     install_error_handlers(app)
     for module in (tgi, sagemaker, completions, chat, models, prompts, versions, training, evaluations, ops):
         app.include_router(module.router)
+    app.router.routes.extend(pages.ROUTES)
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,45 @@ def test_with_keys_only_the_key_counts(tmp_path: Path) -> None:
         assert live.client.post("/generate", json=BODY, headers=foreign).status_code == 401
         allowed = {**foreign, "Authorization": f"Bearer {text}"}
         assert live.client.post("/generate", json=BODY, headers=allowed).status_code == 200
+
+
+def test_every_reply_tells_browsers_to_keep_to_its_type_and_out_of_frames(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise RuntimeError
+
+    requests: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/generate", {"json": BODY}),
+        ("POST", "/generate_stream", {"json": BODY}),
+        ("POST", "/generate", {"content": b"{"}),
+        ("PATCH", "/prompts", {}),
+        ("GET", "/prompts", {"headers": {"Host": "evil.example"}}),
+    ]
+    pages = (
+        "/docs",
+        "/docs/start.js",
+        "/openapi.json",
+        "/health",
+        "/info",
+        "/metrics",
+        "/v1/models",
+        "/nope",
+        "/v1/nope",
+    )
+    requests += [("GET", path, {}) for path in pages]
+    for method, path, options in requests:
+        response = server.client.request(method, path, **options)
+        headers = response.headers
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers.get_list("content-security-policy") == [headers["content-security-policy"]]
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["content-security-policy"].startswith("default-src 'none'; ")
+    monkeypatch.setattr(type(server.registry), "tasks", failing)
+    response = server.client.get("/v1/models")
+    assert (response.status_code, response.headers["x-content-type-options"]) == (500, "nosniff")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from server.core import ModelSpec
 from server.errors import PreludeError, VersionUnavailable
@@ -75,14 +75,18 @@ class Contents:
         except PreludeError as exc:
             raise _unavailable(exc) from exc
 
-    def check_all(self, contents: Iterable[Content]) -> None:
+    def check_all(self, contents: Iterable[Content], deleted: Collection[str] = ()) -> None:
         """Find out at start what cannot be served, by what events say and which blobs there are.
+
+        Args:
+            contents: of all versions.
+            deleted: blobs of versions that were deleted, which are removed if they are still there.
 
         Raises:
             StoreError: the store cannot be listed.
         """
         contents = list(contents)
-        missing = self._store.missing_blobs({content.blob for content in contents})
+        missing = self._store.missing_blobs({content.blob for content in contents}, deleted)
         self.check(contents)
         for content in contents:
             if content.blob in missing:

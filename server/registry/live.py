@@ -85,7 +85,9 @@ class LiveMap:
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
         self._tasks: dict[str, Task] = {}
         self._refresh(self._state.tasks)
-        self._contents.check_all(v.content for task in self._state.tasks.values() for v in task.versions.values())
+        contents = [version.content for task in self._state.tasks.values() for version in task.versions.values()]
+        self._contents.check_all(contents, self._state.deleted)
+        self._state.deleted.clear()
 
     def connect(self, engine: PrefixHolder) -> None:
         """From now on warm what is published, and drop what is deleted; start-up itself warms nothing."""

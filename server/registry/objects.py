@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from server.errors import StoreError, StoreFull
 
@@ -24,6 +24,10 @@ FOLDERS = ("blobs", "events")
 
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file of this age belongs to a writer that was killed; nobody writes for a day."""
+
+RESERVE = ".reserve"
+RESERVE_BYTES = 2**15
+"""Kept free for deletes: on a full disk the event of a delete, which brings space back, needs some first."""
 
 _TEMPORARY = ".tmp-"
 _KEY = re.compile(rf"(?:{'|'.join(FOLDERS)})/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -58,6 +62,17 @@ class Objects(Protocol):
 
     def age(self, key: str) -> float | None:
         """Seconds since an object was written; None if there is no such object."""
+
+
+@runtime_checkable
+class Reserved(Protocol):
+    """A place that keeps some space for what brings space back."""
+
+    def release(self) -> bool:
+        """Give the reserved space free; False if there is none."""
+
+    def reserve(self) -> str | None:
+        """Keep it again; answers why it cannot."""
 
 
 def open_objects(url: str) -> Objects:
@@ -147,6 +162,26 @@ class LocalObjects:
                 return max(0.0, time.time() - path.stat().st_mtime)
             except FileNotFoundError:
                 return None
+
+    def release(self) -> bool:
+        """See Reserved."""
+        try:
+            (self._root / RESERVE).unlink()
+        except OSError:
+            return False
+        return True
+
+    def reserve(self) -> str | None:
+        """See Reserved; random bytes, because some file systems keep none for zeros."""
+        path = self._root / RESERVE
+        try:
+            if not path.exists() or path.stat().st_size < RESERVE_BYTES:
+                path.write_bytes(secrets.token_bytes(RESERVE_BYTES))
+        except OSError as exc:
+            with contextlib.suppress(OSError):  # half a reserve would take the space of an event
+                path.unlink(missing_ok=True)
+            return exc.strerror or str(exc)
+        return None
 
     def _path(self, key: str) -> Path:
         assert _KEY.fullmatch(key), key

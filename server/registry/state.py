@@ -131,6 +131,7 @@ class State:
         last_event: number of the last event that was taken.
         digests: digest -> versions that have it.
         prefixes: prefix hash -> versions that have it.
+        deleted: blobs of versions that the events of the start deleted.
         problems: task -> why its last change has no effect here; WHOLE_STORE where the task cannot be made out.
     """
 
@@ -142,8 +143,10 @@ class State:
         self.prefixes: Counter[str] = Counter()
         self.problems: dict[str, str] = {}
         self._first_version = 1
+        self.deleted: set[str] = set()
         for event in events:
-            self.take(event)
+            _, removed = self.take(event)
+            self.deleted.update(version.content.blob for version in removed)
 
     def take(self, entry: Entry) -> tuple[set[str], list[Version]]:
         """Take one more event; one that cannot be read, or does not follow, leaves a note and changes nothing else.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Collection, Iterable
@@ -19,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from server.errors import InvalidSoftPrompt, StoreError
-from server.registry.events import Content, Event, content_of
-from server.registry.objects import Objects
+from server.errors import InvalidSoftPrompt, StoreError, StoreFull
+from server.registry.events import Content, Delete, DeleteVersion, Event, content_of
+from server.registry.objects import Objects, Reserved
 from server.registry.unreadable import Entry, read_event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 24 * 3600.0
 """A blob that no event names may belong to a publish that is under way; a day later it does not."""
@@ -42,8 +45,11 @@ class Store:
     """Blobs and events."""
 
     def __init__(self, objects: Objects) -> None:
-        """Use an open place for objects."""
+        """Use an open place for objects; a folder keeps some space free for deletes from now on."""
         self._objects = objects
+        refused = objects.reserve() if isinstance(objects, Reserved) else None
+        if refused is not None:
+            log.warning("The store cannot be written to (%s): tasks are served, and changes are refused.", refused)
 
     def events(self) -> list[Entry]:
         """All events, in order; for a server that starts. One that cannot be read stands for itself.
@@ -81,7 +87,16 @@ class Store:
         data = event.to_json()
         key = _event_key(event.number)
         # A write that is sent again after a lost reply finds itself.
-        return self._objects.create(key, data) or self._objects.get(key) == data
+        return self._create_event(event, key, data) or self._objects.get(key) == data
+
+    def _create_event(self, event: Event, key: str, data: bytes) -> bool:
+        try:
+            return self._objects.create(key, data)
+        except StoreFull:
+            is_delete = isinstance(event.change, Delete | DeleteVersion)
+            if not is_delete or not isinstance(self._objects, Reserved) or not self._objects.release():
+                raise
+        return self._objects.create(key, data)
 
     def put_blob(self, soft_prompt: SoftPrompt) -> Content:
         """Keep a content durably under a name of its own, and answer what an event says of it.
@@ -139,9 +154,16 @@ class Store:
         """
         for content in contents:
             self._objects.delete(_blob_key(content.blob))
+        if isinstance(self._objects, Reserved):
+            self._objects.reserve()
 
-    def missing_blobs(self, named: Collection[str]) -> set[str]:
-        """Those of these blobs that the store does not have; also collects garbage that is older than a day.
+    def missing_blobs(self, named: Collection[str], deleted: Collection[str] = ()) -> set[str]:
+        """Those of these blobs that the store does not have; also collects garbage.
+
+        Args:
+            named: blobs of versions.
+            deleted: blobs of versions that were deleted: garbage at once, which a server that was killed left. Other
+                garbage may belong to a publish that is under way, and is collected after a day.
 
         Raises:
             StoreError: the store cannot be listed.
@@ -150,7 +172,7 @@ class Store:
         for blob in present.difference(named):
             with contextlib.suppress(StoreError):  # a store that may only be read keeps its garbage
                 age = self._objects.age(_blob_key(blob))
-                if age is not None and age > ABANDONED_SECONDS:
+                if blob in deleted or (age is not None and age > ABANDONED_SECONDS):
                     self._objects.delete(_blob_key(blob))
         return set(named) - present
 

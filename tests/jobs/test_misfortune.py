@@ -92,7 +92,7 @@ def test_a_job_whose_folder_breaks_is_over_with_a_sentence_and_the_next_one_runs
 ) -> None:
     with running(stubbed(settings, tiny32)) as yard, logged() as log:
         job, later = yard.submit(spec()), yard.submit(spec())
-        wait_until(lambda: yard.state(job) == JobState.RUNNING and yard.runner._running is not None)
+        wait_until(lambda: yard.board.job(job.id).status.pid is not None)  # written last
         assert yard.runner._running is not None
         child = yard.runner._running[1]
         DAMAGES[damage](yard.files(job).path)
@@ -105,7 +105,7 @@ def test_a_job_whose_folder_breaks_is_over_with_a_sentence_and_the_next_one_runs
 def test_a_folder_of_jobs_that_vanishes_whole_is_begun_anew(settings: Settings, tiny32: FrozenModel) -> None:
     with running(stubbed(settings, tiny32)) as yard:
         job = yard.submit(spec())
-        wait_until(lambda: yard.state(job) == JobState.RUNNING)
+        wait_until(lambda: yard.board.job(job.id).status.pid is not None)
         settings.jobs_folder.rename(settings.jobs_folder.with_name("gone"))
         wait_until(lambda: yard.runner._running is None, 10)
         wait_until(lambda: yard.runner._lock is None, 10)

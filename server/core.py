@@ -177,6 +177,8 @@ class GenerationRequest:
     """Report the log-probability of every input token but the first."""
     continues_text: bool = True
     """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
+    is_background: bool = False
+    """The server asks it for itself, beside live requests: it has a share of its own, and takes none of theirs."""
     labels: tuple[tuple[int, ...], ...] = ()
     """Token ids of continuations. Nothing is generated then; each is a choice, whose log-probabilities are reported."""
 

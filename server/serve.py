@@ -46,6 +46,9 @@ CLOSE_SECONDS = 3
 
 MANY_FILES = 65_536
 
+BACKGROUND_SHARE = 4
+"""Evaluations may have one part in so many of the answers in flight that live requests may have."""
+
 SAME_SIGNAL_SECONDS = 1.0
 
 ENGINE_FAILED = 70
@@ -72,7 +75,7 @@ def serve(settings: Settings) -> None:
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
         worker = EngineWorker(engine, limits(settings))
-        board = JobBoard(settings, registry.model, worker.text.encode)
+        board = JobBoard(settings, registry.model, worker.text.encode, worker.text.max_characters)
         services: list[Service] = [inbox, Syncer(registry, settings.sync_seconds), JobRunner(settings, registry, board)]
         app = create_app(settings, worker, registry, services, keys, board)
         keep_for_good()
@@ -135,6 +138,7 @@ def limits(settings: Settings) -> Limits:
         in_flight=settings.max_sequences + settings.max_queue,
         per_task=settings.max_per_task,
         per_key=settings.max_per_key,
+        background=max(1, (settings.max_sequences + settings.max_queue) // BACKGROUND_SHARE),
         request_timeout=settings.request_timeout,
     )
 

@@ -97,7 +97,7 @@ def create_app(
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    board = board or JobBoard(settings, registry.model, worker.text.encode)
+    board = board or JobBoard(settings, registry.model, worker.text.encode, worker.text.max_characters)
     metrics = Metrics(worker, registry, settings.metrics_tasks, board)
 
     @asynccontextmanager
@@ -124,7 +124,7 @@ def create_app(
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.executors = executors = Executors()
-    app.state.evaluations = Evaluations(worker, settings, executors.evaluations)
+    app.state.evaluations = Evaluations(worker, settings, executors.evaluations, keys)
     app.state.keys = board.keys = keys
     app.state.jobs = board
     app.state.started = int(time.time())

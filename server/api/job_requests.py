@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -82,8 +82,15 @@ async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id
     return Start(f"{resolved.task}@{resolved.version}", soft_prompt)
 
 
-def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | None, start: Start | None = None) -> Job:
-    """Copy the data, check it, and queue the job.
+def submit(
+    board: JobBoard,
+    asked: AskedFor,
+    data_dir: Path | None,
+    by: str | None,
+    start: Start | None = None,
+    go_on: Callable[[], None] = lambda: None,
+) -> Job:
+    """Copy the data, check it, and queue the job; `go_on` is called on the way, and what it raises ends it.
 
     Raises:
         PreludeError: nothing is queued then.
@@ -104,7 +111,7 @@ def submit(board: JobBoard, asked: AskedFor, data_dir: Path | None, by: str | No
         if validation is not None:
             names = DataNames(names.data, _named(validation, asked.request.validation or "validation"))
             _copy(validation, draft.validation, room)
-        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt)
+        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt, go_on)
 
 
 def _from_form(form: FormData) -> AskedFor:

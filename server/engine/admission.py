@@ -24,6 +24,8 @@ class Limits:
     """The same, of one task."""
     per_key: int | None = None
     """The same, of one API key."""
+    background: int | None = None
+    """Choices of requests that the server asks for itself, such as an evaluation's."""
     request_timeout: float | None = None
     """Seconds that a request may take, waiting included."""
 
@@ -35,6 +37,7 @@ class Admission:
         """Nothing is in flight."""
         self._limits = limits
         self._in_flight = 0
+        self._in_background = 0
         self._by_task: Counter[str | None] = Counter()
         self._by_key: Counter[str | None] = Counter()
 
@@ -45,11 +48,11 @@ class Admission:
         Raises:
             Overloaded: a limit is reached; says which.
         """
-        choices, task, key = request.num_choices, request.task, request.key_id
-        self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
-        self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
-        if key is not None:
-            self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
+        choices = request.num_choices
+        if request.is_background:
+            self._check_background(choices)
+        else:
+            self._check(request, choices)
         self._count(request, choices)
         counted = True
 
@@ -64,7 +67,23 @@ class Admission:
         finally:
             leave()
 
+    def _check(self, request: GenerationRequest, choices: int) -> None:
+        """Refuse a live request that is over a limit; what runs in the background takes none of its room."""
+        task, key = request.task, request.key_id
+        self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
+        self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
+        if key is not None:
+            self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
+
+    def _check_background(self, choices: int) -> None:
+        """Refuse a background request beyond its share, or while live requests leave no room."""
+        self._refuse_over("in flight in the background", self._in_background, choices, self._limits.background)
+        self._refuse_over("in flight", self._in_flight + self._in_background, choices, self._limits.in_flight)
+
     def _count(self, request: GenerationRequest, choices: int) -> None:
+        if request.is_background:
+            self._in_background += choices
+            return
         self._in_flight += choices
         for counter, name in ((self._by_task, request.task), (self._by_key, request.key_id)):
             counter[name] += choices

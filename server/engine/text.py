@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -182,8 +182,11 @@ def _byte_level_alphabet() -> dict[str, bytes]:
     return {chr(character): bytes([byte]) for character, byte in pairs}
 
 
-def common_start(read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_start(read: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of some token ids begin with; of each something is left, to be read behind it."""
-    first, last = min(read), max(read)  # in lexical order, what these two share all share
-    most = min(map(len, read)) - 1
+    rest = iter(read)
+    first = last = next(rest)  # in lexical order, what the first and the last share all share
+    most = len(first) - 1
+    for ids in rest:
+        first, last, most = min(first, ids), max(last, ids), min(most, len(ids) - 1)
     return first[: next((i for i in range(most) if first[i] != last[i]), most)]

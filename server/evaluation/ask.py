@@ -1,6 +1,6 @@
 """From a row to requests of the engine, and from what comes back to an answer.
 
-Every row is asked by ordinary requests: one that generates, and one that scores given texts, which are the labels of a
+Every row is asked by ordinary requests: one that generates, and some that score given texts, which are the labels of a
 classification, or the target where text is written.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import string
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from server.core import Delta, FinishReason, GenerationRequest, Scored
 from server.engine.labels import LabelIds, encode_labels, judge
+from server.engine.text import common_start
 from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidTrainingData
 from server.evaluation.contestants import Contestant, Host
 from server.evaluation.data import EvaluationData
@@ -47,6 +48,7 @@ class Asked:
     soft_prompt: SoftPrompt | None
     text: list[str] = field(default_factory=list)
     scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
+    """By the number of the label in this request."""
 
     def take(self, delta: Delta) -> bool:
         """Take over what a step added; True once the request has ended.
@@ -71,8 +73,16 @@ class Questions:
         labels: the classes; empty where text is written.
     """
 
-    def __init__(self, data: EvaluationData, labels: Sequence[str], host: Host) -> None:
+    def __init__(
+        self, data: EvaluationData, labels: Sequence[str], host: Host, labels_at_once: int | None = None
+    ) -> None:
         """Encode the labels once.
+
+        Args:
+            data: the rows.
+            labels: the classes, if there are any.
+            host: the engine that will be asked.
+            labels_at_once: how many labels one request may score; a row takes several where there are more.
 
         Raises:
             InvalidRequest: two labels are the same to the model.
@@ -80,9 +90,10 @@ class Questions:
         """
         self.data = data
         self.labels = tuple(labels)
+        self.labels_at_once = labels_at_once or max(1, len(labels))
         self._host = host
         self._label_ids: tuple[LabelIds, ...] = encode_labels(host.text, self.labels) if self.labels else ()
-        for row in data.rows:  # before they are tokenised, which takes long and cannot be interrupted
+        for row in data.rows:  # before they are tokenised, which takes long
             if len(row.input) + len(row.target) > host.text.max_characters:
                 raise InvalidTrainingData(
                     f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
@@ -99,18 +110,29 @@ class Questions:
 
     @property
     def choices_per_row(self) -> int:
-        """How much of the engine one row takes while it is asked: what is generated, and what is scored."""
-        return 1 + (len(self.labels) or 1)
+        """How much of the engine one row takes at once: what is generated, and what is scored in one request."""
+        return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
-    def check(self, contestant: Contestant) -> None:
-        """Refuse rows that can never be asked, before any of them is.
+    def checked(self, contestant: Contestant, go_on: Callable[[], None]) -> Contestant:
+        """Refuse rows that can never be asked, before any of them is; answers the contestant as it is to be asked.
 
         Raises:
             InvalidTrainingData: names file and line.
+            PreludeError: what `go_on` raises, which is called before each row.
         """
-        for row in self.data.rows:
-            for asked in self.ask(contestant, row):
-                self._check(contestant, asked)
+
+        def read() -> Iterator[tuple[int, ...]]:
+            for row in self.data.rows:
+                go_on()
+                asked = self.ask(contestant, row)
+                for one in asked:
+                    self._check(contestant, one)
+                yield asked[0].request.input_ids
+
+        start = common_start(read())
+        if contestant.soft_prompt is not None or len(self.data.rows) == 1:
+            return contestant
+        return contestant.after(start, self._host)
 
     def _check(self, contestant: Contestant, asked: Asked) -> None:
         try:
@@ -124,22 +146,42 @@ class Questions:
                 else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
             ) from exc
 
-    def ask(self, contestant: Contestant, row: Row, key_id: str | None = None) -> tuple[Asked, Asked]:
-        """A row as the two requests that a contestant answers."""
+    def ask(
+        self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
+    ) -> tuple[Asked, ...]:
+        """A row as the requests that a contestant answers: the first generates, the others score."""
         host, prefix = self._host, contestant.prefix
         ids = tuple(contestant.read(row, host))
         name = f"evaluation-{uuid.uuid4().hex}"
         sampling = contestant.sampling(row, ids, host)
         is_fresh = contestant.soft_prompt is not None
-        generated = GenerationRequest(f"{name}-text", ids, sampling, QUEUE, key_id, continues_text=not is_fresh)
+        generated = GenerationRequest(
+            f"{name}-text",
+            ids,
+            sampling,
+            QUEUE,
+            key_id,
+            continues_text=not is_fresh,
+            is_background=is_background,
+        )
         given = self._label_ids or (self._target_ids(row),)
-        scored = GenerationRequest(f"{name}-given", ids, task=QUEUE, key_id=key_id, labels=given)
-        return Asked(row, generated, prefix), Asked(row, scored, prefix)
+        scored = [
+            GenerationRequest(
+                f"{name}-given-{begin}",
+                ids,
+                task=QUEUE,
+                key_id=key_id,
+                labels=given[begin : begin + self.labels_at_once],
+                is_background=is_background,
+            )
+            for begin in range(0, len(given), self.labels_at_once)
+        ]
+        return tuple(Asked(row, request, prefix) for request in (generated, *scored))
 
-    def answer(self, generated: Asked, scored: Asked) -> Answer:
-        """What the two requests of a row were answered with."""
+    def answer(self, generated: Asked, *scored: Asked) -> Answer:
+        """What the requests of a row were answered with."""
         text = "".join(generated.text)
-        given = [scored.scored[index] for index in range(scored.request.num_choices)]
+        given = [part.scored[index] for part in scored for index in range(part.request.num_choices)]
         if self.labels:
             judged = judge(self.labels, given, length_normalized=False)
             best = max(range(len(judged)), key=lambda index: judged[index].probability)

@@ -18,9 +18,11 @@ from server.evaluation.contestants import Contestant
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.report import Report
 from server.executors import Executor
+from server.long_work import run_long
 from server.train.data import Row
 
 ROWS_AT_ONCE = 32
+LABELS_AT_ONCE = 64
 SHARE = 4
 """An evaluation takes at most one part in so many of what the server, a task or a key may have in flight."""
 AGAIN_SECONDS = 0.5
@@ -31,6 +33,12 @@ def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
     """How many rows may be under way, given what may be in flight."""
     least = min((limit for limit in limits if limit is not None), default=None)
     return ROWS_AT_ONCE if least is None else max(1, min(ROWS_AT_ONCE, least // SHARE // choices_per_row))
+
+
+def labels_at_once(*limits: int | None) -> int:
+    """How many labels one request may score, given what may be in flight."""
+    least = min((limit for limit in limits if limit is not None), default=None)
+    return LABELS_AT_ONCE if least is None else max(1, min(LABELS_AT_ONCE, least // SHARE))
 
 
 async def run_beside(
@@ -52,7 +60,7 @@ async def run_beside(
         started = time.perf_counter()
         answers[contestant.name] = await _ask_all(worker, evaluation, contestant, threads, at_once, on_row, key_id)
         seconds[contestant.name] = time.perf_counter() - started
-    return await threads.run(evaluation.report, answers, seconds)
+    return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
 
 
 async def _ask_all(
@@ -90,10 +98,10 @@ async def _ask(
     row: Row,
     key_id: str | None,
 ) -> Answer:
-    generated, scored = await threads.run(evaluation.ask, contestant, row, key_id)
-    for asked in (generated, scored):
-        await _finish(worker, asked)
-    return evaluation.questions.answer(generated, scored)
+    asked = await threads.run(evaluation.ask, contestant, row, key_id, is_background=True)
+    for one in asked:
+        await _finish(worker, one)
+    return evaluation.questions.answer(*asked)
 
 
 async def _finish(worker: EngineWorker, asked: Asked) -> None:

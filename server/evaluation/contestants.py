@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -63,6 +63,11 @@ class Wanted:
     instruction: bool = False
     shots: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
+
+    def names(self, *, teacher: bool = False) -> list[str]:
+        """Names of the baselines, in the order in which they are asked."""
+        alone = [ZERO_SHOT] * self.zero_shot + [INSTRUCTION] * self.instruction
+        return [*alone, *(f"{count}-shot" for count in self.shots), *([TEACHER] * teacher)]
 
     @classmethod
     def parse(cls, names: Sequence[str]) -> Wanted:
@@ -151,7 +156,10 @@ class Contestant:
         """The same, with the words that all rows begin with computed once instead of in every row."""
         if self.soft_prompt is not None or len(rows) == 1:
             return self
-        start = common_start([tuple(self.read(row, host)) for row in rows])
+        return self.after(common_start(tuple(self.read(row, host)) for row in rows), host)
+
+    def after(self, start: tuple[int, ...], host: Host) -> Contestant:
+        """The same, with tokens that all rows begin with computed once instead of in every row."""
         if not start:
             return self
         return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.text.embeddings_of(start)))
@@ -183,6 +191,7 @@ def baselines(
     labels: Sequence[str] | None = None,
     teacher: TeacherText | None = None,
     seed: int = 0,
+    go_on: Callable[[], None] = lambda: None,
 ) -> list[Contestant]:
     """The frozen model alone, in every way that is wanted.
 
@@ -196,13 +205,14 @@ def baselines(
         labels: the task's classes: examples are balanced over them.
         teacher: a text of one's own; None is none.
         seed: which examples are drawn.
+        go_on: called between pieces of the work; what it raises ends it.
 
     Raises:
         InvalidRequest: there is no instruction, no training data or no chat template where one is needed.
         InvalidTrainingData: the training data has not enough rows.
     """
     instruction = instruction or data.instruction
-    longest = max(len(host.text.encode(row.target, add_special_tokens=False)) for row in data.rows) + BASELINE_SLACK
+    longest = _longest_target(data, host, go_on) + BASELINE_SLACK
     found = []
     if wanted.zero_shot:
         template = Manifest(input_template=manifest.input_template, system_message=manifest.system_message)
@@ -239,6 +249,15 @@ def baselines(
     return found
 
 
+def _longest_target(data: EvaluationData, host: Host, go_on: Callable[[], None]) -> int:
+    """Tokens of the longest target."""
+    longest = 0
+    for target in dict.fromkeys(row.target for row in data.rows):
+        go_on()
+        longest = max(longest, len(host.text.encode(target, add_special_tokens=False)))
+    return longest
+
+
 INPUT, TARGET = "Input: ", "\nAnswer:\n"
 """What stands before inputs and targets of examples. A target begins a line, so its tokens are those of a label."""
 
@@ -271,9 +290,13 @@ def draw_examples(
     rng.shuffle(rows)
     if not labels:
         return rows[:count]
-    by_label = [[row for row in rows if row.target == label] for label in rng.sample(list(labels), len(labels))]
+    groups: dict[str, list[Row]] = {label: [] for label in labels}
+    others: list[Row] = []
+    for row in rows:
+        groups.get(row.target, others).append(row)
+    by_label = [groups[label] for label in rng.sample(list(labels), len(labels))]
     turns = [row for turn in range(count) for group in by_label for row in group[turn : turn + 1]]
-    chosen = [*turns, *(row for row in rows if row.target not in labels)][:count]
+    chosen = [*turns, *others][:count]
     rng.shuffle(chosen)
     return chosen
 

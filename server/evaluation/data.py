@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.errors import InvalidTrainingData
-from server.train.data import DataFile, Row, labels_of, read_data
+from server.train.data import MAX_LINE_BYTES, DataFile, Row, labels_of, read_data
 
 META = "meta.json"
 REFERENCES = ".references.jsonl"
 REFERENCE_LINE = 'Each line must be a JSON object with a list of strings: {"references": ["…"]}.'
+
+MOST_REFERENCES, MOST_REFERENCE_CHARACTERS = 100, 100_000
+"""Of a row; an answer is compared with each, word by word."""
+MOST_BLANK_LINES = 1000
+"""After the last row's line."""
 
 T = TypeVar("T")
 
@@ -56,6 +61,7 @@ def read_evaluation_data(
     limit: int | None = None,
     name: str | None = None,
     inside: Path | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> EvaluationData:
     """Read and check a data file, and what lies beside it.
 
@@ -66,15 +72,16 @@ def read_evaluation_data(
         limit: only the first so many rows.
         name: what to call it instead of by its path, which may be nobody's business.
         inside: no link may lead what lies beside it out of this folder.
+        go_on: called before each line; what it raises ends the reading.
 
     Raises:
         InvalidTrainingData: something in it is not as it must be; names file and line.
     """
-    whole = read_rows(path, name)
+    whole = read_rows(path, name, go_on)
     beside = path.with_name(path.name.removesuffix(".jsonl") + REFERENCES)
     found = references or (beside if _may_read(beside, inside) else None)
     shown = references_name or (found.name if name and found else None)
-    texts = None if found is None else _read_references(found, whole, shown)
+    texts = None if found is None else _read_references(found, whole, limit, shown, go_on)
     rows = whole.rows[:limit]
     return EvaluationData(
         str(whole.path),
@@ -91,13 +98,13 @@ def _may_read(path: Path, inside: Path | None) -> bool:
     return path.exists() and (inside is None or path.resolve().is_relative_to(inside.resolve()))
 
 
-def read_rows(path: Path, name: str | None = None) -> DataFile:
-    """A data file; errors call it by its name, if it has one.
+def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = lambda: None) -> DataFile:
+    """A data file; errors call it by its name, if it has one, and what `go_on` raises before a line ends the reading.
 
     Raises:
         InvalidTrainingData: names file and line.
     """
-    data = called(path, name, lambda: read_data(path))
+    data = called(path, name, lambda: read_data(path, go_on=go_on))
     return data if name is None else replace(data, path=Path(name))
 
 
@@ -111,38 +118,64 @@ def called(path: Path, name: str | None, read: Callable[[], T]) -> T:
         raise InvalidTrainingData(exc.message.replace(str(path), name), remedy=exc.remedy) from exc
 
 
-def _read_references(path: Path, data: DataFile, name: str | None) -> dict[int, tuple[str, ...]]:
-    """Line number -> references.
+def _read_references(
+    path: Path, data: DataFile, limit: int | None, name: str | None, go_on: Callable[[], None]
+) -> dict[int, tuple[str, ...]]:
+    """Line number -> references, of the first so many rows.
 
     Raises:
         InvalidTrainingData: the file does not go line by line with the data.
     """
     shown = name or str(path)
+    places = {row.line: place for place, row in enumerate(data.rows)}
+    texts: dict[int, tuple[str, ...]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-        raise InvalidTrainingData(f"{shown} cannot be read: {why}.", remedy="Check the path.") from exc
-    texts = {number: _parse(shown, number, line) for number, line in enumerate(lines, 1) if line.strip()}
-    wanted = {row.line for row in data.rows}
-    if odd := sorted(wanted ^ texts.keys()):
-        other = data.path if odd[0] in texts else shown
-        raise InvalidTrainingData(
-            f"{shown} does not go line by line with {data.path}: {other} has no line {odd[0]}.",
-            remedy="Give references for every row, on the row's own line.",
-        )
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                go_on()
+                if len(line) > MAX_LINE_BYTES:
+                    raise InvalidTrainingData(
+                        f"{shown}, line {number}: longer than {MAX_LINE_BYTES:,} bytes.", remedy=REFERENCE_LINE
+                    )
+                if not line.strip():
+                    if number > data.rows[-1].line + MOST_BLANK_LINES:
+                        raise _not_line_by_line(shown, data, str(data.path), number)
+                    continue
+                if (place := places.pop(number, None)) is None:
+                    raise _not_line_by_line(shown, data, str(data.path), number)
+                found = _parse(shown, number, line)
+                if limit is None or place < limit:
+                    texts[number] = found
+    except OSError as exc:
+        raise InvalidTrainingData(f"{shown} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
+    if places:
+        raise _not_line_by_line(shown, data, shown, min(places))
     return texts
 
 
-def _parse(shown: str, number: int, line: str) -> tuple[str, ...]:
+def _not_line_by_line(shown: str, data: DataFile, lacking: str, number: int) -> InvalidTrainingData:
+    return InvalidTrainingData(
+        f"{shown} does not go line by line with {data.path}: {lacking} has no line {number}.",
+        remedy="Give references for every row, on the row's own line.",
+    )
+
+
+def _parse(shown: str, number: int, line: bytes) -> tuple[str, ...]:
     try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidTrainingData(f"{shown} cannot be read: not UTF-8.", remedy="Save the file as UTF-8.") from exc
     except (ValueError, RecursionError) as exc:
         raise InvalidTrainingData(f"{shown}, line {number}: not JSON ({exc}).", remedy=REFERENCE_LINE) from exc
     texts = value.get("references") if isinstance(value, dict) else None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InvalidTrainingData(
             f"{shown}, line {number}: no list 'references' of strings that are not empty.", remedy=REFERENCE_LINE
+        )
+    if len(texts) > MOST_REFERENCES or sum(map(len, texts)) > MOST_REFERENCE_CHARACTERS:
+        raise InvalidTrainingData(
+            f"{shown}, line {number}: {len(texts):,} references of {sum(map(len, texts)):,} characters.",
+            remedy=f"Give at most {MOST_REFERENCES} a line, of {MOST_REFERENCE_CHARACTERS:,} characters in all.",
         )
     return tuple(texts)
 

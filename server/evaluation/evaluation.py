@@ -6,12 +6,13 @@ Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from server.evaluation import contestants as ways
 from server.evaluation import metrics
 from server.evaluation.ask import Answer, Asked, Questions
+from server.evaluation.bounds import Bounds
 from server.evaluation.contestants import Contestant, Host, TeacherText, Wanted
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
@@ -47,8 +48,8 @@ class Evaluation:
         """Rows times contestants."""
         return len(self.rows) * len(self.contestants)
 
-    def check(self) -> None:
-        """Refuse what can never run, before anything does.
+    def checked(self, go_on: Callable[[], None]) -> Evaluation:
+        """Refuse what can never run, before anything does; answers what is to run.
 
         Raises:
             InvalidTrainingData: a row does not fit the context; names file and line.
@@ -56,21 +57,25 @@ class Evaluation:
         """
         if not self.questions.labels:
             metrics.check_installed()
-        for contestant in self.contestants:
-            self.questions.check(contestant)
+        return replace(self, contestants=tuple(self.questions.checked(one, go_on) for one in self.contestants))
 
-    def ask(self, contestant: Contestant, row: Row, key_id: str | None = None) -> tuple[Asked, Asked]:
+    def ask(
+        self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
+    ) -> tuple[Asked, ...]:
         """A row as requests; see Questions."""
-        return self.questions.ask(contestant, row, key_id)
+        return self.questions.ask(contestant, row, key_id, is_background=is_background)
 
-    def report(self, answers: Mapping[str, Answers], seconds: Mapping[str, float]) -> Report:
+    def report(
+        self, answers: Mapping[str, Answers], seconds: Mapping[str, float], go_on: Callable[[], None] = lambda: None
+    ) -> Report:
         """What all answers come to.
 
         Args:
             answers: of each contestant, by its name, in the order of the rows.
             seconds: how long each took.
+            go_on: called between pieces of the work; what it raises ends it.
         """
-        found = {one.name: self._statistics(one, answers[one.name]) for one in self.contestants}
+        found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.contestants}
         bootstrap = Bootstrap(len(self.rows))
         subject = self.contestants[0].name
         return Report(
@@ -90,11 +95,12 @@ class Evaluation:
             else {},
         )
 
-    def _statistics(self, contestant: Contestant, answers: Answers) -> Statistics:
+    def _statistics(self, contestant: Contestant, answers: Answers, go_on: Callable[[], None]) -> Statistics:
+        go_on()
         questions = self.questions
         if questions.labels:
             return metrics.classification(answers, contestant, questions.data, questions.labels)
-        return metrics.written(answers, contestant, questions.data)
+        return metrics.written(answers, contestant, questions.data, go_on)
 
     def _agreement(self, answers: Mapping[str, Answers], other: str) -> Statistic:
         """Share of the rows of which the first and another choose the same label."""
@@ -103,17 +109,14 @@ class Evaluation:
 
     def _by_label(self, answers: Answers) -> dict[str, tuple[int, int]]:
         """(chosen rightly, rows) of every label that is some row's."""
-        labels = self.questions.labels
-        found: dict[str, tuple[int, int]] = {}
-        for index, label in enumerate(labels):
-            own = [
-                answer.chosen == index
-                for answer, row in zip(answers, self.rows, strict=True)
-                if row.target.strip() == label.strip()
-            ]
-            if own:
-                found[label] = (sum(own), len(own))
-        return found
+        chosen: dict[str, list[int | None]] = {}
+        for answer, row in zip(answers, self.rows, strict=True):
+            chosen.setdefault(row.target.strip(), []).append(answer.chosen)
+        return {
+            label: (chosen[label.strip()].count(index), len(chosen[label.strip()]))
+            for index, label in enumerate(self.questions.labels)
+            if label.strip() in chosen
+        }
 
 
 def prepare(
@@ -127,6 +130,8 @@ def prepare(
     shots: DataFile | None = None,
     teacher: TeacherText | None = None,
     version: int | None = None,
+    bounds: Bounds | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Put an evaluation together, and check all of it.
 
@@ -140,6 +145,8 @@ def prepare(
         shots: training data for k-shot.
         teacher: a text of one's own, to be asked too.
         version: the subject's number, if it has one.
+        bounds: how much it may be; anything, if there are none.
+        go_on: called between pieces of the work; what it raises ends it.
 
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.
@@ -147,16 +154,24 @@ def prepare(
     name, soft_prompt = subject
     manifest = soft_prompt.manifest
     labels = manifest.labels or data.labels or ()
-    questions = Questions(data, labels, host)
-    alone = ways.baselines(
-        wanted or Wanted(),
-        data,
-        host,
-        manifest,
-        instruction=instruction,
-        shots=shots,
-        labels=labels or None,
-        teacher=teacher,
+    if bounds is not None:
+        bounds.check_rows(data, len(labels))
+    questions = Questions(data, labels, host, None if bounds is None else bounds.labels_at_once)
+    wanted = wanted or Wanted()
+    alone = (
+        ways.baselines(
+            wanted,
+            data,
+            host,
+            manifest,
+            instruction=instruction,
+            shots=shots,
+            labels=labels or None,
+            teacher=teacher,
+            go_on=go_on,
+        )
+        if wanted.names(teacher=teacher is not None)
+        else []
     )
     asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
     is_told = any(one.preamble for one in alone)
@@ -175,8 +190,9 @@ def prepare(
         known_from=_known_from(soft_prompt, data.sha256),
     )
     evaluation = Evaluation(about, (*asked, *alone), questions)
-    evaluation.check()
-    return replace(evaluation, contestants=(*asked, *(one.sharing(data.rows, host) for one in alone)))
+    if bounds is not None:
+        bounds.check_reading(data, evaluation.contestants)
+    return evaluation.checked(go_on)
 
 
 def _known_from(soft_prompt: SoftPrompt, sha256: str) -> str | None:

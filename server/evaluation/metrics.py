@@ -60,8 +60,13 @@ def classification(
     }
 
 
-def written(answers: Sequence[Answer], contestant: Contestant, data: EvaluationData) -> Statistics:
-    """Exact match, ROUGE-L, BLEU and perplexity.
+def written(
+    answers: Sequence[Answer],
+    contestant: Contestant,
+    data: EvaluationData,
+    go_on: Callable[[], None] = lambda: None,
+) -> Statistics:
+    """Exact match, ROUGE-L, BLEU and perplexity; `go_on` is called before each row.
 
     Raises:
         ConfigurationError: the extra `train` is not installed.
@@ -74,8 +79,8 @@ def written(answers: Sequence[Answer], contestant: Contestant, data: EvaluationD
     ]
     return {
         EXACT_MATCH: share(matches),
-        ROUGE_L: rouge_l(texts, data.references),
-        BLEU: bleu(texts, data.references),
+        ROUGE_L: rouge_l(texts, data.references, go_on),
+        BLEU: bleu(texts, data.references, go_on),
         PERPLEXITY: perplexity([answer.loss for answer in answers], [answer.tokens for answer in answers]),
     }
 
@@ -118,23 +123,30 @@ def macro_f1(targets: Sequence[int | None], predicted: Sequence[int | None], num
     return Statistic(np.concatenate([actual * found, actual, found], axis=1), figure)
 
 
-def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+def rouge_l(
+    texts: Sequence[str], references: Sequence[Sequence[str]], go_on: Callable[[], None] = lambda: None
+) -> Statistic:
     """ROUGE-L's F-measure with stemming (Lin 2004), of a row the best over its references."""
     scorer = _rouge_scorer()
-    best = [
-        max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in several)
-        for text, several in zip(texts, references, strict=True)
-    ]
+    best = []
+    for text, several in zip(texts, references, strict=True):
+        go_on()
+        best.append(max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in several))
     return share(best)
 
 
-def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+def bleu(
+    texts: Sequence[str], references: Sequence[Sequence[str]], go_on: Callable[[], None] = lambda: None
+) -> Statistic:
     """sacrebleu's corpus BLEU (Papineni et al. 2002, Post 2018), 0 to 100, with all references of a row.
 
     sacrebleu counts the n-grams of each row; a corpus is the sum of its rows.
     """
     score = _sentence_bleu()
-    counted = [score(text, list(several)) for text, several in zip(texts, references, strict=True)]
+    counted = []
+    for text, several in zip(texts, references, strict=True):
+        go_on()
+        counted.append(score(text, list(several)))
     rows = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in counted], dtype=np.float64)
     return Statistic(rows, _corpus_bleu)
 

@@ -67,7 +67,7 @@ def _answers(
     """Line and answer of each row, as they are answered."""
     waiting = iter(evaluation.rows)
     running: dict[str, Asked] = {}  # by request id
-    pairs: dict[int, tuple[Asked, Asked]] = {}  # by line
+    pairs: dict[int, tuple[Asked, ...]] = {}  # by line
 
     def submit(row: Row) -> None:
         pairs[row.line] = evaluation.ask(contestant, row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -35,12 +35,19 @@ class JobBoard:
         keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
     """
 
-    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode) -> None:
-        """Nothing is read yet; the folder is made with the first job."""
+    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, max_characters: int | None = None) -> None:
+        """Nothing is read yet; the folder is made with the first job.
+
+        Args:
+            settings: where the folder lies.
+            model: the frozen model.
+            encode: its tokenizer.
+            max_characters: of a text that may fit the context, however it is tokenised.
+        """
         self.files = JobsFolder(settings.jobs_folder)
         self.changed = threading.Event()
         self.keys: ApiKeys | None = None
-        self._frame = Frame(model, settings.max_virtual_tokens, encode)
+        self._frame = Frame(model, settings.max_virtual_tokens, encode, max_characters)
         self._checking = threading.Lock()  # a big data file takes memory; one at a time
 
     @contextmanager
@@ -67,7 +74,13 @@ class JobBoard:
             )
 
     def submit(
-        self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None, start: SoftPrompt | None = None
+        self,
+        draft: JobFolder,
+        spec: JobSpec,
+        names: DataNames,
+        by: str | None,
+        start: SoftPrompt | None = None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> Job:
         """Check a draft's data and queue it.
 
@@ -77,6 +90,7 @@ class JobBoard:
             names: what its files are called outside.
             by: whose key asked for it.
             start: what config.init_from names, if it names anything.
+            go_on: called between pieces of the work; what it raises ends it, and nothing is queued.
 
         Raises:
             InvalidTrainingData: nothing is queued then.
@@ -86,7 +100,8 @@ class JobBoard:
             check_start(spec.config, start)
             save_soft_prompt(draft.start, start, self._frame.model)
         with self._checking:
-            check_data(spec, draft, names, self._frame)
+            go_on()
+            check_data(spec, draft, names, self._frame, go_on)
         job = self.files.add(draft, spec, names, by)
         log.info("training job %s for %s is queued", job.id, spec.task)
         self.changed.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.core import ModelSpec
@@ -23,6 +24,12 @@ class Frame:
     model: ModelSpec
     max_virtual_tokens: int
     encode: Encode
+    max_characters: int | None = None
+    """Of a text that may fit the context, however it is tokenised; None if nobody knows."""
+
+    def can_never_fit(self, text: str) -> bool:
+        """Whether a text has too many characters, however it is tokenised; then it need not be."""
+        return self.max_characters is not None and len(text) > self.max_characters
 
 
 def check_spec(spec: JobSpec, frame: Frame) -> None:
@@ -48,7 +55,7 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
     if (found := contradiction(config, spec.input_template)) is not None:
         raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)
     teacher = config.teacher_template
-    if teacher is not None and len(frame.encode(teacher)) > frame.model.max_model_len:
+    if teacher is not None and (frame.can_never_fit(teacher) or len(frame.encode(teacher)) > frame.model.max_model_len):
         raise InvalidRequest(
             f"The teacher's text does not fit the context, which holds {frame.model.max_model_len} tokens.",
             remedy="Shorten it, or raise PRELUDE_MAX_MODEL_LEN.",
@@ -56,8 +63,10 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
         )
 
 
-def check_data(spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame) -> None:
-    """Read all rows as the run will.
+def check_data(
+    spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame, go_on: Callable[[], None] = lambda: None
+) -> None:
+    """Read all rows as the run will; `go_on` is called before each, and what it raises ends the check.
 
     Raises:
         InvalidTrainingData: names file and line, by the names that whoever sent them knows.
@@ -67,9 +76,17 @@ def check_data(spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame)
     files = TaskFiles(spec.task, folder.data, held, input_template=spec.input_template)
     manifest = Manifest(input_template=spec.input_template)
     try:
-        rows = read_task(files, config)
+        rows = read_task(files, config, go_on)
         for data in (*rows.training, *rows.validation):
-            check_lengths(data, manifest, config.num_virtual_tokens, frame.encode, frame.model.max_model_len)
+            check_lengths(
+                data,
+                manifest,
+                config.num_virtual_tokens,
+                frame.encode,
+                frame.model.max_model_len,
+                max_characters=frame.max_characters,
+                go_on=go_on,
+            )
     except InvalidTrainingData as exc:
         raise InvalidTrainingData(
             in_their_words(exc.message, folder, names), remedy=in_their_words(exc.remedy, folder, names)

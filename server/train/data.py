@@ -9,7 +9,8 @@ import codecs
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # torch is not needed to read and check rows
 
 MAX_ROWS = 500_000
 MAX_LINE_BYTES = 2**20
+MAX_HELD_BYTES = 512 * 2**20
+"""Memory that a file's rows may take; a text with one character beyond Latin-1 takes twice or four times its length."""
 REPEATED = 3
 """As often targets must occur, on average, to be taken for labels."""
 FRAME = 8
@@ -73,28 +76,34 @@ class Example:
         return self.input_ids + self.target_ids[:-1]
 
 
-def read_data(path: Path, *, need_targets: bool = True) -> DataFile:
+def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None] = lambda: None) -> DataFile:
     """Read a whole data file.
 
     Args:
         path: of the file.
         need_targets: distillation does without, and reads none; a dash stands for one that is missing.
+        go_on: called before each line; what it raises ends the reading.
 
     Raises:
         InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and
             line.
     """
     rows: list[Row] = []
+    held = 0
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                go_on()
                 digest.update(line)
                 if len(rows) == MAX_ROWS or len(line) > MAX_LINE_BYTES:
                     raise _too_long(path, number, len(line))
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
                     rows.append(_parse_row(path, number, text, need_targets=need_targets))
+                    held += sys.getsizeof(rows[-1].input) + sys.getsizeof(rows[-1].target)
+                    if held > MAX_HELD_BYTES:
+                        raise _too_much(path, number)
     except OSError as exc:
         raise InvalidTrainingData(f"{path} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
     if not rows:
@@ -102,6 +111,13 @@ def read_data(path: Path, *, need_targets: bool = True) -> DataFile:
             f"{path} holds no rows.", remedy='Write one JSON object on each line: {"input": "…", "target": "…"}.'
         )
     return DataFile(path, tuple(rows), digest.hexdigest())
+
+
+def _too_much(path: Path, number: int) -> InvalidTrainingData:
+    return InvalidTrainingData(
+        f"{path}, line {number}: the rows up to here take more than {MAX_HELD_BYTES:,} bytes of memory.",
+        remedy="Take a sample of the rows.",
+    )
 
 
 def _too_long(path: Path, number: int, length: int) -> InvalidTrainingData:
@@ -156,14 +172,36 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
 
 
 def check_lengths(
-    data: DataFile, manifest: Manifest, num_virtual_tokens: int, encode: Encode, max_model_len: int
+    data: DataFile,
+    manifest: Manifest,
+    num_virtual_tokens: int,
+    encode: Encode,
+    max_model_len: int,
+    *,
+    max_characters: int | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Refuse rows that `encode_examples` would, without the model; a token is at least a byte, so few are tokenised.
+
+    Args:
+        data: the rows.
+        manifest: for its template.
+        num_virtual_tokens: before each row.
+        encode: the tokenizer.
+        max_model_len: tokens that the context holds.
+        max_characters: of a text that may fit, however it is tokenised; longer ones are not tokenised.
+        go_on: called before each row; what it raises ends the check.
 
     Raises:
         InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
     """
     for row in data.rows:
+        go_on()
+        if max_characters is not None and len(row.input) + len(row.target) > max_characters:
+            raise InvalidTrainingData(
+                f"{data.path}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
+                remedy="Shorten or leave out the row.",
+            )
         text = manifest.render(row.input)
         if num_virtual_tokens + len(text.text.encode()) + len(row.target.encode()) + FRAME > max_model_len:
             length = len(encode(text)) + len(encode(row.target, add_special_tokens=False))
@@ -218,5 +256,10 @@ def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] |
 
 def labels_of(rows: Sequence[Row], most: int = 100) -> tuple[str, ...] | None:
     """The distinct targets, sorted, where there are few enough, and often enough repeated, to be class labels."""
-    targets = sorted({row.target for row in rows})
-    return tuple(targets) if len(targets) <= min(most, max(1, len(rows) // REPEATED)) else None
+    most = min(most, max(1, len(rows) // REPEATED))
+    targets: set[str] = set()
+    for row in rows:
+        targets.add(row.target)
+        if len(targets) > most:  # half a million need not be sorted, which lets no other thread run
+            return None
+    return tuple(sorted(targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,8 @@ class TaskRows:
     labels: tuple[tuple[str, ...] | None, ...]
 
 
-def read_task(files: TaskFiles, config: TrainingConfig) -> TaskRows:
-    """Read and check all rows.
+def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None] = lambda: None) -> TaskRows:
+    """Read and check all rows; `go_on` is called before each line, and what it raises ends the reading.
 
     Raises:
         InvalidTrainingData: what is asked for contradicts itself, or a row or a file is not what it must be.
@@ -64,8 +65,10 @@ def read_task(files: TaskFiles, config: TrainingConfig) -> TaskRows:
         )
     pairs = []
     for number, path in enumerate(paths):
-        data = read_data(path, need_targets=need)
-        pairs.append(hold_out(data) if held is None else (data, read_data(held[number], need_targets=need)))
+        data = read_data(path, need_targets=need, go_on=go_on)
+        pairs.append(
+            hold_out(data) if held is None else (data, read_data(held[number], need_targets=need, go_on=go_on))
+        )
     labels = [labels_of(training.rows) if need else None for training, _ in pairs]
     for (training, validation), of in zip(pairs, labels, strict=True):
         check_rows(training, validation, of)

@@ -173,7 +173,7 @@ def live_server(
     worker = EngineWorker(engine, limits(settings))
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
-    board = JobBoard(settings, model.spec, worker.text.encode)
+    board = JobBoard(settings, model.spec, worker.text.encode, worker.text.max_characters)
     services: list[Service] = [
         Inbox(settings.prompts_dir, registry),
         Syncer(registry, settings.sync_seconds),

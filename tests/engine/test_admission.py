@@ -66,3 +66,19 @@ def test_requests_without_a_key_share_no_limit_of_keys() -> None:
     admission = Admission(Limits(per_key=1))
     with admission.of(asked()), admission.of(asked()):
         pass
+
+
+def test_what_runs_in_the_background_takes_no_room_of_live_requests_and_has_a_share_of_its_own() -> None:
+    admission = Admission(Limits(in_flight=4, per_task=4, per_key=4, background=2))
+    background = replace(asked("t", "k", n=2), is_background=True)
+    with admission.of(background):
+        with pytest.raises(Overloaded, match="in the background"):
+            admission.of(background).__enter__()
+        with ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(admission.of(asked("t", "k")))
+    with admission.of(asked(n=3)), pytest.raises(Overloaded, match="3 answers are in flight"):
+        admission.of(background).__enter__()
+    huge = replace(asked(n=6000), is_background=True)
+    with admission.of(huge), admission.of(asked("t", "k")):
+        pass

@@ -45,6 +45,10 @@ def test_references_and_instruction_are_found_beside_the_data(folder: Path) -> N
         ("{\n", r"rows\.references\.jsonl, line 1: not JSON"),
         (lines({"references": ["a"]}, {"references": []}), r"references\.jsonl, line 2: no list 'references'"),
         (lines({"references": "a"}), "line 1: no list 'references'"),
+        (lines({"references": ["a"] * 101}), "line 1: 101 references"),
+        (lines({"references": ["a" * 100_001]}), "line 1: 1 references of 100,001 characters"),
+        ("\n" * 10_000, r"test\.jsonl has no line"),
+        ("[" * 2**21, "line 1: longer than"),
     ],
 )
 def test_references_that_do_not_go_line_by_line_are_refused(folder: Path, text: str, message: str) -> None:
@@ -99,3 +103,16 @@ def test_no_name_leads_out_of_the_data_directory(tmp_path: Path, name: str) -> N
 def test_without_a_data_directory_nothing_can_be_named() -> None:
     with pytest.raises(InvalidRequest, match="PRELUDE_DATA_DIR"):
         resolve_data("test.jsonl", None)
+
+
+def test_references_are_read_no_further_than_the_rows_go(folder: Path) -> None:
+    (folder / "rows.references.jsonl").write_text(lines({"references": ["a"]}) * 100_000)
+    looked = 0
+
+    def go_on() -> None:
+        nonlocal looked
+        looked += 1
+
+    with pytest.raises(InvalidTrainingData, match="has no line 5"):
+        read_evaluation_data(folder / "test.jsonl", references=folder / "rows.references.jsonl", go_on=go_on)
+    assert looked < 20

@@ -73,11 +73,13 @@ class EvaluationBody(BaseModel):
     """One evaluation."""
 
     id: str
-    state: str = Field(description="waiting, running, done, failed, cancelled, or aborted (the server shut down).")
+    state: str = Field(
+        description="preparing, waiting, running, done, failed, cancelled, or aborted (the server shut down)."
+    )
     task: str
     version: int
     data: str
-    rows: int
+    rows: int = Field(description="0 until they are read.")
     contestants: list[str]
     created_at: str
     started_at: str | None = None

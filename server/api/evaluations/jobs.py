@@ -6,18 +6,23 @@ import asyncio
 import datetime
 import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from server.api.evaluations.preparation import Preparation
 from server.engine.worker import EngineWorker
-from server.errors import Overloaded, PreludeError, RequestAborted, ServerDraining, UnknownEvaluation
+from server.errors import Forbidden, Overloaded, PreludeError, RequestAborted, ServerDraining, UnknownEvaluation
 from server.evaluation.beside import rows_at_once, run_beside
 from server.evaluation.card import render_card
 from server.evaluation.evaluation import Evaluation
-from server.evaluation.report import About, Report
+from server.evaluation.report import Report
 from server.executors import Executor
+from server.keys.key import Scope
+from server.keys.live import ApiKeys
+from server.long_work import run_long
 from server.settings import Settings
-from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,7 @@ MOST_KEPT = 100
 class State(StrEnum):
     """How far an evaluation has come."""
 
+    PREPARING = "preparing"
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
@@ -43,23 +49,25 @@ class EvaluationJob:
     """One evaluation, from its acceptance until it is forgotten.
 
     Attributes:
-        about: what is evaluated.
-        contestants: names of all who are asked.
-        total: rows times contestants.
-        work: the evaluation itself and the soft prompt that it is about; None once it has ended.
-        done: rows that were answered.
+        preparation: what it is made of; None once it has ended.
         command: what measures the same from a shell, for the card.
+        evaluation: what it is once it is prepared; None again once it has ended.
+        rows: how many there are; 0 until they are read.
+        total: rows times contestants.
+        done: rows that were answered.
+        prepared: done as soon as it is prepared, or refused.
     """
 
-    about: About
-    contestants: tuple[str, ...]
-    total: int
-    work: tuple[Evaluation, SoftPrompt] | None
+    preparation: Preparation | None
     key_id: str | None
     command: str
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = State.WAITING
+    evaluation: Evaluation | None = None
+    rows: int = 0
+    total: int = 0
     done: int = 0
+    prepared: asyncio.Event = field(default_factory=asyncio.Event)
     created_at: str = field(default_factory=lambda: _now())
     started_at: str | None = None
     ended_at: str | None = None
@@ -67,11 +75,13 @@ class EvaluationJob:
     card: str | None = None
     error: PreludeError | None = None
 
-    @classmethod
-    def of(cls, evaluation: Evaluation, soft_prompt: SoftPrompt, key_id: str | None, command: str) -> EvaluationJob:
-        """A job for an evaluation that was checked."""
-        names = tuple(one.name for one in evaluation.contestants)
-        return cls(evaluation.about, names, evaluation.num_questions, (evaluation, soft_prompt), key_id, command)
+    def __post_init__(self) -> None:
+        """Keep what is shown of it also after its end."""
+        assert self.preparation is not None, "a job begins with it"
+        resolved, _ = self.preparation.versions[0]
+        self.task, self.version = resolved.task, resolved.version
+        self.data = self.preparation.sources.files["data"].name
+        self.contestants = self.preparation.contestants
 
     @property
     def has_ended(self) -> bool:
@@ -79,25 +89,45 @@ class EvaluationJob:
         return self.ended_at is not None
 
     def end(self, state: State, error: PreludeError | None = None) -> None:
-        """Nothing more comes of it, and its rows are let go."""
-        self.state, self.error, self.ended_at, self.work = state, error, _now(), None
+        """Nothing more comes of it, and its rows and files are let go."""
+        self.state, self.error, self.ended_at = state, error, _now()
+        if self.preparation is not None:
+            self.preparation.sources.discard()
+        self.preparation = self.evaluation = None
+
+
+def limits_of(settings: Settings) -> tuple[int | None, ...]:
+    """What may be in flight: in all, of a task and of a key; an evaluation takes a share of the least."""
+    return settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
 
 
 class Evaluations:
     """All of them. Only for the event loop's thread."""
 
-    def __init__(self, worker: EngineWorker, settings: Settings, threads: Executor) -> None:
-        """None yet."""
+    def __init__(
+        self, worker: EngineWorker, settings: Settings, threads: Executor, keys: ApiKeys | None = None
+    ) -> None:
+        """None yet.
+
+        Args:
+            worker: the engine.
+            settings: what may be in flight.
+            threads: for what would hold up the event loop.
+            keys: an evaluation ends with the key that asked for it; None where no keys are asked for.
+        """
+        self._keys = keys
         self._worker = worker
         self._settings = settings
         self._threads = threads
         self._jobs: dict[str, EvaluationJob] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._arriving = 0
+        self._preparing = asyncio.Lock()
         self._turn = asyncio.Lock()
         self._is_stopping = False
 
     def check_room(self) -> None:
-        """Refuse another one, before its body is read.
+        """Refuse another one. Those count that wait, are being prepared, or whose bodies are being read.
 
         Raises:
             ServerDraining: the server is shutting down.
@@ -105,20 +135,34 @@ class Evaluations:
         """
         if self._worker.draining or self._is_stopping:
             raise ServerDraining("The server is shutting down.")
-        if len(self._tasks) > MOST_WAITING:
+        if len(self._tasks) + self._arriving > MOST_WAITING:
             raise Overloaded(
                 f"{MOST_WAITING} evaluations wait already.", remedy="Come back when one has ended, or cancel one."
             )
 
-    def add(self, job: EvaluationJob) -> None:
-        """Let a job run when it is its turn.
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Count one more while its body is read.
 
         Raises:
             ServerDraining, Overloaded: as `check_room`.
         """
         self.check_room()
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+
+    def add(self, job: EvaluationJob) -> None:
+        """Let a job that was counted as arriving be prepared, and run when it is its turn."""
         self._jobs[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job))
+
+    def forget(self, job: EvaluationJob) -> None:
+        """Leave nothing of a job that has ended."""
+        assert job.has_ended, "it would run on unseen"
+        self._jobs.pop(job.id, None)
 
     def get(self, job_id: str) -> EvaluationJob:
         """One of them.
@@ -153,6 +197,8 @@ class Evaluations:
 
     async def _run(self, job: EvaluationJob) -> None:
         try:
+            async with self._preparing:
+                await self._prepare(job)
             async with self._turn:
                 await self._evaluate(job)
         except asyncio.CancelledError:
@@ -168,25 +214,40 @@ class Evaluations:
             log.exception("an evaluation failed")
             self._end(job, State.FAILED, PreludeError("The server failed on this evaluation."))
 
+    async def _prepare(self, job: EvaluationJob) -> None:
+        assert job.preparation is not None, "a job is prepared once"
+        preparation, job.state = job.preparation, State.PREPARING
+        job.evaluation = await run_long(self._threads, lambda go_on: preparation.run(self._worker, go_on))
+        preparation.sources.discard()
+        job.rows, job.total, job.state = len(job.evaluation.rows), job.evaluation.num_questions, State.WAITING
+        job.prepared.set()
+
     async def _evaluate(self, job: EvaluationJob) -> None:
-        assert job.work is not None, "a job runs once"
-        evaluation, soft_prompt = job.work
+        assert job.evaluation is not None, "a job is prepared before it runs"
+        assert job.preparation is not None, "a job runs once"
+        evaluation, (_, soft_prompt) = job.evaluation, job.preparation.versions[0]
+        self._check_key(job)
         job.state, job.started_at = State.RUNNING, _now()
 
         def count() -> None:
             job.done += 1
+            self._check_key(job)
 
-        settings = self._settings
-        in_flight = settings.max_sequences + settings.max_queue
-        at_once = rows_at_once(
-            evaluation.questions.choices_per_row - 1, in_flight, settings.max_per_task, settings.max_per_key
-        )
+        at_once = rows_at_once(evaluation.questions.choices_per_row - 1, *limits_of(self._settings))
         job.report = await run_beside(self._worker, evaluation, self._threads, at_once, count, job.key_id)
         job.card = render_card(job.report, soft_prompt, job.command)
         self._end(job, State.DONE)
 
+    def _check_key(self, job: EvaluationJob) -> None:
+        """Refuse to go on for a key that may not ask for this any more."""
+        if self._keys is None or job.key_id is None:
+            return
+        if (why := self._keys.why_not(job.key_id, Scope.PUBLISH, [job.task])) is not None:
+            raise Forbidden(f"{why} It asked for this evaluation, so it has ended.")
+
     def _end(self, job: EvaluationJob, state: State, error: PreludeError | None = None) -> None:
         job.end(state, error)
+        job.prepared.set()
         self._tasks.pop(job.id, None)
         ended = [other for other in self._jobs.values() if other.has_ended]
         for old in ended[: max(0, len(ended) - MOST_KEPT)]:

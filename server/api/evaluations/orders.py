@@ -1,13 +1,10 @@
-"""From a body to an evaluation that is ready to run; its files came with it, or lie in PRELUDE_DATA_DIR."""
+"""From a body to an evaluation that can be prepared; its files came with it, or lie in PRELUDE_DATA_DIR."""
 
 from __future__ import annotations
 
 import shlex
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastapi import Request, UploadFile
@@ -16,31 +13,17 @@ from starlette.datastructures import UploadFile as FormFile
 
 from server.api.bodies import FORM, JSON, media_type, misfit
 from server.api.evaluations.bodies import FILES, Order
-from server.api.evaluations.jobs import EvaluationJob
+from server.api.evaluations.jobs import EvaluationJob, limits_of
+from server.api.evaluations.preparation import Preparation, find_sources
 from server.api.generation import find_soft_prompt
-from server.api.uploads import not_kept
-from server.data_dir import resolve_data
-from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
-from server.evaluation.contestants import TeacherText, Wanted
-from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
-from server.evaluation.evaluation import prepare
+from server.evaluation.beside import labels_at_once
+from server.evaluation.bounds import Bounds
+from server.evaluation.contestants import Wanted
 from server.executors import Executor
 from server.registry.registry import Registry
-from server.registry.views import Resolved
+from server.settings import Settings
 from server.soft_prompts.names import split_version
-from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import DataFile
-
-TRAINING = "train.jsonl"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data file: where it lies, and what the client calls it."""
-
-    path: Path
-    name: str
 
 
 @dataclass(frozen=True)
@@ -98,17 +81,16 @@ async def _read_json(request: Request) -> Any:
 
 async def make_job(
     body: Body,
-    worker: EngineWorker,
     registry: Registry,
     threads: Executor,
-    data_dir: Path | None,
+    settings: Settings,
     key_id: str | None,
 ) -> EvaluationJob:
-    """Find the soft prompts, read and check the data, put the evaluation together; nothing runs yet.
+    """Find the soft prompts and the files; what takes longer belongs to the evaluation itself.
 
     Raises:
         UnknownTask, InvalidTaskName, VersionUnavailable.
-        InvalidRequest, InvalidTrainingData, ConfigurationError: what `prepare` raises.
+        InvalidRequest: versions or baselines are not what they must be, or there is no such data file.
         StoreError: the server has no place for the files.
     """
     order = body.order
@@ -120,74 +102,14 @@ async def make_job(
             raise InvalidRequest(f"{order.task} names a version, and so does `compare`.", remedy=f"Name {task}.")
         version = order.compare[1]
         others.insert(0, order.compare[0])
-    resolved, soft_prompt = await find_soft_prompt(
-        registry, task if version is None else f"{task}@{version}", key_id or ""
-    )
-    numbers = [number for number in dict.fromkeys(others) if number != resolved.version]
+    subject = await find_soft_prompt(registry, task if version is None else f"{task}@{version}", key_id or "")
+    numbers = [number for number in dict.fromkeys(others) if number != subject[0].version]
     against = [await find_soft_prompt(registry, f"{task}@{number}", "") for number in numbers]
-
-    def prepared() -> EvaluationJob:
-        with _sources(body, data_dir) as sources:
-            data, shots = _read(order, sources, data_dir, wanted)
-        evaluation = prepare(
-            worker,
-            data,
-            _named(resolved, soft_prompt),
-            others=[_named(*one) for one in against],
-            wanted=wanted,
-            instruction=order.instruction,
-            shots=shots,
-            version=resolved.version,
-            teacher=None if order.teacher is None else TeacherText(order.teacher, bool(order.teacher_chat)),
-        )
-        return EvaluationJob.of(evaluation, soft_prompt, key_id, _command(order, data.name))
-
-    return await threads.run(prepared)
-
-
-def _named(resolved: Resolved, soft_prompt: SoftPrompt) -> tuple[str, SoftPrompt]:
-    return f"{resolved.task}@{resolved.version}", soft_prompt
-
-
-@contextmanager
-def _sources(body: Body, data_dir: Path | None) -> Iterator[dict[str, Source]]:
-    """Every file of an order, by its field; what was uploaded is gone afterwards."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="prelude-evaluation-") as folder:
-            found: dict[str, Source] = {}
-            for field, file in body.files.items():
-                path = Path(folder) / f"{field}.jsonl"
-                with path.open("wb") as target:
-                    while chunk := file.file.read(2**16):
-                        target.write(chunk)
-                found[field] = Source(path, PurePosixPath(file.filename or "").name[:100] or f"{field}.jsonl")
-            for field in FILES:
-                name = getattr(body.order, field)
-                if name is not None:
-                    found[field] = Source(resolve_data(name, data_dir), name)
-            yield found
-    except OSError as exc:
-        raise not_kept(exc) from exc
-
-
-def _read(
-    order: Order, sources: Mapping[str, Source], data_dir: Path | None, wanted: Wanted
-) -> tuple[EvaluationData, DataFile | None]:
-    """The rows, and the training data if examples are wanted: by default train.jsonl in the folder of a named file."""
-    source, references = sources["data"], sources.get("references")
-    data = read_evaluation_data(
-        source.path,
-        references=None if references is None else references.path,
-        references_name=None if references is None else references.name,
-        limit=order.limit,
-        name=source.name,
-        inside=data_dir if order.data is not None else source.path.parent,
-    )
-    shots = sources.get("shots")
-    if shots is None and wanted.shots and order.data is not None:
-        beside = str(PurePosixPath(order.data).with_name(TRAINING))
-        shots = Source(resolve_data(beside, data_dir), beside)
-    return data, None if shots is None or not wanted.shots else read_rows(shots.path, shots.name)
+    data_dir = settings.data_dir
+    sources = await threads.run(find_sources, order, body.files, data_dir)
+    bounds = Bounds(labels_at_once=labels_at_once(*limits_of(settings)))
+    preparation = Preparation(order, wanted, sources, data_dir, (subject, *against), bounds)
+    return EvaluationJob(preparation, key_id, _command(order, sources.files["data"].name))
 
 
 def _command(order: Order, data: str) -> str:

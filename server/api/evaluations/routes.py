@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
-from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, known_query
 from server.api.errors import error_body
 from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
 from server.api.evaluations.jobs import EvaluationJob, Evaluations
 from server.api.evaluations.orders import make_job, read_body
 from server.api.schemas import ErrorBody
-from server.errors import EvaluationNotDone, UnknownEvaluation
+from server.api.sse import unless_disconnected
+from server.errors import EvaluationNotDone, RequestAborted, UnknownEvaluation
 from server.keys.key import Scope
+
+REPLY_SECONDS = 1.0
+"""How long POST waits for an evaluation to be prepared: what is wrong with a small one is the reply."""
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such evaluation, or it was forgotten."},
@@ -49,7 +55,7 @@ async def _evaluations(request: Request) -> Evaluations:
 async def _job(request: Request, id: JobId) -> EvaluationJob:  # noqa: A002 (as the path says it)
     """The job that the path names, if the key is for its task: others' are not even there."""
     job = (await _evaluations(request)).get(id)
-    if not may_see(request, job.about.task):
+    if not may_see(request, job.task):
         raise UnknownEvaluation("There is no evaluation of that id.")
     return job
 
@@ -70,7 +76,6 @@ async def start_evaluation(
     request: Request,
     response: Response,
     evaluations: EvaluationsDep,
-    worker: WorkerDep,
     registry: RegistryDep,
     settings: SettingsDep,
     executors: ExecutorsDep,
@@ -78,25 +83,39 @@ async def start_evaluation(
 ) -> EvaluationBody:
     """Measure a task on a data file, beside live traffic; ask `GET /evaluations/{id}` how far it is.
 
-    The data is checked whole before the reply. One evaluation runs at a time, the others wait.
+    One evaluation is prepared at a time (its rows are read, checked and tokenised), and one runs; the others wait. What
+    is refused within a second is the reply; what is refused later is the evaluation's `error`.
     """
-    evaluations.check_room()
+    with evaluations.arriving():
+        try:
+            body = await read_body(request)
+            authorise(request, Scope.PUBLISH)  # again: the key must still be valid when a long upload is over
+            allow_task(request, body.order.task)
+            job = await make_job(body, registry, executors.evaluations, settings, key_id)
+        finally:
+            await request.close()  # the form's files
+        evaluations.add(job)
     try:
-        body = await read_body(request)
-        authorise(request, Scope.PUBLISH)  # again: the key must still be valid when a long upload is over
-        allow_task(request, body.order.task)
-        job = await make_job(body, worker, registry, executors.evaluations, settings.data_dir, key_id)
-    finally:
-        await request.close()  # the form's files
-    evaluations.add(job)
+        await unless_disconnected(request, _prepared(job))
+    except RequestAborted:  # nobody knows its id
+        await evaluations.cancel(job)
+        raise
+    if job.error is not None and job.evaluation is None and job.started_at is None:
+        evaluations.forget(job)
+        raise job.error
     response.headers["Location"] = f"/evaluations/{job.id}"
     return _shown(job)
+
+
+async def _prepared(job: EvaluationJob) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(job.prepared.wait(), REPLY_SECONDS)
 
 
 @router.get("", response_model=EvaluationList, response_model_exclude_none=True, responses={422: UNKNOWN[422]})
 async def list_evaluations(request: Request, evaluations: EvaluationsDep) -> EvaluationList:
     """All evaluations since the server's start, newest first, without results; of those that ended the last 100."""
-    jobs = [job for job in evaluations.all() if may_see(request, job.about.task)]
+    jobs = [job for job in evaluations.all() if may_see(request, job.task)]
     return EvaluationList(evaluations=[_shown(job, result=False) for job in jobs])
 
 
@@ -129,14 +148,13 @@ async def delete_evaluation(job: JobDep, evaluations: EvaluationsDep) -> None:
 
 
 def _shown(job: EvaluationJob, *, result: bool = True) -> EvaluationBody:
-    assert job.about.version is not None, "a server evaluates versions"
     return EvaluationBody(
         id=job.id,
         state=job.state,
-        task=job.about.task,
-        version=job.about.version,
-        data=job.about.data,
-        rows=job.about.rows,
+        task=job.task,
+        version=job.version,
+        data=job.data,
+        rows=job.rows,
         contestants=list(job.contestants),
         created_at=job.created_at,
         started_at=job.started_at,

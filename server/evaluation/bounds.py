@@ -1,0 +1,63 @@
+"""How much an evaluation beside live traffic may be: its memory, its time, its share of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.errors import InvalidTrainingData
+from server.evaluation.contestants import Contestant
+from server.evaluation.data import EvaluationData
+
+REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any number."
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of one evaluation.
+
+    Attributes:
+        rows: that are asked.
+        held: characters of rows and references, which are in memory until it ends.
+        read: characters that all contestants read; each is tokenised before anything runs.
+        cells: rows times labels, from which figures are resampled.
+        labels_at_once: labels that one request scores.
+    """
+
+    rows: int = 20_000
+    held: int = 32 * 2**20
+    read: int = 256 * 2**20
+    cells: int = 4_000_000
+    labels_at_once: int = 64
+
+    def check_rows(self, data: EvaluationData, num_labels: int) -> None:
+        """Refuse too many rows, or too much text in them.
+
+        Raises:
+            InvalidTrainingData: says how much it is, and how much may be.
+        """
+        rows = len(data.rows)
+        _refuse_over(data, f"{rows:,} rows", rows, self.rows)
+        _refuse_over(data, f"{rows:,} rows of {num_labels:,} labels", rows * num_labels, self.cells)
+        held = _characters(data) + sum(len(text) for several in data.references for text in several)
+        _refuse_over(data, f"{held:,} characters of rows and references", held, self.held)
+
+    def check_reading(self, data: EvaluationData, contestants: Sequence[Contestant]) -> None:
+        """Refuse what takes too long to tokenise.
+
+        Raises:
+            InvalidTrainingData: says how much it is, and how much may be.
+        """
+        own = _characters(data)
+        around = sum(len(one.preamble) + len(one.template.input_template or "") for one in contestants)
+        read = len(contestants) * own + len(data.rows) * around
+        _refuse_over(data, f"{read:,} characters to read, instructions and examples included,", read, self.read)
+
+
+def _characters(data: EvaluationData) -> int:
+    return sum(len(row.input) + len(row.target) for row in data.rows)
+
+
+def _refuse_over(data: EvaluationData, what: str, amount: int, most: int) -> None:
+    if amount > most:
+        raise InvalidTrainingData(f"{data.name}: {what} are more than the server's {most:,}.", remedy=REMEDY)

@@ -80,6 +80,17 @@ class FinishReason(StrEnum):
 COLDEST = 1e-5
 
 
+class ChatEnd(StrEnum):
+    """Where the text that the model reads of a chat ends."""
+
+    ANSWER = "answer"
+    """Where the model's own message begins."""
+    CONTINUE = "continue"
+    """Within the last message, which the model continues."""
+    TURN = "turn"
+    """After the last message."""
+
+
 class GrammarKind(StrEnum):
     """How the source of a grammar is to be read."""
 
@@ -175,6 +186,8 @@ class GenerationRequest:
     n: int = 1
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
+    input_top_logprobs: int = 0
+    """With `input_logprobs`: also those of so many of the most likely tokens in each place."""
     continues_text: bool = True
     """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
     is_background: bool = False
@@ -205,6 +218,8 @@ class Scored:
     """None for the first token of all, before which there is nothing that has an id."""
     top: tuple[Candidate, ...] = ()
     """The most likely tokens in its place."""
+    rank: int | None = None
+    """How many tokens were as likely or likelier, itself included; known of the input's tokens only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from server.core import TemplatedText
+from server.core import ChatEnd, TemplatedText
 from server.engine.special_tokens import InputEncoder
 from server.errors import InvalidRequest
 
@@ -27,8 +27,9 @@ def render_chat(
     messages: Sequence[Mapping[str, str]],
     encoder: InputEncoder | None = None,
     max_characters: int = 2**16,
+    end: ChatEnd = ChatEnd.ANSWER,
 ) -> TemplatedText:
-    """A conversation as the model was trained to read it, up to where its own answer begins.
+    """A conversation as the model was trained to read it, up to where its own answer begins or as `end` says.
 
     A template writes the BOS that the model needs, so the text is to be tokenised without adding one.
 
@@ -37,6 +38,7 @@ def render_chat(
         messages: each with `role` and `content`, maybe `name`.
         encoder: finds control tokens, to tell the template's from the messages'; None counts all as the template's.
         max_characters: a longer text is not looked through for them.
+        end: where the text ends.
 
     Raises:
         InvalidRequest: the model has no chat template, its template is broken, or it refuses these messages.
@@ -46,13 +48,13 @@ def render_chat(
             "This model has no chat template.",
             remedy="Use /v1/completions or /generate, or ask a task whose input_template takes one message.",
         )
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, end)
     if encoder is None:
         return TemplatedText(text)
     name = f"{secrets.randbelow(10**32):032d}"
     written = [message[field] for message in messages for field in MESSAGE_FIELDS if message.get(field)]
     try:
-        skeleton = _render(tokenizer, _named(messages, name))
+        skeleton = _render(tokenizer, _named(messages, name), end)
     except InvalidRequest:
         if any(encoder.control_ids(content) for content in written):
             raise InvalidRequest(
@@ -70,10 +72,15 @@ def render_chat(
     return TemplatedText(text) if same else expected
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], end: ChatEnd) -> str:
     conversation = [dict(message) for message in messages]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=end is ChatEnd.ANSWER,
+            continue_final_message=end is ChatEnd.CONTINUE,
+        )
     except TemplateSyntaxError as exc:
         raise InvalidRequest(
             f"The model's chat template is broken: {str(exc)[:200]}.",

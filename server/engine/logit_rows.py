@@ -11,7 +11,7 @@ from server.core import Scored
 from server.engine.distribution import on_device
 from server.engine.layout import Span
 from server.engine.operators import at_least_float32
-from server.engine.sampler import ROWS_AT_ONCE, report_tokens
+from server.engine.sampler import ROWS_AT_ONCE, report_ranks, report_tokens
 from server.engine.sequence import Sequence
 
 Batch = list[tuple[Sequence, Span]]
@@ -78,8 +78,10 @@ class LogitRows:
                 stop = min(start + ROWS_AT_ONCE, count)
                 targets = sequence.targets[target + start : target + stop]
                 rows = at_least_float32(logits[first + start : first + stop])
-                top = [sequence.sampling.top_logprobs] * len(targets)
-                reports = report_tokens(rows, on_device(logits.device, targets), top)
+                ids = on_device(logits.device, targets)
+                reports = report_tokens(rows, ids, [sequence.request.input_top_logprobs] * len(targets))
+                ranks = [None] * len(targets) if sequence.label_ids else report_ranks(rows, ids)
                 sequence.scored += [
-                    Scored(token_id, *report) for token_id, report in zip(targets, reports, strict=True)
+                    Scored(token_id, *report, rank)
+                    for token_id, report, rank in zip(targets, reports, ranks, strict=True)
                 ]

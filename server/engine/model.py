@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from server.core import ModelSpec, TemplatedText
+from server.core import ChatEnd, ModelSpec, TemplatedText
 from server.engine.attention import ATTENTION_NAME, Layout, register_attention
 from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
@@ -178,13 +178,14 @@ class FrozenModel:
             self.check_tokens(ids)
         return ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> TemplatedText:
-        """A conversation as the model reads it, with BOS where it needs one.
+    def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
+        """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        return render_chat(self.tokenizer, messages, self._encoder, self.spec.max_model_len * self.longest_token)
+        most = self.spec.max_model_len * self.longest_token
+        return render_chat(self.tokenizer, messages, self._encoder, most, end)
 
     def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
         """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.

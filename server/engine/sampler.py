@@ -132,3 +132,14 @@ def report_tokens(
         (value, tuple(map(Candidate, row_ids[:count], row_logprobs[:count])))
         for value, row_ids, row_logprobs, count in zip(values, ids, logprobs, num_top, strict=True)
     ]
+
+
+def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+    """How many tokens of each row are as likely as the given one, or likelier; that one counts itself.
+
+    Args:
+        logits: `[rows, vocab_size]`.
+        tokens: `[rows]`, one token id of each row.
+    """
+    ranks: list[int] = (logits >= logits.gather(1, tokens[:, None])).sum(dim=-1).tolist()
+    return ranks

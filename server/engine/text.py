@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from server.core import TemplatedText
+from server.core import ChatEnd, TemplatedText
 
 if TYPE_CHECKING:
     import torch
@@ -156,13 +156,13 @@ class ModelText:
         """Whether a token is none of the text."""
         return token_id in self._model.texts.special_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> TemplatedText:
-        """A conversation as the model reads it, with BOS where it needs one.
+    def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
+        """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        return self._model.render_chat(messages)
+        return self._model.render_chat(messages, end)
 
 
 def _kinds_of(decoder: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from server.core import TemplatedText
+from server.core import ChatEnd, TemplatedText
 from server.engine.chat import render_chat
 from server.engine.special_tokens import InputEncoder
 from server.errors import InvalidRequest
@@ -37,6 +37,33 @@ def test_a_chat_is_rendered_up_to_where_the_answer_begins_with_one_bos() -> None
     bos = tokenizer.bos_token_id
     assert tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids.count(bos) == 1
     assert tokenizer.backend_tokenizer.encode(text).ids.count(bos) == 2, "the test would not see a second one"
+
+
+TURNS = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content CHANGED }}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+PREFILLED = [*HELLO, {"role": "assistant", "content": "It is <e> "}]
+
+
+@pytest.mark.parametrize("change", ["", "| trim"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_chat_ends_before_an_answer_within_the_last_message_or_after_it(change: str, strict: bool) -> None:
+    tokenizer = chat_tokenizer(TURNS.replace("CHANGED", change), ("<s>", "<e>"))
+    encoder = InputEncoder(tokenizer.backend_tokenizer) if strict else None
+    said = "It is <e>" if change else "It is <e> "
+    before = "<s>user\nhello<e>\n<s>assistant\n"
+    rendered = {end: render_chat(tokenizer, PREFILLED, encoder, end=end) for end in ChatEnd}
+    assert rendered[ChatEnd.CONTINUE].text == before + said
+    assert rendered[ChatEnd.TURN].text == f"{before}{said}<e>\n"
+    assert rendered[ChatEnd.ANSWER].text == f"{before}{said}<e>\n<s>assistant\n"
+    assert render_chat(tokenizer, HELLO, encoder, end=ChatEnd.CONTINUE).text == "<s>user\nhello"
+
+
+def test_a_message_that_the_template_leaves_out_cannot_be_continued() -> None:
+    tokenizer = chat_tokenizer("{{ messages[0].content }}")
+    with pytest.raises(InvalidRequest, match="continue_final_message"):
+        render_chat(tokenizer, PREFILLED, end=ChatEnd.CONTINUE)
 
 
 def test_a_model_without_a_chat_template_says_so() -> None:

@@ -12,14 +12,14 @@ from server.api.auth import Generates, GuardedRoute
 from server.api.choices import Choice, collect, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.openai.completions import ERRORS
-from server.api.openai.logprobs import chat_logprobs
+from server.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.api.openai.messages import chat_text
 from server.api.openai.replies import ChatReply, usage_of
 from server.api.openai.schemas import ChatBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.core import Delta, Token
+from server.core import ChatEnd, Delta, Token
 from server.engine.worker import EngineWorker
 
 router = APIRouter(
@@ -69,10 +69,10 @@ class _Form:
 async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
     """Answer the last message of a conversation; with `stream: true` as server-sent events."""
     target = await find_target(request, worker, registry, body, "chatcmpl")
-    read = chat_text(worker, target.manifest, body.messages)
+    read = chat_text(worker, target.manifest, body.messages, body.end)
     inputs = await encode_all(worker, [read.text], add_special_tokens=read.add_special_tokens)
     n = body.n or 1
-    (prepared,) = prepare_all(worker, target, inputs, body, choices=n)
+    (prepared,) = prepare_all(worker, target, inputs, body, choices=n, continues_text=body.end is ChatEnd.CONTINUE)
     headers = prepared.headers(worker) | read.headers
     form = _Form(worker, body)
     running = start_all(request, worker, [prepared])
@@ -88,5 +88,6 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
         **target.head("chat.completion", worker),
         "choices": [form.choice(choice) for choice in ended],
         "usage": usage_of([ended]),
+        **prompt_logprobs(worker.text, ended[0].scored, body.prompt_logprobs),
     }
     return JSONResponse(reply, headers=headers)

@@ -14,7 +14,7 @@ from server.api.choices import Choice, collect_all, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.generation import place_of, placed
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
-from server.api.openai.logprobs import completion_logprobs, text_offsets
+from server.api.openai.logprobs import completion_logprobs, prompt_logprobs, text_offsets
 from server.api.openai.replies import CompletionReply, usage_of
 from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
@@ -57,6 +57,7 @@ class _Form:
             "text": self.texts[number] + choice.text,
             "logprobs": self._logprobs(number, _given(choices), choice.tokens),
             "finish_reason": FINISH_REASONS[choice.finish_reason],
+            **prompt_logprobs(self.worker.text, _given(choices), self.body.prompt_logprobs),
         }
 
     def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
@@ -97,8 +98,10 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     """Continue texts; with `stream: true` as server-sent events."""
     target = await find_target(request, worker, registry, body, "cmpl")
     texts, inputs = await _inputs(worker, body)
-    scores = (bool(body.echo) and body.logprobs is not None) or body.max_tokens == 0
-    prepared = prepare_all(worker, target, inputs, body, choices=body.generated, input_logprobs=scores)
+    echoed = body.logprobs if body.echo else None
+    if echoed is None and body.max_tokens == 0:
+        echoed = 0  # there is nothing else to compute
+    prepared = prepare_all(worker, target, inputs, body, choices=body.generated, echoed_logprobs=echoed)
     headers = prepared[0].headers(worker)
     head = target.head("text_completion", worker)
     form = _Form(worker, body, texts)

@@ -46,6 +46,16 @@ def chat_logprobs(words: ModelText, tokens: Sequence[Token], top: int) -> dict[s
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(words: ModelText, given: Sequence[Scored], top: int | None) -> dict[str, Any]:
+    """vLLM's `prompt_logprobs`, a field with an object for each input token; no field if `top` is None.
+
+    The first token's object is null. The others hold the token itself and `top` of the most likely ones, by their ids.
+    """
+    if top is None:
+        return {}
+    return {"prompt_logprobs": [None if token.logprob is None else _by_id(words, token, top) for token in given]}
+
+
 def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
     """Where in a text tokens begin that it was made into, in characters.
 
@@ -77,6 +87,19 @@ def _by_text(words: ModelText, token: Token | Scored, top: int) -> dict[str, flo
     for candidate in (*token.top[:top], Candidate(token.id, token.logprob)):
         found.setdefault(words.token_text(candidate.id), _finite(candidate.logprob))
     return found
+
+
+def _by_id(words: ModelText, token: Scored, top: int) -> dict[str, Any]:
+    assert token.logprob is not None, "it has something before it"
+    ranked = [(candidate, rank) for rank, candidate in enumerate(token.top[:top], 1)]
+    return {
+        str(candidate.id): {
+            "logprob": _finite(candidate.logprob),
+            "rank": rank,
+            "decoded_token": words.token_text(candidate.id),
+        }
+        for candidate, rank in [*ranked, (Candidate(token.id, token.logprob), token.rank)]
+    }
 
 
 def _entry(words: ModelText, token_id: int, logprob: float | None) -> dict[str, Any]:

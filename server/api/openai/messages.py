@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from server.api.openai.fields import NoList, NotOffered
 from server.api.schemas import Text
-from server.core import TemplatedText
+from server.core import ChatEnd, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest
@@ -87,18 +87,22 @@ class ChatText:
     headers: dict[str, str]
 
 
-def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Message]) -> ChatText:
-    """The text that a chat comes to.
+def chat_text(
+    worker: EngineWorker, manifest: Manifest, messages: Sequence[Message], end: ChatEnd = ChatEnd.ANSWER
+) -> ChatText:
+    """The text that a chat comes to, up to its `end`.
 
     A task that brings an `input_template` was trained on single inputs in it, so it takes one message of the user and
     no other template; elsewhere the model's own chat template is used. The manifest's `system_message` says what
     becomes of system messages.
 
     Raises:
-        InvalidRequest: the task takes one message, or no system message; or the model has no template, or it refuses
-            these messages.
-        EmptyInput: the one message is empty.
+        InvalidRequest: the task takes one message, or no system message, or has no chat to end elsewhere; or the model
+            has no template, or it refuses these messages.
+        EmptyInput: the one message is empty, or the one to be continued.
     """
+    if end is not ChatEnd.ANSWER:
+        _check_end(end, messages, manifest)
     # developer is OpenAI's newer name for what templates call system.
     roles = ["system" if message.role == "developer" else message.role for message in messages]
     system = [m.content for role, m in zip(roles, messages, strict=True) if role == "system" and m.content]
@@ -115,7 +119,7 @@ def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Messa
         kept = [turn for turn in turns if not ignored or turn["role"] != "system"]
         if not kept:
             raise _without_a_user("This task ignores system messages, and there is no other.")
-        return ChatText(worker.text.render_chat(kept), False, headers)
+        return ChatText(worker.text.render_chat(kept, end), False, headers)
     others = [message for role, message in zip(roles, messages, strict=True) if role != "system"]
     if [message.role for message in others] != ["user"]:
         raise _without_a_user(
@@ -125,6 +129,32 @@ def chat_text(worker: EngineWorker, manifest: Manifest, messages: Sequence[Messa
     if not others[0].content:
         raise EmptyInput("The message is empty.", remedy="Send at least one character.", param="messages")
     return ChatText(manifest.render(others[0].content, "\n\n".join(system)), True, headers)
+
+
+def _check_end(end: ChatEnd, messages: Sequence[Message], manifest: Manifest) -> None:
+    """Refuse a chat that cannot end there."""
+    if manifest.input_template is not None:
+        raise InvalidRequest(
+            "This task has an input_template, which takes one message of the user. It has no message to continue, and "
+            "no start of an answer to leave out.",
+            remedy="Leave out continue_final_message and add_generation_prompt, or ask a task without input_template.",
+            param="continue_final_message" if end is ChatEnd.CONTINUE else "add_generation_prompt",
+        )
+    if end is not ChatEnd.CONTINUE:
+        return
+    last = messages[-1]
+    if not last.content.strip():
+        raise EmptyInput(
+            "The last message is empty, so there is nothing to continue.",
+            remedy="Send the beginning of an answer in it, or leave out continue_final_message.",
+            param="messages",
+        )
+    if last.role in ("system", "developer") and manifest.on_system_message == "ignore":
+        raise InvalidRequest(
+            "This task ignores system messages, and the message to be continued is one.",
+            remedy="End the messages with one of the assistant.",
+            param="messages",
+        )
 
 
 def _turn(role: str, message: Message) -> dict[str, str]:

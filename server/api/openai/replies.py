@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -36,6 +36,20 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = Field(description="Where in the text a token begins, in characters.")
 
 
+class PromptToken(BaseModel):
+    """A token in a place of the input."""
+
+    logprob: float
+    rank: int = Field(description="How many tokens were as likely or likelier, itself included.")
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptToken] | None] | None,
+    Field(description="With prompt_logprobs: of each input token but the first, tokens in its place by their ids."),
+]
+
+
 class CompletionChoice(BaseModel):
     """One text."""
 
@@ -43,6 +57,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: ReasonToFinish
+    prompt_logprobs: PromptLogprobs = None
 
 
 class _Reply(BaseModel):
@@ -103,6 +118,7 @@ class ChatReply(_Reply):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs = None
 
 
 def usage_of(requests: Sequence[Sequence[Choice]]) -> dict[str, Any]:

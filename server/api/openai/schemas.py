@@ -37,6 +37,7 @@ from server.api.openai.fields import (
 from server.api.openai.messages import Message
 from server.api.openai.response_format import ResponseFormat
 from server.api.schemas import RequestBody, Text
+from server.core import ChatEnd
 
 MAX_CHOICES = 128
 """Most choices of one request: inputs times what is asked of each."""
@@ -103,6 +104,9 @@ class SamplingBody(_Body):
     skip_special_tokens: bool | None = Field(None, description="False writes special tokens by their names.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What the text must match.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Log-probabilities of the input's tokens, and so many of the most likely there."
+    )
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
     metadata: dict[str, str] | None = Field(None, description="Has no effect.")
@@ -118,6 +122,13 @@ class SamplingBody(_Body):
     def _need_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
             raise ValueError("only for a stream; set stream to true")
+        return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _are_not_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise ValueError("cannot be streamed; set stream to false")
         return value
 
     @property
@@ -238,6 +249,12 @@ class ChatBody(SamplingBody):
         None, ge=1, description="Most tokens to generate. Default: the task's own, else 128."
     )
     max_tokens: int | None = Field(None, ge=1, description="The same, by its older name.")
+    add_generation_prompt: bool | None = Field(
+        None, description="False ends what the model reads after the last message, without the start of an answer."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message instead of answering it; excludes add_generation_prompt."
+    )
     logprobs: bool | None = Field(None, description="Answer the log-probability of every token.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Also so many of the most likely in its place.")
     response_format: ResponseFormat | None = Field(None, description="What the answer must match.")
@@ -259,6 +276,13 @@ class ChatBody(SamplingBody):
     def _is_the_same(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("max_completion_tokens") not in (None, value):
             raise ValueError("is the same as max_completion_tokens, and differs from it; send one of them")
+        return value
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _is_the_only_end(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("add_generation_prompt"):
+            raise ValueError("excludes add_generation_prompt; send one of them")
         return value
 
     @field_validator("top_logprobs")
@@ -284,6 +308,13 @@ class ChatBody(SamplingBody):
     def new_tokens_field(self) -> str:
         """What says so, or would."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def end(self) -> ChatEnd:
+        """Where what the model reads ends."""
+        if self.continue_final_message:
+            return ChatEnd.CONTINUE
+        return ChatEnd.TURN if self.add_generation_prompt is False else ChatEnd.ANSWER
 
     @property
     def wants_logprobs(self) -> bool:

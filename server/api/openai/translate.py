@@ -122,7 +122,8 @@ def prepare_all(
     body: CompletionBody | ChatBody,
     *,
     choices: int = 1,
-    input_logprobs: bool = False,
+    echoed_logprobs: int | None = None,
+    continues_text: bool = False,
 ) -> list[Prepared]:
     """The engine's requests, one for each input.
 
@@ -132,7 +133,8 @@ def prepare_all(
         inputs: token ids.
         body: what is asked.
         choices: texts to generate for each input.
-        input_logprobs: report the log-probabilities of the input too.
+        echoed_logprobs: report the log-probabilities of the input too, and so many of the most likely in each place.
+        continues_text: what is generated continues the input, also of a task.
 
     Raises:
         InvalidRequest: the request is too large, contradicts itself, or names tokens that there are not.
@@ -153,6 +155,7 @@ def prepare_all(
         fields["temperature"] = 1.0
     if (grammar := _grammar(body)) is not None:
         fields["grammar"] = grammar
+    wanted = max((top for top in (echoed_logprobs, body.prompt_logprobs) if top is not None), default=None)
     virtual = 0 if target.soft_prompt is None else target.soft_prompt.num_virtual_tokens
     task = None if target.resolved is None else target.resolved.task
     prepared = []
@@ -170,8 +173,9 @@ def prepare_all(
             task,
             target.key_id,
             n=choices,
-            input_logprobs=input_logprobs,
-            continues_text=target.soft_prompt is None,
+            input_logprobs=wanted is not None,
+            input_top_logprobs=wanted or 0,
+            continues_text=continues_text or target.soft_prompt is None,
         )
         prepared.append(Prepared(request, target.resolved, target.soft_prompt, place))
     return prepared

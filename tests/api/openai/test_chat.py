@@ -317,3 +317,83 @@ def test_an_end_token_ends_the_answer(chatty: LiveServer) -> None:
         {"role": "assistant", "content": ""},
         {},
     ]
+
+
+PREFILLED: list[Body] = [*user("hello"), {"role": "assistant", "content": "well, "}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "rendered"),
+    [
+        ({"continue_final_message": True}, "<user>hello\n<assistant>well, "),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<user>hello\n<assistant>well, "),
+        ({"continue_final_message": False, "add_generation_prompt": True}, "<user>hello\n<assistant>well, \n<start>"),
+        ({"add_generation_prompt": False}, "<user>hello\n<assistant>well, \n"),
+    ],
+)
+def test_the_last_message_is_continued_or_answered_as_the_request_says(
+    own_server: LiveServer, tiny: FrozenModel, fields: Body, rendered: str
+) -> None:
+    own_server.model.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>{% endif %}"
+    )
+    expected = engine_answer(tiny, None, rendered, max_new_tokens=12).text
+    assert texts(ask(own_server, CHAT, messages=PREFILLED, max_tokens=12, **fields)) == [expected]
+    assert joined(stream(own_server, CHAT, messages=PREFILLED, max_tokens=12, **fields)) == {0: expected}
+
+
+def test_a_message_is_not_continued_where_there_is_none_to_continue(chatty: LiveServer) -> None:
+    both: Body = {"continue_final_message": True, "add_generation_prompt": True}
+    assert_openai_error(post(chatty, CHAT, **both), 400, "invalid_request", "excludes add_generation_prompt")
+    for content in ("", " \n"):
+        messages = [*user("hello"), {"role": "assistant", "content": content}]
+        assert_openai_error(post(chatty, CHAT, messages=messages, continue_final_message=True), 400, "empty_input")
+    chatty.publish_random("chat-templated", 9, {"input_template": "{input}!"})
+    for field, value in (("continue_final_message", True), ("add_generation_prompt", False)):
+        error = assert_openai_error(
+            post(chatty, CHAT, model="chat-templated", **{field: value}), 400, "invalid_request", "input_template"
+        )
+        assert error["param"] == field
+    assert texts(ask(chatty, CHAT, model="chat-templated", add_generation_prompt=True, max_tokens=1))
+
+
+def test_the_log_probabilities_of_a_chats_input_are_told_by_token(chatty: LiveServer) -> None:
+    chatty.publish_random("chat-scored", 8)
+    words = chatty.worker.text
+    for model in (FROZEN, "chat-scored"):
+        body: Body = {"model": model, "max_tokens": 2}
+        told = ask(chatty, CHAT, prompt_logprobs=3, **body)["prompt_logprobs"]
+        echoed = ask(chatty, model=model, prompt=RENDERED, echo=True, logprobs=3, max_tokens=0)["choices"][0][
+            "logprobs"
+        ]
+        assert told[0] is None
+        assert len(told) == len(words.encode(RENDERED)) == len(echoed["token_logprobs"])
+        for token_id, places, logprob in zip(words.encode(RENDERED), told, echoed["token_logprobs"], strict=True):
+            if places is None:
+                continue
+            own = places[str(token_id)]
+            assert (own["logprob"], own["decoded_token"]) == (logprob, words.token_text(token_id))
+            ranked = sorted(places.values(), key=lambda place: place["rank"])
+            assert [place["rank"] for place in ranked[:3]] == [1, 2, 3]
+            assert [place["logprob"] for place in ranked] == sorted((p["logprob"] for p in ranked), reverse=True)
+            assert len(places) in (3, 4)
+        only = ask(chatty, CHAT, prompt_logprobs=0, **body)["prompt_logprobs"]
+        assert only == [
+            None if places is None else {str(token_id): places[str(token_id)]}
+            for token_id, places in zip(words.encode(RENDERED), told, strict=True)
+        ]
+        [choice] = ask(chatty, prompt=RENDERED, prompt_logprobs=3, **body)["choices"]
+        assert choice["prompt_logprobs"] == told
+        assert choice["logprobs"] is None
+    assert "prompt_logprobs" not in ask(chatty, CHAT, max_tokens=1)
+    both = ask(chatty, prompt=RENDERED, prompt_logprobs=1, echo=True, logprobs=2, max_tokens=0)["choices"][0]
+    assert all(len(places) <= 2 for places in both["prompt_logprobs"][1:])
+    assert any(len(top) == 3 for top in both["logprobs"]["top_logprobs"][1:])
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_log_probabilities_of_an_input_are_bounded_and_not_streamed(chatty: LiveServer, path: str) -> None:
+    for value in (-1, 21, "1"):
+        assert_openai_error(post(chatty, path, prompt_logprobs=value), 400, "invalid_request", "prompt_logprobs")
+    assert_openai_error(post(chatty, path, prompt_logprobs=1, stream=True), 400, "invalid_request", "stream")

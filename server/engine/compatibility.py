@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from server.engine.attention import AttentionRules, PackedRows
-from server.errors import UnsupportedModel
+from server.errors import ConfigurationError, UnsupportedModel
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -72,17 +72,24 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
 
     Raises:
         UnsupportedModel: the attention does not come through our function in every layer, in one shape.
+        ConfigurationError: what comes out is not finite.
     """
     kind = module.config.model_type
     probe = _AttentionProbe()
     try:
         embeddings = module.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device=module.device))
         position_ids = torch.arange(2, device=module.device).unsqueeze(0)
-        module(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, layout=probe)
+        output = module(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, layout=probe)
     except UnsupportedModel:
         raise
     except Exception as exc:
         raise UnsupportedModel(f"{kind} does not run with the engine's attention: {exc}.") from exc
+    if not bool(torch.isfinite(output.logits).all()):
+        raise ConfigurationError(
+            f"The model's output is not finite in {str(module.dtype).removeprefix('torch.')}: its weights hold NaN or "
+            "infinity, or exceed the range of that dtype.",
+            remedy="Set PRELUDE_DTYPE=float32; if that does not help, download the model again.",
+        )
     layers = module.config.get_text_config().num_hidden_layers
     if set(probe.shapes) != set(range(layers)):
         raise UnsupportedModel(

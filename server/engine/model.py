@@ -16,20 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.core import ChatEnd, ModelSpec, TemplatedText
-from server.engine.attention import ATTENTION_NAME, Layout, register_attention
+from server.engine import loading
+from server.engine.attention import Layout
 from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
-from server.engine.compatibility import pin_longrope, probe_attention, refuse_unsupported
+from server.engine.compatibility import pin_longrope, probe_attention
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
@@ -133,27 +127,15 @@ class FrozenModel:
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         log.info("loading %s in %s on %s", checkpoint.name, str(dtype).removeprefix("torch."), device)
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.location)
-            refuse_unsupported(config)
-            register_attention()
-            module = AutoModelForCausalLM.from_pretrained(
-                checkpoint.location, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME
+        module, tokenizer = loading.load(checkpoint.location, device, dtype)
+        with loading.as_sentence(f"The model {checkpoint.location} cannot be used"):
+            return cls(
+                module,
+                tokenizer,
+                name=checkpoint.name,
+                max_model_len=settings.max_model_len,
+                special_tokens_in_input=settings.special_tokens_in_input,
             )
-            module.to(device)  # type: ignore[arg-type]
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.location)
-        except (OSError, ValueError) as exc:
-            raise ConfigurationError(
-                f"The model {checkpoint.location} cannot be loaded: {exc}",
-                remedy="Let PRELUDE_MODEL name a causal language model: a hub id, a directory or a GGUF file.",
-            ) from exc
-        return cls(
-            module,
-            tokenizer,
-            name=checkpoint.name,
-            max_model_len=settings.max_model_len,
-            special_tokens_in_input=settings.special_tokens_in_input,
-        )
 
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.

@@ -1,0 +1,229 @@
+"""From a model's files to its modules and its tokenizer, or one sentence about what is wrong with them.
+
+The files are checked before transformers reads them: it makes up weights that are missing, leaves out settings that it
+cannot read, and asks on the terminal whether it may run code that lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from server.engine.attention import ATTENTION_NAME, register_attention
+from server.engine.compatibility import refuse_unsupported
+from server.errors import ConfigurationError, PreludeError
+
+log = logging.getLogger(__name__)
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+SETTINGS_FILES = (
+    *(CONFIG, "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", INDEX),
+)
+"""Files that hold one JSON object each, if they are there."""
+REMEDY = "Download or convert the model again, or let PRELUDE_MODEL name another one."
+SHOWN = 3
+MOST_CHARACTERS = 300
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
+
+
+def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer in a directory, or of a hub id.
+
+    Code that lies beside the weights is never run.
+
+    Raises:
+        ConfigurationError: something is missing, broken or does not fit together; (UnsupportedModel) or it cannot be
+            served.
+    """
+    directory = Path(location)
+    names: list[str] = []
+    if directory.is_dir():
+        names = check_files(directory)
+    else:
+        _check_hub_id(location)
+    with as_sentence(f"The model {location} cannot be loaded"):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        refuse_unsupported(config)
+    _check_layers(location, names, config)
+    register_attention()
+    with as_sentence(f"The weights of {location} cannot be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        module: PreTrainedModel = loaded[0]
+        module.to(device)  # type: ignore[arg-type]
+    refuse_missing(location, loaded[1])
+    with as_sentence(f"The tokenizer of {location} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
+    if is_empty:
+        raise ConfigurationError(f"The tokenizer of {location} knows no token of a text.", remedy=REMEDY)
+    return module, tokenizer
+
+
+@contextmanager
+def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one sentence, with the problem first.
+
+    Raises:
+        ConfigurationError: anything was raised that is not an error of ours already.
+    """
+    try:
+        yield
+    except PreludeError:
+        raise
+    except Exception as exc:  # the libraries that read models raise anything
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            remedy = "Make room on the disk."
+        raise ConfigurationError(f"{problem}: {_reason(exc)}.", remedy=remedy) from exc
+
+
+def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which weights are missing: transformers makes up random ones.
+
+    Raises:
+        ConfigurationError: names some of them.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigurationError(
+            f"The weights of {location} lack {len(missing)} that its configuration asks for: {_some(missing)}.",
+            remedy=REMEDY,
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        log.warning("%s holds %d weights that the model does not use: %s", location, len(unused), _some(unused))
+
+
+def check_files(directory: Path) -> list[str]:
+    """Refuse a directory whose files are missing, cut or unreadable, before any is loaded.
+
+    Returns:
+        The names of the weights, as far as they are in safetensors files.
+
+    Raises:
+        ConfigurationError: names the first such file.
+    """
+    with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
+        names = {path.name for path in directory.iterdir()}
+    if CONFIG not in names:
+        raise ConfigurationError(
+            f"{directory} holds no {CONFIG}, so it is not a model's directory.",
+            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
+        )
+    found = {name: _object_in(directory / name) for name in SETTINGS_FILES if name in names}
+    if not isinstance(found[CONFIG].get("model_type"), str):
+        raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
+    weights: dict[str, str] = {}
+    for shard in _shards(directory, names, found.get(INDEX)):
+        with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
+            weights |= _tensors_of(directory / shard)
+    # Masks and the like may be whole numbers.
+    whole = [name for name, kind in weights.items() if kind[0] in "IU" and name.endswith("weight")]
+    if whole and "quantization_config" not in found[CONFIG]:
+        raise ConfigurationError(
+            f"{directory} holds {len(whole)} weights as whole numbers, and {CONFIG} has no quantization_config: "
+            f"{_some(whole)}.",
+            remedy=REMEDY,
+        )
+    return list(weights)
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    with as_sentence(f"{path} is not valid JSON"):
+        value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object, not {type(value).__name__}.", remedy=REMEDY)
+    return value
+
+
+def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> list[str]:
+    """The safetensors files that the weights are in; none for a model in torch's own format."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    if index is None:
+        if not any(name.endswith((".bin", ".safetensors")) for name in names):
+            raise ConfigurationError(f"{directory} holds no weights ({WEIGHTS}, or {INDEX}).", remedy=REMEDY)
+        return []
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigurationError(f"{directory / INDEX} holds no weight_map from weights to files.", remedy=REMEDY)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        raise ConfigurationError(
+            f"{directory} lacks {len(missing)} of the {len(shards)} files that {INDEX} names: {_some(missing)}.",
+            remedy=REMEDY,
+        )
+    return shards
+
+
+def _tensors_of(path: Path) -> dict[str, str]:
+    """The dtype of each tensor by its name; the header is checked against the file's length."""
+    with safe_open(path, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+
+
+def _check_layers(location: str, names: Iterable[str], config: PretrainedConfig) -> None:
+    """Refuse more layers than there are weights for: they would all be made first, in memory and time without bound."""
+    numbers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    most = max(numbers) + 1 if numbers else layers
+    if not 1 <= layers <= most:
+        raise ConfigurationError(
+            f"{CONFIG} of {location} asks for {layers:,} layers; the weights hold {most:,}.", remedy=REMEDY
+        )
+
+
+def _check_hub_id(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as exc:
+        raise ConfigurationError(
+            f"PRELUDE_MODEL is {name[:200]!r}: no directory, no .gguf file, and not a hub id.",
+            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
+        ) from exc
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def _reason(exc: Exception) -> str:
+    """What an exception says, on one line, of a bounded length."""
+    text = " ".join(str(exc).split())
+    if isinstance(exc, LookupError | AssertionError) or not text:
+        text = f"{type(exc).__name__} {text}".strip()
+    if "ignore_mismatched_sizes" in text:
+        text = "their shapes are not those that config.json asks for"
+    if "weights_only" in text:
+        text = "its file is no plain tensors but a pickle, and what is in it is never run"
+    if "trust_remote_code" in text:
+        text = "it needs code of its own, which is never run here"
+    return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…").rstrip(".")

@@ -129,6 +129,7 @@ async def _answer(
             one = await prepare(
                 worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, place=place
             )
+        _refuse_equal_texts(one, parameters)
         prepared.append(one)
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     headers = _common(item.headers(worker) for item in prepared)
@@ -181,6 +182,15 @@ def _refuse_too_much(texts: int, parameters: GenerateParameters) -> None:
     raise InvalidRequest(
         f"{texts} inputs with {what} each are more than {most} answers.", remedy="Send several requests."
     )
+
+
+def _refuse_equal_texts(prepared: Prepared, parameters: GenerateParameters) -> None:
+    if (parameters.best_of or 1) > 1 and prepared.request.sampling.is_greedy:
+        raise InvalidRequest(
+            "parameters.best_of: without sampling all texts are the same, and none is the best.",
+            remedy="Set do_sample to true or a temperature above 0, or leave best_of out.",
+            param="best_of",
+        )
 
 
 def _refuse_to_stream(body: GenerateBody) -> None:

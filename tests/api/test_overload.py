@@ -47,7 +47,7 @@ def test_a_full_queue_refuses_with_429_and_says_when_to_come_back(tmp_path: Path
 
 def test_texts_of_a_list_and_choices_count_each(tmp_path: Path) -> None:
     with live_server(tmp_path, max_sequences=2, max_queue=3) as server, held(server, 1):
-        assert_error(server.generate("hello", best_of=5), 429, "overloaded")
+        assert_error(server.generate("hello", best_of=5, temperature=1.0), 429, "overloaded")
         assert_error(server.generate("hello", choices=["a", "b", "c", "d", "e"]), 429, "overloaded")
         many = server.client.post("/generate", json={"inputs": ["a", "b", "c", "d", "e"]})
         assert_error(many, 429, "overloaded")

@@ -584,6 +584,17 @@ def test_an_empty_list_of_stops_has_no_effect_on_choices_either(server: LiveServ
     assert server.generate(choices=["a", "b"], stop=[], details=False, top_n_tokens=0).status_code == 200
 
 
+@pytest.mark.parametrize("own", [{}, {"temperature": 0}, {"do_sample": False, "top_k": 5}, {"seed": 1}])
+def test_best_of_is_refused_without_sampling(server: LiveServer, own: dict[str, Any]) -> None:
+    error = assert_error(server.generate("hello", best_of=2, **own), 422, "invalid_request")
+    assert "do_sample" in error["remedy"]
+    assert server.generate("hello", best_of=1, **own).status_code == 200
+    for sampled in ({"do_sample": True}, {"temperature": 0.5}, {"top_p": 0.5}, {"do_sample": True, "seed": 1}):
+        assert server.generate("hello", best_of=2, max_new_tokens=2, **sampled).status_code == 200
+    server.publish_random("tgi-warm", 5, {"generation": {"temperature": 0.7}})
+    assert server.generate("hello", "tgi-warm", best_of=2, max_new_tokens=2).status_code == 200
+
+
 def test_best_of_answers_the_text_of_the_highest_mean_log_probability(server: LiveServer) -> None:
     reply = server.generate(
         "hello", best_of=5, temperature=1.5, seed=4, max_new_tokens=6, details=True, ignore_eos_token=True

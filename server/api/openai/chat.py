@@ -75,7 +75,7 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     (prepared,) = prepare_all(worker, target, inputs, body, choices=n, continues_text=body.end is ChatEnd.CONTINUE)
     headers = prepared.headers(worker) | read.headers
     form = _Form(worker, body)
-    running = start_all(request, worker, [prepared])
+    running = start_all(request, worker, [prepared], n)
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.

@@ -105,7 +105,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     headers = prepared[0].headers(worker)
     head = target.head("text_completion", worker)
     form = _Form(worker, body, texts)
-    running = start_all(request, worker, prepared)
+    running = start_all(request, worker, prepared, body.generated)
     if body.stream:
         deltas = merge(running)
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.

@@ -8,7 +8,8 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -172,7 +173,7 @@ def prepare_all(
             params,
             task,
             target.key_id,
-            n=choices,
+            n=1 if params.is_greedy else choices,
             input_logprobs=wanted is not None,
             input_top_logprobs=wanted or 0,
             continues_text=continues_text or target.soft_prompt is None,
@@ -181,9 +182,21 @@ def prepare_all(
     return prepared
 
 
-def start_all(request: Request, worker: EngineWorker, prepared: Sequence[Prepared]) -> list[AsyncGenerator[Delta]]:
-    """Their deltas; each request begins when its first one is asked for."""
-    return [watched(request, worker, one) for one in prepared]
+def start_all(
+    request: Request, worker: EngineWorker, prepared: Sequence[Prepared], choices: int
+) -> list[AsyncGenerator[Delta]]:
+    """Their deltas, of so many choices each; each request begins when its first one is asked for."""
+    running = [(one, watched(request, worker, one)) for one in prepared]
+    return [deltas if one.request.n == choices else _repeated(deltas, choices) for one, deltas in running]
+
+
+async def _repeated(deltas: AsyncGenerator[Delta], choices: int) -> AsyncGenerator[Delta]:
+    """The deltas of a greedy text as those of several choices: they are all the same, so it is computed once."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            for index in range(choices):
+                is_last = delta.is_last and index == choices - 1
+                yield replace(delta, index=index, is_last=is_last, scored=() if index else delta.scored)
 
 
 def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:

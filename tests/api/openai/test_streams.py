@@ -39,6 +39,23 @@ def test_a_failure_after_the_first_token_is_the_last_event_and_not_a_silent_end(
     assert joined(stream(own_server, max_tokens=20, **body)) == expected
 
 
+def test_texts_that_must_be_the_same_are_computed_once(own_server: LiveServer) -> None:
+    body: Body = {"prompt": "hello", "n": 3, "temperature": 0, "max_tokens": 4}
+    [alone] = texts(ask(own_server, prompt="hello", max_tokens=4))
+    reply = ask(own_server, **body, logprobs=1, echo=True)
+    assert texts(reply) == [f"hello{alone}"] * 3
+    assert reply["usage"]["completion_tokens"] == 12
+    assert len({str(choice["logprobs"]) for choice in reply["choices"]}) == 1
+    own_server.model.allow(2)
+    with own_server.client.stream("POST", COMPLETIONS, json={"model": FROZEN, "stream": True, **body}) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert json.loads(next(lines).removeprefix("data: "))["choices"]
+        assert len(own_server.engine.kv_cache.allocator.used) == 1
+        own_server.model.allow(None)
+        assert len(list(lines)) == 3 * 4 - 1 + 1  # chunks, and the end
+    assert joined(stream(own_server, **body)) == dict.fromkeys(range(3), alone)
+
+
 def test_a_failure_before_the_first_token_is_a_500(own_server: LiveServer) -> None:
     for streamed in (True, False):
         own_server.model.fail_after = 0

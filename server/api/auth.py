@@ -16,6 +16,7 @@ from fastapi.params import Security as SecurityParameter
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer, SecurityScopes
 
+from server.api.bodies import BoundedRequest
 from server.api.deadline import in_time
 from server.api.openai.errors import MODELS, is_openai
 from server.api.schemas import ErrorBody
@@ -53,7 +54,7 @@ Scrapes = Security(_check, scopes=[Scope.METRICS])
 
 
 class GuardedRoute(APIRoute):
-    """Asks for the key before FastAPI reads the body.
+    """Asks for the key before FastAPI reads the body, and has it read within bounds.
 
     FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. They ask
     again, so the key must still be valid when a long upload is over.
@@ -65,7 +66,7 @@ class GuardedRoute(APIRoute):
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, behind the key."""
+        """FastAPI's handler, after the key was found good."""
         handle = super().get_route_handler()
         guards = [item for item in self.dependencies if isinstance(item, SecurityParameter)]
         assert guards, f"{self.path} does not say who may use it"
@@ -74,6 +75,7 @@ class GuardedRoute(APIRoute):
         async def handle_if_allowed(request: Request) -> Response:
             authorise(request, *scopes)
             with _discreet(request):
+                request = BoundedRequest(request.scope, request.receive)
                 if Scope.GENERATE not in scopes:
                     return await handle(request)
                 async with in_time(request):

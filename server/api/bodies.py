@@ -1,12 +1,26 @@
-"""What requests share that take JSON or a form: which of the two it is, and how a field that does not fit is told."""
+"""Reads the bodies of requests: JSON, or a form of fields and files. All routes read theirs here.
+
+What holds up the event loop or fills memory is refused before it is read: by a body's size (`limits.py`), the number of
+its values and names, the length of a name. That bounds the time of validation, and the errors that it can find.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from pydantic_core import from_json
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from server.api.forms import read_form
+from server.errors import InvalidRequest, PayloadTooLarge
 
 FORM, JSON = "multipart/form-data", "application/json"
 KINDS = ("bool", "int", "float", "str")
@@ -14,9 +28,231 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """Errors whose last name is one that a client has made up."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Of a JSON body, its texts and names not counted.
+
+    Attributes:
+        values: commas, colons and opening brackets, which are at least as many as its values.
+        containers: lists and objects.
+        names: of all objects together. An unknown one costs an error, some microseconds and a kilobyte.
+        wide_bytes: of a body with characters beyond U+FFFF: a text that holds one takes four bytes for each character.
+    """
+
+    values: int
+    containers: int
+    names: int
+    wide_bytes: int
+
+
+TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=2**21)
+"""For bodies that bring texts, token ids or a schema."""
+ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=2**19)
+"""For bodies that ask for a job."""
+
+MAX_NAME = 512
+"""Characters of a name."""
+MAX_DIGITS = 1000
+"""Of a number: to read a longer one takes time that grows with the square of its length."""
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_BELOW_FOUR_BYTES = bytes(range(0xF0))
+_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
+_RECURSION = "recursion limit"
+_SPLIT_IT = "Send the texts in several requests."
+
+
+class BoundedRequest(Request):
+    """A request whose body is read within bounds, by FastAPI too."""
+
+    async def json(self) -> Any:
+        """The body as JSON.
+
+        Raises:
+            HTTPException: (400) it is not even text, or its nesting or a number is out of all bounds.
+            InvalidRequest, PayloadTooLarge: it is not JSON, or has more of something than the server takes.
+        """
+        if not hasattr(self, "_json"):
+            self._json = parse_json(await self.body())
+        return self._json
+
+    async def body(self) -> bytes:
+        """The body's bytes, put together without a second copy."""
+        if not hasattr(self, "_body"):
+            whole = bytearray()
+            async for piece in self.stream():
+                whole += piece
+            self._body = cast(bytes, whole)
+        return self._body
+
+    async def form(self, **_: Any) -> FormData:  # type: ignore[override]  # ours is never a context manager
+        """The body as a form, read once; without fields if it is none.
+
+        Raises:
+            what `read_form` raises.
+        """
+        if self._form is None:
+            self._form = await read_form(self)
+        return self._form
+
+
+@dataclass(frozen=True)
+class Body:
+    """A body of one of the two kinds.
+
+    Attributes:
+        value: the JSON; of a form its fields that are no files.
+        files: of a form, by field.
+        is_json: which kind it is.
+    """
+
+    value: Any
+    files: Mapping[str, UploadFile]
+    is_json: bool
+
+
+async def read_body(request: Request, files: Sequence[str]) -> Body:
+    """JSON, or a form in which no field comes twice and only some are files. `request.close` closes these.
+
+    Args:
+        request: one whose body was not read yet.
+        files: fields that may be files.
+
+    Raises:
+        HTTPException, PayloadTooLarge: the body cannot be read.
+        InvalidRequest: it is neither of both, or not valid, or the form has a field that it may not have.
+    """
+    kind = media_type(request)
+    if kind == JSON:
+        return Body(parse_json(await request.body(), ORDERS), {}, True)
+    if kind != FORM:
+        raise InvalidRequest(
+            "The body is neither a multipart form nor JSON.",
+            remedy=f"Send application/json, or {FORM} with the files {', '.join(files)}.",
+        )
+    form = await request.form()
+    for name, value in form.multi_items():
+        if len(form.getlist(name)) > 1:
+            raise InvalidRequest(f"The form field {name[:80]!r} comes twice.", remedy="Send each field once.")
+        if isinstance(value, UploadFile) and name not in files:
+            raise InvalidRequest(f"The form field {name[:80]!r} is no file.", remedy=f"Files are {', '.join(files)}.")
+    return Body(
+        {name: value for name, value in form.items() if isinstance(value, str)},
+        {name: value for name, value in form.items() if isinstance(value, UploadFile)},
+        False,
+    )
+
+
 def media_type(request: Request) -> str:
     """The Content-Type without its parameters, in lower case; empty if there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def parse_json(body: bytes, bounds: Bounds = TEXTS) -> Any:
+    """A body's JSON, in time and memory that its size and the bounds limit.
+
+    Raises:
+        as `BoundedRequest.json`.
+    """
+    _check_json(body, bounds)
+    try:
+        value = from_json(body[3:] if body.startswith(b"\xef\xbb\xbf") else body, cache_strings="none")
+    except ValueError as exc:
+        raise _unreadable(body, str(exc)) from exc
+    _check_names(value)
+    return value
+
+
+def _check_json(body: bytes, bounds: Bounds) -> None:
+    """Refuse JSON that would take too long or too much memory to read, by what can be counted quickly."""
+    if len(body) > bounds.wide_bytes and _is_wide(body):
+        raise PayloadTooLarge(
+            f"The body holds characters beyond U+FFFF and has more than {bounds.wide_bytes:,} bytes.", remedy=_SPLIT_IT
+        )
+    if len(body) > MAX_DIGITS and b"0" * (MAX_DIGITS + 1) in body.translate(_AS_ZERO):
+        body = _outside_texts(body, bounds)
+        if b"0" * (MAX_DIGITS + 1) in body.translate(_AS_ZERO):
+            raise HTTPException(400, f"The body cannot be read: a number has more than {MAX_DIGITS:,} digits")
+    if _excess(body, bounds) is not None:
+        excess = _excess(_outside_texts(body, bounds), bounds)
+        if excess is not None:
+            raise _too_deep(body[:4096]) or excess
+
+
+def _too_deep(start: bytes) -> Exception | None:
+    """The error for a body that begins with more nesting than is read."""
+    try:
+        from_json(start)
+    except ValueError as exc:
+        return _unreadable(b"", str(exc)) if _RECURSION in str(exc) else None
+    return None
+
+
+def _excess(body: bytes, bounds: Bounds) -> InvalidRequest | None:
+    """What a body may have too much of, if its texts are counted too."""
+    names, containers = body.count(b":"), body.count(b"[") + body.count(b"{")
+    values = body.count(b",") + names + containers
+    for count, most, what in (
+        (names, bounds.names, "named values"),
+        (containers, bounds.containers, "lists and objects"),
+        (values, bounds.values, "values"),
+    ):
+        if count > most:
+            return _too_many(what, most)
+    return None
+
+
+def _outside_texts(body: bytes, bounds: Bounds) -> bytes:
+    """JSON without its names and texts, or refused for their number."""
+    outside, texts = _TEXT.subn(b"", body, bounds.values + 1)
+    if texts > bounds.values:
+        raise _too_many("values", bounds.values)
+    return outside
+
+
+def _too_many(what: str, most: int) -> InvalidRequest:
+    return InvalidRequest(f"The body has more than {most:,} {what}.", remedy="Send less, or several requests.")
+
+
+def _is_wide(body: bytes) -> bool:
+    is_escaped = b"\\ud" in body or b"\\uD" in body
+    return is_escaped or (not body.isascii() and bool(body.translate(None, _BELOW_FOUR_BYTES)))
+
+
+def _check_names(value: Any) -> None:
+    """Refuse a name that is too long: errors quote names, and each quotation is a copy."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            if any(len(name) > MAX_NAME for name in item):
+                raise InvalidRequest(
+                    f"A name in the body has more than {MAX_NAME} characters.", remedy="See /docs for the fields."
+                )
+            waiting += [part for part in item.values() if isinstance(part, dict | list)]
+        elif isinstance(item, list):
+            waiting += [part for part in item if isinstance(part, dict | list)]
+
+
+def _unreadable(body: bytes, why: str) -> Exception:
+    """The error for a body that is not JSON, or that no parser takes."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as exc:
+        return HTTPException(400, f"The body cannot be read: it is not UTF-8 at byte {exc.start:,}")
+    if _RECURSION in why:
+        return HTTPException(400, "The body cannot be read: it is nested too deeply")
+    if "surrogate" in why or "escape" in why:
+        return InvalidRequest(
+            "The body holds a broken escape, or half of a surrogate pair, which is not text.",
+            remedy="Send characters whole.",
+        )
+    return InvalidRequest(f"The body is not valid JSON: {why}.", remedy="Send one JSON value, in UTF-8.")
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that a misspelt one is most like, if there is one; none for names longer than any known one."""
+    near = difflib.get_close_matches(name, known, n=1) if len(name) <= 2 * max(map(len, known), default=0) else []
+    return near[0] if near else None
 
 
 def misfit(exc: ValidationError) -> RequestValidationError:
@@ -30,8 +266,8 @@ def misfit(exc: ValidationError) -> RequestValidationError:
         other = told.get(place)
         message = problem["msg"] if other is None else f"{other['msg']}, or: {problem['msg']}"
         told[place] = {**problem, "loc": ("body", *place), "msg": message}
-    deepest = [place for place in told if not any(other != place and other[: len(place)] == place for other in told)]
-    return RequestValidationError([told[place] for place in deepest])
+    above = {place[:length] for place in told for length in range(len(place))}
+    return RequestValidationError([problem for place, problem in told.items() if place not in above])
 
 
 def _place(location: tuple[int | str, ...], *, is_unknown: bool) -> tuple[int | str, ...]:

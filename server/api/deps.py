@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
+from server.api.bodies import nearest
 from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
@@ -64,8 +64,8 @@ async def known_query(request: Request) -> None:
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
     for name in request.query_params:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else "."
+            near = nearest(name, known)
+            hint = f", did you mean {near}?" if near else "."
             raise InvalidRequest(f"Unknown query parameter {name[:80]!r}{hint}")
         if len(request.query_params.getlist(name)) > 1:
             raise InvalidRequest(f"The query parameter {name} comes twice.", remedy="Give it once.")

@@ -5,7 +5,6 @@ There are two ways to write an error down, ours and OpenAI's; the path of the re
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from server.api.bodies import UNKNOWN
+from server.api.bodies import UNKNOWN, nearest
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
 from server.api.schemas import ErrorBody
 from server.api.tgi_schemas import INVOCATIONS, GenerateBody, GenerateParameters
@@ -87,8 +86,6 @@ def install_error_handlers(app: FastAPI) -> None:
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
             allowed = {"Allow": ", ".join(_methods(request))} if error.status_code == 405 else None
             return _reply(request, missing, error.status_code, allowed)
-        if (why := _unreadable(cause)) is not None:
-            return _reply(request, InvalidRequest(f"The body cannot be read: {why}."), error.status_code)
         remedy = BROKEN_BODY if error.status_code == 400 else None
         return _reply(request, InvalidRequest(f"{error.detail}.", remedy=remedy), error.status_code, error.headers)
 
@@ -122,16 +119,6 @@ def _methods(request: Request) -> list[str]:
     return [*methods, "HEAD"] if "GET" in methods else methods
 
 
-def _unreadable(cause: BaseException | None) -> str | None:
-    """Why JSON that was not even wrong could not be read; None if it was something else, such as a form."""
-    if isinstance(cause, UnicodeDecodeError):
-        return f"it is not UTF-8 at byte {cause.start:,}"
-    if isinstance(cause, RecursionError):
-        return "it is nested too deeply"
-    is_too_long = type(cause) is ValueError and "integer string conversion" in str(cause)
-    return "it holds a number of too many digits" if is_too_long else None
-
-
 def _without_kinds(path: str, items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Validation problems, at /invocations without the word of ours for the kind of body that they are in."""
     if path != INVOCATIONS:
@@ -142,7 +129,7 @@ def _without_kinds(path: str, items: Sequence[Mapping[str, Any]]) -> list[Mappin
 def _param(item: Mapping[str, Any]) -> str | None:
     """The field that a validation problem is about; None if it is the body itself."""
     location: Sequence[Any] = item["loc"]
-    return str(location[1])[:80] if len(location) > 1 and item["type"] != "json_invalid" else None
+    return str(location[1])[:80] if len(location) > 1 else None
 
 
 def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> str:
@@ -152,10 +139,8 @@ def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> s
         location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] in UNKNOWN:
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        return f"unknown field {field}" + (f" (did you mean {near[0]}?)" if near else "")
-    if item["type"] == "json_invalid":
-        return f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
+        near = nearest(str(location[-1]), known)
+        return f"unknown field {field}" + (f" (did you mean {near}?)" if near else "")
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic names classes of ours
         if field == "body":
             return "the body must be a JSON object, sent with Content-Type: application/json"

@@ -10,10 +10,10 @@ from typing import IO
 
 from fastapi import Request
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 
 from server.api.auth import allow_task
-from server.api.bodies import FORM, JSON, media_type, misfit
+from server.api.bodies import ORDERS, Body, misfit, parse_json, read_body
 from server.api.generation import find_soft_prompt
 from server.api.limits import MAX_DATA_BYTES
 from server.api.training_schemas import JobRequest, parse_request
@@ -26,6 +26,7 @@ from server.soft_prompts.names import split_version
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 CHUNK = 2**20
+FILES = ("data", "validation")
 
 Source = UploadFile | Path
 
@@ -46,17 +47,14 @@ async def read_job(request: Request) -> AsyncIterator[AskedFor]:
     Raises:
         InvalidRequest, RequestValidationError: a field is missing, unknown, or not what it must be.
     """
-    kind = media_type(request)
-    if kind == FORM:
-        async with request.form(max_files=2, max_fields=1) as form:
-            yield _from_form(form)
-    elif kind == JSON:
-        yield AskedFor(_parse(await request.body()))
-    else:
-        raise InvalidRequest(
-            "The body is neither JSON nor a form.",
-            remedy="Send application/json that names data files, or multipart/form-data with `spec` and `data`.",
-        )
+    try:
+        body = await read_body(request, FILES)
+        if body.is_json:
+            yield AskedFor(_parse(await request.body()))
+        else:
+            yield _from_form(body)
+    finally:
+        await request.close()
 
 
 @dataclass(frozen=True)
@@ -114,26 +112,17 @@ def submit(
         return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt, go_on)
 
 
-def _from_form(form: FormData) -> AskedFor:
-    for name in form:
-        if name not in ("spec", "data", "validation"):
-            raise InvalidRequest(
-                f"Unknown form field {name[:80]!r}.", remedy="Send spec, data and optionally validation."
-            )
-        if len(form.getlist(name)) > 1:
-            raise InvalidRequest(f"The form field {name} comes twice.", remedy="Send it once.")
-    spec = form.get("spec")
-    if not isinstance(spec, str):
+def _from_form(body: Body) -> AskedFor:
+    if (spec := body.value.pop("spec", None)) is None:
         raise InvalidRequest(
             "The form has no field `spec` of text.", remedy='Send the job as JSON in it: {"task": "my_task"}.'
         )
-    files = []
-    for name in ("data", "validation"):
-        file = form.get(name)
-        if isinstance(file, str):
+    for name in body.value:
+        if name in FILES:
             raise InvalidRequest(f"The form field {name} is no file.", remedy="Send it with a file name.")
-        files.append(file)
-    return AskedFor(_parse(spec), *files)
+        raise InvalidRequest(f"Unknown form field {name[:80]!r}.", remedy="Send spec, data and optionally validation.")
+    parse_json(spec.encode(), ORDERS)  # refuses what may not be read
+    return AskedFor(_parse(spec), body.files.get("data"), body.files.get("validation"))
 
 
 def _parse(text: str | bytes) -> JobRequest:

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from server.core import TOO_DEEP
+from server.core import TOO_DEEP, Grammar, GrammarKind
 from server.errors import InvalidRequest
 
 
@@ -35,6 +35,23 @@ def is_text(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(is_text)]
 """What can be written as UTF-8; JSON may hold strings that cannot."""
+
+
+MAX_GRAMMAR_CHARACTERS = 2**18
+
+
+def grammar_of(kind: GrammarKind, text: str) -> Grammar:
+    """A grammar for the engine.
+
+    Raises:
+        InvalidRequest: it is so long that compiling it would take seconds.
+    """
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise InvalidRequest(
+            f"The grammar has {len(text):,} characters; at most {MAX_GRAMMAR_CHARACTERS:,} are taken.",
+            remedy="Simplify it.",
+        )
+    return Grammar(kind, text)
 
 
 def schema_text(schema: Any) -> str:

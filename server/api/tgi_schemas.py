@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.api.schemas import RequestBody, Text, schema_text
+from server.api.schemas import RequestBody, Text, grammar_of, schema_text
 from server.core import Grammar, GrammarKind
 
 INVOCATIONS = "/invocations"
@@ -63,9 +63,9 @@ class GrammarBody(_Strict):
     def grammar(self) -> Grammar:
         """For the engine."""
         if self.type in ("regex", "lark", "ebnf"):
-            return Grammar(GrammarKind(self.type), str(self.value))
+            return grammar_of(GrammarKind(self.type), str(self.value))
         schema = self.value["schema"] if self.type == "json_schema" else self.value
-        return Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))
+        return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))
 
 
 class GenerateParameters(_Strict):

@@ -11,11 +11,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from python_multipart.exceptions import MultipartParseError
 
 from server import api, errors
 from server.api.app import create_app
-from server.api.errors import _unreadable, error_body
+from server.api.errors import error_body
 from server.errors import PreludeError, StoreError
 from tests.api.live import LiveServer, assert_error
 
@@ -90,18 +89,13 @@ async def test_an_error_that_quotes_half_a_character_can_still_be_sent(server: L
     [
         (b'{"inputs": "\xff"}', "it is not UTF-8 at byte 12"),
         (b'{"inputs": ' + b"[" * 100_000, "it is nested too deeply"),
-        (b'{"inputs": 1' + b"0" * 5000 + b"}", "it holds a number of too many digits"),
+        (b'{"inputs": 1' + b"0" * 5000 + b"}", "a number has more than 1,000 digits"),
     ],
     ids=["bytes", "nesting", "digits"],
 )
 def test_a_body_that_cannot_be_read_is_told_why(server: LiveServer, content: bytes, why: str) -> None:
     reply = server.client.post("/generate", content=content, headers={"content-type": "application/json"})
     assert_error(reply, 400, "invalid_request", why)
-
-
-def test_an_unreadable_form_is_not_taken_for_a_number() -> None:
-    assert _unreadable(MultipartParseError("a boundary is missing")) is None
-    assert _unreadable(None) is None
 
 
 async def test_a_store_that_fails_is_told_to_the_operator_too(
@@ -214,8 +208,8 @@ def test_the_documentation_page_is_served(server: LiveServer) -> None:
 
 
 def test_a_body_with_very_many_unknown_fields_is_refused_briefly(server: LiveServer) -> None:
-    parameters = {f"temperatur{i}": 1 for i in range(20_000)}
+    parameters = {f"temperatur{i}": 1 for i in range(8_000)}
     response = server.client.post("/generate", json={"inputs": "x", "parameters": parameters})
     assert response.status_code == 422
-    assert "and 19,995 more" in response.json()["error"]
+    assert "and 7,995 more" in response.json()["error"]
     assert len(response.content) < 2000

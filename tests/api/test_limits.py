@@ -6,19 +6,16 @@ import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, MultipartState
-from starlette.exceptions import HTTPException
 
-from server.api.limits import MAX_FORM_PARTS, MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit, FormWatch
+from server.api.forms import MAX_FORM_PARTS
+from server.api.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
 from server.errors import PayloadTooLarge
 from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, as_form, assert_error
-from tests.soak import Soak
 from tests.support import random_soft_prompt
 
 HUGE = 200 * 2**20
@@ -209,56 +206,6 @@ def test_a_form_of_many_parts_is_refused(server: LiveServer) -> None:
         response = server.client.put("/prompts/limits-parts", files=as_form([("README.md", b"x" * 50)] * count))
         said = "adapter_config.json is missing" if taken else f"more than {MAX_FORM_PARTS} parts"
         assert_error(response, 422, "invalid_soft_prompt" if taken else "invalid_request", said)
-
-
-def _ends(body: bytes, boundary: bytes, sizes: Callable[[], int]) -> tuple[bool, int]:
-    """Whether a form is whole, in pieces of these sizes, and how many parts were counted."""
-    watch = FormWatch(boundary)
-    at = 0
-    try:
-        while at < len(body):
-            size = sizes()
-            watch.follow({"type": "http.request", "body": body[at : at + size], "more_body": True})
-            at += size
-        watch.follow({"type": "http.request", "body": b"", "more_body": False})
-    except HTTPException:
-        return False, watch._parts
-    return True, watch._parts
-
-
-@pytest.mark.soak
-def test_a_form_is_whole_where_the_parser_comes_to_its_end(soak: Soak) -> None:
-    dice = soak.random
-    whole = cut = 0
-    for _ in soak.rounds(300, 50_000, "forms"):
-        boundary = dice.choice((b"x", b"----------------------------0123456789", b"a--b", b"q" * 70))
-        parts = dice.randrange(1, 4)
-        content = b'Content-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-        # None of it is the boundary itself: a body whose content holds that is broken, whoever reads it.
-        tricky = (b"\r\n", b"--", b"\r\n--", b"-", b"\r", b"data", b"\n--" + boundary[1:])
-        body = b"".join(
-            b"\r\n--" + boundary + b"\r\n" + content + b"".join(dice.choices(tricky, k=dice.randrange(6)))
-            for _ in range(parts)
-        )[2:]
-        body += b"\r\n--" + boundary + b"--\r\n" + dice.choice((b"", b"epilogue"))
-        if dice.random() < 0.6:
-            body = body[: dice.choice((dice.randrange(len(body)), len(body) - dice.randrange(12)))]
-        parser = MultipartParser(boundary, {})
-        try:
-            parser.write(body)
-        except FormParserError:
-            continue
-        is_whole, counted = _ends(body, boundary, lambda: dice.choice((1, 1, 2, 3, 7, 1000)))
-        assert is_whole == (parser.state == MultipartState.END), body
-        assert not is_whole or counted >= parts
-        whole, cut = whole + is_whole, cut + (not is_whole)
-    assert min(whole, cut) > 20
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 1000])
-def test_parts_are_counted_once_however_the_body_is_cut_into_pieces(size: int) -> None:
-    body = b"--b\r\n\r\na" + b"\r\n--b\r\n\r\na" * 9 + b"\r\n--b--\r\n" + b"\r\n--b\r\n" * 50
-    assert _ends(body, b"b", lambda: size) == (True, 10)
 
 
 async def test_what_is_not_http_passes_untouched() -> None:

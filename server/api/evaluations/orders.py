@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from fastapi import Request, UploadFile
+from fastapi import Request
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile as FormFile
+from starlette.datastructures import UploadFile
 
-from server.api.bodies import FORM, JSON, media_type, misfit
+from server.api.bodies import misfit, read_body
 from server.api.evaluations.bodies import FILES, Order
 from server.api.evaluations.jobs import EvaluationJob, limits_of
 from server.api.evaluations.preparation import Preparation, find_sources
@@ -27,60 +26,40 @@ from server.soft_prompts.names import split_version
 
 
 @dataclass(frozen=True)
-class Body:
+class Asked:
     """A body that was read: its fields, and the files that came with it."""
 
     order: Order
-    files: Mapping[str, UploadFile | FormFile]
+    files: Mapping[str, UploadFile]
 
 
-async def read_body(request: Request) -> Body:
+async def read_order(request: Request) -> Asked:
     """A form or JSON; the form's files stay open until the request is over.
 
     Raises:
         RequestValidationError: fields do not fit.
         InvalidRequest: it is neither; a field comes twice, or the data is missing.
-        HTTPException: (400) a form that cannot be read.
+        HTTPException, PayloadTooLarge: it cannot be read.
     """
-    kind = media_type(request)
-    if kind == FORM:
-        form = await request.form(max_files=len(FILES), max_fields=16)
-        items = form.multi_items()
-        fields: dict[str, Any] = {name: value for name, value in items if not isinstance(value, FormFile)}
-        files = {name: value for name, value in items if isinstance(value, FormFile)}
-        if len(fields) + len(files) < len(items) or fields.keys() & files.keys():
-            raise InvalidRequest("A field of the form comes twice.", remedy="Send each field once.")
-        if strange := sorted(files.keys() - set(FILES)):
-            raise InvalidRequest(
-                f"{strange[0][:80]!r} is no file of an evaluation.", remedy=f"Files are {', '.join(FILES)}."
-            )
+    body = await read_body(request, FILES)
+    fields = body.value
+    if not body.is_json:
         for name in ("baselines", "compare"):
             if name in fields:
                 fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
-    elif kind == JSON:
-        fields, files = await _read_json(request), {}
-    else:
-        raise InvalidRequest("The body is neither a multipart form nor JSON.", remedy="Send one with its Content-Type.")
     try:
-        order = Order.model_validate(fields, strict=kind == JSON)
+        order = Order.model_validate(fields, strict=body.is_json)
     except ValidationError as exc:
         raise misfit(exc) from exc
-    if order.data is None and "data" not in files:
+    if order.data is None and "data" not in body.files:
         raise InvalidRequest(
             "There is no `data`.", remedy="Send the rows as a file of a form, or their name.", param="data"
         )
-    return Body(order, files)
-
-
-async def _read_json(request: Request) -> Any:
-    try:
-        return await request.json()
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest("The body is not valid JSON.", remedy="Send a JSON object, in UTF-8.") from exc
+    return Asked(order, body.files)
 
 
 async def make_job(
-    body: Body,
+    body: Asked,
     registry: Registry,
     threads: Executor,
     settings: Settings,

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fastapi import UploadFile
-from starlette.datastructures import UploadFile as FormFile
+from starlette.datastructures import UploadFile
 
 from server.api.evaluations.bodies import FILES, Order
 from server.api.uploads import not_kept
@@ -51,7 +50,7 @@ class Sources:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def find_sources(order: Order, uploads: Mapping[str, UploadFile | FormFile], data_dir: Path | None) -> Sources:
+def find_sources(order: Order, uploads: Mapping[str, UploadFile], data_dir: Path | None) -> Sources:
     """Keep what was uploaded in a folder of its own, and find what is named.
 
     Raises:

@@ -13,7 +13,7 @@ from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, kn
 from server.api.errors import error_body
 from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
 from server.api.evaluations.jobs import EvaluationJob, Evaluations
-from server.api.evaluations.orders import make_job, read_body
+from server.api.evaluations.orders import make_job, read_order
 from server.api.schemas import ErrorBody
 from server.api.sse import unless_disconnected
 from server.errors import EvaluationNotDone, RequestAborted, UnknownEvaluation
@@ -88,7 +88,7 @@ async def start_evaluation(
     """
     with evaluations.arriving():
         try:
-            body = await read_body(request)
+            body = await read_order(request)
             authorise(request, Scope.PUBLISH)  # again: the key must still be valid when a long upload is over
             allow_task(request, body.order.task)
             job = await make_job(body, registry, executors.evaluations, settings, key_id)

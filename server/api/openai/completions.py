@@ -22,7 +22,7 @@ from server.api.openai.translate import FINISH_REASONS, encode_all, find_target,
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.core import Delta, Scored, Token
 from server.engine.worker import EngineWorker
-from server.errors import EmptyInput, InvalidRequest
+from server.errors import EmptyInput, InputTooLong, InvalidRequest
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     **REFUSALS,
@@ -145,10 +145,17 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
         return texts if body.echo else [""] * len(texts), await encode_all(worker, texts)
     lists: list[list[int]] = given if isinstance(given[0], list) else [given]
     for number, ids in enumerate(lists):
+        if len(ids) > worker.model.max_model_len:
+            with placed(place_of("prompt", number, len(lists))):
+                raise InputTooLong(
+                    f"The input has {len(ids):,} tokens; the context holds {worker.model.max_model_len:,}."
+                )
         if max(ids) >= worker.model.vocab_size:
             place = place_of("prompt", number, len(lists)) or "prompt"
             raise InvalidRequest(
                 f"{place}: there is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.",
                 param="prompt",
             )
-    return [worker.text.decode(ids) if body.echo else "" for ids in lists], lists
+    if not body.echo:
+        return [""] * len(lists), lists
+    return [await worker.threads.run(worker.text.decode, ids) for ids in lists], lists

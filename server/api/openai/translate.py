@@ -19,7 +19,7 @@ from server.api.generation import Prepared, encode_text, find_soft_prompt, place
 from server.api.openai.errors import no_model
 from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
-from server.api.schemas import schema_text
+from server.api.schemas import grammar_of, schema_text
 from server.api.telemetry.watch import watched
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
 from server.engine.worker import EngineWorker
@@ -247,15 +247,15 @@ def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
     form = body.structured_outputs
     if form is not None:
         if form.regex is not None:
-            return Grammar(GrammarKind.REGEX, form.regex)
+            return grammar_of(GrammarKind.REGEX, form.regex)
         if form.grammar is not None:
-            return Grammar(GrammarKind.EBNF, form.grammar)
+            return grammar_of(GrammarKind.EBNF, form.grammar)
         if form.choice is not None:
-            return Grammar(GrammarKind.CHOICE, json.dumps(form.choice))
-        return Grammar(GrammarKind.JSON_SCHEMA, schema_text(form.json_))
+            return grammar_of(GrammarKind.CHOICE, json.dumps(form.choice))
+        return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(form.json_))
     return _format_grammar(body.response_format) if isinstance(body, ChatBody) and body.response_format else None
 
 
 def _format_grammar(form: ResponseFormat) -> Grammar | None:
     schema = form.schema_of_answer
-    return None if schema is None else Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema))
+    return None if schema is None else grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))

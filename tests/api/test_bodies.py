@@ -1,0 +1,309 @@
+"""Bodies within the bounds are read as they are; those beyond are refused before they cost time or memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from fastapi import Request
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, MultipartState
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from server.api import forms
+from server.api.bodies import MAX_DIGITS, MAX_NAME, ORDERS, TEXTS, misfit, nearest, parse_json
+from server.api.forms import MAX_FIELD_BYTES, MAX_FORM_PARTS, read_form
+from server.api.limits import MAX_JSON_BYTES, json_limit
+from server.errors import InvalidRequest, PayloadTooLarge, PreludeError
+from tests.api.live import LiveServer, assert_error
+from tests.soak import Soak
+
+JSON = {"Content-Type": "application/json"}
+SECONDS = 3.0
+"""Far more than any of these may take on a busy machine, and far less than they took."""
+
+
+def names(count: int) -> dict[str, int]:
+    """An object of fields that nobody knows."""
+    return {f"temperatur{number:05d}": 1 for number in range(count)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": list(range(100_000))},
+        {"prompt": [[7] * 1000] * 100},
+        {"inputs": ['{"a": [1, 2, {"b": "c"}], "d": "\\""}, ' * 300] * 128},
+        {"schema": {f"field {number}": {"type": "string", "enum": ["a", "b"]} for number in range(2000)}},
+        {"inputs": "1" * 5000 + ":,[{" * 100_000},
+        {"metadata": {f"k{number}": "v" for number in range(TEXTS.names - 1)}},
+        [[]] * (TEXTS.containers - 1),
+        [1] * (TEXTS.values - 1),
+        {"a" * MAX_NAME: int("1" * MAX_DIGITS)},
+        ["\N{GRINNING FACE}" * 100_000, "é", "\\\\", '"', "\u2028", -0.5, 1e300, True, None],
+    ],
+    ids=["ids", "lists of ids", "texts of JSON", "schema", "marks", "names", "lists", "values", "longest", "texts"],
+)
+def test_what_clients_send_is_read_as_it_is(value: Any) -> None:
+    for body in (json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(",", ":"))):
+        assert parse_json(body.encode()) == value
+
+
+def test_a_mark_of_byte_order_is_read_over() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("[" + "1," * TEXTS.values + "1]", "more than 131,072 values"),
+        ("[" + "[]," * TEXTS.containers + "1]", "more than 16,384 lists and objects"),
+        ("[" + '"",' * TEXTS.values + "1]", "more than 131,072 values"),
+        (json.dumps(names(TEXTS.names + 1)), "more than 8,192 named values"),
+        ('{"a":1,' * (TEXTS.names + 1), "more than 8,192 named values"),
+        (json.dumps({"a" * (MAX_NAME + 1): 1}), "more than 512 characters"),
+        (json.dumps([{"b": {"a" * (MAX_NAME + 1): 1}}]), "more than 512 characters"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 300 + "]" * 300, "nested too deeply"),
+        ("1" * (MAX_DIGITS + 1), "more than 1,000 digits"),
+        ('["' + "1" * 5000 + '", -' + "7" * 5000 + "]", "more than 1,000 digits"),
+        ("1." + "1" * 5000, "more than 1,000 digits"),
+        (r'["\ud800"]', "half of a surrogate pair"),
+        (r'["\u12"]', "broken escape"),
+        ('"\N{GRINNING FACE}' + "a" * TEXTS.wide_bytes + '"', "beyond U+FFFF"),
+        (r'"\ud83d\ude00' + "a" * TEXTS.wide_bytes + '"', "beyond U+FFFF"),
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ('{"a": 1} 2', "not valid JSON"),
+        ('"' * 2 * TEXTS.values, "not valid JSON"),
+    ],
+    ids=range(20),
+)
+def test_what_has_too_much_of_something_is_refused_at_once(body: str, said: str) -> None:
+    started = time.monotonic()
+    with pytest.raises((PreludeError, HTTPException)) as refused:
+        parse_json(body.encode())
+    assert said in str(getattr(refused.value, "detail", refused.value))
+    assert time.monotonic() - started < SECONDS
+
+
+def test_what_asks_for_a_job_has_narrower_bounds() -> None:
+    assert json_limit("POST /training/jobs") < json_limit("POST /generate") == MAX_JSON_BYTES
+    body = json.dumps(names(ORDERS.names + 1)).encode()
+    assert parse_json(body)
+    with pytest.raises(InvalidRequest, match="1,024 named values"):
+        parse_json(body, ORDERS)
+
+
+def test_reading_json_takes_memory_within_a_few_times_of_its_size() -> None:
+    body = ("[" + "[]," * (MAX_JSON_BYTES // 3)).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest):
+            parse_json(body)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "path", ["/training/jobs", "/evaluations", "/generate", "/v1/completions", "/prompts/x/activate"]
+)
+@pytest.mark.parametrize("count", [1000, 8000])
+def test_many_unknown_fields_are_refused_briefly_and_quickly(server: LiveServer, path: str, count: int) -> None:
+    started = time.monotonic()
+    reply = server.client.post(path, json={"task": "mood", **names(count)})
+    assert time.monotonic() - started < SECONDS
+    assert reply.status_code in (400, 422)
+    assert len(reply.content) < 2500
+
+
+def test_problems_of_a_body_are_told_in_time_that_grows_with_their_number() -> None:
+    @dataclass(frozen=True, config={"extra": "forbid"})
+    class Order:
+        task: str = ""
+
+    def seconds(count: int) -> float:
+        with pytest.raises(ValidationError) as refused:
+            TypeAdapter(Order).validate_python(names(count))
+        started = time.perf_counter()
+        assert len(misfit(refused.value).errors()) == count
+        return time.perf_counter() - started
+
+    assert seconds(16_000) < SECONDS  # each was compared with each: a minute and a half
+
+
+@pytest.mark.parametrize("path", ["/generate", "/training/jobs", "/v1/chat/completions"])
+def test_a_long_name_is_not_compared_with_the_known_ones(server: LiveServer, path: str) -> None:
+    for size in (MAX_NAME, 500_000):
+        started = time.monotonic()
+        reply = server.client.post(path, json={"inputs": "x", "i" * size: 1})
+        assert reply.status_code in (400, 422)
+        assert time.monotonic() - started < SECONDS
+    started = time.monotonic()
+    assert server.client.get("/prompts", params={"l" * 50_000: "1"}).status_code == 422
+    assert time.monotonic() - started < SECONDS
+
+
+def test_the_nearest_name_is_still_found() -> None:
+    assert nearest("temprature", ["temperature", "top_k"]) == "temperature"
+    assert nearest("temperature" * 3, ["temperature", "top_k"]) is None
+    assert nearest("x", []) is None
+
+
+def test_very_many_token_ids_are_refused_before_they_become_text(server: LiveServer) -> None:
+    body = {"model": "tiny-llama", "prompt": [7] * 100_000, "echo": True, "max_tokens": 1}
+    reply = server.client.post("/v1/completions", json=body)
+    assert_error(reply, 400, "input_too_long", "100,000 tokens")
+
+
+def test_a_grammar_has_a_length(server: LiveServer) -> None:
+    long = "a" * 300_000
+    for grammar in ({"type": "regex", "value": long}, {"type": "json", "value": {"const": long}}):
+        reply = server.client.post("/generate", json={"inputs": "x", "parameters": {"grammar": grammar}})
+        assert_error(reply, 422, "invalid_request", "at most 262,144 are taken")
+    for form in ({"regex": long}, {"choice": [long]}, {"json": {"const": long}}):
+        body = {"model": "tiny-llama", "prompt": "x", "structured_outputs": form}
+        assert_error(
+            server.client.post("/v1/completions", json=body), 400, "invalid_request", "at most 262,144 are taken"
+        )
+
+
+def part(name: str, content: bytes, filename: str | None = None, headers: bytes = b"") -> bytes:
+    """A part of a form whose boundary is b."""
+    file = "" if filename is None else f'; filename="{filename}"'
+    head = f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n'.encode()
+    return head + headers + b"\r\n" + content + b"\r\n"
+
+
+END = b"--b--\r\n"
+
+
+async def read(body: bytes, size: Callable[[], int] = lambda: 2**16, boundary: str = "b") -> FormData:
+    """A form whose body comes in pieces of these sizes."""
+
+    async def receive() -> dict[str, Any]:
+        return await anext(messages)
+
+    async def pieces() -> AsyncIterator[dict[str, Any]]:
+        at = 0
+        while at < len(body):
+            piece = body[at : at + size()]
+            at += len(piece)
+            yield {"type": "http.request", "body": piece, "more_body": True}
+        yield {"type": "http.request", "body": b"", "more_body": False}
+
+    messages = pieces()
+    headers = [(b"content-type", f"multipart/form-data; boundary={boundary}".encode())]
+    return await read_form(Request({"type": "http", "headers": headers}, receive))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_a_form_is_read_however_it_is_cut_into_pieces(size: int) -> None:
+    content = b"\r\n--" * 50 + b"\r\n--a\r\n-" + bytes(range(256))
+    body = part("data", content, "a.jsonl", b"Content-Type: text/plain\r\n") + part("task", "ä".encode()) + END
+    form = await read(body + b"\r\n--b\r\nan epilogue", lambda: size)
+    assert form["task"] == "ä"
+    file = form["data"]
+    assert isinstance(file, UploadFile)
+    assert (file.filename, file.content_type, file.file.read()) == ("a.jsonl", "text/plain", content)
+    await form.close()
+    assert file.file.closed
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (part("a", b"") * (MAX_FORM_PARTS + 1) + END, f"more than {MAX_FORM_PARTS} parts"),
+        (part("a", b"x" * (MAX_FIELD_BYTES + 1)) + END, "1,048,576 bytes"),
+        (part("a", b"x" * (MAX_FIELD_BYTES // 2 + 1)) * 2 + END, "1,048,576 bytes"),
+        (part("a" * 2000, b"") + END, "name of more than 1,024 bytes"),
+        (part("a", b"", "f" * 2000) + END, "name of more than 1,024 bytes"),
+        (part("a", b"", headers=b"X: " + b"x" * 100_000 + b"\r\n") + END, "cannot be read"),
+        (part("a", b"", headers=b"X: x\r\n" * 1000) + END, "cannot be read"),
+        (b"--b\r\nContent-Disposition: form-data\r\n\r\n\r\n" + END, "has no name"),
+        (b"x" * 100_000, "cannot be read"),
+        (part("a", b"x", "f"), "cut off"),
+        (part("a", b"x", "f") + END[:-3], "cut off"),
+        (b"", "cut off"),
+    ],
+    ids=range(12),
+)
+async def test_a_form_beyond_the_bounds_is_refused_and_leaves_no_file(
+    body: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[io.BytesIO] = []
+
+    def opened(**_: Any) -> io.BytesIO:
+        files.append(io.BytesIO())
+        return files[-1]
+
+    monkeypatch.setattr(forms, "SpooledTemporaryFile", opened)
+    with pytest.raises((InvalidRequest, PayloadTooLarge, HTTPException)) as refused:
+        await read(part("first", b"x", "f") + body if body.startswith(b"--b") else body)
+    assert said in str(getattr(refused.value, "detail", refused.value))
+    assert all(file.closed for file in files)
+
+
+async def test_the_event_loop_goes_on_while_a_form_is_read() -> None:
+    body = part("data", b"\r\n--" * (3 * 2**20), "a") + END
+    worst, last = 0.0, time.perf_counter()
+
+    async def watch() -> None:
+        nonlocal worst, last
+        while True:
+            await asyncio.sleep(0)
+            worst, last = max(worst, time.perf_counter() - last), time.perf_counter()
+
+    watching = asyncio.create_task(watch())
+    form = await read(body, lambda: 2**24)
+    watching.cancel()
+    await form.close()
+    assert worst < 1.0  # in one piece it takes several seconds
+
+
+@pytest.mark.soak
+async def test_a_form_is_whole_where_the_parser_comes_to_its_end(soak: Soak) -> None:
+    dice = soak.random
+    whole = cut = 0
+    for _ in soak.rounds(100, 20_000, "forms"):
+        boundary = dice.choice((b"x", b"----------------------------0123456789", b"a--b", b"q" * 70))
+        body, contents = _form(dice, boundary)
+        if dice.random() < 0.6:
+            body = body[: dice.choice((dice.randrange(len(body)), len(body) - dice.randrange(12)))]
+        parser = MultipartParser(boundary, {})
+        try:
+            parser.write(body)
+        except FormParserError:
+            continue
+        try:
+            form = await read(body, lambda: dice.choice((1, 1, 2, 3, 7, 1000)), boundary.decode())
+        except HTTPException:
+            assert parser.state != MultipartState.END, body
+            cut += 1
+            continue
+        assert parser.state == MultipartState.END, body
+        assert [item.file.read() for _, item in form.multi_items() if isinstance(item, UploadFile)] == contents
+        await form.close()
+        whole += 1
+    assert min(whole, cut) > 10
+
+
+def _form(dice: random.Random, boundary: bytes) -> tuple[bytes, list[bytes]]:
+    """A form of files, and what is in them."""
+    head = b'Content-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    # None of it is the boundary itself: a body whose content holds that is broken, whoever reads it.
+    tricky = (b"\r\n", b"--", b"\r\n--", b"-", b"\r", b"data", b"\n--" + boundary[1:])
+    contents = [b"".join(dice.choices(tricky, k=dice.randrange(6))) for _ in range(dice.randrange(1, 4))]
+    body = b"".join(b"\r\n--" + boundary + b"\r\n" + head + content for content in contents)[2:]
+    return body + b"\r\n--" + boundary + b"--\r\n" + dice.choice((b"", b"epilogue")), contents

@@ -166,10 +166,11 @@ def make_engine(
     num_slabs: int = 8,
     prefix_bytes: int = 2**20,
     shortest_slot: int = 32,
+    shared_bytes: int | None = None,
 ) -> Engine:
     """An engine with small limits, so that chunks, queues and slot lengths all come into play."""
     kv_cache = KVCache(model.spec, num_slabs, shortest_slot)
-    return Engine(model, kv_cache, PrefixCache(prefix_bytes), max_sequences, max_batch_tokens)
+    return Engine(model, kv_cache, PrefixCache(prefix_bytes), max_sequences, max_batch_tokens, shared_bytes)
 
 
 def random_soft_prompt(

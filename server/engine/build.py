@@ -16,6 +16,7 @@ from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.model import FrozenModel
 from server.engine.optimise import load_kernels, optimise
 from server.engine.prefix_cache import PrefixCache
+from server.engine.scheduler import SHARED_SHARE
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
 
@@ -35,6 +36,7 @@ class MemoryPlan:
     granted: int
     num_slabs: int
     prefix_bytes: int
+    shared_bytes: int
     positions_per_slab: int
 
     def __str__(self) -> str:
@@ -42,7 +44,8 @@ class MemoryPlan:
         cut = "" if self.granted >= self.asked else f" of the {self.asked / MiB:,.0f} MiB asked for"
         return (
             f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
-            f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {self.prefix_bytes / MiB:,.0f} MiB"
+            f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {self.prefix_bytes / MiB:,.0f} "
+            f"MiB; copies of shared inputs: {self.shared_bytes / MiB:,.0f} MiB"
         )
 
 
@@ -79,6 +82,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         PrefixCache(plan.prefix_bytes),
         settings.max_sequences,
         settings.max_batch_tokens,
+        plan.shared_bytes,
     )
     if "graphs" in settings.optimisations:
         engine.graphs = capture(model, engine.kv_cache, engine.varlen, engine.scheduler.max_running)
@@ -86,24 +90,35 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
 
 
 def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
-    """Work out the KV cache's size.
+    """Work out the sizes of the KV cache, of what prefixes may take, and of what copies of shared inputs may take.
 
     Raises:
-        InsufficientMemory: it does not fit, or holds not even one sequence of the longest context; says what would.
+        InsufficientMemory: they do not fit together, or the KV cache holds not even one sequence of the longest
+            context; says what would.
     """
     per_position = bytes_per_position(model)
     slab_length = SlotAllocator(1, model.max_model_len).slab_length
     slab = slab_length * per_position
     asked = settings.max_sequences * slab if settings.kv_memory == "auto" else int(settings.kv_memory)
-    granted = min(asked, max(int(free * AUTO_SHARE), slab)) if settings.kv_memory == "auto" else asked
+    own_prefix = None if settings.prefix_memory == "auto" else int(settings.prefix_memory)
+    granted = asked
+    if settings.kv_memory == "auto":
+        room = min(free - slab, free * SHARED_SHARE // (SHARED_SHARE + 1))  # beside the copies
+        room = int(room / (1 + PREFIX_SHARE)) if own_prefix is None else room - own_prefix
+        granted = min(asked, max(min(int(free * AUTO_SHARE), room), slab))
     need = (
         f"{settings.max_sequences} sequences of {model.max_model_len:,} positions at {per_position:,} bytes each "
         f"ask for {settings.max_sequences * slab / MiB:,.0f} MiB; one of them for {slab / MiB:,.0f} MiB"
     )
-    if granted > free:
+    shared = max(granted // SHARED_SHARE, slab)  # one copy may always be made, of at most the longest context
+    prefix = int(granted * PREFIX_SHARE) if own_prefix is None else own_prefix
+    if granted + prefix + shared > free:
+        fits = (free - shared) / (1 + PREFIX_SHARE) if own_prefix is None else free - shared - prefix
         raise InsufficientMemory(
-            f"The KV cache needs {granted / MiB:,.0f} MiB and {free / MiB:,.0f} MiB are free ({need}).",
-            remedy=f"Set PRELUDE_KV_MEMORY to at most {free / MiB:,.0f}MiB, or lower PRELUDE_MAX_MODEL_LEN or "
+            f"The KV cache needs {granted / MiB:,.0f} MiB, prefixes may take {prefix / MiB:,.0f} MiB, copies of shared "
+            f"inputs {shared / MiB:,.0f} MiB, and {free / MiB:,.0f} MiB are free ({need}).",
+            remedy=f"Let all of it fit {free / MiB:,.0f}MiB: set PRELUDE_KV_MEMORY to at most "
+            f"{max(0.0, fits) / MiB:,.1f}MiB, or lower PRELUDE_PREFIX_MEMORY, PRELUDE_MAX_MODEL_LEN or "
             "PRELUDE_MAX_SEQUENCES.",
         )
     if granted < slab:
@@ -111,8 +126,7 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
             f"PRELUDE_KV_MEMORY of {granted / MiB:,.1f} MiB does not hold one sequence ({need}).",
             remedy=f"Set it to at least {slab / MiB:,.1f}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
         )
-    prefix = int(granted * PREFIX_SHARE) if settings.prefix_memory == "auto" else int(settings.prefix_memory)
-    return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, slab_length)
+    return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, shared, slab_length)
 
 
 def free_memory(device: torch.device) -> int:

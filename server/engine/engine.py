@@ -17,7 +17,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.grammars import Grammars
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
-from server.engine.logit_rows import Batch, LogitRows
+from server.engine.logit_rows import Batch, LogitRows, only_decodes, tokens_of
 from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
 from server.engine.prefix_cache import PrefixCache
@@ -50,13 +50,19 @@ class Engine:
     """
 
     def __init__(
-        self, model: FrozenModel, kv_cache: KVCache, prefixes: PrefixCache, max_sequences: int, max_batch_tokens: int
+        self,
+        model: FrozenModel,
+        kv_cache: KVCache,
+        prefixes: PrefixCache,
+        max_sequences: int,
+        max_batch_tokens: int,
+        shared_bytes: int | None = None,
     ) -> None:
         """Put the parts together; `server.engine.build` makes them from the settings."""
         self.model = model
         self.kv_cache = kv_cache
         self.prefixes = prefixes
-        self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens)
+        self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens, shared_bytes)
         self.grammars = Grammars(model.backend, model.spec.vocab_size, model.eos_token_ids)
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self.text = ModelText(model)
@@ -75,6 +81,7 @@ class Engine:
         """Assert that nothing is left of those who have ended; called whenever the engine is idle."""
         self.scheduler.check_integrity()
         assert self.has_work or not self._unfinished, "a request has neither ended nor anything to run"
+        assert self.has_work or not len(self.scheduler.shared), "a copy is counted that nobody waits with"
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
@@ -152,7 +159,7 @@ class Engine:
     def _run(self, batch: Batch) -> list[Choice]:
         """Forward the batch, and choose for everybody whose known tokens are now all computed."""
         rows = LogitRows.of(batch)
-        if self.graphs is not None and self.graphs.takes(len(batch)) and _only_decodes(batch, rows):
+        if self.graphs is not None and self.graphs.takes(len(batch)) and only_decodes(batch, rows):
             logits = self.graphs.run(
                 [sequence.token_at(span.start) for sequence, span in batch],
                 [span.start for _, span in batch],
@@ -168,7 +175,7 @@ class Engine:
     def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         """Logits `[kept_rows, vocab_size]` of any batch."""
         layout = self._lay_out([span for _, span in batch])
-        ids, virtual = _tokens(batch)
+        ids, virtual = tokens_of(batch)
         token_ids, kept = upload([np.array(ids), kept_rows], self.model.device)
         embeddings = self.model.embed(token_ids)
         for first, rows in virtual:
@@ -312,13 +319,6 @@ class Engine:
         return Sequence(request, soft_prompt, detokenizer, index, label_ids, matcher)
 
 
-def _only_decodes(batch: Batch, rows: LogitRows) -> bool:
-    """Whether all of a step's shares are one token that asks for what comes next."""
-    return len(rows.kept) == len(batch) and all(
-        span.count == 1 and sequence.asks_for_next(span) for sequence, span in batch
-    )
-
-
 def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
     """Why a sequence cannot go on after a step, if it cannot."""
     for who, choice in drawn:
@@ -331,18 +331,3 @@ def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is
     if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
         return None
     return NotFinite("The model's output is not finite for this soft prompt and input.")
-
-
-def _tokens(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
-    """Token ids of a step's flat row, and the virtual tokens in it, by their first row; their ids mean nothing."""
-    ids: list[int] = []
-    virtual: list[tuple[int, torch.Tensor]] = []
-    for sequence, span in batch:
-        n = sequence.num_virtual_tokens
-        if span.start < n:
-            assert sequence.soft_prompt is not None, "only a soft prompt has virtual tokens"
-            rows = sequence.soft_prompt.tensor[span.start : min(span.end, n)]
-            virtual.append((len(ids), rows))
-            ids += [0] * len(rows)
-        ids += [sequence.token_at(position) for position in range(max(span.start, n), span.end)]
-    return ids, virtual

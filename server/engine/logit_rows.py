@@ -85,3 +85,25 @@ class LogitRows:
                     Scored(token_id, *report, rank)
                     for token_id, report, rank in zip(targets, reports, ranks, strict=True)
                 ]
+
+
+def only_decodes(batch: Batch, rows: LogitRows) -> bool:
+    """Whether all of a step's shares are one token that asks for what comes next."""
+    return len(rows.kept) == len(batch) and all(
+        span.count == 1 and sequence.asks_for_next(span) for sequence, span in batch
+    )
+
+
+def tokens_of(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
+    """Token ids of a step's flat row, and the virtual tokens in it, by their first row; their ids mean nothing."""
+    ids: list[int] = []
+    virtual: list[tuple[int, torch.Tensor]] = []
+    for sequence, span in batch:
+        n = sequence.num_virtual_tokens
+        if span.start < n:
+            assert sequence.soft_prompt is not None, "only a soft prompt has virtual tokens"
+            rows = sequence.soft_prompt.tensor[span.start : min(span.end, n)]
+            virtual.append((len(ids), rows))
+            ids += [0] * len(rows)
+        ids += [sequence.token_at(position) for position in range(max(span.start, n), span.end)]
+    return ids, virtual

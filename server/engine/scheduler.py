@@ -17,10 +17,14 @@ import torch
 
 from server.core import ModelSpec
 from server.engine.fair_queue import FairQueue
-from server.engine.kv_cache import KVCache, Slot
+from server.engine.kv_cache import KVCache, Slot, bytes_per_position
 from server.engine.layout import Span
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
+from server.engine.shared_inputs import SharedInputs
+
+SHARED_SHARE = 8
+"""Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
 
 KEPT_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
@@ -33,13 +37,20 @@ class Scheduler:
         waiting: accepted, not yet admitted.
         running: admitted, in the order of admission; each owns a slot.
         max_running: most that run at once, with the places that are kept.
+        shared: copies of inputs that choices share and wait with.
         is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
     """
 
     def __init__(
-        self, model: ModelSpec, kv_cache: KVCache, prefixes: PrefixCache, max_sequences: int, max_batch_tokens: int
+        self,
+        model: ModelSpec,
+        kv_cache: KVCache,
+        prefixes: PrefixCache,
+        max_sequences: int,
+        max_batch_tokens: int,
+        shared_bytes: int | None = None,
     ) -> None:
-        """Start with empty queues."""
+        """Start with empty queues; copies of shared inputs may take `shared_bytes`, or a share of the KV cache."""
         assert max_batch_tokens >= max_sequences, "every running sequence must be able to decode in each step"
         self.max_running = max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
         self.waiting = FairQueue()
@@ -47,6 +58,9 @@ class Scheduler:
         self._model = model
         self._kv_cache = kv_cache
         self._prefixes = prefixes
+        self._position_bytes = bytes_per_position(model)
+        whole = kv_cache.allocator.num_positions * self._position_bytes
+        self.shared = SharedInputs(whole // SHARED_SHARE if shared_bytes is None else shared_bytes)
         self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
         self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
         self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
@@ -62,8 +76,10 @@ class Scheduler:
     def share_input(self, first: Sequence, others: Iterable[Sequence]) -> None:
         """Give other choices of a request a copy of what its first one, which runs, has computed of the input."""
         shared = self._kv_cache.copy_out(_slot(first), first.num_input)
+        others = list(others)
         for sequence in others:
             sequence.shared, sequence.cached_tokens = shared, first.cached_tokens
+        self.shared.made(first.request_id, len(others))
 
     def add_sharing(self, sequences: list[Sequence]) -> None:
         """Queue choices that begin behind a copy of their input, in front of those that have not begun."""
@@ -95,7 +111,10 @@ class Scheduler:
         sequence that ends in the middle of its prefill has nobody to vouch for it.
         """
         if sequence.slot is None:
+            self._let_go_of_copy(sequence)
             return
+        if sequence.index == 0:
+            self.shared.release_unmade(sequence.request_id)
         self.running.remove(sequence)
         self._stop_computing(sequence)
         slot = sequence.slot
@@ -113,6 +132,7 @@ class Scheduler:
         running = [sequence for sequence in self.running if sequence.request_id == request_id]
         for sequence in running:
             self.finish(sequence)
+        self.shared.release(request_id)
         return running + waiting
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
@@ -143,6 +163,8 @@ class Scheduler:
         """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
         self._kv_cache.allocator.check_integrity(_slot(sequence) for sequence in self.running)
         self._prefixes.check_integrity()
+        self.shared.check_integrity()
+        assert all(sequence.request_id in self.shared for sequence in self.waiting if sequence.shared is not None)
         assert all(sequence in self.running for sequence in self._computing.values())
         sequences = [*self.waiting, *self.running]
         used = Counter(sequence.soft_prompt.prefix_hash for sequence in sequences if sequence.soft_prompt is not None)
@@ -154,13 +176,19 @@ class Scheduler:
         budget = self._max_batch_tokens - sum(map(_work, self.running))
         held: set[str | None] = set()
         running = Counter(sequence.request.task for sequence in self.running)
+        is_held = _nobody
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
                 share = self._max_sequences // len(running)
                 held |= {task for task, count in running.items() if count >= share}
-            sequence = self.waiting.head(held, running)
+            sequence = self.waiting.head(held, running, is_held)
             if sequence is None:
                 return
+            copied = self._copied_bytes(sequence)
+            if copied and not self.shared.has_room(copied):
+                # From here on only what has begun goes on, and what makes no copy; the others begin in turn later.
+                is_held = _makes_copy
+                continue
             if self._waits_for_prefix(sequence):
                 # It waits for another sequence's prefill, not for room: the other tasks need not wait with it.
                 held.add(sequence.request.task)
@@ -169,6 +197,8 @@ class Scheduler:
             if slot is None:
                 return
             self.waiting.take(sequence)
+            if copied:
+                self.shared.reserve(sequence.request_id, copied)
             self.running.append(sequence)
             running[sequence.request.task] += 1
             sequence.slot = slot
@@ -186,7 +216,7 @@ class Scheduler:
         if sequence.shared is not None:
             self._kv_cache.copy_in(_slot(sequence), sequence.shared)
             sequence.num_computed = sequence.num_finite = sequence.num_input
-            sequence.shared = None
+            self._let_go_of_copy(sequence)
             return
         soft_prompt = sequence.soft_prompt
         if soft_prompt is None:
@@ -202,6 +232,15 @@ class Scheduler:
             sequence.num_computed = sequence.num_virtual_tokens
             sequence.cached_tokens = sequence.num_virtual_tokens
 
+    def _copied_bytes(self, sequence: Sequence) -> int:
+        """What the copy takes that a sequence makes for its request's other choices; 0 if it makes none."""
+        return sequence.num_input * self._position_bytes if _makes_copy(sequence) else 0
+
+    def _let_go_of_copy(self, sequence: Sequence) -> None:
+        if sequence.shared is not None:
+            sequence.shared = None
+            self.shared.taken(sequence.request_id)
+
     def _leave(self, sequence: Sequence) -> None:
         """A sequence has ended: it no longer uses its prefix."""
         if sequence.soft_prompt is None:
@@ -216,6 +255,17 @@ class Scheduler:
         soft_prompt = sequence.soft_prompt
         if soft_prompt is not None and self._computing.get(soft_prompt.prefix_hash) is sequence:
             del self._computing[soft_prompt.prefix_hash]
+
+
+def _makes_copy(sequence: Sequence) -> bool:
+    """Whether other choices of its request will begin behind a copy of the input that it computes."""
+    if sequence.shared is not None or sequence.label_ids:
+        return False
+    return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
+
+
+def _nobody(sequence: Sequence) -> bool:
+    return False
 
 
 def _work(sequence: Sequence) -> int:

@@ -22,6 +22,7 @@ from server.engine.engine import Engine
 from server.engine.engine_thread import EngineThread
 from server.engine.kv_cache import SlotAllocator
 from server.engine.prefix_cache import PrefixCache
+from server.engine.shared_inputs import SharedInputs
 from server.engine.streams import Stream, Streams
 from server.engine.text import ModelText
 from server.errors import (
@@ -129,6 +130,11 @@ class EngineWorker:
     def prefixes(self) -> PrefixCache:
         """The engine's; off its thread, only for what may be read at any time: the counters and the budget."""
         return self._engine.prefixes
+
+    @property
+    def shared(self) -> SharedInputs:
+        """The engine's copies of inputs that choices share; off its thread, only to be read."""
+        return self._engine.scheduler.shared
 
     @property
     def text(self) -> ModelText:
@@ -277,7 +283,9 @@ class EngineWorker:
         self._thread.end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), STOP_SECONDS)
-        if not self._ended.is_set():
+        if self._ended.is_set():
+            self._thread.join()  # it has nothing left to do
+        else:
             log.error("the engine's thread does not end; it is left behind")
         self._thread.give_back_cores()
 

@@ -61,3 +61,29 @@ def test_the_engine_is_built_as_planned(tiny: FrozenModel) -> None:
 def test_free_memory_is_what_the_machine_has() -> None:
     total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
     assert 0 < free_memory(torch.device("cpu")) <= total
+
+
+@pytest.mark.parametrize(("kv", "prefix"), [("auto", "auto"), ("6MiB", "auto"), ("6MiB", "1MiB"), ("auto", "6MiB")])
+def test_what_is_granted_in_all_fits_what_is_free_or_is_refused_with_what_would(
+    tiny: FrozenModel, kv: str, prefix: str
+) -> None:
+    slab = 128 * bytes_per_position(tiny.spec)
+    granted = refused = 0
+    for free in range(slab // 2, 12 * MiB, 3 * slab):
+        settings = Settings(kv_memory=kv, prefix_memory=prefix, max_sequences=100)
+        try:
+            plan = plan_memory(settings, tiny.spec, free=free)
+        except InsufficientMemory:
+            refused += 1
+        else:
+            assert plan.granted + plan.prefix_bytes + plan.shared_bytes <= free
+            granted += 1
+    assert granted
+    assert refused
+
+
+def test_the_size_that_a_refusal_names_is_taken(tiny: FrozenModel) -> None:
+    with pytest.raises(InsufficientMemory, match="prefixes may take") as caught:
+        plan_memory(Settings(kv_memory="9MiB"), tiny.spec, free=10 * MiB)
+    named = caught.value.remedy.split("at most ")[1].split(",")[0]
+    plan_memory(Settings(kv_memory=named), tiny.spec, free=10 * MiB)

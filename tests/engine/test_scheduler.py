@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
 from server.core import Delta
@@ -225,3 +228,76 @@ def test_answers_do_not_depend_on_the_chunk_size(tiny: FrozenModel) -> None:
         for size in (8, 16, 33, 128)
     }
     assert len(answers) == 1
+
+
+def copies(engine: Engine) -> int:
+    """Bytes of all copies that waiting choices hold."""
+    tensors = {id(s.shared): s.shared for s in engine.scheduler.waiting if s.shared is not None}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("kind", ["labels", "n"])
+def test_copies_of_shared_inputs_stay_within_their_budget_whatever_number_of_tasks_asks_for_them(
+    tiny: FrozenModel, kind: str
+) -> None:
+    per_position = tiny.spec.kv_width * 8
+    budget = 3 * 20 * per_position
+    engine = make_engine(tiny, max_sequences=4, max_batch_tokens=64, shared_bytes=budget)
+    asked: dict[str, Any] = {"labels": [(i, 7, 9) for i in range(6)]} if kind == "labels" else {"n": 6}
+    for i in range(60):
+        engine.add(
+            request(str(i), list(range(i, i + 20)), f"task {i}", max_new_tokens=3, ignore_eos=True, **asked), None
+        )
+    most = passed = 0
+    deltas: list[Delta] = []
+    engine.add(request("small", [1], "quiet", max_new_tokens=3, ignore_eos=True), None)
+    while engine.has_work:
+        deltas += engine.step()
+        assert copies(engine) <= engine.scheduler.shared.num_bytes <= budget
+        most = max(most, copies(engine))
+        passed += sum(delta.request_id == "small" for delta in deltas) == 3 and engine.has_work
+    assert most > budget / 3, "copies are made"
+    assert passed > 20, "what makes no copy waits for none"
+    assert sum(delta.finish_reason is not None and delta.is_last for delta in deltas) == 61
+    engine.check_integrity()
+    assert not len(engine.scheduler.shared)
+
+
+def test_a_copy_larger_than_the_budget_is_made_when_there_is_no_other(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=2, shared_bytes=1)
+    for name in ("a", "b", "c"):
+        engine.add(request(name, list(range(30)), name, n=4, max_new_tokens=3, temperature=1.0), None)
+    held = []
+    while engine.has_work:
+        engine.step()
+        held.append(len(engine.scheduler.shared))
+    assert max(held) == 1
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_a_request_that_is_aborted_or_fails_leaves_no_copy_behind(tiny: FrozenModel, after: int) -> None:
+    engine = make_engine(tiny, max_sequences=2)
+    for how in (engine.abort, engine.forget, lambda _: engine.fail_all("it broke")):
+        engine.add(request("r", list(range(20)), n=6, max_new_tokens=4, temperature=1.0, ignore_eos=True), None)
+        for _ in range(after):
+            engine.step()
+        how("r")
+        engine.check_integrity()
+        assert not engine.has_work
+        assert not len(engine.scheduler.shared)
+
+
+def test_aborting_many_takes_time_in_proportion_to_their_number(tiny: FrozenModel) -> None:
+    def seconds_for(number: int) -> float:
+        engine = make_engine(tiny)
+        for i in range(number):
+            engine.add(request(str(i), [1], "task"), None)
+        started = time.thread_time()
+        for i in reversed(range(number)):
+            engine.abort(str(i))
+        assert not engine.has_work
+        return time.thread_time() - started
+
+    few, many = (min(seconds_for(number) for _ in range(3)) for number in (500, 8000))
+    assert many < 16 * few * 4, f"{few * 1e3:.1f} ms for 500, {many * 1e3:.1f} ms for 8,000"

@@ -53,6 +53,8 @@ class Gauges(Collector):
         yield _counter("engine_steps", "Forwards of the model.", worker.num_steps)
         yield _gauge("kv_cache_positions", "Positions that the KV cache has.", slots.num_positions)
         yield _gauge("kv_cache_used_positions", "Positions in slots that are handed out.", used)
+        yield _gauge("shared_input_bytes", "Memory for copies of inputs that choices share.", worker.shared.num_bytes)
+        yield _gauge("shared_input_budget_bytes", "Memory that they may take.", worker.shared.budget_bytes)
 
     def _prefixes(self) -> Iterator[Metric]:
         cache = self._worker.prefixes

@@ -1,0 +1,65 @@
+"""Copies of what a request's first choice has computed of the input, until its other choices have slots of their own.
+
+A request that will make one reserves its bytes before it begins, so all copies together stay within a budget. A single
+request may exceed it: there is nobody else's copy then.
+"""
+
+from __future__ import annotations
+
+
+class SharedInputs:
+    """Bytes of copies, by request.
+
+    Attributes:
+        budget_bytes: what they may take together.
+        num_bytes: what they take, or will take once their first choices have computed the input.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """There is none."""
+        self.budget_bytes = budget_bytes
+        self.num_bytes = 0
+        self._bytes: dict[str, int] = {}
+        self._waiting: dict[str, int] = {}  # request -> choices that wait with a copy, once there is one
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._bytes
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether another copy may be made."""
+        return not self._bytes or self.num_bytes + num_bytes <= self.budget_bytes
+
+    def reserve(self, request_id: str, num_bytes: int) -> None:
+        """A request begins that will make a copy."""
+        assert request_id not in self._bytes, "a request makes one copy"
+        self._bytes[request_id] = num_bytes
+        self.num_bytes += num_bytes
+
+    def made(self, request_id: str, choices: int) -> None:
+        """The copy is there, and so many choices wait with it."""
+        self._waiting[request_id] = choices
+
+    def taken(self, request_id: str) -> None:
+        """A choice does not need the copy any more; with the last one it goes."""
+        if request_id in self._waiting:
+            self._waiting[request_id] -= 1
+            if not self._waiting[request_id]:
+                self.release(request_id)
+
+    def release_unmade(self, request_id: str) -> None:
+        """The first choice has ended; without a copy made there will be none."""
+        if request_id not in self._waiting:
+            self.release(request_id)
+
+    def release(self, request_id: str) -> None:
+        """The request has no copy any more, nor will it have one."""
+        self.num_bytes -= self._bytes.pop(request_id, 0)
+        self._waiting.pop(request_id, None)
+
+    def check_integrity(self) -> None:
+        """Assert that the bytes are those of the requests."""
+        assert self.num_bytes == sum(self._bytes.values())
+        assert self._waiting.keys() <= self._bytes.keys()

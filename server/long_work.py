@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from server.errors import RequestAborted
+from server.errors import Overloaded, RequestAborted
 from server.executors import Executor
 
 T = TypeVar("T")
@@ -42,3 +42,36 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
             ended.exception()  # somebody has looked at it
         raise
     return ended.result()
+
+
+class Lane:
+    """Long work of one kind, one piece of work at a time; a bounded number waits in turn, and holds no thread."""
+
+    def __init__(self, threads: Executor, work: str, most_waiting: int) -> None:
+        """Nothing waits yet.
+
+        Args:
+            threads: run the work.
+            work: the work in the plural, for the refusal.
+            most_waiting: how many may wait.
+        """
+        self._threads = threads
+        self._work = work
+        self._most_waiting = most_waiting
+        self._turn = asyncio.Lock()
+        self._entered = 0
+
+    async def run(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """As `run_long`, when it is this work's turn.
+
+        Raises:
+            Overloaded: too much waits.
+        """
+        if self._entered > self._most_waiting:
+            raise Overloaded(f"{self._most_waiting} {self._work} wait already until their data is checked.")
+        self._entered += 1
+        try:
+            async with self._turn:
+                return await run_long(self._threads, work)
+        finally:
+            self._entered -= 1

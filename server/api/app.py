@@ -19,6 +19,7 @@ from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.errors import install_error_handlers
 from server.api.evaluations import routes as evaluations
 from server.api.evaluations.jobs import Evaluations
+from server.api.followers import Followers
 from server.api.head import HeadAsGet
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
@@ -28,6 +29,7 @@ from server.engine.worker import EngineWorker
 from server.executors import Executors
 from server.jobs.board import JobBoard
 from server.keys.live import ApiKeys
+from server.long_work import Lane
 from server.registry.registry import Registry
 from server.settings import Settings
 
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few learned vectors in front of the input.
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
 
+
+MOST_CHECKS = 8
+"""Training jobs that may wait until their data is checked."""
 
 STOP_SECONDS = 3.5
 """How long the services and the engine's thread may take to end; a thread that hangs in a store is left behind."""
@@ -127,6 +132,8 @@ def create_app(
     app.state.evaluations = Evaluations(worker, settings, executors.evaluations, keys)
     app.state.keys = board.keys = keys
     app.state.jobs = board
+    app.state.followers = Followers(board, worker, executors.jobs)
+    app.state.job_checks = Lane(executors.jobs, "training jobs", MOST_CHECKS)
     app.state.started = int(time.time())
     app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
     hosts = settings.hosts

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response, Security
 from fastapi.params import Security as SecurityParameter
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer, SecurityScopes
+from starlette.types import Scope as ASGIScope
 
 from server.api.bodies import BoundedRequest
 from server.api.deadline import in_time
@@ -96,6 +98,8 @@ def authorise(request: Request, *scopes: Scope) -> None:
     key = None if keys is None else _presented(request, keys)
     request.state.key = key
     request.state.key_id = None if key is None else key.id
+    needed = _needed(request.scope)
+    needed.scopes.update(scopes)
     if key is None:
         return
     for scope in scopes:
@@ -122,11 +126,35 @@ def allow_task(request: Request, task: str | None) -> None:
             remedy="Name one of them (?task=, or `model` under /v1), or use a key without task patterns.",
         )
     name = task.partition("@")[0]
+    _needed(request.scope).tasks.add(name)
     if not key.is_for(name):
         raise Forbidden(
             f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for {name[:80]!r}.",
             remedy="Name a task that it is for, or use another key.",
         )
+
+
+@dataclass
+class _Needed:
+    """What a request was allowed by: while it runs, its key must not lose it."""
+
+    scopes: set[Scope] = field(default_factory=set)
+    tasks: set[str] = field(default_factory=set)
+
+
+def _needed(scope: ASGIScope) -> _Needed:
+    needed: _Needed = scope.setdefault("state", {}).setdefault("needed", _Needed())
+    return needed
+
+
+def why_no_longer(scope: ASGIScope) -> str | None:
+    """Why the key of a request that was allowed no longer allows it, as a sentence; None if it does."""
+    key: ApiKey | None = scope.get("state", {}).get("key")
+    keys: ApiKeys | None = None if key is None else scope["app"].state.keys
+    if key is None or keys is None:
+        return None
+    needed = _needed(scope)
+    return keys.why_not(key.id, needed.scopes, needed.tasks)
 
 
 def may_see(request: Request, task: str | None) -> bool:

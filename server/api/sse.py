@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -13,14 +14,19 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.auth import why_no_longer
 from server.api.deadline import seconds_left
 from server.api.errors import error_body
-from server.errors import PreludeError, RequestAborted
+from server.errors import PreludeError, RequestAborted, Unauthorized
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+KEY_SECONDS = 2.0
+"""How often to see whether the key of a request that takes long still allows it."""
+READ_SECONDS = 2.0
+"""How long a client may take to read why its stream ends."""
 
 OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {
@@ -65,24 +71,44 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._dialect = dialect
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         sending = asyncio.ensure_future(self._send_all(send))
         gone = asyncio.ensure_future(_disconnected(receive))
+        revoked = asyncio.ensure_future(_revoked(scope))
         seconds = seconds_left(Request(scope)) if self.is_answer else None
+        waiting = {sending, gone, revoked}
         try:
-            done, _ = await asyncio.wait({sending, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 log.info("a stream is cut off: its client did not read it within the time that a request may take")
+            elif done == {revoked}:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                await self._end(send, revoked.result())
         finally:
-            gone.cancel()
-            sending.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
             await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _end(self, send: Send, error: PreludeError) -> None:
+        """Send an error as the last event, if the client reads at all."""
+        last = {"type": "http.response.body", "body": self._encode(self._dialect.error(error)), "more_body": False}
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(READ_SECONDS):
+                if not self._has_begun:
+                    await self._begin(send)
+                await send(last)
+
+    async def _begin(self, send: Send) -> None:
+        self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+    async def _send_all(self, send: Send) -> None:
+        await self._begin(send)
         try:
             async for event in self._events:
                 await send({"type": "http.response.body", "body": self._encode(event), "more_body": True})
@@ -122,18 +148,30 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
     Raises:
         RequestAborted: the client is gone; nobody will read the reply.
+        Unauthorized: the request's key was revoked, or lost what the request needs.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
+    revoked = asyncio.ensure_future(_revoked(request.scope))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone, revoked}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if revoked.done():
+            raise revoked.result()
         raise RequestAborted("The client went away.")
     finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for waiting in (gone, revoked, task):
+            waiting.cancel()
+        await asyncio.gather(task, gone, revoked, return_exceptions=True)
+
+
+async def _revoked(scope: Scope) -> Unauthorized:
+    """Return the error for a client whose key no longer allows its request, as soon as that is so."""
+    while True:
+        if (why := why_no_longer(scope)) is not None:
+            return Unauthorized(why)
+        await asyncio.sleep(KEY_SECONDS)
 
 
 async def _disconnected(receive: Receive) -> None:

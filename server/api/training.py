@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
-from server.api.deps import BoardDep, ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, WorkerDep, known_query
+from server.api.deps import BoardDep, ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, known_query
+from server.api.followers import Followers
 from server.api.job_requests import find_start, read_job, submit
 from server.api.schemas import ErrorBody
-from server.api.sse import NumberedStream
+from server.api.sse import NumberedStream, unless_disconnected
 from server.api.training_schemas import JOBS, JobBody, JobList, job_body, request_body
-from server.engine.worker import EngineWorker
-from server.errors import InvalidRequest, ServerDraining, UnknownJob
-from server.executors import Executor, Executors
+from server.errors import InvalidRequest, UnknownJob
+from server.executors import Executors
 from server.jobs.board import JobBoard
 from server.jobs.job import JOB_ID, Job
-from server.jobs.record import read_lines
 from server.keys.key import Scope
+from server.long_work import Lane
 
-LOOK_SECONDS = 0.5
-SILENT_SECONDS = 15.0
 LOG_BYTES = 2**16
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 
@@ -78,7 +75,9 @@ async def create_job(
         authorise(request, Scope.PUBLISH)  # the key may have been revoked while the data came
         allow_task(request, asked.request.task)
         start = await find_start(request, asked.request.spec, registry, key_id)
-        job = await executors.jobs.run(submit, board, asked, settings.data_dir, key_id, start)
+        checks: Lane = request.app.state.job_checks
+        work = partial(submit, board, asked, settings.data_dir, key_id, start)
+        job = await unless_disconnected(request, checks.run(work))
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)
 
@@ -103,13 +102,13 @@ async def follow_job(
     job: JobId,
     request: Request,
     board: BoardDep,
-    executors: ExecutorsDep,
-    worker: WorkerDep,
     last_event_id: Annotated[str | None, Header(description="The id of the last event that was received.")] = None,
 ) -> Response:
     """Everything that has happened to a job, then what happens, until it is over: server-sent events."""
     await _find(job, request, board)
-    return NumberedStream(_events(job, board, executors.jobs, worker, _number(last_event_id)), {})
+    followers: Followers = request.app.state.followers
+    followers.check_room()
+    return NumberedStream(followers.events(job, _number(last_event_id)), {})
 
 
 @router.get("/{job}/log", response_class=Response, responses=LOG)
@@ -153,37 +152,6 @@ async def _find(job_id: str, request: Request, board: JobBoard) -> Job:
     if not may_see(request, job.spec.task):
         raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
     return job
-
-
-async def _events(
-    job_id: str, board: JobBoard, threads: Executor, worker: EngineWorker, last: int
-) -> AsyncGenerator[Mapping[str, Any]]:
-    """The lines of the record behind the last one, numbered; the state whenever it changes; at the end the whole job.
-
-    Raises:
-        ServerDraining: the server ends before the job does; the client comes back, and goes on behind its last event.
-    """
-    number, offset, shown, at = 0, 0, "", time.monotonic()
-    while True:
-        job = await threads.run(board.job, job_id)  # before its record: what it said before its end is read
-        if job.status.state != shown:
-            shown, at = job.status.state, time.monotonic()
-            yield {"event": "state", "state": shown}
-        lines, offset = await threads.run(read_lines, board.folder(job_id).record, offset)
-        for line in lines:
-            number += 1
-            if number > last:
-                at = time.monotonic()
-                yield {"id": number, **line}
-        if job.status.state.is_over:
-            yield {"event": "end", "job": job_body(job).model_dump(exclude_none=True)}
-            return
-        if worker.draining:
-            raise ServerDraining("The server is shutting down; the job goes on when it is back.")
-        if time.monotonic() - at > SILENT_SECONDS:
-            at = time.monotonic()
-            yield {}
-        await asyncio.sleep(LOOK_SECONDS)
 
 
 def _number(last_event_id: str | None) -> int:

@@ -102,6 +102,17 @@ def read_lines(path: Path, offset: int = 0, most: int = -1) -> tuple[list[dict[s
     return _parsed(whole), offset + len(whole)
 
 
+def last_line_end(path: Path) -> int:
+    """Where the last whole line of a record ends; 0 if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            begin = file.seek(max(0, size - TAIL_BYTES))
+            return begin + file.read(size - begin).rfind(b"\n") + 1
+    except FileNotFoundError:
+        return 0
+
+
 def read_progress(path: Path) -> Progress:
     """How far a job has come, from the end of its record."""
     try:

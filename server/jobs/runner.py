@@ -242,7 +242,7 @@ class JobRunner:
 
     def _forbidden(self, job: Job) -> Forbidden | None:
         keys = self._board.keys
-        why = None if keys is None or job.by is None else keys.why_not(job.by, Scope.PUBLISH, [job.spec.task])
+        why = None if keys is None or job.by is None else keys.why_not(job.by, [Scope.PUBLISH], [job.spec.task])
         if why is None:
             return None
         remedy = "Send the job again with a key that may publish this task."

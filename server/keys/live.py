@@ -54,15 +54,18 @@ class ApiKeys:
         self._follow_file()
         return self._keys.get(key_id)
 
-    def why_not(self, key_id: str, scope: Scope, tasks: Iterable[str] = ()) -> str | None:
+    def why_not(self, key_id: str, scopes: Iterable[Scope], tasks: Iterable[str]) -> str | None:
         """Why a key that was once allowed something no longer is, as a sentence; None if it still is."""
         key = self.get(key_id)
         if key is None:
             return f"The key {key_id} was revoked."
-        if not key.may(scope):
-            return f"The key {key_id} no longer has the scope {scope}."
-        lost = next((task for task in tasks if not key.is_for(task)), None)
-        return None if lost is None else f"The key {key_id} is no longer for the task {lost!r}."
+        for scope in scopes:
+            if not key.may(scope):
+                return f"The key {key_id} no longer has the scope {scope}."
+        for task in tasks:
+            if not key.is_for(task):
+                return f"The key {key_id} is no longer for the task {task!r}."
+        return None
 
     def _follow_file(self) -> None:
         now = time.monotonic()

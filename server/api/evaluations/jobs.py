@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,13 +21,15 @@ from server.evaluation.report import Report
 from server.executors import Executor
 from server.keys.key import Scope
 from server.keys.live import ApiKeys
-from server.long_work import run_long
+from server.long_work import Lane
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 8
 """Evaluations that may wait; each holds its rows."""
+LOOK_SECONDS = 0.25
+"""How often an evaluation looks whether the server shuts down."""
 MOST_KEPT = 100
 """Evaluations that have ended and can still be asked for; of an older one nothing is left."""
 
@@ -122,7 +124,7 @@ class Evaluations:
         self._jobs: dict[str, EvaluationJob] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arriving = 0
-        self._preparing = asyncio.Lock()
+        self._preparing = Lane(threads, "evaluations", MOST_KEPT)  # how many wait is counted here
         self._turn = asyncio.Lock()
         self._is_stopping = False
 
@@ -196,13 +198,15 @@ class Evaluations:
             await self.cancel(job)
 
     async def _run(self, job: EvaluationJob) -> None:
+        running = asyncio.current_task()
+        assert running is not None, "it is a task"
+        draining = asyncio.get_running_loop().create_task(self._cancel_once_draining(running))
         try:
-            async with self._preparing:
-                await self._prepare(job)
+            await self._prepare(job)
             async with self._turn:
                 await self._evaluate(job)
         except asyncio.CancelledError:
-            if self._is_stopping:
+            if self._is_stopping or self._worker.draining:
                 self._end(job, State.ABORTED, ServerDraining("The server was shut down before the evaluation's end."))
             else:
                 self._end(job, State.CANCELLED)
@@ -213,11 +217,26 @@ class Evaluations:
         except Exception:
             log.exception("an evaluation failed")
             self._end(job, State.FAILED, PreludeError("The server failed on this evaluation."))
+        finally:
+            draining.cancel()
+
+    async def _cancel_once_draining(self, running: asyncio.Task[None]) -> None:
+        """A server that ends waits for its clients' requests, not for an evaluation's."""
+        while True:
+            if self._worker.draining:
+                running.cancel()
+                return
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _prepare(self, job: EvaluationJob) -> None:
         assert job.preparation is not None, "a job is prepared once"
-        preparation, job.state = job.preparation, State.PREPARING
-        job.evaluation = await run_long(self._threads, lambda go_on: preparation.run(self._worker, go_on))
+        preparation = job.preparation
+
+        def prepare(go_on: Callable[[], None]) -> Evaluation:
+            job.state = State.PREPARING
+            return preparation.run(self._worker, go_on)
+
+        job.evaluation = await self._preparing.run(prepare)
         preparation.sources.discard()
         job.rows, job.total, job.state = len(job.evaluation.rows), job.evaluation.num_questions, State.WAITING
         job.prepared.set()
@@ -242,7 +261,7 @@ class Evaluations:
         """Refuse to go on for a key that may not ask for this any more."""
         if self._keys is None or job.key_id is None:
             return
-        if (why := self._keys.why_not(job.key_id, Scope.PUBLISH, [job.task])) is not None:
+        if (why := self._keys.why_not(job.key_id, [Scope.PUBLISH], [job.task])) is not None:
             raise Forbidden(f"{why} It asked for this evaluation, so it has ended.")
 
     def _end(self, job: EvaluationJob, state: State, error: PreludeError | None = None) -> None:

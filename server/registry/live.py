@@ -79,7 +79,7 @@ class LiveMap:
         self._engine: PrefixHolder = NoEngine()
         self._holding = threading.Lock()
         self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
-        self._state = State(store.events())
+        self._state = store.load()
         _log_new({}, self._state.problems)
         self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced)
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
@@ -201,6 +201,17 @@ class LiveMap:
         _log_new(problems, self._state.problems)
         return contents
 
+    def _replace(self, state: State) -> None:
+        """Take over a state that was loaded anew, because the events between were removed."""
+        before = self._state
+        self._state = state
+        kept = {v.content.blob for task in state.tasks.values() for v in task.versions.values()}
+        self._contents.check(v.content for task in state.tasks.values() for v in task.versions.values())
+        self._refresh(before.tasks.keys() | state.tasks.keys())
+        contents = [v.content for task in before.tasks.values() for v in task.versions.values()]
+        self._drop([content for content in contents if content.blob not in kept])
+        _log_new(before.problems, state.problems)
+
     def _drop(self, contents: Sequence[Content]) -> None:
         """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
         for content in contents:
@@ -213,9 +224,9 @@ class LiveMap:
         """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
         tasks = dict(self._tasks)
         for name in names:
-            state = self._state.tasks[name]
+            state = self._state.tasks.get(name)
             tasks.pop(name, None)
-            if state.versions:
+            if state is not None and state.versions:
                 tasks[name] = Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
         self._tasks = tasks
 

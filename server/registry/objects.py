@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 
 from server.errors import StoreError, StoreFull
 
-FOLDERS = ("blobs", "events")
+FOLDERS = ("blobs", "events", "snapshots")
 
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file of this age belongs to a writer that was killed; nobody writes for a day."""
@@ -116,14 +116,24 @@ class LocalObjects:
         self._root = root.absolute()
         with _refusals(f"be made in {root}", _USE_A_FOLDER):
             for folder in FOLDERS:
-                _make_directory(self._root / folder)
+                self._make(folder)
             _sync_directory(self._root)
         for folder in FOLDERS:
             _remove_abandoned(self._root / folder)
 
+    def _make(self, folder: str) -> None:
+        try:
+            _make_directory(self._root / folder)
+        except OSError:
+            # An older Prelude made this store, which may only be read now, or is full: it has no snapshots.
+            if folder != "snapshots" or not (self._root / "events").is_dir():
+                raise
+
     def list(self, folder: str) -> list[str]:
         """See Objects; temporary and other hidden files are no objects."""
         assert folder in FOLDERS, folder
+        if folder == "snapshots" and not (self._root / folder).is_dir():
+            return []
         with _refusals(f"list {folder}"):
             return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))
 

@@ -20,7 +20,8 @@ from server.registry import plans
 from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.plans import Expected, Placed
-from server.registry.store import Store
+from server.registry.state import State
+from server.registry.store import Behind, Store
 from server.registry.unreadable import Entry
 from server.registry.views import Published, Task
 from server.soft_prompts.names import check_task_name, names_of
@@ -205,12 +206,31 @@ class Registry(LiveMap):
             StoreError: the store cannot be read.
         """
         with self._syncing:
-            while events := self._store.events_after(self._state.last_event, EVENTS_AT_ONCE):
-                self._take_over(events)
-                if len(events) < EVENTS_AT_ONCE:
-                    return
+            try:
+                while events := self._store.events_after(self._state.last_event, EVENTS_AT_ONCE):
+                    self._take_over(events)
+                    if len(events) < EVENTS_AT_ONCE:
+                        return
+            except Behind as exc:
+                log.warning("%s The store is loaded anew.", exc)
+                state = self._store.load()
+                with self._changing:
+                    if state.last_event > self._state.last_event:
+                        self._replace(state)
+
+    def compact(self) -> None:
+        """Keep the event log short: write a snapshot now and then, and remove what old ones replace.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        self._store.compact(self._copy_state, self._state.last_event)
 
     # Within.
+
+    def _copy_state(self) -> State:
+        with self._changing:
+            return self._state.copy()
 
     def _take_over(self, events: Sequence[Entry]) -> None:
         """Take over other servers' events, as far as no change of our own has met them meanwhile."""
@@ -291,7 +311,7 @@ class Registry(LiveMap):
                     return None, self._tasks
                 now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
                 event = Event(self._state.last_event + 1, now, source, by, change, secrets.token_hex(8))
-                if self._store.append(event):
+                if self._append(event):
                     removed = self._apply([event])
                     live = self._tasks
                     break
@@ -301,6 +321,12 @@ class Registry(LiveMap):
                 self._apply(won)
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event, live
+
+    def _append(self, event: Event) -> bool:
+        try:
+            return self._store.append(event)
+        except Behind as exc:
+            raise StoreError(str(exc), remedy="Send the request again.") from exc
 
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
         blobs: list[str] = []

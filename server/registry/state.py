@@ -28,7 +28,7 @@ from server.registry.events import (
     alone,
     tasks_of,
 )
-from server.registry.unreadable import Entry, Unreadable
+from server.registry.unreadable import Entry, Unreadable, UnreadableText
 
 WHOLE_STORE = ".store"
 """Stands for all tasks; no task and no entry of the inbox is called so."""
@@ -131,6 +131,8 @@ class State:
         last_event: number of the last event that was taken.
         digests: digest -> versions that have it.
         prefixes: prefix hash -> versions that have it.
+        first_version: number of a new task's first version.
+        is_whole: whether everything that was taken could be read; only then may it become a snapshot.
         deleted: blobs of versions that the events of the start deleted.
         problems: task -> why its last change has no effect here; WHOLE_STORE where the task cannot be made out.
     """
@@ -142,11 +144,29 @@ class State:
         self.digests: Counter[str] = Counter()
         self.prefixes: Counter[str] = Counter()
         self.problems: dict[str, str] = {}
-        self._first_version = 1
+        self.first_version = 1
+        self.is_whole = True
         self.deleted: set[str] = set()
+        self.take_all(events)
+
+    def take_all(self, events: Iterable[Entry]) -> None:
+        """Take the events of a start; `deleted` are the blobs of versions that they deleted."""
         for event in events:
             _, removed = self.take(event)
             self.deleted.update(version.content.blob for version in removed)
+
+    def copy(self) -> State:
+        """Another state of the same, which later events do not change."""
+        state = State()
+        state.tasks = {name: _copy(task) for name, task in self.tasks.items()}
+        state.last_event, state.first_version, state.is_whole = self.last_event, self.first_version, self.is_whole
+        return state
+
+    def count(self) -> None:
+        """Count the digests and prefixes of all versions anew."""
+        contents = [version.content for task in self.tasks.values() for version in task.versions.values()]
+        self.digests = Counter(content.digest for content in contents)
+        self.prefixes = Counter(content.prefix_hash for content in contents)
 
     def take(self, entry: Entry) -> tuple[set[str], list[Version]]:
         """Take one more event; one that cannot be read, or does not follow, leaves a note and changes nothing else.
@@ -159,11 +179,11 @@ class State:
                 return self.apply(entry)
             except StoreError as exc:
                 entry = Unreadable(entry.number, exc.message, frozenset(tasks_of(entry.change)))
-        self.last_event = entry.number
+        self.last_event, self.is_whole = entry.number, False
         for name in (WHOLE_STORE,) if entry.tasks is None else entry.tasks:
             self.problems[name] = entry.problem
         if entry.tasks is None:
-            self._first_version += 1
+            self.first_version += 1
         # It may have published a version of any task that it may be about, and no number is given twice.
         for name in self.tasks if entry.tasks is None else entry.tasks:
             task = self.tasks.setdefault(name, TaskState())
@@ -202,17 +222,14 @@ class State:
         state = State()
         changes = [event.change for event in events if isinstance(event, Event)]
         for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
-            task = self.tasks[name]
-            state.tasks[name] = replace(
-                task, versions=dict(task.versions), history=list(task.history), inbox=dict(task.inbox)
-            )
+            state.tasks[name] = _copy(self.tasks[name])
         for event in events:
             state.take(event)
         return state
 
     def next_version(self, task: str) -> int:
         """The number that the next publish under this name gets."""
-        return self.tasks[task].last_version + 1 if task in self.tasks else self._first_version
+        return self.tasks[task].last_version + 1 if task in self.tasks else self.first_version
 
     def _change(self, event: Event) -> list[Version]:
         change = event.change
@@ -249,12 +266,18 @@ class State:
             task.note_inbox(event.by, item.content.identity)
         if item.version in task.versions:
             return
+        if isinstance(item.content.manifest, UnreadableText):
+            self.is_whole = False
         task.versions[item.version] = Version(item.task, item.version, item.content, event.at, event.source, event.by)
         task.last_version = max(task.last_version, item.version)
         self.digests[item.content.digest] += 1
         self.prefixes[item.content.prefix_hash] += 1
         if activate:
             task.let_answer(alone(item.version))
+
+
+def _copy(task: TaskState) -> TaskState:
+    return replace(task, versions=dict(task.versions), history=list(task.history), inbox=dict(task.inbox))
 
 
 def _path(place: str | None) -> str:

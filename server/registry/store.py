@@ -1,7 +1,8 @@
-"""Blobs and events in a place for objects: what the registry keeps, and the rule that makes it safe.
+"""Blobs, events and snapshots in a place for objects: what the registry keeps, and the rule that makes it safe.
 
     blobs/<digest>-<nonce>.safetensors   one per version: tensor, with peft_type and manifest; never rewritten
     events/000000000042.json             create-if-absent: of two writers exactly one wins a number
+    snapshots/000000001000.json.gz       the state at an event, so that those before it can go (`snapshots.py`)
 
 A blob is whole and durable before an event names it, and an event is whole and durable before anybody hears of the
 change. A blob that no event names is garbage: its publisher lost, or was killed between the two.
@@ -12,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
 import re
 import secrets
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from safetensors import SafetensorError
@@ -23,6 +26,8 @@ from safetensors.torch import load, save
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
 from server.registry.events import Content, Delete, DeleteVersion, Event, content_of
 from server.registry.objects import Objects, Reserved
+from server.registry.snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
+from server.registry.state import State
 from server.registry.unreadable import Entry, read_event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -35,55 +40,144 @@ ABANDONED_SECONDS = 24 * 3600.0
 READERS = 16
 """Events that are read at once when a server starts: an object store answers each in tens of milliseconds."""
 
+PRUNE_SECONDS = 3600.0
+"""How often it is looked whether old snapshots and events can go."""
+
+RETRY_EVENTS = 100
+"""Events after which a snapshot that could not be written is tried again."""
+
+REACH_SECONDS = 6 * 3600.0
+"""For how long nothing new need mean that there is nothing new; much shorter than events outlive their snapshot."""
+
 TENSOR_NAME = "prompt_embeddings"
 _IN_EVENT = "manifest_in_event"
 """Marks a blob whose event has more of the manifest than the blob itself."""
 _EVENT_NAME = re.compile(r"\d{12}\.json")
 
 
+class Behind(Exception):
+    """This server has not looked at the store for so long that it must load it anew."""
+
+
 class Store:
-    """Blobs and events."""
+    """Blobs, events and snapshots."""
 
     def __init__(self, objects: Objects) -> None:
         """Use an open place for objects; a folder keeps some space free for deletes from now on."""
         self._objects = objects
+        self.snapshots = Snapshots(objects)
+        self._seen_at = time.time()
+        self._snapshot_at = 0
+        self._prune_at = time.monotonic() + random.uniform(0, PRUNE_SECONDS)  # of several servers each at another time
         refused = objects.reserve() if isinstance(objects, Reserved) else None
         if refused is not None:
             log.warning("The store cannot be written to (%s): tasks are served, and changes are refused.", refused)
 
-    def events(self) -> list[Entry]:
-        """All events, in order; for a server that starts. One that cannot be read stands for itself.
+    def load(self) -> State:
+        """The state of all tasks: the newest snapshot that can be read, and the events after it.
+
+        Raises:
+            StoreError: the store cannot be listed or read, or an event is missing.
+        """
+        while True:
+            numbers = self.snapshots.numbers()
+            state = self.snapshots.newest(numbers)
+            try:
+                state.take_all(self.events(state.last_event))
+            except StoreError:
+                if self.snapshots.numbers() == numbers:
+                    raise
+                continue  # another server has made a snapshot meanwhile, and removed events
+            self._seen_at = time.time()
+            self._snapshot_at = numbers[-1] if numbers else 0
+            return state
+
+    def events(self, after: int = 0) -> list[Entry]:
+        """All events after a number, in order; for a server that starts. One that cannot be read stands for itself.
 
         Raises:
             StoreError: the store cannot be listed or read, or a number is missing.
         """
         names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
-        last = int(names[-1].partition(".")[0]) if names else 0
+        names = [name for name in names if name > _event_name(after)]
+        last = int(names[-1].partition(".")[0]) if names else after
         # A list that is made while others write may lack one before the last.
-        gap = next((n for n, name in enumerate(names, 1) if name != _event_name(n)), None)
+        gap = next((n for n, name in enumerate(names, after + 1) if name != _event_name(n)), None)
         if gap is not None and self._objects.get(_event_key(gap)) is None:
             raise _missing(gap)
         with ThreadPoolExecutor(READERS, "events") as readers:
-            return list(readers.map(self._read_event, range(1, last + 1)))
+            return list(readers.map(self._read_event, range(after + 1, last + 1)))
 
     def events_after(self, number: int, most: int | None = None) -> list[Entry]:
         """Events that came since, in order, the first `most` of them; one look at the store if there is none.
 
         Raises:
             StoreError: the store cannot be read.
+            Behind: events after the number are gone already.
         """
         found: list[Entry] = []
         while len(found) != most and (data := self._objects.get(_event_key(number + 1))) is not None:
             number += 1
             found.append(read_event(number, data, _event_name(number)))
+        if found:
+            self._seen_at = time.time()
+        else:
+            self._check_reach(number)
         return found
+
+    def compact(self, state: Callable[[], State], last_event: int) -> None:
+        """Write a snapshot if it is time to, and remove what old ones make superfluous.
+
+        Args:
+            state: what makes a copy of the state, as of this event or a later one.
+            last_event: the last event that was taken.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
+            self._snapshot_at = max(self.snapshots.numbers(), default=0)
+            if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
+                now = state()
+                self._snapshot_at = (
+                    now.last_event - SNAPSHOT_EVENTS + RETRY_EVENTS
+                )  # a full store is not asked for ever
+                if now.is_whole:  # else after an update, which knows more kinds of events
+                    self.snapshots.write(now)
+                    self._snapshot_at = now.last_event
+        if time.monotonic() >= self._prune_at:
+            self._prune_at = time.monotonic() + PRUNE_SECONDS
+            self._remove_events(self.snapshots.prune())
+
+    def _remove_events(self, cut: int | None) -> None:
+        """In order, so that those that are left are the end of the log, wherever this is broken off."""
+        if cut is not None:
+            names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
+            for name in [name for name in names if name <= _event_name(cut)][:MOST_REMOVED]:
+                self._objects.delete(f"events/{name}")
+
+    def _check_reach(self, number: int) -> None:
+        """Find out whether "no later event" means that there is none, or that all up to a snapshot were removed.
+
+        Events stay for GRACE_SECONDS after the snapshot that replaces them, so this is asked far more often than that.
+
+        Raises:
+            Behind: they were removed.
+        """
+        if abs(time.time() - self._seen_at) < REACH_SECONDS:
+            return
+        if self._objects.age(_event_key(number)) is None if number else bool(self.snapshots.numbers()):
+            raise Behind(f"Event {number} was removed while this server did not look at the store.")
+        self._seen_at = time.time()
 
     def append(self, event: Event) -> bool:
         """Write an event durably; False if another writer has taken its number.
 
         Raises:
             StoreError: the store refuses. Whether the event is kept is then open, until somebody looks.
+            Behind: events before it are gone already.
         """
+        self._check_reach(event.number - 1)
         data = event.to_json()
         key = _event_key(event.number)
         # A write that is sent again after a lost reply finds itself.

@@ -20,6 +20,7 @@ class Syncer:
         """Nothing runs yet."""
         self._registry = registry
         self._seconds = seconds
+        self._compact_failure: type[Exception] | None = None  # kind of error that is already logged
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
 
@@ -47,3 +48,16 @@ class Syncer:
                 if failure is not None:
                     log.info("changes of other servers are seen again")
                 failure = None
+                self._compact()
+
+    def _compact(self) -> None:
+        """Keep the event log short; if that fails it is only longer."""
+        try:
+            self._registry.compact()
+        except Exception as exc:
+            if type(exc) is not self._compact_failure:
+                is_ours = not isinstance(exc, PreludeError)
+                log.warning("the event log is not shortened: %s", exc, exc_info=is_ours)
+            self._compact_failure = type(exc)
+        else:
+            self._compact_failure = None

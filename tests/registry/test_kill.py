@@ -26,6 +26,8 @@ import torch
 
 from server.core import ModelSpec
 from server.errors import PreludeError
+from server.registry import snapshots as snapshots_module
+from server.registry import store as store_module
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry
 from server.registry.state import State
@@ -64,11 +66,22 @@ def fingerprint(state: State) -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
+def shorten_logs() -> None:
+    """Let processes that are forked from here make a snapshot every few events, and drop what it replaces at once."""
+    for module, name, value in (
+        (store_module, "SNAPSHOT_EVENTS", 5),
+        (store_module, "PRUNE_SECONDS", 0.0),
+        (snapshots_module, "GRACE_SECONDS", -1.0),
+    ):
+        setattr(module, name, value)
+
+
 def change_for_ever(root: Path, seed: int, pipe: int) -> None:
     """Make one change after the other, and tell of each once it has returned."""
     registry = open_registry(root)
     dice = random.Random(seed)
     while True:
+        registry.compact()
         task = dice.choice(TASKS)
         try:
             match dice.choice(["publish", "publish", "stage", "activate", "rollback", "delete_version", "delete"]):
@@ -90,9 +103,11 @@ def change_for_ever(root: Path, seed: int, pipe: int) -> None:
         os.write(pipe, f"{state.last_event} {fingerprint(state)}\n".encode())
 
 
-def nursery() -> None:
+def nursery(*, short_logs: bool = False) -> None:
     """Per line `root seed seconds`: fork a publisher, kill it so long after its first change, say what it said."""
     torch.set_num_threads(1)
+    if short_logs:
+        shorten_logs()
     for line in sys.stdin:
         root, seed, seconds = line.split()
         reading, writing = os.pipe()
@@ -127,14 +142,20 @@ class Nursery:
         return int(number), seen
 
 
-@pytest.fixture(scope="module")
-def publishers() -> Iterator[Nursery]:
-    command = [sys.executable, "-c", "from tests.registry.test_kill import nursery; nursery()"]
+@contextlib.contextmanager
+def opened_nursery(arguments: str) -> Iterator[Nursery]:
+    command = [sys.executable, "-c", f"from tests.registry.test_kill import nursery; nursery({arguments})"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as popen:
         yield Nursery(popen)
         assert popen.stdin is not None
         popen.stdin.close()
         assert popen.wait(20) == 0
+
+
+@pytest.fixture(scope="module")
+def publishers() -> Iterator[Nursery]:
+    with opened_nursery("") as opened:
+        yield opened
 
 
 @pytest.mark.soak
@@ -151,6 +172,24 @@ def test_what_a_killed_publisher_acknowledged_is_there(soak: Soak, tmp_path: Pat
         if i % 50 == 49:  # a long history would make each round slower
             tmp_path = tmp_path / "next"
     assert extra < soak.count(25, 300), "every kill came in the same place"
+
+
+@pytest.mark.soak
+def test_what_a_killed_publisher_acknowledged_is_there_although_it_shortens_the_log(soak: Soak, tmp_path: Path) -> None:
+    longest = 0
+    with opened_nursery("short_logs=True") as publishers:
+        for _ in soak.rounds(short=15, full=300, desc="kills of a publisher that shortens the log"):
+            told, seen = publishers.kill_one(tmp_path, soak.random.randrange(2**32), soak.random.uniform(0, 0.05))
+            store = Store(LocalObjects(tmp_path))
+            state = store.load()
+            assert state.last_event in (told, told + 1), "a change was lost, or more than one was under way"
+            before = store.snapshots.newest([n for n in store.snapshots.numbers() if n <= told])
+            before.take_all(entry for entry in store.events(before.last_event) if entry.number <= told)
+            assert fingerprint(before) == seen, "snapshot and events do not lead to what was acknowledged"
+            assert_every_blob_passes(open_registry(tmp_path))
+            longest = max(longest, len(list((tmp_path / "events").iterdir())))
+    assert len(store.snapshots.numbers()) <= 4
+    assert longest < 40, "the log was not shortened"
 
 
 def assert_every_blob_passes(registry: Registry) -> None:

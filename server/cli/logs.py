@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
+from io import StringIO
+from typing import Literal, TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, ExcInfo, Processor
+
+from server.log_lines import indented, one_line
 
 Form = Literal["console", "json"]
 
@@ -50,14 +53,29 @@ def formatter(form: Form) -> logging.Formatter:
         last = [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _forge_nothing,
             structlog.dev.ConsoleRenderer(
                 colors=False,
                 pad_event_to=0,
                 sort_keys=False,
-                exception_formatter=structlog.dev.plain_traceback,
+                exception_formatter=_indented_traceback,
             ),
         ]
     return structlog.stdlib.ProcessorFormatter(processors=last, foreign_pre_chain=common)
+
+
+def _forge_nothing(logger: object, name: str, event: EventDict) -> EventDict:
+    """Let no text that others chose look like another entry; structlog quotes what would look like another field."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = one_line(value)
+    return event
+
+
+def _indented_traceback(out: TextIO, exc_info: ExcInfo) -> None:
+    text = StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    out.write(indented(text.getvalue()))
 
 
 def _drop_copies(logger: object, name: str, event: EventDict) -> EventDict:

@@ -21,6 +21,7 @@ from server.errors import PreludeError
 from server.jobs.folder import NO_SPACE, JobFolder, write_json
 from server.jobs.job import Job, now
 from server.jobs.record import Recorder
+from server.log_lines import LineFormatter
 from server.openmp import bound_primitives, share_cores
 from server.settings import Settings
 
@@ -47,7 +48,9 @@ def main(path: Path) -> int:
     share_cores()
     bound_primitives()
     settings = Settings.load(**order["settings"])
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     job = folder.read()
     try:
         return _try(folder, job, settings)

@@ -10,6 +10,7 @@ import pytest
 from structlog.contextvars import bound_contextvars
 
 from server.cli.logs import Form, formatter
+from server.log_lines import LineFormatter
 
 FORMS: tuple[Form, ...] = ("console", "json")
 
@@ -70,3 +71,38 @@ def test_what_an_entry_quotes_cannot_begin_an_entry_of_its_own_for_machines() ->
     text = formatter("json").format(entry("x", task='a"}\n{"event": "forged"'))
     assert len(text.splitlines()) == 1
     assert json.loads(text)["event"] == "x"
+
+
+FORGED = "\x1b[31mred\x1b[0m\n12:00:00 [error    ] the disk is on fire\u2028x"
+
+
+def test_what_others_have_named_begins_no_entry_of_its_own() -> None:
+    text = formatter("console").format(entry("the folder %s is broken", FORGED, task=FORGED))
+    assert len(text.splitlines()) == 1
+    assert text.isprintable()
+    assert r"\x1b[31mred\x1b[0m\n12:00:00" in text
+
+
+def test_a_value_looks_like_no_other_field() -> None:
+    text = formatter("console").format(entry("request", request_id="1 status=204 key=4f0c", route="/prompts/{task}"))
+    assert text.endswith("[warning  ] request request_id='1 status=204 key=4f0c' route=/prompts/{task}")
+    assert "status=2" in formatter("console").format(entry("request", status="2"))
+    quoted = formatter("console").format(entry("request", request_id="a' status='2"))
+    assert quoted.endswith("""request_id="a' status='2\"""")
+
+
+def test_the_lines_of_a_traceback_are_indented() -> None:
+    try:
+        raise ValueError(FORGED)
+    except ValueError as exc:
+        text = formatter("console").format(entry("failed", exc_info=(type(exc), exc, exc.__traceback__)))
+    _, *rest = text.split("\n")
+    assert any("the disk is on fire" in line for line in rest)
+    assert all(line.startswith("  ") for line in rest if line)
+    assert "\x1b" not in text
+
+
+def test_a_jobs_own_log_cannot_be_forged_either() -> None:
+    text = LineFormatter("%(levelname)s %(message)s").format(entry("row %s", FORGED))
+    assert len(text.splitlines()) == 1
+    assert "\x1b" not in text

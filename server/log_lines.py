@@ -1,0 +1,30 @@
+"""What others have named or sent, such as a folder's name, in a log: it can begin no entry of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+
+def one_line(text: str) -> str:
+    """A text whose line ends, escape sequences and other invisible characters are written as Python escapes them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def indented(text: str) -> str:
+    """Several lines, each of which shows that it continues an entry."""
+    return "\n".join(f"  {one_line(line)}" for line in text.split("\n"))
+
+
+class LineFormatter(logging.Formatter):
+    """The standard library's, for entries that are one line each, and a traceback that is indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The entry without its traceback."""
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The traceback."""
+        return indented(super().formatException(ei))

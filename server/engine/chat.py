@@ -83,12 +83,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
         )
     except TemplateSyntaxError as exc:
         raise InvalidRequest(
-            f"The model's chat template is broken: {str(exc)[:200]}.",
+            f"The model's chat template is broken: {str(exc)[:200].rstrip('.')}.",
             remedy="Mend the chat template in the model's directory, and restart; meanwhile use /v1/completions.",
         ) from exc
     except Exception as exc:  # a template is a program: it can fail in any way
         raise InvalidRequest(
-            f"The model's chat template refuses these messages: {str(exc)[:200]}.",
+            f"The model's chat template refuses these messages: {str(exc)[:200].rstrip('.')}.",
             remedy="Send roles in the order that the model knows; if it refuses all, mend the model's chat template.",
         ) from exc
     assert isinstance(rendered, str), "one conversation, not tokenised, is one text"

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from server.engine.attention import ATTENTION_NAME, register_attention
 from server.engine.compatibility import refuse_unsupported
@@ -40,6 +41,8 @@ SETTINGS_FILES = (
     *("special_tokens_map.json", INDEX),
 )
 """Files that hold one JSON object each, if they are there."""
+VOCABULARIES = (".model", ".tiktoken", "tekken.json")
+"""How files of tokenizers end that are called neither tokenizer nor vocab."""
 REMEDY = "Download or convert the model again, or let PRELUDE_MODEL name another one."
 SHOWN = 3
 MOST_CHARACTERS = 300
@@ -67,7 +70,7 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         refuse_unsupported(config)
     _check_layers(location, names, config)
     register_attention()
-    with as_sentence(f"The weights of {location} cannot be loaded"):
+    with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
@@ -79,12 +82,23 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         module: PreTrainedModel = loaded[0]
         module.to(device)  # type: ignore[arg-type]
     refuse_missing(location, loaded[1])
-    with as_sentence(f"The tokenizer of {location} cannot be loaded"):
+    with _quietly(), as_sentence(f"The tokenizer of {location} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
     if is_empty:
         raise ConfigurationError(f"The tokenizer of {location} knows no token of a text.", remedy=REMEDY)
     return module, tokenizer
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from reporting in many lines what we say in one."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager
@@ -140,6 +154,8 @@ def check_files(directory: Path) -> list[str]:
     found = {name: _object_in(directory / name) for name in SETTINGS_FILES if name in names}
     if not isinstance(found[CONFIG].get("model_type"), str):
         raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
+    if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):
+        raise ConfigurationError(f"{directory} holds no tokenizer (tokenizer.json).", remedy=REMEDY)
     weights: dict[str, str] = {}
     for shard in _shards(directory, names, found.get(INDEX)):
         with as_sentence(f"{directory / shard} is cut or not a safetensors file"):

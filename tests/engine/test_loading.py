@@ -161,7 +161,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a quantisation that needs more": (change(quantization_config={"quant_method": "gptq", "bits": 4}), "GPTQ"),
     "code beside the configuration": (with_code("AutoConfig", "AutoModelForCausalLM"), "never run"),
     "code beside the tokenizer": (with_code("AutoTokenizer"), "never run"),
-    "no tokenizer": (drop(TOKENIZER, "tokenizer_config.json"), "tokenizer"),
+    "no tokenizer": (drop(TOKENIZER, "tokenizer_config.json"), "holds no tokenizer"),
     "a tokenizer cut": (cut(TOKENIZER, 500), "tokenizer.json is not valid JSON"),
     "a tokenizer that is empty": (write(TOKENIZER, b"{}"), "tokenizer"),
     "a tokenizer that is a list": (write(TOKENIZER, b"[]"), "JSON object, not list"),
@@ -174,7 +174,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_model_ends_in_one_sentence(
-    whole: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     breaks, names = BROKEN[name]
@@ -185,6 +189,8 @@ def test_a_broken_model_ends_in_one_sentence(
     assert len(str(caught.value)) < 800
     assert caught.value.remedy != ConfigurationError.default_remedy
     assert not Path("PWNED").exists()
+    printed = capfd.readouterr()
+    assert len(printed.out.splitlines()) + len(printed.err.splitlines()) <= 3, printed
 
 
 @pytest.mark.parametrize("name", ["http://127.0.0.1:1/model", "a/b/c", "a b", "-x-/y"])

@@ -4,7 +4,8 @@ For each grammar, with the tokenizer of the embedded model:
 
     compile   from the source to a matcher that can be asked, the first time
     start     to another matcher of the same grammar, as each request needs one
-    mask      which tokens may come next, for a batch of 32 texts that are all at another place, per text and token
+    mask      taking a token and finding which may come next, for a batch of 32 texts that are all at another place, per
+              text and token; of llguidance with the way to its process and back
     share     32 such masks, of a decode step of 32 rows (25 ms on the machine of RESULTS.md)
 
     pip install xgrammar         # else only llguidance is measured
@@ -28,6 +29,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from server.core import Grammar, GrammarKind
+from server.engine.grammar_walks import Walks
 from server.engine.grammars import Grammars
 from server.engine.model import FrozenModel
 from server.settings import Settings
@@ -83,22 +85,29 @@ class LLGuidance:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self.grammars = Grammars(tokenizer.backend_tokenizer, vocab_size, eos)
-        self.grammars.check(Grammar(GrammarKind.REGEX, "a"))  # what it makes of the tokenizer is made once
+        self.walks = Walks(self.grammars)
+        self._begun = 0
+        self.start(Grammar(GrammarKind.REGEX, "a"))  # the process that reads the tokenizer is started once
 
     def forget(self) -> None:
         """Compile anew next time."""
-        self.grammars._compiled.clear()  # noqa: SLF001
+        for compiled in list(self.grammars._compiled.values()):  # noqa: SLF001
+            self.grammars.discard(compiled)
 
     def start(self, grammar: Grammar) -> Walk:
         """A new walk."""
-        matcher, vocab_size = self.grammars.matcher(grammar), self.vocab_size
+        self._begun += 1
+        walks, vocab_size = self.walks, self.vocab_size
+        [walk] = walks.begin(str(self._begun), self.grammars.compile(grammar), 1)
 
         class Walking:
             def mask(self) -> np.ndarray:
-                return matcher.allowed(vocab_size)
+                return walk.allowed(vocab_size)
 
             def accept(self, token_id: int) -> None:
-                matcher.accept(token_id)
+                walks.accept(walk, token_id, is_last=False)
+                while walk.is_waiting:
+                    walks.collect(also_slow=True)
 
         return Walking()
 
@@ -177,8 +186,8 @@ def measure(library: LLGuidance | XGrammar, grammar: Grammar, ids: Sequence[int]
         for token_id in ids[place:]:
             begun = time.perf_counter()
             walk.mask()
-            masks.append(1000 * (time.perf_counter() - begun))
             walk.accept(token_id)
+            masks.append(1000 * (time.perf_counter() - begun))
     mean = statistics.fmean(masks)
     return {
         "compile_ms": compiled,

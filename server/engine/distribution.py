@@ -26,7 +26,7 @@ def changes_logits(sequence: Sequence) -> bool:
         or params.presence_penalty
         or params.frequency_penalty
         or params.logit_bias
-        or sequence.matcher is not None
+        or sequence.walk is not None
         or len(sequence.output_ids) < params.min_new_tokens
     )
 
@@ -38,8 +38,8 @@ def apply_rules(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
         row.index_add_(0, on_device(row.device, ids), on_device(row.device, biases).to(row.dtype))
-    if sequence.matcher is not None:  # it knows better than `min_new_tokens` when there may be an end
-        row.masked_fill_(~on_device(row.device, sequence.matcher.allowed(len(row))), NEVER)
+    if sequence.walk is not None:  # it knows better than `min_new_tokens` when there may be an end
+        row.masked_fill_(~on_device(row.device, sequence.walk.allowed(len(row))), NEVER)
     elif len(sequence.output_ids) < params.min_new_tokens:
         ends = sorted(eos_token_ids | params.stop_token_ids)
         if ends:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from server.engine.checks import check_request
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
-from server.engine.grammars import Grammars
+from server.engine.endings import ending, failure
+from server.engine.grammar_walks import Drawn, Walk, Walks
+from server.engine.grammars import Compiled, Grammars
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
 from server.engine.logit_rows import Batch, LogitRows, only_decodes, tokens_of
@@ -27,7 +30,7 @@ from server.engine.sequence import Sequence
 from server.engine.text import ModelText
 from server.engine.upload import upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
-from server.errors import GenerationFailed, InvalidRequest, NotFinite
+from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Engine:
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens, shared_bytes)
         self.grammars = Grammars(model.backend, model.spec.vocab_size, model.eos_token_ids)
+        self._walks = Walks(self.grammars)
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self.text = ModelText(model)
         self._operators = operators_with(model.kernels)
@@ -75,7 +79,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while anybody waits or runs."""
-        return bool(self.scheduler.running or len(self.scheduler.waiting))
+        return bool(self.scheduler.running or len(self.scheduler.waiting) or self._walks.has_work)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of those who have ended; called whenever the engine is idle."""
@@ -94,15 +98,26 @@ class Engine:
         """
         check_request(request, soft_prompt, self.model)
 
-    def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
+    def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
         """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.
+
+        Args:
+            request: to be run.
+            soft_prompt: before its input.
+            compiled: its grammar, held for it, which the engine releases; without it the grammar is compiled here.
 
         Raises:
             InvalidRequest: its grammar cannot be used; nothing was accepted.
         """
-        first = self._sequence(request, soft_prompt)
+        walks: list[Walk | None] = [None] * request.n
+        if (grammar := self.grammar_of(request)) is not None and not request.labels:
+            compiled = compiled or self.grammars.compile(grammar)
+            walks = [*self._walks.begin(request.request_id, compiled, request.n)]
+        first = self._sequence(request, soft_prompt, walk=walks[0])
         if not request.labels:
-            first.siblings = [self._sequence(request, soft_prompt, index) for index in range(1, request.n)]
+            first.siblings = [
+                self._sequence(request, soft_prompt, index, walk=walks[index]) for index in range(1, request.n)
+            ]
         self._unfinished[request.request_id] = request.num_choices
         self.scheduler.add(first)
 
@@ -115,14 +130,15 @@ class Engine:
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free what it holds; None if it has ended already."""
-        if self._unfinished.pop(request_id, None) is None:
+        if request_id not in self._unfinished:
             return None
-        sequences = self.scheduler.abort(request_id)
+        sequences = self.scheduler.abort(request_id) + self._walks.waiting(request_id)
+        self._forget(request_id)
         return Delta(request_id, None, FinishReason.ABORTED, sequences[0].usage)
 
     def forget(self, request_id: str) -> None:
         """Take out whatever is left of a request that failed, wherever it failed."""
-        self._unfinished.pop(request_id, None)
+        self._forget(request_id)
         for sequence in [sequence for sequence in self.scheduler.running if sequence.request_id == request_id]:
             self.scheduler.finish(sequence, scrub=True)
         self.scheduler.abort(request_id)
@@ -144,16 +160,18 @@ class Engine:
             Delta(request_id, None, FinishReason.FAILED, error=GenerationFailed(message))
             for request_id in self._unfinished
         ]
-        self._unfinished.clear()
+        for request_id in list(self._unfinished):
+            self._forget(request_id)
         return deltas
 
     def step(self) -> list[Delta]:
         """Run one batch and answer what it added to each request."""
         batch = self.scheduler.schedule()
         if not batch:
-            return []
+            return self._take_held(is_idle=True)
         self.steps += 1
-        return self._commit(batch, self._run(batch))
+        deltas = self._commit(batch, self._run(batch))
+        return deltas + self._take_held(is_idle=False)
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
@@ -198,13 +216,13 @@ class Engine:
             drawing = [sequence, *sequence.siblings] if asked and not sequence.request.labels else []
             drawn = [(who, next(remaining)) for who in drawing]
             if sequence.slot is not None:  # else another choice of its request has failed in this very step
-                deltas += self._take_over_alone(sequence, span, drawn)
+                deltas += self._alone(sequence, partial(self._take_over, sequence, span, drawn))
         return deltas
 
-    def _take_over_alone(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
-        """As `_take_over`; what it raises ends this request and no other."""
+    def _alone(self, sequence: Sequence, work: Callable[[], list[Delta]]) -> list[Delta]:
+        """Do a piece of work for a request; what it raises ends this request and no other."""
         try:
-            return self._take_over(sequence, span, drawn)
+            return work()
         except Exception:
             log.exception("a request fails; no other is affected")
             self.forget(sequence.request_id)
@@ -214,7 +232,7 @@ class Engine:
     def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
         sequence.num_computed = span.end
         kept = self.scheduler.keep_prefix(sequence)
-        if error := _failure(sequence, drawn, kept):
+        if error := failure(sequence, drawn, kept):
             return [self._fail(sequence, error)]
         if span.end < sequence.num_known:
             return []
@@ -228,7 +246,7 @@ class Engine:
         if siblings:
             self.scheduler.share_input(sequence, siblings)
         deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
-        self.scheduler.add_sharing([who for who in siblings if not who.has_ended])
+        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
@@ -248,15 +266,42 @@ class Engine:
         return deltas
 
     def _append(self, sequence: Sequence, choice: Choice) -> list[Delta]:
+        """Take a generated token, unless its grammar has to take it first."""
+        token_id, walk = choice.token_id, sequence.walk
+        assert token_id is not None, "a choice that is not finite has been dealt with"
+        if walk is None or ending(sequence, token_id, self.model.eos_token_ids) is not None:
+            return self._take(sequence, choice)
+        walk.drawn = Drawn(sequence, choice)
+        self._walks.accept(walk, token_id, is_last=sequence.is_at_its_last)
+        return []
+
+    def _take_held(self, *, is_idle: bool) -> list[Delta]:
+        """Take the tokens that their grammars have taken; waits for slow ones only where nobody else can run."""
+        deltas: list[Delta] = []
+        beginning: list[Sequence] = []
+        for walk in self._walks.collect(also_slow=is_idle):
+            drawn, walk.drawn = walk.drawn, None
+            if drawn is None:  # another choice of its request has failed just now
+                continue
+            sequence = drawn.sequence
+            if walk.error is not None and not sequence.is_at_its_last:
+                deltas.append(self._fail(sequence, walk.error))
+                continue
+            take = partial(self._take, sequence, drawn.choice, is_complete=walk.is_complete)
+            deltas += self._alone(sequence, take)
+            if sequence.slot is None and not sequence.has_ended:
+                beginning.append(sequence)
+        self.scheduler.add_sharing([who for who in beginning if who.request_id in self._unfinished])
+        return deltas
+
+    def _take(self, sequence: Sequence, choice: Choice, *, is_complete: bool = False) -> list[Delta]:
         """Take a generated token; the deltas are of all tokens whose text is certain now."""
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
+        params = sequence.sampling
+        reason = by_id = ending(sequence, token_id, self.model.eos_token_ids)
         sequence.append(token_id)
-        params, matcher = sequence.sampling, sequence.matcher
-        if matcher is not None:
-            matcher.accept(token_id)
-        reason = by_id = self._ending(sequence, token_id)
-        if reason is None and matcher is not None and matcher.is_complete:
+        if reason is None and is_complete:
             reason = FinishReason.EOS_TOKEN
         elif reason is None and len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
@@ -272,14 +317,6 @@ class Engine:
         ]
         return deltas if reason is None else [*deltas, self._end(sequence, last, reason)]
 
-    def _ending(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Why a token ends a generation by itself, if it does."""
-        params = sequence.sampling
-        if token_id in self.model.eos_token_ids and (sequence.matcher is not None or not params.ignore_eos):
-            return FinishReason.EOS_TOKEN
-        is_early = len(sequence.output_ids) <= params.min_new_tokens  # only a grammar lets it come so soon
-        return FinishReason.STOP_SEQUENCE if token_id in params.stop_token_ids and not is_early else None
-
     def _end(self, sequence: Sequence, token: Token | None, reason: FinishReason) -> Delta:
         """The last Delta of a choice; of its request too, if it is the last one."""
         sequence.has_ended = True
@@ -288,7 +325,7 @@ class Engine:
         self._unfinished[request_id] -= 1
         is_last = not self._unfinished[request_id]
         if is_last:
-            del self._unfinished[request_id]
+            self._forget(request_id)
         return Delta(
             request_id,
             token,
@@ -303,8 +340,13 @@ class Engine:
         """One choice has failed, and with it its request."""
         self.scheduler.finish(sequence, scrub=True)
         self.scheduler.abort(sequence.request_id)
-        del self._unfinished[sequence.request_id]
+        self._forget(sequence.request_id)
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
+
+    def _forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._unfinished.pop(request_id, None)
+        self._walks.end(request_id)
 
     def _sequence(
         self,
@@ -312,22 +354,7 @@ class Engine:
         soft_prompt: SoftPrompt | None,
         index: int = 0,
         label_ids: tuple[int, ...] = (),
+        walk: Walk | None = None,
     ) -> Sequence:
-        grammar = self.grammar_of(request)
-        matcher = None if grammar is None or request.labels else self.grammars.matcher(grammar)
         detokenizer = Detokenizer(self.model.texts, request.sampling, continues_text=request.continues_text)
-        return Sequence(request, soft_prompt, detokenizer, index, label_ids, matcher)
-
-
-def _failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
-    """Why a sequence cannot go on after a step, if it cannot."""
-    for who, choice in drawn:
-        if who.error is not None:
-            log.error("the rules of a request fail; no other is affected", exc_info=who.error)
-            return GenerationFailed("The engine failed on this request; no other is affected.")
-        if choice.token_id is None and who.matcher is not None and who.matcher.error is not None:
-            return InvalidRequest(f"The grammar is too complex: {who.matcher.error}.", remedy="Simplify it.")
-    is_finite = prefix_is_finite and all(choice.token_id is not None for _, choice in drawn)
-    if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
-        return None
-    return NotFinite("The model's output is not finite for this soft prompt and input.")
+        return Sequence(request, soft_prompt, detokenizer, index, label_ids, walk)

@@ -18,6 +18,7 @@ import torch
 
 from server.core import Delta, FinishReason, GenerationRequest
 from server.engine.engine import Engine
+from server.engine.grammars import Compiled
 from server.errors import GenerationFailed, PreludeError
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -77,11 +78,12 @@ class EngineThread(threading.Thread):
         """Once it has ended: let torch's next threads have helpers again."""
         torch.set_num_threads(self._num_threads)
 
-    def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Accept a checked request."""
+    def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
+        """Accept a checked request, and the grammar that is held for it."""
 
         def add() -> list[Delta]:
-            self._engine.add(request, soft_prompt)
+            held = () if compiled is None else (compiled,)
+            self._engine.add(request, soft_prompt, *held)
             return []
 
         self._commands.put(partial(self._alone, request.request_id, add))

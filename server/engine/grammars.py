@@ -1,28 +1,34 @@
-"""Grammars for generated text, by llguidance: which tokens may come next, given what has come.
+"""Grammars for generated text: each compiled once, in a process of its own, and kept for the next who asks.
 
-A grammar is compiled once and kept; every sequence walks on a copy of its own. To compile one takes milliseconds for a
-usual schema, but seconds for a hostile one, so it is done off the event loop and off the engine's thread, within the
-limits that llguidance sets to the size of what it builds.
+Which tokens may come next says llguidance, which runs in those processes only (`grammar_process.py`). A grammar that
+takes more than it may (`grammar_limits.py`) ends with its process, and is refused at once if it comes again soon.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import signal
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from functools import cached_property
-from typing import Any
 
-import llguidance
 import numpy as np
 from tokenizers import Tokenizer
 
 from server.core import TOO_DEEP, Grammar, GrammarKind
-from server.errors import InvalidRequest
-
-META = frozenset("\\.+*?()|[]{}^$#&-~/")
-"""Characters that mean something in a regular expression."""
+from server.engine.grammar_limits import (
+    ALL_MEMORY_MIB,
+    COMPILE_SECONDS,
+    COMPILE_WALL_SECONDS,
+    KEPT,
+    MEMORY,
+    STACK,
+    MiB,
+)
+from server.engine.grammar_pool import GrammarProcess, GrammarProcesses
+from server.engine.grammar_wire import Frame, State
+from server.errors import GenerationFailed, InvalidRequest, Overloaded
 
 NAMES = {
     GrammarKind.JSON_SCHEMA: "JSON schema",
@@ -31,140 +37,221 @@ NAMES = {
     GrammarKind.LARK: "Lark grammar",
     GrammarKind.EBNF: "EBNF grammar",
 }
+REMEDY = (
+    "Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around, "
+    "EBNF in GBNF's form with a rule named root, Lark with a rule named start."
+)
 
-KEPT = 64
-"""Compiled grammars; the one that was used last stays longest."""
-
-ONE_SPACE: Any = {"whitespace_pattern": " ?"}
-"""Between the parts of a JSON text. Were any number allowed, a small model could go on with blanks for ever."""
+REFUSED, REFUSED_SECONDS = 256, 60.0
+"""Grammars that exceeded a limit, and how long they are refused without another try."""
 
 
-class Matcher:
-    """One sequence's way through a grammar."""
+class Compiled:
+    """A compiled grammar, in its process."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        """Start at its beginning; nobody else may use this matcher."""
-        self._matcher = matcher
+    def __init__(self, key: bytes, process: GrammarProcess, first: bytes) -> None:
+        """Nobody uses it yet.
 
-    def allowed(self, vocab_size: int) -> np.ndarray:
-        """Which tokens may come next, `[vocab_size]` of booleans; none once it has failed."""
-        allowed = np.zeros(vocab_size, dtype=bool)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():  # also if only just now: its mask then lets the text end
-            return allowed
-        known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
-        allowed[: len(known)] = known
-        return allowed
+        Args:
+            key: of its source.
+            process: its own.
+            first: the mask of a text's first token.
+        """
+        self.key = key
+        self.process = process
+        self.first = first
+        self.users = 0
+        """Requests under way; `Grammars` counts them."""
 
-    def accept(self, token_id: int) -> None:
-        """Take the token that came."""
-        self._matcher.consume_token(token_id)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the text matches and nothing can be added to it."""
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+class Attempt:
+    """A grammar that is being compiled."""
 
-    @property
-    def error(self) -> str | None:
-        """Why it cannot go on: the grammar turned out to be too complex."""
-        return brief(self._matcher.get_error()) if self._matcher.is_error() else None
+    def __init__(self, grammars: Grammars, grammar: Grammar, process: GrammarProcess) -> None:
+        """Begin, in a process that has nothing else to do."""
+        self._grammars = grammars
+        self._grammar = grammar
+        self._process = process
+        self._lock = threading.Lock()
+        self._closed = False
+        self._until = time.monotonic() + COMPILE_WALL_SECONDS
+        process.begin(grammar)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done; waits at most so long. The grammar is then among those that can be held.
+
+        Raises:
+            InvalidRequest: it cannot be used; says why.
+            GenerationFailed: its process ended without a reason.
+        """
+        left = self._until - time.monotonic()
+        frames = self._process.receive(max(0.0, min(seconds, left)))
+        if not frames and time.monotonic() < self._until:
+            return False
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True  # whatever comes now is not for `close` to end
+        if frames and frames[0].state is State.GOING:
+            if not unpacked(frames[0].payload, self._grammars.vocab_size).any():
+                self._process.close()
+                raise unusable(self._grammar, "No text of the model's tokens can match it")
+            self._grammars.keep(self._grammar, self._process, frames[0].payload)
+            return True
+        self._process.close()
+        if not frames:
+            raise unusable(self._grammar, f"it takes more than {COMPILE_WALL_SECONDS:g} s to compile")
+        if frames[0].state is State.FAILED:
+            raise unusable(self._grammar, frames[0].payload.decode(errors="replace"))
+        why = limit_reached(frames[0], f"it takes more than {COMPILE_SECONDS:g} s to compile")
+        raise self._grammars.refuse(self._grammar, why)
+
+    def step_back(self) -> None:
+        """Let it go on with only what others leave of the cores."""
+        self._process.step_back()
+
+    def close(self) -> None:
+        """Give up, unless it is done."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._process.close()
 
 
 class Grammars:
     """Compiled grammars for one tokenizer; safe from any thread."""
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """Nothing is built before the first grammar: llguidance's view of the tokenizer takes a second."""
-        self._backend = backend
-        self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
-        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        """Start nothing before the first grammar: to read the tokenizer takes a second."""
+        self.vocab_size = vocab_size
+        self._processes = GrammarProcesses(backend, vocab_size, sorted(eos_token_ids))
+        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[InvalidRequest, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check(self, grammar: Grammar) -> None:
-        """Compile a grammar, if it is not here yet.
+    def hold(self, grammar: Grammar) -> Compiled | None:
+        """A compiled grammar, which is then used until it is released; None if it is not compiled.
+
+        Raises:
+            InvalidRequest: it exceeded a limit a moment ago.
+        """
+        key = _key(grammar)
+        with self._lock:
+            if (compiled := self._compiled.get(key)) is not None:
+                self._compiled.move_to_end(key)
+                compiled.users += 1
+                return compiled
+            error, until = self._refused.get(key, (None, 0.0))
+        if error is not None and time.monotonic() < until:
+            raise InvalidRequest(error.message, remedy=error.remedy)
+        return None
+
+    def release(self, compiled: Compiled) -> None:
+        """The end of one use."""
+        with self._lock:
+            compiled.users -= 1
+        self._let_go()
+
+    def begin(self, grammar: Grammar) -> Attempt:
+        """Begin to compile a grammar; takes a second or more for the first of all, else milliseconds.
+
+        Raises:
+            GenerationFailed: there can be no process for it.
+            Overloaded: those in use hold all the memory that grammars may take.
+        """
+        self._let_go(spared=0)
+        if (memory := self.memory) > ALL_MEMORY_MIB:
+            raise Overloaded(f"The grammars in use hold {memory} MiB, and the server allows {ALL_MEMORY_MIB}.")
+        return Attempt(self, grammar, self._processes.make())
+
+    def compile(self, grammar: Grammar) -> Compiled:
+        """Compile a grammar, if it is not here yet, and hold it; waits for it.
 
         Raises:
             InvalidRequest: it cannot be used; says why.
         """
-        with self._lock:
-            if grammar in self._compiled:
-                self._compiled.move_to_end(grammar)
-                return
-        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
-        if matcher.is_error():
-            raise _unusable(grammar, matcher.get_error())
-        self._try_out(grammar, matcher.deep_copy())
-        with self._lock:
-            self._compiled[grammar] = matcher
-            while len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
+        while (compiled := self.hold(grammar)) is None:
+            self.begin(grammar).wait(COMPILE_WALL_SECONDS)
+        return compiled
 
-    def matcher(self, grammar: Grammar) -> Matcher:
-        """A new walk through a grammar.
+    def keep(self, grammar: Grammar, process: GrammarProcess, first: bytes) -> None:
+        """Keep what was compiled."""
+        compiled = Compiled(_key(grammar), process, first)
+        with self._lock:
+            before = self._compiled.pop(compiled.key, None)
+            self._compiled[compiled.key] = compiled
+        if before is not None and not before.users:
+            before.process.close()
+        self._let_go()
 
-        Raises:
-            InvalidRequest: as `check`, where it was not called before.
+    def refuse(self, grammar: Grammar, why: str) -> InvalidRequest:
+        """The error of a grammar that exceeded a limit; it is remembered for a while."""
+        error = unusable(grammar, why)
+        self._remember(_key(grammar), error)
+        return error
+
+    def discard(self, compiled: Compiled, error: InvalidRequest | None = None) -> None:
+        """End a grammar's process, whoever uses it; with an error, refuse it for a while."""
+        with self._lock:
+            if self._compiled.get(compiled.key) is compiled:
+                del self._compiled[compiled.key]
+        compiled.process.close()
+        if error is not None:
+            self._remember(compiled.key, error)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._processes.close()
+
+    @property
+    def memory(self) -> int:
+        """MiB that all grammars hold together."""
+        with self._lock:
+            return sum(compiled.process.memory for compiled in self._compiled.values())
+
+    def largest(self) -> Compiled | None:
+        """The grammar that holds the most memory, once all of them hold more than they may."""
+        if self.memory <= ALL_MEMORY_MIB:
+            return None
+        self._let_go()
+        with self._lock:
+            all_of_them = list(self._compiled.values())
+        if sum(compiled.process.memory for compiled in all_of_them) <= ALL_MEMORY_MIB:
+            return None
+        return max(all_of_them, key=lambda compiled: compiled.process.memory)
+
+    def _let_go(self, spared: int = 1) -> None:
+        """End those that nobody uses, the longest unused first, as far as there are too many or they hold too much.
+
+        Args:
+            spared: as many stay in any case; whoever has just compiled one is about to hold it.
         """
-        while True:
-            with self._lock:
-                if (compiled := self._compiled.get(grammar)) is not None:
-                    return Matcher(compiled.deep_copy())
-            self.check(grammar)
+        with self._lock:
+            idle = [compiled for compiled in self._compiled.values() if not compiled.users]
+            memory = sum(compiled.process.memory for compiled in self._compiled.values())
+            ended = []
+            while len(idle) > spared and (len(idle) > KEPT or memory > ALL_MEMORY_MIB):
+                ended.append(idle.pop(0))
+                memory -= ended[-1].process.memory
+                del self._compiled[ended[-1].key]
+        for compiled in ended:
+            compiled.process.close()
 
-    def _try_out(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
-        """Refuse a grammar that fails at once, or whose first token cannot be found; the empty text has none."""
-        if matcher.is_accepting():
-            return
-        allowed = Matcher(matcher).allowed(self._vocab_size)
-        if matcher.is_error() and not matcher.get_error().startswith("NoExtension"):
-            raise _unusable(grammar, matcher.get_error())
-        allowed[self._eos_token_ids] = False
-        if not allowed.any():
-            raise _unusable(grammar, "No text can match it.")
-
-    @cached_property
-    def _tokenizer(self) -> llguidance.LLTokenizer:
-        # It wants room for all that the tokenizer knows, also tokens that the model has no row for.
-        known = max(self._backend.get_vocab().values()) + 1
-        return llguidance.LLTokenizer(
-            self._backend.to_str(), n_vocab=max(self._vocab_size, known), eos_token=self._eos_token_ids or None
-        )
+    def _remember(self, key: bytes, error: InvalidRequest) -> None:
+        with self._lock:
+            self._refused[key] = (error, time.monotonic() + REFUSED_SECONDS)
+            self._refused.move_to_end(key)
+            while len(self._refused) > REFUSED:
+                self._refused.popitem(last=False)
 
 
-def _source(grammar: Grammar) -> str:
-    """A grammar in llguidance's own form."""
-    try:
-        if grammar.kind is GrammarKind.JSON_SCHEMA:
-            source: str = llguidance.LLMatcher.grammar_from_json_schema(grammar.source, overrides=ONE_SPACE)
-        elif grammar.kind is GrammarKind.REGEX:
-            # As ECMA 262 and thus JSON schemas' patterns read it: \d and \w are ASCII.
-            source = llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(grammar.source, "dw"))
-        elif grammar.kind is GrammarKind.LARK:
-            source = llguidance.LLMatcher.grammar_from_lark(grammar.source)
-        elif grammar.kind is GrammarKind.EBNF:
-            source = llguidance.grammar_from("ebnf", grammar.source)
-        else:
-            # One expression, not a rule for each: the parser keeps no more than 2,000 of those in mind.
-            source = llguidance.LLMatcher.grammar_from_regex("|".join(map(_literally, json.loads(grammar.source))))
-    except ValueError as exc:
-        raise _unusable(grammar, str(exc)) from exc
-    return _after_space(source) if grammar.after_space else source
-
-
-def _after_space(source: str) -> str:
-    """The same grammar after a space, so that the first token may be the one that training puts there."""
-    parts = json.loads(source) if source.startswith("{") else {"grammars": [{"lark_grammar": source}]}
-    first, *others = parts["grammars"]
-    return json.dumps(
-        parts | {"grammars": [{"lark_grammar": 'start: " " @matched'}, first | {"name": "matched"}, *others]}
-    )
-
-
-def _literally(text: str) -> str:
-    """A regular expression that only this text matches."""
-    return "(?:" + "".join(f"\\{c}" if c in META else c for c in text) + ")"
+def unpacked(mask: bytes, vocab_size: int) -> np.ndarray:
+    """Which tokens may come next, `[vocab_size]` of booleans; none that the mask does not know."""
+    allowed = np.zeros(vocab_size, dtype=bool)
+    bits = np.frombuffer(mask, dtype=np.uint8)
+    known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
+    allowed[: len(known)] = known
+    return allowed
 
 
 def brief(why: str) -> str:
@@ -172,11 +259,30 @@ def brief(why: str) -> str:
     return " ".join(why.partition("<state>")[0].split())[:300].rstrip(" .")
 
 
-def _unusable(grammar: Grammar, why: str) -> InvalidRequest:
+def unusable(grammar: Grammar, why: str) -> InvalidRequest:
+    """The error of a grammar that cannot be used."""
     if grammar.kind is GrammarKind.JSON_SCHEMA and "recursion limit exceeded" in why:
         why = TOO_DEEP  # instead of a place in a text that nobody has written
-    return InvalidRequest(
-        f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.",
-        remedy="Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around, "
-        "EBNF in GBNF's form with a rule named root, Lark with a rule named start.",
-    )
+    return InvalidRequest(f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.", remedy=REMEDY)
+
+
+def limit_reached(frame: Frame, too_slow: str) -> str:
+    """Which limit ended a process.
+
+    Raises:
+        GenerationFailed: none did.
+    """
+    number = frame.payload[0]
+    if number == signal.SIGPROF:
+        return too_slow
+    if number in (signal.SIGSEGV, signal.SIGBUS):
+        return f"it takes more than {STACK // MiB} MiB of stack, as a long chain of definitions does"
+    if number in (signal.SIGABRT, signal.SIGKILL):
+        return f"it takes more than {MEMORY // MiB} MiB of memory"
+    raise GenerationFailed("The grammar's process has ended.", remedy="Retry.")
+
+
+def _key(grammar: Grammar) -> bytes:
+    """Of a source that may be megabytes long."""
+    text = f"{grammar.kind}\0{grammar.after_space}\0{grammar.source}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -16,7 +16,7 @@ from server.engine.kv_cache import Slot
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
-    from server.engine.grammars import Matcher
+    from server.engine.grammar_walks import Walk
     from server.engine.layout import Span
 
 
@@ -36,7 +36,7 @@ class Sequence:
     """Which choice of its request."""
     label_ids: tuple[int, ...] = ()
     """Tokens behind the input whose log-probabilities are all that is wanted of it."""
-    matcher: Matcher | None = None
+    walk: Walk | None = None
     """Which tokens its grammar allows next."""
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices of its request; they begin once this one has computed what they share."""
@@ -96,6 +96,16 @@ class Sequence:
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
         return self.request.sampling
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its grammar has not taken its last token yet."""
+        return self.walk is not None and self.walk.is_waiting
+
+    @property
+    def is_at_its_last(self) -> bool:
+        """Whether no token may come after the next one."""
+        return len(self.output_ids) + 1 >= self.sampling.max_new_tokens
 
     @property
     def num_known(self) -> int:

@@ -20,6 +20,7 @@ from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, Sampl
 from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.engine_thread import EngineThread
+from server.engine.grammar_queue import GrammarQueue
 from server.engine.kv_cache import SlotAllocator
 from server.engine.prefix_cache import PrefixCache
 from server.engine.shared_inputs import SharedInputs
@@ -64,6 +65,7 @@ class EngineWorker:
         self._engine = engine
         self._limits = limits or Limits()
         self._admission = Admission(self._limits)
+        self._grammars = GrammarQueue(engine.grammars)
         self._streams = Streams()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -180,8 +182,6 @@ class EngineWorker:
         """
         self._refuse_if_closed()
         self._engine.check(request, soft_prompt)
-        if (grammar := self._engine.grammar_of(request)) is not None:  # compiled before the engine wants it
-            await asyncio.to_thread(self._engine.grammars.check, grammar)
         with self._admission.of(request) as leave:  # with its last token, read or not
             async with contextlib.aclosing(self._deltas(request, soft_prompt, leave, seconds)) as deltas:
                 async for delta in deltas:
@@ -197,7 +197,7 @@ class EngineWorker:
         """What `generate` yields of a checked request, whatever the limits are."""
         self._refuse_if_closed()
         with self._streams.open(request.request_id, on_end) as stream:
-            self._thread.add(request, soft_prompt)
+            self._begin(request, soft_prompt, stream)
             timer = self._timer(request.request_id, stream, seconds)
             ended = False
             try:
@@ -212,8 +212,21 @@ class EngineWorker:
             finally:
                 if timer is not None:
                     timer.cancel()
+                self._grammars.cancel(request.request_id)
                 if not ended:
                     self._thread.abort(request.request_id)
+
+    def _begin(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, stream: Stream) -> None:
+        """Hand a request to the engine, as soon as its grammar is compiled."""
+        grammar = None if request.labels else self._engine.grammar_of(request)
+        if grammar is None:
+            return self._thread.add(request, soft_prompt)
+        return self._grammars.when_compiled(
+            request,
+            grammar,
+            lambda compiled: self._thread.add(request, soft_prompt, compiled),
+            lambda error: stream.put(Delta(request.request_id, None, FinishReason.FAILED, error=error)),
+        )
 
     def _refuse_if_closed(self) -> None:
         if self.draining:
@@ -228,6 +241,7 @@ class EngineWorker:
             return None
 
         def end() -> None:
+            self._grammars.cancel(request_id)
             stream.end_with(Delta(request_id, None, FinishReason.FAILED, error=timed_out(limit)))
             self._thread.abort(request_id)
 
@@ -274,6 +288,8 @@ class EngineWorker:
             return
         log.warning("%d requests did not finish within %g s; they are aborted", len(self._streams), seconds)
         for request_id in self._streams:
+            if self._grammars.cancel(request_id):  # the engine does not know it yet
+                self._streams.hand_out([Delta(request_id, None, FinishReason.ABORTED)])
             self._thread.abort(request_id)
         await self._streams.idle_within(READ_SECONDS)
 
@@ -287,6 +303,7 @@ class EngineWorker:
             self._thread.join()  # it has nothing left to do
         else:
             log.error("the engine's thread does not end; it is left behind")
+        self._engine.grammars.close()
         self._thread.give_back_cores()
 
     def _deliver(self, deltas: list[Delta]) -> None:
@@ -304,6 +321,7 @@ class EngineWorker:
     def _fail(self) -> None:
         """Nothing comes of the engine any more: tell everybody."""
         self._failed = True
+        self._grammars.cancel_all()
         self._streams.end_all(GenerationFailed("The engine has stopped.", remedy=RESTART))
 
 

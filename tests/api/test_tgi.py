@@ -702,6 +702,15 @@ def test_a_schema_that_is_nested_too_deeply_is_refused_however_deeply(server: Li
             assert_error(response, 422, "invalid_request", f"nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
+def test_a_grammar_that_takes_too_much_is_refused_and_the_server_goes_on(server: LiveServer) -> None:
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(2500)}
+    schema = {"$defs": links | {"d2500": {"type": "string"}}, "$ref": "#/$defs/d0"}
+    for route in ("/generate", "/generate_stream"):
+        response = server.generate("hello", None, route, grammar={"type": "json", "value": schema})
+        assert_error(response, 422, "invalid_request", "takes more than 6 MiB of stack")
+    assert server.text("hello", grammar={"type": "regex", "value": "[a]{3}"}, max_new_tokens=9) == "aaa"
+
+
 def test_a_grammar_that_cannot_be_used_is_refused_with_the_reason(server: LiveServer) -> None:
     for route in ("/generate", "/generate_stream"):
         response = server.generate("hello", None, route, grammar={"type": "regex", "value": "(a"})

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from server.core import MAX_SCHEMA_DEPTH, FinishReason, Grammar, GrammarKind
-from server.engine.grammars import KEPT, Grammars
+from server.engine.grammar_limits import KEPT
+from server.engine.grammar_walks import Walk, Walks
+from server.engine.grammars import Grammars, unpacked
 from server.engine.model import FrozenModel
 from server.errors import InvalidRequest
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, make_engine, request, run_engine
@@ -29,9 +34,31 @@ DATE = Grammar(GrammarKind.REGEX, r"[0-9]{4}-[01][0-9]")
 ANIMAL = Grammar(GrammarKind.CHOICE, json.dumps(["cat", 'a "dog"', "bird"]))
 
 
-@pytest.fixture
-def grammars() -> Grammars:
-    return Grammars(byte_tokenizer().backend_tokenizer, VOCAB_SIZE, [EOS])
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Grammars]:
+    grammars = Grammars(byte_tokenizer().backend_tokenizer, VOCAB_SIZE, [EOS])
+    yield grammars
+    grammars.close()
+
+
+class Text:
+    """One text that is written token by token."""
+
+    def __init__(self, grammars: Grammars, grammar: Grammar) -> None:
+        self._walks = Walks(grammars)
+        self.walk: Walk = self._walks.begin("text", grammars.compile(grammar), 1)[0]
+
+    def allows(self, token_id: int) -> bool:
+        return bool(self.walk.allowed(VOCAB_SIZE)[token_id])
+
+    def accept(self, token_id: int) -> None:
+        self._walks.accept(self.walk, token_id, is_last=False)
+        while self.walk.is_waiting:
+            self._walks.collect(also_slow=True)
+        assert self.walk.error is None
+
+    def close(self) -> None:
+        self._walks.end("text")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
@@ -74,12 +101,12 @@ def test_a_text_that_is_complete_ends_without_another_step(tiny: FrozenModel) ->
 
 def takes(grammars: Grammars, grammar: Grammar, text: str) -> bool:
     """Whether a text, byte by byte, is one that the grammar describes whole."""
-    matcher = grammars.matcher(grammar)
-    for token_id in [*byte_tokenizer().encode(text), EOS]:
-        if not matcher.allowed(VOCAB_SIZE)[token_id]:
-            return matcher.is_complete and token_id == EOS
-        matcher.accept(token_id)
-    return True
+    with contextlib.closing(Text(grammars, grammar)) as written:
+        for token_id in byte_tokenizer().encode(text):
+            if written.walk.is_complete or not written.allows(token_id):
+                return False
+            written.accept(token_id)
+        return written.walk.is_complete or written.allows(EOS)
 
 
 OCTET = r"(25[0-5]|2[0-4]\d|[01]?\d\d?)"
@@ -122,24 +149,22 @@ def test_a_grammar_of_rules_that_refer_to_themselves_is_matched(grammars: Gramma
         assert not takes(grammars, grammar, text), text
 
 
-def test_between_the_parts_of_a_json_text_there_is_at_most_one_space(grammars: Grammars) -> None:
-    def takes(text: str) -> bool:
-        matcher = grammars.matcher(PERSON)
-        for byte in text.encode():
-            ids = byte_tokenizer().encode(chr(byte))
-            if not matcher.allowed(VOCAB_SIZE)[ids[0]]:
-                return False
-            matcher.accept(ids[0])
-        return matcher.is_complete
+def first(grammars: Grammars, grammar: Grammar, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
+    """Which tokens a text may begin with."""
+    compiled = grammars.compile(grammar)
+    grammars.release(compiled)
+    return unpacked(compiled.first, vocab_size)
 
-    assert takes('{"name": "Ann", "age": 3}')
-    assert takes('{"name":"Bob","age":3}')
-    assert not takes('{"name":  "Ann", "age": 3}')
-    assert not takes('{"name":\n"Ann"')
+
+def test_between_the_parts_of_a_json_text_there_is_at_most_one_space(grammars: Grammars) -> None:
+    assert takes(grammars, PERSON, '{"name": "Ann", "age": 3}')
+    assert takes(grammars, PERSON, '{"name":"Bob","age":3}')
+    assert not takes(grammars, PERSON, '{"name":  "Ann", "age": 3}')
+    assert not takes(grammars, PERSON, '{"name":\n"Ann", "age": 3}')
 
 
 def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Grammars) -> None:
-    allowed = grammars.matcher(DATE).allowed(VOCAB_SIZE + 100)
+    allowed = first(grammars, DATE, VOCAB_SIZE + 100)
     assert len(allowed) == VOCAB_SIZE + 100
     assert not allowed[VOCAB_SIZE:].any()
     digits = {byte_tokenizer().encode(digit)[0] for digit in "0123456789"}
@@ -161,9 +186,8 @@ def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Gra
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(grammars: Grammars, grammar: Grammar, message: str) -> None:
-    for ask in (grammars.check, grammars.matcher):
-        with pytest.raises(InvalidRequest, match=message):
-            ask(grammar)
+    with pytest.raises(InvalidRequest, match=message):
+        grammars.compile(grammar)
 
 
 def nested(depth: int) -> str:
@@ -172,11 +196,11 @@ def nested(depth: int) -> str:
 
 
 def test_a_schema_may_be_nested_as_deeply_as_is_documented_and_no_deeper(grammars: Grammars) -> None:
-    grammars.check(Grammar(GrammarKind.JSON_SCHEMA, nested(MAX_SCHEMA_DEPTH)))
+    first(grammars, Grammar(GrammarKind.JSON_SCHEMA, nested(MAX_SCHEMA_DEPTH)))
     message = f"The JSON schema cannot be used: it is nested more than {MAX_SCHEMA_DEPTH} deep."
     for depth in (*range(MAX_SCHEMA_DEPTH + 1, MAX_SCHEMA_DEPTH + 9), 1000, 100_000):
         with pytest.raises(InvalidRequest) as refused:
-            grammars.check(Grammar(GrammarKind.JSON_SCHEMA, nested(depth)))
+            grammars.compile(Grammar(GrammarKind.JSON_SCHEMA, nested(depth)))
         assert refused.value.message == message
 
 
@@ -216,17 +240,20 @@ def test_a_grammar_that_proves_too_complex_is_the_clients_error_and_nobody_elses
 
 def test_only_so_many_grammars_are_kept(grammars: Grammars) -> None:
     for i in range(KEPT + 10):
-        grammars.check(Grammar(GrammarKind.REGEX, f"a{{{i + 1}}}"))
-        grammars.check(DATE)
+        first(grammars, Grammar(GrammarKind.REGEX, f"a{{{i + 1}}}"))
+        first(grammars, DATE)
     assert len(grammars._compiled) == KEPT
-    assert DATE in grammars._compiled
-    assert grammars.matcher(Grammar(GrammarKind.REGEX, "a{1}")).allowed(VOCAB_SIZE).any()
+    kept = grammars.hold(DATE)
+    assert kept is not None
+    grammars.release(kept)
+    assert grammars.hold(Grammar(GrammarKind.REGEX, "a{1}")) is None
+    assert first(grammars, Grammar(GrammarKind.REGEX, "a{1}")).any()
 
 
 def test_many_threads_may_ask_at_once(grammars: Grammars) -> None:
     def ask(seed: int) -> bool:
         asked = [(DATE, ANIMAL, PERSON)[(seed + i) % 3] for i in range(20)]
-        return all(grammars.matcher(grammar).allowed(VOCAB_SIZE).any() for grammar in asked)
+        return all(first(grammars, grammar).any() for grammar in asked)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))

@@ -15,7 +15,7 @@ from server.core import Delta, GenerationRequest
 from server.engine.admission import Limits
 from server.engine.attention import Layout
 from server.engine.detokenizer import Detokenizer
-from server.engine.grammars import Matcher
+from server.engine.grammar_walks import Walk
 from server.engine.model import FrozenModel
 from server.engine.sequence import Sequence
 from server.engine.worker import EngineWorker
@@ -238,7 +238,7 @@ async def test_a_request_whose_own_token_cannot_be_taken_fails_alone(
             super().__post_init__()
             if self.request_id == "bad" and self.index == n - 1:
                 if place == "rules":
-                    self.matcher = cast(Matcher, SimpleNamespace(allowed=fail, error=None))
+                    self.walk = cast(Walk, SimpleNamespace(allowed=fail, is_waiting=False))
                 elif place == "detokenizer":
                     self.detokenizer = cast(Detokenizer, SimpleNamespace(push=fail))
                 else:

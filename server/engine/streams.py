@@ -17,12 +17,14 @@ MOST_UNREAD = 1_000_000
 class Stream:
     """The deltas of one request, on their way to whoever waits for them."""
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
+    def __init__(self, streams: Streams, on_end: Callable[[], None]) -> None:
         """Nothing has come.
 
         Args:
+            streams: which count what is not read.
             on_end: called with the last delta, read or not.
         """
+        self._streams = streams
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._on_end = on_end
         self.unread = 0
@@ -32,7 +34,7 @@ class Stream:
 
     def put(self, delta: Delta) -> None:
         """Take a delta."""
-        self.unread += _size(delta)
+        self._count(_size(delta))
         self._deltas.put_nowait(delta)
         if delta.finish_reason is not None and delta.is_last:
             self.has_ended = True
@@ -41,22 +43,35 @@ class Stream:
     async def get(self) -> Delta:
         """The next delta; waits for it."""
         delta = await self._deltas.get()
-        self.unread -= _size(delta)
+        self._count(-_size(delta))
         return delta
 
     def end_with(self, delta: Delta) -> None:
         """Let this delta be the next one that is read, and the last; what was not read is dropped."""
+        self.drop()
+        self.put(delta)
+
+    def drop(self) -> None:
+        """Forget what was not read."""
         while not self._deltas.empty():
             self._deltas.get_nowait()
-        self.unread = 0
-        self.put(delta)
+        self._count(-self.unread)
+
+    def _count(self, size: int) -> None:
+        self.unread += size
+        self._streams.unread += size
 
 
 class Streams:
-    """The streams of all accepted requests."""
+    """The streams of all accepted requests.
+
+    Attributes:
+        unread: tokens and candidates of all of them that wait to be read.
+    """
 
     def __init__(self) -> None:
         """There are none."""
+        self.unread = 0
         self._streams: dict[str, Stream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,11 +86,12 @@ class Streams:
     def open(self, request_id: str, on_end: Callable[[], None]) -> Iterator[Stream]:
         """The stream of a request while the block runs."""
         assert request_id not in self._streams, "request ids are unique"
-        stream = self._streams[request_id] = Stream(on_end)
+        stream = self._streams[request_id] = Stream(self, on_end)
         self._idle.clear()
         try:
             yield stream
         finally:
+            stream.drop()
             del self._streams[request_id]
             if not self._streams:
                 self._idle.set()
@@ -105,11 +121,9 @@ class Streams:
         return self._idle.is_set()
 
     def _drop_slowest(self) -> list[str]:
-        unread = sum(stream.unread for stream in self._streams.values())
         dropped = []
-        while unread > MOST_UNREAD:
+        while self.unread > MOST_UNREAD:
             request_id, stream = max(self._streams.items(), key=lambda item: item[1].unread)
-            unread -= stream.unread
             error = RequestAborted(
                 "The client reads more slowly than the model writes, and too much waits to be read.",
                 remedy="Read faster, or ask for fewer choices and log-probabilities.",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import pytest
@@ -17,109 +15,16 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.core import Delta, FinishReason, GenerationRequest
+from server.core import Delta, FinishReason
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.logit_rows import Batch
-from server.engine.model import FrozenModel
 from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice
 from server.engine.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt
-from tests.support import EOS, Outcome, make_engine, random_kv_prompt, random_soft_prompt, request, run_engine
-
-INPUTS = [(7,), (200, 3), (5,) * 3, tuple(range(90, 97)), tuple(range(40, 60))]
-NEW_TOKENS = [1, 6, 24]
-TEMPERATURES = [0.0, 1.5]
-TASKS = ["a", "b", "c", None]
-ENDS = frozenset({EOS, *range(0, 256, 32)})
-"""Tokens that end an answer; a random model hardly ever chooses the one that should."""
-
-Asked = tuple[str | None, tuple[int, ...], int, float]
-REQUESTS: st.SearchStrategy[Asked] = st.tuples(
-    st.sampled_from(TASKS), st.sampled_from(INPUTS), st.sampled_from(NEW_TOKENS), st.sampled_from(TEMPERATURES)
-)
-
-
-class World:
-    """A model, the soft prompts that are published for it, and what each request gets that is alone.
-
-    Attributes:
-        soft_prompts: of both kinds, some longer than a step's budget, three of one length.
-        poison: the one of them that makes NaN of every position that sees it.
-    """
-
-    def __init__(self, model: FrozenModel) -> None:
-        """Make the soft prompts; the model's answers will end early at times."""
-        model.eos_token_ids = ENDS
-        self.model = model
-        self.poison = SoftPrompt("PROMPT_TUNING", torch.full((16, model.spec.hidden_size), float("inf")))
-        self.soft_prompts = {
-            "none": None,
-            "short": random_soft_prompt(model.spec, 3, 1),
-            "long": random_soft_prompt(model.spec, 16, 2),
-            "another long": random_soft_prompt(model.spec, 16, 3),
-            "kv": random_kv_prompt(model.spec, 7, 4),
-            "long kv": random_kv_prompt(model.spec, 25, 5),
-            "poison": self.poison,
-        }
-        self.alone: Callable[[tuple[int, ...], str, int, float], Outcome] = cache(self._alone)
-
-    def _alone(self, input_ids: tuple[int, ...], soft_prompt: str, new_tokens: int, temperature: float) -> Outcome:
-        asked = request("alone", input_ids, max_new_tokens=new_tokens, temperature=temperature, seed=len(input_ids))
-        return run_engine(make_engine(self.model), [(asked, self.soft_prompts[soft_prompt])])["alone"]
-
-
-@dataclass(eq=False)
-class Life:
-    """A request as those who wait for it see it, and what it may have to wait for.
-
-    Attributes:
-        answer: what it gets alone.
-        patience: steps that it must end within.
-        passed: of each other task, how many were admitted while this request was the first of its own.
-    """
-
-    asked: GenerationRequest
-    soft_prompt: SoftPrompt | None
-    answer: Outcome
-    patience: int = 0
-    steps: int = 0
-    slot: Slot | None = None
-    token_ids: list[int] = field(default_factory=list)
-    end: FinishReason | None = None
-    passed: Counter[str | None] = field(default_factory=Counter)
-
-    @property
-    def prefix_hash(self) -> str | None:
-        return None if self.soft_prompt is None else self.soft_prompt.prefix_hash
-
-    @property
-    def virtual(self) -> int:
-        return 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
-
-    @property
-    def positions(self) -> int:
-        """The most that are computed for it: the last new token is never fed."""
-        return self.virtual + len(self.asked.input_ids) + self.asked.sampling.max_new_tokens - 1
-
-    def take(self, delta: Delta, *, cut_short: bool) -> None:
-        """One more part of its answer."""
-        assert self.end is None, "something came after the end"
-        if delta.token is not None:
-            self.token_ids.append(delta.token.id)
-        assert self.token_ids == self.answer.token_ids[: len(self.token_ids)], "it is not the answer that it gets alone"
-        self.end = delta.finish_reason
-        if self.end is None:
-            assert delta.token is not None, "a part that says nothing"
-            return
-        assert delta.is_last
-        if delta.usage is not None:
-            counts = (delta.usage.virtual_tokens, delta.usage.input_tokens, delta.usage.output_tokens)
-            assert counts == (self.virtual, len(self.asked.input_ids), len(self.token_ids))
-            assert delta.usage.cached_tokens in (0, self.virtual)
-        if not cut_short:
-            assert (self.token_ids, self.end) == (self.answer.token_ids, self.answer.finish_reason)
+from tests.engine.lives import KINDS, REQUESTS, TASKS, Asked, Life, World
+from tests.support import request
 
 
 class WatchedEngine(Engine):
@@ -151,15 +56,27 @@ class EngineLife(RuleBasedStateMachine):
         limits=st.sampled_from([(8, 12), (6, 24), (4, 8), (2, 2)]),
         num_slabs=st.sampled_from([2, 1, 4]),
         prefix_positions=st.sampled_from([1000, 30, 0]),
+        shared_positions=st.sampled_from([40, 0, 1000]),
         prompts=st.permutations(["short", "long", "another long", "kv", "long kv", "poison"]),
     )
-    def build(self, limits: tuple[int, int], num_slabs: int, prefix_positions: int, prompts: list[str]) -> None:
+    def build(
+        self,
+        limits: tuple[int, int],
+        num_slabs: int,
+        prefix_positions: int,
+        shared_positions: int,
+        prompts: list[str],
+    ) -> None:
         """An engine whose pool and whose budgets are too small; a slab holds one long request or eight short ones."""
         model = self.world.model
         self.max_sequences, self.max_batch_tokens = limits
-        prefixes = PrefixCache(prefix_positions * model.spec.kv_width * model.dtype.itemsize)
+        per_position = model.spec.kv_width * model.dtype.itemsize
+        prefixes = PrefixCache(prefix_positions * per_position)
         kv_cache = KVCache(model.spec, num_slabs, shortest_slot=16)
-        self.engine = WatchedEngine(model, kv_cache, prefixes, self.max_sequences, self.max_batch_tokens)
+        self.engine = WatchedEngine(
+            model, kv_cache, prefixes, self.max_sequences, self.max_batch_tokens, shared_positions * per_position
+        )
+        self.engine.grammars = self.world.grammars
         self.engine.on_batch = self._watch
         self.engine.scheduler.is_wanted = lambda prefix_hash: prefix_hash in self._wanted()
         self.live_prompts = dict(zip(TASKS, [*prompts[:3], "none"], strict=True))
@@ -172,14 +89,16 @@ class EngineLife(RuleBasedStateMachine):
         for asked in requests:
             self._accept(*asked)
 
-    def _accept(self, task: str | None, input_ids: tuple[int, ...], new_tokens: int, temperature: float) -> None:
+    def _accept(
+        self, task: str | None, input_ids: tuple[int, ...], new_tokens: int, temperature: float, kind: str
+    ) -> None:
         """It is answered by what the task stands for at this moment."""
         name = self.live_prompts[task]
         soft_prompt = self.world.soft_prompts[name]
         request_id = str(len(self.lives))
         sampling: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "seed": len(input_ids)}
-        asked = request(request_id, input_ids, task, **sampling)
-        life = Life(asked, soft_prompt, self.world.alone(input_ids, name, new_tokens, temperature))
+        asked = request(request_id, input_ids, task, **sampling, **KINDS[kind])
+        life = Life(asked, soft_prompt, self.world.alone(input_ids, name, new_tokens, temperature, kind))
         self.lives[request_id] = life
         life.patience = sum(other.positions for other in self._living())
         self.engine.check(asked, soft_prompt)
@@ -241,8 +160,14 @@ class EngineLife(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         self.engine.check_integrity()
         living = list(self._living())
-        assert {life.asked.request_id for life in living if life.slot is None} == _ids(scheduler.waiting)
-        assert {life.asked.request_id for life in living if life.slot is not None} == _ids(scheduler.running)
+        assert {life.asked.request_id for life in living} == _ids(scheduler.waiting) | _ids(scheduler.running)
+        for life in living:
+            if life.is_single:
+                assert (life.asked.request_id in _ids(scheduler.waiting)) == (not life.slots)
+        copies = {id(s.shared): s.shared for s in scheduler.waiting if s.shared is not None}
+        held = sum(copy.numel() * copy.element_size() for copy in copies.values())
+        assert held <= scheduler.shared.num_bytes, "a copy is outside of the budget"
+        assert scheduler.shared.num_bytes <= scheduler.shared.budget_bytes or len(scheduler.shared) == 1
         assert set(self.engine.prefixes) <= self._wanted() | {life.prefix_hash for life in living}, "deleted, not gone"
         assert self.engine.prefixes.num_bytes <= self.engine.prefixes.budget_bytes or len(self.engine.prefixes) == 1
         assert self.world.poison.prefix_hash not in self.engine.prefixes, "NaN is kept"
@@ -251,6 +176,7 @@ class EngineLife(RuleBasedStateMachine):
             assert not self.engine.kv_cache.allocator.used
             assert not scheduler._users
             assert not scheduler._computing
+            assert not len(scheduler.shared)
 
     # Watching
 
@@ -274,11 +200,11 @@ class EngineLife(RuleBasedStateMachine):
         assert len(running) <= self.engine.scheduler.max_running
         for place, sequence in enumerate(running):
             life = self.lives[sequence.request_id]
-            if life.slot is None:
+            if sequence not in life.slots:
                 self._watch_admission(life, Counter(other.request.task for other in running[:place]))
-                life.slot = sequence.slot
-                assert _is_clean(self.engine.kv_cache, life.slot), "NaN was left to the next owner"
-            assert sequence.slot == life.slot, "a sequence keeps its slot to its end"
+                life.slots[sequence] = sequence.slot
+                assert _is_clean(self.engine.kv_cache, sequence.slot), "NaN was left to the next owner"
+            assert sequence.slot == life.slots[sequence], "a sequence keeps its slot to its end"
         self._watch_room()
 
     def _watch_shares(self, batch: Batch) -> None:
@@ -293,6 +219,8 @@ class EngineLife(RuleBasedStateMachine):
 
     def _watch_room(self) -> None:
         """Who waits has a reason to."""
+        if not all(life.is_single for life in self._living()):
+            return  # it may wait for room for a copy
         scheduler, computing = self.engine.scheduler, self._computing()
         held = {task for task, life in self._heads().items() if life.prefix_hash in computing}
         head = scheduler.waiting.head(held, Counter(sequence.request.task for sequence in scheduler.running))
@@ -314,8 +242,10 @@ class EngineLife(RuleBasedStateMachine):
         """
         for life in self._living():
             # Who was there when it came is in its patience already.
-            if life.slot is None and int(life.asked.request_id) < int(admitted.asked.request_id):
-                life.patience += admitted.positions
+            if int(life.asked.request_id) < int(admitted.asked.request_id) and not admitted.slots:
+                life.patience += admitted.positions * (not life.slots or not life.is_single)
+        if not all(life.is_single for life in self._living()):
+            return  # choices go on with what has begun, within a budget of copies
         heads = self._heads()
         task = admitted.asked.task
         assert heads.pop(task) is admitted, "first in, first out within a task"
@@ -334,7 +264,7 @@ class EngineLife(RuleBasedStateMachine):
 
     def _heads(self) -> dict[str | None, Life]:
         """Of each task, the first that waits."""
-        return {life.asked.task: life for life in reversed([*self._living()]) if life.slot is None}
+        return {life.asked.task: life for life in reversed([*self._living()]) if not life.slots}
 
     def _computing(self) -> set[str]:
         """Hashes of prefixes that a running sequence has not completed."""

@@ -9,7 +9,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from server.engine.kernels import Kernels
 from server.engine.model import FrozenModel
-from tests.engine.engine_life import EngineLife, World
+from tests.engine.engine_life import EngineLife
+from tests.engine.lives import World
 from tests.engine.optimised import ALL, optimised
 from tests.soak import Soak
 from tests.support import tiny_model

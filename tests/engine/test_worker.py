@@ -376,6 +376,7 @@ async def test_what_waits_to_be_read_is_bounded_and_who_lets_most_wait_is_droppe
         await anext(unread[1])
     assert len([delta async for delta in unread[0]]) == 39
     assert len(await collect(worker, "read")) == 5
+    assert worker._streams.unread == 0
 
 
 async def until_engine_is_idle(worker: EngineWorker) -> None:

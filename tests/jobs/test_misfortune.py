@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from server.core import TemplatedText
 from server.engine.model import FrozenModel
-from server.errors import StoreFull
+from server.errors import InvalidRequest, InvalidTrainingData, RequestAborted, StoreFull
 from server.jobs import publish
+from server.jobs.board import JobBoard
 from server.jobs.folder import JobFolder
-from server.jobs.job import Job, JobState, Status
+from server.jobs.job import DataNames, Job, JobState, Status
 from server.jobs.process import FULL, _is_full
 from server.keys import live
 from server.keys.file import add_key, revoke_key
@@ -27,8 +29,9 @@ from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from tests.api.live import wait_until
 from tests.api.telemetry.logged import logged
-from tests.jobs.support import Yard, make_yard, running, spec
+from tests.jobs.support import LEARNS, ROWS, Yard, make_yard, running, spec
 from tests.support import random_soft_prompt
+from tests.train.rows import write_rows
 
 SLEEP = "time.sleep(600)"
 
@@ -275,10 +278,55 @@ def test_states_are_read_again_only_once_they_have_changed(settings: Settings, t
     for number in range(998):
         shutil.copytree(yard.files(jobs[0]).path, settings.jobs_folder / f"{jobs[0].id[:-12]}{number:012x}")
     assert len(yard.board.files.states()) == 1000
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread alone, whatever else the machine does
     assert len(yard.board.files.states()) == 1000
-    assert time.perf_counter() - started < 0.2
+    assert time.thread_time() - started < 0.1
     yard.files(jobs[1]).write_status(Status(JobState.FAILED))
     assert yard.board.files.states()[jobs[1].id] == JobState.FAILED
     (yard.files(jobs[0]).path / "status.json").write_text("{}")
     assert jobs[0].id not in yard.board.files.states()
+
+
+def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_tokenised(
+    settings: Settings, tiny32: FrozenModel
+) -> None:
+    longest = 0
+
+    def encode(text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text if isinstance(text, str) else text.text))
+        return tiny32.encode(text, add_special_tokens=add_special_tokens)
+
+    board = JobBoard(settings, tiny32.spec, encode, max_characters=1000)
+    with pytest.raises(InvalidRequest, match="teacher's text does not fit"):
+        board.check(spec(config=LEARNS | {"teacher_template": "{input} " + "word " * 700_000}))
+    looks = 0
+
+    def go_on() -> None:
+        nonlocal looks
+        looks += 1
+
+    with board.draft() as draft:
+        write_rows(draft.data, [*ROWS, (" " * 60_000 + "x", "yes")])
+        with pytest.raises(InvalidTrainingData, match=r"rows.jsonl, line 21: 60,004 characters can never fit"):
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)
+    assert longest <= 1000
+    assert looks > 20, "it asks at every row whether to go on"
+
+
+def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: FrozenModel) -> None:
+    board = JobBoard(settings, tiny32.spec, tiny32.encode)
+    looks = 0
+
+    def go_on() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 10:
+            raise RequestAborted("The client went away.")
+
+    with board.draft() as draft:
+        write_rows(draft.data, ROWS)
+        with pytest.raises(RequestAborted):
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)
+    assert board.jobs() == []
+    assert not list(settings.jobs_folder.glob(".new-*"))

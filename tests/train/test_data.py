@@ -14,6 +14,7 @@ from server.errors import InvalidTrainingData
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
+from server.train import data as data_module
 from server.train.data import Row, check_lengths, encode_examples, labels_of, read_data
 from tests.registry.fakes import MemoryObjects
 from tests.support import EOS, byte_tokenizer, make_engine, random_soft_prompt, tiny_module
@@ -151,3 +152,15 @@ def test_half_a_surrogate_pair_is_refused_by_line(tmp_path: Path) -> None:
     path.write_text('{"input": "fine", "target": "a"}\n{"input": "\\ud800", "target": "a"}\n', encoding="utf-8")
     with pytest.raises(InvalidTrainingData, match="line 2: 'input' holds half"):
         read_data(path)
+
+
+def test_rows_that_take_too_much_memory_are_refused_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "MAX_HELD_BYTES", 10_000)
+    path = write_rows(tmp_path / "rows", [("a" * 1000, "yes")] * 20)
+    with pytest.raises(InvalidTrainingData, match=r"line 10: the rows up to here take more than 10,000 bytes"):
+        read_data(path)
+    wide = write_rows(tmp_path / "wide", [("a" * 999 + "\U0001f642", "yes")] * 20)
+    with pytest.raises(InvalidTrainingData, match="line 3: "):
+        read_data(wide)

@@ -53,6 +53,7 @@ bench: $(INSTALLED) ## measure everything in short, in about 9 minutes: steps, s
 	$(VENV)/bin/python benchmarks/tasks.py --short
 	$(VENV)/bin/python benchmarks/fairness.py --rounds 1 --seconds 5
 	$(VENV)/bin/python benchmarks/grammars.py
+	$(VENV)/bin/python benchmarks/bodies.py --short
 	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
 bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU

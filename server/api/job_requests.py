@@ -50,6 +50,7 @@ async def read_job(request: Request) -> AsyncIterator[AskedFor]:
     try:
         body = await read_body(request, FILES)
         if body.is_json:
+            del body  # it is read again, as strict mode takes JSON's lists for tuples; one of both is enough in memory
             yield AskedFor(_parse(await request.body()))
         else:
             yield _from_form(body)

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.core import Delta, FinishReason
 from server.engine.engine import Engine
+from server.engine.grammar_walks import Walks
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.logit_rows import Batch
 from server.engine.prefix_cache import PrefixCache
@@ -77,6 +78,7 @@ class EngineLife(RuleBasedStateMachine):
             model, kv_cache, prefixes, self.max_sequences, self.max_batch_tokens, shared_positions * per_position
         )
         self.engine.grammars = self.world.grammars
+        self.engine._walks = Walks(self.world.grammars)
         self.engine.on_batch = self._watch
         self.engine.scheduler.is_wanted = lambda prefix_hash: prefix_hash in self._wanted()
         self.live_prompts = dict(zip(TASKS, [*prompts[:3], "none"], strict=True))

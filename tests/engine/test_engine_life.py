@@ -26,11 +26,15 @@ def model(request: pytest.FixtureRequest, kernels: Kernels) -> FrozenModel:
 @pytest.mark.timeout(600)  # hypothesis looks for the shortest life that fails for up to five minutes
 @pytest.mark.usefixtures("one_thread")
 def test_whatever_happens_all_end_once_in_fair_order_with_the_answer_they_get_alone(
-    model: FrozenModel, soak: Soak
+    model: FrozenModel, soak: Soak, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lives: type[EngineLife] = type("Lives", (EngineLife,), {"world": World(model)})
+    for patience in ("STEP_SECONDS", "IDLE_SECONDS", "SLOW_SECONDS"):  # what happens must not depend on the clock
+        monkeypatch.setattr(f"server.engine.grammar_walks.{patience}", 60.0)
+    world = World(model)
+    lives: type[EngineLife] = type("Lives", (EngineLife,), {"world": world})
     for _ in soak.rounds(short=1, full=100, desc="lives of an engine, by the forty"):
         run_state_machine_as_test(
             seed(soak.random.randrange(2**32))(lives),
             settings=settings(max_examples=40, stateful_step_count=30, deadline=None, database=None),
         )
+    world.grammars.close()

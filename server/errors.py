@@ -32,7 +32,8 @@
     ├── GenerationFailed               the engine could not finish an accepted request
     │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
     ├── StoreError                     the store cannot be read or written
-    │   └── StoreFull                  there is no space left to keep it
+    │   ├── StoreFull                  there is no space left to keep it
+    │   └── StoreTimeout               it does not answer in time
     └── InvalidTrainingData            a data file cannot be trained on or evaluated
 
 `assert` is for our bugs; these classes are for everything a user, a file or a machine can do wrong. Each class
@@ -338,6 +339,14 @@ class StoreFull(StoreError):
     status = 507
     code = "store_full"
     default_remedy = "Make room where PRELUDE_STORE lies (or delete tasks and versions), then send it again."
+
+
+class StoreTimeout(StoreError):
+    """The store, or a change that waits for it, takes too long; what was asked for may still come about."""
+
+    status = 503
+    code = "store_timeout"
+    default_remedy = "Check that the store answers; look whether the change was made, then send it again."
 
 
 class InvalidTrainingData(PreludeError):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
+from server.api.changes import CHANGE_SECONDS, PUBLISH_SECONDS, in_time
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, TaskName, known_query
 from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
@@ -29,6 +30,7 @@ CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {
     412: {"model": ErrorBody, "description": "The task is not what If-Match or If-None-Match expects."},
     429: {"model": ErrorBody, "description": "Too many changes are waiting; Retry-After says when to come back."},
     500: {"model": ErrorBody, "description": "The store could not be written."},
+    503: {"model": ErrorBody, "description": "The store does not answer in time, or a version cannot be served."},
     507: {"model": ErrorBody, "description": "The store has no space left."},
 }
 PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
@@ -40,6 +42,7 @@ PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorBody, "description": "The files are not a soft prompt for this model."},
     429: CHANGE_ERRORS[429],
     500: CHANGE_ERRORS[500],
+    503: CHANGE_ERRORS[503],
     507: CHANGE_ERRORS[507],
 }
 
@@ -116,11 +119,20 @@ async def put_prompt(
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
-    soft_prompts, ignored = await executors.changes.run(_validate, task, files, registry, settings)
+    soft_prompts, ignored = await in_time(PUBLISH_SECONDS, executors, _validate, task, files, registry, settings)
     for name in names_of(task, soft_prompts):
         allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
-    published = await executors.changes.run(
-        registry.publish, task, soft_prompts, "api", by=key_id, activate=activate, expected=expected, dry_run=dry_run
+    published = await in_time(
+        PUBLISH_SECONDS,
+        executors,
+        registry.publish,
+        task,
+        soft_prompts,
+        "api",
+        by=key_id,
+        activate=activate,
+        expected=expected,
+        dry_run=dry_run,
     )
     if not published.created:
         response.status_code = 200
@@ -145,7 +157,7 @@ async def delete_prompt(
     task: TaskName, registry: RegistryDep, executors: ExecutorsDep, expected: ExpectedDep, key_id: KeyIdDep
 ) -> None:
     """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
-    await executors.changes.run(registry.delete, task, by=key_id, expected=expected)
+    await in_time(CHANGE_SECONDS, executors, registry.delete, task, by=key_id, expected=expected)
 
 
 def _validate(

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body, Depends, Path, Query, Response
 from pydantic import PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
+from server.api.changes import CHANGE_SECONDS, in_time
 from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
@@ -79,7 +80,9 @@ async def activate(
     response: Response,
 ) -> VersionList:
     """Let one version answer, alone; ends a canary."""
-    changed = await executors.changes.run(registry.activate, task, body.version, by=key_id, expected=expected)
+    changed = await in_time(
+        CHANGE_SECONDS, executors, registry.activate, task, body.version, by=key_id, expected=expected
+    )
     return _versions(registry, changed, response)
 
 
@@ -99,7 +102,7 @@ async def roll_back(
     response: Response,
 ) -> VersionList:
     """Let what answered before answer again; twice in a row goes back twice."""
-    changed = await executors.changes.run(registry.roll_back, task, by=key_id, expected=expected)
+    changed = await in_time(CHANGE_SECONDS, executors, registry.roll_back, task, by=key_id, expected=expected)
     return _versions(registry, changed, response)
 
 
@@ -125,7 +128,7 @@ async def set_traffic(
     """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
     return _versions(
         registry,
-        await executors.changes.run(registry.set_traffic, task, weights, by=key_id, expected=expected),
+        await in_time(CHANGE_SECONDS, executors, registry.set_traffic, task, weights, by=key_id, expected=expected),
         response,
     )
 
@@ -155,7 +158,7 @@ async def download(task: TaskName, version: Number, registry: RegistryDep, execu
     }
     if found.content.about.problem is not None:  # another version of the same numbers may be in memory
         raise VersionUnavailable(f"This server cannot read the version: {found.content.about.problem}")
-    data = await executors.changes.run(_zip, found.content, soft_prompt, about, registry.model)
+    data = await in_time(CHANGE_SECONDS, executors, _zip, found.content, soft_prompt, about, registry.model)
     headers = {"Content-Disposition": f'attachment; filename="{task}-{version}.zip"', "ETag": f'"{soft_prompt.digest}"'}
     return Response(data, media_type="application/zip", headers=headers)
 
@@ -175,7 +178,7 @@ async def delete_version(
     key_id: KeyIdDep,
 ) -> None:
     """Delete a version that does not answer."""
-    await executors.changes.run(registry.delete_version, task, version, by=key_id, expected=expected)
+    await in_time(CHANGE_SECONDS, executors, registry.delete_version, task, version, by=key_id, expected=expected)
 
 
 def _zip(content: Content, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from server.core import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, StoreFull
 from server.registry import plans
+from server.registry.bounded import BoundedLock, result_of
 from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.plans import Expected, Placed
@@ -47,8 +48,8 @@ class Registry(LiveMap):
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
         """As LiveMap."""
         super().__init__(store, model, max_virtual_tokens, host_memory)
-        self._changing = threading.Lock()
-        self._syncing = threading.Lock()  # of several who look at once, one reads and warms; readers need neither
+        self._changing = BoundedLock()
+        self._syncing = BoundedLock()  # of several who look at once, one reads and warms; readers need neither
 
     def publish(
         self,
@@ -293,7 +294,7 @@ class Registry(LiveMap):
                 self._contents.require_fit(self._state.tasks[name].versions[version].content)
             ahead = [] if change is None else [Event(self._state.last_event + 1, "", "api", by, change)]
             going_live = self._going_live(ahead)
-        self._engine.warm([self.host.fetch(content).result() for content in going_live])
+        self._engine.warm([result_of(self.host.fetch(content)) for content in going_live])
         return self._change(plan, "api", by)[1][name]
 
     def _change(
@@ -311,7 +312,7 @@ class Registry(LiveMap):
                     return None, self._tasks
                 now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
                 event = Event(self._state.last_event + 1, now, source, by, change, secrets.token_hex(8))
-                if self._append(event):
+                if self._store.append(event):
                     removed = self._apply([event])
                     live = self._tasks
                     break
@@ -321,12 +322,6 @@ class Registry(LiveMap):
                 self._apply(won)
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event, live
-
-    def _append(self, event: Event) -> bool:
-        try:
-            return self._store.append(event)
-        except Behind as exc:
-            raise StoreError(str(exc), remedy="Send the request again.") from exc
 
     def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
         blobs: list[str] = []

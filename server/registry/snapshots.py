@@ -129,7 +129,7 @@ def encode(state: State) -> bytes:
     """A snapshot's file; a manifest that several versions have is written once."""
     buffer = io.BytesIO()
     manifests: dict[str, int] = {}
-    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as file:
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as file:
 
         def write(fields: dict[str, Any]) -> None:
             file.write(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")

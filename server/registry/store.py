@@ -175,9 +175,11 @@ class Store:
 
         Raises:
             StoreError: the store refuses. Whether the event is kept is then open, until somebody looks.
-            Behind: events before it are gone already.
         """
-        self._check_reach(event.number - 1)
+        try:
+            self._check_reach(event.number - 1)
+        except Behind as exc:
+            raise StoreError(str(exc), remedy="Send the request again.") from exc
         data = event.to_json()
         key = _event_key(event.number)
         # A write that is sent again after a lost reply finds itself.

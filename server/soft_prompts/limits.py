@@ -11,7 +11,7 @@ from server.soft_prompts.manifest import MANIFEST_NAME, Manifest
 MAX_MANIFEST_BYTES = 2**16
 MAX_ENTRIES = 5000
 """Fields and items of all objects and lists of a manifest."""
-MAX_DESCRIPTION = 2000
+MAX_DESCRIPTION = 1000
 """Characters; every list of tasks shows them."""
 MAX_METRICS_BYTES = 2**12
 """As JSON; every list of versions shows them."""

@@ -187,7 +187,7 @@ class GenerationRequest:
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
     input_top_logprobs: int = 0
-    """With `input_logprobs`: also those of so many of the most likely tokens in each place."""
+    """With `input_logprobs`: also those of so many of the most likely tokens in each place; at least `top_logprobs`."""
     continues_text: bool = True
     """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
     is_background: bool = False

@@ -79,7 +79,8 @@ class LogitRows:
                 targets = sequence.targets[target + start : target + stop]
                 rows = at_least_float32(logits[first + start : first + stop])
                 ids = on_device(logits.device, targets)
-                reports = report_tokens(rows, ids, [sequence.request.input_top_logprobs] * len(targets))
+                top = max(sequence.request.input_top_logprobs, sequence.sampling.top_logprobs)
+                reports = report_tokens(rows, ids, [top] * len(targets))
                 ranks = [None] * len(targets) if sequence.label_ids else report_ranks(rows, ids)
                 sequence.scored += [
                     Scored(token_id, *report, rank)

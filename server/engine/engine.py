@@ -101,10 +101,7 @@ class Engine:
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
         """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.
 
-        Args:
-            request: to be run.
-            soft_prompt: before its input.
-            compiled: its grammar, held for it, which the engine releases; without it the grammar is compiled here.
+        `compiled` is its grammar, held for it; the engine releases it. Without it the grammar is compiled here.
 
         Raises:
             InvalidRequest: its grammar cannot be used; nothing was accepted.
@@ -115,9 +112,8 @@ class Engine:
             walks = [*self._walks.begin(request.request_id, compiled, request.n)]
         first = self._sequence(request, soft_prompt, walk=walks[0])
         if not request.labels:
-            first.siblings = [
-                self._sequence(request, soft_prompt, index, walk=walks[index]) for index in range(1, request.n)
-            ]
+            others = enumerate(walks[1:], 1)
+            first.siblings = [self._sequence(request, soft_prompt, index, walk=walk) for index, walk in others]
         self._unfinished[request.request_id] = request.num_choices
         self.scheduler.add(first)
 
@@ -283,14 +279,13 @@ class Engine:
             drawn, walk.drawn = walk.drawn, None
             if drawn is None:  # another choice of its request has failed just now
                 continue
-            sequence = drawn.sequence
-            if walk.error is not None and not sequence.is_at_its_last:
-                deltas.append(self._fail(sequence, walk.error))
+            who = drawn.sequence
+            if walk.error is not None and not who.is_at_its_last:
+                deltas.append(self._fail(who, walk.error))
                 continue
-            take = partial(self._take, sequence, drawn.choice, is_complete=walk.is_complete)
-            deltas += self._alone(sequence, take)
-            if sequence.slot is None and not sequence.has_ended:
-                beginning.append(sequence)
+            deltas += self._alone(who, partial(self._take, who, drawn.choice, is_complete=walk.is_complete))
+            if who.slot is None and not who.has_ended:
+                beginning.append(who)
         self.scheduler.add_sharing([who for who in beginning if who.request_id in self._unfinished])
         return deltas
 

@@ -88,7 +88,10 @@ def test_the_limits_that_info_tells_are_those_that_hold(own_server: LiveServer) 
     limits: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"inputs": text, "parameters": {"max_new_tokens": 1}}, {"inputs": f"{text}a"}),
         ({"inputs": ["a"] * most, "parameters": {"max_new_tokens": 1}}, {"inputs": ["a"] * (most + 1)}),
-        ({"parameters": {"max_new_tokens": 1, "best_of": info["max_best_of"]}}, {"parameters": {"best_of": 65}}),
+        (
+            {"parameters": {"do_sample": True, "max_new_tokens": 1, "best_of": info["max_best_of"]}},
+            {"parameters": {"do_sample": True, "max_new_tokens": 1, "best_of": info["max_best_of"] + 1}},
+        ),
         (
             {"parameters": {"max_new_tokens": 1, "stop": ["zzzz"] * info["max_stop_sequences"]}},
             {"parameters": {"stop": ["zzzz"] * (info["max_stop_sequences"] + 1)}},

@@ -75,7 +75,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        sending = asyncio.ensure_future(self._send_all(send))
+        sending = asyncio.ensure_future(self._send_all(scope, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         revoked = asyncio.ensure_future(_revoked(scope))
         seconds = seconds_left(Request(scope)) if self.is_answer else None
@@ -107,10 +107,12 @@ class EventStream(Response):
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await self._begin(send)
         try:
             async for event in self._events:
+                if (why := why_no_longer(scope)) is not None:  # what comes after the revocation is not for this client
+                    raise Unauthorized(why)
                 await send({"type": "http.response.body", "body": self._encode(event), "more_body": True})
             last = self._dialect.end
         except PreludeError as error:

@@ -120,7 +120,11 @@ else:
             if self.transport.is_closing():
                 return
             self._body_came = False
-            super().data_received(data)
+            self._unset_keepalive_if_required()
+            try:
+                self._parse(data)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
             if self._is_in_headers or (self._is_in_body and not self._body_came):
                 self._num_bytes += len(data)
                 if self._num_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
@@ -160,6 +164,8 @@ else:
 
         def on_headers_complete(self) -> None:
             """A request's headers have ended."""
+            if self.parser.should_upgrade():  # it is read again without its wish, see `_parse`
+                return
             self._is_in_headers, self._is_in_body = False, True
             self._num_bytes = self._num_body_bytes = 0
             self._bounds.is_done_waiting(self)
@@ -174,6 +180,8 @@ else:
 
         def on_message_complete(self) -> None:
             """A request has come to its end."""
+            if self.parser.should_upgrade():
+                return
             self._is_in_body = False
             if self._deadline is not None and not self.cycle.response_complete:
                 self._deadline.cancel()
@@ -212,9 +220,23 @@ else:
             error = Overloaded("There are too many connections.")
             self._refuse(b"503 Service Unavailable", error)
 
-        def _unsupported_upgrade_warning(self) -> None:
-            """A request to change the protocol is answered as if it did not ask; what follows it is none of ours."""
-            self.cycle.keep_alive = False
+        def _parse(self, data: bytes) -> None:
+            """Read a piece; a request that asks for another protocol, as Java's do, as if it did not ask.
+
+            httptools stops after such a request's headers, and would take its body for the other protocol.
+            """
+            while True:
+                try:
+                    return self.parser.feed_data(data)
+                except httptools.HttpParserUpgrade as stop:
+                    if self.parser.get_method() == b"CONNECT":
+                        raise httptools.HttpParserError("this is no proxy") from stop
+                    version = self.parser.get_http_version().encode()
+                    lines = [b" ".join((self.parser.get_method(), self.url, b"HTTP/" + version))]
+                    lines += [b": ".join(header) for header in self.headers if header[0] != b"upgrade"]
+                    data = b"\r\n".join([*lines, b"", data[stop.args[0] :]])
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
         def _wait(self) -> None:
             if not self.transport.is_closing():

@@ -287,6 +287,22 @@ def test_a_request_for_another_protocol_is_answered_in_this_one(server: LiveServ
     assert talk(server, start + b"\r\n").startswith(b"HTTP/1.1 200")
     received = answer(server, start + b"x: ", b"a" * PIECE, 8 * MAX_HEADER_BYTES // PIECE)
     assert not received or received.startswith(b"HTTP/1.1 431")
+    assert talk(server, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["of a known length", "in chunks"])
+def test_the_body_of_a_request_for_another_protocol_is_read(server: LiveServer, is_chunked: bool) -> None:
+    body = b'{"inputs": "two words"}'
+    size = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(body)}"
+    sent = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
+    # As Java's HttpClient asks wherever there is no TLS.
+    asks = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    request = post(sent, *asks, size)
+    head = len(request) - len(sent)
+    for cut in (1, 30, head - 1, head, head + 5, len(request)):
+        replies = talk(server, request[:cut], request[cut:], request, half_close=True)
+        assert replies.count(b"HTTP/1.1 200") == 2, (cut, replies)
+        assert replies.count(b'"stop":9}') == 2, (cut, replies)
 
 
 def test_only_so_many_requests_wait_for_a_reply_on_one_connection(server: LiveServer) -> None:

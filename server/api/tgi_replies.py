@@ -21,6 +21,9 @@ from server.core import Candidate, Delta, Token
 from server.engine.labels import judge
 from server.engine.worker import EngineWorker
 
+IN_STREAMS = {"finish_reason", "generated_tokens", "input_length", "prompt_tokens", "virtual_tokens", "seed"}
+"""Details that the last event of a stream carries."""
+
 
 def reply_of(
     choices: Sequence[Choice], prepared: Prepared, text: str, parameters: GenerateParameters, worker: EngineWorker
@@ -64,9 +67,7 @@ async def events(
                 event["generated_text"] = front + choice.text
                 if parameters.details:
                     details = _details(choice, [], prepared, parameters, worker)
-                    event["details"] = details.model_dump(
-                        include={"finish_reason", "generated_tokens", "input_length", "virtual_tokens", "seed"}
-                    )
+                    event["details"] = details.model_dump(include=IN_STREAMS)
             yield event
             if ended:
                 return
@@ -105,6 +106,7 @@ def _details(
         finish_reason=str(choice.finish_reason),
         generated_tokens=choice.usage.output_tokens,
         input_length=choice.usage.input_tokens,
+        prompt_tokens=choice.usage.input_tokens,
         virtual_tokens=choice.usage.virtual_tokens,
         seed=_seed(prepared),
         prefill=prefill,

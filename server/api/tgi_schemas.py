@@ -229,6 +229,7 @@ class DetailsBody(BaseModel):
     finish_reason: str = Field(description="length, eos_token or stop_sequence.")
     generated_tokens: int
     input_length: int = Field(description="Input tokens, without virtual ones.")
+    prompt_tokens: int = Field(description="The same as input_length, by LoRAX's name.")
     virtual_tokens: int
     seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
     prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")

@@ -358,11 +358,12 @@ def test_details_have_the_shape_that_text_generation_inference_gives_them(server
         "prefill",
         "tokens",
         "input_length",
+        "prompt_tokens",
         "virtual_tokens",
     }
     assert details["finish_reason"] == "length"
     assert details["generated_tokens"] == len(details["tokens"]) == 6
-    assert (details["input_length"], details["virtual_tokens"]) == (5, 5)
+    assert (details["input_length"], details["prompt_tokens"], details["virtual_tokens"]) == (5, 5, 5)
     assert details["prefill"] == []
     assert details["seed"] is None
     for token in details["tokens"]:

@@ -42,6 +42,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _given(value: Any) -> Any:
+    """An object without the values that are null."""
+    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 def _are_ids(biases: dict[str, float]) -> dict[str, float]:
     for key in biases:
         if not _ID.fullmatch(key):
@@ -95,5 +100,8 @@ Stop = Annotated[
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)]
 
 LogitBias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES), AfterValidator(_are_ids)
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+    AfterValidator(_are_ids),
+    BeforeValidator(_given, json_schema_input_type=dict[str, Annotated[float, Field(ge=-100, le=100)] | None]),
 ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.api.openai.fields import NoList, NotOffered
+from server.api.openai.fields import NoList, NoText, NotOffered
 from server.api.schemas import Text
 from server.core import ChatEnd, TemplatedText
 from server.engine.worker import EngineWorker
@@ -46,6 +46,12 @@ def _text_of(part: Any) -> str:
     return text
 
 
+def _plain(part: Any) -> Any:
+    """A text part without what its author added to it, such as annotations."""
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return {name: part[name] for name in ("type", "text") if name in part} if is_text else part
+
+
 Content = Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[dict[str, str]])]
 
 
@@ -61,15 +67,18 @@ class Message(BaseModel):
     name: Text | None = Field(None, max_length=64, description="Who speaks, for templates that tell it.")
     audio: NotOffered = None
     function_call: NotOffered = None
-    refusal: NotOffered = None
+    refusal: NoText = None
     tool_calls: NoList = None
 
     @model_validator(mode="before")
     @classmethod
-    def _an_answer_may_be_empty(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
+    def _an_answer_may_be_empty_and_annotated(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("role") != "assistant":
+            return value
+        content = value.get("content")
+        if content is None:
             return {**value, "content": ""}
-        return value
+        return {**value, "content": [_plain(part) for part in content]} if isinstance(content, list) else value
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class SamplingBody(_Body):
     )
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
-    metadata: dict[str, str] | None = Field(None, description="Has no effect.")
+    metadata: dict[str, str | None] | None = Field(None, description="Has no effect.")
     prompt_cache_key: str | None = Field(None, description="Has no effect.")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Has no effect.")
     prompt_cache_retention: str | None = Field(None, description="Has no effect.")
@@ -288,7 +288,7 @@ class ChatBody(SamplingBody):
     @field_validator("top_logprobs")
     @classmethod
     def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
+        if value and not info.data.get("logprobs"):
             raise ValueError("needs logprobs to be true")
         return value
 

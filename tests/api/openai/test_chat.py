@@ -106,6 +106,7 @@ def test_what_was_answered_can_be_sent_back_as_it_is(chatty: LiveServer) -> None
         {"content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": None}]},
         openai.types.chat.ChatCompletionMessage(role="assistant", content="hi").model_dump(),
         {"content": "hi", "tool_calls": None, "function_call": None, "provider_specific_fields": None},  # litellm's
+        {"content": [{"type": "text", "text": "hi", "annotations": [], "index": 0}], "refusal": ""},
     ],
 )
 def test_an_answer_of_any_server_or_library_can_be_appended_to_the_history(
@@ -271,6 +272,7 @@ def test_logprobs_have_bytes_and_the_most_likely_tokens(chatty: LiveServer) -> N
     assert all(token["top_logprobs"] == [] for token in plain)
     assert ask(chatty, CHAT, max_tokens=2)["choices"][0]["logprobs"] is None
     assert_openai_error(post(chatty, CHAT, top_logprobs=2), 400, "invalid_request", "logprobs")
+    assert ask(chatty, CHAT, top_logprobs=0, max_tokens=1)["choices"][0]["logprobs"] is None, "it asks for nothing"
     assert_openai_error(post(chatty, CHAT, logprobs=True, top_logprobs=21), 400, "invalid_request")
 
 

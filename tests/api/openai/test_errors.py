@@ -69,6 +69,8 @@ def test_null_counts_as_left_out_whatever_the_field_is_called(chatty: LiveServer
     reply = post(chatty, path, **body)
     assert reply.status_code == 200, reply.text
     assert reply.json()["choices"] == post(chatty, path).json()["choices"]
+    for field in ("logit_bias", "metadata"):
+        assert post(chatty, path, **{field: {"5": None}}).json()["choices"] == reply.json()["choices"]
     for field, inner in (("stream_options", {"zzzzz": None}), ("structured_outputs", {"regex": "ab", "zzzzz": None})):
         assert post(chatty, path, stream=True, **{field: inner}).status_code == 200
     assert_openai_error(post(chatty, path, **body, zzzz=1), 400, "invalid_request", "unknown field zzzz.")

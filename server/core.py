@@ -116,7 +116,7 @@ class Grammar:
     source: str
     """A JSON schema, a regular expression, a JSON list of texts, a Lark grammar, or an EBNF grammar in GBNF's form.
 
-    EBNF may also be Lark, where a line begins with `start:` or `%llguidance`: vLLM's clients send either.
+    EBNF may also be Lark, where a line begins with `start:`, `?start:` or `%llguidance`: vLLM's clients send either.
     """
     after_space: bool = False
     """A space comes before what matches: the one that the tokenizer puts before a text, and that the text lacks."""

@@ -27,6 +27,7 @@ from typing import Any
 import llguidance
 
 from server.core import Grammar, GrammarKind
+from server.engine.ebnf import lark_of
 from server.engine.grammar_limits import COMPILE_SECONDS, MASK_SECONDS, MEMORY, PARSER_LIMITS, STACK
 from server.engine.grammar_wire import COMMAND, LENGTH, ORDER, Action, Deed, Frame, State
 
@@ -270,7 +271,7 @@ def source_of(kind: GrammarKind, source: str) -> str:
     if kind is GrammarKind.LARK:
         return make.grammar_from_lark(source)
     if kind is GrammarKind.EBNF:
-        return llguidance.grammar_from("ebnf", source)
+        return make.grammar_from_lark(lark_of(source))
     # One expression, not a rule for each: the parser keeps no more than 2,000 of those in mind.
     return make.grammar_from_regex("|".join(map(_literally, json.loads(source))))
 

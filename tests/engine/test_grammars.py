@@ -149,6 +149,25 @@ def test_a_grammar_of_rules_that_refer_to_themselves_is_matched(grammars: Gramma
         assert not takes(grammars, grammar, text), text
 
 
+@pytest.mark.parametrize(
+    ("source", "matching", "others"),
+    [
+        ('root ::= "a"  # one | "c"\n  | "b"\n\nx ::= "c"', ["a", "b"], ["c", "ab"]),
+        ('\n  root ::=\n    "a"\n    x\n  x ::= [0-9] # "\n', ["a1"], ["a", "1"]),
+        (r'root ::= "\u00e9" | "\x41" | [\u00e0\u005d] | "\\u00e9"', ["é", "A", "à", "]", r"\u00e9"], ["a", "e9"]),
+        ('?start: "a" | b\n?b: "c"', ["a", "c"], ["b"]),
+    ],
+    ids=["alternatives on lines", "parts on lines", "escapes", "Lark with ?start"],
+)
+def test_ebnf_may_span_lines_name_characters_and_be_lark(
+    grammars: Grammars, source: str, matching: list[str], others: list[str]
+) -> None:
+    for text in matching:
+        assert takes(grammars, Grammar(GrammarKind.EBNF, source), text), text
+    for text in others:
+        assert not takes(grammars, Grammar(GrammarKind.EBNF, source), text), text
+
+
 def first(grammars: Grammars, grammar: Grammar, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
     """Which tokens a text may begin with."""
     compiled = grammars.compile(grammar)

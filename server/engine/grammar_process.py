@@ -81,6 +81,7 @@ class Nursery:
         on_end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(on_end.fileno(), warn_on_full_buffer=False)
+        self._control.setblocking(False)  # a process may end at any time, and nobody else sees it
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(ended, select.POLLIN)
@@ -97,7 +98,7 @@ class Nursery:
 
     def _obey(self) -> bool:
         """Do what the server says; False if it has gone."""
-        data, descriptors, _, _ = socket.recv_fds(self._control, COMMAND.size, 1, socket.MSG_DONTWAIT)
+        data, descriptors, _, _ = socket.recv_fds(self._control, COMMAND.size, 1)  # which ignores flags
         if len(data) < COMMAND.size:
             return False
         deed, number = COMMAND.unpack(data)

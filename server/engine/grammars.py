@@ -270,14 +270,14 @@ def limit_reached(frame: Frame, too_slow: str) -> str:
     """Which limit ended a process.
 
     Raises:
-        GenerationFailed: none did.
+        GenerationFailed: none did. Where the machine runs out of memory, the kernel kills grammars first, by SIGKILL.
     """
     number = frame.payload[0]
     if number == signal.SIGPROF:
         return too_slow
     if number in (signal.SIGSEGV, signal.SIGBUS):
         return f"it takes more than {STACK // MiB} MiB of stack, as a long chain of definitions does"
-    if number in (signal.SIGABRT, signal.SIGKILL):
+    if number == signal.SIGABRT:
         return f"it takes more than {MEMORY // MiB} MiB of memory"
     raise GenerationFailed("The grammar's process has ended.", remedy="Retry.")
 

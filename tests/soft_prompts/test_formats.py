@@ -484,6 +484,7 @@ DECLARED: dict[str, tuple[str, dict[str, Any], str]] = {
     "features": ("CPT", {"task_type": "FEATURE_EXTRACTION"}, "task_type is 'FEATURE_EXTRACTION'"),
     "no text": ("PROMPT_TUNING", {"task_type": 7}, "task_type is 7"),
     "trained modules": ("PROMPT_TUNING", {"modules_to_save": ["score"]}, "modules_to_save is ['score']"),
+    "trained tokens": ("PROMPT_TUNING", {"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
     "other layers": ("PROMPT_TUNING", {"num_layers": 32}, "num_layers 32"),
     "another width": ("P_TUNING", {"token_dim": 4096}, "token_dim 4096"),
     "other heads": ("PROMPT_TUNING", {"num_attention_heads": 99}, "num_attention_heads 99"),
@@ -517,6 +518,8 @@ def test_what_is_taken_but_not_used_is_noted(tmp_path: Path, spec: ModelSpec) ->
     assert spec.name in base
     assert "use_dora" in key
     assert "lables" in field
+    edit_json(tmp_path / CONFIG, base_model_name_or_path=None, use_dora=None, num_tasks=3)
+    assert "change nothing: num_tasks." in load(tmp_path, spec)[0].notes[0], "only a multitask soft prompt has tasks"
 
 
 def test_a_local_copy_of_the_same_name_is_not_noted(tmp_path: Path, spec: ModelSpec) -> None:

@@ -25,8 +25,10 @@ TENSORS = {MULTITASK: ("prompt_embeddings", "prefix_task_cols", "prefix_task_row
 
 CHECKED_KEYS = {
     *("base_model_name_or_path", "cpt_token_ids", "modules_to_save", "num_attention_heads", "num_layers", "num_ranks"),
-    *("num_tasks", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "task_type", "token_dim"),
+    *("num_transformer_submodules", "num_virtual_tokens", "peft_type", "task_type", "token_dim"),
+    *("num_tasks", "trainable_token_indices"),
 }
+MULTITASK_KEYS = {"num_ranks", "num_tasks"}
 TRAINING_KEYS = {
     *("auto_mapping", "cpt_mask", "cpt_tokens_type_mask", "encoder_dropout", "encoder_hidden_size"),
     *("encoder_num_layers", "encoder_reparameterization_type", "inference_mode", "init_weights", "num_frozen_tokens"),
@@ -65,11 +67,12 @@ def peft_type_of(config: dict[str, Any]) -> str:
             f"num_transformer_submodules is {_shown(submodules)}: a soft prompt of an encoder-decoder model.",
             remedy="Train the soft prompt on the decoder-only model that this server holds.",
         )
-    if config.get("modules_to_save"):
-        raise UnsupportedPeftType(
-            f"modules_to_save is {_shown(config['modules_to_save'])}: parts of the model were trained too.",
-            remedy="Train the soft prompt alone, without modules_to_save.",
-        )
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if config.get(key):
+            raise UnsupportedPeftType(
+                f"{key} is {_shown(config[key])}: parts of the model were trained too.",
+                remedy=f"Train the soft prompt alone, without {key}.",
+            )
     return peft_type
 
 
@@ -156,9 +159,11 @@ def notes_of(config: dict[str, Any], manifest: Manifest, model: ModelSpec) -> tu
             f"{CONFIG_FILE} names the base model {base[:200]!r}; this server holds {model.name}. The shapes fit; "
             "whether it was trained on this model cannot be told from the files."
         )
-    unused = sorted(set(config) - CHECKED_KEYS - TRAINING_KEYS)
+    used = (CHECKED_KEYS | TRAINING_KEYS) - (set() if config.get("peft_type") == MULTITASK else MULTITASK_KEYS)
+    unused = sorted(key for key, value in config.items() if key not in used and value is not None)
     if unused:
-        notes.append(f"{CONFIG_FILE} has keys that no soft prompt uses, and they change nothing: {_names(unused)}.")
+        names = _names(unused)
+        notes.append(f"{CONFIG_FILE} has keys that no such soft prompt uses, and they change nothing: {names}.")
     unknown = sorted(manifest.model_extra or ())
     if unknown:
         notes.append(

@@ -14,6 +14,7 @@ from server.core import FinishReason, Grammar, GrammarKind
 from server.engine import grammar_walks
 from server.engine.admission import Limits
 from server.engine.grammar_queue import GrammarQueue, Turns
+from server.engine.grammar_wire import State
 from server.engine.grammars import Grammars
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
@@ -142,8 +143,23 @@ def test_a_process_that_ends_fails_its_own_requests_and_the_next_get_another(tin
     while engine.has_work:
         ends |= {delta.request_id: delta.error for delta in engine.step() if delta.finish_reason is not None}
     assert ends["other"] is None
-    assert isinstance(ends["hit"], InvalidRequest | GenerationFailed)
-    assert run_engine(engine, [(request("good", [2], grammar=GOOD, max_new_tokens=9), None)])["good"].error is None
+    assert isinstance(ends["hit"], GenerationFailed)
+    for again in ("[ab]{50}", "[ab]{3}"):
+        asked = request(again, [2], grammar=Grammar(GrammarKind.REGEX, again), max_new_tokens=60)
+        assert run_engine(engine, [(asked, None)])[again].error is None
+
+
+def test_processes_that_end_one_after_the_other_are_all_noticed(grammars: Grammars) -> None:
+    before = {process.pid for process in own_processes()}
+    held = [grammars.compile(Grammar(GrammarKind.REGEX, f"end {i}")) for i in range(3)]
+    for process in own_processes():
+        if process.pid not in before:
+            process.kill()
+            time.sleep(0.2)  # the process that makes them has dealt with this end before the next
+    frames = [frame for compiled in held for frame in compiled.process.receive(20)]
+    assert [frame.state for frame in frames] == [State.ENDED] * 3
+    for compiled in held:
+        grammars.discard(compiled)
 
 
 def test_grammars_return_after_the_process_that_makes_them_has_ended(tiny: FrozenModel) -> None:

@@ -39,7 +39,7 @@ class Executor:
         self.most_threads = threads
         self._most_waiting = most_waiting
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._num_threads = 0
+        self._num_threads = self._num_running = 0
         self._lock = threading.Lock()
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -57,15 +57,20 @@ class Executor:
         call = partial(contextvars.copy_context().run, work, *args, **kwargs)
         future: Future[T] = Future()
         with self._lock:
-            if self._num_threads == self.most_threads and len(self._waiting) >= self._most_waiting:
+            if self._is_full:
                 self._forget_cancelled()
-                if len(self._waiting) >= self._most_waiting:
-                    raise Overloaded(f"{len(self._waiting)} {self._work} wait already; no more may wait.")
+                if self._is_full:
+                    raise Overloaded(f"{self._most_waiting} {self._work} wait already; no more may wait.")
             self._waiting.append((future, call))
             if self._num_threads < self.most_threads:
                 self._num_threads += 1
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
         return future
+
+    @property
+    def _is_full(self) -> bool:
+        """Work that a thread was started for and has not taken yet does not count as waiting."""
+        return self._num_running + len(self._waiting) >= self.most_threads + self._most_waiting
 
     def _forget_cancelled(self) -> None:
         self._waiting = deque(item for item in self._waiting if not item[0].cancelled())
@@ -78,7 +83,10 @@ class Executor:
                     self._num_threads -= 1
                     return
                 item = self._waiting.popleft()
+                self._num_running += 1
             _work_off(*item)
+            with self._lock:
+                self._num_running -= 1
             del item  # or it would keep its result in memory while this thread works on the next one
 
 

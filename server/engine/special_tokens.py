@@ -105,11 +105,11 @@ class InputEncoder:
         marked = "".join([*parts, text.text[at:]])
         for _ in range(MOST_CUTS):
             [encoding] = self._plain.encode_batch([marked], add_special_tokens=add_special_tokens)
-            bad = [start for _, start, stop in self._found(encoding, marked) if stop - start > 1]
+            bad = [found for found in self._found(encoding, marked) if found[2] - found[1] > 1]
             if not bad:
                 break
             # A unigram vocabulary may choose a control token without looking for it; no token spans a cut.
-            ends = [0, *(start + 1 for start in bad), len(marked)]
+            ends = [0, *(cut for found in bad for cut in self._cuts(marked, found)), len(marked)]
             marked = self._cut.join(marked[a:b] for a, b in pairwise(ends))
         ids = [self._meant.get(token_id, token_id) for token_id in encoding.ids if token_id != self._cut_id]
         passed = [self._meant[token_id] for token_id in encoding.ids if token_id in self._meant]
@@ -119,6 +119,15 @@ class InputEncoder:
                 remedy="Leave it out, or let whoever runs the server set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
             )
         return ids
+
+    def _cuts(self, text: str, found: Found) -> list[int]:
+        """Where to cut a text so that it no longer holds a token: within each place that spells it out.
+
+        An unknown token also stands for the unknown characters around such a place.
+        """
+        token_id, start, stop = found
+        spelt = re.finditer(re.escape(self._contents[token_id]), text[start:stop])
+        return [start + match.start() + 1 for match in spelt] or [start + 1]
 
     def _of_template(self, text: TemplatedText) -> Iterator[Found]:
         """The control tokens of a template's own parts, each part read alone: no user's text changes them."""

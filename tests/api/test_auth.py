@@ -12,13 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-import starlette.formparsers
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from huggingface_hub import InferenceClient, close_session
 from huggingface_hub.errors import ValidationError
 
-from server.api import ops, prompts, tgi, training, versions
+from server.api import forms, ops, prompts, tgi, training, versions
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.errors import install_error_handlers
@@ -107,7 +106,7 @@ def spooled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         files.append(arguments)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", counted)
+    monkeypatch.setattr(forms, "SpooledTemporaryFile", counted)
     return files
 
 

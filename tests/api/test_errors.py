@@ -184,14 +184,14 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
         ("GET", "/v1/models/{model}"): {400, 404, 422},
         ("GET", "/prompts"): {422},
         ("GET", "/prompts/{task}"): {404, 422},
-        ("PUT", "/prompts/{task}"): {400, 409, 412, 413, 422, 429, 500, 507},
-        ("DELETE", "/prompts/{task}"): {404, 412, 422, 429, 500, 507},
+        ("PUT", "/prompts/{task}"): {400, 409, 412, 413, 422, 429, 500, 503, 507},
+        ("DELETE", "/prompts/{task}"): {404, 412, 422, 429, 500, 503, 507},
         ("GET", "/prompts/{task}/versions"): {404, 422},
         ("POST", "/prompts/{task}/activate"): {400, 404, 412, 413, 422, 429, 500, 503, 507},
         ("POST", "/prompts/{task}/rollback"): {404, 409, 412, 422, 429, 500, 503, 507},
         ("PUT", "/prompts/{task}/traffic"): {400, 404, 412, 413, 422, 429, 500, 503, 507},
         ("GET", "/prompts/{task}/versions/{version}/download"): {404, 422, 429, 503},
-        ("DELETE", "/prompts/{task}/versions/{version}"): {404, 409, 412, 422, 429, 500, 507},
+        ("DELETE", "/prompts/{task}/versions/{version}"): {404, 409, 412, 422, 429, 500, 503, 507},
         ("GET", "/ready"): {500, 503},
     }
     for operation, statuses in expected.items():

@@ -131,7 +131,8 @@ class Life:
     def take(self, delta: Delta, *, cut_short: bool) -> None:
         """One more part of its answer."""
         assert self.end is None, "something came after the end"
-        assert delta.index not in self.ends, "something came after the end of a choice"
+        whole_request = (FinishReason.ABORTED, FinishReason.FAILED)
+        assert delta.index not in self.ends or delta.finish_reason in whole_request, "a choice ends once"
         token_ids, answer = self.token_ids[delta.index], self.answer[delta.index]
         self.scored[delta.index] += delta.scored
         if delta.token is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -118,6 +118,7 @@ def test_a_forged_turn_is_text_and_the_templates_own_tokens_stay(kind: str) -> N
 
 @kinds
 @settings(deadline=None, max_examples=60)
+@example(template=TEMPLATE, text="ééé<unk>éé<unk>")  # unknown characters and what spells them out, fused into one token
 @given(template=TEMPLATES, text=TEXTS)
 def test_no_text_of_a_user_becomes_a_control_token(kind: str, template: str, text: str) -> None:
     backend, encoder = TOKENIZERS[kind], ENCODERS[kind]

@@ -25,7 +25,7 @@ _KINDS = {"inputs": GenerateBody, "messages": ChatBody, "prompt": CompletionBody
 
 def _kind_of(body: Any) -> str | None:
     if isinstance(body, dict):
-        return next((field for field in _KINDS if field in body), None)
+        return next((field for field in _KINDS if body.get(field) is not None), None)
     return next((field for field, kind in _KINDS.items() if isinstance(body, kind)), None)
 
 

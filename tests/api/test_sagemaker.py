@@ -37,6 +37,14 @@ def test_a_body_is_answered_as_on_the_route_of_its_kind(chatty: LiveServer) -> N
         assert [reply.headers.get("prelude-task") for reply in replies] == [task, task]
 
 
+def test_a_null_does_not_say_of_which_kind_a_body_is(chatty: LiveServer) -> None:
+    for field, value in (("messages", user("hello")), ("prompt", "hello")):
+        nulls = dict.fromkeys(["inputs", "messages", "prompt", "parameters"])
+        reply = invoke(chatty, **nulls | {"model": FROZEN, "max_tokens": 2, field: value})
+        assert reply.status_code == 200, reply.text
+    assert_error(invoke(chatty, inputs=None), 422, "invalid_request")
+
+
 def test_a_stream_is_that_of_its_kind(chatty: LiveServer) -> None:
     streamed = invoke(chatty, inputs="hello", stream=True, parameters={"max_new_tokens": 5})
     assert parse_events(streamed.content) == chatty.events("hello", max_new_tokens=5)

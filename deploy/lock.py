@@ -10,6 +10,7 @@ What these packages need in turn is read from the environment that runs this scr
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -122,5 +123,7 @@ def _platform(machine: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    # It takes no options; --help explains it, and writes nothing.
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lock([BUILD], ROOT / "deploy" / "build.txt")
     lock(sorted({*needed(), MODEL} - {BUILD}), ROOT / "deploy" / "requirements.txt")

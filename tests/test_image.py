@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -67,3 +69,9 @@ def test_every_service_has_a_limit_on_its_memory_and_on_its_processes() -> None:
     for service in services.values():
         assert re.fullmatch(r"\$\{MEMORY_LIMIT:-\d+g\}", service["mem_limit"])
         assert 512 <= service["pids_limit"] <= 4096
+
+
+def test_the_script_that_writes_the_hashes_explains_itself() -> None:
+    script = [sys.executable, str(DEPLOY / "lock.py"), "--help"]
+    said = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "constraints.txt" in said

@@ -170,9 +170,13 @@ class SamplingParams:
         return self.temperature < COLDEST
 
 
+Queue = tuple[str | None, str | None]
+"""A task and a key: requests that have both in common wait for one another."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One accepted request, translated: token ids in, rules for what comes out, and the queue (task) it waits in.
+    """One accepted request, translated: token ids in, rules for what comes out, and the queue it waits in.
 
     It has one or more choices, which share the input: `n` texts that are sampled apart, or the labels to be scored.
     """
@@ -199,6 +203,11 @@ class GenerationRequest:
     def num_choices(self) -> int:
         """How many choices it has."""
         return len(self.labels) or self.n
+
+    @property
+    def queue(self) -> Queue:
+        """The queue that it waits in; a key that floods a task holds up no other key of that task."""
+        return self.task, self.key_id
 
 
 @dataclass(frozen=True, slots=True)

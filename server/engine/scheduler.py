@@ -2,9 +2,9 @@
 
 Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
 their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
-behind it overtakes, so a long request is not starved by short ones. The next place goes to the task of which the fewest
-run, and some are kept for tasks of which fewer run than their share: one task with many long answers does not make the
-others wait for their ends.
+behind it overtakes, so a long request is not starved by short ones. A free place goes to the queue with the fewest
+running sequences, and one place in five is reserved for queues below their fair share: long answers in one queue do not
+make the others wait for their ends. Each task and key has a queue of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from server.core import ModelSpec
+from server.core import ModelSpec, Queue
 from server.engine.fair_queue import FairQueue
 from server.engine.kv_cache import KVCache, Slot, bytes_per_position
 from server.engine.layout import Span
@@ -174,13 +174,13 @@ class Scheduler:
         if not len(self.waiting):
             return
         budget = self._max_batch_tokens - sum(map(_work, self.running))
-        held: set[str | None] = set()
-        running = Counter(sequence.request.task for sequence in self.running)
+        held: set[Queue] = set()
+        running = Counter(sequence.request.queue for sequence in self.running)
         is_held = _nobody
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
                 share = self._max_sequences // len(running)
-                held |= {task for task, count in running.items() if count >= share}
+                held |= {queue for queue, count in running.items() if count >= share}
             sequence = self.waiting.head(held, running, is_held)
             if sequence is None:
                 return
@@ -190,8 +190,8 @@ class Scheduler:
                 is_held = _makes_copy
                 continue
             if self._waits_for_prefix(sequence):
-                # It waits for another sequence's prefill, not for room: the other tasks need not wait with it.
-                held.add(sequence.request.task)
+                # It waits for another sequence's prefill, not for room: the other queues need not wait with it.
+                held.add(sequence.request.queue)
                 continue
             slot = self._kv_cache.allocator.allocate(sequence.max_positions)
             if slot is None:
@@ -200,7 +200,7 @@ class Scheduler:
             if copied:
                 self.shared.reserve(sequence.request_id, copied)
             self.running.append(sequence)
-            running[sequence.request.task] += 1
+            running[sequence.request.queue] += 1
             sequence.slot = slot
             sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)

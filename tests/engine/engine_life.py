@@ -224,8 +224,8 @@ class EngineLife(RuleBasedStateMachine):
         if not all(life.is_single for life in self._living()):
             return  # it may wait for room for a copy
         scheduler, computing = self.engine.scheduler, self._computing()
-        held = {task for task, life in self._heads().items() if life.prefix_hash in computing}
-        head = scheduler.waiting.head(held, Counter(sequence.request.task for sequence in scheduler.running))
+        held = {(task, None) for task, life in self._heads().items() if life.prefix_hash in computing}
+        head = scheduler.waiting.head(held, Counter(sequence.request.queue for sequence in scheduler.running))
         if head is not None and len(scheduler.running) < self.max_sequences:
             busy = sum(sequence.num_pending for sequence in scheduler.running) >= self.max_batch_tokens
             assert busy or not self.engine.kv_cache.allocator.can_allocate(head.max_positions), "it waits for nothing"

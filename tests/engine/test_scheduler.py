@@ -301,3 +301,14 @@ def test_aborting_many_takes_time_in_proportion_to_their_number(tiny: FrozenMode
 
     few, many = (min(seconds_for(number) for _ in range(3)) for number in (500, 8000))
     assert many < 16 * few * 4, f"{few * 1e3:.1f} ms for 500, {many * 1e3:.1f} ms for 8,000"
+
+
+def test_a_key_that_floods_a_task_holds_up_no_other_key_of_that_task(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=4, max_batch_tokens=16)
+    for i in range(40):
+        engine.add(request(f"flood {i}", [1, 2, 3], "task", key_id="a", max_new_tokens=8, ignore_eos=True), None)
+    for _ in range(3):
+        engine.step()
+    engine.add(request("other", [1, 2, 3], "task", key_id="b", max_new_tokens=2, ignore_eos=True), None)
+    ended = [delta.request_id for _ in range(3) for delta in engine.step() if delta.finish_reason]
+    assert "other" in ended, "it begins in the next step, in a reserved place"

@@ -383,7 +383,10 @@ def test_what_is_refused_later_is_the_evaluations_error(
     assert "line 31" in ended["error"]["error"]
 
 
-def test_an_evaluation_has_bounds_and_says_which(server: LiveServer, mood: str) -> None:
+def test_an_evaluation_has_bounds_and_says_which(
+    server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.evaluations.routes.REPLY_SECONDS", 30.0)  # the rows may take longer to read
     over = start(server, jsonl(*PAIRS * 4000), task=mood)
     assert_error(over, 422, "invalid_training_data", "24,000 rows are more than the server's 20,000")
     assert "limit" in over.json()["remedy"]

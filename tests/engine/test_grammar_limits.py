@@ -46,6 +46,10 @@ async def ask(worker: EngineWorker, request_id: str, grammar: Grammar | None, ne
     return len([delta async for delta in worker.generate(asked, None)])
 
 
+TIME_OR_MEMORY = "(128 MiB of memory|s to compile)"
+"""The machine's speed decides which is reached first."""
+
+
 def own_processes() -> list[psutil.Process]:
     """Processes of grammars, without those that make them."""
     makers = [one for one in psutil.Process().children() if "server.engine.grammar_process" in " ".join(one.cmdline())]
@@ -57,10 +61,10 @@ def own_processes() -> list[psutil.Process]:
     [
         (chain(2500), "6 MiB of stack"),
         (chain(20_000), "6 MiB of stack"),
-        (LARGE, "(128 MiB of memory|s to compile)"),  # whichever is reached first on a busy machine
-        (multiples(), "s to compile"),
-        (PATTERNS, "s to compile"),
-        (REQUIRED, "s to compile"),
+        (LARGE, TIME_OR_MEMORY),
+        (multiples(), TIME_OR_MEMORY),
+        (PATTERNS, TIME_OR_MEMORY),
+        (REQUIRED, TIME_OR_MEMORY),
     ],
     ids=["chain", "long chain", "large", "multiples", "patterns", "required"],
 )

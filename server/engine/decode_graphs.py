@@ -34,7 +34,11 @@ class Recorder(Protocol):
     """Captures work on fixed memory."""
 
     def __call__(self, forward: Forward) -> Forward:
-        """What repeats `forward` whenever it is called; its answer is overwritten by the next call."""
+        """What repeats `forward` whenever it is called; its answer is overwritten by the next call.
+
+        It keeps `forward` alive: a graph reads the tensors that `forward` holds, and a device would lend freed ones to
+        others.
+        """
         ...
 
 
@@ -147,6 +151,7 @@ class CudaRecorder:
             graph.replay()
             return logits
 
+        replay.reads = forward  # type: ignore[attr-defined]
         return replay
 
 

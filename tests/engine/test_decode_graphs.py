@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import random
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.optimise import optimise
 from server.engine.varlen_rows import VarlenAttention
+from tests.engine.fake_cuda import FakeCuda, HostWait, StrayWrite, opaque_varlen_attn
 from tests.engine.optimised import answers, assert_same, optimised, rough
 from tests.engine.varlen_reference import reference_varlen_attn
 from tests.support import TINY, VOCAB_SIZE, make_engine, random_soft_prompt, request, run_engine, tiny_model
@@ -197,6 +200,58 @@ def test_what_is_captured_asks_the_device_for_no_number(architecture: str, fused
         assert [tuple(forward().shape) for forward in recorded] == [(4, VOCAB_SIZE), (2, VOCAB_SIZE), (1, VOCAB_SIZE)]
         with pytest.raises(DataDependentOutputException):
             recorded[0]()[0, 0].item()
+
+
+CAPTURED = [
+    ("llama", True),
+    ("llama", False),
+    ("qwen3", True),
+    ("gpt2", False),
+    ("olmo2", False),
+    ("phi3", False),
+    ("gemma3_text", False),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("architecture", "fused"), CAPTURED)
+def test_a_graph_reads_nothing_that_was_freed_and_neither_waits_nor_writes_elsewhere(
+    architecture: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake graphs raise for all of these; replays of other buckets come in between, as they do in a server."""
+    model = rough(architecture, torch.float32)
+    optimise(model, {"fused"} if fused else set(), None)
+    cache = make_engine(model).kv_cache
+    cuda = FakeCuda(may_write={cache.states.untyped_storage().data_ptr()})
+    cuda.install(monkeypatch)
+    graphs = DecodeGraphs(model, cache, opaque_varlen_attn, 6, CudaRecorder(torch.device("cpu")))
+    eager = DecodeGraphs(model, cache, opaque_varlen_attn, 6, lambda forward: forward)
+    gc.collect()
+    assert len(cuda.graphs) == len(graphs.buckets) == 4
+    dice = random.Random(0)
+    cache.states.normal_(generator=torch.Generator().manual_seed(0))
+    for rows in (6, 1, 3, 2, 5, 1, 4):
+        batch = [[dice.randrange(256) for _ in range(rows)], [dice.randrange(31) for _ in range(rows)]]
+        starts = [32 * slot for slot in dice.sample(range(8), rows)]
+        expected = eager.run(*batch, starts).clone()
+        torch.testing.assert_close(graphs.run(*batch, starts), expected)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda outside, row: row + outside.max().item(), HostWait),
+        (lambda outside, row: row[row > 0].sum() + row, HostWait),
+        (lambda outside, row: outside.add_(row), StrayWrite),
+    ],
+)
+def test_the_fake_graphs_refuse_what_a_device_would(
+    spoil: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda().install(monkeypatch)
+    outside = torch.ones(4)
+    with pytest.raises(error):
+        CudaRecorder(torch.device("cpu"))(lambda: spoil(outside, torch.arange(4.0)))
 
 
 @needs_cuda

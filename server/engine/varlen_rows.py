@@ -1,4 +1,4 @@
-"""The serving layout for CUDA: all tokens of a step attend in one call per layer of torch's `varlen_attn`.
+"""The serving layout for CUDA: all tokens of a step attend in one call per layer of torch's flash attention.
 
 Decoding sequences and chunks of prefills alike read their slots in the pool as it lies. What this relies on, in torch's
 flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
@@ -18,9 +18,8 @@ That all this holds on a device is what tests/engine/test_varlen_rows.py checks 
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -31,29 +30,105 @@ from server.engine.kv_cache import KVCache
 from server.engine.layout import Places, Span
 from server.engine.upload import upload
 
+log = logging.getLogger(__name__)
+
 VarlenAttention = Callable[..., torch.Tensor]
-"""`torch.nn.attention.varlen.varlen_attn`, or what computes the same."""
+"""`flash_attention`, or what computes the same."""
 
 LARGEST_HEAD = 256
 """Numbers per head that flash attention takes at most, in multiples of 8."""
 
+OPERATOR = "_flash_attention_forward"
+
+NEEDED = {"scale", "window_size_left", "window_size_right", "seqused_k"}
+"""Arguments that the operator must have. Its schema decides, because torch's versions differ and some are patched."""
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    seqused_k: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of any number of sequences, by the operator below `torch.nn.attention.varlen.varlen_attn`.
+
+    The operator has had `seqused_k` longer than the function around it, which also costs the host twice the time.
+
+    Args:
+        query: `[tokens, heads, dim]`.
+        key: `[positions, kv_heads, dim]`; value likewise.
+        cu_seq_q: `[sequences + 1]` int32, where each sequence's tokens begin, and the end.
+        cu_seq_k: `[sequences + 1]` int32, where each sequence's keys begin.
+        max_q: no sequence has more tokens.
+        max_k: no sequence has more keys.
+        scale: of the scores.
+        window_size: how many keys before and after its own a token sees; -1 is any number.
+        seqused_k: `[sequences]` int32, how many keys each sequence has.
+
+    Returns:
+        `[tokens, heads, dim]`.
+    """
+    out: torch.Tensor = getattr(torch.ops.aten, OPERATOR)(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        0.0,
+        window_size == (-1, 0),
+        False,
+        scale=scale,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        seqused_k=seqused_k,
+    )[0]
+    return out
+
 
 def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
-    """The function that attends for a model, or None where `CachedRows` has to: the one place that decides it."""
+    """The function that attends for a model on CUDA, or None where `CachedRows` has to; the log says which, and why."""
     device = torch.device(model.device)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return None  # flash attention begins with Ampere
-    if model.dtype != "bfloat16" or model.head_dim % 8 or model.head_dim > LARGEST_HEAD:
+    if device.type != "cuda":
         return None
+    reason = _why_not(model, rules, torch.cuda.get_device_capability(device))
+    if reason is None:
+        log.info("attention: flash attention, one call for each layer of a step")
+        return flash_attention
+    log.warning("attention: one call for each run of neighbouring slots, which is slow, because %s", reason)
+    return None
+
+
+def _why_not(model: ModelSpec, rules: Sequence[AttentionRules], capability: tuple[int, int]) -> str | None:
+    """Why flash attention cannot serve a model; None if it can."""
+    missing = NEEDED - operator_arguments()
+    if torch.version.hip is not None:
+        return "flash attention for ROCm takes the lengths of sequences from elsewhere"
+    if capability < (8, 0):
+        return f"flash attention needs compute capability 8.0, and this device has {'.'.join(map(str, capability))}"
+    if model.dtype != "bfloat16":
+        return f"flash attention takes no {model.dtype}; PRELUDE_DTYPE=bfloat16 does"
+    if model.head_dim % 8 or model.head_dim > LARGEST_HEAD:
+        return f"flash attention takes no heads of {model.head_dim} numbers"
     if any(rule.softcap for rule in rules):
-        return None  # varlen_attn has no soft-cap
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
-        return None  # an older torch's
-    return cast(VarlenAttention, varlen_attn)  # the log-sum-exp that it can answer too is not asked for
+        return "flash attention has no soft-cap, and the model asks for one"
+    if missing:
+        return f"flash attention of torch {torch.__version__} has no {', '.join(sorted(missing))}; torch 2.13 has"
+    return None
+
+
+def operator_arguments() -> set[str]:
+    """Names of the arguments of torch's flash attention; none where torch has no such operator."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{OPERATOR}")  # noqa: SLF001 - torch has no other way to ask
+    return {argument.name for schema in schemas for argument in schema.arguments}
 
 
 class VarlenRows:
@@ -76,7 +151,7 @@ class VarlenRows:
 
         Args:
             kv_cache: where keys and values go.
-            attention: computes what `varlen_attn` does.
+            attention: computes what `flash_attention` does.
             position_ids: `[tokens]`, each token's position in its own sequence.
             pool_positions: `[tokens]`, where its keys and values go.
             starts: `[sequences + 1]` int32, where slots begin in the pool; the last number is read by nobody.
@@ -139,7 +214,6 @@ class VarlenRows:
             self._max_k,
             scale=rules.scaling,
             window_size=window,
-            enable_gqa=True,
             seqused_k=ends,
         )
 

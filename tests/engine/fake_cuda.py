@@ -95,11 +95,11 @@ class FakeGraph:
                     )
 
 
-class _Capture(TorchDispatchMode):
+class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down the operators of a capture."""
 
     def __init__(self, graph: FakeGraph, may_write: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._graph, self._may_write = graph, may_write
         self._inside: set[int] = set()
 
@@ -107,11 +107,11 @@ class _Capture(TorchDispatchMode):
         kwargs = kwargs or {}
         self._check(func, args, kwargs)
         out = func(*args, **kwargs)
-        taken = tree_map_only(torch.Tensor, self._taken, (args, kwargs))
+        held_args, held_kwargs = tree_map_only(torch.Tensor, self._taken, (args, kwargs))
         results = _tensors(out)
         outside = {_address(tensor) for tensor in _tensors((args, kwargs))} - self._inside
         self._inside |= {_address(result) for result in results} - outside
-        self._graph.operators.append(_Operator(func, *taken, results))
+        self._graph.operators.append(_Operator(func, held_args, held_kwargs, results))
         return out
 
     def _taken(self, tensor: torch.Tensor) -> torch.Tensor | _Outside:
@@ -209,13 +209,11 @@ def _opaque_varlen_attn(
         max_k,
         scale=scale,
         window_size=(left, right),
-        enable_gqa=True,
         seqused_k=seqused_k,
     )
 
 
-def opaque_varlen_attn(
-    *args: Any, scale: float, window_size: tuple[int, int], seqused_k: torch.Tensor, **others: Any
-) -> Any:
-    """The reference of `varlen_attn` as one operator, as torch's own is: it may read numbers that a capture cannot."""
-    return _opaque_varlen_attn(*args, scale, *window_size, seqused_k)
+def opaque_varlen_attn(*args: Any, scale: float, window_size: tuple[int, int], seqused_k: torch.Tensor) -> torch.Tensor:
+    """The reference of `flash_attention` as one operator, as torch's own is: what it reads is no part of a capture."""
+    out: torch.Tensor = _opaque_varlen_attn(*args, scale, *window_size, seqused_k)
+    return out

@@ -6,20 +6,19 @@ import gc
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
 from server.engine.decode_graphs import LARGEST_BUCKET, CudaRecorder, DecodeGraphs, Forward, buckets, capture
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.optimise import optimise
-from server.engine.varlen_rows import VarlenAttention
+from server.engine.varlen_rows import flash_attention
 from tests.engine.fake_cuda import FakeCuda, HostWait, StrayWrite, opaque_varlen_attn
 from tests.engine.optimised import answers, assert_same, optimised, rough
 from tests.engine.varlen_reference import reference_varlen_attn
@@ -194,8 +193,7 @@ def test_what_is_captured_asks_the_device_for_no_number(architecture: str, fused
         recorded.append(forward)
         return forward
 
-    attention = cast(VarlenAttention, varlen_attn)
-    assert capture(model, make_engine(model).kv_cache, attention, 4, record) is not None
+    assert capture(model, make_engine(model).kv_cache, flash_attention, 4, record) is not None
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
         assert [tuple(forward().shape) for forward in recorded] == [(4, VOCAB_SIZE), (2, VOCAB_SIZE), (1, VOCAB_SIZE)]
         with pytest.raises(DataDependentOutputException):
@@ -231,10 +229,10 @@ def test_a_graph_reads_nothing_that_was_freed_and_neither_waits_nor_writes_elsew
     dice = random.Random(0)
     cache.states.normal_(generator=torch.Generator().manual_seed(0))
     for rows in (6, 1, 3, 2, 5, 1, 4):
-        batch = [[dice.randrange(256) for _ in range(rows)], [dice.randrange(31) for _ in range(rows)]]
+        ids, positions = ([dice.randrange(end) for _ in range(rows)] for end in (256, 31))
         starts = [32 * slot for slot in dice.sample(range(8), rows)]
-        expected = eager.run(*batch, starts).clone()
-        torch.testing.assert_close(graphs.run(*batch, starts), expected)
+        expected = eager.run(ids, positions, starts).clone()
+        torch.testing.assert_close(graphs.run(ids, positions, starts), expected)
 
 
 @pytest.mark.parametrize(

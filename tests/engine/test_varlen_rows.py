@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from server.core import ModelSpec
 from server.engine.attention import AttentionRules
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
 from server.engine.model import FrozenModel
-from server.engine.varlen_rows import VarlenRows, varlen_attention
+from server.engine.varlen_rows import OPERATOR, VarlenRows, flash_attention, operator_arguments, varlen_attention
 from tests.engine.optimised import answers, assert_same, rough
 from tests.engine.varlen_reference import reference_varlen_attn
-from tests.support import make_engine
+from tests.support import make_engine, tiny_model
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on CUDA, and there is none")
 WINDOWS = [None, 1, 3, 8, 1000]
@@ -113,10 +113,113 @@ def test_an_engine_answers_the_same_by_either_layout(architecture: str) -> None:
     assert_same(answers(engine, arrive_every=2), answers(make_engine(rough(architecture)), arrive_every=2))
 
 
-def test_the_reference_is_called_like_torch_s_own() -> None:
-    own, torch_s = (inspect.signature(function).parameters for function in (reference_varlen_attn, varlen_attn))
-    assert [name for name in torch_s if name in own] == list(own)
-    assert all(own[name].kind == torch_s[name].kind for name in own)
+def test_the_reference_is_called_like_the_real_one() -> None:
+    assert inspect.signature(reference_varlen_attn) == inspect.signature(flash_attention)
+
+
+def flash_attention_on_a_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cum_seq_q: torch.Tensor,
+    cum_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The reference, behind the checks of torch's `mha_varlen_fwd` and with its three surprises."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert query.shape[2] % 8 == 0
+    assert query.shape[2] <= 256
+    assert dropout_p == 0
+    assert not return_debug_mask
+    assert not any(value is not None for value in others.values())
+    assert seqused_k is not None
+    assert scale is not None
+    left, right = -1 if window_size_left is None else window_size_left, window_size_right
+    if is_causal:
+        right = 0
+    if max_q == 1:
+        assert len(query) == len(seqused_k), (
+            "heads that share keys become rows, which needs one token for each sequence"
+        )
+        assert left == right == -1, "causality is switched off for a lone query, and heads stay apart under a window"
+    out = reference_varlen_attn(
+        query,
+        key,
+        value,
+        cum_seq_q,
+        cum_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=(left, -1 if right is None else right),
+        seqused_k=seqused_k,
+    )
+    return out, out.new_empty(0), out.new_empty(0), out.new_empty(0), out.new_empty(0)
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[None]:
+    """Torch's own operator, with a kernel for CPUs."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(OPERATOR, flash_attention_on_a_cpu, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+def test_an_engine_calls_torch_s_operator_as_its_checks_allow(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.bfloat16, max_model_len=256)
+    got, expected = make_engine(model), make_engine(model)
+    got.varlen, expected.varlen = flash_attention, reference_varlen_attn
+    assert answers(got, arrive_every=2) == answers(expected, arrive_every=2)
+
+
+COMMON = "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k"
+SCHEMAS = {
+    "2.4": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None",
+    "2.11": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None",
+    "2.13": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None, "
+    "Tensor? block_table=None, int? num_splits=None",
+}
+"""Arguments of the operator by version of torch, as in their native_functions.yaml."""
+
+
+@pytest.mark.parametrize(("version", "takes"), [("2.4", False), ("2.11", True), ("2.13", True)])
+def test_the_operator_s_schema_decides_and_the_log_says_why_not(
+    version: str, takes: bool, tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = torch._C.parse_schema(f"aten::{OPERATOR}({SCHEMAS[version]}) -> Tensor")
+    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: [schema])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec = dataclasses.replace(tiny.spec, device="cuda:0", dtype="bfloat16", head_dim=64)
+    with caplog.at_level("INFO"):
+        assert (varlen_attention(spec, PLAIN) is flash_attention) == takes
+    assert ("seqused_k" in caplog.text) != takes
+    assert len(caplog.messages) == 1
+
+
+def test_this_torch_has_the_operator() -> None:
+    assert {"seqused_k", "window_size_left", "scale"} <= operator_arguments()
+
+
+def test_rocm_is_left_to_the_other_layout(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flash attention takes lengths from `cu_seq_k`, which says here where slots begin."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    spec = dataclasses.replace(tiny.spec, device="cuda:0", dtype="bfloat16", head_dim=64)
+    assert varlen_attention(spec, PLAIN) is None
 
 
 PLAIN = [AttentionRules(0.1), AttentionRules(0.1, 8)]
@@ -145,7 +248,7 @@ def test_what_flash_attention_does_not_do_is_left_to_the_other_layout(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     spec = dataclasses.replace(tiny.spec, **{"device": "cuda:0", "dtype": "bfloat16", "head_dim": 64, **changes})
-    assert varlen_attention(spec, rules) is (varlen_attn if takes else None)
+    assert varlen_attention(spec, rules) is (flash_attention if takes else None)
 
 
 @needs_cuda

@@ -1,4 +1,4 @@
-"""`torch.nn.attention.varlen.varlen_attn` as it is documented, written out: what layouts for CUDA are tested with."""
+"""`flash_attention` as torch documents its operator, written out: what layouts for CUDA are tested with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def reference_varlen_attn(
     max_k: int,
     *,
     scale: float,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
+    window_size: tuple[int, int],
     seqused_k: torch.Tensor,
 ) -> torch.Tensor:
     """Each sequence by itself, in float64 inside, reading nothing but its own keys; checks what torch's checks."""
@@ -26,7 +25,7 @@ def reference_varlen_attn(
         assert indices.is_contiguous()
     assert len(cu_seq_q) == len(cu_seq_k) == count + 1
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert query.shape[1] == key.shape[1] or enable_gqa
+    assert query.shape[1] % key.shape[1] == 0
     group = query.shape[1] // key.shape[1]
     left, right = window_size
     out = torch.full(query.shape, float("nan"), dtype=query.dtype)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from server.engine.kv_cache import KVCache
 from server.engine.model import FrozenModel
 from server.engine.upload import on_host
-from server.engine.varlen_rows import VarlenAttention, VarlenRows
+from server.engine.varlen_rows import Part, VarlenAttention, VarlenRows
 
 log = logging.getLogger(__name__)
 
@@ -106,17 +106,14 @@ class DecodeGraphs:
         first_rows = torch.arange(bucket + 1, device=device, dtype=torch.int32)
 
         def forward() -> torch.Tensor:
-            layout = VarlenRows(
-                self._kv_cache,
-                self._attention,
-                position_ids,
-                position_ids + starts,
+            part = Part(
                 torch.nn.functional.pad(starts, (0, 1)).int(),
                 (position_ids + 1).int(),
                 first_rows,
                 max_q=1,
                 max_k=self._longest_slot,
             )
+            layout = VarlenRows(self._kv_cache, self._attention, position_ids, position_ids + starts, [(bucket, part)])
             return self._model.forward(self._model.embed(token_ids), position_ids, layout, rows)
 
         return forward
@@ -126,9 +123,10 @@ class CudaRecorder:
     """Captures with torch's CUDA graphs, which share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        """For one device."""
+        """For one device. All graphs share one stream, whose libraries take their workspaces once."""
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, forward: Forward) -> Forward:
         """See `Recorder`."""
@@ -138,13 +136,12 @@ class CudaRecorder:
 
     def _record(self, forward: Forward) -> Forward:
         # Once before: libraries choose their algorithms and take their workspaces then, which cannot be captured.
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             forward()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = forward()
 
         def replay() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The serving layout for CUDA: all tokens of a step attend in one call per layer of torch's flash attention.
+"""The serving layout for CUDA: the tokens of a step attend in one or two calls per layer of torch's flash attention.
 
 Decoding sequences and chunks of prefills alike read their slots in the pool as it lies. What this relies on, in torch's
 flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
@@ -18,6 +18,7 @@ That all this holds on a device is what tests/engine/test_varlen_rows.py checks 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -101,7 +102,7 @@ def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> Varle
         return None
     reason = _why_not(model, rules, torch.cuda.get_device_capability(device))
     if reason is None:
-        log.info("attention: flash attention, one call for each layer of a step")
+        log.info("attention: flash attention, two calls at most for each layer of a step")
         return flash_attention
     log.warning("attention: one call for each run of neighbouring slots, which is slow, because %s", reason)
     return None
@@ -131,81 +132,42 @@ def operator_arguments() -> set[str]:
     return {argument.name for schema in schemas for argument in schema.arguments}
 
 
-class VarlenRows:
-    """Serving layout over a KV cache; see `attention.Layout`."""
+class Part:
+    """Sequences of a step that one call of the attention takes."""
 
     def __init__(
-        self,
-        kv_cache: KVCache,
-        attention: VarlenAttention,
-        position_ids: torch.Tensor,
-        pool_positions: torch.Tensor,
-        starts: torch.Tensor,
-        ends: torch.Tensor,
-        first_rows: torch.Tensor,
-        *,
-        max_q: int,
-        max_k: int,
+        self, starts: torch.Tensor, ends: torch.Tensor, first_rows: torch.Tensor, *, max_q: int, max_k: int
     ) -> None:
-        """Lay out a step whose indices are on the device already; `of` makes them.
+        """Take indices that are on the device already.
 
         Args:
-            kv_cache: where keys and values go.
-            attention: computes what `flash_attention` does.
-            position_ids: `[tokens]`, each token's position in its own sequence.
-            pool_positions: `[tokens]`, where its keys and values go.
             starts: `[sequences + 1]` int32, where slots begin in the pool; the last number is read by nobody.
             ends: `[sequences]` int32, positions of each sequence that are filled once the step has run.
-            first_rows: `[sequences + 1]` int32, where each sequence's tokens begin in the flat row, and its end.
+            first_rows: `[sequences + 1]` int32, where each sequence's tokens begin in the part's rows, and their end.
             max_q: no sequence has more tokens in this step.
             max_k: no sequence has more positions filled.
         """
-        self.position_ids = position_ids
-        self._kv_cache, self._attention = kv_cache, attention
-        self._pool_positions, self._first_rows = pool_positions, first_rows
-        self._max_q, self._max_k = max_q, max_k
+        self._first_rows, self._max_q, self._max_k = first_rows, max_q, max_k
         self._whole = (starts, ends)
         self._windows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    @classmethod
-    def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
-        """Lay out a step of any decodes and chunks, in the order of the flat row."""
-        places = Places.of(spans)
-        starts = np.array([*(span.slot.start for span in spans), 0], dtype=np.int64)
-        ends = np.array([span.end for span in spans], dtype=np.int64)
-        counts = np.array([0, *(span.count for span in spans)], dtype=np.int64)
-        indices = np.concatenate([starts, ends, counts.cumsum()])
-        position_ids, pool_positions, on_device = upload(
-            [places.position_ids, places.pool_positions, indices], kv_cache.states.device
-        )
-        first, second, third = torch.split(on_device.int(), [len(starts), len(ends), len(counts)])
-        return cls(
-            kv_cache,
-            attention,
-            position_ids,
-            pool_positions,
-            first,
-            second,
-            third,
-            max_q=int(counts.max()),
-            max_k=int(ends.max()),
-        )
-
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+        self,
+        attention: VarlenAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rules: AttentionRules,
     ) -> torch.Tensor:
-        """See `attention.Layout.attend`."""
-        assert rules.softcap is None, "varlen_attention has looked at every layer"
-        self._kv_cache.write(layer, self._pool_positions, key, value)
-        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, as they lie
+        """Attention `[tokens, heads, dim]` of this part's rows `[tokens, heads, dim]` over the pool."""
         starts, ends = self._whole
         window = (-1, 0) if rules.sliding_window is None else (rules.sliding_window - 1, 0)
         if self._max_q == 1:
             window = (-1, -1)
             if rules.sliding_window is not None:
                 starts, ends = self._window(rules.sliding_window)
-        return self._attention(
-            query.transpose(0, 1),
+        return attention(
+            query,
             keys,
             values,
             self._first_rows,
@@ -226,3 +188,73 @@ class VarlenRows:
             shifted[:-1] += hidden
             self._windows[length] = (shifted, ends - hidden)
         return self._windows[length]
+
+
+class VarlenRows:
+    """Serving layout over a KV cache; see `attention.Layout`.
+
+    Decodes and prefills are two calls: one call for both would lay out as many blocks for each decode as the longest
+    chunk has, and would neither put the heads that share keys together nor split long sequences.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        attention: VarlenAttention,
+        position_ids: torch.Tensor,
+        pool_positions: torch.Tensor,
+        parts: Sequence[tuple[int, Part]],
+    ) -> None:
+        """Lay out a step whose indices are on the device already; `of` makes them.
+
+        Args:
+            kv_cache: where keys and values go.
+            attention: computes what `flash_attention` does.
+            position_ids: `[tokens]`, each token's position in its own sequence.
+            pool_positions: `[tokens]`, where its keys and values go.
+            parts: the flat row in order, each with its number of tokens.
+        """
+        self.position_ids = position_ids
+        self._kv_cache, self._attention = kv_cache, attention
+        self._pool_positions = pool_positions
+        self._parts = [part for _, part in parts]
+        self._tokens = [tokens for tokens, _ in parts]
+
+    @classmethod
+    def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
+        """Lay out a step of any decodes and chunks, in the order of the flat row."""
+        places = Places.of(spans)
+        groups = [list(group) for _, group in itertools.groupby(spans, lambda span: span.count == 1)]
+        indices = [_indices(group) for group in groups]
+        position_ids, pool_positions, joined = upload(
+            [places.position_ids, places.pool_positions, np.concatenate(indices)], kv_cache.states.device
+        )
+        parts = []
+        for group, on_device in zip(groups, torch.split(joined.int(), list(map(len, indices))), strict=True):
+            n = len(group)
+            starts, ends, first_rows = torch.split(on_device, [n + 1, n, n + 1])
+            max_q, max_k = max(span.count for span in group), max(span.end for span in group)
+            part = Part(starts, ends, first_rows, max_q=max_q, max_k=max_k)
+            parts.append((sum(span.count for span in group), part))
+        return cls(kv_cache, attention, position_ids, pool_positions, parts)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `attention.Layout.attend`."""
+        assert rules.softcap is None, "varlen_attention has looked at every layer"
+        self._kv_cache.write(layer, self._pool_positions, key, value)
+        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, as they lie
+        rows = torch.split(query.transpose(0, 1), self._tokens)
+        outs = [
+            part.attend(self._attention, mine, keys, values, rules)
+            for part, mine in zip(self._parts, rows, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _indices(spans: Sequence[Span]) -> np.ndarray:
+    """What `Part` takes of some sequences, in one array: starts and one more number, ends, first rows and their end."""
+    starts = [*(span.slot.start for span in spans), 0]
+    first_rows = np.cumsum([0, *(span.count for span in spans)])
+    return np.concatenate([starts, [span.end for span in spans], first_rows]).astype(np.int64)

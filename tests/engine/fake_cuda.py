@@ -148,6 +148,9 @@ def _is_outside(operator: _Operator, result: torch.Tensor) -> bool:
 class FakeStream:
     """Stands in for `torch.cuda.Stream`."""
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        pass
+
     def wait_stream(self, stream: FakeStream) -> None:
         """Do nothing: there is one stream."""
 

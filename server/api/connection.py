@@ -1,8 +1,8 @@
 """How connections are read: uvicorn's own protocol, with limits on bytes, time and number before anybody is known.
 
 httptools, which parses for uvicorn, keeps a header until its end has come, however long it is. uvicorn waits without a
-limit for the rest of a request, takes the trailer of a chunked body for headers, and hangs up on a client that closes
-its half of the connection after its request.
+limit for the rest of a request, takes the trailer of a chunked body for headers, hangs up on a client that closes its
+half of the connection after its request, and sends chunks to clients of HTTP/1.0, which do not know them.
 """
 
 from __future__ import annotations
@@ -123,8 +123,12 @@ else:
             self._unset_keepalive_if_required()
             try:
                 self._parse(data)
-            except httptools.HttpParserError:
-                self.send_400_response("Invalid HTTP request received.")
+            except httptools.HttpParserError as exc:
+                error = InvalidRequest(
+                    f"The bytes on this connection are not a valid HTTP/1.1 request: {str(exc) or type(exc).__name__}.",
+                    remedy="Send plain HTTP/1.1 to this port: no TLS, no HTTP/2, and one Content-Length at most.",
+                )
+                self._refuse(b"400 Bad Request", error)
             if self._is_in_headers or (self._is_in_body and not self._body_came):
                 self._num_bytes += len(data)
                 if self._num_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
@@ -170,6 +174,8 @@ else:
             self._num_bytes = self._num_body_bytes = 0
             self._bounds.is_done_waiting(self)
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0":
+                _delimit_by_close(self.cycle)
             self._expire_in(BODY_SECONDS)
 
         def on_body(self, body: bytes) -> None:
@@ -296,6 +302,16 @@ else:
             self.transport.close()
             if self.transport.get_write_buffer_size():
                 self.pause_writing_since()
+
+    def _delimit_by_close(cycle: Any) -> None:
+        """Let a reply without Content-Length end where the connection does."""
+        send = cycle.send
+
+        async def send_unframed(message: Any) -> None:
+            cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        cycle.chunked_encoding, cycle.send = False, send_unframed
 
     def bounded_protocol() -> Any:
         """What makes the protocols of one server's connections."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Response
-from pydantic import PositiveInt, StrictInt
+from pydantic import BeforeValidator, PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.changes import CHANGE_SECONDS, in_time
@@ -15,7 +15,7 @@ from server.api.conditions import ExpectedDep, set_etag
 from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
 from server.api.prompts import CHANGE_ERRORS, ERRORS, shares
-from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
+from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList, without_nulls
 from server.core import ModelSpec
 from server.errors import VersionUnavailable
 from server.registry.events import Content, seconds_of
@@ -117,6 +117,7 @@ async def set_traffic(
     task: TaskName,
     weights: Annotated[
         dict[PositiveInt, StrictInt],
+        BeforeValidator(without_nulls, json_schema_input_type=dict[PositiveInt, StrictInt | None]),
         Body(description="Shares of 100 by version.", examples=[{"1": 90, "2": 10}], max_length=100),
     ],
     registry: RegistryDep,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from server.core import SamplingParams, TemplatedText
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
@@ -27,7 +27,18 @@ MOST_PROBLEMS = 5
 """Problems of one manifest that are told; it can have as many as it has bytes."""
 
 
-class GenerationDefaults(BaseModel):
+class _Part(BaseModel):
+    """An object of the manifest; a field that is null counts as left out, whether it is known or not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None}
+
+
+class GenerationDefaults(_Part):
     """Sampling defaults of a task; a request's own field wins. Unknown names are errors: they would do nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,7 +113,7 @@ class BaseModelRef(BaseModel):
     """Both are quoted when they do not fit."""
 
 
-class Manifest(BaseModel):
+class Manifest(_Part):
     """`manifest.json`. Unknown fields are kept as they are: a newer Prelude may have written them."""
 
     model_config = ConfigDict(frozen=True, extra="allow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -303,6 +304,42 @@ def test_the_body_of_a_request_for_another_protocol_is_read(server: LiveServer, 
         replies = talk(server, request[:cut], request[cut:], request, half_close=True)
         assert replies.count(b"HTTP/1.1 200") == 2, (cut, replies)
         assert replies.count(b'"stop":9}') == 2, (cut, replies)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET\x00/health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost localhost\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        b"POST /generate HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    ],
+    ids=["TLS", "HTTP/2", "a zero", "no colon", "two lengths", "a wrong chunk", "a proxy's method"],
+)
+def test_what_is_not_http_gets_an_error_in_our_form(server: LiveServer, sent: bytes) -> None:
+    head, _, body = talk(server, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400"), head
+    assert b"content-type: application/json" in head
+    error = json.loads(body)
+    assert error["code"] == "invalid_request"
+    assert "not a valid HTTP/1.1 request: " in error["error"]
+    assert error["remedy"]
+
+
+def test_a_stream_for_http_1_0_ends_with_its_connection_and_has_no_chunks(server: LiveServer) -> None:
+    body = b'{"inputs": "one", "parameters": {"max_new_tokens": 5}}'
+    request = post(body, f"Content-Length: {len(body)}", path="/generate_stream")
+    head, _, events = talk(server, request.replace(b"HTTP/1.1", b"HTTP/1.0")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in head
+    assert b"transfer-encoding" not in head
+    assert [json.loads(event.removeprefix(b"data:")) for event in events.split(b"\n\n") if event]
+    reply = talk(server, b"GET /health HTTP/1.0\r\n\r\n")
+    assert b"content-length: " in reply
+    assert reply.endswith(b'{"status":"ok"}')
 
 
 def test_only_so_many_requests_wait_for_a_reply_on_one_connection(server: LiveServer) -> None:

@@ -167,7 +167,7 @@ def test_a_canary_shares_requests_by_weight_and_keeps_a_user_on_one_side(server:
     assert 5 <= sum(side == 2 for side in sides.values()) <= 32
     assert {user: serving_version(server, "versions-canary", user=user) for user in sides} == sides
     assert {serving_version(server, "versions-canary") for _ in range(40)} == {1, 2}
-    change(server, "versions-canary", "traffic", {"1": 40, "2": 60})
+    change(server, "versions-canary", "traffic", {"1": 40, "2": 60, "3": None})  # null counts as left out
     grown = {user: serving_version(server, "versions-canary", user=user) for user in sides}
     assert all(grown[user] == 2 for user, side in sides.items() if side == 2), "a growing share keeps its users"
     assert change(server, "versions-canary", "activate", {"version": 2}).json()["live"] == 2

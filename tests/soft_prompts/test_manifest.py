@@ -233,3 +233,10 @@ def test_a_manifest_that_cannot_be_kept_can_be_left_out(text: str) -> None:
     with pytest.raises(InvalidSoftPrompt) as caught:
         Manifest.parse(text)
     assert caught.value.remedy == "Mend or leave out manifest.json."
+
+
+def test_null_counts_as_left_out_whatever_the_field_is_called() -> None:
+    nulls = dict.fromkeys(Manifest.model_fields) | {"zzzzz": None}
+    assert Manifest.parse(json.dumps(nulls)) == Manifest()
+    defaults = {"generation": {"top_k": None, "zzzzz": None, "seed": 3}}
+    assert Manifest.parse(json.dumps(defaults)).generation == GenerationDefaults(seed=3)

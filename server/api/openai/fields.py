@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from server.api.schemas import Text, is_text
+from server.api.schemas import Text, is_text, without_nulls
 
 MAX_BIASES = 1024
 MAX_STOPS = 16
@@ -40,11 +40,6 @@ def _only(*idle: Any) -> BeforeValidator:
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-def _given(value: Any) -> Any:
-    """An object without the values that are null."""
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _are_ids(biases: dict[str, float]) -> dict[str, float]:
@@ -103,5 +98,5 @@ LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES),
     AfterValidator(_are_ids),
-    BeforeValidator(_given, json_schema_input_type=dict[str, Annotated[float, Field(ge=-100, le=100)] | None]),
+    BeforeValidator(without_nulls, json_schema_input_type=dict[str, Annotated[float, Field(ge=-100, le=100)] | None]),
 ]

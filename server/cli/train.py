@@ -46,6 +46,7 @@ def train(
     teacher_chat: options.TeacherChat = False,
     label: options.Label = None,
     input_template: options.InputTemplate = "{input}\\n",
+    system_message: options.SystemMessages = None,
     description: options.Description = None,
     licence: options.Licence = None,
     out: options.Out = None,
@@ -91,6 +92,7 @@ def train(
             training=data[0] if len(data) == 1 else tuple(data),
             validation=None if not validation else validation[0] if len(validation) == 1 else tuple(validation),
             input_template=input_template.replace("\\n", "\n").replace("\\t", "\t"),
+            system_message=system_message,
             description=description,
             licence=licence,
             max_virtual_tokens=settings.max_virtual_tokens,
@@ -167,7 +169,7 @@ def train_there(
     if isinstance(files.training, tuple) or isinstance(files.validation, tuple):
         raise ConfigurationError("A job takes one data file.", remedy="Train several tasks on this machine.")
     read_rows(files, config)
-    about = {"description": files.description, "licence": files.licence}
+    about = {name: getattr(files, name) for name in ("system_message", "description", "licence")}
     spec = {
         "task": files.task,
         "config": config.as_dict(),

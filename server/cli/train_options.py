@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from server.soft_prompts.manifest import SystemMessage
 from server.train.config import LARGEST_BATCH, MOST_STEPS
 
 LEARNING = "Learning"
@@ -87,6 +88,14 @@ Label = Annotated[
 ]
 InputTemplate = Annotated[
     str, typer.Option(help="What the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
+]
+SystemMessages = Annotated[
+    SystemMessage | None,
+    typer.Option(
+        help="What the task does with the system message of a chat; template needs {system} in --input-template. "
+        "Default: ignore.",
+        rich_help_panel=ABOUT,
+    ),
 ]
 Description = Annotated[
     str | None, typer.Option(help="One line about the task, shown by GET /prompts.", rich_help_panel=ABOUT)

@@ -9,7 +9,6 @@ from server.core import ModelSpec
 from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, JobSpec
-from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_shape
 from server.train.config import contradiction
@@ -52,7 +51,7 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
             remedy="Send a job for each task, or train them together with `prelude train`.",
             param="config.method",
         )
-    if (found := contradiction(config, spec.input_template)) is not None:
+    if (found := contradiction(config, spec.input_template, spec.system_message)) is not None:
         raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)
     teacher = config.teacher_template
     if teacher is not None and (frame.can_never_fit(teacher) or len(frame.encode(teacher)) > frame.model.max_model_len):
@@ -73,14 +72,13 @@ def check_data(
     """
     config = spec.config
     held = folder.validation if folder.validation.exists() else None
-    files = TaskFiles(spec.task, folder.data, held, input_template=spec.input_template)
-    manifest = Manifest(input_template=spec.input_template)
+    files = TaskFiles(spec.task, folder.data, held, spec.input_template, spec.system_message)
     try:
         rows = read_task(files, config, go_on)
         for data in (*rows.training, *rows.validation):
             check_lengths(
                 data,
-                manifest,
+                files.asked,
                 config.num_virtual_tokens,
                 frame.encode,
                 frame.model.max_model_len,

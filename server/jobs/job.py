@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from server.soft_prompts.manifest import SystemMessage
 from server.train.config import TrainingConfig
 
 JOB_ID = re.compile(r"\d{8}t\d{9}-[0-9a-f]{12}")
@@ -66,6 +67,8 @@ class JobSpec:
     config: TrainingConfig = Field(default_factory=TrainingConfig)
     input_template: str = "{input}\n"
     """What the model reads; {input} is the row's input."""
+    system_message: SystemMessage | None = None
+    """What the task does with a chat's system message: ignore, refuse, or template, which needs {system} there."""
     description: str | None = None
     """One line about the task, shown by GET /prompts."""
     licence: str | None = None

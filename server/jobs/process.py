@@ -112,6 +112,7 @@ def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, m
         training=folder.data,
         validation=folder.validation if folder.validation.exists() else None,
         input_template=job.spec.input_template,
+        system_message=job.spec.system_message,
         description=job.spec.description,
         licence=job.spec.licence,
         max_virtual_tokens=settings.max_virtual_tokens,

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from server.soft_prompts.manifest import INPUT_FIELD
+from server.soft_prompts.manifest import INPUT_FIELD, SYSTEM_FIELD, SystemMessage
 
 Method = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning"]
 Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "teacher", "random"]
@@ -83,12 +83,17 @@ class Contradiction:
     remedy: str
 
 
-def contradiction(config: TrainingConfig, input_template: str) -> Contradiction | None:
+def contradiction(
+    config: TrainingConfig, input_template: str, system_message: SystemMessage | None = None
+) -> Contradiction | None:
     """The first thing in which what is asked for contradicts itself, whatever the data and the model."""
     if input_template.count(INPUT_FIELD) != 1:
         shown = input_template[:SHOWN]
         message = f"The input template {shown!r} does not hold {INPUT_FIELD} exactly once."
         return Contradiction("input_template", message, PLACE)
+    if system_message == "template" and input_template.count(SYSTEM_FIELD) != 1:
+        message = f"System messages are for the template, which does not hold {SYSTEM_FIELD} exactly once."
+        return Contradiction("system_message", message, f"Put {SYSTEM_FIELD} where the system message belongs.")
     return _wrong_teacher(config) or _wrong_start(config)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import InvalidTrainingData
+from server.soft_prompts.manifest import Manifest, SystemMessage
 from server.train.config import TrainingConfig, contradiction
 from server.train.data import DataFile, check_rows, hold_out, labels_of, read_data
 
@@ -21,6 +22,8 @@ class TaskFiles:
     validation: Path | tuple[Path, ...] | None = None
     """As many; None holds out a tenth of the rows."""
     input_template: str = "{input}\n"
+    system_message: SystemMessage | None = None
+    """What the task does with a chat's system message; None leaves it to the manifest's default."""
     description: str | None = None
     licence: str | None = None
     max_virtual_tokens: int = 512
@@ -28,6 +31,11 @@ class TaskFiles:
     """Of a teacher's answers, in distillation."""
     start: Path | None = None
     """The PEFT directory that config.init_from names, where that is not its path."""
+
+    @property
+    def asked(self) -> Manifest:
+        """The fields that say what the model reads of a row."""
+        return Manifest(input_template=self.input_template, system_message=self.system_message)
 
     def start_of(self, config: TrainingConfig) -> Path | None:
         """The PEFT directory that the run begins with, if it begins with one."""
@@ -94,5 +102,5 @@ def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
         )
     if several and config.teacher_template is not None:
         raise InvalidTrainingData("Several tasks cannot be distilled together.", remedy="Distil one after the other.")
-    if (found := contradiction(config, files.input_template)) is not None:
+    if (found := contradiction(config, files.input_template, files.system_message)) is not None:
         raise InvalidTrainingData(found.message, remedy=found.remedy)

@@ -91,6 +91,7 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
         "dtype": model.spec.dtype,
         "data": [data.sha256 for data in (*rows.training, *rows.validation)],
         "template": files.input_template,
+        "system_message": files.system_message,
         "special_tokens_in_input": model.special_tokens_in_input,
         "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
@@ -113,7 +114,7 @@ def _lessons(
     task: int,
     on_taught: Callable[[], None],
 ) -> list[Lesson]:
-    examples = encode_examples(data, model, Manifest(input_template=files.input_template), config.num_virtual_tokens)
+    examples = encode_examples(data, model, files.asked, config.num_virtual_tokens)
     if config.teacher_template is None:
         return [Lesson((replace(example, task=task),)) for example in examples]
     students = [example.input_ids for example in examples]
@@ -164,6 +165,7 @@ def _manifest(
         hidden_size=model.spec.hidden_size,
         description=files.description,
         input_template=files.input_template,
+        system_message=files.system_message,
         generation=GenerationDefaults(max_new_tokens=longest),
         labels=labels,
         licence=files.licence,

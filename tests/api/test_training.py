@@ -211,6 +211,8 @@ def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
         ({"task": "No"}, "cannot be the name"),
         ({"task": "tiny-llama"}, "the frozen model's name"),
         ({"input_template": "no place"}, "exactly once"),
+        ({"system_message": "template"}, "does not hold {system} exactly once"),
+        ({"system_message": "obey"}, "system_message: Input should be 'ignore', 'refuse' or 'template'"),
         ({"activate": {"metric": "validation_loss"}}, "at_least or at_most"),
         ({"activate": {"metric": "validation_loss", "at_least": 0.9, "at_most": 0.1}}, "no value keeps to both"),
         ({"activate": {"metric": "validation_exact_match", "at_least": 90}}, "a share from 0 to 1"),

@@ -69,7 +69,8 @@ def refused(result: Result) -> tuple[str, str]:
 
 
 def test_a_task_is_trained_on_the_server_followed_and_live(server: LiveServer) -> None:
-    result = train("mood", LEARNS, "--url", server.url, "--activate-at-least", "0.9", "--input-template", "{input} =")
+    template = ("--input-template", "{system}{input} =", "--system-message", "template")
+    result = train("mood", LEARNS, "--url", server.url, "--activate-at-least", "0.9", *template)
     assert result.exit_code == 0, result.output
     [line] = result.stdout.splitlines()[-1:]
     assert line.startswith("mood@1: validation exact match 100.0%, loss 0.")
@@ -77,7 +78,8 @@ def test_a_task_is_trained_on_the_server_followed_and_live(server: LiveServer) -
     assert "train.jsonl: 20 rows to learn from, 4 to measure on; labels no, yes" in result.stderr
     assert "mood: training" in result.stderr
     assert "160/160" in result.stderr
-    assert server.client.get("/prompts/mood").json()["manifest"]["input_template"] == "{input} ="
+    manifest = server.client.get("/prompts/mood").json()["manifest"]
+    assert (manifest["input_template"], manifest["system_message"]) == ("{system}{input} =", "template")
     assert [job["state"] for job in server.client.get("/training/jobs").json()["jobs"]] == ["succeeded"]
     assert not Path("prompts").exists()
 

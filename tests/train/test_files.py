@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def test_labels_are_found_and_rows_held_out(tmp_path: Path) -> None:
     rows = read_task(TaskFiles("mood", write_rows(tmp_path / "rows.jsonl", MOODS * 5)), TrainingConfig())
     assert rows.labels == (("no", "yes"),)
     assert len(rows.training[0].rows) + len(rows.validation[0].rows) == 5 * len(MOODS)
+
+
+@pytest.mark.parametrize("template", ["{input}", "{system}{input}{system}"])
+def test_a_template_for_system_messages_has_a_place_for_them(tmp_path: Path, template: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", MOODS * 5)
+    files = TaskFiles("mood", rows, input_template=template, system_message="template")
+    with pytest.raises(InvalidTrainingData, match=r"does not hold \{system\} exactly once"):
+        read_task(files, TrainingConfig())
+    assert read_task(replace(files, input_template="{system}|{input}"), TrainingConfig())
+    assert read_task(replace(files, system_message="refuse"), TrainingConfig())
 
 
 def test_reading_rows_needs_no_torch() -> None:

@@ -36,6 +36,7 @@ def task_files(tmp_path: Path, training: Sequence[tuple[str, str]] = REPEATED) -
         write_rows(tmp_path / "validation.jsonl", MOODS),
         TEMPLATE,
         description="Is it good?",
+        system_message="refuse",
         licence="CC0",
     )
 
@@ -122,7 +123,8 @@ def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[T
     assert manifest["base_model"] == {"name": tiny32.spec.name, "fingerprint": tiny32.spec.fingerprint}
     assert (manifest["peft_type"], manifest["num_virtual_tokens"], manifest["hidden_size"]) == ("PROMPT_TUNING", 20, 32)
     assert (manifest["input_template"], manifest["labels"]) == (TEMPLATE, ["no", "yes"])
-    assert (manifest["description"], manifest["licence"]) == ("Is it good?", "CC0")
+    about = [manifest[name] for name in ("system_message", "description", "licence")]
+    assert about == ["refuse", "Is it good?", "CC0"]
     training = manifest["training"]
     assert training["data_sha256"] == hashlib.sha256(Path(str(files.training)).read_bytes()).hexdigest()
     assert training["validation_sha256"] == hashlib.sha256(Path(str(files.validation)).read_bytes()).hexdigest()

@@ -1,12 +1,14 @@
 """EBNF grammars as the Lark that llguidance reads.
 
 llguidance's own conversion knows llama.cpp's GBNF alone. Clients of vLLM also send rules that span lines, which
-xgrammar reads, and Lark, whose first rule may be written `?start`.
+xgrammar reads, and Lark, whose first rule may be written `?start`. Names of rules are replaced where Lark would confuse
+them: it calls the first rule `start`, allows no names of digits, and does not tell `itemList` from `item-list`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -14,6 +16,8 @@ _LARK = re.compile(r"(?m)^[ \t]*(?:%llguidance\b|[?!]{0,2}start\s*:(?!:=))")
 _PARTS = re.compile(
     r"""(?P<kept> "(?:\\.?|[^"\\])*+(?:"|\Z) | \[(?:\\.?|[^\]\\])*+(?:\]|\Z) )  # a text, or a class of characters
       | (?P<space> (?:\s|\#[^\n]*+)++ )                         # with comments
+      | (?P<count> \{[^}]*+\}? )
+      | (?P<name> [\w-]++ ) (?P<defined> \s*+::= )?+
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -27,13 +31,39 @@ def lark_of(text: str) -> str:
     Raises:
         Exception: the grammar cannot be read; llguidance's converter raises nothing narrower.
     """
-    return text if _LARK.search(text) else gbnf_to_lark(_PARTS.sub(_gbnf, text))
+    if _LARK.search(text):
+        return text
+    names = _names(text)
+    return gbnf_to_lark(_PARTS.sub(lambda part: _gbnf(part, names), text))
 
 
-def _gbnf(part: re.Match[str]) -> str:
+def _names(text: str) -> dict[str, str]:
+    """For each rule of a grammar a name that Lark tells from all others; the first rule keeps its own."""
+    names = {"root": "root"}
+    taken = {"root", "start"}
+    for part in _PARTS.finditer(text):
+        if part["defined"] is not None and part["name"] not in names:
+            plain = re.sub(r"[^a-z0-9]", "_", part["name"].lower())
+            new = base = plain if plain[0].isalpha() else f"rule_{plain}"
+            if new in taken:
+                new = f"{base}_{len(taken)}"
+            while new in taken:
+                new += "_"
+            taken.add(new)
+            names[part["name"]] = new
+    return names
+
+
+def _gbnf(part: re.Match[str], names: Mapping[str, str]) -> str:
     """A part of a grammar as the converter reads it: a rule on one line, characters beyond ASCII as they are."""
     if part["kept"] is not None:
         return _ESCAPE.sub(_character, part["kept"])
+    if (name := part["name"]) is not None:
+        if name not in names:
+            raise ValueError(f"Rule {name[:80]!r} is not defined")
+        return names[name] + (part["defined"] or "")
+    if part["count"] is not None:
+        return part["count"]
     ends_rule = _RULE.match(part.string, part.end()) is not None
     return part["space"] if ends_rule or "\n" not in part["space"] else " "
 

@@ -29,7 +29,7 @@ import llguidance
 from server.core import Grammar, GrammarKind
 from server.engine.ebnf import lark_of
 from server.engine.grammar_limits import COMPILE_SECONDS, MASK_SECONDS, MEMORY, PARSER_LIMITS, STACK
-from server.engine.grammar_wire import COMMAND, LENGTH, ORDER, Action, Deed, Frame, State
+from server.engine.grammar_wire import COMMAND, LENGTH, NO_EXTENSION, ORDER, Action, Deed, Frame, State
 
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
 """Characters that mean something in a regular expression."""
@@ -246,7 +246,7 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tupl
     first = compiled.deep_copy()
     may_be_empty = first.is_accepting()
     mask = first.compute_bitmask()
-    if first.is_error() and not first.get_error().startswith("NoExtension"):
+    if first.is_error() and not first.get_error().startswith(NO_EXTENSION):
         raise Unusable(first.get_error())
     ends = bytearray(len(mask))
     for token_id in tokenizer.eos_tokens:

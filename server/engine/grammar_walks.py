@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from server.engine.grammar_limits import MASK_SECONDS, REQUEST_SECONDS, STALLED_SECONDS, TOKEN_SECONDS
-from server.engine.grammar_wire import Action, Frame, State
+from server.engine.grammar_wire import NO_EXTENSION, Action, Frame, State
 from server.engine.grammars import Compiled, Grammars, brief, limit_reached, unpacked
 from server.engine.sampler import Choice
 from server.engine.sequence import Sequence
@@ -227,7 +227,7 @@ class Walks:
         walk.mask = frame.payload
         if frame.state is State.FAILED:
             why = brief(frame.payload.decode(errors="replace"))
-            walk.error = InvalidRequest(f"The grammar is too complex: {why}.", remedy="Simplify it.")
+            walk.error = _dead_end() if why.startswith(NO_EXTENSION) else _too_complex(why)
 
     def _fail(self, compiled: Compiled, error: PreludeError) -> list[Walk]:
         """End a grammar's process, and refuse the grammar for a while; answers the texts that wait for it."""
@@ -259,4 +259,15 @@ def _ended(frame: Frame) -> PreludeError:
         why = limit_reached(frame, f"it takes more than {MASK_SECONDS:g} s to find what may come next")
     except GenerationFailed as exc:
         return exc
+    return _too_complex(why)
+
+
+def _too_complex(why: str) -> PreludeError:
     return InvalidRequest(f"The grammar is too complex: {why}.", remedy="Simplify it.")
+
+
+def _dead_end() -> PreludeError:
+    return InvalidRequest(
+        "The grammar has a dead end: no token can follow the text that was generated, which does not match it yet.",
+        remedy="Mend the rule: see that each of its alternatives can be completed.",
+    )

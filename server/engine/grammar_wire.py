@@ -16,6 +16,9 @@ ORDER = struct.Struct("<BQI")
 COMMAND = struct.Struct("<BQ")
 """To the process that makes the others: what to do, with which one."""
 
+NO_EXTENSION = "NoExtension"
+"""How llguidance begins to say that no token can follow."""
+
 _HEADER = struct.Struct("<IQBfI")
 
 

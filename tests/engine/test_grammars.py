@@ -156,8 +156,14 @@ def test_a_grammar_of_rules_that_refer_to_themselves_is_matched(grammars: Gramma
         ('\n  root ::=\n    "a"\n    x\n  x ::= [0-9] # "\n', ["a1"], ["a", "1"]),
         (r'root ::= "\u00e9" | "\x41" | [\u00e0\u005d] | "\\u00e9"', ["é", "A", "à", "]", r"\u00e9"], ["a", "e9"]),
         ('?start: "a" | b\n?b: "c"', ["a", "c"], ["b"]),
+        ('start ::= "a"{2,3}  # start ::=\nroot ::= start "start" [start]', ["aastarts"], ["astarts", "a"]),
+        (
+            'root ::= itemList item-list 2nd é\nitemList ::= "a"\nitem-list ::= "b"\n2nd ::= "c"\né ::= "d"',
+            ["abcd"],
+            ["a"],
+        ),
     ],
-    ids=["alternatives on lines", "parts on lines", "escapes", "Lark with ?start"],
+    ids=["alternatives on lines", "parts on lines", "escapes", "Lark with ?start", "a rule named start", "names"],
 )
 def test_ebnf_may_span_lines_name_characters_and_be_lark(
     grammars: Grammars, source: str, matching: list[str], others: list[str]
@@ -200,6 +206,7 @@ def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Gra
         (Grammar(GrammarKind.LARK, "start: missing"), "Lark grammar cannot be used"),
         (Grammar(GrammarKind.EBNF, 'answer ::= "a"'), "EBNF grammar cannot be used: .*root"),
         (Grammar(GrammarKind.EBNF, 'root ::= "a'), "EBNF grammar cannot be used"),
+        (Grammar(GrammarKind.EBNF, 'root ::= "a" start'), "EBNF grammar cannot be used: Rule 'start' is not defined"),
         (Grammar(GrammarKind.REGEX, r"[^\s\S]"), "No text can match it"),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "#"}'), "No text can match it"),
     ],
@@ -255,6 +262,13 @@ def test_a_grammar_that_proves_too_complex_is_the_clients_error_and_nobody_elses
     assert isinstance(error, InvalidRequest)
     assert "too complex" in str(error)
     assert "<state>" not in str(error)
+
+
+def test_a_dead_end_of_a_grammar_is_called_one(tiny: FrozenModel) -> None:
+    grammar = Grammar(GrammarKind.LARK, 'start: "a" NEVER\nNEVER: /b/ & /c/')
+    error = run_engine(make_engine(tiny), [(request("r", [1], grammar=grammar, max_new_tokens=9), None)])["r"].error
+    assert isinstance(error, InvalidRequest)
+    assert str(error).startswith("The grammar has a dead end: no token can follow")
 
 
 def test_only_so_many_grammars_are_kept(grammars: Grammars) -> None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 SETTINGS_FILES = (
     *(CONFIG, "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
-    *("special_tokens_map.json", INDEX),
+    *("special_tokens_map.json", "added_tokens.json", INDEX),
 )
 """Files that hold one JSON object each, if they are there."""
 VOCABULARIES = (".model", ".tiktoken", "tekken.json")
@@ -152,6 +152,9 @@ def check_files(directory: Path) -> list[str]:
             remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
         )
     found = {name: _object_in(directory / name) for name in SETTINGS_FILES if name in names}
+    for template in (directory / name for name in names if name.endswith(".jinja")):
+        with as_sentence(f"{template} is not UTF-8"):
+            template.read_text(encoding="utf-8")
     if not isinstance(found[CONFIG].get("model_type"), str):
         raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
     if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):

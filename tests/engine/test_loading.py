@@ -167,6 +167,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a tokenizer that is a list": (write(TOKENIZER, b"[]"), "JSON object, not list"),
     "a tokenizer without words": (change(TOKENIZER, model={"type": "BPE", "vocab": {}, "merges": []}), "no token"),
     "a tokenizer's settings cut": (write("tokenizer_config.json", b"{"), "tokenizer_config.json is not valid JSON"),
+    "a chat template that is no text": (
+        write("chat_template.jinja", b"\xff{{ x }}"),
+        "chat_template.jinja is not UTF-8",
+    ),
+    "added tokens that are a list": (write("added_tokens.json", b"[1]"), "added_tokens.json must hold a JSON object"),
     "generation settings cut": (write("generation_config.json", b"{"), "generation_config.json is not valid JSON"),
     "an end token in words": (write("generation_config.json", b'{"eos_token_id": "x"}'), "eos_token_id|cannot be used"),
 }

@@ -171,7 +171,7 @@ class SamplingParams:
 
 
 Queue = tuple[str | None, str | None]
-"""A task and a key: requests that have both in common wait for one another."""
+"""A task and a key: requests that share both wait for each other; queues that share the key share its places."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
 their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
-behind it overtakes, so a long request is not starved by short ones. A free place goes to the queue with the fewest
-running sequences, and one place in five is reserved for queues below their fair share: long answers in one queue do not
-make the others wait for their ends. Each task and key has a queue of its own.
+behind it overtakes, so a long request is not starved by short ones. A free place goes to the key with the fewest
+running sequences, and of its tasks to the one with the fewest. One place in five is reserved for tasks below their fair
+share, and half of these for keys below theirs: long answers of one do not make the others wait for their ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from server.core import ModelSpec, Queue
-from server.engine.fair_queue import FairQueue
+from server.engine.fair_queue import FairQueue, Running
 from server.engine.kv_cache import KVCache, Slot, bytes_per_position
 from server.engine.layout import Span
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
@@ -175,13 +175,16 @@ class Scheduler:
             return
         budget = self._max_batch_tokens - sum(map(_work, self.running))
         held: set[Queue] = set()
-        running = Counter(sequence.request.queue for sequence in self.running)
+        held_keys: set[str | None] = set()
+        running = Running(self.running)
         is_held = _nobody
+        for_keys = self.max_running - (self.max_running - self._max_sequences) // 2
         while budget > 0 and len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
-                share = self._max_sequences // len(running)
-                held |= {queue for queue, count in running.items() if count >= share}
-            sequence = self.waiting.head(held, running, is_held)
+                held |= running.at_their_share(self._max_sequences)
+            if len(self.running) >= for_keys:
+                held_keys = running.keys_at_their_share(self._max_sequences)
+            sequence = self.waiting.head(running, held, held_keys, is_held)
             if sequence is None:
                 return
             copied = self._copied_bytes(sequence)
@@ -200,7 +203,7 @@ class Scheduler:
             if copied:
                 self.shared.reserve(sequence.request_id, copied)
             self.running.append(sequence)
-            running[sequence.request.queue] += 1
+            running.add(sequence)
             sequence.slot = slot
             sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)

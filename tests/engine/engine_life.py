@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.core import Delta, FinishReason
 from server.engine.engine import Engine
+from server.engine.fair_queue import Running
 from server.engine.grammar_walks import Walks
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.logit_rows import Batch
@@ -225,7 +226,7 @@ class EngineLife(RuleBasedStateMachine):
             return  # it may wait for room for a copy
         scheduler, computing = self.engine.scheduler, self._computing()
         held = {(task, None) for task, life in self._heads().items() if life.prefix_hash in computing}
-        head = scheduler.waiting.head(held, Counter(sequence.request.queue for sequence in scheduler.running))
+        head = scheduler.waiting.head(Running(scheduler.running), held)
         if head is not None and len(scheduler.running) < self.max_sequences:
             busy = sum(sequence.num_pending for sequence in scheduler.running) >= self.max_batch_tokens
             assert busy or not self.engine.kv_cache.allocator.can_allocate(head.max_positions), "it waits for nothing"

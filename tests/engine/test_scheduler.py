@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -312,3 +313,40 @@ def test_a_key_that_floods_a_task_holds_up_no_other_key_of_that_task(tiny: Froze
     engine.add(request("other", [1, 2, 3], "task", key_id="b", max_new_tokens=2, ignore_eos=True), None)
     ended = [delta.request_id for _ in range(3) for delta in engine.step() if delta.finish_reason]
     assert "other" in ended, "it begins in the next step, in a reserved place"
+
+
+def ended_in_order(engine: Engine) -> list[str]:
+    return [delta.request_id for delta in run(engine) if delta.finish_reason]
+
+
+def test_a_key_gets_no_more_places_by_asking_many_tasks(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=4)
+    for i in range(40):
+        engine.add(request(f"a{i}", [i], f"task {i}", key_id="a", max_new_tokens=2, ignore_eos=True), None)
+    for i in range(8):
+        engine.add(request(f"b{i}", [i], "task 0", key_id="b", max_new_tokens=2, ignore_eos=True), None)
+        engine.add(request(f"c{i}", [i], f"task {i % 2}", key_id="c", max_new_tokens=2, ignore_eos=True), None)
+    ended = ended_in_order(engine)
+    among_first = Counter(name[0] for name in ended[:30])
+    assert among_first["b"] == among_first["c"] == 8, among_first
+    assert len(ended) == 56
+
+
+def test_the_tasks_of_a_key_take_turns(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=2)
+    for i in range(20):
+        engine.add(request(f"flood {i}", [i], "flood", key_id="a", max_new_tokens=2), None)
+        engine.add(request(f"other {i}", [i], "other", key_id="b", max_new_tokens=2), None)
+    engine.add(request("single", [1], "quiet", key_id="a", max_new_tokens=2), None)
+    assert ended_in_order(engine).index("single") <= 5
+
+
+def test_places_are_kept_for_a_key_beside_one_with_long_answers_of_many_tasks(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=8, max_batch_tokens=64)
+    for i in range(40):
+        engine.add(request(f"a{i}", [i], f"task {i}", key_id="a", max_new_tokens=60, ignore_eos=True), None)
+    for _ in range(3):
+        engine.step()
+    assert len(engine.scheduler.running) == 9, "one of the two places that are kept is for tasks, one for other keys"
+    engine.add(request("b", [1], "task 1", key_id="b", max_new_tokens=1), None)
+    assert "b" in {delta.request_id for delta in engine.step() if delta.finish_reason}

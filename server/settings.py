@@ -140,6 +140,12 @@ class Settings(BaseSettings):
         512, ge=16, description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest."
     )
     max_virtual_tokens: int = Field(512, ge=1, description="Most virtual tokens that a soft prompt may have.")
+    body_memory: ByteSize = Field(
+        ByteSize(256 * 2**20),
+        ge=4 * 2**20,
+        description="What the bodies of all requests under way may hold together, as they came; beyond that large ones "
+        "get 429. Reading one takes up to three times as much memory.",
+    )
     max_upload_bytes: ByteSize = Field(
         ByteSize(64 * 2**20), ge=1024, description="Largest soft prompt upload, such as 64MiB."
     )

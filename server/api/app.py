@@ -135,7 +135,7 @@ def create_app(
     app.state.followers = Followers(board, worker, executors.jobs)
     app.state.job_checks = Lane(executors.jobs, "training jobs", MOST_CHECKS)
     app.state.started = int(time.time())
-    app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes, memory=settings.body_memory)
     hosts = settings.hosts
     if keys is None:
         hosts = frozenset() if hosts is None and not settings.allow_anonymous else hosts

@@ -125,8 +125,8 @@ else:
                 self._parse(data)
             except httptools.HttpParserError as exc:
                 error = InvalidRequest(
-                    f"The bytes on this connection are not a valid HTTP/1.1 request: {str(exc) or type(exc).__name__}.",
-                    remedy="Send plain HTTP/1.1 to this port: no TLS, no HTTP/2, and one Content-Length at most.",
+                    f"The bytes on this connection are not a valid HTTP request: {str(exc) or type(exc).__name__}.",
+                    remedy="Send plain HTTP, version 1.1, to this port: no TLS, no HTTP/2.",
                 )
                 self._refuse(b"400 Bad Request", error)
             if self._is_in_headers or (self._is_in_body and not self._body_came):
@@ -174,7 +174,7 @@ else:
             self._num_bytes = self._num_body_bytes = 0
             self._bounds.is_done_waiting(self)
             super().on_headers_complete()
-            if self.scope["http_version"] == "1.0":
+            if self.scope["http_version"] != "1.1":
                 _delimit_by_close(self.cycle)
             self._expire_in(BODY_SECONDS)
 
@@ -311,7 +311,7 @@ else:
             cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
-        cycle.chunked_encoding, cycle.send = False, send_unframed
+        cycle.chunked_encoding, cycle.keep_alive, cycle.send = False, False, send_unframed
 
     def bounded_protocol() -> Any:
         """What makes the protocols of one server's connections."""

@@ -81,7 +81,7 @@ def install_error_handlers(app: FastAPI) -> None:
         if isinstance(cause, OSError):  # no room for an upload's files, which are spooled to disk as they arrive
             cause = not_kept(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
-            return _reply(request, cause)
+            return _reply(request, cause, headers=_headers(cause))
         if error.status_code in (404, 405):
             missing = InvalidRequest(f"There is no {request.method} {request.url.path[:200]}.", remedy=ROUTES)
             allowed = {"Allow": ", ".join(_methods(request))} if error.status_code == 405 else None

@@ -1,6 +1,7 @@
 """Limits on bodies, enforced while they arrive: pure ASGI, so streams pass through untouched.
 
-Here it is the size alone; `bodies.py` and `forms.py` limit what a body is made of.
+Here it is the size alone, of one body and of all bodies together; `bodies.py` and `forms.py` limit what a body is made
+of.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import PayloadTooLarge
+from server.errors import Overloaded, PayloadTooLarge
 
 MAX_JSON_BYTES = 4 * 2**20
 """Of bodies that bring texts or token ids, and all others but these:"""
@@ -22,18 +23,29 @@ MULTIPART_OVERHEAD = 64 * 2**10
 MAX_DATA_BYTES = 256 * 2**20
 """Rows of a training job, those to measure on included."""
 
+FREE_BYTES = 2**16
+"""Of each body, which are never held against what all bodies may hold: ordinary requests pass beside large ones."""
+FORM_BYTES = 2**20
+"""Of a form, which are kept in memory at most; its files lie on the disk."""
+
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 _ORDER = re.compile(r"\w+ /(training|evaluations)(/|$)")
 _DATA = re.compile(r"POST /(training/jobs|evaluations)/?")
 
 
 class BodyLimit:
-    """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed."""
+    """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed.
 
-    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
-        """Wrap an app."""
+    What the bodies of all requests under way hold in memory has a limit too; a body that would exceed it gets 429. A
+    body counts until its request has been answered, as far as it has come.
+    """
+
+    def __init__(self, app: ASGIApp, max_upload_bytes: int, memory: int) -> None:
+        """Wrap an app; `memory` is what all bodies may hold together, in bytes."""
         self._app = app
         self._max_upload_bytes = max_upload_bytes
+        self._memory = memory
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -45,17 +57,34 @@ class BodyLimit:
         limit, remedy = self._limit(f"{scope['method']} {scope['path']}", is_form)
         declared = headers.get("content-length", "0")
         received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
+        held = 0
 
         async def limited_receive() -> Message:
-            nonlocal received
+            nonlocal received, held
             if received <= limit:
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= limit:
+                    more = max(0, min(received, FORM_BYTES if is_form else received) - FREE_BYTES) - held
+                    self._hold(more)
+                    held += more
                     return message
             raise PayloadTooLarge(f"The body has more than {limit:,} bytes.", remedy=remedy)
 
-        await self._app(scope, limited_receive, send)
+        try:
+            await self._app(scope, limited_receive, send)
+        finally:
+            self._held -= held
+
+    def _hold(self, more: int) -> None:
+        """Count what has come of a body; refuse it if all of them would hold too much."""
+        if more > 0 and self._held + more > self._memory:
+            raise Overloaded(
+                f"The bodies of all requests under way would hold more than {self._memory:,} bytes.",
+                remedy="Send the request again after the seconds in Retry-After, or in parts: bodies up to "
+                f"{FREE_BYTES:,} bytes are always taken.",
+            )
+        self._held += more
 
     def _limit(self, asked: str, is_form: bool) -> tuple[int, str]:
         """Most bytes of a request's body, and what to do about more."""

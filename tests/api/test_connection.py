@@ -325,7 +325,7 @@ def test_what_is_not_http_gets_an_error_in_our_form(server: LiveServer, sent: by
     assert b"content-type: application/json" in head
     error = json.loads(body)
     assert error["code"] == "invalid_request"
-    assert "not a valid HTTP/1.1 request: " in error["error"]
+    assert "not a valid HTTP request: " in error["error"]
     assert error["remedy"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import select
 import socket
@@ -13,12 +14,12 @@ import httpx
 import pytest
 
 from server.api.forms import MAX_FORM_PARTS
-from server.api.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
-from server.errors import PayloadTooLarge
+from server.api.limits import FORM_BYTES, FREE_BYTES, MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
+from server.errors import Overloaded, PayloadTooLarge
 from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, as_form, assert_error
 from tests.support import random_soft_prompt
 
-HUGE = 200 * 2**20
+HUGE, MEMORY = 200 * 2**20, 2**30
 
 
 def _chunks(total: int, size: int = 2**16) -> Iterator[bytes]:
@@ -131,7 +132,7 @@ async def _through(
         raise AssertionError("the limit itself sends nothing")
 
     scope = {"type": "http", "method": "PUT", "path": path, "headers": headers}
-    await BodyLimit(app, limit - MULTIPART_OVERHEAD)(scope, receive, send)
+    await BodyLimit(app, limit - MULTIPART_OVERHEAD, MEMORY)(scope, receive, send)
     return read
 
 
@@ -221,7 +222,7 @@ async def test_what_is_not_http_passes_untouched() -> None:
         pass
 
     scope = {"type": "lifespan"}
-    await BodyLimit(app, 10)(scope, receive, send)
+    await BodyLimit(app, 10, MEMORY)(scope, receive, send)
     assert seen == [(scope, receive, send)]
 
 
@@ -232,3 +233,74 @@ def test_a_connection_that_was_refused_can_be_used_again(server: LiveServer) -> 
         )
         assert refused.status_code == 413
         assert client.get("/health").status_code == 200
+
+
+class _Under:
+    """Requests under way behind one limit on what bodies hold together."""
+
+    def __init__(self, memory: int) -> None:
+        self.limit = BodyLimit(self._app, HUGE, memory)
+        self.answered = asyncio.Event()
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await self.answered.wait()
+
+    def begin(self, size: int, kind: bytes = b"application/json") -> asyncio.Task[None]:
+        sent = [{"type": "http.request", "body": bytes(size // 2), "more_body": more} for more in (True, False)]
+
+        async def receive() -> Any:
+            await asyncio.sleep(0)
+            return sent.pop(0)
+
+        async def send(message: Any) -> None: ...
+
+        path = "/generate" if kind == b"application/json" else "/training/jobs"
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", kind)]}
+        return asyncio.ensure_future(self.limit(scope, receive, send))
+
+
+async def test_what_all_bodies_hold_is_bounded_and_small_ones_always_pass() -> None:
+    size, multipart = 2**19, b"multipart/form-data; boundary=x"
+    under = _Under(4 * (size - FREE_BYTES))
+    many = [under.begin(size) for _ in range(100)]
+    small = [under.begin(FREE_BYTES) for _ in range(100)]
+    form = under.begin(2 * FORM_BYTES, multipart)
+    await asyncio.sleep(0.05)
+    refused = [task.exception() for task in [*many, form] if task.done()]
+    assert len(refused) >= 97
+    assert all(isinstance(error, Overloaded) for error in refused)
+    assert not any(task.done() for task in small)
+    under.answered.set()
+    await asyncio.gather(*many, *small, form, return_exceptions=True)
+    await under.begin(3 * size)  # all of it has been given back
+    await under.begin(200 * FORM_BYTES, multipart)
+
+
+async def test_a_form_holds_no_more_than_is_kept_in_memory() -> None:
+    under = _Under(2 * FORM_BYTES)
+    forms = [under.begin(100 * FORM_BYTES, b"multipart/form-data; boundary=x") for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in forms)
+    under.answered.set()
+    await asyncio.gather(*forms)
+
+
+def test_a_body_beyond_what_all_may_hold_is_told_when_to_come_again(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BodyLimit, "_hold", _full)
+    for content in (json.dumps({"inputs": "x"}), json.dumps({"inputs": "x" * 2 * FREE_BYTES})):
+        for path in ("/generate", "/v1/completions", "/training/jobs"):
+            headers = {"Content-Type": "application/json"}
+            reply = server.client.post(path, content=content, headers=headers)
+            if len(content) > FREE_BYTES:
+                assert (reply.status_code, reply.headers["retry-after"]) == (429, "1"), path
+            else:
+                assert reply.status_code != 429
+
+
+def _full(self: BodyLimit, more: int) -> None:
+    if more > 0:
+        raise Overloaded("It is full.")

@@ -25,9 +25,10 @@ FOLDERS = ("blobs", "events", "snapshots")
 ABANDONED_SECONDS = 24 * 3600.0
 """A temporary file of this age belongs to a writer that was killed; nobody writes for a day."""
 
-RESERVE = ".reserve"
+FOR_DELETES, FOR_CHANGES = ".reserve", ".reserve-changes"
 RESERVE_BYTES = 2**15
-"""Kept free for deletes: on a full disk the event of a delete, which brings space back, needs some first."""
+"""Kept free twice. On a full disk the event of a delete, which brings space back, needs some space first; and a few
+changes that write nothing but an event, such as a rollback, must not use up what deletes need."""
 
 _TEMPORARY = ".tmp-"
 _KEY = re.compile(rf"(?:{'|'.join(FOLDERS)})/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,11 +69,11 @@ class Objects(Protocol):
 class Reserved(Protocol):
     """A place that keeps some space for what brings space back."""
 
-    def release(self) -> bool:
-        """Give the reserved space free; False if there is none."""
+    def release(self, reserve: str) -> None:
+        """Give the space of one reserve free, if it is kept."""
 
     def reserve(self) -> str | None:
-        """Keep it again; answers why it cannot."""
+        """Keep all of it again; answers why it cannot."""
 
 
 def open_objects(url: str) -> Objects:
@@ -173,24 +174,21 @@ class LocalObjects:
             except FileNotFoundError:
                 return None
 
-    def release(self) -> bool:
+    def release(self, reserve: str) -> None:
         """See Reserved."""
-        try:
-            (self._root / RESERVE).unlink()
-        except OSError:
-            return False
-        return True
+        with contextlib.suppress(OSError):
+            (self._root / reserve).unlink()
 
     def reserve(self) -> str | None:
         """See Reserved; random bytes, because some file systems keep none for zeros."""
-        path = self._root / RESERVE
-        try:
-            if not path.exists() or path.stat().st_size < RESERVE_BYTES:
-                path.write_bytes(secrets.token_bytes(RESERVE_BYTES))
-        except OSError as exc:
-            with contextlib.suppress(OSError):  # half a reserve would take the space of an event
-                path.unlink(missing_ok=True)
-            return exc.strerror or str(exc)
+        for path in (self._root / FOR_DELETES, self._root / FOR_CHANGES):
+            try:
+                if not path.exists() or path.stat().st_size < RESERVE_BYTES:
+                    path.write_bytes(secrets.token_bytes(RESERVE_BYTES))
+            except OSError as exc:
+                with contextlib.suppress(OSError):  # half a reserve would take the space of an event
+                    path.unlink(missing_ok=True)
+                return exc.strerror or str(exc)
         return None
 
     def _path(self, key: str) -> Path:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
-from server.registry.events import Content, Delete, DeleteVersion, Event, content_of
-from server.registry.objects import Objects, Reserved
+from server.registry.events import Content, Delete, DeleteVersion, Event, Publish, content_of
+from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.state import State
 from server.registry.unreadable import Entry, read_event
@@ -186,12 +186,14 @@ class Store:
         return self._create_event(event, key, data) or self._objects.get(key) == data
 
     def _create_event(self, event: Event, key: str, data: bytes) -> bool:
-        try:
-            return self._objects.create(key, data)
-        except StoreFull:
+        objects = self._objects
+        if isinstance(objects, Reserved) and not isinstance(event.change, Publish):
             is_delete = isinstance(event.change, Delete | DeleteVersion)
-            if not is_delete or not isinstance(self._objects, Reserved) or not self._objects.release():
-                raise
+            for reserve in (FOR_CHANGES, FOR_DELETES) if is_delete else (FOR_CHANGES,):
+                try:
+                    return self._objects.create(key, data)
+                except StoreFull:
+                    objects.release(reserve)
         return self._objects.create(key, data)
 
     def put_blob(self, soft_prompt: SoftPrompt) -> Content:

@@ -35,6 +35,7 @@ _WITHOUT_EFFECT = {
     "output_hidden_states",
     "return_dict",
     "logits_to_keep",
+    "output_router_logits",
 }
 
 
@@ -76,7 +77,7 @@ def attend_flat_row(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -94,6 +95,8 @@ def attend_flat_row(
         unknown.append("attention_mask")
     if dropout:
         unknown.append("dropout")
+    if layout is None:
+        raise UnsupportedModel("The model does not hand its forward's keywords to the attention, so no layout arrives.")
     if unknown:
         raise UnsupportedModel(f"The model's attention uses {', '.join(unknown)}, which the engine does not implement.")
     rules = AttentionRules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)

@@ -5,6 +5,7 @@ What cannot be served is refused with the reason; a wrong answer must never come
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             f"{kind} has {', '.join(sorted(layers))} layers; the engine keeps keys and values of full and sliding "
             "attention only."
         )
+    if getattr(text_config, "hidden_size_per_layer_input", 0):
+        raise UnsupportedModel(
+            f"{kind} has embeddings for each layer, which need token ids; virtual tokens have none.",
+        )
     rope = getattr(text_config, "rope_parameters", None) or {}
     if "dynamic" in _rope_types(rope):
         raise UnsupportedModel(
@@ -51,8 +56,10 @@ def _rope_types(rope_parameters: object) -> set[str]:
 class _AttentionProbe:
     """A layout that looks at what every layer hands over and attends within one row."""
 
-    def __init__(self) -> None:
-        self.shapes: dict[int, tuple[int, int, int]] = {}  # layer -> kv_heads, key dim, value dim
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self.calls: Counter[int] = Counter()  # by layer
+        self.shapes: dict[int, tuple[int, int]] = {}  # layer -> kv_heads, head_dim
         self.rules: dict[int, AttentionRules] = {}
         self.dtypes: set[torch.dtype] = set()
         self._row = PackedRows([2])
@@ -60,7 +67,13 @@ class _AttentionProbe:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        self.shapes[layer] = (key.shape[0], key.shape[2], value.shape[2])
+        if key.shape[2] != value.shape[2]:
+            raise UnsupportedModel(
+                f"Keys of {self._kind} have {key.shape[2]} numbers per head and values {value.shape[2]}; the engine "
+                "keeps them in one tensor."
+            )
+        self.calls[layer] += 1
+        self.shapes[layer] = (key.shape[0], key.shape[2])
         self.rules[layer] = rules
         self.dtypes |= {query.dtype, key.dtype, value.dtype}
         return self._row.attend(layer, query, key, value, rules)
@@ -75,7 +88,7 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
         ConfigurationError: what comes out is not finite.
     """
     kind = module.config.model_type
-    probe = _AttentionProbe()
+    probe = _AttentionProbe(kind)
     try:
         embeddings = module.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device=module.device))
         position_ids = torch.arange(2, device=module.device).unsqueeze(0)
@@ -94,11 +107,15 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
     if set(probe.shapes) != set(range(layers)):
         raise UnsupportedModel(
             f"Of the {layers} layers of {kind}, {len(probe.shapes)} hand their keys and values to transformers' "
-            "AttentionInterface; the others are recurrent, share a cache, or do their own attention."
+            "AttentionInterface; all of them, once each, would have to."
         )
-    kv_heads, key_dim, value_dim = probe.shapes[0]
-    if len(set(probe.shapes.values())) != 1 or key_dim != value_dim:
-        raise UnsupportedModel(f"The keys and values of {kind} differ in shape between layers, or from each other.")
+    if max(probe.calls.values()) > 1:
+        raise UnsupportedModel(
+            f"{kind} attends more than once in a layer; the engine keeps one set of keys and values."
+        )
+    kv_heads, head_dim = probe.shapes[0]
+    if len(set(probe.shapes.values())) != 1:
+        raise UnsupportedModel(f"The keys and values of {kind} differ in shape between layers.")
     if probe.dtypes != {module.dtype}:
         others = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in probe.dtypes - {module.dtype}))
         raise UnsupportedModel(f"The attention of {kind} computes in {others}, but its keys are stored as its weights.")
@@ -106,7 +123,7 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
     for layer, layer_type in enumerate(layer_types):
         if layer_type == "sliding_attention" and probe.rules[layer].sliding_window is None:
             raise UnsupportedModel(f"{kind} has sliding-window layers but does not tell the attention their window.")
-    return kv_heads, key_dim, [probe.rules[layer] for layer in range(layers)]
+    return kv_heads, head_dim, [probe.rules[layer] for layer in range(layers)]
 
 
 def pin_longrope(module: nn.Module, max_model_len: int) -> None:
@@ -127,7 +144,8 @@ def pin_longrope(module: nn.Module, max_model_len: int) -> None:
 def _pin(rotary: Any, layer_type: str | None, max_model_len: int) -> None:
     """Give one rotary module the long factors as its short ones too, if the context is a long one."""
     parameters = rotary.config.rope_parameters
-    original = (parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"]
+    own = parameters if layer_type is None else parameters[layer_type]
+    original = own["original_max_position_embeddings"]
     if max_model_len <= original:
         return  # no position ever reaches the long regime
     prefix = "" if layer_type is None else f"{layer_type}_"
@@ -137,3 +155,5 @@ def _pin(rotary: Any, layer_type: str | None, max_model_len: int) -> None:
     for name in ("original_inv_freq", "long_inv_freq"):
         setattr(rotary, f"{prefix}{name}", long_inv_freq.clone())
     inv_freq.copy_(long_inv_freq)
+    if "long_mscale" in own:  # PhiMoE's scale of cosines and sines switches too
+        own["short_mscale"] = own["long_mscale"]

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from server.engine.attention import ATTENTION_NAME, register_attention
 from server.engine.compatibility import refuse_unsupported
-from server.errors import ConfigurationError, PreludeError
+from server.errors import ConfigurationError, PreludeError, UnsupportedModel
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         refuse_unsupported(config)
     _check_layers(location, names, config)
     register_attention()
-    with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"):
+    with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"), refusing_own_choice(config.model_type):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
@@ -99,6 +99,23 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def refusing_own_choice(kind: str) -> Iterator[None]:
+    """Refuse a model that looks its attention up in a list of its own, where ours is not.
+
+    Raises:
+        UnsupportedModel: it does.
+    """
+    try:
+        yield
+    except KeyError as exc:
+        if exc.args != (ATTENTION_NAME,):
+            raise
+        raise UnsupportedModel(
+            f"{kind} chooses its attention from a list of its own and not through transformers' AttentionInterface."
+        ) from exc
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from server.engine.attention import Layout
 from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention
+from server.engine.exactness import refuse_inexact
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
@@ -129,13 +130,15 @@ class FrozenModel:
         log.info("loading %s in %s on %s", checkpoint.name, str(dtype).removeprefix("torch."), device)
         module, tokenizer = loading.load(checkpoint.location, device, dtype)
         with loading.as_sentence(f"The model {checkpoint.location} cannot be used"):
-            return cls(
+            model = cls(
                 module,
                 tokenizer,
                 name=checkpoint.name,
                 max_model_len=settings.max_model_len,
                 special_tokens_in_input=settings.special_tokens_in_input,
             )
+            refuse_inexact(model)
+            return model
 
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
@@ -306,7 +309,7 @@ def _end_tokens(
     found: dict[str, list[int]] = {}
     for place, ids in (
         ("generation_config.json", generation),
-        ("config.json", module.config.get_text_config().eos_token_id),
+        ("config.json", getattr(module.config.get_text_config(), "eos_token_id", None)),
         ("the tokenizer", tokenizer.eos_token_id),
     ):
         named = list(ids) if isinstance(ids, Sequence) else [] if ids is None else [ids]

@@ -371,6 +371,35 @@ def test_a_server_that_drains_ends_a_preparation_at_once(
     assert (ended["state"], ended["error"]["code"]) == ("aborted", "server_draining")
 
 
+@pytest.mark.parametrize("phase", ["waiting", "preparing", "running"])
+def test_an_evaluation_that_is_cancelled_while_the_server_drains_ends_once(
+    own_server: LiveServer, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    live = own_server
+    live.publish_random("mood", 1, MANIFEST)
+    ends: list[str] = []
+    end = jobs.EvaluationJob.end
+
+    def counted(job: jobs.EvaluationJob, *given: Any) -> None:
+        ends.append(job.id)
+        end(job, *given)
+
+    monkeypatch.setattr(jobs.EvaluationJob, "end", counted)
+    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.2)
+    if phase == "preparing":
+        Slow(live, monkeypatch, 0.05)
+    live.model.delay = 0.005
+    replies = [start(live, jsonl(*PAIRS * 30), task="mood") for _ in range(2 if phase == "waiting" else 1)]
+    path = replies[-1].headers["location"]
+    wait_until(lambda: live.client.get(path).json()["state"] == phase)
+    draining = asyncio.run_coroutine_threadsafe(live.worker.drain(30), live.loop)
+    assert live.client.delete(path).status_code == 204
+    draining.result(30)
+    assert live.client.get(path).status_code == 404 or finished(live, replies[-1])["state"] in ("cancelled", "aborted")
+    assert ends.count(path.rpartition("/")[2]) == 1
+    assert live.worker.num_in_flight == 0
+
+
 def test_what_is_refused_later_is_the_evaluations_error(
     own_server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

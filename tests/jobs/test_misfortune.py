@@ -21,29 +21,33 @@ from server.jobs.board import JobBoard
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobState, Status
 from server.jobs.process import FULL, _is_full
+from server.jobs.runner import JobRunner
 from server.keys import live
 from server.keys.file import add_key, revoke_key
 from server.keys.key import Scope
 from server.keys.live import ApiKeys
+from server.registry.registry import Registry
+from server.registry.store import Store
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from tests.api.live import wait_until
 from tests.api.telemetry.logged import logged
 from tests.jobs.support import LEARNS, ROWS, Yard, make_yard, running, spec
+from tests.registry.fakes import MemoryObjects
 from tests.support import random_soft_prompt
 from tests.train.rows import write_rows
 
 SLEEP = "time.sleep(600)"
 
 
-def stubbed(settings: Settings, model: FrozenModel, code: str = SLEEP) -> Yard:
+def stubbed(settings: Settings, model: FrozenModel, code: str = SLEEP, registry: Registry | None = None) -> Yard:
     """A yard whose processes do this instead of training; `folder` is the job's."""
 
     def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
         head = f"import pathlib, shutil, sys, time; folder = pathlib.Path({str(folder.path)!r})\n"
         return subprocess.Popen([sys.executable, "-S", "-c", head + code])
 
-    return make_yard(settings, model, start=start)
+    return make_yard(settings, model, registry, start)
 
 
 @pytest.fixture
@@ -214,6 +218,58 @@ def test_a_cancellation_right_before_the_publish_wins_and_one_after_it_is_not_ac
         yard.runner._turn()
     assert not seen[0].is_cancelling, "it is too late, and whoever cancels is not told otherwise"
     assert yard.state(jobs[1]) == JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("phase", ["waiting", "running", "publishing"])
+@pytest.mark.parametrize("is_cancelled", [True, False], ids=["cancelled", "not cancelled"])
+def test_a_job_ends_once_in_whatever_phase_its_server_is_shut_down(
+    settings: Settings,
+    tiny32: FrozenModel,
+    result: str,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    is_cancelled: bool,
+) -> None:
+    ends: list[tuple[str, JobState]] = []
+    end = JobRunner._end
+
+    def counted(runner: JobRunner, job: Job, state: JobState, **more: object) -> None:
+        ends.append((job.spec.task, state))
+        end(runner, job, state, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(JobRunner, "_end", counted)
+    objects = MemoryObjects()
+    registry = Registry(Store(objects), tiny32.spec, 512)
+    first = stubbed(settings, tiny32, result if phase == "publishing" else SLEEP, registry)
+    if phase == "waiting":
+        first.submit(spec("before"))
+    job = first.submit(spec("mood", activate=True))
+    with by_hand(first):
+        first.runner._turn()
+        if phase == "publishing":
+            finished(first)
+            objects.fails = lambda action, key: action == "create"
+            first.runner._stop.set()
+            first.runner._turn()
+            assert first.board.folder(job.id).publishing.exists()
+            objects.fails = lambda action, key: False
+        assert first.state(job) == (JobState.QUEUED if phase == "waiting" else JobState.RUNNING)
+        if is_cancelled:
+            first.board.cancel(job.id)
+    assert not [task for task, _ in ends if task == "mood"], "the next server ends it"
+
+    second = stubbed(settings, tiny32, result, registry)
+    with by_hand(second):
+        for _ in range(4):
+            second.runner._turn()
+            if second.runner._running is not None:
+                finished(second)
+    wanted = JobState.CANCELLED if is_cancelled else JobState.SUCCEEDED
+    assert [state for task, state in ends if task == "mood"] == [second.state(job)] == [wanted]
+    assert [task.name for task in registry.tasks() if task.name == "mood"] == ([] if is_cancelled else ["mood"])
+    if not is_cancelled:
+        assert list(registry.task("mood").versions) == [1]
+        assert second.board.job(job.id).status.restarts == (phase != "waiting")
 
 
 @pytest.fixture

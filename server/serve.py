@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import gc
 import logging
 import os
@@ -283,7 +284,10 @@ class DrainingServer(uvicorn.Server):
             return
         self._signalled = now
         self._end_after(self._drain_seconds + LATEST_SECONDS)
-        self._draining = asyncio.run_coroutine_threadsafe(self._drain(signal.Signals(sig).name), self._loop)
+        # In an empty context: a signal may interrupt a request, whose id is not for these log entries.
+        self._draining = contextvars.Context().run(
+            asyncio.run_coroutine_threadsafe, self._drain(signal.Signals(sig).name), self._loop
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether to go on: an engine that has failed for good ends the process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -16,16 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+import uvicorn
+from structlog.contextvars import bound_contextvars, get_contextvars
 
 from server.engine.model import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.serve import ENGINE_FAILED, LATEST_SECONDS, bind, check_exposure, open_keys, serve
+from server.serve import ENGINE_FAILED, LATEST_SECONDS, DrainingServer, bind, check_exposure, open_keys, serve
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.support import make_engine, random_soft_prompt
@@ -334,3 +337,23 @@ def test_what_is_loaded_at_the_start_is_never_looked_through_again(
     finally:
         gc.unfreeze()
     assert kept[0] > 10_000
+
+
+async def test_a_shutdown_that_is_signalled_within_a_request_is_not_logged_under_its_id() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Worker:
+        num_in_flight = 0
+
+        async def drain(self, seconds: float) -> None:
+            seen.append(get_contextvars())
+
+    server = DrainingServer(uvicorn.Config(lambda: None), cast(Any, Worker()), 1.0)
+    server._loop = asyncio.get_running_loop()
+    with bound_contextvars(request_id="somebody's"):
+        server.handle_exit(signal.SIGTERM, None)
+    assert server._draining is not None
+    assert server._latest_end is not None
+    await asyncio.wrap_future(server._draining)
+    server._latest_end.cancel()
+    assert seen == [{}]

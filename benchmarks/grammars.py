@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.core import Grammar, GrammarKind
 from server.engine.grammar_walks import Walks
-from server.engine.grammars import Grammars
+from server.engine.grammars import Grammars, unpacked
 from server.engine.model import FrozenModel
 from server.settings import Settings
 
@@ -102,7 +102,7 @@ class LLGuidance:
 
         class Walking:
             def mask(self) -> np.ndarray:
-                return walk.allowed(vocab_size)
+                return unpacked(walk.mask, vocab_size)
 
             def accept(self, token_id: int) -> None:
                 walks.accept(walk, token_id, is_last=False)

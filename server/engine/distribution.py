@@ -1,99 +1,194 @@
-"""What rules make of logits: penalties and biases row by row, then the filters of sampling for all rows at once.
+"""What rules make of logits: penalties, biases and filters, each for all rows at once.
 
-The order is transformers': penalties, biases, what must not come, temperature, top-k, top-p, min-p, typical-p.
+Rows have rules of their own, but a device pays for each operator and each upload, not for rows. So the host lists what
+every row's rules change, and uploads the lists of all rows together. The order is transformers': penalties, biases,
+what must not come, temperature, top-k, top-p (Holtzman et al. 2020), min-p, typical-p.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from server.core import SamplingParams
+from server.engine.seen_tokens import SeenTokens
 from server.engine.sequence import Sequence
 from server.engine.upload import upload
 
 NEVER = float("-inf")
 
+SMALLEST = math.ulp(0.0)
+
+LARGEST_UNIFORM = 1.0 - 2.0**-52
+"""The largest number below 1 whose product with any total is less than that total, however it is rounded."""
+
 
 def changes_logits(sequence: Sequence) -> bool:
     """Whether rules change a row before its best token is looked for."""
-    params = sequence.sampling
-    return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
+    return (
+        sequence.seen is not None
+        or bool(sequence.sampling.logit_bias)
         or sequence.walk is not None
-        or len(sequence.output_ids) < params.min_new_tokens
+        or len(sequence.output_ids) < sequence.sampling.min_new_tokens
     )
 
 
-def apply_rules(row: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
-    """Penalties, biases, and what may not come next; in place on `[vocab_size]`."""
-    _penalise(row, sequence)
-    params = sequence.sampling
-    if params.logit_bias:
-        ids, biases = zip(*params.logit_bias, strict=True)
-        row.index_add_(0, on_device(row.device, ids), on_device(row.device, biases).to(row.dtype))
-    if sequence.walk is not None:  # it knows better than `min_new_tokens` when there may be an end
-        row.masked_fill_(~on_device(row.device, sequence.walk.allowed(len(row))), NEVER)
-    elif len(sequence.output_ids) < params.min_new_tokens:
-        ends = sorted(eos_token_ids | params.stop_token_ids)
-        if ends:
-            row.index_fill_(0, on_device(row.device, ends), NEVER)
+def apply_rules(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:
+    """Penalties, biases, and what may not come next; in place on `[rows, vocab_size]`.
+
+    A sequence whose rules raise keeps the exception in `error`, and its row becomes NaN; no other row changes.
+    """
+    changes = _Changes(logits.shape[1])
+    failed = []
+    for row, sequence in enumerate(sequences):
+        if changes_logits(sequence):
+            try:
+                changes.add(row, sequence, eos_token_ids)
+            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
+                sequence.error = exc
+                failed.append(row)
+    changes.apply(logits)
+    if failed:
+        logits.index_fill_(0, upload([np.array(failed)], logits.device)[0], float("nan"))
 
 
-def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    params = sequence.sampling
-    if params.repetition_penalty != 1.0 and sequence.seen_ids:
-        seen = on_device(row.device, sorted(sequence.seen_ids))
-        scores, penalty = row[seen], params.repetition_penalty
-        row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    if sequence.output_counts:
-        counts = sorted(sequence.output_counts.items())
-        penalties = [params.presence_penalty + params.frequency_penalty * count for _, count in counts]
-        ids = on_device(row.device, [token_id for token_id, _ in counts])
-        row.index_add_(0, ids, on_device(row.device, penalties).to(row.dtype), alpha=-1)
+@dataclass
+class _Changes:
+    """What rules change in logits `[rows, vocab_size]`. Places are counted through all rows."""
+
+    vocab_size: int
+    penalised: list[tuple[int, SamplingParams, SeenTokens]] = field(default_factory=list)
+    """Each row's first place, its penalties, and the tokens that they are for."""
+    biased: list[np.ndarray] = field(default_factory=list)
+    """Places of each row's biases."""
+    biases: list[np.ndarray] = field(default_factory=list)
+    forbidden: list[int] = field(default_factory=list)
+    """Places of tokens that may not come next."""
+    masked: list[int] = field(default_factory=list)
+    """Rows whose grammar says which tokens may come next."""
+    masks: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, row: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
+        """Take one row's rules, all or none of them.
+
+        Raises:
+            IndexError: a token id is none of the model's; its place would be in another row.
+        """
+        first, seen, (ids, biases) = row * self.vocab_size, sequence.seen, sequence.bias
+        mask = None if sequence.walk is None else sequence.walk.allowed_bits()
+        ends: frozenset[int] = frozenset()
+        # A grammar knows better than `min_new_tokens` when there may be an end.
+        if mask is None and len(sequence.output_ids) < sequence.sampling.min_new_tokens:
+            ends = eos_token_ids | sequence.sampling.stop_token_ids
+        known = seen is None or seen.are_within(self.vocab_size)
+        known &= not len(ids) or 0 <= ids.min() <= ids.max() < self.vocab_size
+        if not (known and all(0 <= token_id < self.vocab_size for token_id in ends)):
+            raise IndexError(f"token ids must be 0 to {self.vocab_size - 1}")
+        if seen is not None:
+            self.penalised.append((first, sequence.sampling, seen))
+        if len(ids):
+            self.biased.append(first + ids)
+            self.biases.append(biases)
+        self.forbidden += [first + token_id for token_id in ends]
+        if mask is not None:
+            self.masked.append(row)
+            self.masks.append(mask)
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Change the logits in place."""
+        penalised, *penalties = self._penalties()
+        biased, biases = _joined(self.biased, np.int64), _joined(self.biases, np.float64)
+        forbidden, masked = (np.array(places, dtype=np.int64) for places in (self.forbidden, self.masked))
+        flat, device = logits.view(-1), logits.device
+        seen, moved, ends, rows = upload([penalised, biased, forbidden, masked], device)
+        if len(seen) or len(moved):
+            factor, minus, plus = upload([_like(logits, numbers) for numbers in (*penalties, biases)], device)
+        if len(seen):
+            scores = flat[seen]
+            flat.index_copy_(0, seen, torch.where(scores < 0, scores * factor, scores / factor) - minus)
+        if len(moved):
+            flat.index_add_(0, moved, plus)
+        if len(rows) == len(logits):
+            logits.masked_fill_(self._denied(device), NEVER)
+        elif len(rows):
+            logits.index_copy_(0, rows, logits[rows].masked_fill_(self._denied(device), NEVER))
+        if len(ends):
+            flat.index_fill_(0, ends, NEVER)
+
+    def _penalties(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places of seen tokens, what their logits are multiplied with or divided by, and what is taken off them."""
+        ids = [seen.ids for _, _, seen in self.penalised]
+        rules = np.array(
+            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for _, p, _ in self.penalised]
+        ).reshape(-1, 3)
+        lengths = [len(some) for some in ids]
+        first = np.repeat(np.array([first for first, *_ in self.penalised], dtype=np.int64), lengths)
+        repetition, presence, frequency = np.repeat(rules, lengths, axis=0).T
+        counts = _joined([seen.counts for _, _, seen in self.penalised], np.float64)
+        return first + _joined(ids, np.int64), repetition, presence * (counts > 0) + frequency * counts
+
+    def _denied(self, device: torch.device) -> torch.Tensor:
+        """The masks' zeros as booleans `[masked, vocab_size]`; what a mask does not know is denied."""
+        bits = np.zeros((len(self.masks), -(-self.vocab_size // 8)), dtype=np.uint8)
+        for row, mask in zip(bits, self.masks, strict=True):
+            known = min(len(row), len(mask))
+            row[:known] = mask[:known]
+        packed, places = upload([bits.reshape(-1), 1 << np.arange(8, dtype=np.uint8)], device)
+        return (packed.view(len(bits), -1, 1) & places).eq(0).view(len(bits), -1)[:, : self.vocab_size]
 
 
-def probabilities(logits: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tensor:
-    """What each row is drawn from: `[rows, vocab_size]` in float64, zero where a filter leaves a token out."""
+def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
 
-    def each(value: Callable[[SamplingParams], float]) -> torch.Tensor:
-        return on_device(logits.device, [value(p) for p in params])
 
-    scaled = logits / each(lambda p: p.temperature).to(logits.dtype)[:, None]
-    scaled = _keep_top_k(scaled, [p.top_k for p in params])
+def _like(logits: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
+    """Numbers as precise as the logits that they are for."""
+    return numbers.astype(np.float64 if logits.dtype == torch.float64 else np.float32)
+
+
+def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each row is drawn from, `[rows, vocab_size]` in float64, and a uniform number to draw with, `[rows, 1]`.
+
+    A filter leaves tokens out by making them zero. The number comes from each sequence's own generator.
+    """
+    params = [sequence.sampling for sequence in sequences]
+    [temperature] = upload([_like(logits, np.array([p.temperature for p in params]))], logits.device)
+    scaled = _keep_top_k(logits / temperature[:, None], [p.top_k for p in params])
+    numbers = np.array([(_mass(p.top_p), p.min_p, _mass(p.typical_p)) for p in params]).T
+    uniform = np.array([min(sequence.rng.random(), LARGEST_UNIFORM) for sequence in sequences])
+    top_p, min_p, typical_p, draw = (n[:, None] for n in upload([*numbers, uniform], logits.device))
     kept = scaled.softmax(dim=-1, dtype=torch.float64)
+    best: torch.Tensor | None = None
     if any(p.top_p < 1.0 for p in params):
-        kept = _keep_top_p(kept, each(lambda p: p.top_p))
+        ordered, index = kept.sort(dim=-1, descending=True)
+        kept, best = _drop_after(ordered, index, top_p), ordered[:, :1]
     if any(p.min_p > 0.0 for p in params):
-        least = kept.max(dim=-1, keepdim=True).values * each(lambda p: p.min_p)[:, None]
-        kept = kept.masked_fill(kept < least, 0.0)
+        best = kept.amax(dim=-1, keepdim=True) if best is None else best
+        kept = kept.masked_fill(kept < best * min_p, 0.0)
     if any(p.typical_p < 1.0 for p in params):
-        kept = _keep_typical(kept, each(lambda p: p.typical_p))
-    return kept
+        kept = torch.where(typical_p < 1.0, _keep_typical(kept, typical_p), kept)
+    return kept, draw
+
+
+def _mass(share: float) -> float:
+    """A share as what the probabilities before a token are compared with: at 1 nothing reaches it, and 0 is more."""
+    return max(share, SMALLEST) if share < 1.0 else math.inf
 
 
 def _keep_top_k(scaled: torch.Tensor, wanted: Rows[int]) -> torch.Tensor:
     vocab_size, device = scaled.shape[1], scaled.device
-    top_k = [min(k or vocab_size, vocab_size) for k in wanted]
-    if min(top_k) == vocab_size:
+    top_k = [k if 0 < k < vocab_size else 0 for k in wanted]
+    if not (most := max(top_k)):
         return scaled
-    most = max(k for k in top_k if k < vocab_size)
     values = scaled.topk(most, dim=-1).values
-    kth = on_device(device, [min(k, most) - 1 for k in top_k])[:, None]
-    limited = on_device(device, [k < vocab_size for k in top_k])[:, None]
-    return scaled.masked_fill(limited & (scaled < values.gather(1, kth)), NEVER)
-
-
-def _keep_top_p(kept: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The smallest set of tokens that reaches `top_p` (Holtzman et al. 2020); the best always stays."""
-    ordered, index = kept.sort(dim=-1, descending=True)
-    return _drop_behind(kept, ordered, index, top_p)
+    if not all(top_k):
+        values = torch.nn.functional.pad(values, (0, 1), value=NEVER)  # what rows without a limit are compared with
+    [kth] = upload([np.array([k - 1 if k else most for k in top_k])], device)
+    return scaled.masked_fill_(scaled < values.gather(1, kth[:, None]), NEVER)
 
 
 def _keep_typical(kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -102,17 +197,10 @@ def _keep_typical(kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     surprise = -kept.log()
     entropy = (kept * surprise).nan_to_num(nan=0.0).sum(dim=-1, keepdim=True)
     index = (surprise - entropy).abs().argsort(dim=-1, stable=True)
-    return _drop_behind(kept, kept.gather(1, index), index, mass)
+    return _drop_after(kept.gather(1, index), index, mass)
 
 
-def _drop_behind(kept: torch.Tensor, ordered: torch.Tensor, index: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Zero the tokens before which, in this order, the mass is reached; the first always stays, and at 1 all do."""
+def _drop_after(ordered: torch.Tensor, index: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Zero the probabilities before which, in this order, the mass is reached, and put all of them back in place."""
     before = ordered.cumsum(dim=-1) - ordered
-    dropped = (before >= mass[:, None]) & (mass < 1.0)[:, None]
-    dropped[:, 0] = False
-    return kept.masked_fill(torch.zeros_like(dropped).scatter(1, index, dropped), 0.0)
-
-
-def on_device(device: torch.device, values: Rows[int] | Rows[float] | Rows[bool] | np.ndarray) -> torch.Tensor:
-    """Values of the host as a tensor `[n]` where the logits are."""
-    return upload([np.asarray(values)], device)[0]
+    return torch.empty_like(ordered).scatter_(1, index, ordered.masked_fill(before >= mass, 0.0))

@@ -24,11 +24,11 @@ from server.engine.logit_rows import Batch, LogitRows, only_decodes, tokens_of
 from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
 from server.engine.prefix_cache import PrefixCache
-from server.engine.sampler import Choice, choose_next
+from server.engine.sampler import Choice, begin_choosing
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.text import ModelText
-from server.engine.upload import upload
+from server.engine.upload import Download, upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -181,10 +181,14 @@ class Engine:
             )
         else:
             logits = self._forward(batch, rows.kept)
-        rows.score(logits)
-        if not rows.drawing:
-            return []
-        return choose_next(rows.next_logits(logits), rows.drawing, self.model.eos_token_ids, self._operators)
+        download = Download()
+        give_scores = rows.score(logits, download)
+        choices: Callable[[], list[Choice]] = list
+        if rows.drawing:
+            eos = self.model.eos_token_ids
+            choices = begin_choosing(rows.next_logits(logits), rows.drawing, eos, download, self._operators)
+        give_scores()  # the host waits for the device here, and nowhere else in a step
+        return choices()
 
     def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         """Logits `[kept_rows, vocab_size]` of any batch."""

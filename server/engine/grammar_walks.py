@@ -18,7 +18,7 @@ import numpy as np
 
 from server.engine.grammar_limits import MASK_SECONDS, REQUEST_SECONDS, STALLED_SECONDS, TOKEN_SECONDS
 from server.engine.grammar_wire import NO_EXTENSION, Action, Frame, State
-from server.engine.grammars import Compiled, Grammars, brief, limit_reached, unpacked
+from server.engine.grammars import Compiled, Grammars, brief, limit_reached
 from server.engine.sampler import Choice
 from server.engine.sequence import Sequence
 from server.errors import GenerationFailed, InvalidRequest, PreludeError
@@ -59,10 +59,10 @@ class Walk:
         """What waits for it."""
         self.mask = walks.compiled.first
 
-    def allowed(self, vocab_size: int) -> np.ndarray:
-        """Which tokens may come next, `[vocab_size]` of booleans."""
+    def allowed_bits(self) -> np.ndarray:
+        """Which tokens may come next, one bit each, `[bytes]`; tokens beyond its end may not."""
         assert not self.is_waiting, "nothing is drawn before the last token was taken"
-        return unpacked(self.mask, vocab_size)
+        return np.frombuffer(self.mask, dtype=np.uint8)
 
 
 class RequestWalks:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from server.core import Scored
-from server.engine.distribution import on_device
 from server.engine.layout import Span
 from server.engine.operators import at_least_float32
-from server.engine.sampler import ROWS_AT_ONCE, report_ranks, report_tokens
+from server.engine.sampler import in_parts, report_ranks, report_tokens
 from server.engine.sequence import Sequence
+from server.engine.upload import Download, upload
 
 Batch = list[tuple[Sequence, Span]]
 
@@ -62,30 +64,80 @@ class LogitRows:
 
     def next_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """The rows to draw from, `[drawing, vocab_size]`."""
-        if self.next_rows == list(range(len(logits))):  # usually all of them, as they are
-            return logits
-        return logits[on_device(logits.device, self.next_rows)]
+        return _rows(logits, self.next_rows)
 
-    def score(self, logits: torch.Tensor) -> None:
-        """Tell the sequences how likely their given tokens were, and their labels' first ones."""
-        for row, sequence in self.labelled:
-            firsts = [label[0] for label in sequence.request.labels]
-            row_logits = at_least_float32(logits[row])
-            found = row_logits[on_device(logits.device, firsts)] - row_logits.logsumexp(dim=-1)
-            sequence.scored += map(Scored, firsts, found.tolist())
-        for first, sequence, target, count in self.scored:
-            for start in range(0, count, ROWS_AT_ONCE):
-                stop = min(start + ROWS_AT_ONCE, count)
-                targets = sequence.targets[target + start : target + stop]
-                rows = at_least_float32(logits[first + start : first + stop])
-                ids = on_device(logits.device, targets)
-                top = max(sequence.request.input_top_logprobs, sequence.sampling.top_logprobs)
-                reports = report_tokens(rows, ids, [top] * len(targets))
-                ranks = [None] * len(targets) if sequence.label_ids else report_ranks(rows, ids)
-                sequence.scored += [
-                    Scored(token_id, *report, rank)
-                    for token_id, report, rank in zip(targets, reports, ranks, strict=True)
-                ]
+    def score(self, logits: torch.Tensor, download: Download) -> Callable[[], None]:
+        """Find how likely the given tokens were, and labels' first ones; the answer gives them to their sequences."""
+        parts = [*self._score_labels(logits, download), *self._score_targets(logits, download)]
+
+        def give() -> None:
+            for part in parts:
+                part()
+
+        return give
+
+    def _score_labels(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
+        """Labels' first tokens, all those of a row from one sum over it."""
+        for part in in_parts(len(self.labelled), logits):
+            labelled = self.labelled[part]
+            firsts = [[label[0] for label in sequence.request.labels] for _, sequence in labelled]
+            lengths = list(map(len, firsts))
+            of_row = np.repeat(np.arange(len(labelled)), lengths)
+            row, token = upload([of_row, np.array([token for some in firsts for token in some])], logits.device)
+            wanted = at_least_float32(_rows(logits, [row for row, _ in labelled]))
+            logprobs = download.add(wanted[row, token] - wanted.logsumexp(dim=-1)[row])
+            yield _given([sequence for _, sequence in labelled], firsts, logprobs, download)
+
+    def _score_targets(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
+        """Given tokens: those of labels, then those of inputs, which also have ranks and likelier tokens."""
+        rows = [
+            _Target(sequence, first + i, sequence.targets[target + i])
+            for first, sequence, target, count in self.scored
+            for i in range(count)
+        ]
+        for of_labels in (True, False):
+            group = [row for row in rows if bool(row.sequence.label_ids) == of_labels]
+            for part in in_parts(len(group), logits):
+                yield _score(group[part], logits, download, with_ranks=not of_labels)
+
+
+class _Target(NamedTuple):
+    """A given token that is to be scored, and the row of logits that saw it come."""
+
+    sequence: Sequence
+    row: int
+    token_id: int
+
+
+def _score(targets: list[_Target], logits: torch.Tensor, download: Download, *, with_ranks: bool) -> Callable[[], None]:
+    rows = at_least_float32(_rows(logits, [target.row for target in targets]))
+    [ids] = upload([np.array([target.token_id for target in targets])], logits.device)
+    top = [max(who.request.input_top_logprobs, who.sampling.top_logprobs) for who, *_ in targets]
+    reports = report_tokens(rows, ids, top, download)
+    ranks = download.add(report_ranks(rows, ids)) if with_ranks else None
+
+    def give() -> None:
+        found = [None] * len(targets) if ranks is None else download.array(ranks).tolist()
+        for target, report, rank in zip(targets, reports(), found, strict=True):
+            target.sequence.scored.append(Scored(target.token_id, *report, rank))
+
+    return give
+
+
+def _given(sequences: list[Sequence], tokens: list[list[int]], logprobs: int, download: Download) -> Callable[[], None]:
+    def give() -> None:
+        found = iter(download.array(logprobs).tolist())
+        for sequence, some in zip(sequences, tokens, strict=True):
+            sequence.scored += [Scored(token_id, next(found)) for token_id in some]
+
+    return give
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows of logits; usually all of them, as they are, or a run of them."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return logits[rows[0] : rows[0] + len(rows)]
+    return logits[upload([np.array(rows)], logits.device)[0]]
 
 
 def only_decodes(batch: Batch, rows: LogitRows) -> bool:

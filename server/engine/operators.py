@@ -132,7 +132,7 @@ def _share(tokens: int, width: int) -> tuple[int, int]:
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """The same numbers in float32, or in float64 if they are."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @functools.cache

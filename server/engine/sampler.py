@@ -7,19 +7,26 @@ distribution: it depends on the seed and on how many tokens came before, not on 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from server.core import Candidate
-from server.engine.distribution import apply_rules, changes_logits, on_device, probabilities
+from server.engine.distribution import apply_rules, changes_logits, probabilities
 from server.engine.operators import Operators, at_least_float32
 from server.engine.sequence import Sequence
+from server.engine.upload import Download, upload
 
-ROWS_AT_ONCE = 64
-"""Rows whose rules are applied in one go: drawing takes several copies of them in float64. Choices that share their
-input draw from it before they have a slot, so there can be many more rows than sequences that run."""
+NUMBERS_AT_ONCE = {"cpu": 2**22}
+"""Logits whose rules are applied in one go: drawing takes several copies of them in float64. A CPU's caches hold no
+more. Choices that share their input draw from it before they have a slot, so there can be many more rows than sequences
+that run."""
+
+DEVICE_NUMBERS_AT_ONCE = 2**25
+"""The same for any other device: 256 rows of a vocabulary of 128 thousand are one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Choice:
 def choose_next(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
 ) -> list[Choice]:
-    """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change.
+    """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change; waits for the device.
 
     Args:
         logits: in any dtype; rules are applied in float32 or float64.
@@ -42,104 +49,150 @@ def choose_next(
         eos_token_ids: tokens that end a generation.
         operators: how to find the best token; torch's way if it is None.
     """
+    return begin_choosing(logits, sequences, eos_token_ids, Download(), operators)()
+
+
+def begin_choosing(
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    eos_token_ids: frozenset[int],
+    download: Download,
+    operators: Operators | None = None,
+) -> Callable[[], list[Choice]]:
+    """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for."""
     if not any(map(_has_rules, sequences)):
         best, chosen = (operators or Operators()).best(logits)
-        # -1 marks a row that cannot be used, so that the host waits for one copy only.
-        tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()
-        return [Choice(token if token >= 0 else None, None) for token in tokens]
-    choices: list[Choice] = []
-    for first in range(0, len(sequences), ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        choices += _choose_by_rules(at_least_float32(logits[rows]), sequences[rows], eos_token_ids)
-    return choices
+        tokens = _tokens(best, chosen, download)
+        return lambda: [Choice(token, None) for token in tokens()]
+    parts = [
+        _choose_by_rules(logits[rows], sequences[rows], eos_token_ids, download)
+        for rows in in_parts(len(sequences), logits)
+    ]
+    return lambda: [choice for part in parts for choice in part()]
+
+
+def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
+    """Cut `count` rows as wide as these logits into parts whose copies memory can hold."""
+    numbers = NUMBERS_AT_ONCE.get(logits.device.type, DEVICE_NUMBERS_AT_ONCE)
+    step = max(1, numbers // logits.shape[1])
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 def _has_rules(sequence: Sequence) -> bool:
     return not sequence.is_plain or len(sequence.output_ids) < sequence.sampling.min_new_tokens
 
 
-def _choose_by_rules(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> list[Choice]:
-    ruled = [i for i, sequence in enumerate(sequences) if changes_logits(sequence)]
-    adjusted = logits
-    if ruled:
-        index = on_device(logits.device, ruled)
-        rows = logits[index]
-        for row, i in zip(rows, ruled, strict=True):
-            try:
-                apply_rules(row, sequences[i], eos_token_ids)
-            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
-                sequences[i].error = exc
-                row.fill_(float("nan"))
-        adjusted = logits.index_copy(0, index, rows)
+def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Callable[[], list[int | None]]:
+    """The chosen tokens; None where the best logit shows that the row cannot be used."""
+    numbers = download.add(best), download.add(chosen)
+
+    def tokens() -> list[int | None]:
+        best, chosen = map(download.array, numbers)
+        found = chosen.tolist()
+        finite = np.isfinite(best)
+        return found if finite.all() else [token if ok else None for token, ok in zip(found, finite, strict=True)]
+
+    return tokens
+
+
+def _choose_by_rules(
+    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
+) -> Callable[[], list[Choice]]:
+    adjusted = at_least_float32(logits).contiguous()
+    if any(map(changes_logits, sequences)):
+        if adjusted.data_ptr() == logits.data_ptr():
+            adjusted = adjusted.clone()
+        apply_rules(adjusted, sequences, eos_token_ids)
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)
     drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
-    if drawn:
-        index = on_device(logits.device, drawn)
+    if len(drawn) == len(sequences):
+        chosen = _draw(adjusted, sequences)
+    elif drawn:
+        [index] = upload([np.array(drawn)], logits.device)
         chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
-    tokens = torch.where(torch.isfinite(best), chosen, -1).tolist()  # see above
-    reports = _report(logits, chosen, sequences)
-    return [
-        Choice(token, *report) if token >= 0 else Choice(None, None)
-        for token, report in zip(tokens, reports, strict=True)
-    ]
+    tokens = _tokens(best, chosen, download)
+    reports = _report(logits, chosen, sequences, download)
+
+    def choices() -> list[Choice]:
+        return [
+            Choice(None, None) if token is None else Choice(token, *report)
+            for token, report in zip(tokens(), reports(), strict=True)
+        ]
+
+    return choices
 
 
 def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     """Draw one token per row, `[rows]`."""
-    kept = probabilities(logits, [sequence.sampling for sequence in sequences])
+    kept, uniform = probabilities(logits, sequences)
     cumulative = kept.cumsum(dim=-1)
-    uniform = on_device(logits.device, [sequence.rng.random() for sequence in sequences])[:, None]
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-    # Rounding can put the draw behind the last token that has any probability; step back onto it.
-    last = kept.shape[1] - 1 - (kept.flip(1) > 0).int().argmax(dim=1)
-    return torch.minimum(drawn, last)
+    return drawn.clamp_(max=kept.shape[1] - 1)  # for rows that are not finite, whose tokens nobody takes
 
 
 Report = tuple[float | None, tuple[Candidate, ...]]
 
 
-def _report(logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence]) -> list[Report]:
+def _report(
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
+) -> Callable[[], list[Report]]:
     """What rows tell of their choice under the model's own distribution, where it was asked for."""
-    reports: list[Report] = [(None, ())] * len(sequences)
+    nothing: list[Report] = [(None, ())] * len(sequences)
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
-    if wanted:
-        index = on_device(logits.device, wanted)
-        top = [sequences[i].sampling.top_logprobs for i in wanted]
-        for i, report in zip(wanted, report_tokens(logits[index], chosen[index], top), strict=True):
-            reports[i] = report
+    if not wanted:
+        return lambda: nothing
+    if len(wanted) < len(sequences):
+        [index] = upload([np.array(wanted)], logits.device)
+        logits, chosen = logits[index], chosen[index]
+    top = [sequences[i].sampling.top_logprobs for i in wanted]
+    found = report_tokens(at_least_float32(logits), chosen, top, download)
+
+    def reports() -> list[Report]:
+        reported = dict(zip(wanted, found(), strict=True))
+        return [reported.get(row, nothing[row]) for row in range(len(nothing))]
+
     return reports
 
 
 def report_tokens(
-    logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int]
-) -> list[tuple[float, tuple[Candidate, ...]]]:
-    """Log-probabilities under the model's own distribution.
+    logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int], download: Download
+) -> Callable[[], list[tuple[float, tuple[Candidate, ...]]]]:
+    """Log-probabilities under the model's own distribution, to be read from `download`.
 
     Args:
         logits: `[rows, vocab_size]`, at least float32.
         tokens: `[rows]`, one token id of each row.
         num_top: of each row, how many of the most likely tokens to tell beside it.
+        download: brings them.
     """
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    values = (logits.gather(1, tokens[:, None]) - total).squeeze(1).tolist()
+    total, own = download.add(logits.logsumexp(dim=-1)), download.add(logits.gather(1, tokens[:, None]))
     most = max(num_top, default=0)
-    if not most:
-        return [(value, ()) for value in values]
-    found = logits.topk(most, dim=-1)
-    ids, logprobs = found.indices.tolist(), (found.values - total).tolist()
-    return [
-        (value, tuple(map(Candidate, row_ids[:count], row_logprobs[:count])))
-        for value, row_ids, row_logprobs, count in zip(values, ids, logprobs, num_top, strict=True)
-    ]
+    if most:
+        found = logits.topk(most, dim=-1)
+        best, ids = download.add(found.values), download.add(found.indices)
+
+    def reports() -> list[tuple[float, tuple[Candidate, ...]]]:
+        totals = download.array(total)[:, None]
+        values = (download.array(own) - totals)[:, 0].tolist()
+        if not most:
+            return [(value, ()) for value in values]
+        logprobs = (download.array(best) - totals).tolist()
+        return [
+            (value, tuple(map(Candidate, row_ids[:count], row_logprobs[:count])))
+            for value, row_ids, row_logprobs, count in zip(
+                values, download.array(ids).tolist(), logprobs, num_top, strict=True
+            )
+        ]
+
+    return reports
 
 
-def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-    """How many tokens of each row are as likely as the given one, or likelier; that one counts itself.
+def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each row are as likely as the given one, or likelier, `[rows]`; that one counts itself.
 
     Args:
         logits: `[rows, vocab_size]`.
         tokens: `[rows]`, one token id of each row.
     """
-    ranks: list[int] = (logits >= logits.gather(1, tokens[:, None])).sum(dim=-1).tolist()
-    return ranks
+    return (logits >= logits.gather(1, tokens[:, None])).sum(dim=-1)

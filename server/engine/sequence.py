@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from server.core import GenerationRequest, SamplingParams, Scored, Usage
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_cache import Slot
+from server.engine.seen_tokens import SeenTokens
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
@@ -63,10 +65,8 @@ class Sequence:
     def __post_init__(self) -> None:
         seed = self.sampling.seed
         self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
-        self.seen_ids = set(self.request.input_ids)
-        """Token ids of input and output, for the repetition penalty."""
-        self.output_counts: Counter[int] = Counter()
-        """How often each token is in the output, for the other penalties."""
+        self.seen = _seen_tokens(self.request)
+        """What its penalties read, if it has any."""
         self.given_ids = self.request.input_ids + self.label_ids[:-1]
         self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
         """Positions of its soft prompt."""
@@ -158,9 +158,22 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take a generated token."""
         self.output_ids.append(token_id)
-        self.seen_ids.add(token_id)
-        if self.sampling.presence_penalty or self.sampling.frequency_penalty:
-            self.output_counts[token_id] += 1
+        if self.seen is not None:
+            self.seen.add(token_id)
+
+    @cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[biases]`, and what is added to their logits."""
+        ids, biases = zip(*self.sampling.logit_bias, strict=True) if self.sampling.logit_bias else ((), ())
+        return np.array(ids, dtype=np.int64), np.array(biases, dtype=np.float64)
+
+
+def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:
+    """Of a request that has penalties; the repetition penalty counts the input too."""
+    params = request.sampling
+    if params.repetition_penalty != 1.0:
+        return SeenTokens(request.input_ids)
+    return SeenTokens() if params.presence_penalty or params.frequency_penalty else None
 
 
 def is_plain(params: SamplingParams) -> bool:

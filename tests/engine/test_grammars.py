@@ -49,7 +49,7 @@ class Text:
         self.walk: Walk = self._walks.begin("text", grammars.compile(grammar), 1)[0]
 
     def allows(self, token_id: int) -> bool:
-        return bool(self.walk.allowed(VOCAB_SIZE)[token_id])
+        return bool(unpacked(self.walk.mask, VOCAB_SIZE)[token_id])
 
     def accept(self, token_id: int) -> None:
         self._walks.accept(self.walk, token_id, is_last=False)

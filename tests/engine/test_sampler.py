@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from server.engine.detokenizer import Detokenizer
-from server.engine.sampler import choose_next
+from server.engine.sampler import NUMBERS_AT_ONCE, choose_next
 from server.engine.sequence import Sequence
 from server.engine.text import TokenTexts
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
@@ -110,6 +112,105 @@ def test_rows_of_different_rules_do_not_disturb_each_other() -> None:
     together = choose_next(rows, [sequence(i, **rule) for i, rule in enumerate(rules)], frozenset({EOS}))
     apart = [choose_next(rows[i : i + 1], [sequence(i, **rule)], frozenset({EOS}))[0] for i, rule in enumerate(rules)]
     assert together == apart
+
+
+def random_rules(rng: random.Random) -> dict[str, Any]:
+    """Any rules that a request may have."""
+    some: dict[str, list[Any]] = {
+        "temperature": [0.5, 1.0, 1.7],
+        "top_k": [1, 7, 1000],
+        "top_p": [0.1, 0.9],
+        "min_p": [0.05],
+        "typical_p": [0.3, 0.9],
+        "repetition_penalty": [0.8, 1.3],
+        "presence_penalty": [0.5, -0.5],
+        "frequency_penalty": [0.3],
+        "logit_bias": [((3, 1.5), (4, -2.0)), ((250, 3.0),)],
+        "min_new_tokens": [9],
+        "logprobs": [True],
+        "top_logprobs": [0, 4],
+    }
+    return {name: rng.choice(values) for name, values in some.items() if rng.random() < 0.35}
+
+
+def grown(seed: int, rules: dict[str, Any]) -> Sequence:
+    """A sequence that has generated some tokens."""
+    rng = random.Random(seed)
+    one = sequence(seed, tuple(rng.randrange(256) for _ in range(9)), **rules)
+    for _ in range(rng.randrange(6)):
+        one.append(rng.randrange(256))
+    return one
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_is_chosen_bit_for_bit_alike_whatever_its_neighbours(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(7)
+    rules = [random_rules(rng) for _ in range(60)]
+    rows = logits(len(rules)).to(dtype)
+    together = choose_next(rows, [grown(i, rule) for i, rule in enumerate(rules)], frozenset({EOS}))
+    apart = [choose_next(rows[i : i + 1], [grown(i, rule)], frozenset({EOS}))[0] for i, rule in enumerate(rules)]
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", 7 * VOCAB_SIZE)
+    in_sevens = choose_next(rows, [grown(i, rule) for i, rule in enumerate(rules)], frozenset({EOS}))
+    assert together == apart == in_sevens
+
+
+class BrokenWalk:
+    """A grammar's walk that raises when it is asked."""
+
+    def allowed_bits(self) -> np.ndarray:
+        """Nothing."""
+        raise RuntimeError("broken")
+
+
+def test_rules_that_raise_end_their_own_row_and_change_no_other() -> None:
+    def asked() -> list[Sequence]:
+        return [grown(i, {"repetition_penalty": 1.3, "temperature": 1.0, "logit_bias": ((3, 2.0),)}) for i in range(6)]
+
+    rows = logits(6)
+    expected, broken = choose_next(rows, asked(), NO_EOS), asked()
+    broken[1].walk = BrokenWalk()  # type: ignore[assignment]
+    broken[2] = sequence(logit_bias=((VOCAB_SIZE, 5.0),))
+    broken[3] = sequence(input_ids=(1, -1), repetition_penalty=2.0)
+    broken[4] = sequence(min_new_tokens=3, stop_token_ids=frozenset({VOCAB_SIZE + 3}))
+    chosen = choose_next(rows, broken, NO_EOS)
+    assert [chosen[0], chosen[5]] == [expected[0], expected[5]]
+    assert [choice.token_id for choice in chosen[1:5]] == [None] * 4
+    assert [type(one.error) for one in broken] == [
+        type(None),
+        RuntimeError,
+        IndexError,
+        IndexError,
+        IndexError,
+        type(None),
+    ]
+
+
+def test_a_grammar_leaves_only_what_its_mask_allows() -> None:
+    class Walk:
+        def allowed_bits(self) -> np.ndarray:
+            return np.array([0b00010000, 0b00000001], dtype=np.uint8)
+
+    ruled = [sequence(seed, temperature=5.0) for seed in range(200)]
+    for one in ruled:
+        one.walk = Walk()  # type: ignore[assignment]
+    rows = logits().expand(200, -1)
+    assert {choice.token_id for choice in choose_next(rows, ruled, NO_EOS)} == {4, 8}
+    chosen = choose_next(rows, [ruled[0], *(sequence() for _ in range(199))], NO_EOS)
+    assert {choice.token_id for choice in chosen[1:]} == {int(rows[0].argmax())}
+
+
+def test_the_largest_uniform_number_draws_a_token_that_has_a_probability() -> None:
+    class Highest(random.Random):
+        def random(self) -> float:
+            return 1.0 - 2.0**-53
+
+    row = torch.full((1, VOCAB_SIZE), float("-inf"))
+    row[0, [5, 9]] = torch.tensor([1.0, 0.0])
+    asked = sequence(temperature=1.0)
+    asked.rng = Highest()
+    assert choose_next(row, [asked], NO_EOS)[0].token_id == 9
 
 
 def test_a_seed_gives_the_same_draws_again() -> None:

@@ -1,0 +1,122 @@
+"""What a step may launch, upload and wait for; figures that hold on every machine, unlike times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.core import GenerationRequest
+from server.engine.engine import Engine
+from server.engine.model import FrozenModel
+from server.engine.sampler import choose_next
+from server.engine.sequence import Sequence
+from tests.engine.counting import Operators, Reads, count_uploads
+from tests.engine.test_sampler import sequence
+from tests.support import make_engine, request
+
+ROWS, VOCABULARY = 256, 2000
+
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+FILTERS: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+BIAS: dict[str, Any] = {"logit_bias": ((3, 1.5), (9, -2.0)), "min_new_tokens": 40}
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 5}
+
+
+class Mask:
+    """A grammar's walk, as far as sampling sees it."""
+
+    def allowed_bits(self) -> np.ndarray:
+        """Every second token, but none of the last hundred."""
+        return np.full((VOCABULARY - 100) // 8, 0b10101010, dtype=np.uint8)
+
+
+def rows(*rules: dict[str, Any], mask: bool = False) -> list[Sequence]:
+    """Sequences with 55 tokens of input and 20 of output each, under these rules in turn."""
+    sequences = []
+    for i in range(ROWS):
+        one = sequence(i, tuple(range(5, 60)), max_new_tokens=50, **rules[i % len(rules)])
+        for token_id in range(20):
+            one.append(token_id + i)
+        if mask and i % len(rules) == 0:
+            one.walk = Mask()  # type: ignore[assignment]
+        sequences.append(one)
+    return sequences
+
+
+@pytest.mark.parametrize(
+    ("sequences", "most"),
+    [
+        (rows({}), 8),
+        (rows({"temperature": 1.0}), 14),
+        (rows({"temperature": 0.7, "top_p": 0.9}), 21),
+        (rows(PENALTIES), 16),
+        (rows(PENALTIES | {"temperature": 0.7, "top_p": 0.9}), 30),
+        (rows({}, mask=True), 10),
+        (rows(LOGPROBS), 12),
+        (rows(PENALTIES | FILTERS | BIAS | LOGPROBS), 40),
+        (rows(FILTERS | PENALTIES | LOGPROBS, mask=True), 40),
+    ],
+    ids=["greedy", "drawn", "top-p", "penalties", "penalties-top-p", "grammar", "logprobs", "all", "all-grammar"],
+)
+def test_rules_of_256_rows_take_a_few_operators(
+    sequences: list[Sequence], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = count_uploads(monkeypatch)
+    logits = torch.randn(ROWS, VOCABULARY, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), Reads() as reads, Operators() as operators:
+        choices = choose_next(logits, sequences, frozenset({2}))
+    assert sum(operators.names.values()) <= most, operators.names
+    assert len(uploads) <= 8
+    assert reads.names == ["cpu"]
+    assert all(choice.token_id is not None for choice in choices)
+
+
+def test_rows_of_all_kinds_together_take_a_few_operators_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = count_uploads(monkeypatch)
+    sequences = rows(FILTERS, {}, PENALTIES | BIAS, LOGPROBS | FILTERS | PENALTIES, {"top_k": 3} | FILTERS, mask=True)
+    with torch.inference_mode(), Reads() as reads, Operators() as operators:
+        choose_next(torch.randn(ROWS, VOCABULARY), sequences, frozenset({2}))
+    assert sum(operators.names.values()) <= 50, operators.names
+    assert len(uploads) <= 10
+    assert reads.names == ["cpu"]
+
+
+def step_of(requests: list[GenerationRequest], tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the host reads tensors in a step that prefills all of these requests; the model takes no part."""
+    engine = make_engine(tiny, max_sequences=300, max_batch_tokens=4096, num_slabs=300)
+    for one in requests:
+        engine.add(one, None)
+    batch = engine.scheduler.schedule()
+    assert len(batch) == len(requests)
+
+    def forward(engine: Engine, batch: Any, kept: np.ndarray) -> torch.Tensor:
+        return torch.randn(len(kept), tiny.spec.vocab_size)
+
+    monkeypatch.setattr(Engine, "_forward", forward)
+    with Reads() as reads:
+        engine._run(batch)
+    names: list[str] = reads.names
+    return names
+
+
+def test_a_step_waits_for_the_device_once_however_many_requests_have_labels(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = [request(f"r{i}", (1, 2, 3), labels=[(i % 100,), (101, 7)]) for i in range(ROWS)]
+    assert step_of(labelled, tiny, monkeypatch) == ["cpu"]
+
+
+def test_a_step_waits_for_the_device_once_whatever_its_requests_ask_for(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [
+        request("greedy", (1, 2, 3), max_new_tokens=9),
+        request("labels", (1, 2, 3), labels=[(5,), (6,)]),
+        request("drawn", (1, 2, 3), temperature=1.0, top_p=0.9, max_new_tokens=9, **LOGPROBS),
+        request("scored", (1, 2, 3, 4), input_logprobs=True, max_new_tokens=9, **LOGPROBS),
+        request("penalised", (1, 2, 3), repetition_penalty=1.3, max_new_tokens=9),
+    ]
+    assert step_of(asked, tiny, monkeypatch) == ["cpu"]

@@ -27,8 +27,33 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = (0.1, 1.0)
 """Pauses between attempts at a step after one that failed."""
 
+TICK_SECONDS = 1.0
+"""How often the event loop looks at the clock."""
+MOST_SECONDS = 5 * TICK_SECONDS
+"""What the clock counts at most between two looks."""
+
 Command = Callable[[], list[Delta]]
 """Runs between two steps."""
+
+
+class RunningClock:
+    """Counts the seconds in which the process runs: not those in which all of it is stopped, as by `docker pause`.
+
+    A process that runs looks at it every `TICK_SECONDS`. Safe from any thread.
+    """
+
+    def __init__(self) -> None:
+        """It stands at 0."""
+        self._looked = (0.0, time.monotonic())
+
+    def now(self) -> float:
+        """Seconds so far."""
+        total, at = self._looked
+        return total + min(time.monotonic() - at, MOST_SECONDS)
+
+    def tick(self) -> None:
+        """Look at it; one thread does."""
+        self._looked = (self.now(), time.monotonic())
 
 
 class EngineThread(threading.Thread):
@@ -54,6 +79,7 @@ class EngineThread(threading.Thread):
         self._engine = engine
         self._deliver, self._on_failure, self._on_end = deliver, on_failure, on_end
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.clock = RunningClock()
         self._turn_began: float | None = None  # None while the thread waits for something to do
         self._num_threads = torch.get_num_threads()
         self._began = threading.Event()
@@ -62,7 +88,7 @@ class EngineThread(threading.Thread):
     def turn_seconds(self) -> float:
         """How long the turn lasts that the thread is at; 0 while there is nothing to do."""
         began = self._turn_began  # once: the thread sets it
-        return 0.0 if began is None else time.monotonic() - began
+        return 0.0 if began is None else self.clock.now() - began
 
     def begin(self) -> None:
         """Start the thread, and leave torch's helpers to it."""
@@ -128,7 +154,7 @@ class EngineThread(threading.Thread):
         while True:
             self._turn_began = None
             commands = self._take_commands()
-            self._turn_began = time.monotonic()
+            self._turn_began = self.clock.now()
             for command in commands:
                 if command is None:
                     return

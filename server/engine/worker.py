@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.admission import Admission, Limits
 from server.engine.engine import Engine
-from server.engine.engine_thread import EngineThread
+from server.engine.engine_thread import TICK_SECONDS, EngineThread
 from server.engine.grammar_queue import GrammarQueue
 from server.engine.kv_cache import SlotAllocator
 from server.engine.prefix_cache import PrefixCache
@@ -69,6 +69,7 @@ class EngineWorker:
         self._streams = Streams()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
+        self._ticking: asyncio.TimerHandle | None = None
         self._thread = EngineThread(
             engine,
             deliver=self._deliver,
@@ -160,6 +161,12 @@ class EngineWorker:
         self._engine.scheduler.is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
         self._thread.begin()
+        self._tick()
+
+    def _tick(self) -> None:
+        self._thread.clock.tick()
+        if self._loop is not None and not self._ended.is_set():
+            self._ticking = self._loop.call_later(TICK_SECONDS, self._tick)
 
     async def generate(
         self, request: GenerationRequest, soft_prompt: SoftPrompt | None, *, seconds: float = 0.0
@@ -303,6 +310,8 @@ class EngineWorker:
             self._thread.join()  # it has nothing left to do
         else:
             log.error("the engine's thread does not end; it is left behind")
+        if self._ticking is not None:
+            self._ticking.cancel()
         self._engine.grammars.close()
         self._thread.give_back_cores()
 

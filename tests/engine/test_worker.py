@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -29,6 +30,7 @@ from server.errors import (
     ServerDraining,
 )
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.api.live import wait_until
 from tests.support import RecordingModel, make_engine, request
 
 
@@ -386,3 +388,28 @@ async def until_engine_is_idle(worker: EngineWorker) -> None:
             await asyncio.sleep(0.01)
             return
     raise AssertionError("the engine does not become idle")
+
+
+async def test_time_in_which_the_whole_process_is_stopped_is_not_held_against_a_step(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = HeldModel(tiny)
+    worker = EngineWorker(make_engine(model))
+    worker.start()
+    model.goes_on.clear()
+    held = begin(worker, "held", 2)
+    await asyncio.to_thread(wait_until, lambda: worker._thread.turn_seconds > 0)
+    now = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now + 1000)
+        assert worker.responsive
+        assert not worker.has_failed
+        for _ in range(400):  # while it runs, time counts
+            now += 1
+            worker._thread.clock.tick()
+        assert not worker.responsive
+        assert worker.has_failed
+    with pytest.raises(GenerationFailed):
+        await asyncio.wait_for(held, 5)
+    model.goes_on.set()
+    await worker.stop()

@@ -94,7 +94,7 @@ class UnsupportedModel(ConfigurationError):
 
 
 class InsufficientMemory(ConfigurationError):
-    """The KV cache that the settings ask for does not fit this machine."""
+    """The model, or the KV cache that the settings ask for, does not fit this machine."""
 
     code = "insufficient_memory"
     default_remedy = "Lower PRELUDE_KV_MEMORY, PRELUDE_MAX_SEQUENCES or PRELUDE_MAX_MODEL_LEN."

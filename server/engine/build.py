@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
-import torch
 
 from server.core import ModelSpec
 from server.engine.decode_graphs import capture
@@ -16,6 +12,7 @@ from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.model import FrozenModel
 from server.engine.optimise import load_kernels, optimise
 from server.engine.prefix_cache import PrefixCache
+from server.engine.preflight import free_memory
 from server.engine.scheduler import SHARED_SHARE
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
@@ -127,23 +124,3 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
             remedy=f"Set it to at least {slab / MiB:,.1f}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
         )
     return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, shared, slab_length)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; in a container, within its limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _container_headroom())
-
-
-def _container_headroom() -> int:
-    """What a cgroup's limit leaves, or a very large number where there is none."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(0, int(Path(limit_file).read_text()) - int(Path(used_file).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return 2**62

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from server.engine.loading import REMEDY, as_sentence, refuse_missing
+from server.engine.load_errors import REMEDY, as_sentence
+from server.engine.loading import refuse_missing
+from server.engine.preflight import Stored, refuse_too_large
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL
 
@@ -117,33 +119,32 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    from gguf import GGUFReader  # only a conversion needs it
+
     folder, file = str(gguf.parent), gguf.name
+    reader = GGUFReader(gguf)
+    weights = [Stored("F32", int(tensor.n_elements)) for tensor in reader.tensors]
+    refuse_too_large(str(gguf), weights, None, torch.device("cpu"), torch.float32)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
     )
     model: PreTrainedModel = loaded[0]
     refuse_missing(str(gguf), loaded[1])
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+        tensors.pop("lm_head.weight", None)
     # save_pretrained refuses a model that came from a GGUF file, although its weights are plain float32 by now.
     model.config.dtype = torch.float32
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
-    if _gguf_pre_tokenizer(gguf) == "smollm":
+    pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
+    if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":
         _split_digits(tokenizer)
     tokenizer.save_pretrained(target)
-
-
-def _gguf_pre_tokenizer(gguf: Path) -> str | None:
-    from gguf import GGUFReader  # only a conversion needs it
-
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:

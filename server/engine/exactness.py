@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from server.engine.attention import ATTENTION_NAME, AttentionRules
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.layout import CachedRows, Span
+from server.engine.preflight import quantisation
 from server.errors import UnsupportedModel
 
 if TYPE_CHECKING:  # it imports this module
@@ -30,7 +31,7 @@ NARROW_WINDOW = 3
 LARGEST_ERROR = 1e-3
 """Relative to the largest logit, in float32 and float64. A right model's error is below 1e-5."""
 LARGEST_ERROR_HALF = 0.1
-"""The same in 8 or 11 bits of precision, where rounding costs a right model a few percent."""
+"""The same in 8 or 11 bits of precision, and for quantised weights, where rounding costs a few percent."""
 
 REMEDY = "Choose a model that docs/models.md lists as right."
 
@@ -48,7 +49,8 @@ def refuse_inexact(model: FrozenModel) -> None:
     window = getattr(config, "sliding_window", None)
     has_window = isinstance(window, int) and window < model.spec.max_model_len
     ids = _probe_ids(model)
-    largest = LARGEST_ERROR if model.dtype in (torch.float32, torch.float64) else LARGEST_ERROR_HALF
+    exact = model.dtype in (torch.float32, torch.float64) and quantisation(model.module.config) is None
+    largest = LARGEST_ERROR if exact else LARGEST_ERROR_HALF
     if has_window:
         config.sliding_window = NARROW_WINDOW
     try:

@@ -6,9 +6,9 @@ cannot read, and asks on the terminal whether it may run code that lies beside t
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,7 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from server.engine.attention import ATTENTION_NAME, register_attention
 from server.engine.compatibility import refuse_unsupported
-from server.errors import ConfigurationError, PreludeError, UnsupportedModel
+from server.engine.load_errors import REMEDY, as_sentence, refusing_own_choice
+from server.engine.preflight import Stored, auto_class, made, quantisation, refuse_missing_packages, refuse_too_large
+from server.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ SETTINGS_FILES = (
 """Files that hold one JSON object each, if they are there."""
 VOCABULARIES = (".model", ".tiktoken", "tekken.json")
 """How files of tokenizers end that are called neither tokenizer nor vocab."""
-REMEDY = "Download or convert the model again, or let PRELUDE_MODEL name another one."
 SHOWN = 3
-MOST_CHARACTERS = 300
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 
@@ -60,27 +59,32 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
             served.
     """
     directory = Path(location)
-    names: list[str] = []
+    weights: dict[str, Stored] = {}
     if directory.is_dir():
-        names = check_files(directory)
+        weights = check_files(directory)
     else:
         _check_hub_id(location)
-    with as_sentence(f"The model {location} cannot be loaded"):
+    with _quietly(), as_sentence(f"The model {location} cannot be loaded"):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         refuse_unsupported(config)
-    _check_layers(location, names, config)
+        refuse_missing_packages(location, config)
+    _check_layers(location, weights, config)
     register_attention()
     with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"), refusing_own_choice(config.model_type):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if not weights and quantisation(config) is None:
+            weights = made(config)
+        refuse_too_large(location, weights.values(), quantisation(config), device, dtype)
+        loaded: Any = auto_class(config).from_pretrained(
             location,
             config=config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=False,
             output_loading_info=True,
+            # On a CPU the file is mapped; elsewhere weights go there one by one, and the host needs no room for all.
+            device_map=None if device.type == "cpu" else {"": device},
         )
         module: PreTrainedModel = loaded[0]
-        module.to(device)  # type: ignore[arg-type]
     refuse_missing(location, loaded[1])
     with _quietly(), as_sentence(f"The tokenizer of {location} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
@@ -101,40 +105,6 @@ def _quietly() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-@contextmanager
-def refusing_own_choice(kind: str) -> Iterator[None]:
-    """Refuse a model that looks its attention up in a list of its own, where ours is not.
-
-    Raises:
-        UnsupportedModel: it does.
-    """
-    try:
-        yield
-    except KeyError as exc:
-        if exc.args != (ATTENTION_NAME,):
-            raise
-        raise UnsupportedModel(
-            f"{kind} chooses its attention from a list of its own and not through transformers' AttentionInterface."
-        ) from exc
-
-
-@contextmanager
-def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn whatever goes wrong inside into one sentence, with the problem first.
-
-    Raises:
-        ConfigurationError: anything was raised that is not an error of ours already.
-    """
-    try:
-        yield
-    except PreludeError:
-        raise
-    except Exception as exc:  # the libraries that read models raise anything
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            remedy = "Make room on the disk."
-        raise ConfigurationError(f"{problem}: {_reason(exc)}.", remedy=remedy) from exc
-
-
 def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
     """Refuse a model of which weights are missing: transformers makes up random ones.
 
@@ -152,11 +122,11 @@ def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
         log.warning("%s holds %d weights that the model does not use: %s", location, len(unused), _some(unused))
 
 
-def check_files(directory: Path) -> list[str]:
+def check_files(directory: Path) -> dict[str, Stored]:
     """Refuse a directory whose files are missing, cut or unreadable, before any is loaded.
 
     Returns:
-        The names of the weights, as far as they are in safetensors files.
+        The weights by their names, as far as they are in safetensors files.
 
     Raises:
         ConfigurationError: names the first such file.
@@ -176,19 +146,19 @@ def check_files(directory: Path) -> list[str]:
         raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
     if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):
         raise ConfigurationError(f"{directory} holds no tokenizer (tokenizer.json).", remedy=REMEDY)
-    weights: dict[str, str] = {}
+    weights: dict[str, Stored] = {}
     for shard in _shards(directory, names, found.get(INDEX)):
         with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
             weights |= _tensors_of(directory / shard)
     # Masks and the like may be whole numbers.
-    whole = [name for name, kind in weights.items() if kind[0] in "IU" and name.endswith("weight")]
+    whole = [name for name, stored in weights.items() if stored.dtype[0] in "IU" and name.endswith("weight")]
     if whole and "quantization_config" not in found[CONFIG]:
         raise ConfigurationError(
             f"{directory} holds {len(whole)} weights as whole numbers, and {CONFIG} has no quantization_config: "
             f"{_some(whole)}.",
             remedy=REMEDY,
         )
-    return list(weights)
+    return weights
 
 
 def _object_in(path: Path) -> dict[str, Any]:
@@ -220,10 +190,11 @@ def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> l
     return shards
 
 
-def _tensors_of(path: Path) -> dict[str, str]:
-    """The dtype of each tensor by its name; the header is checked against the file's length."""
+def _tensors_of(path: Path) -> dict[str, Stored]:
+    """Each tensor by its name; the header is checked against the file's length."""
     with safe_open(path, framework="pt") as tensors:
-        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: Stored(part.get_dtype(), math.prod(part.get_shape())) for name, part in slices.items()}
 
 
 def _check_layers(location: str, names: Iterable[str], config: PretrainedConfig) -> None:
@@ -249,17 +220,3 @@ def _check_hub_id(name: str) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-
-
-def _reason(exc: Exception) -> str:
-    """What an exception says, on one line, of a bounded length."""
-    text = " ".join(str(exc).split())
-    if isinstance(exc, LookupError | AssertionError) or not text:
-        text = f"{type(exc).__name__} {text}".strip()
-    if "ignore_mismatched_sizes" in text:
-        text = "their shapes are not those that config.json asks for"
-    if "weights_only" in text:
-        text = "its file is no plain tensors but a pickle, and what is in it is never run"
-    if "trust_remote_code" in text:
-        text = "it needs code of its own, which is never run here"
-    return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…").rstrip(".")

@@ -25,6 +25,7 @@ from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention
 from server.engine.exactness import refuse_inexact
+from server.engine.load_errors import as_sentence
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
 from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
@@ -129,7 +130,7 @@ class FrozenModel:
         dtype = choose_dtype(settings.dtype, device)
         log.info("loading %s in %s on %s", checkpoint.name, str(dtype).removeprefix("torch."), device)
         module, tokenizer = loading.load(checkpoint.location, device, dtype)
-        with loading.as_sentence(f"The model {checkpoint.location} cannot be used"):
+        with as_sentence(f"The model {checkpoint.location} cannot be used"):
             model = cls(
                 module,
                 tokenizer,
@@ -250,8 +251,16 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
-    capabilities = torch.cpu.get_capabilities()
-    native = device.type == "cuda" or capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            log.warning(
+                "%s multiplies no bfloat16, so PRELUDE_DTYPE=auto is float32, which takes twice the memory", device
+            )
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return torch.bfloat16 if native else torch.float32
 
 

@@ -7,11 +7,11 @@ of its own, and a device that is full would fail the server's next step as well 
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from server.engine.build import free_memory
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.model import choose_device, choose_dtype
+from server.engine.preflight import free_memory, made
 from server.errors import InsufficientMemory
 from server.settings import Settings
 
@@ -50,9 +50,5 @@ def weight_bytes(settings: Settings, device: torch.device) -> int:
     """What the weights take in the dtype that they are served in, from the model's config alone."""
     checkpoint = resolve_checkpoint(settings.model, settings.model_name, settings.cache_dir)
     dtype = choose_dtype(settings.dtype, device)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.from_pretrained(checkpoint.location)
-        )
-    numbers: int = sum(parameter.numel() for parameter in module.parameters())
-    return numbers * dtype.itemsize
+    weights = made(AutoConfig.from_pretrained(checkpoint.location))
+    return sum(stored.numbers for stored in weights.values()) * dtype.itemsize

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from server.engine.build import free_memory
 from server.engine.model import FrozenModel
+from server.engine.preflight import free_memory
 from server.train.config import TrainingConfig
 from server.train.data import Example
 

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from server.engine.attention import PackedRows
 from server.engine.compatibility import refuse_unsupported
 from server.engine.exactness import errors, own_logits, refuse_inexact
-from server.engine.loading import as_sentence, refusing_own_choice
+from server.engine.load_errors import as_sentence, refusing_own_choice
 from server.engine.model import FrozenModel
 from server.errors import ConfigurationError, UnsupportedModel
 from server.soft_prompts.soft_prompt import SoftPrompt

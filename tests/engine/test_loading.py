@@ -158,7 +158,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "an unknown activation": (change(hidden_act="nope"), "nope"),
     "unknown rotary positions": (change(rope_parameters={"rope_type": "nope", "rope_theta": 1.0}), "nope"),
     "an unknown dtype": (change(dtype="nope"), "nope"),
-    "a quantisation that needs more": (change(quantization_config={"quant_method": "gptq", "bits": 4}), "GPTQ"),
+    "a quantisation that needs more": (
+        change(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "gptqmodel, optimum",
+    ),
     "code beside the configuration": (with_code("AutoConfig", "AutoModelForCausalLM"), "never run"),
     "code beside the tokenizer": (with_code("AutoTokenizer"), "never run"),
     "no tokenizer": (drop(TOKENIZER, "tokenizer_config.json"), "holds no tokenizer"),

@@ -1,0 +1,188 @@
+"""What is known before any weight is loaded: whether packages that read the checkpoint are there, and whether it fits.
+
+Where the system has no memory left, Linux kills a process without a word, and CUDA fails only after minutes of loading.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from server.errors import InsufficientMemory, UnsupportedModel
+
+GiB = 2**30
+
+NEEDED = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto-round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "eetq": ("kernels",),
+    "fbgemm_fp8": ("fbgemm-gpu",),
+    "fp_quant": ("fp-quant",),
+    "gptq": ("gptqmodel", "optimum"),
+    "higgs": ("flute-kernel",),
+    "hqq": ("hqq",),
+    "quanto": ("optimum-quanto",),
+    "quark": ("amd-quark",),
+    "spqr": ("spqr-quant",),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
+"""Packages that transformers needs beside its own dependencies, by `quant_method`."""
+
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+HALF_BYTE = "mxfp4"
+"""The `quant_method` whose blocks of bytes hold two numbers each."""
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+"""Bytes of a number by safetensors' name of its dtype; others have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint: safetensors' name of its dtype, and how many numbers it holds."""
+
+    dtype: str
+    numbers: int
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class that loads a model: of a model that reads images too, the text part is served."""
+    kind = config.model_type
+    is_multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+
+
+def made(config: PretrainedConfig) -> dict[str, Stored]:
+    """The weights that a model of a config has, which is made without memory for them."""
+    with torch.device("meta"):
+        module = auto_class(config).from_config(config)
+    return {name: Stored("F32", parameter.numel()) for name, parameter in module.named_parameters()}
+
+
+def quantisation(config: PretrainedConfig) -> str | None:
+    """The `quant_method` of a checkpoint; None where it is not quantised."""
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    fields: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
+        return "bitsandbytes"
+    return str(fields.get("quant_method"))
+
+
+def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
+    """Refuse a quantised checkpoint whose packages are not installed.
+
+    Raises:
+        UnsupportedModel: names them.
+    """
+    method = quantisation(config)
+    missing = [name for name in NEEDED.get(method or "", ()) if not _is_installed(name)]
+    if missing:
+        raise UnsupportedModel(
+            f"The weights of {location} are quantised with {method}, and to read them takes packages that are not "
+            f"installed: {', '.join(missing)}.",
+            remedy=f"Install what is missing where Prelude runs (pip install {' '.join(missing)}), or choose a "
+            "checkpoint that is not quantised.",
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def refuse_too_large(
+    location: str, weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse a model whose weights alone exceed what is free on the device; see `weight_bytes` for the arguments.
+
+    Raises:
+        InsufficientMemory: names both sizes.
+    """
+    # Linux gives back what it caches of files, such as those of the weights themselves.
+    need = weight_bytes(weights, method, device, dtype)
+    free = free_memory(device, with_cache=True)
+    if need <= free:
+        return
+    remedy = "Choose a smaller model or a quantised checkpoint of it, or free memory."
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        remedy = f"{device} has {total / GiB:,.1f} GiB in all, and one model is served by one GPU. {remedy}"
+    elif dtype.itemsize > torch.bfloat16.itemsize:
+        remedy = f"PRELUDE_DTYPE=bfloat16 halves it. {remedy}"
+    raise InsufficientMemory(
+        f"The weights of {location} take {need / GiB:,.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+        f"{free / GiB:,.1f} GiB are free on {device}.",
+        remedy=remedy,
+    )
+
+
+def weight_bytes(weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that weights take once they are loaded, at least.
+
+    Args:
+        weights: as they are stored.
+        method: the checkpoint's `quant_method`.
+        device: where they are loaded to.
+        dtype: that floating-point numbers are loaded in.
+    """
+    unpacked = method == HALF_BYTE and device.type == "cpu"  # nothing multiplies them there, so they become `dtype`
+    total = 0
+    for stored in weights:
+        if stored.dtype in FLOATS or (stored.dtype.startswith("F8") and device.type == "cpu"):
+            total += stored.numbers * dtype.itemsize
+        elif unpacked and stored.dtype == "U8":
+            total += stored.numbers * 2 * dtype.itemsize
+        else:
+            total += stored.numbers * SIZES.get(stored.dtype, 1)
+    return total
+
+
+def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
+    """Bytes that can still be taken on a device; in a container, within its limit.
+
+    Args:
+        device: the device.
+        with_cache: whether files that a container's system has cached count as free.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _container_headroom(with_cache=with_cache))
+
+
+def _container_headroom(*, with_cache: bool) -> int:
+    """What a cgroup's limit leaves, or a very large number where there is none."""
+    for folder, limit_file, used_file, cached in (
+        (CGROUP, "memory.max", "memory.current", {"active_file", "inactive_file"}),
+        (CGROUP / "memory", *CGROUP_V1_FILES, {"total_active_file", "total_inactive_file"}),
+    ):
+        try:
+            headroom = int((folder / limit_file).read_text()) - int((folder / used_file).read_text())
+            if with_cache:
+                lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                headroom += sum(int(value) for name, value in lines if name in cached)
+            return max(0, headroom)
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return 2**62

@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.remote", "cli.tables"},
     "cli.jobs": COMMAND | {"client", "cli.bars", "cli.remote", "cli.tables"},
     "cli.keys": COMMAND | {"keys", "cli.tables"},
-    "cli.train_options": {"train"},
+    "cli.train_options": {"soft_prompts", "train"},
     "cli.train": COMMAND
     | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.train_options"},
     "cli.contents": BOTTOM | {"soft_prompts", "registry"},

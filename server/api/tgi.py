@@ -95,7 +95,7 @@ async def generate_stream(
     return await _answer(body, task, True, request, worker, registry, key_id)
 
 
-@router.post("/tokenize", responses={status: ERRORS[status] for status in (400, 413, 422)})
+@router.post("/tokenize", responses={status: ERRORS[status] for status in (400, 413, 422, 429)})
 async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]:
     """The tokens of a text, as the frozen model reads it."""
     text = body.inputs

@@ -12,10 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,60 +28,8 @@ from server.keys.key import Scope
 from server.serve import ENGINE_FAILED, LATEST_SECONDS, DrainingServer, bind, check_exposure, open_keys, serve
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
+from tests.processes import prelude_serve
 from tests.support import make_engine, random_soft_prompt
-
-START_SECONDS = 90
-
-
-@dataclass
-class Process:
-    """A running `prelude serve`."""
-
-    popen: subprocess.Popen[bytes]
-    client: httpx.Client
-    log: Path
-
-    def ended_with(self, seconds: float) -> int:
-        """Wait for the end; answers the exit code."""
-        return self.popen.wait(seconds)
-
-
-@contextmanager
-def prelude_serve(directory: Path, program: str = "", **settings: str) -> Iterator[Process]:
-    """Start the command on a free port and wait until it is ready; `program` runs before it, in the same process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = directory / "log.txt"
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")},
-        "PRELUDE_DTYPE": "float32",
-        "PRELUDE_STORE": f"file:{directory / 'store'}",
-        "PRELUDE_MAX_SEQUENCES": "4",
-        "HF_HUB_OFFLINE": "1",
-        **settings,
-    }
-    command = [sys.executable, "-c", f"{program}\nfrom server.cli.main import app\napp()", "serve"]
-    command += ["--port", str(port), "--prompts-dir", str(directory / "prompts")]
-    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        popen = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            end = time.monotonic() + START_SECONDS
-            while not _is_ready(client):
-                assert popen.poll() is None, log.read_text()
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.1)
-            yield Process(popen, client, log)
-        finally:
-            popen.kill()
-            popen.wait()
-
-
-def _is_ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 class Stream(threading.Thread):
@@ -110,7 +55,7 @@ def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
     tmp_path: Path, smollm2: FrozenModel
 ) -> None:
     save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
-    with prelude_serve(tmp_path) as process:
+    with prelude_serve(tmp_path, fresh=True) as process:
         client = process.client
         assert [prompt["task"] for prompt in client.get("/prompts").json()["prompts"]] == ["shipped"]
         assert client.get("/info").json()["fingerprint"] == smollm2.spec.fingerprint
@@ -314,7 +259,7 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
 
 
 def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(tmp_path: Path) -> None:
-    with prelude_serve(tmp_path, PRELUDE_LOG_FORMAT="json") as process:
+    with prelude_serve(tmp_path, fresh=True, PRELUDE_LOG_FORMAT="json") as process:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
         assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
         process.popen.send_signal(signal.SIGTERM)

@@ -21,9 +21,9 @@ from server.keys.key import Scope
 from server.soft_prompts.formats import save_soft_prompt
 from tests.api.hostile import ATTACKS, Hostile, attack_for
 from tests.api.live import LiveServer, live_server, wait_until
+from tests.processes import prelude_serve
 from tests.soak import Soak
 from tests.support import random_soft_prompt
-from tests.test_serve import prelude_serve
 
 CLIENTS = 16
 MAX_SLOWDOWN = 2.0

@@ -15,8 +15,8 @@ from server.jobs.folder import JobsFolder
 from server.jobs.record import read_lines
 from tests.api.live import wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS
+from tests.processes import prelude_serve
 from tests.soak import Soak
-from tests.test_serve import prelude_serve
 from tests.train.rows import MOODS
 
 CONFIG = LEARNS | {"steps": 400, "evaluations": 40, "learning_rate": 0.05}

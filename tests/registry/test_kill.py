@@ -33,8 +33,8 @@ from server.registry.registry import Registry
 from server.registry.state import State
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.processes import prelude_serve
 from tests.soak import Soak
-from tests.test_serve import prelude_serve
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("a", "b")

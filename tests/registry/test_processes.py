@@ -16,8 +16,8 @@ from server.engine.attention import ATTENTION_NAME
 from server.registry.objects import open_objects
 from tests.api.live import as_form, wait_until
 from tests.peft_files import peft_directory
+from tests.processes import prelude_serve
 from tests.support import byte_tokenizer, tiny_module
-from tests.test_serve import prelude_serve
 
 SYNC_SECONDS = 0.2
 SOON = 3.0

@@ -30,7 +30,7 @@ run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `pr
 	@exec $(VENV)/bin/prelude serve $(ARGS)
 
 # Two processes, each with one thread: that is what two cores have. GOMP_SPINCOUNT: see server/openmp.py.
-TEST = GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
+TEST = GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=worksteal
 
 test: $(INSTALLED) ## run the tests; ARGS are options of pytest
 	$(TEST) $(ARGS)

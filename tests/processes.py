@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 
 START_SECONDS = 90
 COMMAND = "from server.cli.main import app\napp()"
-PRELOADED = ["server.cli.main", "server.serve", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["server.cli.main", "server.serve", "server.train.run", "transformers.models.llama.modeling_llama"]
 """What a server imports. Forks share it; to import it again takes each process six seconds of a core."""
 
 
@@ -38,7 +38,7 @@ class Server(Protocol):
 
 
 class Forked:
-    """A fork that runs the command, with the methods of `subprocess.Popen`."""
+    """A fork with the methods of `subprocess.Popen`."""
 
     def __init__(self, process: ForkServerProcess) -> None:
         assert process.pid is not None
@@ -51,7 +51,7 @@ class Forked:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if (code := self._process.exitcode) is None:
-            raise subprocess.TimeoutExpired("prelude serve", timeout or 0.0)
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
         return code
 
     def send_signal(self, signal_number: int, /) -> None:
@@ -131,21 +131,31 @@ def _start_fresh(code: str, arguments: list[str], environment: dict[str, str], l
         )
 
 
-def _fork(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
+def fork(target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> Forked:
+    """Call a function in a process that has imported what a server imports; its output is added to the log."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(code, arguments, environment, log))
+    process = context.Process(target=_call, args=(target, arguments, log))
     process.start()
     return Forked(process)
 
 
-def _run(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _call(target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    target(*arguments)
+
+
+def _fork(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
+    log.unlink(missing_ok=True)
+    return fork(_run, (code, arguments, environment), log)
+
+
+def _run(code: str, arguments: list[str], environment: dict[str, str]) -> None:
     """Be the command, as if this process had been started for it."""
     import torch
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # OpenMP has read the environment before the fork

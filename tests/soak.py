@@ -50,6 +50,11 @@ class Soak:
         """A number for this size."""
         return full if self.full else short
 
+    def only_in_full(self) -> None:
+        """Skip the rest without `--soak`: a short form would show nothing, or another test shows the same in less."""
+        if not self.full:
+            pytest.skip("takes a minute or more; --soak runs it")
+
     def rounds(self, short: int, full: int, desc: str) -> Iterator[int]:
         """So many rounds, numbered from 0, behind a bar if they are many."""
         count = self.count(short, full)

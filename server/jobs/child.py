@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from typing import Protocol
 
 import psutil
 
@@ -22,7 +23,24 @@ PASSED_ON = (
 """Settings that a job needs: it trains on the frozen model as the server loaded it."""
 
 
-def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = True) -> subprocess.Popen[bytes]:
+class Child(Protocol):
+    """A job's process; `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def poll(self) -> int | None:
+        """Its exit status, if it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it has ended."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = True) -> Child:
     """Train a folder's job.
 
     Args:
@@ -33,9 +51,7 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
     Raises:
         OSError: no process can be made, or the folder not be written.
     """
-    folder.failure.unlink(missing_ok=True)
-    passed_on = settings.model_dump(mode="json", include=set(PASSED_ON))
-    write_json(folder.order, {"parent": os.getpid(), "steps_back": steps_back, "settings": passed_on})
+    write_order(folder, settings, os.getpid(), steps_back=steps_back)
     with folder.log.open("ab") as output:
         return subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", "server.jobs.process", str(folder.path)],
@@ -48,14 +64,28 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
         )
 
 
-def identify(child: subprocess.Popen[bytes]) -> float | None:
+def write_order(folder: JobFolder, settings: Settings, parent: int, *, steps_back: bool) -> None:
+    """Write down what the process needs to know, beside the job itself.
+
+    Args:
+        folder: of the job.
+        settings: the server's.
+        parent: the process that it ends with.
+        steps_back: as above.
+    """
+    folder.failure.unlink(missing_ok=True)
+    passed_on = settings.model_dump(mode="json", include=set(PASSED_ON))
+    write_json(folder.order, {"parent": parent, "steps_back": steps_back, "settings": passed_on})
+
+
+def identify(child: Child) -> float | None:
     """When a process was made, which tells it from a later one of the same number."""
     with contextlib.suppress(psutil.Error):
         return float(psutil.Process(child.pid).create_time())
     return None
 
 
-def end_child(child: subprocess.Popen[bytes]) -> None:
+def end_child(child: Child) -> None:
     """End it at once: it goes on from its last checkpoint, if at all."""
     child.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 from server.errors import Forbidden, PreludeError, StoreFull, UnknownJob
 from server.jobs.board import JobBoard
 from server.jobs.check import as_told
-from server.jobs.child import end_child, end_left_behind, identify, start_child
+from server.jobs.child import Child, end_child, end_left_behind, identify, start_child
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
 from server.jobs.process import FULL, REFUSED
@@ -48,7 +48,7 @@ PUBLISH_WAITS = (1.0, 5.0, 30.0)
 """Seconds between attempts to publish while the store refuses: a result may be hours of work."""
 
 
-Start = Callable[[JobFolder, Settings], subprocess.Popen[bytes]]
+Start = Callable[[JobFolder, Settings], Child]
 
 
 class _Running(NamedTuple):
@@ -56,7 +56,7 @@ class _Running(NamedTuple):
 
     job: Job
     """As it was when its folder was last read."""
-    child: subprocess.Popen[bytes]
+    child: Child
 
 
 class JobRunner:

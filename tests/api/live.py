@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import socket
-import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,8 +29,9 @@ from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.jobs.board import JobBoard
-from server.jobs.child import start_child
+from server.jobs.child import Child, write_order
 from server.jobs.folder import JobFolder
+from server.jobs.process import main
 from server.jobs.runner import JobRunner
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
@@ -40,6 +42,7 @@ from server.serve import limits, open_keys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.processes import fork
 from tests.support import Outcome, byte_tokenizer, make_engine, random_soft_prompt, request, run_engine, tiny_module
 
 MAX_MODEL_LEN = 192
@@ -152,9 +155,15 @@ class LiveServer:
         return self.in_flight == 0 and not self.engine.kv_cache.allocator.used
 
 
-def start_eagerly(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+def start_eagerly(folder: JobFolder, settings: Settings) -> Child:
     """A job's process as eager as the tests: beside other work, one that steps back might never come to an end."""
-    return start_child(folder, settings, steps_back=False)
+    return fork(_train, (folder, settings), folder.log)
+
+
+def _train(folder: JobFolder, settings: Settings) -> None:
+    """Be a job's process."""
+    write_order(folder, settings, os.getppid(), steps_back=False)
+    sys.exit(main(folder.path))
 
 
 @contextmanager

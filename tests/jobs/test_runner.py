@@ -16,7 +16,7 @@ import torch
 
 from server.engine.model import FrozenModel, weights_hash
 from server.errors import JobRuns, UnknownJob
-from server.jobs.child import end_child, start_child
+from server.jobs.child import write_order
 from server.jobs.folder import JobFolder
 from server.jobs.job import ActivateIf, Job, JobState
 from server.jobs.process import main
@@ -33,7 +33,7 @@ from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, Yard, make_yard, run
 from tests.registry.fakes import MemoryObjects
 from tests.train.rows import MOODS, write_rows
 
-LONG = LEARNS | {"steps": 150, "evaluations": 30, "learning_rate": 0.05}
+LONG = LEARNS | {"steps": 80, "evaluations": 16, "learning_rate": 0.05}
 """Long enough to be killed on the way, with a checkpoint every ten steps."""
 
 
@@ -171,7 +171,7 @@ def test_what_only_the_model_shows_fails_the_job_in_the_words_of_whoever_sent_it
     monkeypatch.setattr("server.jobs.process.end_with", lambda parent: None)
 
     def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
-        end_child(start_child(folder, settings, steps_back=False))  # its order is written
+        write_order(folder, settings, os.getpid(), steps_back=False)
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({main(folder.path)})"])
 
     monkeypatch.setattr(yard.runner, "_start_child", start)

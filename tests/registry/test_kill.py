@@ -161,7 +161,7 @@ def publishers() -> Iterator[Nursery]:
 @pytest.mark.soak
 def test_what_a_killed_publisher_acknowledged_is_there(soak: Soak, tmp_path: Path, publishers: Nursery) -> None:
     extra = 0
-    for i in soak.rounds(short=25, full=300, desc="kills of a publisher"):
+    for i in soak.rounds(short=10, full=300, desc="kills of a publisher"):
         told, seen = publishers.kill_one(tmp_path, soak.random.randrange(2**32), soak.random.uniform(0, 0.05))
         store = Store(LocalObjects(tmp_path))
         events = store.events()
@@ -171,14 +171,14 @@ def test_what_a_killed_publisher_acknowledged_is_there(soak: Soak, tmp_path: Pat
         assert_every_blob_passes(open_registry(tmp_path))
         if i % 50 == 49:  # a long history would make each round slower
             tmp_path = tmp_path / "next"
-    assert extra < soak.count(25, 300), "every kill came in the same place"
+    assert extra < soak.count(10, 300), "every kill came in the same place"
 
 
 @pytest.mark.soak
 def test_what_a_killed_publisher_acknowledged_is_there_although_it_shortens_the_log(soak: Soak, tmp_path: Path) -> None:
     longest = 0
     with opened_nursery("short_logs=True") as publishers:
-        for _ in soak.rounds(short=15, full=300, desc="kills of a publisher that shortens the log"):
+        for _ in soak.rounds(short=8, full=300, desc="kills of a publisher that shortens the log"):
             told, seen = publishers.kill_one(tmp_path, soak.random.randrange(2**32), soak.random.uniform(0, 0.05))
             store = Store(LocalObjects(tmp_path))
             state = store.load()

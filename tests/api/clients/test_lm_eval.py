@@ -151,8 +151,7 @@ def check_choices(harness: Harness, results: dict[str, Any], soft_prompt: SoftPr
     assert results["results"]["mood_chosen"]["acc,none"] == pytest.approx(right / len(ROWS))
 
 
-@pytest.mark.parametrize("as_tokens", [True, False], ids=["tokens", "texts"])
-@pytest.mark.parametrize("together", [1, 4], ids=["alone", "together"])
+@pytest.mark.parametrize(("as_tokens", "together"), [(True, 1), (False, 4)], ids=["tokens-alone", "texts-together"])
 def test_likelihoods_are_the_engines(harness: Harness, as_tokens: bool, together: int) -> None:
     task = f"lm-eval-{as_tokens}-{together}".lower()
     soft_prompt = harness.server.publish_random(task, 3)

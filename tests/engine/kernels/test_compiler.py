@@ -13,6 +13,7 @@ import pytest
 from server.engine import compiled_attention, kernels, operators
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.small import small_loops
+from tests.soak import Soak
 
 SOURCES = sorted(Path(kernels.__file__).parent.glob("*.py"))
 SHARED = [Path(str(module.__file__)) for module in (compiled_attention, operators)]
@@ -67,8 +68,10 @@ with torch.inference_mode():
 """
 
 
-def test_what_was_just_compiled_computes_the_bits_of_what_is_read_later(tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_what_was_just_compiled_computes_the_bits_of_what_is_read_later(soak: Soak, tmp_path: Path) -> None:
     """A function that is called, and not made a part of the loop, is another one in the process that compiled it."""
+    soak.only_in_full()
 
     def attend() -> str:
         command = [sys.executable, "-c", ATTEND, str(tmp_path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TextIO
@@ -31,13 +32,19 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"soak: {'full' if config.option.soak else 'short'}, --soak-seed={config.option.soak_seed}"
 
 
+def pytest_collection_finish() -> None:
+    """Let no collection look through what is imported again: each would stop the servers of tests for a second."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     soaking.lift_timeouts(config, items)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Tiny models are slower on many threads than on one; and where tests run in two processes, one each is enough."""
+    """Tiny models are slower on many threads than on one; and where tests run in several processes, one each is enough."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 

@@ -78,15 +78,34 @@ class Process:
         return self.popen.wait(seconds)
 
 
+Start = Callable[[str, list[str], dict[str, str], Path], Server]
+"""Runs code with arguments in an environment, and writes its output to a log."""
+
+
+def start_fresh(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
+    """In an interpreter that has imported nothing, as in a shell."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def start_forked(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
+    """In a fork of a process that has imported what a server needs."""
+    log.unlink(missing_ok=True)
+    return fork(_run, (code, arguments, environment), log)
+
+
 @contextmanager
-def prelude_serve(directory: Path, program: str = "", *, fresh: bool = False, **settings: str) -> Iterator[Process]:
+def prelude_serve(
+    directory: Path, program: str = "", start: Start = start_forked, /, **settings: str
+) -> Iterator[Process]:
     """Start the command on a free port and wait until it is ready.
 
     Args:
         directory: for its log, its store and its inbox.
         program: code that runs before the command, in the same process.
-        fresh: whether it runs in an interpreter that has imported nothing, as in a shell; else in a fork of one that
-            has imported what a server needs.
+        start: how the process begins.
         settings: environment variables.
     """
     with socket.socket() as free:
@@ -102,7 +121,6 @@ def prelude_serve(directory: Path, program: str = "", *, fresh: bool = False, **
         **settings,
     }
     arguments = ["serve", "--port", str(port), "--prompts-dir", str(directory / "prompts")]
-    start = _start_fresh if fresh else _fork
     popen = start(f"{program}\n{COMMAND}", arguments, environment, log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -124,13 +142,6 @@ def _is_ready(client: httpx.Client) -> bool:
         return False
 
 
-def _start_fresh(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-
-
 def fork(target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> Forked:
     """Call a function in a process that has imported what a server imports; its output is added to the log."""
     context = multiprocessing.get_context("forkserver")
@@ -145,11 +156,6 @@ def _call(target: Callable[..., None], arguments: tuple[Any, ...], log: Path) ->
     os.dup2(output, 1)
     os.dup2(output, 2)
     target(*arguments)
-
-
-def _fork(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
-    log.unlink(missing_ok=True)
-    return fork(_run, (code, arguments, environment), log)
 
 
 def _run(code: str, arguments: list[str], environment: dict[str, str]) -> None:

@@ -28,7 +28,7 @@ from server.keys.key import Scope
 from server.serve import ENGINE_FAILED, LATEST_SECONDS, DrainingServer, bind, check_exposure, open_keys, serve
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
-from tests.processes import prelude_serve
+from tests.processes import prelude_serve, start_fresh
 from tests.support import make_engine, random_soft_prompt
 
 
@@ -55,7 +55,7 @@ def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
     tmp_path: Path, smollm2: FrozenModel
 ) -> None:
     save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
-    with prelude_serve(tmp_path, fresh=True) as process:
+    with prelude_serve(tmp_path, "", start_fresh) as process:
         client = process.client
         assert [prompt["task"] for prompt in client.get("/prompts").json()["prompts"]] == ["shipped"]
         assert client.get("/info").json()["fingerprint"] == smollm2.spec.fingerprint
@@ -259,7 +259,7 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
 
 
 def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(tmp_path: Path) -> None:
-    with prelude_serve(tmp_path, fresh=True, PRELUDE_LOG_FORMAT="json") as process:
+    with prelude_serve(tmp_path, "", start_fresh, PRELUDE_LOG_FORMAT="json") as process:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
         assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
         process.popen.send_signal(signal.SIGTERM)

@@ -193,7 +193,7 @@ def test_a_stream_that_nobody_reads_gives_its_place_back_and_ends_in_time(
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
 def test_a_request_that_waits_for_the_store_ends_in_time_and_holds_up_no_other_task(tmp_path: Path, path: str) -> None:
-    with live_server(tmp_path, host_memory=1, request_timeout=1.0) as server:
+    with live_server(tmp_path, host_memory=1, request_timeout=2.0) as server:
         for seed, task in enumerate(("cold", "warm")):
             server.publish_random(task, seed)  # there is room for one alone
         with hanging_store(server):
@@ -201,6 +201,6 @@ def test_a_request_that_waits_for_the_store_ends_in_time_and_holds_up_no_other_t
                 late = server.client.post(path, json={"model": "cold", "prompt": "hello", "max_tokens": 1})
             else:
                 late = server.generate("hello", "cold", path)
-            assert_error(late, 504, "request_timed_out", "not done after 1 s")
+            assert_error(late, 504, "request_timed_out", "not done after 2 s")
             assert server.generate("hello", "warm", max_new_tokens=1).status_code == 200
         wait_until(lambda: server.generate("hello", "cold", max_new_tokens=1).status_code == 200)

@@ -52,8 +52,12 @@ TIME_OR_MEMORY = "(128 MiB of memory|s to compile)"
 
 def own_processes() -> list[psutil.Process]:
     """Processes of grammars, without those that make them."""
-    makers = [one for one in psutil.Process().children() if "server.engine.grammar_process" in " ".join(one.cmdline())]
-    return [one for maker in makers for one in maker.children()]
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if "server.engine.grammar_process" in " ".join(child.cmdline()):
+                found += child.children()
+    return found
 
 
 @pytest.mark.parametrize(

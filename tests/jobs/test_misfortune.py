@@ -18,6 +18,7 @@ from server.engine.model import FrozenModel
 from server.errors import InvalidRequest, InvalidTrainingData, RequestAborted, StoreFull
 from server.jobs import publish
 from server.jobs.board import JobBoard
+from server.jobs.child import Child
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobState, Status
 from server.jobs.process import FULL, _is_full
@@ -126,7 +127,7 @@ def test_a_job_whose_process_cannot_be_started_fails_and_the_next_one_runs(
     yard = stubbed(settings, tiny32)
     start, errors = yard.runner._start_child, iter([OSError("no memory"), ValueError("no such option")])
 
-    def fails(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+    def fails(folder: JobFolder, settings: Settings) -> Child:
         for error in errors:
             raise error
         return start(folder, settings)

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Tiny models are slower on many threads than on one; and where tests run in several processes, one each is enough."""
+    """Tiny models are slower on many threads than on one; where tests run in several processes, each gets one."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 

@@ -48,6 +48,8 @@ class AttentionRules:
     """A token sees itself and the `sliding_window - 1` tokens before it."""
     softcap: float | None = None
     """Scores are squashed to softcap * tanh(score / softcap), as Gemma 2 does."""
+    sinks: torch.Tensor | None = field(default=None, compare=False)
+    """`[heads]`: a score for each head that takes its share of the softmax and adds nothing, as in gpt-oss."""
 
 
 class Layout(Protocol):
@@ -82,13 +84,14 @@ def attend_flat_row(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface. Query `[1, heads, tokens, dim]`; answers `[1, tokens, heads, dim]`.
 
     Raises:
-        UnsupportedModel: the layer asks for something that this function does not do (attention sinks, position
-            biases, …): a wrong answer must never come out silently.
+        UnsupportedModel: the layer asks for something that this function does not do (position biases, …): a wrong
+            answer must never come out silently.
     """
     unknown = sorted(name for name, value_ in others.items() if value_ is not None and name not in _WITHOUT_EFFECT)
     if attention_mask is not None:
@@ -99,7 +102,8 @@ def attend_flat_row(
         raise UnsupportedModel("The model does not hand its forward's keywords to the attention, so no layout arrives.")
     if unknown:
         raise UnsupportedModel(f"The model's attention uses {', '.join(unknown)}, which the engine does not implement.")
-    rules = AttentionRules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    sinks = None if s_aux is None else s_aux.detach().reshape(query.shape[1])
+    rules = AttentionRules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, sinks)
     layer = int(getattr(module, "layer_idx", -1))
     return layout.attend(layer, query[0], key[0], value[0], rules).unsqueeze(0), None
 
@@ -118,7 +122,7 @@ def attend_batch(
         query: `[batch, heads, q_len, dim]`.
         key: `[batch, kv_heads, kv_len, dim]`, any strides; value likewise.
         mask: `[batch or 1, 1, group * q_len, kv_len]` from `fold_mask`, in the query's dtype.
-        rules: scaling and soft-cap; windows are in the mask already.
+        rules: scaling, soft-cap and sinks; windows are in the mask already.
 
     Returns:
         `[batch, heads, q_len, dim]`.
@@ -126,14 +130,18 @@ def attend_batch(
     batch, heads, q_len, dim = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim)
-    if rules.softcap is None and not (query.requires_grad or key.requires_grad):
+    if rules.softcap is None and rules.sinks is None and not (query.requires_grad or key.requires_grad):
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=rules.scaling)
     else:
-        # Written out where SDPA cannot do it (soft-cap), and for training, where on a CPU it is twice as fast.
+        # Written out where SDPA cannot do it (soft-cap, sinks), and for training, where on a CPU it is twice as fast.
         scores = (folded @ key.transpose(-1, -2)) * rules.scaling
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap) * rules.softcap
-        weights = (scores + mask).softmax(dim=-1, dtype=_softmax_dtype(query.dtype))
+        scores = scores + mask
+        weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query.dtype))
+        if rules.sinks is not None:
+            sinks = rules.sinks.view(kv_heads, heads // kv_heads).repeat_interleave(q_len, dim=1).to(weights.dtype)
+            weights = weights * (scores.to(weights.dtype).logsumexp(-1) - sinks).sigmoid().unsqueeze(-1)
         out = weights.to(query.dtype) @ value
     return out.reshape(batch, heads, q_len, dim)
 

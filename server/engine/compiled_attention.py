@@ -66,6 +66,7 @@ class CompiledAttention:
         self._states = states  # whose memory it is
         self._layers = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in states]
         self._scratch = _floats(0)
+        self._sinks: dict[int, torch.Tensor] = {}  # by layer, in float32
 
     @classmethod
     def over(
@@ -119,11 +120,20 @@ class CompiledAttention:
             places += (states.data_ptr(), states.stride(1), states.stride(0))
         window = EVERYTHING if rules.sliding_window is None else rules.sliding_window
         places += (*self._layers[layer], turned, plain, float_bits(rules.scaling), window, out.data_ptr())
+        places.append(self._sinks_of(layer, rules))
         loops = self._kernels.attention(heads // self._kv_heads, self._kv_heads, dim, self._states.dtype)
         if len(work.spread):
             loops.spread(len(work.spread), work.threads, work.spread.ctypes.data, *places)
         loops.attend(len(work.attend), work.threads, work.attend.ctypes.data, *places)
         return out
+
+    def _sinks_of(self, layer: int, rules: AttentionRules) -> int:
+        """The address of a layer's sinks; 0 where it has none."""
+        if rules.sinks is None:
+            return 0
+        if layer not in self._sinks:  # the weights are frozen
+            self._sinks[layer] = rules.sinks.float().contiguous()
+        return self._sinks[layer].data_ptr()
 
     def _heads(self) -> range:
         return range(self._kv_heads)

@@ -57,6 +57,7 @@ def flash_attention(
     scale: float,
     window_size: tuple[int, int],
     seqused_k: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of any number of sequences, by the operator below `torch.nn.attention.varlen.varlen_attn`.
 
@@ -72,11 +73,12 @@ def flash_attention(
         scale: of the scores.
         window_size: how many keys before and after its own a token sees; -1 is any number.
         seqused_k: `[sequences]` int32, how many keys each sequence has.
+        sinks: `[heads]`, see `AttentionRules`.
 
     Returns:
         `[tokens, heads, dim]`.
     """
-    out: torch.Tensor = getattr(torch.ops.aten, OPERATOR)(
+    answered = getattr(torch.ops.aten, OPERATOR)(
         query,
         key,
         value,
@@ -91,8 +93,16 @@ def flash_attention(
         window_size_left=window_size[0],
         window_size_right=window_size[1],
         seqused_k=seqused_k,
-    )[0]
-    return out
+    )
+    out: torch.Tensor = answered[0]
+    if sinks is None:
+        return out
+    # Beside the answer the operator gives the log of each softmax's denominator, [heads, tokens] in float32. A sink
+    # adds to the denominator only: 1 / (1 + exp(sink - lse)) of the answer is left.
+    assert answered[1].shape == (query.shape[1], query.shape[0]), "as every torch gives it whose operator can serve"
+    gate = (answered[1].transpose(0, 1) - sinks.float()).sigmoid()
+    gated: torch.Tensor = out * gate.unsqueeze(-1)
+    return gated.to(out.dtype)
 
 
 def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
@@ -177,6 +187,7 @@ class Part:
             scale=rules.scaling,
             window_size=window,
             seqused_k=ends,
+            sinks=rules.sinks,
         )
 
     def _window(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,7 +77,10 @@ class Row:
         hidden = positions > tokens
         if rules.sliding_window is not None:
             hidden |= positions <= tokens - rules.sliding_window
-        return torch.einsum("htp,phd->thd", scores.masked_fill(hidden, -INF).softmax(-1), values)
+        scores = scores.masked_fill(hidden, -INF)
+        if rules.sinks is not None:  # a score that has no value
+            scores = torch.cat([scores, rules.sinks.double()[:, None, None].expand(-1, len(tokens), 1)], dim=-1)
+        return torch.einsum("htp,phd->thd", scores.softmax(-1)[..., : self.end], values)
 
 
 def bits(states: torch.Tensor) -> torch.Tensor:

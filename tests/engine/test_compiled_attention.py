@@ -62,6 +62,19 @@ def test_a_step_of_decodes_and_chunks_is_attention_written_out_in_float64(
         assert_attention(got, row, rules)
 
 
+@pytest.mark.parametrize("window", [None, 2, 65])
+@pytest.mark.parametrize("size", [1.0, 30.0, 200.0])
+def test_sinks_take_their_share_of_every_softmax(
+    size: float, window: int | None, heads: Heads, kernels: Kernels
+) -> None:
+    """Whether they are far below the scores, among them or far above."""
+    sinks = torch.linspace(-size, size, heads.queries, dtype=torch.float32)
+    rules = AttentionRules(0.3, window, sinks=sinks)
+    rows = rows_of(heads, DECODES[::3] + CHUNKS[::3])
+    for row, got in zip(rows, attend(kernels, heads, rows, rules), strict=True):
+        assert_attention(got, row, rules)
+
+
 @pytest.mark.parametrize("how", ["fused", "plain", "turned"])
 @pytest.mark.parametrize("shares", [DECODES, CHUNKS[::5], [(0, 1)], [(70, 1)], [(3, 2)], [(60, 70)]], ids=len)
 def test_inputs_may_lie_in_memory_in_any_way(

@@ -41,7 +41,13 @@ def test_chunks_and_decodes_over_the_cache_equal_whole_rows_without_one(tiny: Fr
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(heads, 15, dim, dtype=torch.float64, generator=generator)
     key, value = torch.randn(2, kv_heads, 15, dim, dtype=torch.float64, generator=generator)
-    for rules in (AttentionRules(0.3), AttentionRules(0.3, sliding_window=3), AttentionRules(0.3, softcap=1.5)):
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    for rules in (
+        AttentionRules(0.3),
+        AttentionRules(0.3, sliding_window=3),
+        AttentionRules(0.3, softcap=1.5),
+        AttentionRules(0.3, sinks=sinks),
+    ):
         expected = PackedRows(lengths).attend(0, query, key, value, rules)
         cut = [(0, [4, 1, 1, 2, 1]), (1, [1, 3, 1, 1])]
         filled = [0, 0]

@@ -102,7 +102,7 @@ def test_a_model_without_the_attention_interface_is_refused(model_type: str) -> 
 
 def test_an_attention_keyword_that_is_not_honoured_is_an_error() -> None:
     states = torch.zeros(1, 2, 3, 4)
-    for name in ("s_aux", "position_bias", "attention_mask"):
+    for name in ("position_bias", "attention_mask"):
         arguments = {"attention_mask": None, name: torch.zeros(1)}
         with pytest.raises(UnsupportedModel, match=name):
             attend_flat_row(

@@ -18,8 +18,9 @@ from server.engine.layout import CachedRows, Span
 from server.engine.model import FrozenModel
 from server.engine.varlen_rows import OPERATOR, VarlenRows, flash_attention, operator_arguments, varlen_attention
 from tests.engine.optimised import answers, assert_same, rough
-from tests.engine.varlen_reference import reference_varlen_attn
-from tests.support import make_engine, tiny_model
+from tests.engine.tiny_families import tiny_family
+from tests.engine.varlen_reference import log_denominators, reference_varlen_attn
+from tests.support import byte_tokenizer, make_engine, tiny_model
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on CUDA, and there is none")
 WINDOWS = [None, 1, 3, 8, 1000]
@@ -49,15 +50,16 @@ def filled(spec: ModelSpec, seed: int) -> KVCache:
 
 @pytest.mark.parametrize("only_decodes", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0, 0.5, 3.0])], ids=["plain", "sinks"])
+@pytest.mark.parametrize("seed", range(3))
 def test_it_attends_like_the_layout_for_cpus(
-    tiny: FrozenModel, seed: int, window: int | None, only_decodes: bool
+    tiny: FrozenModel, seed: int, sinks: torch.Tensor | None, window: int | None, only_decodes: bool
 ) -> None:
     plain, varlen = filled(tiny.spec, seed), filled(tiny.spec, seed)
     spans = spans_of(plain, random.Random(seed), only_decodes=only_decodes)
     rows = [part.transpose(0, 1) for part in states(plain, sum(span.count for span in spans), seed)]
     layouts = CachedRows(plain, spans), VarlenRows.of(varlen, reference_varlen_attn, spans)
-    rules = AttentionRules(0.3, window)
+    rules = AttentionRules(0.3, window, sinks=sinks)
     for layer in range(2):
         expected, got = (layout.attend(layer, rows[0], rows[1], rows[2], rules) for layout in layouts)
         torch.testing.assert_close(got, expected)
@@ -164,7 +166,18 @@ def flash_attention_on_a_cpu(
         window_size=(left, -1 if right is None else right),
         seqused_k=seqused_k,
     )
-    return out, out.new_empty(0), out.new_empty(0), out.new_empty(0), out.new_empty(0)
+    logs = log_denominators(
+        query,
+        key,
+        cum_seq_q,
+        cum_seq_k,
+        max_q=max_q,
+        max_k=max_k,
+        scale=scale,
+        window_size=(left, -1 if right is None else right),
+        seqused_k=seqused_k,
+    )
+    return out, logs, out.new_empty(0), out.new_empty(0), out.new_empty(0)
 
 
 @pytest.fixture
@@ -182,6 +195,31 @@ def test_an_engine_calls_torch_s_operator_as_its_checks_allow(architecture: str)
     got, expected = make_engine(model), make_engine(model)
     got.varlen, expected.varlen = flash_attention, reference_varlen_attn
     assert answers(got, arrive_every=2) == answers(expected, arrive_every=2)
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize("only_decodes", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_sinks_take_their_share_of_what_torch_s_operator_answers(
+    tiny: FrozenModel, window: int | None, only_decodes: bool
+) -> None:
+    cache = filled(dataclasses.replace(tiny.spec, dtype="bfloat16"), 0)
+    spans = sorted(spans_of(cache, random.Random(3), only_decodes=only_decodes), key=lambda span: span.count > 1)
+    rows = [part.transpose(0, 1) for part in states(cache, sum(span.count for span in spans), 0)]
+    rules = AttentionRules(0.3, window, sinks=torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    got, expected = (
+        VarlenRows.of(cache, attention, spans).attend(0, rows[0], rows[1], rows[2], rules)
+        for attention in (flash_attention, reference_varlen_attn)
+    )
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.01)
+
+
+def test_a_model_with_sinks_answers_the_same_by_either_layout() -> None:
+    model = FrozenModel(tiny_family("gpt_oss"), byte_tokenizer(), name="gpt_oss", max_model_len=128)
+    varlen = make_engine(model)
+    varlen.varlen = reference_varlen_attn
+    assert_same(answers(varlen, arrive_every=2), answers(make_engine(model), arrive_every=2))
 
 
 COMMON = "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k"

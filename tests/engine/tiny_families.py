@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from server.engine.attention import ATTENTION_NAME, register_attention
+from server.engine.preflight import auto_class
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -187,9 +188,8 @@ def tiny_family(family: str, attention: str = ATTENTION_NAME, **fields: Any) -> 
     """A tiny model of a family, with random weights that let answers depend on every token in sight."""
     register_attention()
     torch.manual_seed(0)
-    module: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        tiny_config(family, **fields), dtype=torch.float32, attn_implementation=attention
-    )
+    config = tiny_config(family, **fields)
+    module: Any = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def log_denominators(
+    query: torch.Tensor, key: torch.Tensor, cu_seq_q: torch.Tensor, starts: torch.Tensor, **others: Any
+) -> torch.Tensor:
+    """The log of each softmax's denominator, `[heads, tokens]`, as torch's operator gives it beside the answer.
+
+    An answer over values that are all 1, with a sink of 0, is D / (D + 1).
+    """
+    share = reference_varlen_attn(
+        query.double(),
+        key.double(),
+        torch.ones_like(key, dtype=torch.float64),
+        cu_seq_q,
+        starts,
+        **others,
+        sinks=torch.zeros(query.shape[1]),
+    )[..., 0]
+    return (share.log() - (-share).log1p()).transpose(0, 1).float()
 
 
 def reference_varlen_attn(
@@ -17,6 +38,7 @@ def reference_varlen_attn(
     scale: float,
     window_size: tuple[int, int],
     seqused_k: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each sequence by itself, in float64 inside, reading nothing but its own keys; checks what torch's checks."""
     count = len(seqused_k)
@@ -39,6 +61,9 @@ def reference_varlen_attn(
         scores = torch.einsum("qhd,khd->hqk", query[first:last].double(), keys) * scale
         distance = torch.arange(used)[None, :] - (torch.arange(n)[:, None] + used - n)
         hidden = (distance > right if right >= 0 else distance > used) | (distance < -left if left >= 0 else False)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, n, 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., :used]
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
     return out

@@ -34,7 +34,7 @@ class AttentionLoops:
     Both take, behind the counter and the number of units: `units` `[units, 3]`; `spans` `[spans, 5]` (first row,
     position, tokens, slot's start, first scratch block); the addresses of query, key and value, each followed by the
     distances of its tokens and heads; the layer's keys and values in the cache; the scratch of keys and of values; and
-    the scaling's bits as float32, the window, and the answer's address.
+    the scaling's bits as float32, the window, the answer's address, and that of the heads' sinks in float32, or 0.
 
     Attributes:
         spread: units are (span, key head, block): a chunk's positions into the cache and the scratch.
@@ -81,7 +81,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
 
     @compiler.loop
     def spread(arguments):
-        a = carray(arguments, 20)
+        a = carray(arguments, 21)
         units, spans, _, key, value, keys, values = given(a)
         while True:
             unit = fetch_add(a)
@@ -104,7 +104,7 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
 
     @compiler.loop
     def attend(arguments):
-        a = carray(arguments, 20)
+        a = carray(arguments, 21)
         units, spans, query, key, value, keys, values = given(a)
         scaling, window = np.int32(a[17]).view(np.float32), a[18]
         out = carray(pointer(a[19]), EVERYTHING, stored)
@@ -122,7 +122,8 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                     copy(value[first_row * a[11] :], a[11], a[12], h, 1, values, slot + position)
                 asked, answer = query[first_row * a[5] :], out[first_row * heads * dim :]
                 end = slot + position + 1
-                decode(asked, a[6], keys, values, first, last, max(slot, end - window), end, scaling, answer)
+                begin = max(slot, end - window)
+                decode(asked, a[6], keys, values, first, last, begin, end, scaling, a[20], answer)
             else:
                 first = block * QUERIES
                 asked = query[(first_row + first) * a[5] + head * group * a[6] :]
@@ -133,7 +134,8 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
                 )
                 answer = out[((first_row + first) * kv_heads + head) * group * dim :]
                 many = min(QUERIES, tokens - first)
-                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, turned, plain, answer)
+                sinks = a[20] + head * group * 4 if a[20] != 0 else 0
+                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, sinks, turned, plain, answer)
 
     return AttentionLoops(spread, attend)
 
@@ -163,7 +165,7 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
             dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width)
 
     @compiler.inline
-    def decode(query, head_step, keys, values, first, last, start, end, scaling, out):
+    def decode(query, head_step, keys, values, first, last, start, end, scaling, sinks_at, out):
         """One token's heads that belong to some of the key heads, over positions from `start` to `end`."""
         count = end - start
         width = (count + at_once - 1) // at_once * at_once
@@ -183,6 +185,8 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
                 weight = exp(own[p] - highest)
                 own[p] = weight
                 total += weight
+            if sinks_at != 0:
+                total += exp(carray(pointer(sinks_at), heads, np.float32)[h] - highest)
             totals[h] = total
         sums = np.zeros((heads, dim), np.float32)
         flat, all_sums = scores.reshape(-1), sums.reshape(-1)
@@ -245,7 +249,7 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[An
         return highest, total + added
 
     @compiler.inline
-    def attend_chunk(query, step, head_step, tokens, position, window, scaling, turned, plain, out):
+    def attend_chunk(query, step, head_step, tokens, position, window, scaling, sinks_at, turned, plain, out):
         """Some of a chunk's tokens, the first at `position`, over the blocks that they see."""
         queries = np.zeros((rows, dim), np.float32)
         for t in range(tokens):
@@ -270,6 +274,8 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[An
         for t in range(tokens):
             for g in range(group):
                 r = t * group + g
+                if sinks_at != 0:
+                    totals[r] += exp(carray(pointer(sinks_at), group, np.float32)[g] - highest[r])
                 share = np.float32(1) / totals[r]
                 answer = out[t * group * row + g * dim :][:dim]
                 for d in range(dim):

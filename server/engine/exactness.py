@@ -72,7 +72,10 @@ def refuse_inexact(model: FrozenModel) -> None:
         cause = f"has a sliding window of {window:,} tokens that it does not hand to the attention"
         remedy = f"Set PRELUDE_MAX_MODEL_LEN to at most {window}."
     else:
-        cause = "computes more than causal attention from a token's neighbours, or ignores the positions it is given"
+        cause = (
+            "computes more than causal attention from a token's neighbours, or ignores the positions that it is given "
+            "or the rows whose logits are wanted"
+        )
     raise UnsupportedModel(
         f"{kind} {cause}: its logits through the engine differ from its own by {error:.0%} of the largest.",
         remedy=remedy,
@@ -101,8 +104,7 @@ def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> to
         embeddings = model.embed(torch.cat([ids[span.start : span.end] for span in spans]))
         layout = _Shuffled(CachedRows(kv_cache, spans), len(embeddings), narrow=narrow)
         shuffled = embeddings[layout.order]
-        every = torch.arange(len(shuffled), device=ids.device)
-        logits = model.forward(shuffled, layout.position_ids, layout, every)[layout.back].float()
+        logits = model.forward(shuffled, layout.position_ids, layout, layout.back).float()
         if not torch.equal(shuffled[layout.back], embeddings):
             raise UnsupportedModel(
                 f"{model.module.config.model_type} writes to the embeddings that it is given, which may be a soft "

@@ -19,7 +19,10 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from server.engine.attention import PackedRows
 from server.engine.compatibility import refuse_unsupported
@@ -31,12 +34,15 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.tiny_families import EXAMPLES, tiny_config, tiny_family
 from tests.support import RecordingModel, byte_tokenizer, make_engine, random_soft_prompt, request
 
-FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TEXT = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+FAMILIES = sorted(TEXT | set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MARK = "<!-- by tests/engine/families.py -->"
 
+TOO_MUCH = "No memory or time."
+
 LARGEST_ERROR = 1e-5
-MAX_BYTES, MAX_SECONDS = 4 * 2**30, 120
+MAX_BYTES, MAX_SECONDS = 3 * 2**30, 60
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def _sentence(refusal: ConfigurationError) -> str:
 def _of(error: Exception) -> str:
     if "-v" in sys.argv:
         traceback.print_exception(error)
+    if "can't allocate memory" in str(error):
+        return TOO_MUCH
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
@@ -162,7 +170,7 @@ def judge_all(families: Iterable[str]) -> Iterator[Verdict]:
         process.join(MAX_SECONDS)
         process.kill()
         process.join()
-        yield Verdict(family, "not built", "no memory or time") if results.empty() else results.get()
+        yield Verdict(family, "not built", TOO_MUCH) if results.empty() else results.get()
 
 
 def row(verdict: Verdict) -> str:

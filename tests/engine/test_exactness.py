@@ -54,6 +54,15 @@ def test_a_model_whose_layers_mix_neighbours_is_refused(dtype: torch.dtype) -> N
         refuse_inexact(model)
 
 
+def test_a_model_that_ignores_which_logits_are_wanted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request would be answered from another's row."""
+    model = tiny_model("llama", dtype=torch.float32)
+    forward = model.module.forward
+    monkeypatch.setattr(model.module, "forward", lambda logits_to_keep=None, **others: forward(**others))
+    with pytest.raises(UnsupportedModel, match="rows whose logits are wanted"):
+        refuse_inexact(model)
+
+
 def test_the_check_reads_few_tokens() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     tokens: list[int] = []

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from server.engine import preflight
+from server.engine.exactness import own_logits
 from server.engine.model import FrozenModel
 from server.engine.preflight import NEEDED, GiB, Stored, free_memory, weight_bytes
 from server.errors import ConfigurationError, InsufficientMemory, UnsupportedModel
 from server.settings import Settings
+from tests.engine.tiny_families import tiny_family
 from tests.support import byte_tokenizer, make_engine, request, run_engine, tiny_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -178,3 +180,18 @@ def test_an_fp8_checkpoint_is_served_as_its_dequantised_weights(whole: Path, tmp
     ]
     assert answers[1].token_ids == answers[0].token_ids
     assert answers[1].logprobs == pytest.approx(answers[0].logprobs, abs=1e-5)
+
+
+def test_of_a_checkpoint_that_reads_images_the_text_part_is_served(tmp_path: Path) -> None:
+    """Mistral Small 3 is no causal language model to transformers."""
+    module = tiny_family("mistral3")
+    module.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    ids = [5, 6, 7, 8]
+    outcome = run_engine(make_engine(loaded), [(request("r", ids, max_new_tokens=5, ignore_eos=True), None)])["r"]
+    with torch.inference_mode():
+        for token in outcome.token_ids:
+            logits = own_logits(loaded.module, input_ids=torch.tensor(ids))
+            assert token == int(logits[-1].argmax())
+            ids.append(token)

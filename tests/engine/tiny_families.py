@@ -70,6 +70,8 @@ _SMALL: dict[str, Any] = {
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _HYBRID = ["conv", "full_attention"] * 2
 
+_MROPE = {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
+
 _OVER: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
@@ -85,6 +87,8 @@ _OVER: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "nemotron": {"num_key_value_heads": 2},
     "phimoe": {"sliding_window": None},
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xlnet": {"max_position_embeddings": None},
     "xlstm": {"v_head_dim": None},
@@ -125,8 +129,9 @@ EXAMPLES = {
     "llama4": "Llama 4",
     "minimax_m2": "MiniMax M2",
     "ministral": "Ministral 8B",
-    "ministral3": "Ministral 3",
+    "ministral3": "Ministral 3 (text checkpoints)",
     "mistral": "Mistral 7B, Mistral Nemo",
+    "mistral3": "Mistral Small 3.1 and 3.2, Ministral 3 (their text part)",
     "mixtral": "Mixtral",
     "nemotron_h": "Nemotron-H, Nemotron 3",
     "olmo2": "OLMo 2",
@@ -138,9 +143,11 @@ EXAMPLES = {
     "phimoe": "Phi-3.5-MoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
+    "qwen2_5_vl": "Qwen2.5-VL (its text part)",
     "qwen3_5": "Qwen3.5",
     "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B",
     "qwen3_next": "Qwen3-Next",
+    "qwen3_vl": "Qwen3-VL (its text part)",
     "seed_oss": "Seed-OSS",
     "smollm3": "SmolLM3",
     "starcoder2": "StarCoder2",
@@ -159,6 +166,9 @@ def _shrunk(base: Any, over: Mapping[str, Any]) -> PretrainedConfig:
     fields = {name: value for name, value in _SMALL.items() if _has(base, name)}
     if kinds := list(dict.fromkeys(vars(base).get("layer_types") or ())):
         fields["layer_types"] = (kinds * 4)[:4]
+    rope = vars(base).get("rope_parameters") or {}
+    if "mrope_section" in rope:  # it cuts half a head
+        fields["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
     if "kv_lora_rank" in fields:  # latent attention: heads are not grouped
         fields |= {"num_key_value_heads": fields["num_attention_heads"], "head_dim": fields["qk_rope_head_dim"]}
     fields |= over

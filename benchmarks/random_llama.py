@@ -14,7 +14,17 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from server.engine.model import FrozenModel
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -54,6 +64,19 @@ def make_module(attention: str, device: torch.device, *, tiny: bool) -> PreTrain
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def model_with_bytes(module: PreTrainedModel, max_model_len: int) -> FrozenModel:
+    """The model with a tokenizer that needs no file: a token for each byte, and names for all others."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    for i in range(len(alphabet), module.config.vocab_size):
+        vocabulary[f"t{i}"] = i
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    return FrozenModel(module, tokenizer, name="random", max_model_len=max_model_len)
 
 
 def inputs(number: int, tokens: int = INPUT_TOKENS) -> tuple[int, ...]:

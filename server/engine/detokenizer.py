@@ -5,16 +5,13 @@ from __future__ import annotations
 import codecs
 import logging
 from collections import deque
-from dataclasses import replace
 
 from tokenizers.decoders import DecodeStream
 
 from server.core import SamplingParams, Token
-from server.engine.text import TokenTexts
+from server.engine.text import REPLACEMENT, TokenTexts
 
 log = logging.getLogger(__name__)
-
-REPLACEMENT = "\ufffd"
 
 
 class Decoder:
@@ -41,11 +38,17 @@ class Decoder:
         self._stream: DecodeStream | None = DecodeStream(self._token_ids, self._skip_special)
         self._decoded = len(texts.decode(self._token_ids))  # characters of the whole text that were taken so far
         self._early = ""  # what was given out of tokens that the stream still holds back
+        self._holds_back = False  # whether the stream has taken tokens that it has not given out yet
         self._bytes = codecs.getincrementaldecoder("utf-8")()
         self._bytes_are_text = bool(self._token_ids) or not texts.puts_space_first
 
     def step(self, token_id: int) -> str:
         """Text that this token adds."""
+        text = None if self._holds_back else self._texts.own_text_of(token_id)
+        if text is not None and self._stream is not None:  # the stream need not see it: this is ten times as fast
+            self._token_ids.append(token_id)
+            self._decoded += len(text)
+            return text
         if self._skip_special and token_id in self._texts.special_ids:
             return ""
         self._token_ids.append(token_id)
@@ -66,6 +69,7 @@ class Decoder:
 
     def _take(self, token_id: int, text: str | None) -> str:
         """What the stream gave out, less what was given out before, or what is certain though it gave out nothing."""
+        self._holds_back = not text
         if text:
             added = text[len(self._early) :]
             self._early = ""
@@ -114,7 +118,7 @@ class Detokenizer:
             is_text: False for a token that only ends the text.
         """
         text = self._decoder.step(token.id) if is_text else ""
-        token = replace(token, text=text, offset=self._num_characters)
+        token = Token(token.id, text, self._num_characters, token.logprob, token.special, token.top)
         self._num_tokens += 1
         self._num_characters += len(text)
         if not self._stop:
@@ -164,6 +168,6 @@ class Detokenizer:
         """All held tokens, with so many characters among them."""
         tokens: list[Token] = []
         for token in self._held:
-            tokens.append(replace(token, text=token.text[:length]))
+            tokens.append(token._replace(text=token.text[:length]))
             length -= len(tokens[-1].text)
         return tokens

@@ -21,8 +21,6 @@ from server.engine.upload import upload
 
 NEVER = float("-inf")
 
-SMALLEST = math.ulp(0.0)
-
 LARGEST_UNIFORM = 1.0 - 2.0**-52
 """The largest number below 1 whose product with any total is less than that total, however it is rounded."""
 
@@ -37,20 +35,21 @@ def changes_logits(sequence: Sequence) -> bool:
     )
 
 
-def apply_rules(logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:
-    """Penalties, biases, and what may not come next; in place on `[rows, vocab_size]`.
+def apply_rules(
+    logits: torch.Tensor, sequences: Rows[Sequence], ruled: Rows[int], eos_token_ids: frozenset[int]
+) -> None:
+    """Penalties, biases, and what may not come next; in place on `[rows, vocab_size]`, in the `ruled` rows.
 
     A sequence whose rules raise keeps the exception in `error`, and its row becomes NaN; no other row changes.
     """
     changes = _Changes(logits.shape[1])
     failed = []
-    for row, sequence in enumerate(sequences):
-        if changes_logits(sequence):
-            try:
-                changes.add(row, sequence, eos_token_ids)
-            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
-                sequence.error = exc
-                failed.append(row)
+    for row in ruled:
+        try:
+            changes.add(row, sequences[row], eos_token_ids)
+        except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
+            sequences[row].error = exc
+            failed.append(row)
     changes.apply(logits)
     if failed:
         logits.index_fill_(0, upload([np.array(failed)], logits.device)[0], float("nan"))
@@ -78,18 +77,24 @@ class _Changes:
         Raises:
             IndexError: a token id is none of the model's; its place would be in another row.
         """
-        first, seen, (ids, biases) = row * self.vocab_size, sequence.seen, sequence.bias
+        first, seen, params = row * self.vocab_size, sequence.seen, sequence.sampling
+        if not (seen is None or seen.are_within(self.vocab_size)):
+            raise self._unknown()
+        if sequence.walk is not None or params.logit_bias or len(sequence.output_ids) < params.min_new_tokens:
+            self._add_others(row, first, sequence, eos_token_ids)
+        if seen is not None:
+            self.penalised.append((first, params, seen))
+
+    def _add_others(self, row: int, first: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
+        ids, biases = sequence.bias
         mask = None if sequence.walk is None else sequence.walk.allowed_bits()
         ends: frozenset[int] = frozenset()
         # A grammar knows better than `min_new_tokens` when there may be an end.
         if mask is None and len(sequence.output_ids) < sequence.sampling.min_new_tokens:
             ends = eos_token_ids | sequence.sampling.stop_token_ids
-        known = seen is None or seen.are_within(self.vocab_size)
-        known &= not len(ids) or 0 <= ids.min() <= ids.max() < self.vocab_size
-        if not (known and all(0 <= token_id < self.vocab_size for token_id in ends)):
-            raise IndexError(f"token ids must be 0 to {self.vocab_size - 1}")
-        if seen is not None:
-            self.penalised.append((first, sequence.sampling, seen))
+        bounds = (ids.min(), ids.max()) if len(ids) else ()
+        if not all(0 <= token_id < self.vocab_size for token_id in (*bounds, *ends)):
+            raise self._unknown()
         if len(ids):
             self.biased.append(first + ids)
             self.biases.append(biases)
@@ -97,6 +102,9 @@ class _Changes:
         if mask is not None:
             self.masked.append(row)
             self.masks.append(mask)
+
+    def _unknown(self) -> IndexError:
+        return IndexError(f"token ids must be 0 to {self.vocab_size - 1}")
 
     def apply(self, logits: torch.Tensor) -> None:
         """Change the logits in place."""
@@ -155,39 +163,36 @@ def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torc
 
     A filter leaves tokens out by making them zero. The number comes from each sequence's own generator.
     """
-    params = [sequence.sampling for sequence in sequences]
-    [temperature] = upload([_like(logits, np.array([p.temperature for p in params]))], logits.device)
-    scaled = _keep_top_k(logits / temperature[:, None], [p.top_k for p in params])
-    numbers = np.array([(_mass(p.top_p), p.min_p, _mass(p.typical_p)) for p in params]).T
-    uniform = np.array([min(sequence.rng.random(), LARGEST_UNIFORM) for sequence in sequences])
-    top_p, min_p, typical_p, draw = (n[:, None] for n in upload([*numbers, uniform], logits.device))
+    rules = np.array([sequence.filters for sequence in sequences])
+    draws = np.array([min(sequence.rng.random(), LARGEST_UNIFORM) for sequence in sequences])
+    [temperature] = upload([_like(logits, rules[:, 0])], logits.device)
+    scaled = _keep_top_k(logits / temperature[:, None], rules[:, 1])
+    numbers = np.ascontiguousarray(rules[:, 2:].T)
+    top_p, min_p, typical_p, draw = (n[:, None] for n in upload([*numbers, draws], logits.device))
+    has_top_p, has_min_p, has_typical_p = (numbers[0] < math.inf).any(), numbers[1].any(), (numbers[2] < math.inf).any()
     kept = scaled.softmax(dim=-1, dtype=torch.float64)
     best: torch.Tensor | None = None
-    if any(p.top_p < 1.0 for p in params):
+    if has_top_p:
         ordered, index = kept.sort(dim=-1, descending=True)
         kept, best = _drop_after(ordered, index, top_p), ordered[:, :1]
-    if any(p.min_p > 0.0 for p in params):
+    if has_min_p:
         best = kept.amax(dim=-1, keepdim=True) if best is None else best
         kept = kept.masked_fill(kept < best * min_p, 0.0)
-    if any(p.typical_p < 1.0 for p in params):
-        kept = torch.where(typical_p < 1.0, _keep_typical(kept, typical_p), kept)
+    if has_typical_p:
+        kept = torch.where(typical_p < math.inf, _keep_typical(kept, typical_p), kept)
     return kept, draw
 
 
-def _mass(share: float) -> float:
-    """A share as what the probabilities before a token are compared with: at 1 nothing reaches it, and 0 is more."""
-    return max(share, SMALLEST) if share < 1.0 else math.inf
-
-
-def _keep_top_k(scaled: torch.Tensor, wanted: Rows[int]) -> torch.Tensor:
-    vocab_size, device = scaled.shape[1], scaled.device
-    top_k = [k if 0 < k < vocab_size else 0 for k in wanted]
-    if not (most := max(top_k)):
+def _keep_top_k(scaled: torch.Tensor, top_k: np.ndarray) -> torch.Tensor:
+    """Keep the most likely tokens, `[rows]`; a row without a limit has 0, or as many as there are."""
+    limited = (top_k > 0) & (top_k < scaled.shape[1])
+    if not limited.any():
         return scaled
+    most = int(top_k[limited].max())
     values = scaled.topk(most, dim=-1).values
-    if not all(top_k):
+    if not limited.all():
         values = torch.nn.functional.pad(values, (0, 1), value=NEVER)  # what rows without a limit are compared with
-    [kth] = upload([np.array([k - 1 if k else most for k in top_k])], device)
+    [kth] = upload([np.where(limited, top_k - 1, most).astype(np.int64)], scaled.device)
     return scaled.masked_fill_(scaled < values.gather(1, kth[:, None]), NEVER)
 
 

@@ -24,11 +24,12 @@ def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> 
 
 def failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
     """Why a sequence cannot go on after a step, if it cannot."""
-    for who, _ in drawn:
+    is_finite = prefix_is_finite
+    for who, choice in drawn:
         if who.error is not None:
             log.error("the rules of a request fail; no other is affected", exc_info=who.error)
             return GenerationFailed("The engine failed on this request; no other is affected.")
-    is_finite = prefix_is_finite and all(choice.token_id is not None for _, choice in drawn)
-    if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
+        is_finite &= choice.token_id is not None
+    if is_finite and not (sequence.scored and any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored)):
         return None
     return NotFinite("The model's output is not finite for this soft prompt and input.")

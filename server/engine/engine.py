@@ -20,7 +20,7 @@ from server.engine.grammar_walks import Drawn, Walk, Walks
 from server.engine.grammars import Compiled, Grammars
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
-from server.engine.logit_rows import Batch, LogitRows, only_decodes, tokens_of
+from server.engine.logit_rows import Batch, LogitRows, tokens_of
 from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
 from server.engine.prefix_cache import PrefixCache
@@ -173,7 +173,7 @@ class Engine:
     def _run(self, batch: Batch) -> list[Choice]:
         """Forward the batch, and choose for everybody whose known tokens are now all computed."""
         rows = LogitRows.of(batch)
-        if self.graphs is not None and self.graphs.takes(len(batch)) and only_decodes(batch, rows):
+        if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:
             logits = self.graphs.run(
                 [sequence.token_at(span.start) for sequence, span in batch],
                 [span.start for _, span in batch],
@@ -212,9 +212,9 @@ class Engine:
         remaining = iter(choices)
         deltas: list[Delta] = []
         for sequence, span in batch:
-            asked = sequence.asks_for_next(span)
-            drawing = [sequence, *sequence.siblings] if asked and not sequence.request.labels else []
-            drawn = [(who, next(remaining)) for who in drawing]
+            drawn: list[tuple[Sequence, Choice]] = []
+            if sequence.asks_for_next(span) and not sequence.request.labels:
+                drawn = [(who, next(remaining)) for who in (sequence, *sequence.siblings)]
             if sequence.slot is not None:  # else another choice of its request has failed in this very step
                 deltas += self._alone(sequence, partial(self._take_over, sequence, span, drawn))
         return deltas
@@ -246,7 +246,8 @@ class Engine:
         if siblings:
             self.scheduler.share_input(sequence, siblings)
         deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
-        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
+        if siblings:
+            self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
@@ -312,7 +313,8 @@ class Engine:
             reason = FinishReason.STOP_SEQUENCE
         last = certain.pop() if reason is not None else None
         deltas = [
-            Delta(sequence.request_id, one, index=sequence.index, scored=sequence.take_scored()) for one in certain
+            Delta(sequence.request.request_id, one, None, None, None, sequence.index, sequence.take_scored())
+            for one in certain
         ]
         return deltas if reason is None else [*deltas, self._end(sequence, last, reason)]
 

@@ -31,6 +31,8 @@ class LogitRows:
     """Whose draws those are."""
     labelled: list[tuple[int, Sequence]] = field(default_factory=list)
     """Rows that say how likely the first token of each label is."""
+    only_decodes: bool = False
+    """Whether all of the step's shares are one token that asks for what comes next."""
     scored: list[tuple[int, Sequence, int, int]] = field(default_factory=list)
     """First row, whose given tokens are scored by it and the next ones, the first of its `targets`, how many."""
 
@@ -39,6 +41,7 @@ class LogitRows:
         """Of the tokens of a flat row."""
         rows = cls(np.empty(0, dtype=np.int64))
         kept: list[int] = []
+        asking = 0
         first = 0  # of the share, in the flat row
         for sequence, span in batch:
             if sequence.targets:
@@ -49,9 +52,11 @@ class LogitRows:
                     kept.extend(range(first + positions.start - span.start, first + positions.stop - span.start))
             first += span.count
             if sequence.asks_for_next(span):
+                asking += 1
                 rows._ask(sequence, len(kept))
                 kept.append(first - 1)
         rows.kept = np.array(kept, dtype=np.int64)
+        rows.only_decodes = first == asking == len(kept) == len(batch)
         return rows
 
     def _ask(self, sequence: Sequence, row: int) -> None:
@@ -138,13 +143,6 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return logits[rows[0] : rows[0] + len(rows)]
     return logits[upload([np.array(rows)], logits.device)[0]]
-
-
-def only_decodes(batch: Batch, rows: LogitRows) -> bool:
-    """Whether all of a step's shares are one token that asks for what comes next."""
-    return len(rows.kept) == len(batch) and all(
-        span.count == 1 and sequence.asks_for_next(span) for sequence, span in batch
-    )
 
 
 def tokens_of(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ DEVICE_NUMBERS_AT_ONCE = 2**25
 """The same for any other device: 256 rows of a vocabulary of 128 thousand are one go."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A row's next token. `token_id` is None where the logits are not finite, so that nothing can be chosen."""
 
     token_id: int | None
@@ -99,10 +98,11 @@ def _choose_by_rules(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
 ) -> Callable[[], list[Choice]]:
     adjusted = at_least_float32(logits).contiguous()
-    if any(map(changes_logits, sequences)):
+    ruled = [row for row, sequence in enumerate(sequences) if changes_logits(sequence)]
+    if ruled:
         if adjusted.data_ptr() == logits.data_ptr():
             adjusted = adjusted.clone()
-        apply_rules(adjusted, sequences, eos_token_ids)
+        apply_rules(adjusted, sequences, ruled, eos_token_ids)
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)
     drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]

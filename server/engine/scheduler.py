@@ -94,11 +94,13 @@ class Scheduler:
         Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
         """
         self._admit()
-        decoding = sorted((s for s in self.running if s.num_pending == 1), key=_slot)
+        decoding = sorted([s for s in self.running if s.num_known - s.num_computed == 1], key=_slot)
         budget = self._max_batch_tokens - len(decoding)
         shares = [(sequence, 1) for sequence in decoding]
         for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
+            if budget <= 0:
+                break
+            if sequence.num_pending > 1:
                 shares.append((sequence, min(sequence.num_pending, budget)))
                 budget -= shares[-1][1]
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]

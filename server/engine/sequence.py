@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Sequence:
     """Given tokens whose log-probabilities are known; they go out with the first Delta."""
 
     def __post_init__(self) -> None:
+        self.sampling = self.request.sampling
+        """How its tokens are chosen."""
         seed = self.sampling.seed
         self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
         self.seen = _seen_tokens(self.request)
@@ -73,6 +76,8 @@ class Sequence:
         self.num_input = self.num_virtual_tokens + len(self.request.input_ids)
         """Positions that it shares with its request's other choices."""
         self._num_given = self.num_virtual_tokens + len(self.given_ids)
+        self.num_known = self._num_given + len(self.output_ids)
+        """Positions whose token is known, computed or not."""
         self.wants_next = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
         """Whether it is to go on behind its given tokens."""
         self.targets: tuple[int, ...] = ()
@@ -93,11 +98,6 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def sampling(self) -> SamplingParams:
-        """How its tokens are chosen."""
-        return self.request.sampling
-
-    @property
     def is_held(self) -> bool:
         """Whether its grammar has not taken its last token yet."""
         return self.walk is not None and self.walk.is_waiting
@@ -108,14 +108,9 @@ class Sequence:
         return len(self.output_ids) + 1 >= self.sampling.max_new_tokens
 
     @property
-    def num_known(self) -> int:
-        """Positions whose token is known, computed or not."""
-        return self._num_given + len(self.output_ids)
-
-    @property
     def num_pending(self) -> int:
         """Positions that the next steps must compute: 1 while decoding, more while prefilling."""
-        return self._num_given + len(self.output_ids) - self.num_computed
+        return self.num_known - self.num_computed
 
     @property
     def max_positions(self) -> int:
@@ -152,20 +147,34 @@ class Sequence:
 
     def take_scored(self) -> tuple[Scored, ...]:
         """The given tokens that were scored, once."""
+        if not self.scored:
+            return ()
         scored, self.scored = tuple(self.scored), []
         return scored
 
     def append(self, token_id: int) -> None:
         """Take a generated token."""
         self.output_ids.append(token_id)
+        self.num_known += 1
         if self.seen is not None:
             self.seen.add(token_id)
+
+    @cached_property
+    def filters(self) -> tuple[float, ...]:
+        """What a draw depends on: temperature, top-k, and the masses of top-p, min-p and typical-p."""
+        params = self.sampling
+        return params.temperature, params.top_k, _mass(params.top_p), params.min_p, _mass(params.typical_p)
 
     @cached_property
     def bias(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `[biases]`, and what is added to their logits."""
         ids, biases = zip(*self.sampling.logit_bias, strict=True) if self.sampling.logit_bias else ((), ())
         return np.array(ids, dtype=np.int64), np.array(biases, dtype=np.float64)
+
+
+def _mass(share: float) -> float:
+    """A share as what the probabilities before a token are compared with: at 1 nothing reaches it, and 0 is more."""
+    return max(share, math.ulp(0.0)) if share < 1.0 else math.inf
 
 
 def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from server.engine.model import FrozenModel
 
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that form no character."""
+
 META_SPACE = "▁"
 """How SentencePiece writes a space."""
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -43,6 +46,8 @@ class TokenTexts:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(special_ids) | {token_id for token_id, token in added.items() if token.special}
         self._texts: dict[int, str] = {}
+        self._own_texts: dict[int, str | None] = {}
+        self._is_byte_level = self._kinds == {"ByteLevel"}
 
     @cached_property
     def primer(self) -> tuple[int, ...]:
@@ -101,6 +106,27 @@ class TokenTexts:
         if text is None:
             text = self._texts[token_id] = self.bytes_of(token_id).decode("utf-8", "replace")
         return text
+
+    def own_text_of(self, token_id: int) -> str | None:
+        """What a token adds to any text that ends in a whole character; None where that depends on its neighbours.
+
+        A decoder that does nothing but turn GPT-2's alphabet into bytes reads each token by itself.
+        """
+        try:
+            return self._own_texts[token_id]
+        except KeyError:
+            text = self._own_texts[token_id] = self._find_own_text(token_id)
+            return text
+
+    def _find_own_text(self, token_id: int) -> str | None:
+        token = self.backend.id_to_token(token_id)
+        if not self._is_byte_level or token_id in self._added or not token or not set(token) <= self._byte_of.keys():
+            return None
+        try:
+            text = self.bytes_of(token_id).decode()
+        except UnicodeDecodeError:
+            return None
+        return None if REPLACEMENT in text else text
 
 
 class ModelText:

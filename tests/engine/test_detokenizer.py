@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from server.core import SamplingParams, Token
-from server.engine.detokenizer import Detokenizer
+from server.engine.detokenizer import Decoder, Detokenizer
 from server.engine.model import FrozenModel
 from server.engine.text import TokenTexts
 from tests.scripted import sentencepiece_tokenizer
@@ -244,3 +244,14 @@ def test_the_sequence_that_streaming_cannot_decode_gets_its_text() -> None:
     out = [token.text for token in tokens((0x41, 0xE2, 257, 256), TokenTexts(FALLBACK.backend_tokenizer))]
     assert out[0] == "A"
     assert "".join(out).endswith("b hello")
+
+
+@given(st.lists(st.integers(0, 255), max_size=40))
+def test_tokens_that_are_read_by_themselves_give_the_text_that_the_stream_gives(token_ids: list[int]) -> None:
+    with_own, by_stream = (TokenTexts(byte_tokenizer().backend_tokenizer) for _ in range(2))
+    by_stream._is_byte_level = False
+    assert with_own.own_text_of(40) == with_own.text_of(40)
+    assert by_stream.own_text_of(40) is None
+    one, other = Decoder(with_own), Decoder(by_stream)
+    for token_id in token_ids:
+        assert one.step(token_id) == other.step(token_id)

@@ -11,6 +11,7 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.model import FrozenModel
 from server.engine.optimise import load_kernels, optimise
+from server.engine.out_of_memory import release_unused
 from server.engine.prefix_cache import PrefixCache
 from server.engine.preflight import free_memory
 from server.engine.scheduler import SHARED_SHARE
@@ -71,6 +72,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
             f"{settings.max_sequences}, but every sequence takes one token of a step.",
             remedy="Raise the first or lower the second.",
         )
+    release_unused()  # of a model that was made faster, the parts that it was made of
     plan = plan_memory(settings, model.spec, free_memory(model.device))
     log.info("%s", plan)
     engine = Engine(

@@ -164,7 +164,7 @@ def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torc
     A filter leaves tokens out by making them zero. The number comes from each sequence's own generator.
     """
     rules = np.array([sequence.filters for sequence in sequences])
-    draws = np.array([min(sequence.rng.random(), LARGEST_UNIFORM) for sequence in sequences])
+    draws = np.array([min(sequence.next_uniform(), LARGEST_UNIFORM) for sequence in sequences])
     [temperature] = upload([_like(logits, rules[:, 0])], logits.device)
     scaled = _keep_top_k(logits / temperature[:, None], rules[:, 1])
     numbers = np.ascontiguousarray(rules[:, 2:].T)

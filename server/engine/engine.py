@@ -23,6 +23,7 @@ from server.engine.layout import CachedRows, Span
 from server.engine.logit_rows import Batch, LogitRows, tokens_of
 from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
+from server.engine.out_of_memory import run_with_less
 from server.engine.prefix_cache import PrefixCache
 from server.engine.sampler import Choice, begin_choosing
 from server.engine.scheduler import Scheduler
@@ -166,8 +167,17 @@ class Engine:
         if not batch:
             return self._take_held(is_idle=True)
         self.steps += 1
-        deltas = self._commit(batch, self._run(batch))
+        try:
+            deltas = self._run_and_commit(batch)
+        except torch.OutOfMemoryError as exc:
+            no_memory = exc.with_traceback(None)  # its frames hold what has been computed so far
+        else:
+            return deltas + self._take_held(is_idle=False)
+        deltas = run_with_less(batch, self._run_and_commit, self._fail, no_memory)
         return deltas + self._take_held(is_idle=False)
+
+    def _run_and_commit(self, batch: Batch) -> list[Delta]:
+        return self._commit(batch, self._run(batch))
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:

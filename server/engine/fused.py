@@ -170,7 +170,8 @@ def _has_head_norms(attention: nn.Module) -> bool:
 
 def _joined(*linears: nn.Linear, pack: bool) -> FrozenLinear:
     """One product that gives the results of several side by side."""
-    weight = torch.cat([linear.weight for linear in linears])
+    weights = [linear.weight for linear in linears]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would lie in memory twice for a while
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return FrozenLinear(weight, pack=pack)

@@ -167,7 +167,8 @@ def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
         with_cache: whether files that a container's system has cached count as free.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(int(psutil.virtual_memory().available), _container_headroom(with_cache=with_cache))
 
 

@@ -68,6 +68,7 @@ class Sequence:
         """How its tokens are chosen."""
         seed = self.sampling.seed
         self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
+        self._uniform: float | None = None
         self.seen = _seen_tokens(self.request)
         """What its penalties read, if it has any."""
         self.given_ids = self.request.input_ids + self.label_ids[:-1]
@@ -145,6 +146,12 @@ class Sequence:
         given = self.given_ids
         return given[index] if index < len(given) else self.output_ids[index - len(given)]
 
+    def next_uniform(self) -> float:
+        """The uniform number that its next token is drawn with; the same until a token is appended."""
+        if self._uniform is None:
+            self._uniform = self.rng.random()
+        return self._uniform
+
     def take_scored(self) -> tuple[Scored, ...]:
         """The given tokens that were scored, once."""
         if not self.scored:
@@ -156,6 +163,7 @@ class Sequence:
         """Take a generated token."""
         self.output_ids.append(token_id)
         self.num_known += 1
+        self._uniform = None
         if self.seen is not None:
             self.seen.add(token_id)
 

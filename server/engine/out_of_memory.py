@@ -1,0 +1,82 @@
+"""What is left of a step for which a device had no memory: less to prefill, and the decodes as they are.
+
+A step's memory grows with the tokens that it prefills; a decode adds one. So decodes stay, prefills are cut to half
+their tokens, and if that is still too much, the largest of them has to go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable
+
+import torch
+
+from server.core import Delta
+from server.engine.layout import Span
+from server.engine.logit_rows import Batch
+from server.engine.sequence import Sequence
+from server.errors import GenerationFailed
+
+log = logging.getLogger(__name__)
+
+
+def run_with_less(
+    batch: Batch,
+    run: Callable[[Batch], list[Delta]],
+    fail: Callable[[Sequence, Exception], Delta],
+    no_memory: torch.OutOfMemoryError,
+) -> list[Delta]:
+    """Run a step again that the device had no memory for; only its largest prefill may fail by it.
+
+    Args:
+        batch: the step.
+        run: runs a batch and takes its results over.
+        fail: ends a sequence with an error.
+        no_memory: what the step raised.
+
+    Raises:
+        torch.OutOfMemoryError: not even what decodes can run.
+    """
+    log.warning("the device has no memory for a step; it runs again with half as many tokens to prefill")
+    if (smaller := halved(batch)) is not None:
+        release_unused()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return run(smaller)
+    release_unused()
+    if (largest := largest_prefill(batch)) is None:
+        raise no_memory
+    log.error("the device has no memory for %d tokens of input; their request fails", largest.num_pending)
+    error = GenerationFailed("The device has no memory for this request.", remedy="Retry later, or shorten it.")
+    failed = [fail(largest, error)]
+    decodes = [(sequence, span) for sequence, span in batch if span.count == 1 and sequence.slot is not None]
+    return failed + (run(decodes) if decodes else [])
+
+
+def halved(batch: Batch) -> Batch | None:
+    """The batch with half as many tokens to prefill, the last ones left out; None if there is nothing to halve."""
+    budget = sum(span.count for _, span in batch if span.count > 1) // 2
+    if not budget:
+        return None
+    smaller: Batch = []
+    for sequence, span in batch:
+        if span.count == 1:
+            smaller.append((sequence, span))
+        elif budget:
+            count = min(span.count, budget)
+            smaller.append((sequence, Span(span.slot, span.start, count)))
+            budget -= count
+    return smaller
+
+
+def largest_prefill(batch: Batch) -> Sequence | None:
+    """Who prefills most tokens; None if everybody decodes."""
+    sequence, span = max(batch, key=lambda share: share[1].count)
+    return sequence if span.count > 1 else None
+
+
+def release_unused() -> None:
+    """Give devices back what Python's garbage and their allocator's cache hold of them."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use

@@ -126,7 +126,9 @@ class CudaRecorder:
         """For one device. All graphs share one stream, whose libraries take their workspaces once."""
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.graph.default_capture_stream = self._stream
 
     def __call__(self, forward: Forward) -> Forward:
         """See `Recorder`."""
@@ -141,7 +143,7 @@ class CudaRecorder:
             forward()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = forward()
 
         def replay() -> torch.Tensor:

@@ -201,6 +201,7 @@ def _opaque_varlen_attn(
     left: int,
     right: int,
     seqused_k: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     return reference_varlen_attn(
         query,
@@ -213,10 +214,17 @@ def _opaque_varlen_attn(
         scale=scale,
         window_size=(left, right),
         seqused_k=seqused_k,
+        sinks=sinks,
     )
 
 
-def opaque_varlen_attn(*args: Any, scale: float, window_size: tuple[int, int], seqused_k: torch.Tensor) -> torch.Tensor:
+def opaque_varlen_attn(
+    *args: Any,
+    scale: float,
+    window_size: tuple[int, int],
+    seqused_k: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The reference of `flash_attention` as one operator, as torch's own is: what it reads is no part of a capture."""
-    out: torch.Tensor = _opaque_varlen_attn(*args, scale, *window_size, seqused_k)
+    out: torch.Tensor = _opaque_varlen_attn(*args, scale, *window_size, seqused_k, sinks)
     return out

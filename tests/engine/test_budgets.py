@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from server.core import GenerationRequest
+from server.engine.decode_graphs import DecodeGraphs
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
+from server.engine.optimise import optimise
 from server.engine.sampler import choose_next
 from server.engine.sequence import Sequence
 from tests.engine.counting import Operators, Reads, count_uploads
+from tests.engine.fake_cuda import opaque_varlen_attn
 from tests.engine.test_sampler import sequence
-from tests.support import make_engine, request
+from tests.support import TINY, make_engine, request, tiny_model
 
 ROWS, VOCABULARY = 256, 2000
 
@@ -120,3 +123,34 @@ def test_a_step_waits_for_the_device_once_whatever_its_requests_ask_for(
         request("penalised", (1, 2, 3), repetition_penalty=1.3, max_new_tokens=9),
     ]
     assert step_of(asked, tiny, monkeypatch) == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fused", "in_a_layer", "beside"),
+    [
+        ("llama", True, 21, 34),
+        ("qwen3", True, 24, 34),
+        ("llama", False, 42, 34),
+        ("phi3", False, 44, 36),
+        ("gemma3_text", False, 86, 50),
+    ],
+)
+def test_a_decoding_step_launches_a_bounded_number_of_operators_per_layer(
+    architecture: str, fused: bool, in_a_layer: int, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph replays them, an eager step launches them: either way each costs microseconds."""
+    counts = []
+    for layers in (2, 4):
+        config = TINY[architecture] | {"num_hidden_layers": layers}
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"] * (layers // 2)
+        monkeypatch.setitem(TINY, architecture, config)
+        model = tiny_model(architecture, dtype=torch.float32)
+        optimise(model, {"fused"} if fused else set(), None)
+        graphs = DecodeGraphs(model, make_engine(model).kv_cache, opaque_varlen_attn, 4, lambda forward: forward)
+        with torch.inference_mode(), Operators() as operators:
+            graphs.run([1, 2, 3, 4], [1, 2, 3, 4], [0, 32, 64, 96])
+        counts.append(sum(operators.names.values()))
+    per_layer = (counts[1] - counts[0]) / 2
+    assert per_layer <= in_a_layer, counts
+    assert counts[0] - 2 * per_layer <= beside, counts

@@ -26,6 +26,9 @@ from server.engine.shared_inputs import SharedInputs
 SHARED_SHARE = 8
 """Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
 
+PREFILL_PARTS = 8
+"""Where several keys' sequences run, one part in so many of a step's tokens is always there for a key's inputs."""
+
 KEPT_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
 
@@ -95,15 +98,37 @@ class Scheduler:
         """
         self._admit()
         decoding = sorted([s for s in self.running if s.num_known - s.num_computed == 1], key=_slot)
-        budget = self._max_batch_tokens - len(decoding)
         shares = [(sequence, 1) for sequence in decoding]
-        for sequence in self.running:
-            if budget <= 0:
-                break
-            if sequence.num_pending > 1:
-                shares.append((sequence, min(sequence.num_pending, budget)))
-                budget -= shares[-1][1]
+        if len(decoding) < len(self.running):
+            shares += self._prefills([s for s in self.running if s.num_pending > 1], len(decoding))
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
+
+    def _prefills(self, sequences: list[Sequence], num_decoding: int) -> list[tuple[Sequence, int]]:
+        """How many tokens of which inputs the next step computes, in the order of admission.
+
+        A key that runs alone may take the whole budget. Beside others it may take an eighth of it, and as many tokens
+        as the sequences of the others take. So its long inputs make their steps about twice as long, not ten times.
+        """
+        budget = self._max_batch_tokens - num_decoding
+        running = Counter(sequence.request.key_id for sequence in self.running)
+        pending: Counter[str | None] = Counter()
+        for sequence in sequences:
+            pending[sequence.request.key_id] += sequence.num_pending
+        limits: dict[str | None, int] = {}
+        for key, tokens in sorted(pending.items(), key=lambda item: item[1]):
+            own = sum(sequence.request.key_id == key for sequence in sequences)
+            of_others = num_decoding - (running[key] - own) + sum(limits.values())
+            is_alone = len(running) == 1
+            limits[key] = budget if is_alone else min(tokens, self._max_batch_tokens // PREFILL_PARTS + of_others)
+        shares = []
+        for sequence in sequences:
+            key = sequence.request.key_id
+            count = min(sequence.num_pending, budget, limits[key])
+            if count > 0:
+                shares.append((sequence, count))
+                budget -= count
+                limits[key] -= count
+        return shares
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
         """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
@@ -175,18 +200,16 @@ class Scheduler:
     def _admit(self) -> None:
         if not len(self.waiting):
             return
-        budget = self._max_batch_tokens - sum(map(_work, self.running))
+        work: Counter[str | None] = Counter()
+        for sequence in self.running:
+            work[sequence.request.key_id] += _work(sequence)
         held: set[Queue] = set()
-        held_keys: set[str | None] = set()
         running = Running(self.running)
         is_held = _nobody
-        for_keys = self.max_running - (self.max_running - self._max_sequences) // 2
-        while budget > 0 and len(self.running) < self.max_running:
+        while len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
                 held |= running.at_their_share(self._max_sequences)
-            if len(self.running) >= for_keys:
-                held_keys = running.keys_at_their_share(self._max_sequences)
-            sequence = self.waiting.head(running, held, held_keys, is_held)
+            sequence = self.waiting.head(running, held, self._held_keys(running, work), is_held)
             if sequence is None:
                 return
             copied = self._copied_bytes(sequence)
@@ -209,7 +232,19 @@ class Scheduler:
             sequence.slot = slot
             sequence.queued_seconds = time.monotonic() - sequence.accepted_at
             self._attach_prefix(sequence)
-            budget -= _work(sequence)
+            work[sequence.request.key_id] += _work(sequence)
+
+    def _held_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
+        """Keys that get no place now.
+
+        These are keys whose sequences have a full step's tokens to compute, and keys with their share of the places
+        where only those places are left that are reserved for others.
+        """
+        held = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
+        reserved_for_keys = (self.max_running - self._max_sequences) // 2
+        if len(self.running) >= self.max_running - reserved_for_keys:
+            held |= running.keys_at_their_share(self._max_sequences)
+        return held
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         if sequence.soft_prompt is None or sequence.shared is not None:

@@ -350,3 +350,26 @@ def test_places_are_kept_for_a_key_beside_one_with_long_answers_of_many_tasks(ti
     assert len(engine.scheduler.running) == 9, "one of the two places that are kept is for tasks, one for other keys"
     engine.add(request("b", [1], "task 1", key_id="b", max_new_tokens=1), None)
     assert "b" in {delta.request_id for delta in engine.step() if delta.finish_reason}
+
+
+def test_long_inputs_of_a_key_take_a_part_of_each_step_beside_another_key_and_all_of_it_alone(
+    tiny: FrozenModel,
+) -> None:
+    engine = make_engine(tiny, max_sequences=8, max_batch_tokens=64)
+    for i in range(3):
+        engine.add(request(f"long {i}", list(range(100)), key_id="a", max_new_tokens=1), None)
+    assert sum(span.count for _, span in engine.scheduler.schedule()) == 64
+    for i in range(4):
+        engine.add(request(f"short {i}", [1, 2], key_id="b", max_new_tokens=6, ignore_eos=True), None)
+    counts = tokens_per_step(engine)
+    assert counts[0] == 8 + 16, "four inputs of two tokens; and an eighth of 64 and as many tokens as those"
+    assert counts[1:6] == [4 + 8 + 4] * 5, "they decode"
+    assert max(counts[6:]) == 64, "nobody else runs"
+
+
+def test_inputs_of_a_key_that_wait_to_be_computed_keep_no_other_key_from_a_place(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=8, max_batch_tokens=16)
+    engine.add(request("long", list(range(100)), key_id="a", max_new_tokens=1), None)
+    engine.step()
+    engine.add(request("short", [1], key_id="b", max_new_tokens=1), None)
+    assert [delta.request_id for delta in engine.step() if delta.finish_reason] == ["short"]

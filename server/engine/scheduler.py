@@ -201,8 +201,8 @@ class Scheduler:
         if not len(self.waiting):
             return
         work: Counter[str | None] = Counter()
-        for sequence in self.running:
-            work[sequence.request.key_id] += _work(sequence)
+        for one in self.running:
+            work[one.request.key_id] += _work(one)
         held: set[Queue] = set()
         running = Running(self.running)
         is_held = _nobody

@@ -29,7 +29,8 @@ setup: $(INSTALLED) ## make .venv and install Prelude, the embedded model and th
 run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
 	@exec $(VENV)/bin/prelude serve $(ARGS)
 
-# Three processes, each with one thread: tests wait a third of their time, so that three keep two cores busy. GOMP_SPINCOUNT: see server/openmp.py.
+# Three processes, each with one thread: tests wait a third of their time, so that three keep two cores busy.
+# GOMP_SPINCOUNT: see server/openmp.py.
 TEST = GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
 test: $(INSTALLED) ## run the tests; ARGS are options of pytest

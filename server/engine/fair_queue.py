@@ -43,7 +43,7 @@ class Running:
         self.by_key[sequence.request.key_id] += 1
 
     def at_their_share(self, places: int) -> set[Queue]:
-        """Queues that have their share of so many places: an equal part of what their key has an equal part of."""
+        """Queues that hold their share of the places: keys share these equally, and so do the queues of a key."""
         if not self.by_key:
             return set()
         queues = Counter(key for _, key in self.by_queue)
@@ -51,7 +51,7 @@ class Running:
         return {queue for queue, count in self.by_queue.items() if count >= of_key // queues[queue[1]]}
 
     def keys_at_their_share(self, places: int) -> set[str | None]:
-        """Keys that have an equal part of so many places; None, where nobody has a key, is none."""
+        """Keys that hold their equal share of the places; never None, which stands for requests without a key."""
         return {key for key, count in self.by_key.items() if key is not None and count >= places // len(self.by_key)}
 
 

@@ -27,7 +27,7 @@ SHARED_SHARE = 8
 """Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
 
 PREFILL_PARTS = 8
-"""Where several keys' sequences run, one part in so many of a step's tokens is always there for a key's inputs."""
+"""While sequences of several keys run, a key's inputs may take a step's token budget divided by this."""
 
 KEPT_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
@@ -106,8 +106,8 @@ class Scheduler:
     def _prefills(self, sequences: list[Sequence], num_decoding: int) -> list[tuple[Sequence, int]]:
         """How many tokens of which inputs the next step computes, in the order of admission.
 
-        A key that runs alone may take the whole budget. Beside others it may take an eighth of it, and as many tokens
-        as the sequences of the others take. So its long inputs make their steps about twice as long, not ten times.
+        A key that runs alone may take the whole budget. Beside other keys it may take an eighth of the budget plus as
+        many tokens as their sequences take, so that its long inputs about double the length of their steps at most.
         """
         budget = self._max_batch_tokens - num_decoding
         running = Counter(sequence.request.key_id for sequence in self.running)

@@ -20,7 +20,7 @@ Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
 
 class SmallEngine(Engine):
-    """Has memory for so many tokens of a step's prefills."""
+    """An engine whose device runs out of memory when a step prefills more than `room` tokens."""
 
     room = 10
     failures = 0

@@ -364,7 +364,7 @@ def test_long_inputs_of_a_key_take_a_part_of_each_step_beside_another_key_and_al
     counts = tokens_per_step(engine)
     assert counts[0] == 8 + 16, "four inputs of two tokens; and an eighth of 64 and as many tokens as those"
     assert counts[1:6] == [4 + 8 + 4] * 5, "they decode"
-    assert max(counts[6:]) == 64, "nobody else runs"
+    assert max(counts[6:]) == 64, "the key runs alone again"
 
 
 def test_inputs_of_a_key_that_wait_to_be_computed_keep_no_other_key_from_a_place(tiny: FrozenModel) -> None:

@@ -107,7 +107,7 @@ class Scheduler:
         """How many tokens of which inputs the next step computes, in the order of admission.
 
         A key that runs alone may take the whole budget. Beside other keys it may take an eighth of the budget plus as
-        many tokens as their sequences take, so that its long inputs about double the length of their steps at most.
+        many tokens as their sequences take, so that its long inputs never fill nearly all of a step.
         """
         budget = self._max_batch_tokens - num_decoding
         running = Counter(sequence.request.key_id for sequence in self.running)

@@ -100,25 +100,24 @@ class Scheduler:
         decoding = sorted([s for s in self.running if s.num_known - s.num_computed == 1], key=_slot)
         shares = [(sequence, 1) for sequence in decoding]
         if len(decoding) < len(self.running):
-            shares += self._prefills([s for s in self.running if s.num_pending > 1], len(decoding))
+            shares += self._prefills([s for s in self.running if s.num_pending > 1], decoding)
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
 
-    def _prefills(self, sequences: list[Sequence], num_decoding: int) -> list[tuple[Sequence, int]]:
+    def _prefills(self, sequences: list[Sequence], decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
         """How many tokens of which inputs the next step computes, in the order of admission.
 
         A key that runs alone may take the whole budget. Beside other keys it may take an eighth of the budget plus as
         many tokens as their sequences take, so that its long inputs never fill nearly all of a step.
         """
-        budget = self._max_batch_tokens - num_decoding
-        running = Counter(sequence.request.key_id for sequence in self.running)
+        budget = self._max_batch_tokens - len(decoding)
+        is_alone = len({sequence.request.key_id for sequence in self.running}) == 1
+        decodes = Counter(sequence.request.key_id for sequence in decoding)
         pending: Counter[str | None] = Counter()
         for sequence in sequences:
             pending[sequence.request.key_id] += sequence.num_pending
         limits: dict[str | None, int] = {}
         for key, tokens in sorted(pending.items(), key=lambda item: item[1]):
-            own = sum(sequence.request.key_id == key for sequence in sequences)
-            of_others = num_decoding - (running[key] - own) + sum(limits.values())
-            is_alone = len(running) == 1
+            of_others = len(decoding) - decodes[key] + sum(limits.values())
             limits[key] = budget if is_alone else min(tokens, self._max_batch_tokens // PREFILL_PARTS + of_others)
         shares = []
         for sequence in sequences:

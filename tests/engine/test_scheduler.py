@@ -373,3 +373,16 @@ def test_inputs_of_a_key_that_wait_to_be_computed_keep_no_other_key_from_a_place
     engine.step()
     engine.add(request("short", [1], key_id="b", max_new_tokens=1), None)
     assert [delta.request_id for delta in engine.step() if delta.finish_reason] == ["short"]
+
+
+def test_texts_that_wait_for_their_grammar_take_nothing_from_the_inputs_of_their_key(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
+    for i in range(12):
+        engine.add(request(f"held {i}", [1], key_id="a", max_new_tokens=5, ignore_eos=True), None)
+    engine.add(request("other", [1], key_id="b", max_new_tokens=5, ignore_eos=True), None)
+    engine.step()
+    for sequence in [sequence for sequence in engine.scheduler.running if sequence.request.key_id == "a"]:
+        sequence.num_computed = sequence.num_known  # no token comes until the grammar's process has answered
+    engine.add(request("long", list(range(50)), key_id="a", max_new_tokens=1), None)
+    counts = {sequence.request_id: span.count for sequence, span in engine.scheduler.schedule()}
+    assert counts == {"other": 1, "long": 64 // 8 + 1}

@@ -24,11 +24,12 @@ from server.engine.attention import Layout
 from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention
+from server.engine.devices import choose_device, choose_dtype
 from server.engine.exactness import refuse_inexact
 from server.engine.load_errors import as_sentence
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
-from server.errors import ConfigurationError, UnknownToken, UnsupportedModel
+from server.errors import UnknownToken, UnsupportedModel
 from server.settings import Settings, SpecialTokensInInput
 
 if TYPE_CHECKING:  # numba is only imported where it is used
@@ -225,43 +226,6 @@ class FrozenModel:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def choose_device(device: str) -> torch.device:
-    """'auto' is the first CUDA device, else the CPU.
-
-    Raises:
-        ConfigurationError: CUDA is asked for where there is none, or the name is not a device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as exc:
-        raise ConfigurationError(f"PRELUDE_DEVICE is {device!r}.", remedy="Use auto, cpu, cuda or cuda:0.") from exc
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(
-            "PRELUDE_DEVICE asks for CUDA, and torch sees none.", remedy="Use cpu, or install a CUDA build of torch."
-        )
-    return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        if not native:
-            log.warning(
-                "%s multiplies no bfloat16, so PRELUDE_DTYPE=auto is float32, which takes twice the memory", device
-            )
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:

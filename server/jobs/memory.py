@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from server.engine.checkpoint import resolve_checkpoint
-from server.engine.model import choose_device, choose_dtype
+from server.engine.devices import choose_device, choose_dtype
 from server.engine.preflight import free_memory, made
 from server.errors import InsufficientMemory
 from server.settings import Settings

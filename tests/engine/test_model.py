@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.engine.attention import ATTENTION_NAME, AttentionRules, PackedRows, attend_flat_row, register_attention
 from server.engine.compatibility import refuse_unsupported
-from server.engine.model import FrozenModel, choose_device, choose_dtype, weights_hash
-from server.errors import ConfigurationError, UnsupportedModel
+from server.engine.model import FrozenModel, weights_hash
+from server.errors import UnsupportedModel
 from tests.support import (
     EOS,
     TINY,
@@ -135,31 +134,6 @@ def test_longrope_stays_in_one_regime_whatever_the_batch() -> None:
     alone = run_engine(make_engine(model, max_batch_tokens=128), [(short, None)])["short"].token_ids
     together = run_engine(make_engine(model, max_batch_tokens=128), [(short, None), (long, None)])
     assert together["short"].token_ids == alone
-
-
-def test_devices_and_dtypes_are_chosen_or_refused() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
-    assert choose_dtype("float64", torch.device("cpu")) == torch.float64
-    with pytest.raises(ConfigurationError, match="abacus"):
-        choose_device("abacus")
-    if not torch.cuda.is_available():
-        assert choose_device("auto") == torch.device("cpu")
-        with pytest.raises(ConfigurationError, match="CUDA"):
-            choose_device("cuda")
-
-
-@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
-def test_auto_is_bfloat16_only_where_a_gpu_multiplies_it(
-    capability: tuple[int, int], chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Below compute capability 8.0 it is emulated, slowly."""
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
-    )
-    assert choose_dtype("auto", torch.device("cuda")) == chosen
-    assert ("PRELUDE_DTYPE=auto is float32" in caplog.text) == (chosen == torch.float32)
 
 
 def test_training_attention_is_served_attention_for_one_whole_row() -> None:

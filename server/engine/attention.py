@@ -199,6 +199,8 @@ class PackedRows:
         """See `Layout.attend`."""
         if self.kept is not None:
             self.kept[layer] = (key, value)
+        if self._pad_index.device != query.device:  # once, not for each layer: such a copy makes the host wait
+            self._pad_index, self._flat_index = self._pad_index.to(query.device), self._flat_index.to(query.device)
         keys, values = self._pad(key), self._pad(value)
         if self.prefix is not None:
             keys, values = (
@@ -208,12 +210,12 @@ class PackedRows:
         mask = self._mask(rules.sliding_window, query, query.shape[0] // key.shape[0])
         out = attend_batch(self._pad(query), keys, values, mask, rules)
         heads, dim = query.shape[0], query.shape[2]
-        return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index.to(query.device)]
+        return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index]
 
     def _pad(self, states: torch.Tensor) -> torch.Tensor:
         """`[heads, tokens, dim]` to `[rows, heads, longest, dim]`; padding repeats a row's first token."""
         heads, _, dim = states.shape
-        padded = states.transpose(0, 1).index_select(0, self._pad_index.to(states.device))
+        padded = states.transpose(0, 1).index_select(0, self._pad_index)
         return padded.view(len(self.lengths), self._longest, heads, dim).transpose(1, 2)
 
     def _mask(self, window: int | None, query: torch.Tensor, fold: int) -> torch.Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.engine.attention import AttentionRules, PackedRows
 from server.engine.kv_cache import KVCache, Slot
@@ -63,3 +66,30 @@ def test_chunks_and_decodes_over_the_cache_equal_whole_rows_without_one(tiny: Fr
                     filled[sequence] += pieces[step]
             got = CachedRows(cache, spans).attend(0, query[:, rows], key[:, rows], value[:, rows], rules)
             torch.testing.assert_close(got, expected[rows])
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that go from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += (
+            isinstance(out, torch.Tensor) and bool(args) and getattr(args[0], "device", out.device) != out.device
+        )
+        return out
+
+
+def test_the_layers_of_a_training_step_share_one_upload_of_where_its_tokens_are() -> None:
+    """Every further one would make the host wait for the device."""
+    layout = PackedRows([4, 2, 3])
+    query, key, value = torch.empty(4, 9, 8, device="meta"), *torch.empty(2, 2, 9, 8, device="meta")
+    counts = []
+    for layer in range(3):
+        with Copies() as copies:
+            assert layout.attend(layer, query, key, value, AttentionRules(0.3)).shape == (9, 4, 8)
+        counts.append(copies.count)
+    assert counts == [2, 0, 0]

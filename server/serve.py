@@ -94,8 +94,8 @@ def serve(settings: Settings) -> None:
         server = DrainingServer(config, worker, settings.drain_seconds)
         server.run([listener])
         leave_hanging_threads(set(threading.enumerate()) - before, server.status)
-        if server.status:
-            raise SystemExit(server.status)
+        if server.status:  # destructors of what lies on a lost device raise in C++, which aborts with another status
+            end_process(server.status)
 
 
 def leave_hanging_threads(threads: Collection[threading.Thread], status: int = 0) -> None:

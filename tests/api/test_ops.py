@@ -6,16 +6,19 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
+import torch
 
 from server import __version__
+from server.api import ops
+from server.core import Delta
 from server.engine import worker as worker_module
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
-from server.errors import GenerationFailed, InputTooLong, ServerDraining
+from server.errors import GenerationFailed, InputTooLong, PreludeError, ServerDraining
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, live_server, parse_events, wait_until
 from tests.support import make_engine, request
 
@@ -212,6 +215,53 @@ async def test_a_request_that_waits_when_the_engine_stops_gets_its_end(tiny: Fro
     assert not worker.responsive
     assert leaked is not None
     await asyncio.wait_for(worker.stop(), 2)
+
+
+class LostMemory:
+    """Stands in for a tensor on a device whose context is lost: everything that touches it raises, and always will."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize("step", [1, 2, 7])
+async def test_a_device_that_is_lost_ends_every_stream_and_fails_the_probes_within_a_second(
+    step: int, tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a slot can be zeroed then, so the engine ends while it ends everybody."""
+    engine = make_engine(tiny)
+    worker = EngineWorker(engine)
+    take_step = engine.step
+    lost_at: list[float] = []
+
+    def lose_the_device() -> list[Delta]:
+        if engine.steps == step and not lost_at:
+            lost_at.append(time.monotonic())
+            monkeypatch.setattr(engine.kv_cache, "states", LostMemory())
+        return take_step()
+
+    monkeypatch.setattr(engine, "step", lose_the_device)
+    worker.start()
+
+    async def ask(number: int) -> None:
+        async for _ in worker.generate(request(f"r{number}", [1, 2, 3], max_new_tokens=60, ignore_eos=True), None):
+            pass
+
+    ends = await asyncio.wait_for(asyncio.gather(*map(ask, range(12)), return_exceptions=True), 10)
+    assert time.monotonic() - lost_at[0] < 1
+    assert [type(end) for end in ends] == [GenerationFailed] * 12, ends
+    assert worker.has_failed, "which ends the process: see DrainingServer.on_tick"
+    for probe in (ops.health, ops.ready, ops.ping):
+        with pytest.raises(PreludeError) as caught:
+            await probe(worker)
+        assert caught.value.status == 500
+    await asyncio.wait_for(worker.stop(), 5)
 
 
 def test_a_server_that_stops_ends_what_is_in_flight(tmp_path: Path) -> None:

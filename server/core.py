@@ -24,11 +24,20 @@ class ModelSpec:
     device: str
     num_attention_heads: int | None = None
     """Of queries; None where nobody has asked the model."""
+    num_attention_layers: int | None = None
+    """Layers that keep keys and values, where not all do."""
+    state_width: int = 0
+    """Numbers of the recurrent state that each sequence has beside its keys and values; 0 in pure attention models."""
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.num_hidden_layers if self.num_attention_layers is None else self.num_attention_layers
 
     @property
     def kv_width(self) -> int:
         """Numbers per virtual token in a KV soft prompt as PEFT saves it: layers x (K, V) x heads x head_dim."""
-        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim
+        return self.num_kv_layers * 2 * self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,11 +83,18 @@ TINY: dict[str, dict[str, Any]] = {
 """Architectures whose answers are compared with PEFT's, as small as their configs allow."""
 
 
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": _SIZES
+    | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": False}
+}
+"""Architectures with layers that keep a recurrent state; they take no soft prompts of keys and values."""
+
+
 def tiny_module(architecture: str = "llama", *, dtype: torch.dtype = torch.float64, attention: str) -> PreTrainedModel:
     """A random model of an architecture; the same weights for every attention implementation."""
     register_attention()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **TINY[architecture])
+    config = AutoConfig.for_model(architecture, **(TINY | HYBRIDS)[architecture])
     module: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, attn_implementation=attention
     )
@@ -186,6 +193,12 @@ def random_kv_prompt(model: ModelSpec, num_virtual_tokens: int = 5, seed: int = 
     """A prefix-tuning soft prompt of random keys and values."""
     generator = torch.Generator().manual_seed(seed)
     return SoftPrompt("PREFIX_TUNING", torch.randn(num_virtual_tokens, model.kv_width, generator=generator))
+
+
+def random_other_prompt(model: ModelSpec, num_virtual_tokens: int = 5, seed: int = 0) -> SoftPrompt:
+    """A soft prompt of the other kind, keys and values, where the model takes them."""
+    make = random_soft_prompt if model.state_width else random_kv_prompt
+    return make(model, num_virtual_tokens, seed)
 
 
 @dataclass

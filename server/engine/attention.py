@@ -4,6 +4,8 @@ All tokens of a step travel through the model as one flat row `[1, tokens]`. The
 one sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout
 to do the attention. A layout is passed through the model's forward as the keyword `layout`.
 
+Layers that keep a recurrent state instead of keys and values ask the layout too: see `RecurrentLayout`.
+
     PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
     SharedStart   the same, behind tokens that stand in the flat row once for all rows   (training)
     CachedRows    keys and values go to each sequence's slot, attention reads the slots  (serving, see kv_cache.py)
@@ -11,9 +13,9 @@ to do the attention. A layout is passed through the model's forward as the keywo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,32 @@ class Layout(Protocol):
 
         Returns:
             `[tokens, heads, dim]`.
+        """
+        ...
+
+
+class StatePlace(NamedTuple):
+    """Where a layer's recurrent state is among the numbers that a sequence keeps."""
+
+    first: int
+    width: int
+
+
+Recurrence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From inputs `[rows, tokens, width]` and the states before them, `[rows, state width]` and 0 at the start of a
+sequence, to outputs `[rows, tokens, …]` and the states after them. States are at least float32."""
+
+
+class RecurrentLayout(Layout, Protocol):
+    """A layout for models of which some layers keep a recurrent state."""
+
+    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        """Outputs `[tokens, …]` of one layer for its inputs `[tokens, width]`.
+
+        Args:
+            place: of the layer's state.
+            inputs: of the flat row.
+            recurrence: what the layer computes; called for parts of the flat row that have equal numbers of tokens.
         """
         ...
 
@@ -212,6 +240,18 @@ class PackedRows:
         heads, dim = query.shape[0], query.shape[2]
         return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index]
 
+    def recur(
+        self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence, state: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `RecurrentLayout.recur`; every row begins with `state` `[1, state width]`, if there is one."""
+        assert self.prefix is None or state is not None, "keys and values before the rows say nothing of their state"
+        rows = len(self.lengths)
+        padded = inputs.index_select(0, self._pad_index.to(inputs.device)).view(rows, self._longest, -1)
+        # Padding stands after a row's tokens, so it only changes states that nobody reads.
+        before = no_states(place, inputs, rows) if state is None else state.expand(rows, -1)
+        out, _ = recurrence(padded, before)
+        return out.flatten(0, 1)[self._flat_index.to(inputs.device)]
+
     def _pad(self, states: torch.Tensor) -> torch.Tensor:
         """`[heads, tokens, dim]` to `[rows, heads, longest, dim]`; padding repeats a row's first token."""
         heads, _, dim = states.shape
@@ -249,3 +289,15 @@ class SharedStart:
         start = self._start.attend(layer, query[:, :size], key[:, :size], value[:, :size], rules)
         rows = self._rows.attend(layer, query[:, size:], key[:, size:], value[:, size:], rules)
         return torch.cat([start, rows])
+
+    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        """See `RecurrentLayout.recur`."""
+        size = self._num_shared
+        start, state = recurrence(inputs[None, :size], no_states(place, inputs, 1))
+        return torch.cat([start[0], self._rows.recur(place, inputs[size:], recurrence, state)])
+
+
+def no_states(place: StatePlace, inputs: torch.Tensor, rows: int) -> torch.Tensor:
+    """The states of sequences that have not begun: `[rows, state width]` of zeros."""
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    return inputs.new_zeros(rows, place.width, dtype=dtype)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from server.core import ModelSpec
 from server.engine.decode_graphs import capture
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
+from server.engine.kv_cache import KVCache, SlotAllocator, bytes_of, bytes_per_position
 from server.engine.model import FrozenModel
 from server.engine.optimise import load_kernels, optimise
 from server.engine.out_of_memory import release_unused
 from server.engine.prefix_cache import PrefixCache
 from server.engine.preflight import free_memory
-from server.engine.scheduler import SHARED_SHARE
+from server.engine.recurrent import bytes_per_state
+from server.engine.scheduler import SHARED_SHARE, most_running
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
 
@@ -36,6 +37,8 @@ class MemoryPlan:
     prefix_bytes: int
     shared_bytes: int
     positions_per_slab: int
+    state_bytes: int = 0
+    """Of recurrent states, in models that have one."""
 
     def __str__(self) -> str:
         positions = self.num_slabs * self.positions_per_slab
@@ -44,6 +47,7 @@ class MemoryPlan:
             f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
             f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {self.prefix_bytes / MiB:,.0f} "
             f"MiB; copies of shared inputs: {self.shared_bytes / MiB:,.0f} MiB"
+            + (f"; recurrent states: {self.state_bytes / MiB:,.0f} MiB" if self.state_bytes else "")
         )
 
 
@@ -75,21 +79,26 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
     release_unused()  # of a model that was made faster, the parts that it was made of
     plan = plan_memory(settings, model.spec, free_memory(model.device))
     log.info("%s", plan)
+    most = most_running(settings.max_sequences, settings.max_batch_tokens)
     engine = Engine(
         model,
-        KVCache(model.spec, plan.num_slabs),
+        KVCache(model.spec, plan.num_slabs, max_sequences=most),
         PrefixCache(plan.prefix_bytes),
         settings.max_sequences,
         settings.max_batch_tokens,
         plan.shared_bytes,
     )
-    if "graphs" in settings.optimisations:
+    if "graphs" in settings.optimisations and model.spec.state_width and engine.varlen is not None:
+        log.info("decoding goes on without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
+    elif "graphs" in settings.optimisations:
         engine.graphs = capture(model, engine.kv_cache, engine.varlen, engine.scheduler.max_running)
     return engine
 
 
 def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
     """Work out the sizes of the KV cache, of what prefixes may take, and of what copies of shared inputs may take.
+
+    A model's recurrent states come first: every sequence that runs has one, whatever its length.
 
     Raises:
         InsufficientMemory: they do not fit together, or the KV cache holds not even one sequence of the longest
@@ -100,16 +109,19 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
     slab = slab_length * per_position
     asked = settings.max_sequences * slab if settings.kv_memory == "auto" else int(settings.kv_memory)
     own_prefix = None if settings.prefix_memory == "auto" else int(settings.prefix_memory)
+    states = most_running(settings.max_sequences, settings.max_batch_tokens) * bytes_per_state(model)
+    free = max(0, free - states)
+    copy = bytes_of(model, slab_length)
     granted = asked
     if settings.kv_memory == "auto":
-        room = min(free - slab, free * SHARED_SHARE // (SHARED_SHARE + 1))  # beside the copies
+        room = min(free - copy, free * SHARED_SHARE // (SHARED_SHARE + 1))  # beside the copies
         room = int(room / (1 + PREFIX_SHARE)) if own_prefix is None else room - own_prefix
         granted = min(asked, max(min(int(free * AUTO_SHARE), room), slab))
     need = (
         f"{settings.max_sequences} sequences of {model.max_model_len:,} positions at {per_position:,} bytes each "
         f"ask for {settings.max_sequences * slab / MiB:,.0f} MiB; one of them for {slab / MiB:,.0f} MiB"
-    )
-    shared = max(granted // SHARED_SHARE, slab)  # one copy may always be made, of at most the longest context
+    ) + (f"; their recurrent states take {states / MiB:,.0f} MiB more" if states else "")
+    shared = max(granted // SHARED_SHARE, copy)  # one copy may always be made, of at most the longest context
     prefix = int(granted * PREFIX_SHARE) if own_prefix is None else own_prefix
     if granted + prefix + shared > free:
         fits = (free - shared) / (1 + PREFIX_SHARE) if own_prefix is None else free - shared - prefix
@@ -125,4 +137,4 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int) -> MemoryPlan:
             f"PRELUDE_KV_MEMORY of {granted / MiB:,.1f} MiB does not hold one sequence ({need}).",
             remedy=f"Set it to at least {slab / MiB:,.1f}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
         )
-    return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, shared, slab_length)
+    return MemoryPlan(asked, granted // slab * slab, granted // slab, prefix, shared, slab_length, states)

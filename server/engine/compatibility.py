@@ -13,8 +13,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from server.engine.attention import AttentionRules, PackedRows
+from server.engine.attention import AttentionRules, PackedRows, Recurrence, StatePlace
+from server.engine.hybrids import kinds_with_states
 from server.errors import ConfigurationError, UnsupportedModel
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -27,7 +30,7 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{kind} is an encoder-decoder model; the engine serves decoder-only ones.")
     text_config = config.get_text_config()
-    layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    layers = set(getattr(text_config, "layer_types", None) or ()) - ATTENTION_LAYERS - kinds_with_states(text_config)
     if layers:
         raise UnsupportedModel(
             f"{kind} has {', '.join(sorted(layers))} layers; the engine keeps keys and values of full and sliding "
@@ -78,10 +81,17 @@ class _AttentionProbe:
         self.dtypes |= {query.dtype, key.dtype, value.dtype}
         return self._row.attend(layer, query, key, value, rules)
 
+    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        return self._row.recur(place, inputs, recurrence)
+
 
 @torch.inference_mode()
-def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRules]]:
+def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, list[AttentionRules]]:
     """Run two tokens through the model and learn `kv_heads`, `head_dim` and each layer's rules from its layers' calls.
+
+    Args:
+        module: the model.
+        layers: those of its layers that have attention.
 
     Raises:
         UnsupportedModel: the attention does not come through our function in every layer, in one shape.
@@ -103,7 +113,6 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
             "infinity, or exceed the range of that dtype.",
             remedy="Set PRELUDE_DTYPE=float32; if that does not help, download the model again.",
         )
-    layers = module.config.get_text_config().num_hidden_layers
     if set(probe.shapes) != set(range(layers)):
         raise UnsupportedModel(
             f"Of the {layers} layers of {kind}, {len(probe.shapes)} hand their keys and values to transformers' "
@@ -120,7 +129,7 @@ def probe_attention(module: PreTrainedModel) -> tuple[int, int, list[AttentionRu
         others = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in probe.dtypes - {module.dtype}))
         raise UnsupportedModel(f"The attention of {kind} computes in {others}, but its keys are stored as its weights.")
     layer_types = getattr(module.config.get_text_config(), "layer_types", None) or []
-    for layer, layer_type in enumerate(layer_types):
+    for layer, layer_type in enumerate(kind for kind in layer_types if kind in ATTENTION_LAYERS):
         if layer_type == "sliding_attention" and probe.rules[layer].sliding_window is None:
             raise UnsupportedModel(f"{kind} has sliding-window layers but does not tell the attention their window.")
     return kv_heads, head_dim, [probe.rules[layer] for layer in range(layers)]

@@ -25,6 +25,7 @@ from server.engine.model import FrozenModel
 from server.engine.operators import operators_with
 from server.engine.out_of_memory import run_with_less
 from server.engine.prefix_cache import PrefixCache
+from server.engine.recurrent import RecurrentRows, ServingRows
 from server.engine.sampler import Choice, begin_choosing
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
@@ -198,7 +199,10 @@ class Engine:
             eos = self.model.eos_token_ids
             choices = begin_choosing(rows.next_logits(logits), rows.drawing, eos, download, self._operators)
         give_scores()  # the host waits for the device here, and nowhere else in a step
-        return choices()
+        chosen = choices()
+        if self.kv_cache.recurrent is not None:
+            self.kv_cache.recurrent.end_step()
+        return chosen
 
     def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         """Logits `[kept_rows, vocab_size]` of any batch."""
@@ -210,12 +214,15 @@ class Engine:
             embeddings[first : first + len(rows)] = rows.to(self.model.device, self.model.dtype)
         return self.model.forward(embeddings, layout.position_ids, layout, kept)
 
-    def _lay_out(self, spans: list[Span]) -> VarlenRows | CompiledRows | CachedRows:
+    def _lay_out(self, spans: list[Span]) -> ServingRows:
+        layout: ServingRows
         if self.varlen is not None:
-            return VarlenRows.of(self.kv_cache, self.varlen, spans)
-        if self.compiled is not None:
-            return CompiledRows(self.compiled, spans)
-        return CachedRows(self.kv_cache, spans)
+            layout = VarlenRows.of(self.kv_cache, self.varlen, spans)
+        elif self.compiled is not None:
+            layout = CompiledRows(self.compiled, spans)
+        else:
+            layout = CachedRows(self.kv_cache, spans)
+        return layout if self.kv_cache.recurrent is None else RecurrentRows(layout, self.kv_cache.recurrent, spans)
 
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""

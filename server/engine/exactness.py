@@ -6,7 +6,7 @@ So a few tokens are sent both ways once, when the model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.attention import ATTENTION_NAME, AttentionRules
+from server.engine.attention import ATTENTION_NAME, AttentionRules, Recurrence, StatePlace
 from server.engine.kv_cache import KVCache, Slot
 from server.engine.layout import CachedRows, Span
 from server.engine.preflight import quantisation
+from server.engine.recurrent import RecurrentRows
 from server.errors import UnsupportedModel
 
 if TYPE_CHECKING:  # it imports this module
@@ -94,7 +95,9 @@ def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> to
     """
     tokens = len(ids)
     kv_cache = KVCache(replace(model.spec, max_model_len=tokens), num_slabs=2)
-    first, second = (Slot(kv_cache.allocator.slab_length, index * kv_cache.allocator.slab_length) for index in range(2))
+    first, second = kv_cache.allocate(tokens), kv_cache.allocate(tokens)
+    assert first is not None, "a slab each"
+    assert second is not None, "a slab each"
     steps = (
         (Span(first, 0, tokens - 3), Span(second, 0, tokens - 1)),
         (Span(second, tokens - 1, 1), Span(first, tokens - 3, 3)),
@@ -102,9 +105,11 @@ def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> to
     rows: dict[tuple[Slot, int], torch.Tensor] = {}
     for spans in steps:
         embeddings = model.embed(torch.cat([ids[span.start : span.end] for span in spans]))
-        layout = _Shuffled(CachedRows(kv_cache, spans), len(embeddings), narrow=narrow)
+        layout = _Shuffled(kv_cache, spans, len(embeddings), narrow=narrow)
         shuffled = embeddings[layout.order]
         logits = model.forward(shuffled, layout.position_ids, layout, layout.back).float()
+        if kv_cache.recurrent is not None:
+            kv_cache.recurrent.end_step()
         if not torch.equal(shuffled[layout.back], embeddings):
             raise UnsupportedModel(
                 f"{model.module.config.model_type} writes to the embeddings that it is given, which may be a soft "
@@ -119,19 +124,22 @@ def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> to
 class _Shuffled:
     """A step whose tokens stand in the flat row in any order; see `attention.Layout`."""
 
-    def __init__(self, rows: CachedRows, tokens: int, *, narrow: bool) -> None:
+    def __init__(self, kv_cache: KVCache, spans: Sequence[Span], tokens: int, *, narrow: bool) -> None:
         """Shuffle a step's tokens: the flat row holds those of `order`, and `back` undoes it.
 
         Args:
-            rows: the step.
+            kv_cache: where keys and values go.
+            spans: the step.
             tokens: that it has.
             narrow: whether windows are `NARROW_WINDOW`, whatever the layers ask for.
         """
+        rows = CachedRows(kv_cache, spans)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
         self.order = order.to(rows.position_ids.device)
         self.back = self.order.argsort()
         self.position_ids = rows.position_ids[self.order]
         self._rows, self._narrow = rows, narrow
+        self._recurrent = None if kv_cache.recurrent is None else RecurrentRows(rows, kv_cache.recurrent, spans)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
@@ -141,6 +149,11 @@ class _Shuffled:
             rules = replace(rules, sliding_window=NARROW_WINDOW)
         query, key, value = (states[:, self.back] for states in (query, key, value))
         return self._rows.attend(layer, query, key, value, rules)[self.order]
+
+    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        """See `attention.RecurrentLayout.recur`."""
+        assert self._recurrent is not None, "only models with a recurrent state ask for it"
+        return self._recurrent.recur(place, inputs[self.back], recurrence)[self.order]
 
 
 def own_logits(module: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from server.core import ModelSpec
+from server.engine.recurrent import StatePool, bytes_per_state
 
 SHORTEST_SLOT = 256
 
@@ -112,6 +113,29 @@ class SlotAllocator:
         return min(rooms, default=None)
 
 
+class Computed(NamedTuple):
+    """A copy of what is computed of a sequence's first positions.
+
+    Attributes:
+        states: their keys and values `[layers, 2, n, kv_heads, head_dim]`.
+        recurrent: the recurrent state after them `[state_width]`, in models that have one.
+    """
+
+    states: torch.Tensor
+    recurrent: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.states.nbytes + (0 if self.recurrent is None else self.recurrent.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        finite = bool(torch.isfinite(self.states).all())
+        return finite and (self.recurrent is None or bool(torch.isfinite(self.recurrent).all()))
+
+
 class KVCache:
     """The pool's tensor and its allocator.
 
@@ -119,20 +143,60 @@ class KVCache:
         states: `[layers, 2, positions, kv_heads, head_dim]`, keys at index 0 and values at 1.
         allocator: which positions belong to whom.
         scratch: the last position, which is in no slot: what only fills up a batch is written there, read by nobody.
+        recurrent: the recurrent states of those who own slots, in models that have one.
     """
 
-    def __init__(self, model: ModelSpec, num_slabs: int, shortest_slot: int = SHORTEST_SLOT) -> None:
-        """Reserve the pool. On the CPU its pages are only touched as sequences fill them."""
+    def __init__(
+        self,
+        model: ModelSpec,
+        num_slabs: int,
+        shortest_slot: int = SHORTEST_SLOT,
+        max_sequences: int | None = None,
+    ) -> None:
+        """Reserve the pool. On the CPU its pages are only touched as sequences fill them.
+
+        Args:
+            model: whose keys and values it holds.
+            num_slabs: how many sequences of the longest context it holds.
+            shortest_slot: positions of the shortest slot.
+            max_sequences: most that have a recurrent state at once; by default as many as there can be slots.
+        """
         self.allocator = SlotAllocator(num_slabs, model.max_model_len, shortest_slot)
         self.scratch = self.allocator.num_positions
         shape = (
-            model.num_hidden_layers,
+            model.num_kv_layers,
             2,
             self.scratch + 1,
             model.num_key_value_heads,
             model.head_dim,
         )
         self.states = _zeros(shape, getattr(torch, model.dtype), torch.device(model.device))
+        self.recurrent: StatePool | None = None
+        if model.state_width:
+            most = self.allocator.num_positions // self.allocator.slot_lengths[0]
+            self.recurrent = StatePool(model, most if max_sequences is None else min(max_sequences, most))
+
+    def allocate(self, positions: int) -> Slot | None:
+        """A slot for a sequence of so many positions, or None if there is no room now."""
+        if self.recurrent is None:
+            return self.allocator.allocate(positions)
+        slot = self.allocator.allocate(positions) if self.recurrent.has_room else None
+        if slot is not None:
+            self.recurrent.allocate(slot)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Take back what a sequence owned."""
+        self.allocator.release(slot)
+        if self.recurrent is not None:
+            self.recurrent.release(slot)
+
+    def check_integrity(self, owned: Iterable[Slot]) -> None:
+        """Assert that exactly `owned` is handed out."""
+        owned = list(owned)
+        self.allocator.check_integrity(owned)
+        if self.recurrent is not None:
+            self.recurrent.check_integrity(owned)
 
     def write(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store a step's keys and values, `[kv_heads, tokens, head_dim]`, at `[tokens]` positions of the pool."""
@@ -150,13 +214,17 @@ class KVCache:
         slots = region.view(2, count, stride, kv_heads, head_dim)[:, :, :length].transpose(2, 3)
         return slots[0], slots[1]
 
-    def copy_in(self, slot: Slot, prefix: torch.Tensor) -> None:
-        """Put a prefix `[layers, 2, n, kv_heads, head_dim]` at the start of a slot."""
-        self.states[:, :, slot.start : slot.start + prefix.shape[2]] = prefix
+    def copy_in(self, slot: Slot, prefix: Computed) -> None:
+        """Put what is computed of a sequence's first positions at the start of its slot."""
+        self.states[:, :, slot.start : slot.start + prefix.states.shape[2]] = prefix.states
+        if self.recurrent is not None:
+            assert prefix.recurrent is not None, "keys and values alone do not say what the state after them is"
+            self.recurrent.of(slot).copy_(prefix.recurrent)
 
-    def copy_out(self, slot: Slot, length: int) -> torch.Tensor:
-        """A copy of a slot's first positions, as `copy_in` takes it."""
-        return self.states[:, :, slot.start : slot.start + length].clone()
+    def copy_out(self, slot: Slot, length: int) -> Computed:
+        """A copy of a slot's first positions, as `copy_in` takes it; of a recurrent state as it is now."""
+        states = self.states[:, :, slot.start : slot.start + length].clone()
+        return Computed(states, None if self.recurrent is None else self.recurrent.of(slot).clone())
 
     def scrub(self, slot: Slot) -> None:
         """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""
@@ -174,3 +242,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def bytes_per_position(model: ModelSpec) -> int:
     """Bytes of keys and values of one position, over all layers."""
     return model.kv_width * int(getattr(torch, model.dtype).itemsize)
+
+
+def bytes_of(model: ModelSpec, positions: int) -> int:
+    """Bytes of all that is kept of a sequence of so many positions."""
+    return positions * bytes_per_position(model) + bytes_per_state(model)

@@ -26,6 +26,7 @@ from server.engine.checkpoint import resolve_checkpoint
 from server.engine.compatibility import pin_longrope, probe_attention
 from server.engine.devices import choose_device, choose_dtype
 from server.engine.exactness import refuse_inexact
+from server.engine.hybrids import prepare_layers
 from server.engine.load_errors import as_sentence
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
@@ -84,7 +85,8 @@ class FrozenModel:
             InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
         )
         text_config = module.config.get_text_config()
-        kv_heads, head_dim, self.attention_rules = probe_attention(module)
+        layers = prepare_layers(module)
+        kv_heads, head_dim, self.attention_rules = probe_attention(module, layers.num_attention_layers)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
         self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight
@@ -104,6 +106,8 @@ class FrozenModel:
             dtype=str(module.dtype).removeprefix("torch."),
             device=str(module.device),
             num_attention_heads=getattr(text_config, "num_attention_heads", None),
+            num_attention_layers=layers.num_attention_layers,
+            state_width=layers.state_width,
         )
         pin_longrope(module, self.spec.max_model_len)
 

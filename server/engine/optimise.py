@@ -29,11 +29,12 @@ from torch import nn
 from server.engine.attention import PackedRows
 from server.engine.compiled_attention import CompiledAttention, CompiledRows
 from server.engine.fused import FusedLayer, FusedRotary, has_known_parts
-from server.engine.kv_cache import KVCache, Slot
+from server.engine.kv_cache import KVCache
 from server.engine.layout import Span
 from server.engine.linear import FrozenLinear, can_pack
 from server.engine.model import FrozenModel
 from server.engine.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
+from server.engine.recurrent import RecurrentRows, ServingRows
 
 if TYPE_CHECKING:
     from server.engine.kernels import Kernels
@@ -101,7 +102,12 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
     attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)
     if attention is not None:
-        layout = CompiledRows(attention, [Span(Slot(16, 0), 0, 2)])
+        slot = kv_cache.allocate(16)
+        assert slot is not None, "the pool is empty"
+        spans = [Span(slot, 0, 2)]
+        layout: ServingRows = CompiledRows(attention, spans)
+        if kv_cache.recurrent is not None:
+            layout = RecurrentRows(layout, kv_cache.recurrent, spans)
         ids = torch.zeros(2, dtype=torch.long)
         model.forward(model.embed(ids), layout.position_ids, layout, ids[:1])
 

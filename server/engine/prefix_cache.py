@@ -1,6 +1,6 @@
 """Computed prefixes, by the hash of the soft prompt's numbers: never by a name, so none can be stale.
 
-A prefix `[layers, 2, n, kv_heads, head_dim]` is what the engine makes of any soft prompt. It is copied into the slot of
+A prefix (`kv_cache.Computed`) is what the engine makes of any soft prompt. It is copied into the slot of
 each sequence that starts, so dropping one here touches nobody who is running.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from server.core import ModelSpec
+from server.engine.kv_cache import Computed
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -33,7 +34,7 @@ class PrefixCache:
         self.misses = 0
         self.computed = 0
         self.evicted = 0
-        self._prefixes: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._prefixes: OrderedDict[str, Computed] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -44,7 +45,7 @@ class PrefixCache:
     def __contains__(self, prefix_hash: str) -> bool:
         return prefix_hash in self._prefixes
 
-    def get(self, prefix_hash: str) -> torch.Tensor | None:
+    def get(self, prefix_hash: str) -> Computed | None:
         """The prefix, now the most recently used one, or None."""
         prefix = self._prefixes.get(prefix_hash)
         if prefix is None:
@@ -54,34 +55,31 @@ class PrefixCache:
         self.hits += 1
         return prefix
 
-    def put(self, prefix_hash: str, prefix: torch.Tensor) -> None:
+    def put(self, prefix_hash: str, prefix: Computed) -> None:
         """Keep a prefix and drop the least recently used ones beyond the budget."""
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self._prefixes[prefix_hash] = prefix
-        self.num_bytes += _num_bytes(prefix)
+        self.num_bytes += prefix.num_bytes
         self.computed += 1
         while self.num_bytes > self.budget_bytes and len(self._prefixes) > 1:
             _, dropped = self._prefixes.popitem(last=False)
-            self.num_bytes -= _num_bytes(dropped)
+            self.num_bytes -= dropped.num_bytes
             self.evicted += 1
 
     def drop(self, prefix_hash: str) -> None:
         """Forget a prefix, if it is here."""
         dropped = self._prefixes.pop(prefix_hash, None)
         if dropped is not None:
-            self.num_bytes -= _num_bytes(dropped)
+            self.num_bytes -= dropped.num_bytes
 
     def check_integrity(self) -> None:
         """Assert that the bytes are those of the prefixes held."""
-        assert self.num_bytes == sum(_num_bytes(prefix) for prefix in self._prefixes.values())
+        assert self.num_bytes == sum(prefix.num_bytes for prefix in self._prefixes.values())
 
 
-def prefix_of_kv(soft_prompt: SoftPrompt, model: ModelSpec) -> torch.Tensor:
+def prefix_of_kv(soft_prompt: SoftPrompt, model: ModelSpec) -> Computed:
     """The prefix of a soft prompt that is keys and values already: PEFT's `[n, layers * 2 * heads * dim]`, turned."""
-    shape = (-1, model.num_hidden_layers, 2, model.num_key_value_heads, model.head_dim)
+    assert not model.state_width, "a soft prompt of keys and values is refused where they are not all"
+    shape = (-1, model.num_kv_layers, 2, model.num_key_value_heads, model.head_dim)
     prefix = soft_prompt.tensor.view(shape).permute(1, 2, 0, 3, 4)
-    return prefix.to(model.device, getattr(torch, model.dtype)).contiguous()
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return Computed(prefix.to(model.device, getattr(torch, model.dtype)).contiguous())

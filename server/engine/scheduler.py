@@ -13,11 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-import torch
-
 from server.core import ModelSpec, Queue
 from server.engine.fair_queue import FairQueue, Running
-from server.engine.kv_cache import KVCache, Slot, bytes_per_position
+from server.engine.kv_cache import KVCache, Slot, bytes_of
 from server.engine.layout import Span
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
@@ -55,14 +53,13 @@ class Scheduler:
     ) -> None:
         """Start with empty queues; copies of shared inputs may take `shared_bytes`, or a share of the KV cache."""
         assert max_batch_tokens >= max_sequences, "every running sequence must be able to decode in each step"
-        self.max_running = max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
+        self.max_running = most_running(max_sequences, max_batch_tokens)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self._model = model
         self._kv_cache = kv_cache
         self._prefixes = prefixes
-        self._position_bytes = bytes_per_position(model)
-        whole = kv_cache.allocator.num_positions * self._position_bytes
+        whole = bytes_of(model, kv_cache.allocator.num_positions)
         self.shared = SharedInputs(whole // SHARED_SHARE if shared_bytes is None else shared_bytes)
         self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
         self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
@@ -122,7 +119,7 @@ class Scheduler:
         shares = []
         for sequence in sequences:
             key = sequence.request.key_id
-            count = min(sequence.num_pending, budget, limits[key])
+            count = min(self._next_chunk(sequence), budget, limits[key])
             if count > 0:
                 shares.append((sequence, count))
                 budget -= count
@@ -146,7 +143,7 @@ class Scheduler:
         slot = sequence.slot
         if scrub or sequence.num_finite < sequence.num_computed:
             self._kv_cache.scrub(slot)
-        self._kv_cache.allocator.release(slot)
+        self._kv_cache.release(slot)
         sequence.slot = None
         self._leave(sequence)
 
@@ -180,14 +177,13 @@ class Scheduler:
             return True
         self._stop_computing(sequence)
         prefix = self._kv_cache.copy_out(_slot(sequence), sequence.num_virtual_tokens)
-        finite = bool(torch.isfinite(prefix).all())
-        if finite:
+        if is_finite := prefix.is_finite:
             self._prefixes.put(soft_prompt.prefix_hash, prefix)
-        return finite
+        return is_finite
 
     def check_integrity(self) -> None:
         """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
-        self._kv_cache.allocator.check_integrity(_slot(sequence) for sequence in self.running)
+        self._kv_cache.check_integrity(_slot(sequence) for sequence in self.running)
         self._prefixes.check_integrity()
         self.shared.check_integrity()
         assert all(sequence.request_id in self.shared for sequence in self.waiting if sequence.shared is not None)
@@ -220,7 +216,7 @@ class Scheduler:
                 # It waits for another sequence's prefill, not for room: the other queues need not wait with it.
                 held.add(sequence.request.queue)
                 continue
-            slot = self._kv_cache.allocator.allocate(sequence.max_positions)
+            slot = self._kv_cache.allocate(sequence.max_positions)
             if slot is None:
                 return
             self.waiting.take(sequence)
@@ -244,6 +240,12 @@ class Scheduler:
         if len(self.running) >= self.max_running - reserved_for_keys:
             held |= running.keys_at_their_share(self._max_sequences)
         return held
+
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """The most that a prefill may compute in a step: a recurrent state is kept at the end of a soft prompt."""
+        if self._model.state_width and sequence.num_computed < sequence.num_virtual_tokens:
+            return sequence.num_virtual_tokens - sequence.num_computed
+        return sequence.num_pending
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         if sequence.soft_prompt is None or sequence.shared is not None:
@@ -273,7 +275,7 @@ class Scheduler:
 
     def _copied_bytes(self, sequence: Sequence) -> int:
         """What the copy takes that a sequence makes for its request's other choices; 0 if it makes none."""
-        return sequence.num_input * self._position_bytes if _makes_copy(sequence) else 0
+        return bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
 
     def _let_go_of_copy(self, sequence: Sequence) -> None:
         if sequence.shared is not None:
@@ -294,6 +296,11 @@ class Scheduler:
         soft_prompt = sequence.soft_prompt
         if soft_prompt is not None and self._computing.get(soft_prompt.prefix_hash) is sequence:
             del self._computing[soft_prompt.prefix_hash]
+
+
+def most_running(max_sequences: int, max_batch_tokens: int) -> int:
+    """Most sequences that run at once, with the places that are kept."""
+    return max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
 
 
 def _makes_copy(sequence: Sequence) -> bool:

@@ -10,11 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from server.core import GenerationRequest, SamplingParams, Scored, Usage
 from server.engine.detokenizer import Detokenizer
-from server.engine.kv_cache import Slot
+from server.engine.kv_cache import Computed, Slot
 from server.engine.seen_tokens import SeenTokens
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -43,8 +42,8 @@ class Sequence:
     """Which tokens its grammar allows next."""
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices of its request; they begin once this one has computed what they share."""
-    shared: torch.Tensor | None = None
-    """Keys and values of the positions that its request's first choice has computed for it, until it has a slot."""
+    shared: Computed | None = None
+    """A copy of the positions that its request's first choice has computed for it, until it has a slot."""
     slot: Slot | None = None
     num_computed: int = 0
     """Positions whose keys and values are in the slot."""

@@ -10,7 +10,7 @@ from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, 
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, JobSpec
 from server.soft_prompts.names import check_task_name
-from server.soft_prompts.soft_prompt import check_shape
+from server.soft_prompts.soft_prompt import check_size
 from server.train.config import contradiction
 from server.train.data import Encode, check_lengths
 from server.train.files import TaskFiles, read_task
@@ -35,16 +35,14 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
     """Refuse what can never be trained or published here, whatever the data.
 
     Raises:
-        InvalidTaskName, InvalidSoftPrompt: the name or the number of virtual tokens.
+        InvalidTaskName, InvalidSoftPrompt: the name, the number of virtual tokens, or the method for this model.
         InvalidRequest: it trains several tasks, or contradicts itself.
     """
     check_task_name(spec.task)
     if spec.task == frame.model.name:
         raise InvalidTaskName(f"{spec.task!r} is the frozen model's name.", remedy="Choose another name for the task.")
     config = spec.config
-    check_shape(
-        "PROMPT_TUNING", (config.num_virtual_tokens, frame.model.hidden_size), frame.model, frame.max_virtual_tokens
-    )
+    check_size(config.peft_type, config.num_virtual_tokens, frame.model, frame.max_virtual_tokens)
     if config.method == "multitask_prompt_tuning":
         raise InvalidRequest(
             "A job trains one task, and multitask prompt tuning several.",

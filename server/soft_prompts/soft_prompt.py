@@ -78,8 +78,15 @@ def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_vi
     """Refuse a tensor by its header alone, before any memory is allocated for it.
 
     Raises:
-        InvalidSoftPrompt: wrong rank or width for the model, no rows, or more rows than allowed.
+        InvalidSoftPrompt: keys and values for a model that also keeps a recurrent state; wrong rank or width for the
+            model, no rows, or more rows than allowed.
     """
+    if peft_type in KV_TYPES and model.state_width:
+        raise InvalidSoftPrompt(
+            f"A {peft_type} soft prompt is keys and values, and {model.name} also keeps a recurrent state of what it "
+            "has read, which they do not define.",
+            remedy="Train input embeddings instead, with PROMPT_TUNING or P_TUNING.",
+        )
     if peft_type in KV_TYPES:
         width, meaning = model.kv_width, "layers x 2 x key-value heads x head_dim"
     else:
@@ -100,6 +107,16 @@ def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_vi
             f"{shape[0]} virtual tokens leave no room in a context of {model.max_model_len}.",
             remedy="Use fewer virtual tokens, or raise PRELUDE_MAX_MODEL_LEN.",
         )
+
+
+def check_size(peft_type: str, num_virtual_tokens: int, model: ModelSpec, max_virtual_tokens: int) -> None:
+    """Refuse what could not be served once it is trained.
+
+    Raises:
+        InvalidSoftPrompt: as `check_shape`.
+    """
+    width = model.kv_width if peft_type in KV_TYPES else model.hidden_size
+    check_shape(peft_type, (num_virtual_tokens, width), model, max_virtual_tokens)
 
 
 def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:

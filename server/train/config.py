@@ -64,6 +64,11 @@ class TrainingConfig:
     """Compute activations again in the backward pass: a third slower, in a fraction of the memory."""
 
     @property
+    def peft_type(self) -> str:
+        """What is learned, as far as it decides whether a model can be given it."""
+        return "PREFIX_TUNING" if self.method == "prefix_tuning" else "PROMPT_TUNING"
+
+    @property
     def may_begin_as_teacher(self) -> bool:
         """Whether first values are the teacher's own, if it can be had."""
         is_auto = self.init == "auto" and self.teacher_template is not None and self.method == "prefix_tuning"

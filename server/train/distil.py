@@ -94,7 +94,8 @@ def distilled_lessons(
                 f"the context holds {model.spec.max_model_len}.",
                 remedy="Shorten the teacher's text or the row.",
             )
-    shared = common_start(read)
+    # Keys and values are not all that a model with a recurrent state keeps: there each row reads the whole text.
+    shared = () if model.spec.state_width else common_start(read)
     before = key_values_of(model, shared) if shared else None
     own = [ids[len(shared) :] for ids in read]
     ordered = sorted(range(len(own)), key=lambda row: len(own[row]))  # batches of about one length

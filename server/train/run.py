@@ -14,7 +14,7 @@ from pathlib import Path
 from server.durable import replace_file
 from server.engine.model import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
-from server.soft_prompts.soft_prompt import check_shape
+from server.soft_prompts.soft_prompt import check_size
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, encode_examples
 from server.train.distil import distilled_lessons, teacher_states
@@ -61,9 +61,7 @@ def train_task(
         InvalidTrainingData: before any step is run; or the loss is not finite any more.
     """
     rows = rows or read_task(files, config)
-    check_shape(
-        "PROMPT_TUNING", (config.num_virtual_tokens, model.spec.hidden_size), model.spec, files.max_virtual_tokens
-    )
+    check_size(config.peft_type, config.num_virtual_tokens, model.spec, files.max_virtual_tokens)
     objective: Objective = Targets()
     if config.teacher_template is not None:
         objective = TeacherLabels() if config.labels else TeacherTokens()

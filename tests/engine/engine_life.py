@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -168,7 +167,7 @@ class EngineLife(RuleBasedStateMachine):
             if life.is_single:
                 assert (life.asked.request_id in _ids(scheduler.waiting)) == (not life.slots)
         copies = {id(s.shared): s.shared for s in scheduler.waiting if s.shared is not None}
-        held = sum(copy.numel() * copy.element_size() for copy in copies.values())
+        held = sum(copy.num_bytes for copy in copies.values())
         assert held <= scheduler.shared.num_bytes, "a copy is outside of the budget"
         assert scheduler.shared.num_bytes <= scheduler.shared.budget_bytes or len(scheduler.shared) == 1
         assert set(self.engine.prefixes) <= self._wanted() | {life.prefix_hash for life in living}, "deleted, not gone"
@@ -286,4 +285,4 @@ def _ids(sequences: Iterable[Sequence]) -> set[str]:
 
 def _is_clean(kv_cache: KVCache, slot: Slot | None) -> bool:
     assert slot is not None
-    return bool(torch.isfinite(kv_cache.copy_out(slot, slot.length)).all())
+    return kv_cache.copy_out(slot, slot.length).is_finite

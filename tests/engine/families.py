@@ -103,14 +103,15 @@ def _engine_errors(model: FrozenModel) -> Iterator[float]:
     by_embeddings = random_soft_prompt(model.spec, 5)
     virtual_tokens = by_embeddings.tensor * model.embed(torch.arange(250)).std()
     by_embeddings = SoftPrompt("PROMPT_TUNING", virtual_tokens)
-    by_kv = SoftPrompt("PREFIX_TUNING", _keys_and_values(model, virtual_tokens))
     recording = RecordingModel(model)
     engine = make_engine(recording)
-    work = {
+    work: dict[str, tuple[list[int], SoftPrompt | None, torch.Tensor]] = {
         "none": (list(range(40, 61)), None, virtual_tokens[:0]),
         "embeddings": ([7, 90, 14, 8, 3, 200], by_embeddings, virtual_tokens),
-        "kv": (list(range(100, 120)), by_kv, virtual_tokens),
     }
+    if not model.spec.state_width:  # keys and values do not say what a recurrent state would be
+        by_kv = SoftPrompt("PREFIX_TUNING", _keys_and_values(model, virtual_tokens))
+        work["kv"] = (list(range(100, 120)), by_kv, virtual_tokens)
     tokens: dict[str, list[int]] = {name: [] for name in work}
     for name, (input_ids, soft_prompt, _) in work.items():
         engine.add(request(name, input_ids, max_new_tokens=4, ignore_eos=True), soft_prompt)

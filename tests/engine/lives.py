@@ -17,7 +17,7 @@ from server.engine.kv_cache import Slot
 from server.engine.model import FrozenModel
 from server.engine.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt
-from tests.support import EOS, Outcome, make_engine, random_kv_prompt, random_soft_prompt, request, run_engine
+from tests.support import EOS, Outcome, make_engine, random_other_prompt, random_soft_prompt, request, run_engine
 
 INPUTS = [(7,), (200, 3), (5,) * 3, tuple(range(90, 97)), tuple(range(40, 60))]
 NEW_TOKENS = [1, 6, 24]
@@ -64,8 +64,8 @@ class World:
             "short": random_soft_prompt(model.spec, 3, 1),
             "long": random_soft_prompt(model.spec, 16, 2),
             "another long": random_soft_prompt(model.spec, 16, 3),
-            "kv": random_kv_prompt(model.spec, 7, 4),
-            "long kv": random_kv_prompt(model.spec, 25, 5),
+            "kv": random_other_prompt(model.spec, 7, 4),
+            "long kv": random_other_prompt(model.spec, 25, 5),
             "poison": self.poison,
         }
         self.alone: Callable[[tuple[int, ...], str, int, float, str], list[Outcome]] = cache(self._alone)

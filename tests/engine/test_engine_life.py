@@ -16,10 +16,12 @@ from tests.soak import Soak
 from tests.support import tiny_model
 
 
-@pytest.fixture(params=["plain", "optimised"])
+@pytest.fixture(params=["plain", "optimised", "hybrid"])
 def model(request: pytest.FixtureRequest, kernels: Kernels) -> FrozenModel:
-    """As transformers wrote it, in float64; or with all that makes it faster, which has no float64."""
-    return tiny_model() if request.param == "plain" else optimised("llama", ALL, kernels, dtype=torch.float32)
+    """As transformers wrote it, in float64; or with all that makes it faster, which has no float64; or a hybrid."""
+    if request.param == "optimised":
+        return optimised("llama", ALL, kernels, dtype=torch.float32)
+    return tiny_model("lfm2" if request.param == "hybrid" else "llama")
 
 
 @pytest.mark.soak

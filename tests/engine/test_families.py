@@ -42,6 +42,8 @@ OFTEN = [
         "qwen3_next",
         "qwen3_5_text",
         "lfm2",
+        "lfm2_moe",
+        "lfm2_vl",
         "granitemoehybrid",
         "nemotron_h",
         "falcon_h1",

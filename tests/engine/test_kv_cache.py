@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.kv_cache import KVCache, Slot, SlotAllocator
+from server.engine.kv_cache import Computed, KVCache, Slot, SlotAllocator
 from server.engine.model import FrozenModel
 
 
@@ -83,12 +83,12 @@ def test_a_prefix_copied_in_is_copied_out_and_touches_nothing_else(tiny: FrozenM
     assert first is not None
     assert second is not None
     prefix = torch.randn(*cache.states.shape[:2], 7, *cache.states.shape[3:], dtype=torch.float64)
-    cache.copy_in(second, prefix)
-    assert torch.equal(cache.copy_out(second, 7), prefix)
+    cache.copy_in(second, Computed(prefix))
+    assert torch.equal(cache.copy_out(second, 7).states, prefix)
     untouched = cache.states.clone()
     untouched[:, :, second.start : second.start + 7] = 0
     assert not untouched.any()
     kept = cache.copy_out(second, 7)
     cache.scrub(second)
     assert not cache.states.any()
-    assert torch.equal(kept, prefix), "what was copied out does not change any more"
+    assert torch.equal(kept.states, prefix), "what was copied out does not change any more"

@@ -233,8 +233,8 @@ def test_answers_do_not_depend_on_the_chunk_size(tiny: FrozenModel) -> None:
 
 def copies(engine: Engine) -> int:
     """Bytes of all copies that waiting choices hold."""
-    tensors = {id(s.shared): s.shared for s in engine.scheduler.waiting if s.shared is not None}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    held = {id(s.shared): s.shared for s in engine.scheduler.waiting if s.shared is not None}
+    return sum(copy.num_bytes for copy in held.values())
 
 
 @pytest.mark.parametrize("kind", ["labels", "n"])

@@ -19,7 +19,7 @@ from server.train.methods import PrefixTuning, PromptTuning
 from server.train.objectives import Lesson, TeacherLabels, TeacherTokens
 from server.train.run import train_task
 from server.train.trainer import Work, measure, train
-from tests.support import EOS, byte_tokenizer, make_engine, request, run_engine, tiny_module
+from tests.support import EOS, byte_tokenizer, make_engine, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import LEARNS, data_of, random_embeddings
 
 TEACHER = "Say what you think of it: {input}\nAnswer:"
@@ -41,7 +41,9 @@ def test_the_teacher_answers_as_the_engine_serves_its_whole_text(tiny: FrozenMod
         assert example.input_ids == tuple(tiny.encode(f"{row.input}\n")), "the student reads its own text"
 
 
-def test_the_teachers_distributions_are_those_behind_its_whole_text(tiny: FrozenModel) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_the_teachers_distributions_are_those_behind_its_whole_text(architecture: str) -> None:
+    tiny = tiny_model(architecture)
     for row, lesson in zip(INPUTS.rows, lessons(tiny), strict=True):
         whole = Example(tuple(tiny.encode(TEACHER.replace("{input}", row.input))), lesson.examples[0].target_ids)
         expected = F.log_softmax(rows_logits(tiny, [whole])[0], dim=-1)

@@ -49,7 +49,9 @@ def score(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example])
     return measure(model, Given(embeddings), Targets(), lessons_of(examples))
 
 
-def test_teacher_forced_exact_match_is_what_greedy_decoding_answers(tiny: FrozenModel) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_teacher_forced_exact_match_is_what_greedy_decoding_answers(architecture: str) -> None:
+    tiny = tiny_model(architecture)
     soft_prompt = random_soft_prompt(tiny.spec)
     inputs = [tuple(tiny.encode(text)) for text in ("good", "a much longer text", "x")]
     requests = [(request(str(i), ids, max_new_tokens=6), soft_prompt) for i, ids in enumerate(inputs)]
@@ -63,7 +65,7 @@ def test_teacher_forced_exact_match_is_what_greedy_decoding_answers(tiny: Frozen
         assert score(tiny, soft_prompt.tensor, changed).exact_match == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "lfm2"])
 def test_a_row_has_the_same_loss_alone_and_in_a_flat_row_of_many(architecture: str) -> None:
     model = tiny_model(architecture)
     examples = examples_of(model, UNEVEN)
@@ -74,7 +76,7 @@ def test_a_row_has_the_same_loss_alone_and_in_a_flat_row_of_many(architecture: s
     assert len(together) == sum(len(example.target_ids) for example in examples)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "lfm2"])
 def test_virtual_tokens_that_rows_share_are_computed_once_with_the_losses_and_gradients_of_each_row(
     architecture: str,
 ) -> None:
@@ -123,6 +125,7 @@ def padded_loss(module: PreTrainedModel, embeddings: torch.Tensor, examples: lis
         ("gemma2", "eager", 1e-6),
         ("mistral", "eager", 1e-6),
         ("gpt2", "eager", 1e-10),
+        ("lfm2", "eager", 1e-6),
     ],
 )
 def test_the_gradient_is_that_of_transformers_own_attention_with_padding_and_masks(
@@ -138,7 +141,7 @@ def test_the_gradient_is_that_of_transformers_own_attention_with_padding_and_mas
     [gradient] = torch.autograd.grad(loss, ours)
     [expected] = torch.autograd.grad(reference, theirs)
     torch.testing.assert_close(gradient, expected, rtol=10 * precision, atol=precision)
-    assert float(expected.abs().max()) > 1e-2
+    assert float(expected.abs().max()) > 5e-3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])

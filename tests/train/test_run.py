@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from peft import PeftModel
 
 from server.engine.model import FrozenModel
-from server.errors import ConfigurationError, InvalidTrainingData
+from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTrainingData
+from server.jobs.check import Frame, check_spec
+from server.jobs.job import JobSpec
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.train.config import Method
@@ -21,7 +24,7 @@ from server.train.output import Trained, check_writable, write_task
 from server.train.record import Progress, Score, TrainingResult
 from server.train.run import train_task
 from server.train.sweep import PEAKS, Tried
-from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_module
+from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows
 
 REPEATED = MOODS * 5
@@ -295,3 +298,26 @@ def test_other_methods_are_loaded_by_peft_and_answer_as_they_were_taught(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
         )
         assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS], text
+
+
+def test_a_model_with_a_recurrent_state_is_trained_alike_when_it_computes_activations_again(tmp_path: Path) -> None:
+    model = tiny_model("lfm2", dtype=torch.float32)
+    losses = []
+    for recompute in (False, True):
+        config = replace(TAUGHT, steps=5, recompute=recompute)
+        found = train_task(model, task_files(tmp_path), config)
+        write_task(tmp_path / "mood", found, model.spec)
+        assert load_soft_prompts(tmp_path / "mood", model.spec, 100)[0].tensor.shape == (20, model.spec.hidden_size)
+        shutil.rmtree(tmp_path / "mood")
+        losses.append(found.result.validation.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_keys_and_values_are_not_trained_for_a_model_with_a_recurrent_state(tmp_path: Path) -> None:
+    model, config = tiny_model("lfm2", dtype=torch.float32), replace(TAUGHT, method="prefix_tuning")
+    with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
+        train_task(model, task_files(tmp_path), config, no_step)
+    frame = Frame(model.spec, 100, model.encode)
+    with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
+        check_spec(JobSpec("mood", config), frame)
+    check_spec(JobSpec("mood", TAUGHT), frame)

@@ -177,7 +177,7 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
         ("POST", "/generate_stream"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/invocations"): {400, 404, 413, 422, 429, 500, 503, 504},
-        ("POST", "/tokenize"): {400, 413, 422},
+        ("POST", "/tokenize"): {400, 413, 422, 429},
         ("POST", "/v1/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/v1/chat/completions"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("GET", "/v1/models"): {400, 422},

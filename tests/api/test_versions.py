@@ -215,8 +215,8 @@ def test_a_version_can_be_deleted_unless_it_is_live(server: LiveServer) -> None:
 def test_a_deleted_task_leaves_no_blob_no_host_copy_and_no_prefix(own_server: LiveServer) -> None:
     soft_prompt = own_server.publish_random("gone", 1)
     own_server.publish_random("stays", 2)
-    own_server.model.delay = 0.02
-    body = {"inputs": "hello", "parameters": {"max_new_tokens": 30}}
+    own_server.model.delay = 0.1
+    body = {"inputs": "hello", "parameters": {"max_new_tokens": 60, "ignore_eos_token": True}}
     with own_server.client.stream("POST", "/generate_stream", params={"task": "gone"}, json=body) as response:
         lines = response.iter_lines()
         next(lines)

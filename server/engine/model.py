@@ -106,7 +106,7 @@ class FrozenModel:
             dtype=str(module.dtype).removeprefix("torch."),
             device=str(module.device),
             num_attention_heads=getattr(text_config, "num_attention_heads", None),
-            num_attention_layers=layers.num_attention_layers,
+            num_attention_layers=layers.num_attention_layers if layers.state_width else None,
             state_width=layers.state_width,
         )
         pin_longrope(module, self.spec.max_model_len)

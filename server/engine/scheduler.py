@@ -113,9 +113,10 @@ class Scheduler:
         for sequence in sequences:
             pending[sequence.request.key_id] += sequence.num_pending
         limits: dict[str | None, int] = {}
+        part = max(1, self._max_batch_tokens // PREFILL_PARTS)
         for key, tokens in sorted(pending.items(), key=lambda item: item[1]):
             of_others = len(decoding) - decodes[key] + sum(limits.values())
-            limits[key] = budget if is_alone else min(tokens, self._max_batch_tokens // PREFILL_PARTS + of_others)
+            limits[key] = budget if is_alone else min(tokens, part + of_others)
         shares = []
         for sequence in sequences:
             key = sequence.request.key_id

@@ -315,6 +315,15 @@ def test_a_key_that_floods_a_task_holds_up_no_other_key_of_that_task(tiny: Froze
     assert "other" in ended, "it begins in the next step, in a reserved place"
 
 
+@pytest.mark.parametrize("max_batch_tokens", [1, 2, 7])
+def test_inputs_of_several_keys_advance_with_any_token_budget(tiny: FrozenModel, max_batch_tokens: int) -> None:
+    engine = make_engine(tiny, max_sequences=max_batch_tokens, max_batch_tokens=max_batch_tokens)
+    for key in "abc":
+        engine.add(request(key, [1, 2, 3, 4], "task", key_id=key, max_new_tokens=2, ignore_eos=True), None)
+    ended = [delta.request_id for _ in range(3 * 5) for delta in engine.step() if delta.finish_reason]
+    assert sorted(ended) == ["a", "b", "c"], "each step computes one token at least"
+
+
 def ended_in_order(engine: Engine) -> list[str]:
     return [delta.request_id for delta in run(engine) if delta.finish_reason]
 

@@ -178,7 +178,9 @@ class Engine:
         return deltas + self._take_held(is_idle=False)
 
     def _run_and_commit(self, batch: Batch) -> list[Delta]:
-        return self._commit(batch, self._run(batch))
+        with self.kv_cache.step():
+            choices = self._run(batch)
+        return self._commit(batch, choices)
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
@@ -199,10 +201,7 @@ class Engine:
             eos = self.model.eos_token_ids
             choices = begin_choosing(rows.next_logits(logits), rows.drawing, eos, download, self._operators)
         give_scores()  # the host waits for the device here, and nowhere else in a step
-        chosen = choices()
-        if self.kv_cache.recurrent is not None:
-            self.kv_cache.recurrent.end_step()
-        return chosen
+        return choices()
 
     def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         """Logits `[kept_rows, vocab_size]` of any batch."""

@@ -107,9 +107,8 @@ def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> to
         embeddings = model.embed(torch.cat([ids[span.start : span.end] for span in spans]))
         layout = _Shuffled(kv_cache, spans, len(embeddings), narrow=narrow)
         shuffled = embeddings[layout.order]
-        logits = model.forward(shuffled, layout.position_ids, layout, layout.back).float()
-        if kv_cache.recurrent is not None:
-            kv_cache.recurrent.end_step()
+        with kv_cache.step():
+            logits = model.forward(shuffled, layout.position_ids, layout, layout.back).float()
         if not torch.equal(shuffled[layout.back], embeddings):
             raise UnsupportedModel(
                 f"{model.module.config.model_type} writes to the embeddings that it is given, which may be a soft "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -225,6 +226,10 @@ class KVCache:
         """A copy of a slot's first positions, as `copy_in` takes it; of a recurrent state as it is now."""
         states = self.states[:, :, slot.start : slot.start + length].clone()
         return Computed(states, None if self.recurrent is None else self.recurrent.of(slot).clone())
+
+    def step(self) -> AbstractContextManager[None]:
+        """Run a step; see `StatePool.step`. A failed step needs nothing of keys and values: it writes them again."""
+        return nullcontext() if self.recurrent is None else self.recurrent.step()
 
     def scrub(self, slot: Slot) -> None:
         """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""

@@ -12,7 +12,8 @@ computing a token twice would count it twice:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -63,23 +64,23 @@ class StatePool:
         """The rows of sequences."""
         return np.array([self._rows[slot] for slot in slots], dtype=np.int64)
 
-    def begin_step(self) -> None:
-        """Forget what a step has computed that failed."""
-        self._computed.clear()
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a step: what it computes becomes the state if it succeeds, and is forgotten at once if it raises."""
+        try:
+            yield
+            for place, rows, states in self._computed:
+                self._at(place).index_copy_(0, rows, states)
+        finally:
+            self._computed.clear()
 
     def read(self, place: StatePlace, rows: torch.Tensor) -> torch.Tensor:
         """A copy of a layer's states `[rows, width]`."""
         return self._at(place).index_select(0, rows)
 
     def keep(self, place: StatePlace, rows: torch.Tensor, states: torch.Tensor) -> None:
-        """Take a layer's states after a step; they are not read before `end_step`."""
+        """Take a layer's states after a step; nobody reads them before the step has succeeded."""
         self._computed.append((place, rows, states))
-
-    def end_step(self) -> None:
-        """The step has succeeded: what it has computed is the state now."""
-        for place, rows, states in self._computed:
-            self._at(place).index_copy_(0, rows, states)
-        self._computed.clear()
 
     def check_integrity(self, slots: Iterable[Slot]) -> None:
         """Assert that exactly the sequences of these slots have a state each."""
@@ -112,7 +113,6 @@ class RecurrentRows:
         """
         self.position_ids = rows.position_ids
         self._layout, self._pool = rows, pool
-        pool.begin_step()
         (self._rows,) = upload([pool.rows_of(span.slot for span in spans)], pool.states.device)
         self._sequences: list[int] = []  # of each batch
         self._tokens: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.core import FinishReason, GenerationRequest
-from server.engine.attention import ATTENTION_NAME, register_attention
+from server.engine.attention import ATTENTION_NAME, StatePlace, register_attention
 from server.engine.build import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.exactness import errors, own_logits, refuse_inexact
@@ -58,7 +59,7 @@ def own(model: FrozenModel, ids: Sequence[int], soft_prompt: SoftPrompt | None) 
 
 
 def work_of(model: FrozenModel) -> Work:
-    """Inputs of all lengths, each behind nothing, behind two soft prompts, and behind one again."""
+    """Inputs of all lengths, each of a key of its own, after no soft prompt, after three, and after one again."""
     prompts = {
         "none": None,
         "one": random_soft_prompt(model.spec, 1, 1),
@@ -67,7 +68,7 @@ def work_of(model: FrozenModel) -> Work:
         "few again": random_soft_prompt(model.spec, 5, 2),
     }
     return [
-        (request(f"{length}, {task}", ids_of(length), task, max_new_tokens=6, ignore_eos=True), prompt)
+        (request(f"{length}, {task}", ids_of(length), task, key_id=length, max_new_tokens=6, ignore_eos=True), prompt)
         for length in LENGTHS
         for task, prompt in prompts.items()
     ]
@@ -215,14 +216,23 @@ def test_a_failed_step_leaves_states_as_they_were(lfm2: FrozenModel, monkeypatch
     engine.add(request("r", INPUT, max_new_tokens=9, ignore_eos=True), None)
     engine.step()
     before = states_of(engine).states.clone()
+    computed: list[weakref.ref[torch.Tensor]] = []
+    keep = StatePool.keep
+
+    def keep_and_note(pool: StatePool, place: StatePlace, rows: torch.Tensor, states: torch.Tensor) -> None:
+        computed.append(weakref.ref(states))
+        keep(pool, place, rows, states)
 
     def no_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patched:
         patched.setattr("server.engine.engine.begin_choosing", no_memory)
+        patched.setattr(StatePool, "keep", keep_and_note)
         with pytest.raises(torch.OutOfMemoryError):
             engine.step()
+    assert len(computed) == 2, "one for each convolution"
+    assert not any(states() is not None for states in computed), "a failed step holds memory that the next one needs"
     assert torch.equal(states_of(engine).states, before)
     expected = run_engine(make_engine(lfm2), [(request("r", INPUT, max_new_tokens=9, ignore_eos=True), None)])
     found = [delta.token.id for _ in range(8) for delta in engine.step() if delta.token is not None]

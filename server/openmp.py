@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for one another, and what oneDNN keeps: both must be said before torch is loaded.
+"""How OpenMP's threads wait, what oneDNN keeps, and how CUDA's memory is cut: set before torch is loaded.
 
 A matrix product is shared out to threads that meet at its end. GNU's OpenMP lets whoever is early spin for some
 milliseconds before it sleeps. That is right on a machine with nothing else to do. But where another program, or this
@@ -9,6 +9,9 @@ spinning (`benchmarks/RESULTS.md`), and on an idle machine short spinning costs 
 oneDNN generates code for every number of rows that a product has, and keeps it. Mixed requests have any number of them,
 so a server would grow by half a gigabyte over thousands of steps. With a quarter of the usual room it grows by a
 fifth of one, soon, and then no more.
+
+torch's allocator for CUDA cuts blocks from segments of fixed size, and a block that is free in one does not serve a
+larger request. Expandable segments grow and shrink by pages, so free memory stays usable for requests of any size.
 """
 
 from __future__ import annotations
@@ -20,6 +23,11 @@ SPIN_COUNT = "3000"
 
 KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Products whose code is kept, by oneDNN and by torch's layer over it."""
+
+ALLOCATOR = "expandable_segments:True"
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names of one setting, the newest first."""
 
 OF_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Whoever sets one of these has chosen."""
@@ -35,3 +43,9 @@ def bound_primitives() -> None:
     """Let oneDNN keep less of what it generates, unless the user says how much; only works before torch is imported."""
     for name, value in KEPT_PRIMITIVES.items():
         os.environ.setdefault(name, value)
+
+
+def expand_segments() -> None:
+    """Let torch's allocator for CUDA keep fewer fragments, unless the user has set it up; before torch is imported."""
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     kv_memory: Memory = Field(
         "auto",
         description="KV cache size, such as 2GiB. auto: what PRELUDE_MAX_SEQUENCES of PRELUDE_MAX_MODEL_LEN need, "
-        "at most half of the free memory.",
+        "on CPUs at most half of the free memory, on CUDA what the largest step leaves.",
     )
     prefix_memory: Memory = Field(
         "auto",

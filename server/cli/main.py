@@ -17,7 +17,7 @@ from server.cli.evaluate import evaluate
 from server.cli.logs import configure_logging
 from server.cli.options import with_settings_options
 from server.cli.train import train
-from server.openmp import bound_primitives, share_cores
+from server.openmp import bound_primitives, expand_segments, share_cores
 from server.settings import Settings
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ def main() -> None:
     """Serve any number of tasks from one frozen LLM: each task is a soft prompt."""
     share_cores()
     bound_primitives()
+    expand_segments()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets "?", not a traceback
 

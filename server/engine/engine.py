@@ -148,6 +148,11 @@ class Engine:
         while self.has_work:
             self.step()
 
+    def rehearse(self, batch: Batch) -> None:
+        """Run a batch whose results nobody takes; waits for the device."""
+        with self.kv_cache.step():
+            self._run(batch)
+
     def fail_all(self, message: str) -> list[Delta]:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
         for sequence in list(self.scheduler.running):
@@ -199,7 +204,7 @@ class Engine:
         choices: Callable[[], list[Choice]] = list
         if rows.drawing:
             eos = self.model.eos_token_ids
-            choices = begin_choosing(rows.next_logits(logits), rows.drawing, eos, download, self._operators)
+            choices = begin_choosing(logits, rows.drawing, eos, download, self._operators, rows.next_rows)
         give_scores()  # the host waits for the device here, and nowhere else in a step
         return choices()
 

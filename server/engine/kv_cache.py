@@ -132,9 +132,12 @@ class Computed(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor infinity."""
-        finite = bool(torch.isfinite(self.states).all())
-        return finite and (self.recurrent is None or bool(torch.isfinite(self.recurrent).all()))
+        """Whether it holds neither NaN nor infinity; waits for the device, and takes no memory of its size."""
+        return all(_is_finite(part) for part in (self.states, self.recurrent) if part is not None)
+
+    def copy(self) -> Computed:
+        """The same in memory of its own."""
+        return Computed(self.states.clone(), None if self.recurrent is None else self.recurrent.clone())
 
 
 class KVCache:
@@ -222,10 +225,14 @@ class KVCache:
             assert prefix.recurrent is not None, "keys and values alone do not say what the state after them is"
             self.recurrent.of(slot).copy_(prefix.recurrent)
 
+    def view(self, slot: Slot, length: int) -> Computed:
+        """A slot's first positions, as they lie here; of a recurrent state as it is now."""
+        states = self.states[:, :, slot.start : slot.start + length]
+        return Computed(states, None if self.recurrent is None else self.recurrent.of(slot))
+
     def copy_out(self, slot: Slot, length: int) -> Computed:
-        """A copy of a slot's first positions, as `copy_in` takes it; of a recurrent state as it is now."""
-        states = self.states[:, :, slot.start : slot.start + length].clone()
-        return Computed(states, None if self.recurrent is None else self.recurrent.of(slot).clone())
+        """A copy of a slot's first positions, as `copy_in` takes it."""
+        return self.view(slot, length).copy()
 
     def step(self) -> AbstractContextManager[None]:
         """Run a step; see `StatePool.step`. A failed step needs nothing of keys and values: it writes them again."""
@@ -234,6 +241,12 @@ class KVCache:
     def scrub(self, slot: Slot) -> None:
         """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""
         self.states[:, :, slot.start : slot.start + slot.length] = 0
+
+
+def _is_finite(numbers: torch.Tensor) -> bool:
+    if not numbers.numel():
+        return True
+    return bool(torch.stack([numbers.amin(), numbers.amax()]).isfinite().all())  # both are NaN where any number is
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

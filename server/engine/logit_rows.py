@@ -12,7 +12,7 @@ import torch
 from server.core import Scored
 from server.engine.layout import Span
 from server.engine.operators import at_least_float32
-from server.engine.sampler import in_parts, report_ranks, report_tokens
+from server.engine.sampler import in_parts, report_ranks, report_tokens, rows_of
 from server.engine.sequence import Sequence
 from server.engine.upload import Download, upload
 
@@ -26,7 +26,7 @@ class LogitRows:
     kept: np.ndarray
     """`[rows]`: where they lie in the step's flat row."""
     next_rows: list[int] = field(default_factory=list)
-    """One for each choice that draws a token; choices that share their input draw from one row."""
+    """The row that each choice draws from; choices that share their input draw from one row."""
     drawing: list[Sequence] = field(default_factory=list)
     """Whose draws those are."""
     labelled: list[tuple[int, Sequence]] = field(default_factory=list)
@@ -67,10 +67,6 @@ class LogitRows:
             self.next_rows.append(row)
             self.drawing.append(drawing)
 
-    def next_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """The rows to draw from, `[drawing, vocab_size]`."""
-        return _rows(logits, self.next_rows)
-
     def score(self, logits: torch.Tensor, download: Download) -> Callable[[], None]:
         """Find how likely the given tokens were, and labels' first ones; the answer gives them to their sequences."""
         parts = [*self._score_labels(logits, download), *self._score_targets(logits, download)]
@@ -89,7 +85,7 @@ class LogitRows:
             lengths = list(map(len, firsts))
             of_row = np.repeat(np.arange(len(labelled)), lengths)
             row, token = upload([of_row, np.array([token for some in firsts for token in some])], logits.device)
-            wanted = at_least_float32(_rows(logits, [row for row, _ in labelled]))
+            wanted = at_least_float32(rows_of(logits, [row for row, _ in labelled]))
             logprobs = download.add(wanted[row, token] - wanted.logsumexp(dim=-1)[row])
             yield _given([sequence for _, sequence in labelled], firsts, logprobs, download)
 
@@ -115,7 +111,7 @@ class _Target(NamedTuple):
 
 
 def _score(targets: list[_Target], logits: torch.Tensor, download: Download, *, with_ranks: bool) -> Callable[[], None]:
-    rows = at_least_float32(_rows(logits, [target.row for target in targets]))
+    rows = at_least_float32(rows_of(logits, [target.row for target in targets]))
     [ids] = upload([np.array([target.token_id for target in targets])], logits.device)
     top = [max(who.request.input_top_logprobs, who.sampling.top_logprobs) for who, *_ in targets]
     reports = report_tokens(rows, ids, top, download)
@@ -136,13 +132,6 @@ def _given(sequences: list[Sequence], tokens: list[list[int]], logprobs: int, do
             sequence.scored += [Scored(token_id, next(found)) for token_id in some]
 
     return give
-
-
-def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Some rows of logits; usually all of them, as they are, or a run of them."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return logits[rows[0] : rows[0] + len(rows)]
-    return logits[upload([np.array(rows)], logits.device)[0]]
 
 
 def tokens_of(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:

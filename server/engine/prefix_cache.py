@@ -55,16 +55,23 @@ class PrefixCache:
         self.hits += 1
         return prefix
 
-    def put(self, prefix_hash: str, prefix: Computed) -> None:
-        """Keep a prefix and drop the least recently used ones beyond the budget."""
-        assert prefix_hash not in self._prefixes, "a prefix is computed once"
-        self._prefixes[prefix_hash] = prefix
-        self.num_bytes += prefix.num_bytes
-        self.computed += 1
-        while self.num_bytes > self.budget_bytes and len(self._prefixes) > 1:
+    def make_room(self, num_bytes: int) -> None:
+        """Drop the least recently used prefixes until another one of this size is within the budget.
+
+        Called before the other one is made, so that both together never take more than the budget.
+        """
+        while self._prefixes and self.num_bytes + num_bytes > self.budget_bytes:
             _, dropped = self._prefixes.popitem(last=False)
             self.num_bytes -= dropped.num_bytes
             self.evicted += 1
+
+    def put(self, prefix_hash: str, prefix: Computed) -> None:
+        """Keep a prefix and drop the least recently used ones beyond the budget."""
+        assert prefix_hash not in self._prefixes, "a prefix is computed once"
+        self.make_room(prefix.num_bytes)
+        self._prefixes[prefix_hash] = prefix
+        self.num_bytes += prefix.num_bytes
+        self.computed += 1
 
     def drop(self, prefix_hash: str) -> None:
         """Forget a prefix, if it is here."""

@@ -57,24 +57,54 @@ def begin_choosing(
     eos_token_ids: frozenset[int],
     download: Download,
     operators: Operators | None = None,
+    drawn_from: Rows[int] | None = None,
 ) -> Callable[[], list[Choice]]:
-    """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for."""
-    if not any(map(_has_rules, sequences)):
-        best, chosen = (operators or Operators()).best(logits)
-        tokens = _tokens(best, chosen, download)
-        return lambda: [Choice(token, None) for token in tokens()]
-    parts = [
-        _choose_by_rules(logits[rows], sequences[rows], eos_token_ids, download)
-        for rows in in_parts(len(sequences), logits)
-    ]
+    """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for.
+
+    `drawn_from` says which row of the logits each sequence draws from; without it each draws from its own.
+    """
+    rows = range(len(sequences)) if drawn_from is None else drawn_from
+    has_rules = any(map(_has_rules, sequences))
+    if not has_rules and (run := _as_run(rows)) is not None:
+        return _choose_best(logits[run], download, operators)
+    parts = []
+    for part in in_parts(len(sequences), logits):
+        mine = rows_of(logits, rows[part])
+        if has_rules:
+            parts.append(_choose_by_rules(mine, sequences[part], eos_token_ids, download))
+        else:
+            parts.append(_choose_best(mine, download, operators))
     return lambda: [choice for part in parts for choice in part()]
+
+
+def rows_of(logits: torch.Tensor, rows: Rows[int]) -> torch.Tensor:
+    """Some rows of logits: a view where they are neighbours, as they usually are, else a copy."""
+    if (run := _as_run(rows)) is not None:
+        return logits[run]
+    return logits[upload([np.array(rows)], logits.device)[0]]
+
+
+def _as_run(rows: Rows[int]) -> slice | None:
+    """The rows as a slice, if each comes after the one before."""
+    first, last = rows[0], rows[0] + len(rows)
+    return slice(first, last) if list(rows) == list(range(first, last)) else None
+
+
+def rows_at_once(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits that rules are applied to in one go."""
+    return max(1, NUMBERS_AT_ONCE.get(device.type, DEVICE_NUMBERS_AT_ONCE) // vocab_size)
 
 
 def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
     """Cut `count` rows as wide as these logits into parts whose copies memory can hold."""
-    numbers = NUMBERS_AT_ONCE.get(logits.device.type, DEVICE_NUMBERS_AT_ONCE)
-    step = max(1, numbers // logits.shape[1])
+    step = rows_at_once(logits.device, logits.shape[1])
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _choose_best(logits: torch.Tensor, download: Download, operators: Operators | None) -> Callable[[], list[Choice]]:
+    best, chosen = (operators or Operators()).best(logits)
+    tokens = _tokens(best, chosen, download)
+    return lambda: [Choice(token, None) for token in tokens()]
 
 
 def _has_rules(sequence: Sequence) -> bool:

@@ -17,12 +17,10 @@ from server.core import ModelSpec, Queue
 from server.engine.fair_queue import FairQueue, Running
 from server.engine.kv_cache import KVCache, Slot, bytes_of
 from server.engine.layout import Span
+from server.engine.memory import SHARED_SHARE
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
 from server.engine.shared_inputs import SharedInputs
-
-SHARED_SHARE = 8
-"""Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
 
 PREFILL_PARTS = 8
 """While sequences of several keys run, a key's inputs may take a step's token budget divided by this."""
@@ -177,9 +175,10 @@ class Scheduler:
         if sequence.num_computed < sequence.num_virtual_tokens:
             return True
         self._stop_computing(sequence)
-        prefix = self._kv_cache.copy_out(_slot(sequence), sequence.num_virtual_tokens)
+        prefix = self._kv_cache.view(_slot(sequence), sequence.num_virtual_tokens)
         if is_finite := prefix.is_finite:
-            self._prefixes.put(soft_prompt.prefix_hash, prefix)
+            self._prefixes.make_room(prefix.num_bytes)
+            self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
         return is_finite
 
     def check_integrity(self) -> None:
@@ -265,6 +264,7 @@ class Scheduler:
             return
         prefix = self._prefixes.get(soft_prompt.prefix_hash)
         if prefix is None and soft_prompt.is_kv_prefix:
+            self._prefixes.make_room(bytes_of(self._model, sequence.num_virtual_tokens))
             prefix = prefix_of_kv(soft_prompt, self._model)
             self._prefixes.put(soft_prompt.prefix_hash, prefix)
         if prefix is None:

@@ -41,6 +41,8 @@ LARGEST_HEAD = 256
 
 OPERATOR = "_flash_attention_forward"
 
+ON_NVIDIA = "NVIDIA's GPUs since Ampere (2020) have what it needs"
+
 NEEDED = {"scale", "window_size_left", "window_size_right", "seqused_k"}
 """Arguments that the operator must have. Its schema decides, because torch's versions differ and some are patched."""
 
@@ -106,31 +108,41 @@ def flash_attention(
 
 
 def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
-    """The function that attends for a model on CUDA, or None where `CachedRows` has to; the log says which, and why."""
-    device = torch.device(model.device)
-    if device.type != "cuda":
-        return None
-    reason = _why_not(model, rules, torch.cuda.get_device_capability(device))
+    """The function that attends for a model on CUDA, or None where `CachedRows` has to."""
+    return flash_attention if model.device.startswith("cuda") and _why_not(model, rules) is None else None
+
+
+def log_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> None:
+    """Write to the log which attention serves a model on CUDA; where it is the slow one, why, and what would help."""
+    if not model.device.startswith("cuda"):
+        return
+    reason = _why_not(model, rules)
     if reason is None:
         log.info("attention: flash attention, two calls at most for each layer of a step")
-        return flash_attention
-    log.warning("attention: one call for each run of neighbouring slots, which is slow, because %s", reason)
-    return None
+    else:
+        log.warning(
+            "attention: one call for each run of neighbouring slots and no CUDA graphs, several times slower than "
+            "flash attention, because %s",
+            reason,
+        )
 
 
-def _why_not(model: ModelSpec, rules: Sequence[AttentionRules], capability: tuple[int, int]) -> str | None:
-    """Why flash attention cannot serve a model; None if it can."""
+def _why_not(model: ModelSpec, rules: Sequence[AttentionRules]) -> str | None:
+    """Why flash attention cannot serve a model, and what would help; None if it can."""
+    other_model = "choose a model without it where speed counts, or lower PRELUDE_MAX_SEQUENCES to keep steps short"
     missing = NEEDED - operator_arguments()
     if torch.version.hip is not None:
-        return "flash attention for ROCm takes the lengths of sequences from elsewhere"
+        return f"flash attention for ROCm takes the lengths of sequences from elsewhere; {ON_NVIDIA}"
+    capability = torch.cuda.get_device_capability(torch.device(model.device))
     if capability < (8, 0):
-        return f"flash attention needs compute capability 8.0, and this device has {'.'.join(map(str, capability))}"
+        version = ".".join(map(str, capability))
+        return f"flash attention needs compute capability 8.0, and this device has {version}; {ON_NVIDIA}"
     if model.dtype != "bfloat16":
         return f"flash attention takes no {model.dtype}; PRELUDE_DTYPE=bfloat16 does"
     if model.head_dim % 8 or model.head_dim > LARGEST_HEAD:
-        return f"flash attention takes no heads of {model.head_dim} numbers"
+        return f"flash attention takes no heads of {model.head_dim} numbers; {other_model}"
     if any(rule.softcap for rule in rules):
-        return "flash attention has no soft-cap, and the model asks for one"
+        return f"flash attention has no soft-cap, and the model asks for one; {other_model}"
     if missing:
         return f"flash attention of torch {torch.__version__} has no {', '.join(sorted(missing))}; torch 2.13 has"
     return None

@@ -22,7 +22,7 @@ from server.jobs.folder import NO_SPACE, JobFolder, write_json
 from server.jobs.job import Job, now
 from server.jobs.record import Recorder
 from server.log_lines import LineFormatter
-from server.openmp import bound_primitives, share_cores
+from server.openmp import bound_primitives, expand_segments, share_cores
 from server.settings import Settings
 
 if TYPE_CHECKING:  # torch must not be there before priorities and OpenMP's variables are set
@@ -47,6 +47,7 @@ def main(path: Path) -> int:
     end_with(order["parent"])
     share_cores()
     bound_primitives()
+    expand_segments()
     settings = Settings.load(**order["settings"])
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))

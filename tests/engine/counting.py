@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from server.engine import distribution, logit_rows, sampler
 from server.engine.upload import upload
@@ -52,6 +53,20 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in VIEWS:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many numbers the largest tensor holds that an operator answers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        answers = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max([self.numbers, *answers])
+        return out
 
 
 class Reads(TorchFunctionMode):

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from server.core import GenerationRequest
+from server.engine import sampler
 from server.engine.decode_graphs import DecodeGraphs
 from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.optimise import optimise
 from server.engine.sampler import choose_next
 from server.engine.sequence import Sequence
-from tests.engine.counting import Operators, Reads, count_uploads
+from server.engine.upload import Download
+from tests.engine.counting import Largest, Operators, Reads, count_uploads
 from tests.engine.fake_cuda import opaque_varlen_attn
 from tests.engine.test_sampler import sequence
 from tests.support import TINY, make_engine, request, tiny_model
@@ -85,6 +87,23 @@ def test_rows_of_all_kinds_together_take_a_few_operators_more(monkeypatch: pytes
     assert sum(operators.names.values()) <= 50, operators.names
     assert len(uploads) <= 10
     assert reads.names == ["cpu"]
+
+
+@pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}], ids=["greedy", "drawn"])
+def test_choices_that_share_a_row_take_no_copy_of_it_each(
+    rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many requests of 128 choices each may begin in one step; their draws are made in parts that memory holds."""
+    monkeypatch.setattr(sampler, "NUMBERS_AT_ONCE", {"cpu": 16 * VOCABULARY})
+    sequences = [sequence(i, max_new_tokens=50, **rules) for i in range(ROWS)]
+    shared = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    drawn_from = [i % 2 for i in range(ROWS)]
+    download = Download()
+    with torch.inference_mode(), Largest() as largest:
+        choices = sampler.begin_choosing(shared, sequences, frozenset(), download, drawn_from=drawn_from)
+    assert largest.numbers <= 16 * VOCABULARY
+    expected = choose_next(shared[drawn_from], sequences, frozenset())
+    assert [choice.token_id for choice in choices()] == [choice.token_id for choice in expected]
 
 
 def step_of(requests: list[GenerationRequest], tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:

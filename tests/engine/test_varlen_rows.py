@@ -16,7 +16,14 @@ from server.engine.attention import AttentionRules
 from server.engine.kv_cache import KVCache
 from server.engine.layout import CachedRows, Span
 from server.engine.model import FrozenModel
-from server.engine.varlen_rows import OPERATOR, VarlenRows, flash_attention, operator_arguments, varlen_attention
+from server.engine.varlen_rows import (
+    OPERATOR,
+    VarlenRows,
+    flash_attention,
+    log_attention,
+    operator_arguments,
+    varlen_attention,
+)
 from tests.engine.optimised import answers, assert_same, rough
 from tests.engine.tiny_families import tiny_family
 from tests.engine.varlen_reference import log_denominators, reference_varlen_attn
@@ -244,6 +251,7 @@ def test_the_operator_s_schema_decides_and_the_log_says_why_not(
     spec = dataclasses.replace(tiny.spec, device="cuda:0", dtype="bfloat16", head_dim=64)
     with caplog.at_level("INFO"):
         assert (varlen_attention(spec, PLAIN) is flash_attention) == takes
+        log_attention(spec, PLAIN)
     assert ("seqused_k" in caplog.text) != takes
     assert len(caplog.messages) == 1
 
@@ -287,6 +295,31 @@ def test_what_flash_attention_does_not_do_is_left_to_the_other_layout(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     spec = dataclasses.replace(tiny.spec, **{"device": "cuda:0", "dtype": "bfloat16", "head_dim": 64, **changes})
     assert varlen_attention(spec, rules) is (flash_attention if takes else None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "remedy"),
+    [
+        ({"dtype": "float32"}, PLAIN, "PRELUDE_DTYPE=bfloat16"),
+        ({"head_dim": 512}, PLAIN, "choose a model without it"),
+        ({}, [AttentionRules(0.1, softcap=5.0)], "choose a model without it"),
+    ],
+)
+def test_a_start_warns_that_attention_will_be_slow_and_says_what_helps(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tiny: FrozenModel,
+    changes: dict[str, Any],
+    rules: list[AttentionRules],
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec = dataclasses.replace(tiny.spec, **{"device": "cuda:0", "dtype": "bfloat16", "head_dim": 64, **changes})
+    log_attention(spec, rules)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "slower" in record.message
+    assert remedy in record.message
 
 
 @needs_cuda

@@ -1,0 +1,214 @@
+"""How a device's free memory is shared out: a pure function from sizes to a plan, so that it can be tested with any.
+
+A plan counts everything that a server will ever take beside the weights: the KV cache, computed prefixes, copies of
+shared inputs, the largest step and the captured graphs. Where the largest step was not measured (on a CPU), `auto`
+leaves it half of what is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.errors import InsufficientMemory
+
+MiB = 2**20
+
+UNMEASURED_SHARE = 0.5
+"""Of the free memory, what 'auto' takes for the KV cache at most where nobody knows what a step takes."""
+
+SLACK = 1 / 32
+"""Of the free memory, what an allocator's rounding and fragments may take where the largest step was measured."""
+
+PREFIX_SHARE = 0.25
+"""Of the KV cache, what prefixes may take where nothing else is said."""
+
+SHARED_SHARE = 8
+"""Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a device's steps take beside the KV cache, in bytes.
+
+    Attributes:
+        largest: the largest step's own tensors.
+        graphs: the captured graphs.
+        arriving: a prefix that is on its way to the device beside those in the cache.
+    """
+
+    largest: int = 0
+    graphs: int = 0
+    arriving: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the settings and the model ask for.
+
+    Attributes:
+        sequences: that are to run at once.
+        running: the most that do, with the places that are reserved.
+        max_model_len: positions of the longest context.
+        slab_length: positions of a slab, which holds one sequence of it.
+        position_bytes: keys and values of one position.
+        state_bytes: a sequence's recurrent state, whatever its length.
+        longest_prefix: positions of the longest prefix.
+        batch_tokens: of the largest step.
+        kv: bytes of the KV cache; None is 'auto'.
+        prefix: bytes of computed prefixes; None is 'auto'.
+        steps: what steps take; None where it was not measured.
+    """
+
+    sequences: int
+    running: int
+    max_model_len: int
+    slab_length: int
+    position_bytes: int
+    longest_prefix: int
+    batch_tokens: int
+    kv: int | None = None
+    prefix: int | None = None
+    steps: Steps | None = None
+    state_bytes: int = 0
+
+    @property
+    def slab(self) -> int:
+        """Bytes of a slab."""
+        return self.slab_length * self.position_bytes
+
+    @property
+    def longest_copy(self) -> int:
+        """Bytes of what is kept of a sequence of the longest context."""
+        return self.slab + self.state_bytes
+
+    @property
+    def states(self) -> int:
+        """Bytes of the recurrent states of all sequences that run."""
+        return self.running * self.state_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the settings ask for, and what they get, in bytes."""
+
+    asked: int
+    granted: int
+    num_slabs: int
+    prefix_bytes: int
+    shared_bytes: int
+    positions_per_slab: int
+    total: int
+    """All that is planned, with what steps take."""
+    state_bytes: int = 0
+    """Of recurrent states, in models that have one."""
+    steps: Steps | None = None
+
+    def __str__(self) -> str:
+        positions = self.num_slabs * self.positions_per_slab
+        cut = "" if self.granted >= self.asked else f" of the {self.asked / MiB:,.0f} MiB asked for"
+        steps = ""
+        if self.steps is not None:
+            steps = f"; largest step: {_mib(self.steps.largest)}; graphs: {_mib(self.steps.graphs)}"
+        return (
+            f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
+            f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {_mib(self.prefix_bytes)}; "
+            f"copies of shared inputs: {_mib(self.shared_bytes)}"
+            + (f"; recurrent states: {_mib(self.state_bytes)}" if self.state_bytes else "")
+            + steps
+        )
+
+
+def plan(wanted: Wanted, free: int) -> MemoryPlan:
+    """Share `free` bytes out.
+
+    Raises:
+        InsufficientMemory: the parts do not fit together, or the KV cache holds not even one sequence of the longest
+            context; says what would.
+    """
+    slab = wanted.slab
+    asked = wanted.sequences * slab if wanted.kv is None else wanted.kv
+    slabs = asked // slab
+    if wanted.kv is None:
+        share = free if wanted.steps is not None else int(max(0, free - wanted.states) * UNMEASURED_SHARE)
+        slabs = min(slabs, max(1, _most(lambda n: n * slab <= share and _fits(wanted, n, free))))
+    if not slabs:
+        raise InsufficientMemory(
+            f"PRELUDE_KV_MEMORY of {asked / MiB:,.1f} MiB does not hold one sequence ({_need(wanted)}).",
+            remedy=f"Set it to at least {_exact(slab)}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
+        )
+    if not _fits(wanted, slabs, free):
+        raise _refusal(wanted, slabs, free)
+    granted, prefix, shared = _parts(wanted, slabs)
+    total = _total(wanted, slabs, free)
+    return MemoryPlan(asked, granted, slabs, prefix, shared, wanted.slab_length, total, wanted.states, wanted.steps)
+
+
+def _parts(wanted: Wanted, slabs: int) -> tuple[int, int, int]:
+    """Bytes of the KV cache, of prefixes, and of copies of shared inputs."""
+    granted = slabs * wanted.slab
+    prefix = int(granted * PREFIX_SHARE) if wanted.prefix is None else wanted.prefix
+    # One copy may always be made, of at most the longest context.
+    return granted, prefix, max(granted // SHARED_SHARE, wanted.longest_copy)
+
+
+def _total(wanted: Wanted, slabs: int, free: int) -> int:
+    """Bytes of all parts; grows with the slabs."""
+    granted, prefix, shared = _parts(wanted, slabs)
+    total = granted + wanted.position_bytes + wanted.states + shared  # one position is scratch
+    if wanted.steps is None:
+        return total + prefix
+    newest = wanted.longest_prefix * wanted.position_bytes + wanted.state_bytes  # stays, whatever the budget
+    steps = wanted.steps.largest + wanted.steps.graphs + wanted.steps.arriving
+    return total + max(prefix, newest) + steps + int(free * SLACK)
+
+
+def _fits(wanted: Wanted, slabs: int, free: int) -> bool:
+    return _total(wanted, slabs, free) <= free
+
+
+def _most(holds: Callable[[int], bool]) -> int:
+    """The largest number for which something holds that holds for all smaller ones too; 0 if it holds for none."""
+    least, beyond = 0, 1
+    while holds(beyond):
+        least, beyond = beyond, 2 * beyond
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        least, beyond = (middle, beyond) if holds(middle) else (least, middle)
+    return least
+
+
+def _refusal(wanted: Wanted, slabs: int, free: int) -> InsufficientMemory:
+    granted, prefix, shared = _parts(wanted, slabs)
+    steps, lower = "", "PRELUDE_PREFIX_MEMORY, PRELUDE_MAX_MODEL_LEN or PRELUDE_MAX_SEQUENCES"
+    if wanted.steps is not None:
+        steps = (
+            f", a step of {wanted.batch_tokens:,} tokens takes {_mib(wanted.steps.largest)}, captured graphs "
+            f"{_mib(wanted.steps.graphs)}, fragments {_mib(wanted.steps.arriving + int(free * SLACK))}"
+        )
+        lower = f"PRELUDE_MAX_BATCH_TOKENS, {lower}"
+    most = _most(lambda n: _fits(wanted, n, free))
+    set_it = f"set PRELUDE_KV_MEMORY to at most {_exact(most * wanted.slab)}MiB, or " if most else ""
+    return InsufficientMemory(
+        f"The KV cache needs {_mib(granted)}, prefixes may take {_mib(prefix)}, copies of shared inputs "
+        f"{_mib(shared)}{steps}, and {_mib(free)} are free ({_need(wanted)}).",
+        remedy=f"Let all of it fit {free / MiB:,.0f}MiB: {set_it}lower {lower}.",
+    )
+
+
+def _need(wanted: Wanted) -> str:
+    return (
+        f"{wanted.sequences} sequences of {wanted.max_model_len:,} positions at {wanted.position_bytes:,} bytes each "
+        f"ask for {_mib(wanted.sequences * wanted.slab)}; one of them for {_mib(wanted.slab)}"
+    ) + (f"; their recurrent states take {_mib(wanted.states)} more" if wanted.states else "")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / MiB:,.0f} MiB"
+
+
+def _exact(num_bytes: int) -> str:
+    """MiB with as many digits as it takes to be read as no less."""
+    digits = f"{math.ceil(num_bytes / MiB * 10_000) / 10_000:.4f}"
+    return digits.rstrip("0").rstrip(".")

@@ -31,7 +31,15 @@ from transformers.utils import logging as transformers_logging
 from server.engine.attention import ATTENTION_NAME, register_attention
 from server.engine.compatibility import refuse_unsupported
 from server.engine.load_errors import REMEDY, as_sentence, refusing_own_choice
-from server.engine.preflight import Stored, auto_class, made, quantisation, refuse_missing_packages, refuse_too_large
+from server.engine.preflight import (
+    Stored,
+    auto_class,
+    made,
+    quantisation,
+    refuse_missing_packages,
+    refuse_too_large,
+    unpack,
+)
 from server.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -71,7 +79,7 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
     _check_layers(location, weights, config)
     register_attention()
     with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"), refusing_own_choice(config.model_type):
-        if not weights and quantisation(config) is None:
+        if unpack(config) or (not weights and quantisation(config) is None):
             weights = made(config)
         refuse_too_large(location, weights.values(), quantisation(config), device, dtype)
         loaded: Any = auto_class(config).from_pretrained(

@@ -46,6 +46,9 @@ NEEDED = {
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
+UNPACKED = "compressed-tensors"
+"""The `quant_method` whose weights become plain ones; its package would otherwise unpack them at the first step."""
+
 HALF_BYTE = "mxfp4"
 """The `quant_method` whose blocks of bytes hold two numbers each."""
 
@@ -85,6 +88,14 @@ def quantisation(config: PretrainedConfig) -> str | None:
     if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
         return "bitsandbytes"
     return str(fields.get("quant_method"))
+
+
+def unpack(config: PretrainedConfig) -> bool:
+    """Whether the weights of a checkpoint become plain ones; its config then asks transformers to do so on loading."""
+    if quantisation(config) != UNPACKED:
+        return False
+    config.quantization_config = config.quantization_config | {"dequantize": True}
+    return True
 
 
 def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from server.engine import preflight
 from server.engine.exactness import own_logits
 from server.engine.model import FrozenModel
-from server.engine.preflight import NEEDED, GiB, Stored, free_memory, weight_bytes
+from server.engine.preflight import NEEDED, GiB, Stored, free_memory, quantisation, weight_bytes
 from server.errors import ConfigurationError, InsufficientMemory, UnsupportedModel
 from server.settings import Settings
 from tests.engine.tiny_families import tiny_family
@@ -97,6 +97,20 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(
     assert "PRELUDE_DTYPE=bfloat16" in caught.value.remedy
 
 
+def test_weights_that_are_unpacked_are_refused_by_what_they_become(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = with_quantisation(shutil.copytree(whole, tmp_path / "model"), quant_method="compressed-tensors")
+    packed = {f"layers.{layer}.weight_packed": torch.zeros(8, dtype=torch.int32) for layer in range(2)}
+    save_file(packed, directory / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(preflight, "_is_installed", lambda _: True)
+    monkeypatch.setattr(preflight, "GiB", 2**10)
+    monkeypatch.setattr(preflight, "free_memory", lambda *_, **__: 20 * 2**10)
+    with pytest.raises(InsufficientMemory, match=r"take 1\d\d\.\d GiB in float32, and 20\.0 GiB are free on cpu"):
+        load(directory)
+
+
 def test_a_model_larger_than_one_gpu_is_refused_with_what_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GiB, 80 * GiB))
     with pytest.raises(InsufficientMemory, match=r"take 140\.0 GiB in bfloat16, and 70\.0 GiB are free") as caught:
@@ -174,6 +188,44 @@ def test_an_fp8_checkpoint_is_served_as_its_dequantised_weights(whole: Path, tmp
     save_file(weights, plain / "model.safetensors", {"format": "pt"})
     save_file(quantised, directory / "model.safetensors", {"format": "pt"})
     with_quantisation(directory, quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")
+    assert_answers_alike(plain, directory)
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_compressed_tensors_checkpoint_is_served_as_its_dequantised_weights(
+    kind: str, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="no part of the development environment")
+    plain = shutil.copytree(whole, tmp_path / "plain")
+    directory = shutil.copytree(whole, tmp_path / "quantised")
+    weights, quantised = load_file(whole / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if not name.endswith("proj.weight"):
+            quantised[name] = weight
+            continue
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        rounded = (weight / scale).round()
+        quantised[name] = rounded.to(torch.int8 if kind == "int" else torch.float8_e4m3fn)
+        quantised[f"{name}_scale"] = scale
+        weights[name] = quantised[name].float() * scale
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    save_file(quantised, directory / "model.safetensors", {"format": "pt"})
+    numbers = {"num_bits": 8, "type": kind, "symmetric": True}
+    by_token = numbers | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": numbers | {"strategy": "channel"}, "input_activations": by_token}
+    with_quantisation(
+        directory,
+        quant_method="compressed-tensors",
+        format=f"{kind}-quantized",
+        quantization_status="compressed",
+        config_groups={"group_0": group},
+        ignore=["lm_head"],
+    )
+    assert_answers_alike(plain, directory)
+    assert quantisation(load(directory).module.config) is None, "its layers can be fused"
+
+
+def assert_answers_alike(plain: Path, directory: Path) -> None:
     answers = [
         run_engine(make_engine(load(path)), [(request("r", [5, 6, 7], max_new_tokens=6, logprobs=True), None)])["r"]
         for path in (plain, directory)

@@ -27,6 +27,7 @@ from server.api.connection import bounded_protocol
 from server.core import GenerationRequest, SamplingParams
 from server.engine.admission import Limits
 from server.engine.build import load_engine
+from server.engine.device_defaults import as_served
 from server.engine.engine import Engine
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
@@ -72,6 +73,7 @@ def serve(settings: Settings) -> None:
         store = Store(open_objects(settings.store_url))
         with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
             engine = starter.submit(start_engine, settings).result()
+            settings = as_served(settings, engine.model.spec)
             registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()

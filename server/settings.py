@@ -107,14 +107,22 @@ class Settings(BaseSettings):
         "graphs and packed, with commas between them.",
     )
     max_model_len: int = Field(
-        2048, ge=16, description="Longest context: virtual tokens + input + new tokens; at most the model's own."
+        2048,
+        ge=16,
+        description="Longest context: virtual tokens + input + new tokens; at most the model's own. "
+        "On CUDA the default is the model's own, or what memory allows of it.",
     )
     special_tokens_in_input: SpecialTokensInInput = Field(
         "text",
         description="What the string of a special token, such as <|im_end|>, means in a user's text in a task's or a "
         "chat's template: text, or control, the token itself. In a raw text it always means the token.",
     )
-    max_sequences: int = Field(64, ge=1, le=4096, description="Sequences that run at once; the others wait in turn.")
+    max_sequences: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="Sequences that run at once; the others wait in turn. On CUDA the default is 256.",
+    )
     max_queue: int = Field(
         4096, ge=0, description="Answers that may wait for their turn; beyond that requests get 429 with Retry-After."
     )
@@ -137,7 +145,10 @@ class Settings(BaseSettings):
         description="Memory for computed prefixes, least recently used out first. auto: a quarter of the KV cache.",
     )
     max_batch_tokens: int = Field(
-        512, ge=16, description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest."
+        512,
+        ge=16,
+        description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest. "
+        "On CUDA the default is 8192, or what memory allows of it.",
     )
     max_virtual_tokens: int = Field(512, ge=1, description="Most virtual tokens that a soft prompt may have.")
     body_memory: ByteSize = Field(

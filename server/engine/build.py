@@ -8,6 +8,7 @@ import torch
 
 from server.core import ModelSpec
 from server.engine.decode_graphs import capture
+from server.engine.device_defaults import filled_in
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
 from server.engine.largest_step import measure_steps
@@ -45,13 +46,14 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         ConfigurationError: the settings contradict each other.
         InsufficientMemory: the KV cache does not fit.
     """
+    release_unused()  # of a model that was made faster, the parts that it was made of
+    settings = filled_in(settings, model.spec, free_memory(model.device))
     if settings.max_batch_tokens < settings.max_sequences:
         raise ConfigurationError(
             f"PRELUDE_MAX_BATCH_TOKENS {settings.max_batch_tokens} is less than PRELUDE_MAX_SEQUENCES "
             f"{settings.max_sequences}, but every sequence takes one token of a step.",
             remedy="Raise the first or lower the second.",
         )
-    release_unused()  # of a model that was made faster, the parts that it was made of
     log_attention(model.spec, model.attention_rules)
     most = most_running(settings.max_sequences, settings.max_batch_tokens)
     steps = measure_steps(

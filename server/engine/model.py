@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.core import ChatEnd, ModelSpec, TemplatedText
-from server.engine import loading
+from server.engine import device_defaults, loading
 from server.engine.attention import Layout
 from server.engine.chat import render_chat
 from server.engine.checkpoint import resolve_checkpoint
@@ -28,6 +28,7 @@ from server.engine.devices import choose_device, choose_dtype
 from server.engine.exactness import refuse_inexact
 from server.engine.hybrids import prepare_layers
 from server.engine.load_errors import as_sentence
+from server.engine.preflight import free_memory
 from server.engine.special_tokens import InputEncoder
 from server.engine.text import TokenTexts
 from server.errors import UnknownToken, UnsupportedModel
@@ -135,12 +136,14 @@ class FrozenModel:
         dtype = choose_dtype(settings.dtype, device)
         log.info("loading %s in %s on %s", checkpoint.name, str(dtype).removeprefix("torch."), device)
         module, tokenizer = loading.load(checkpoint.location, device, dtype)
+        free = free_memory(device)
+        length = device_defaults.max_model_len(settings, module.config, module.dtype, device.type, free)
         with as_sentence(f"The model {checkpoint.location} cannot be used"):
             model = cls(
                 module,
                 tokenizer,
                 name=checkpoint.name,
-                max_model_len=settings.max_model_len,
+                max_model_len=length,
                 special_tokens_in_input=settings.special_tokens_in_input,
             )
             refuse_inexact(model)

@@ -1,17 +1,23 @@
 """Whether a second copy of the frozen model fits beside the server.
 
 On a CPU the weights are a file that is mapped: whoever else maps it shares the pages. On CUDA each process has a copy
-of its own, and a device that is full would fail the server's next step as well as the job.
+of its own. The server has taken all that it will ever need before a job can begin (`build.take_all`), so what is free
+then is a job's to take.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
+from server.engine import preflight
 from server.engine.checkpoint import resolve_checkpoint
 from server.engine.devices import choose_device, choose_dtype
-from server.engine.preflight import free_memory, made
+from server.engine.loading import CONFIG, check_files
+from server.engine.preflight import Stored, free_memory, made, quantisation
 from server.errors import InsufficientMemory
 from server.settings import Settings
 
@@ -42,13 +48,25 @@ def check_room(need: int, free: int, device: str) -> None:
         raise InsufficientMemory(
             f"Training needs a second copy of the frozen model on {device}, {need / MiB:,.0f} MiB with room to work, "
             f"and {free / MiB:,.0f} MiB are free.",
-            remedy="Lower PRELUDE_KV_MEMORY and restart the server, or train on another machine with `prelude train`.",
+            remedy="Lower PRELUDE_KV_MEMORY and restart the server, or train on another GPU or machine with `prelude "
+            "train`.",
         )
 
 
 def weight_bytes(settings: Settings, device: torch.device) -> int:
-    """What the weights take in the dtype that they are served in, from the model's config alone."""
+    """What the weights take in the dtype that they are served in; of a quantised checkpoint, as they are stored."""
     checkpoint = resolve_checkpoint(settings.model, settings.model_name, settings.cache_dir)
-    dtype = choose_dtype(settings.dtype, device)
-    weights = made(AutoConfig.from_pretrained(checkpoint.location))
-    return sum(stored.numbers for stored in weights.values()) * dtype.itemsize
+    config = AutoConfig.from_pretrained(checkpoint.location)
+    method = quantisation(config)
+    stored = made(config) if method is None else _stored(checkpoint.location) or made(config)
+    return preflight.weight_bytes(stored.values(), method, device, choose_dtype(settings.dtype, device))
+
+
+def _stored(location: str) -> dict[str, Stored]:
+    """Weights of a directory, or of a hub's model that is on this machine, as the server has loaded it."""
+    if not Path(location).is_dir():
+        found = try_to_load_from_cache(location, CONFIG)
+        if not isinstance(found, str):
+            return {}
+        location = str(Path(found).parent)
+    return check_files(Path(location))

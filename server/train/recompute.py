@@ -19,12 +19,22 @@ KEPT_PER_NUMBER = 3
 and what norms, rotary embeddings, gates and the softmax make of it."""
 
 
+def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> bool:
+    """Whether a run computes activations twice; decided once, because a run's own caches change what is free.
+
+    Args:
+        model: the frozen model.
+        config: of the run.
+        examples: of the largest step.
+    """
+    if config.recompute == "auto":
+        return _activation_bytes(model, config, examples) > SHARE * free_memory(model.device)
+    return config.recompute
+
+
 @contextlib.contextmanager
-def recomputing(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> Iterator[None]:
+def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
     """Within it, layers forget what they computed and do it again in the backward pass, if that is to be."""
-    wanted = config.recompute
-    if wanted == "auto":
-        wanted = _activation_bytes(model, config, examples) > SHARE * free_memory(model.device)
     layers = [layer for layer in model.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not wanted or not layers:
         yield

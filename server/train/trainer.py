@@ -22,7 +22,7 @@ from server.train.config import TrainingConfig
 from server.train.forward import target_logits
 from server.train.methods import LearnedPrefix, clone_state
 from server.train.objectives import Lesson, Objective
-from server.train.recompute import recomputing
+from server.train.recompute import recomputes, recomputing
 from server.train.record import Measured, Progress, Score, TrainingResult, best_of
 
 CHECKPOINT_SECONDS = 30.0
@@ -85,6 +85,10 @@ class _Run:
             self._optimizer, lambda step: learning_rate_factor(step, config)
         )
         lengths = [lesson.num_fed for lesson in work.training]
+        largest = sorted(work.training, key=lambda lesson: lesson.num_fed)[-config.batch_size :]
+        self._recomputes = recomputes(
+            work.model, config, [example for lesson in largest for example in lesson.examples]
+        )
         self._batches = Batches(lengths, config.batch_size, config.seed)
         self._measured_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
         self._step = 0
@@ -125,7 +129,7 @@ class _Run:
         work = self._work
         self._optimizer.zero_grad(set_to_none=True)
         examples = [example for lesson in lessons for example in lesson.examples]
-        with recomputing(work.model, self._config, examples):
+        with recomputing(work.model, wanted=self._recomputes):
             logits, targets = target_logits(work.model, work.prefix, examples)
             loss = work.objective.losses(logits, targets, lessons).mean()
             value = loss.item()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from server.engine.model import FrozenModel
+from server.engine.preflight import Stored
 from server.errors import InsufficientMemory, StoreError, UnknownJob
 from server.jobs.folder import JobsFolder
 from server.jobs.job import JOB_ID, ActivateIf, DataNames, JobSpec, JobState, new_job_id
@@ -155,6 +157,19 @@ def test_a_second_copy_of_the_weights_must_fit_the_device(model_directory: Path,
         check_room(3 * 2**20, 2**20, "cuda:0")
     assert "3 MiB" in caught.value.message
     assert "1 MiB are free" in caught.value.message
+
+
+def test_a_quantised_checkpoint_needs_what_it_stores(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(model_directory, tmp_path / "quantised")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    stored = {"a.qweight": Stored("I32", 1000), "a.scales": Stored("F16", 10)}
+    monkeypatch.setattr("server.jobs.memory.check_files", lambda directory: stored)
+    settings = Settings.load(model=str(directory), dtype="bfloat16", device="cpu")
+    assert weight_bytes(settings, torch.device("cuda:0")) == 4000 + 20
 
 
 def test_a_process_ends_once_its_parent_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,28 @@ def test_multitask_training_teaches_each_task_its_own(tiny32: FrozenModel) -> No
         wrong = measure(tiny32, unfolded[task], Targets(), lessons_of(other))
         assert right.exact_match > wrong.exact_match
         assert right.loss < 0.5 * wrong.loss
+
+
+def test_whether_activations_are_computed_again_is_decided_once_by_the_largest_step(
+    tiny32: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free changes with every step, because the run's own allocator keeps what it has freed."""
+    asked, decided = [], []
+
+    def free_memory(device: torch.device) -> int:
+        asked.append(device)
+        return 2**60 if len(asked) == 1 else 0
+
+    @contextlib.contextmanager
+    def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
+        decided.append(wanted)
+        yield
+
+    monkeypatch.setattr("server.train.recompute.free_memory", free_memory)
+    monkeypatch.setattr("server.train.trainer.recomputing", recomputing)
+    train(work_of(tiny32, random_embeddings(tiny32)), replace(LEARNS, steps=4, recompute="auto"), PEAK)
+    assert len(asked) == 1
+    assert decided == [False] * 4
 
 
 def test_computing_activations_again_changes_no_bit(tiny32: FrozenModel) -> None:

@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     soaking.lift_timeouts(config, items)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA, and there is none"))
 
 
 @pytest.fixture(scope="session", autouse=True)

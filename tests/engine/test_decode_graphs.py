@@ -34,8 +34,6 @@ from tests.support import (
     tiny_model,
 )
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on CUDA, and there is none")
-
 
 class RowByRow(TorchFunctionMode):
     """Products and norms of one row at a time: on a CPU they round otherwise by how many rows there are."""
@@ -270,7 +268,7 @@ def test_the_fake_graphs_refuse_what_a_device_would(
         CudaRecorder(torch.device("cpu"))(lambda: spoil(outside, torch.arange(4.0)))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @torch.inference_mode()
 def test_captured_graphs_give_the_logits_of_eager_steps() -> None:
     model = tiny_model(dtype=torch.bfloat16)

@@ -29,7 +29,6 @@ from tests.engine.tiny_families import tiny_family
 from tests.engine.varlen_reference import log_denominators, reference_varlen_attn
 from tests.support import byte_tokenizer, make_engine, tiny_model
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on CUDA, and there is none")
 WINDOWS = [None, 1, 3, 8, 1000]
 
 
@@ -322,7 +321,7 @@ def test_a_start_warns_that_attention_will_be_slow_and_says_what_helps(
     assert remedy in record.message
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("only_decodes", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -57,8 +57,8 @@ bench: $(INSTALLED) ## measure everything in short, in about 9 minutes: steps, s
 	$(VENV)/bin/python benchmarks/bodies.py --short
 	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
-bench-gpu: $(INSTALLED) ## measure an 8B model with random weights on one GPU
-	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
+bench-gpu: $(INSTALLED) ## check and measure all that needs a GPU, in 9 minutes; ARGS=--rehearse tries it on a CPU
+	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check

@@ -1,7 +1,7 @@
 """A model of Llama-3.1-8B's shape with random weights, and how fast transformers' continuous batching serves it.
 
-Speed does not depend on what the numbers are, so nothing is downloaded. `gpu.py` measures the engine with the same
-model and starts this file for the other side:
+Speed does not depend on what the numbers are, so nothing is downloaded. `gpu/` measures the engine with the same
+model:
 
     python benchmarks/random_llama.py --batch 256      # prints output tokens per second, or null
 """
@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    ContinuousBatchingConfig,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -86,6 +85,8 @@ def inputs(number: int, tokens: int = INPUT_TOKENS) -> tuple[int, ...]:
 
 def peer_tokens_per_second(options: argparse.Namespace) -> float | None:
     """The best of two runs of the batch in transformers' continuous batching; None if it does not finish it."""
+    from transformers import ContinuousBatchingConfig
+
     module = make_module(
         "sdpa", options.device, tiny=options.tiny
     )  # it takes flash attention instead where that is installed

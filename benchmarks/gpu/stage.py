@@ -1,0 +1,130 @@
+"""A stage's side: what it notes goes to a file at once, and however it ends, it says so.
+
+    python -m benchmarks.gpu.stage NAME [--rehearse] RESULTS
+
+The driver starts this; it serves by hand as well, where one stage is looked into: the output is then on the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OURS = ("benchmarks", "server", "tests")
+TRACEBACK_LINES = 8
+
+
+class Skipped(Exception):
+    """The stage cannot run here; says why."""
+
+
+class Run:
+    """What a stage notes.
+
+    Attributes:
+        rehearse: whether sizes are to be tiny, on a CPU: to see that every line runs.
+    """
+
+    def __init__(self, results: Path, *, rehearse: bool) -> None:
+        """Notes go to the end of a file."""
+        self.rehearse = rehearse
+        self._results = results
+
+    def note(self, **figures: Any) -> None:
+        """Keep figures, by name."""
+        self._write({"figures": {name: rounded(value) for name, value in figures.items()}})
+
+    def bar(self, figure: str, value: float, at_least: float) -> None:
+        """Keep a figure that is meant to reach something; to miss it is no failure."""
+        self.note(**{figure: value})
+        self._write({"bar": {"figure": figure, "value": rounded(value), "at_least": at_least}})
+
+    def check(self, holds: bool, problem: str) -> None:
+        """What must hold; the stage goes on, and has failed if it does not."""
+        if not holds:
+            self._write({"problem": problem})
+
+    def skip(self, part: str, why: str = "needs CUDA") -> None:
+        """A part cannot run here."""
+        self._write({"skipped": f"{part}: {why}"})
+
+    def needs(self, *modules: str) -> None:
+        """Raise `Skipped` with the names of all modules that are not installed."""
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            raise Skipped(f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed")
+
+    def end(self, status: str, reason: str = "") -> None:
+        """The last line."""
+        self._write({"end": {"status": status, "reason": reason}})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        print(text, flush=True)
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits of each number with a fraction."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def execute(measure: Callable[[Run], None], run: Run) -> None:
+    """Measure; whatever is raised is the reason of the last line."""
+    try:
+        measure(run)
+    except Skipped as exc:
+        run.end("skipped", str(exc))
+    except ModuleNotFoundError as exc:
+        traceback.print_exc()
+        package = (exc.name or "").split(".")[0]
+        if package in OURS or not package:
+            run.end("failed", _last_lines(exc))
+        else:
+            run.end("skipped", f"needs {package}, which is not installed")
+    except Exception as exc:  # noqa: BLE001 - a stage that fails is a line, whatever it is
+        traceback.print_exc()
+        run.end("failed", _last_lines(exc))
+    else:
+        run.end("ok")
+
+
+def _last_lines(exc: BaseException) -> str:
+    lines = "".join(traceback.format_exception(exc)).splitlines()
+    return "\n".join(line[:300] for line in lines[-TRACEBACK_LINES:])
+
+
+def main() -> None:
+    """Be a stage's process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    sys.path.insert(1, str(Path(__file__).parents[1]))  # the other benchmarks import one another from there
+    logging.basicConfig(level=logging.INFO)  # why there is no fast path, for example
+    run = Run(options.results, rehearse=options.rehearse)
+
+    def measure(run: Run) -> None:
+        importlib.import_module(f"benchmarks.gpu.stages.{options.name}").measure(run)
+
+    execute(measure, run)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # whatever a lost device makes of the interpreter's end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The tests that need CUDA, and an engine's answers on CUDA beside those of a CPU in float32.
+
+In float32 the answers must be the same but for ties. In bfloat16 a model of random weights is often near to a tie, so
+what is compared there is how long the answers agree.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.devices import device_of
+from benchmarks.gpu.stage import Run
+from server.engine.engine import Engine
+from server.engine.model import FrozenModel
+from server.engine.optimise import optimise
+
+ROOT = Path(__file__).parents[3]
+TESTS = ("tests/engine/test_decode_graphs.py", "tests/engine/test_varlen_rows.py")
+"""Those with the marker `cuda`."""
+ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "gpt2")
+LEAST_AGREEMENT = {torch.float32: 0.95, torch.bfloat16: 0.4}
+"""Share of the tokens that come before the first that differs; in float32 a tie may still fall otherwise."""
+
+
+def measure(run: Run) -> None:
+    """The answers first: what the tests need may not be installed."""
+    run.needs("pytest", "hypothesis", "pytest_asyncio", "pytest_timeout")  # also to import the builders of the tests
+    from tests.engine.optimised import rough
+
+    device = device_of(run)
+    if run.rehearse:
+        run.skip("answers of another device")
+    for architecture in ARCHITECTURES[: 1 if run.rehearse else None]:
+        expected = _tokens(_engine(rough, architecture, torch.float32, torch.device("cpu")))
+        for dtype, least in LEAST_AGREEMENT.items():
+            engine = _engine(rough, architecture, dtype, device)
+            name = f"{architecture}_{str(dtype).removeprefix('torch.')}"
+            share = _agreement(_tokens(engine), expected)
+            run.note(**{f"{name}_agrees": share, f"{name}_varlen": engine.varlen is not None})
+            run.check(share >= least, f"{name}: answers agree for {share:.2f} of their tokens, not {least}")
+    _tests(run)
+
+
+def _engine(rough: Callable[..., FrozenModel], architecture: str, dtype: torch.dtype, device: torch.device) -> Engine:
+    from tests.support import make_engine
+
+    model = rough(architecture, dtype)
+    model.module.to(device)  # type: ignore[arg-type]
+    on_device = FrozenModel(model.module, model.tokenizer, name=architecture, max_model_len=256)
+    optimise(on_device, {"fused"}, None)
+    return make_engine(on_device)
+
+
+def _tokens(engine: Engine) -> dict[str, list[int]]:
+    """Chunked prefills, soft prompts of both kinds, decoding beyond every window."""
+    from tests.engine.optimised import answers
+
+    return {name: outcome.token_ids for name, outcome in answers(engine, arrive_every=2).items()}
+
+
+def _agreement(got: dict[str, list[int]], expected: dict[str, list[int]]) -> float:
+    """Share of the expected tokens that come before the first that differs."""
+    same = 0
+    for name, ids in expected.items():
+        pairs = zip(ids, got[name], strict=False)
+        same += next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(got[name])))
+    return same / sum(map(len, expected.values()))
+
+
+def _tests(run: Run) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    run.note(tests=last)
+    run.check(done.returncode == 0, f"tests that need CUDA: {last}\n{done.stdout[-1500:]}")
+    if run.rehearse:
+        run.skip("tests with the marker cuda")
+    else:
+        run.check("passed" in last and "skipped" not in last, f"tests that need CUDA did not run: {last}")

@@ -73,9 +73,10 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(1, str(Path(__file__).parents[1]))
 
-    from server.openmp import share_cores
+    from server.openmp import bound_primitives, expand_segments, share_cores
 
-    share_cores()  # before torch
+    for prepare in (share_cores, bound_primitives, expand_segments):  # before torch
+        prepare()
     import torch
     from random_llama import make_module, model_with_bytes
 

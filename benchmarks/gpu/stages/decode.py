@@ -16,8 +16,11 @@ from benchmarks.gpu.devices import GB, copied_per_second, memory, wait
 from benchmarks.gpu.engines import Work, batch_of, end_all, load, soft_prompts, tokens_per_second, until_all_decode
 from benchmarks.gpu.stage import Run
 from server.core import GenerationRequest, SamplingParams
+from server.engine.build import longest_prefix
 from server.engine.engine import Engine
 from server.engine.kv_cache import bytes_per_position
+from server.engine.largest_step import measure_steps
+from server.engine.memory import Steps
 from server.engine.preflight import free_memory
 
 LEAST_SHARE = 0.6
@@ -30,6 +33,10 @@ def measure(run: Run) -> None:
     """Load, plan, take the worst step, decode, mix tasks."""
     loaded = load(run, max_sequences=256, max_model_len=1024, max_batch_tokens=8192)
     free = free_memory(loaded.model.device)
+    settings, model = loaded.settings, loaded.model
+    prefix = longest_prefix(settings, model.spec)
+    steps = measure_steps(model, settings.max_sequences, settings.max_batch_tokens, prefix) or Steps()
+    run.note(planned_step_gb=steps.largest / GB, planned_graphs_gb=steps.graphs / GB)
     began = time.perf_counter()
     engine = loaded.engine()
     run.note(
@@ -43,7 +50,7 @@ def measure(run: Run) -> None:
     if engine.varlen is None:
         run.skip("graphs and flash attention")
         run.check(run.rehearse, "there is no fast path; the log says why")
-    _worst_step(run, engine)
+    _worst_step(run, engine, steps.largest / GB)
     device = engine.model.device
     bandwidth = copied_per_second(device, 2**24 if run.rehearse else 2**30)
     run.note(copy_gb_s=bandwidth / GB)
@@ -52,7 +59,7 @@ def measure(run: Run) -> None:
     _mixed(run, engine, 4 if run.rehearse else 256)
 
 
-def _worst_step(run: Run, engine: Engine) -> None:
+def _worst_step(run: Run, engine: Engine, planned: float) -> None:
     """As many tokens of input as a step takes, all scored, beside drawn decodes: what does it take beyond the plan?"""
     device, length = engine.model.device, engine.model.spec.max_model_len - 8
     budget, most = (8192, 256) if not run.rehearse else (64, 8)
@@ -74,6 +81,9 @@ def _worst_step(run: Run, engine: Engine) -> None:
     wait(device)
     peak = memory(device)["peak_gb"]
     run.note(worst_step_s=(time.perf_counter() - began) / 2, worst_step_takes_gb=peak - before)
+    run.check(
+        run.rehearse or peak - before <= planned, f"the worst step takes {peak - before:.2f} GB, not {planned:.2f}"
+    )
     left = free_memory(device) / GB
     run.note(free_after_worst_step_gb=left)
     reserved_for_later = (engine.prefixes.budget_bytes - engine.prefixes.num_bytes) / GB

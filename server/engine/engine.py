@@ -30,7 +30,7 @@ from server.engine.sampler import Choice, begin_choosing
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.text import ModelText
-from server.engine.upload import Download, upload
+from server.engine.upload import Download, send, upload
 from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -201,6 +201,7 @@ class Engine:
             logits = self._forward(batch, rows.kept)
         download = Download()
         give_scores = rows.score(logits, download)
+        self.scheduler.check_prefixes(batch, download)
         choices: Callable[[], list[Choice]] = list
         if rows.drawing:
             eos = self.model.eos_token_ids
@@ -215,7 +216,7 @@ class Engine:
         token_ids, kept = upload([np.array(ids), kept_rows], self.model.device)
         embeddings = self.model.embed(token_ids)
         for first, rows in virtual:
-            embeddings[first : first + len(rows)] = rows.to(self.model.device, self.model.dtype)
+            embeddings[first : first + len(rows)] = send(rows, self.model.device, self.model.dtype)
         return self.model.forward(embeddings, layout.position_ids, layout, kept)
 
     def _lay_out(self, spans: list[Span]) -> ServingRows:

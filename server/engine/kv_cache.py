@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from server.core import ModelSpec
+from server.engine.operators import at_least_float32
 from server.engine.recurrent import StatePool, bytes_per_state
 
 SHORTEST_SLOT = 256
@@ -132,8 +133,14 @@ class Computed(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor infinity; waits for the device, and takes no memory of its size."""
-        return all(_is_finite(part) for part in (self.states, self.recurrent) if part is not None)
+        """Whether it holds neither NaN nor infinity; waits for the device."""
+        return bool(self.extremes().isfinite().all())
+
+    def extremes(self) -> torch.Tensor:
+        """Its smallest and largest numbers, `[n]`, NaN where any number is; takes no memory of its size."""
+        parts = [part for part in (self.states, self.recurrent) if part is not None and part.numel()]
+        found = [extreme for part in parts for extreme in (part.amin(), part.amax())]
+        return torch.stack([at_least_float32(extreme) for extreme in found]) if found else torch.zeros(1)
 
     def copy(self) -> Computed:
         """The same in memory of its own."""
@@ -241,12 +248,6 @@ class KVCache:
     def scrub(self, slot: Slot) -> None:
         """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""
         self.states[:, :, slot.start : slot.start + slot.length] = 0
-
-
-def _is_finite(numbers: torch.Tensor) -> bool:
-    if not numbers.numel():
-        return True
-    return bool(torch.stack([numbers.amin(), numbers.amax()]).isfinite().all())  # both are NaN where any number is
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

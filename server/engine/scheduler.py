@@ -12,15 +12,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
 
 from server.core import ModelSpec, Queue
 from server.engine.fair_queue import FairQueue, Running
-from server.engine.kv_cache import KVCache, Slot, bytes_of
+from server.engine.kv_cache import Computed, KVCache, Slot, bytes_of
 from server.engine.layout import Span
 from server.engine.memory import SHARED_SHARE
 from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
 from server.engine.shared_inputs import SharedInputs
+from server.engine.upload import Download
 
 PREFILL_PARTS = 8
 """While sequences of several keys run, a key's inputs may take a step's token budget divided by this."""
@@ -62,6 +66,7 @@ class Scheduler:
         self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
         self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
         self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
+        self._prefix_checks: dict[Sequence, Callable[[], bool]] = {}  # of those who complete one in this step
         self._max_sequences = max_sequences
         self._max_batch_tokens = max_batch_tokens
 
@@ -169,17 +174,33 @@ class Scheduler:
         Returns:
             False if the prefix is not finite; it is not kept then.
         """
+        check = self._prefix_checks.pop(sequence, None)
+        if check is None:
+            return True
         soft_prompt = sequence.soft_prompt
-        if soft_prompt is None or self._computing.get(soft_prompt.prefix_hash) is not sequence:
-            return True
-        if sequence.num_computed < sequence.num_virtual_tokens:
-            return True
+        assert soft_prompt is not None, "only a soft prompt has a prefix"
         self._stop_computing(sequence)
         prefix = self._kv_cache.view(_slot(sequence), sequence.num_virtual_tokens)
-        if is_finite := prefix.is_finite:
+        if is_finite := check():
             self._prefixes.make_room(prefix.num_bytes)
             self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
         return is_finite
+
+    def check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
+        """Ask for what shows whether the prefixes that a step completes are finite, to come with its other answers."""
+        self._prefix_checks.clear()  # of a step that has failed
+        for sequence, span in batch:
+            soft_prompt = sequence.soft_prompt
+            if soft_prompt is None or span.end < sequence.num_virtual_tokens:
+                continue
+            if self._computing.get(soft_prompt.prefix_hash) is not sequence:
+                continue
+            prefix = self._kv_cache.view(span.slot, sequence.num_virtual_tokens)
+            if prefix.recurrent is None:
+                number = download.add(prefix.extremes())
+                self._prefix_checks[sequence] = partial(_all_finite, download, number)
+            else:  # whose state is written once the step has succeeded
+                self._prefix_checks[sequence] = partial(_is_finite, prefix)
 
     def check_integrity(self) -> None:
         """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
@@ -309,6 +330,14 @@ def _makes_copy(sequence: Sequence) -> bool:
     if sequence.shared is not None or sequence.label_ids:
         return False
     return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
+
+
+def _all_finite(download: Download, number: int) -> bool:
+    return bool(np.isfinite(download.array(number)).all())
+
+
+def _is_finite(prefix: Computed) -> bool:
+    return prefix.is_finite
 
 
 def _nobody(sequence: Sequence) -> bool:

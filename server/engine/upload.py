@@ -14,18 +14,29 @@ import numpy as np
 import torch
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether what lies on a device need not be copied there; tests say no, to take the way of CUDA on a CPU."""
+    return device.type == "cpu"
+
+
 def on_host(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """An array as a tensor on the host, pinned if it is to go to another device."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory()
+    return tensor if is_host(device) else tensor.pin_memory()
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Arrays `[n]` of one dtype as tensors on a device, by one copy."""
-    if device.type == "cpu":
+    if is_host(device):
         return tuple(torch.from_numpy(array) for array in arrays)
     joined = on_host(np.concatenate(arrays), device).to(device, non_blocking=True)
     return torch.split(joined, [len(array) for array in arrays])
+
+
+def send(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the host on a device, in a dtype; the host does not wait for the copy."""
+    on_its_way = tensor.to(dtype)
+    return on_its_way if is_host(device) else on_its_way.pin_memory().to(device, non_blocking=True)
 
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}

@@ -20,7 +20,7 @@ from server.engine.upload import Download
 from tests.engine.counting import Largest, Operators, Reads, count_uploads
 from tests.engine.fake_cuda import opaque_varlen_attn
 from tests.engine.test_sampler import sequence
-from tests.support import TINY, make_engine, request, tiny_model
+from tests.support import TINY, make_engine, random_soft_prompt, request, tiny_model
 
 ROWS, VOCABULARY = 256, 2000
 
@@ -142,6 +142,17 @@ def test_a_step_waits_for_the_device_once_whatever_its_requests_ask_for(
         request("penalised", (1, 2, 3), repetition_penalty=1.3, max_new_tokens=9),
     ]
     assert step_of(asked, tiny, monkeypatch) == ["cpu"]
+
+
+def test_a_step_that_completes_prefixes_waits_for_the_device_once(tiny: FrozenModel) -> None:
+    """Whether they are finite comes with the step's other answers."""
+    engine = make_engine(tiny, max_batch_tokens=64)
+    for i in range(4):
+        engine.add(request(f"r{i}", (1, 2, 3), max_new_tokens=9), random_soft_prompt(tiny.spec, 5, seed=i))
+    with Reads() as reads:
+        engine.step()
+    assert len(engine.prefixes) == 4
+    assert reads.names == ["cpu"]
 
 
 @pytest.mark.parametrize(

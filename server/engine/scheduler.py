@@ -18,6 +18,7 @@ import numpy as np
 
 from server.core import ModelSpec, Queue
 from server.engine.fair_queue import FairQueue, Running
+from server.engine.fair_steps import FairSteps
 from server.engine.kv_cache import Computed, KVCache, Slot, bytes_of
 from server.engine.layout import Span
 from server.engine.memory import SHARED_SHARE
@@ -25,9 +26,6 @@ from server.engine.prefix_cache import PrefixCache, prefix_of_kv
 from server.engine.sequence import Sequence
 from server.engine.shared_inputs import SharedInputs
 from server.engine.upload import Download
-
-PREFILL_PARTS = 8
-"""While sequences of several keys run, a key's inputs may take a step's token budget divided by this."""
 
 KEPT_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
@@ -69,6 +67,7 @@ class Scheduler:
         self._prefix_checks: dict[Sequence, Callable[[], bool]] = {}  # of those who complete one in this step
         self._max_sequences = max_sequences
         self._max_batch_tokens = max_batch_tokens
+        self._steps = FairSteps(max_batch_tokens, self._next_chunk)
 
     def add(self, sequence: Sequence) -> None:
         """Queue an accepted sequence."""
@@ -97,38 +96,9 @@ class Scheduler:
         Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
         """
         self._admit()
-        decoding = sorted([s for s in self.running if s.num_known - s.num_computed == 1], key=_slot)
-        shares = [(sequence, 1) for sequence in decoding]
-        if len(decoding) < len(self.running):
-            shares += self._prefills([s for s in self.running if s.num_pending > 1], decoding)
+        shares = self._steps.share(self.running)
+        shares.sort(key=lambda share: (1,) if share[0].num_pending > 1 else (0, _slot(share[0])))
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
-
-    def _prefills(self, sequences: list[Sequence], decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """How many tokens of which inputs the next step computes, in the order of admission.
-
-        A key that runs alone may take the whole budget. Beside other keys it may take an eighth of the budget plus as
-        many tokens as their sequences take, so that its long inputs never fill nearly all of a step.
-        """
-        budget = self._max_batch_tokens - len(decoding)
-        is_alone = len({sequence.request.key_id for sequence in self.running}) == 1
-        decodes = Counter(sequence.request.key_id for sequence in decoding)
-        pending: Counter[str | None] = Counter()
-        for sequence in sequences:
-            pending[sequence.request.key_id] += sequence.num_pending
-        limits: dict[str | None, int] = {}
-        part = max(1, self._max_batch_tokens // PREFILL_PARTS)
-        for key, tokens in sorted(pending.items(), key=lambda item: item[1]):
-            of_others = len(decoding) - decodes[key] + sum(limits.values())
-            limits[key] = budget if is_alone else min(tokens, part + of_others)
-        shares = []
-        for sequence in sequences:
-            key = sequence.request.key_id
-            count = min(self._next_chunk(sequence), budget, limits[key])
-            if count > 0:
-                shares.append((sequence, count))
-                budget -= count
-                limits[key] -= count
-        return shares
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
         """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.

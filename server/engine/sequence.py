@@ -55,6 +55,8 @@ class Sequence:
     queued_seconds: float = 0.0
     """From then until it had a slot."""
     output_ids: list[int] = field(default_factory=list)
+    decoded_in: int = 0
+    """The last step that it decoded in while its key had to share; `FairSteps` lets texts of such a key take turns."""
     has_ended: bool = False
     """Whether its last Delta was made."""
     error: Exception | None = None

@@ -371,8 +371,8 @@ def test_long_inputs_of_a_key_take_a_part_of_each_step_beside_another_key_and_al
     for i in range(4):
         engine.add(request(f"short {i}", [1, 2], key_id="b", max_new_tokens=6, ignore_eos=True), None)
     counts = tokens_per_step(engine)
-    assert counts[0] == 8 + 16, "four inputs of two tokens; and an eighth of 64 and as many tokens as those"
-    assert counts[1:6] == [4 + 8 + 4] * 5, "they decode"
+    assert counts[0] == 8 + 8, "four inputs of two tokens; and a sixteenth of 64 for each of the two keys"
+    assert counts[1:6] == [4 + 4 + 4] * 5, "they decode; a sixteenth of 64, and as many tokens as they take"
     assert max(counts[6:]) == 64, "the key runs alone again"
 
 
@@ -394,4 +394,40 @@ def test_texts_that_wait_for_their_grammar_take_nothing_from_the_inputs_of_their
         sequence.num_computed = sequence.num_known  # no token comes until the grammar's process has answered
     engine.add(request("long", list(range(50)), key_id="a", max_new_tokens=1), None)
     counts = {sequence.request_id: span.count for sequence, span in engine.scheduler.schedule()}
-    assert counts == {"other": 1, "long": 64 // 8 + 1}
+    assert counts == {"other": 1, "long": 64 // 16 + 1}
+
+
+def test_texts_of_a_key_take_turns_where_they_would_take_most_of_each_step_beside_another_key(
+    tiny: FrozenModel,
+) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
+    drawn = {"temperature": 1.0, "ignore_eos": True}
+    for i in range(8):
+        engine.add(request(f"many {i}", [1], key_id="a", max_new_tokens=9, **drawn), None)
+    assert max(tokens_per_step(engine)) == 8, "alone, all of them decode in each step"
+    for i in range(8):
+        engine.add(request(f"many {i}", [1], key_id="a", max_new_tokens=9, **drawn), None)
+    engine.add(request("one", [1], key_id="b", max_new_tokens=12, ignore_eos=True), None)
+    for step in range(1, 12):
+        engine.step()
+        written = {sequence.request_id: len(sequence.output_ids) for sequence in engine.scheduler.running}
+        assert written.pop("one") == step
+        many = written.values()
+        assert sum(many) == 2 * step, "a sixteenth of 64, and one token as the other key takes: two costly rows"
+        assert max(many) - min(many) <= 1, "in turn"
+    assert max(tokens_per_step(engine)) == 8, "the key runs alone again"
+
+
+def test_inputs_of_a_key_are_computed_beside_its_own_texts_where_these_would_take_all_that_it_may(
+    tiny: FrozenModel,
+) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=128)
+    for i in range(12):
+        engine.add(request(f"text {i}", [1], key_id="a", max_new_tokens=30, ignore_eos=True), None)
+    engine.step()
+    engine.add(request("other", [1], key_id="b", max_new_tokens=30, ignore_eos=True), None)
+    engine.add(request("long", list(range(50)), key_id="a", max_new_tokens=1), None)
+    engine.step()
+    counts = [(sequence.request_id, span.count) for sequence, span in engine.scheduler.schedule()]
+    assert counts[-1] == ("long", (128 // 16 + 1) // 2)
+    assert len(counts) == 1 + 5 + 1, "the other key's text, five of the key's own in turn, and its input"

@@ -92,9 +92,13 @@ class GrammarProcess:
         self.memory = max([self.memory, *(frame.mebibytes for frame in frames)])
         return frames
 
-    def step_back(self) -> None:
+    def yield_further(self) -> None:
+        """Let it yield further to the engine, and to the processes of other grammars, from now on."""
+        self._do(Deed.YIELD)
+
+    def take_what_is_left(self) -> None:
         """Let it have only what others leave of the cores, from now on."""
-        self._do(Deed.STEP_BACK)
+        self._do(Deed.IDLE)
 
     def close(self) -> None:
         """End it, whatever it does; a thread that waits for it learns that it has ended."""

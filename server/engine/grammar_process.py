@@ -40,8 +40,10 @@ ONE_SPACE: Any = {"whitespace_pattern": " ?"}
 YIELDS = 5
 """How far each process yields to the engine (`nice`). One busy process that does not yield makes the steps of a server
 on two cores four times as long; one that yields this far, 1.7 times."""
-BACK = 10
-"""How far a slow process yields, to those of other grammars as well."""
+FURTHER = 10
+"""How far a process yields that compiles for long, to those of other grammars as well. One whose masks are slow is
+scheduled as idle instead, where the system has that: it never keeps a core from a thread of the engine that wakes up,
+which `nice` alone allows."""
 
 
 class Unusable(Exception):
@@ -111,8 +113,7 @@ class Nursery:
             if deed == Deed.KILL:
                 os.kill(pid, signal.SIGKILL)
             else:
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, pid, BACK)
+                _yield_further(pid, idle=deed == Deed.IDLE)
         return True
 
     def _make(self, number: int, channel: socket.socket) -> None:
@@ -142,6 +143,15 @@ class Nursery:
             with self._channels.pop(pid) as channel, contextlib.suppress(OSError):
                 number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
                 channel.send(Frame(0, State.ENDED, 0.0, 0, bytes([number])).pack(), socket.MSG_DONTWAIT)
+
+
+def _yield_further(pid: int, *, idle: bool) -> None:
+    """Let a process yield to others, or have only what they leave of the cores; both are for good."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, FURTHER)
+    if idle:
+        with contextlib.suppress(AttributeError, OSError):  # not on every system
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _limit() -> None:

@@ -118,7 +118,7 @@ class GrammarQueue:
                 attempt = None
             async with self._long.turn(owner):
                 attempt = attempt or await self._begin(grammar)
-                attempt.step_back()
+                attempt.yield_further()
                 while not await self._waited(attempt, COMPILE_WALL_SECONDS):
                     pass
         finally:

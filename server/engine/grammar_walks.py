@@ -27,6 +27,8 @@ STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
 """How long a step waits for grammars in all; and one in which nobody else can run, because commands come in between."""
 SLOW_SECONDS = 0.005
 """Of a processor: whoever takes more for a token is slow."""
+COSTLY_SECONDS, COSTLY_TOKEN_SECONDS = 0.25, 0.001
+"""Of a processor: a request that takes more than this, and for each of its tokens, is slow from then on."""
 AT_ONCE = 2
 """Slow texts that are worked on at a time."""
 
@@ -74,6 +76,11 @@ class RequestWalks:
         self.walks: list[Walk] = []
         self.seconds = 0.0
         self.tokens = 0
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether its masks take much time in all, though each may take little."""
+        return self.seconds > COSTLY_SECONDS + COSTLY_TOKEN_SECONDS * self.tokens
 
     def charge(self, seconds: float) -> InvalidRequest | None:
         """Count what a token took; an error if the request has used up its budget."""
@@ -203,22 +210,23 @@ class Walks:
                 break
             self._since[compiled] = time.monotonic()
             if (walk := self._asked.get(compiled, {}).pop(frame.walk, None)) is not None:
-                self._judge(compiled, frame)
                 self._take(walk, frame)
+                self._judge(walk.of_request, frame)
                 answered.append(walk)
         self._settle(compiled)
         if (largest := self._grammars.largest()) is not None:
             answered += self._fail(largest, InvalidRequest("The grammar takes too much memory.", remedy="Simplify it."))
         return answered
 
-    def _judge(self, compiled: Compiled, frame: Frame) -> None:
-        """Whether a grammar is slow, as far as this answer shows."""
-        if frame.seconds <= SLOW_SECONDS:
+    def _judge(self, request: RequestWalks, frame: Frame) -> None:
+        """Whether a grammar is slow, as far as this answer and those before it show."""
+        compiled = request.compiled
+        if frame.seconds <= SLOW_SECONDS and not request.is_costly:
             self._slow.discard(compiled)
             return
         self._slow.add(compiled)
-        if frame.seconds > 10 * SLOW_SECONDS:
-            compiled.process.step_back()
+        if frame.seconds > 10 * SLOW_SECONDS or request.is_costly:
+            compiled.process.take_what_is_left()
 
     def _take(self, walk: Walk, frame: Frame) -> None:
         walk.is_waiting = False

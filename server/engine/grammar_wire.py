@@ -39,7 +39,9 @@ class Deed(IntEnum):
     MAKE = 1
     """Its end of a socket comes with the command."""
     KILL = 2
-    STEP_BACK = 3
+    YIELD = 3
+    """Let it yield further to the engine, and to the processes of other grammars."""
+    IDLE = 4
     """Let it have only what others leave of the cores."""
 
 

@@ -106,9 +106,9 @@ class Attempt:
         why = limit_reached(frames[0], f"it takes more than {COMPILE_SECONDS:g} s to compile")
         raise self._grammars.refuse(self._grammar, why)
 
-    def step_back(self) -> None:
-        """Let it go on with only what others leave of the cores."""
-        self._process.step_back()
+    def yield_further(self) -> None:
+        """Let its process yield further to the engine, and to the processes of other grammars."""
+        self._process.yield_further()
 
     def close(self) -> None:
         """Give up, unless it is done."""

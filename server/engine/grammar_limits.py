@@ -24,6 +24,8 @@ ALL_MEMORY_MIB = 1024
 STACK = 6 * MiB
 KEPT = 32
 """Compiled grammars that nobody uses; the one that was used last stays longest."""
+KEPT_MIB = 128
+"""What these may take together; a usual grammar takes about 4."""
 
 PARSER_LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
 """llguidance's own limits, where they are narrower than its defaults: a state takes up to 2 kB."""

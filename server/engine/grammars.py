@@ -22,6 +22,7 @@ from server.engine.grammar_limits import (
     COMPILE_SECONDS,
     COMPILE_WALL_SECONDS,
     KEPT,
+    KEPT_MIB,
     MEMORY,
     STACK,
     MiB,
@@ -228,11 +229,12 @@ class Grammars:
         """
         with self._lock:
             idle = [compiled for compiled in self._compiled.values() if not compiled.users]
-            memory = sum(compiled.process.memory for compiled in self._compiled.values())
+            kept = sum(compiled.process.memory for compiled in idle)
+            in_use = sum(compiled.process.memory for compiled in self._compiled.values()) - kept
             ended = []
-            while len(idle) > spared and (len(idle) > KEPT or memory > ALL_MEMORY_MIB):
+            while len(idle) > spared and (len(idle) > KEPT or kept > min(KEPT_MIB, ALL_MEMORY_MIB - in_use)):
                 ended.append(idle.pop(0))
-                memory -= ended[-1].process.memory
+                kept -= ended[-1].process.memory
                 del self._compiled[ended[-1].key]
         for compiled in ended:
             compiled.process.close()

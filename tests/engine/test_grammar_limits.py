@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -19,6 +20,7 @@ from server.engine.grammars import Grammars
 from server.engine.model import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import GenerationFailed, InvalidRequest, Overloaded, RequestAborted, RequestTimedOut
+from tests.api.live import wait_until
 from tests.engine.hostile import LARGE, ODD, PATTERNS, REQUIRED, SLOW, chain, multiples
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, make_engine, request, run_engine
 
@@ -102,6 +104,54 @@ def test_grammars_in_use_hold_only_so_much_memory_together(grammars: Grammars, m
     grammars.release(grammars.compile(Grammar(GrammarKind.REGEX, "one more")))
     for one in held:
         grammars.release(one)
+
+
+def test_unused_grammars_hold_only_so_much_memory_together(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [grammars.compile(Grammar(GrammarKind.REGEX, f"unused {i}")) for i in range(4)]
+    monkeypatch.setattr("server.engine.grammars.KEPT_MIB", sum(one.process.memory for one in held[2:]))
+    for one in held:
+        grammars.release(one)
+    kept = [grammars.hold(Grammar(GrammarKind.REGEX, f"unused {i}")) for i in range(4)]
+    assert kept == [None, None, *held[2:]], "those that were used last"
+    for one in held[2:]:
+        grammars.release(one)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no idle processes")
+@pytest.mark.parametrize(("each", "together"), [(-1.0, 1e6), (1e6, -1.0)], ids=["each", "together"])
+def test_a_grammar_whose_masks_take_long_gets_only_what_others_leave_of_the_cores(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch, each: float, together: float
+) -> None:
+    others = {process.pid for process in own_processes()}
+    monkeypatch.setattr(grammar_walks, "SLOW_SECONDS", each)
+    monkeypatch.setattr(grammar_walks, "COSTLY_SECONDS", together)
+    monkeypatch.setattr(grammar_walks, "COSTLY_TOKEN_SECONDS", 0.0)
+    engine = make_engine(tiny)
+    engine.add(request("slow", [1], grammar=GOOD, max_new_tokens=3), None)
+    [process] = [process for process in own_processes() if process.pid not in others]
+    assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
+    while engine.has_work:
+        engine.step()
+    wait_until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE)
+    engine.grammars.close()
+
+
+def test_a_request_is_slow_whose_many_masks_take_long_together(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_walks, "COSTLY_SECONDS", -1.0)
+    monkeypatch.setattr(grammar_walks, "COSTLY_TOKEN_SECONDS", 0.0)
+    engine = make_engine(tiny)
+    monkeypatch.setattr(grammar_walks, "STEP_SECONDS", 60.0)
+    nine = Grammar(GrammarKind.REGEX, "[ab]{9}")
+    engine.add(request("many", [1], n=8, grammar=nine, temperature=1.0, max_new_tokens=9), None)
+    engine.add(request("other", [1], max_new_tokens=28, ignore_eos=True), None)
+    ends: list[str] = []
+    while engine.has_work:
+        ends += [delta.request_id for delta in engine.step() if delta.finish_reason is not None and delta.is_last]
+    assert ends == ["other", "many"], "it goes on in the time that others leave, one text in a step"
 
 
 def test_masks_that_take_long_hold_up_nobody_else_and_end_their_request(

@@ -401,12 +401,14 @@ def test_texts_of_a_key_take_turns_where_they_would_take_most_of_each_step_besid
     tiny: FrozenModel,
 ) -> None:
     engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
-    drawn = {"temperature": 1.0, "ignore_eos": True}
-    for i in range(8):
-        engine.add(request(f"many {i}", [1], key_id="a", max_new_tokens=9, **drawn), None)
+    drawn = [
+        request(f"many {i}", [1], key_id="a", max_new_tokens=9, temperature=1.0, ignore_eos=True) for i in range(16)
+    ]
+    for one in drawn[:8]:
+        engine.add(one, None)
     assert max(tokens_per_step(engine)) == 8, "alone, all of them decode in each step"
-    for i in range(8):
-        engine.add(request(f"many {i}", [1], key_id="a", max_new_tokens=9, **drawn), None)
+    for one in drawn[8:]:
+        engine.add(one, None)
     engine.add(request("one", [1], key_id="b", max_new_tokens=12, ignore_eos=True), None)
     for step in range(1, 12):
         engine.step()

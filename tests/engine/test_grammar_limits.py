@@ -106,9 +106,7 @@ def test_grammars_in_use_hold_only_so_much_memory_together(grammars: Grammars, m
         grammars.release(one)
 
 
-def test_unused_grammars_hold_only_so_much_memory_together(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_grammars_hold_only_so_much_memory_together(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     held = [grammars.compile(Grammar(GrammarKind.REGEX, f"unused {i}")) for i in range(4)]
     monkeypatch.setattr("server.engine.grammars.KEPT_MIB", sum(one.process.memory for one in held[2:]))
     for one in held:

@@ -85,7 +85,18 @@ TINY: dict[str, dict[str, Any]] = {
 
 HYBRIDS: dict[str, dict[str, Any]] = {
     "lfm2": _SIZES
-    | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": False}
+    | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": False},
+    "qwen3_5_text": _SIZES
+    | {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "tie_word_embeddings": False,
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+    },
 }
 """Architectures with layers that keep a recurrent state; they take no soft prompts of keys and values."""
 

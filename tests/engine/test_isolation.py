@@ -17,6 +17,7 @@ from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import (
     EOS,
+    HYBRIDS,
     Outcome,
     make_engine,
     random_kv_prompt,
@@ -56,7 +57,7 @@ def texts(outcomes: dict[str, Outcome]) -> dict[str, tuple[str, list[int]]]:
     return {name: (outcome.text, outcome.token_ids) for name, outcome in outcomes.items()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", *HYBRIDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("arrive_every", [0, 2])
 def test_a_mixed_batch_gives_everybody_the_text_that_they_get_alone(
@@ -105,7 +106,7 @@ def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
     assert len({text for text, _ in together.values()}) > 6
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", *HYBRIDS])
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 3), st.data())
 def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(

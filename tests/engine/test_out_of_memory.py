@@ -14,7 +14,7 @@ from server.engine.engine import Engine
 from server.engine.logit_rows import Batch
 from server.engine.model import FrozenModel
 from server.soft_prompts.soft_prompt import SoftPrompt
-from tests.support import make_engine, random_soft_prompt, request, run_engine, tiny_model
+from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model
 
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
@@ -60,7 +60,7 @@ def work(model: FrozenModel) -> Work:
     ]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", *HYBRIDS])
 def test_a_step_without_memory_runs_again_with_half_the_prefills_and_nobody_sees_it(architecture: str) -> None:
     tiny = tiny_model(architecture)
     expected = run_engine(make_engine(tiny, max_batch_tokens=32), work(tiny))

@@ -80,7 +80,12 @@ def ids_of(length: str) -> list[int]:
 
 @torch.inference_mode()
 def assert_answers(engine: Engine, model: RecordingModel, work: Work) -> None:
-    """What an engine answers is what the model's own forward says of the same tokens."""
+    """What an engine answers is what the model's own forward says of the same tokens.
+
+    The gated delta rule computes in float32 in any dtype, and weights as large as these enlarge its rounding: with the
+    rule in float64 the largest error is 1e-7.
+    """
+    largest = 1e-4 if "qwen" in model.spec.name else 1e-5
     for asked, soft_prompt in work:
         engine.add(asked, soft_prompt)
     found = logits_of_requests(engine, model)
@@ -89,17 +94,25 @@ def assert_answers(engine: Engine, model: RecordingModel, work: Work) -> None:
         logits = found[asked.request_id].float()
         answer = logits.argmax(-1).tolist()
         expected = own(model, [*asked.input_ids, *answer[:-1]], soft_prompt)[-len(answer) :]
-        assert float(errors(logits, expected).max()) < 1e-5, asked.request_id
+        assert float(errors(logits, expected).max()) < largest, asked.request_id
 
 
 @pytest.mark.parametrize(
-    ("dtype", "max_batch_tokens"),
-    [(torch.float32, 5), (torch.float64, 6), (torch.float64, 7), (torch.float32, 16), (torch.float32, 200)],
+    ("architecture", "dtype", "max_batch_tokens"),
+    [
+        ("lfm2", torch.float32, 5),
+        ("lfm2", torch.float64, 6),
+        ("lfm2", torch.float64, 7),
+        ("lfm2", torch.float32, 16),
+        ("lfm2", torch.float32, 200),
+        ("qwen3_5_text", torch.float32, 7),
+        ("qwen3_5_text", torch.float64, 200),
+    ],
 )
 def test_logits_are_the_models_own_in_any_chunks_beside_anybody_and_from_a_cached_prefix(
-    dtype: torch.dtype, max_batch_tokens: int
+    architecture: str, dtype: torch.dtype, max_batch_tokens: int
 ) -> None:
-    model = RecordingModel(tiny_model("lfm2", dtype=dtype))
+    model = RecordingModel(tiny_model(architecture, dtype=dtype))
     engine = make_engine(model, max_sequences=5, max_batch_tokens=max_batch_tokens)
     assert_answers(engine, model, work_of(model))
     assert_answers(engine, model, work_of(model))  # all prefixes are known now, and every slot has had an owner
@@ -293,6 +306,11 @@ def test_a_soft_prompt_of_keys_and_values_is_refused_with_the_reason(lfm2: Froze
     check_shape("PROMPT_TUNING", (5, lfm2.spec.hidden_size), lfm2.spec, 100)
 
 
+def test_a_gated_delta_rule_has_a_state_of_its_last_inputs_and_a_matrix_for_each_head() -> None:
+    convolved, matrix = 3 * (2 * 2 * 8 + 4 * 6), 4 * 8 * 6
+    assert tiny_model("qwen3_5_text").spec.state_width == 2 * (convolved + matrix), "two layers"
+
+
 def test_a_model_is_prepared_once_however_often_it_is_looked_at(lfm2: FrozenModel) -> None:
     again = FrozenModel(lfm2.module, lfm2.tokenizer, name=lfm2.spec.name, max_model_len=128)
     assert again.spec == lfm2.spec
@@ -319,7 +337,8 @@ def test_a_hybrid_of_which_all_layers_have_attention_is_served_as_any_model() ->
     assert (model.spec.state_width, model.spec.num_kv_layers) == (0, 3)
 
 
-def test_in_bfloat16_states_are_kept_in_float32() -> None:
-    model = tiny_model("lfm2", dtype=torch.bfloat16)
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_in_bfloat16_states_are_kept_in_float32(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.bfloat16)
     refuse_inexact(model)
     assert states_of(make_engine(model)).states.dtype == torch.float32

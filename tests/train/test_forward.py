@@ -15,7 +15,7 @@ from server.train.methods import LearnedPrefix, PrefixTuning, join_key_values
 from server.train.objectives import Targets
 from server.train.record import Score
 from server.train.trainer import measure
-from tests.support import make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
+from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import examples_of, lessons_of, random_embeddings
 
 # Beyond the windows of 8, and with less padding than that: a padding token that sees nothing but padding is NaN in
@@ -49,7 +49,7 @@ def score(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example])
     return measure(model, Given(embeddings), Targets(), lessons_of(examples))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", *HYBRIDS])
 def test_teacher_forced_exact_match_is_what_greedy_decoding_answers(architecture: str) -> None:
     tiny = tiny_model(architecture)
     soft_prompt = random_soft_prompt(tiny.spec)
@@ -76,7 +76,7 @@ def test_a_row_has_the_same_loss_alone_and_in_a_flat_row_of_many(architecture: s
     assert len(together) == sum(len(example.target_ids) for example in examples)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", *HYBRIDS])
 def test_virtual_tokens_that_rows_share_are_computed_once_with_the_losses_and_gradients_of_each_row(
     architecture: str,
 ) -> None:
@@ -89,7 +89,8 @@ def test_virtual_tokens_that_rows_share_are_computed_once_with_the_losses_and_gr
         loss = F.cross_entropy(logits, targets)
         found.append((logits, *torch.autograd.grad(loss, embeddings)))
     for shared, apart in zip(*found, strict=True):
-        torch.testing.assert_close(shared, apart, rtol=1e-6, atol=1e-7)  # float32 rotary angles, see below
+        precision = 1e-4 if architecture == "qwen3_5_text" else 1e-6  # its linear attention computes in float32
+        torch.testing.assert_close(shared, apart, rtol=precision, atol=precision / 10)  # rotary angles: see below
 
 
 def test_the_score_does_not_depend_on_how_rows_are_batched(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +127,7 @@ def padded_loss(module: PreTrainedModel, embeddings: torch.Tensor, examples: lis
         ("mistral", "eager", 1e-6),
         ("gpt2", "eager", 1e-10),
         ("lfm2", "eager", 1e-6),
+        ("qwen3_5_text", "eager", 1e-5),
     ],
 )
 def test_the_gradient_is_that_of_transformers_own_attention_with_padding_and_masks(

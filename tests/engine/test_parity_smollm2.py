@@ -1,4 +1,4 @@
-"""Invariant 1 on the embedded model: float32 as PEFT's own forward, bfloat16 no worse than transformers' own."""
+"""Invariant 1 on the embedded model: float32 as transformers' own forward, bfloat16 no worse than it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from server.engine.model import FrozenModel
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.peft_reference import peft_logits
 from tests.support import RecordingModel, fast_smollm2, logits_of_requests, make_engine, run_engine
 from tests.support import request as engine_request
 
@@ -72,15 +73,12 @@ def forced_logits(model: FrozenModel, soft_prompt: SoftPrompt, answers: list[lis
     return torch.cat([logits[f"{text} {length}"] for text in TEXTS for length in range(NEW_TOKENS)])
 
 
-def peft_logits(directory: Path, dtype: torch.dtype, model: FrozenModel, answers: list[list[int]]) -> torch.Tensor:
-    """PEFT's logits at the same places, each row in one forward."""
+def expected_logits(directory: Path, dtype: torch.dtype, model: FrozenModel, answers: list[list[int]]) -> torch.Tensor:
+    """The logits of transformers' own forward at the same places, each row in one."""
     peft_model = PeftModel.from_pretrained(reference_module(dtype), str(directory))
     found = []
-    with torch.inference_mode():
-        for text, tokens in zip(TEXTS, answers, strict=True):
-            row = model.encode(text) + tokens[:-1]
-            output = peft_model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row)))
-            found.append(output.logits[0, -NEW_TOKENS:].float())
+    for text, tokens in zip(TEXTS, answers, strict=True):
+        found.append(peft_logits(peft_model, model.encode(text) + tokens[:-1])[-NEW_TOKENS:].float())
     return torch.cat(found)
 
 
@@ -92,7 +90,7 @@ def test_float32_logits_equal_pefts_and_tokens_wherever_the_margin_allows(
     ours: FrozenModel = request.getfixturevalue(model)
     soft_prompt = load_soft_prompts(directories[kind], ours.spec, 512)[0]
     answers = answer(ours, soft_prompt)
-    expected = peft_logits(directories[kind], torch.float32, ours, answers)
+    expected = expected_logits(directories[kind], torch.float32, ours, answers)
     assert (forced_logits(ours, soft_prompt, answers) - expected).abs().max() < 2e-3, "the same sums in another order"
     top = expected.topk(2).values
     clear = (top[:, 0] - top[:, 1]) > 2e-3
@@ -106,8 +104,8 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_own(
     directory = directories["PROMPT_TUNING"]
     soft_prompt = load_soft_prompts(directory, smollm2.spec, 512)[0]
     answers = answer(smollm2, soft_prompt)
-    exact = peft_logits(directory, torch.float32, smollm2, answers)
-    theirs = peft_logits(directory, torch.bfloat16, smollm2, answers)
+    exact = expected_logits(directory, torch.float32, smollm2, answers)
+    theirs = expected_logits(directory, torch.bfloat16, smollm2, answers)
     for model in (FrozenModel.load(Settings.load(dtype="bfloat16")), fast_smollm2("bfloat16")):
         ours = forced_logits(model, soft_prompt, answers).float()
         assert (ours - exact).square().mean().sqrt() <= 1.1 * (theirs - exact).square().mean().sqrt()

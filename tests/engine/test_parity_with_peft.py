@@ -1,4 +1,4 @@
-"""Invariant 1: the engine answers what PEFT's own `generate` answers, for every architecture and PEFT type.
+"""Invariant 1: the engine answers what the model's own forward does after what PEFT makes of its files.
 
 Tiny models in float64, token for token and probability for probability, alone and in a mixed batch with staggered
 arrivals and chunked prefills.
@@ -18,6 +18,7 @@ from server.engine.model import FrozenModel
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.peft_files import KINDS, NUM_TASKS, peft_directory
+from tests.peft_reference import peft_greedy
 from tests.support import TINY, Outcome, make_engine, request, run_engine, tiny_model, tiny_module
 
 NEW_TOKENS = 12
@@ -66,13 +67,18 @@ def references(architecture: str, directories: dict[str, Path]) -> dict[tuple[st
     found: dict[tuple[str, int], Reference] = {}
     for kind, directory in directories.items():
         peft_model = PeftModel.from_pretrained(tiny_module(architecture, attention="eager"), str(directory))
-        multitask = {"task_ids": torch.tensor([NUM_TASKS - 1])} if kind == "MULTITASK_PROMPT_TUNING" else {}
+        task = NUM_TASKS - 1 if kind == "MULTITASK_PROMPT_TUNING" else None
         for i, input_ids in enumerate(INPUTS):
-            found[kind, i] = greedy(peft_model, input_ids, **multitask)
+            found[kind, i] = reference(*peft_greedy(peft_model, input_ids, NEW_TOKENS, task))
     return found
 
 
-def greedy(module: Any, input_ids: list[int], **others: Any) -> Reference:
+def reference(tokens: list[int], logits: torch.Tensor) -> Reference:
+    rows = logits.log_softmax(dim=-1)
+    return Reference(tokens, [float(row[token]) for row, token in zip(rows, tokens, strict=True)])
+
+
+def greedy(module: Any, input_ids: list[int]) -> Reference:
     """What transformers' generate answers behind `input_ids`."""
     ids = torch.tensor([input_ids])
     output = module.generate(
@@ -83,11 +89,8 @@ def greedy(module: Any, input_ids: list[int], **others: Any) -> Reference:
         pad_token_id=257,
         output_logits=True,
         return_dict_in_generate=True,
-        **others,
     )
-    tokens: list[int] = output.sequences[0, len(input_ids) :].tolist()
-    rows = torch.cat(output.logits).log_softmax(dim=-1)
-    return Reference(tokens, [float(row[token]) for row, token in zip(rows, tokens, strict=True)])
+    return reference(output.sequences[0, len(input_ids) :].tolist(), torch.cat(output.logits))
 
 
 @pytest.mark.parametrize("kind", KINDS)

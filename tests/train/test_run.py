@@ -24,6 +24,7 @@ from server.train.output import Trained, check_writable, write_task
 from server.train.record import Progress, Score, TrainingResult
 from server.train.run import train_task
 from server.train.sweep import PEAKS, Tried
+from tests.peft_reference import peft_greedy
 from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows
 
@@ -112,11 +113,8 @@ def test_what_is_written_is_loaded_by_peft_and_answers_there_as_it_was_taught(
     peft_model: Any = PeftModel.from_pretrained(tiny_module(dtype=torch.float32, attention="eager"), str(directory))
     assert torch.equal(peft_model.get_prompt_embedding_to_save("default"), soft_prompt.tensor)
     for text, target in MOODS:
-        ids = torch.tensor([tiny32.encode(soft_prompt.manifest.render(text))])
-        output = peft_model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
-        )
-        assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS]
+        answer, _ = peft_greedy(peft_model, tiny32.encode(soft_prompt.manifest.render(text)), 8)
+        assert answer == [*tiny32.encode(target), EOS]
 
 
 def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]) -> None:
@@ -268,17 +266,10 @@ def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: Froze
     for task, row in enumerate(rows):
         for text, _ in MOODS:
             input_ids = tiny32.encode(f"{text}\n")
-            ids = torch.tensor([input_ids])
-            output = peft_model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                task_ids=torch.tensor([task]),
-                max_new_tokens=4,
-                do_sample=False,
-            )
+            answer, _ = peft_greedy(peft_model, input_ids, 4, task)
             asked = request("a", tuple(input_ids), max_new_tokens=4)
             served = run_engine(make_engine(tiny32), [(asked, row)])["a"].token_ids
-            assert output[0, ids.shape[1] :].tolist() == served, (task, text)
+            assert answer == served, (task, text)
             answered.add((task, tuple(served)))
     assert {task for task, _ in answered} == {0, 1}
 
@@ -293,11 +284,8 @@ def test_other_methods_are_loaded_by_peft_and_answer_as_they_were_taught(
     module = tiny_module(dtype=torch.float32, attention="eager")
     peft_model: Any = PeftModel.from_pretrained(module, str(tmp_path / "mood"))
     for text, target in MOODS:
-        ids = torch.tensor([tiny32.encode(f"{text}\n")])
-        output = peft_model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
-        )
-        assert output[0, ids.shape[1] :].tolist() == [*tiny32.encode(target), EOS], text
+        answer, _ = peft_greedy(peft_model, tiny32.encode(f"{text}\n"), 8)
+        assert answer == [*tiny32.encode(target), EOS], text
 
 
 def test_a_model_with_a_recurrent_state_is_trained_alike_when_it_computes_activations_again(tmp_path: Path) -> None:

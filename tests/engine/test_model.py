@@ -67,7 +67,7 @@ def test_the_context_is_at_most_the_models_own() -> None:
     ("model_type", "fields", "reason"),
     [
         ("t5", {}, "encoder-decoder"),
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}, "linear_att"),
+        ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}, "linear_att"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rotary"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,7 +40,11 @@ def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
     if not wanted or not layers:
         yield
         return
-    model.module.activation_checkpointing_enable({"use_reentrant": False})
+    module: Any = model.module
+    is_renamed = hasattr(module, "activation_checkpointing_enable")  # since transformers 5.23
+    begin = module.activation_checkpointing_enable if is_renamed else module.gradient_checkpointing_enable
+    end = module.activation_checkpointing_disable if is_renamed else module.gradient_checkpointing_disable
+    begin({"use_reentrant": False})
     for layer in layers:
         layer.training = True  # only its own flag: what is in it stays as in serving, without dropout
     try:
@@ -47,7 +52,7 @@ def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-        model.module.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+        end()
 
 
 def _activation_bytes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> int:

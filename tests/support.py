@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -101,8 +103,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 """Architectures with layers that keep a recurrent state; they take no soft prompts of keys and values."""
 
 
+def skip_unless_served(architecture: str) -> None:
+    """Skip a test whose model this version of transformers does not run as the engine needs it."""
+    if architecture == "lfm2" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 22):
+        pytest.skip("its layers do not get the forward's keywords")
+
+
 def tiny_module(architecture: str = "llama", *, dtype: torch.dtype = torch.float64, attention: str) -> PreTrainedModel:
     """A random model of an architecture; the same weights for every attention implementation."""
+    skip_unless_served(architecture)
     register_attention()
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **(TINY | HYBRIDS)[architecture])

@@ -9,12 +9,13 @@ from collections import Counter
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from server.engine.attention import AttentionRules, PackedRows, Recurrence, StatePlace
-from server.engine.hybrids import kinds_with_states
+from server.engine.hybrids import RecurrentLayer, kinds_with_states
 from server.errors import ConfigurationError, UnsupportedModel
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -65,6 +66,7 @@ class _AttentionProbe:
         self.shapes: dict[int, tuple[int, int]] = {}  # layer -> kv_heads, head_dim
         self.rules: dict[int, AttentionRules] = {}
         self.dtypes: set[torch.dtype] = set()
+        self.places: set[StatePlace] = set()
         self._row = PackedRows([2])
 
     def attend(
@@ -82,6 +84,7 @@ class _AttentionProbe:
         return self._row.attend(layer, query, key, value, rules)
 
     def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        self.places.add(place)
         return self._row.recur(place, inputs, recurrence)
 
 
@@ -113,6 +116,7 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
             "infinity, or exceed the range of that dtype.",
             remedy="Set PRELUDE_DTYPE=float32; if that does not help, download the model again.",
         )
+    _refuse_layers_without_layout(module, probe.places)
     if set(probe.shapes) != set(range(layers)):
         raise UnsupportedModel(
             f"Of the {layers} layers of {kind}, {len(probe.shapes)} hand their keys and values to transformers' "
@@ -133,6 +137,16 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
         if layer_type == "sliding_attention" and probe.rules[layer].sliding_window is None:
             raise UnsupportedModel(f"{kind} has sliding-window layers but does not tell the attention their window.")
     return kv_heads, head_dim, [probe.rules[layer] for layer in range(layers)]
+
+
+def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StatePlace]) -> None:
+    """Refuse a model of which layers that keep a state did not ask the layout for it, and so ran over the flat row."""
+    if heard != {part.place for part in module.modules() if isinstance(part, RecurrentLayer)}:
+        raise UnsupportedModel(
+            f"In transformers {transformers.__version__}, {module.config.model_type} does not hand the forward's "
+            "keywords to its layers that keep a recurrent state.",
+            remedy="Update transformers (pip install --upgrade transformers), or choose another model.",
+        )
 
 
 def pin_longrope(module: nn.Module, max_model_len: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.core import FinishReason, GenerationRequest
@@ -37,6 +38,7 @@ from tests.support import (
     random_soft_prompt,
     request,
     run_engine,
+    skip_unless_served,
     tiny_model,
 )
 
@@ -127,6 +129,7 @@ def test_convolutions_of_any_length_and_with_a_bias_are_the_models_own(fields: d
 
 
 def hybrid(**fields: Any) -> FrozenModel:
+    skip_unless_served("lfm2")
     register_attention()
     torch.manual_seed(0)
     config = AutoConfig.for_model("lfm2", **(HYBRIDS["lfm2"] | fields))
@@ -329,6 +332,19 @@ def test_a_model_is_prepared_once_however_often_it_is_looked_at(lfm2: FrozenMode
 def test_a_hybrid_without_attention_or_without_states_is_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         hybrid(**fields)
+
+
+def test_a_version_of_transformers_whose_layers_do_not_get_the_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_layout(layer: ShortConvolution, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        found: torch.Tensor = layer.own(hidden_states)
+        return found
+
+    monkeypatch.setattr(ShortConvolution, "forward", without_layout)
+    with pytest.raises(UnsupportedModel, match=rf"In transformers {transformers.__version__}, lfm2 does not") as caught:
+        tiny_model("lfm2")
+    assert "Update transformers" in caught.value.remedy
 
 
 def test_a_hybrid_of_which_all_layers_have_attention_is_served_as_any_model() -> None:

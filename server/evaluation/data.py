@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.errors import InvalidTrainingData
-from server.train.data import MAX_LINE_BYTES, DataFile, Row, labels_of, read_data
+from server.train.data import MAX_LINE_BYTES, READ_BYTES, DataFile, Row, labels_of, read_data
 
 META = "meta.json"
 REFERENCES = ".references.jsonl"
@@ -130,7 +130,7 @@ def _read_references(
     places = {row.line: place for place, row in enumerate(data.rows)}
     texts: dict[int, tuple[str, ...]] = {}
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=READ_BYTES) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 go_on()
                 if len(line) > MAX_LINE_BYTES:

@@ -26,7 +26,7 @@ MAX_ROWS = 500_000
 MAX_LINE_BYTES = 2**20
 READ_BYTES = 2**20
 """What is read of a file at a time. Each read lets go of Python's lock and takes it back at once, and a thread that
-waits for it begins to wait anew: with the usual 8 KiB a file of empty lines kept the event loop waiting for a second."""
+waits for it begins to wait anew: with 8 KiB a file of empty lines kept the event loop waiting for a second."""
 MAX_HELD_BYTES = 512 * 2**20
 """Memory that a file's rows may take; a text with one character beyond Latin-1 takes twice or four times its length."""
 REPEATED = 3

@@ -9,19 +9,25 @@ from collections import deque
 from tokenizers.decoders import DecodeStream
 
 from server.core import SamplingParams, Token
-from server.engine.text import REPLACEMENT, TokenTexts
+from server.engine.text import TokenTexts
 
 log = logging.getLogger(__name__)
 
+MOST_PENDING = 16
+"""Tokens that a stream may hold back before it begins anew, up to three more where a character is not complete."""
+
 
 class Decoder:
-    """Incremental text of token ids: what each adds, as soon as it forms characters.
+    """Incremental text of token ids: what each adds, as soon as it forms characters; never half of one at the end.
 
-    tokenizers' DecodeStream holds back what does not end in a whole character yet, and what ends in U+FFFD, which it
-    takes for half of one. Here, characters of it that are certain are given out at once.
+    A byte-level text is its tokens' bytes in UTF-8, so this reads their bytes. All other decoders are tokenizers'
+    DecodeStream, which decodes all that it holds back at each step, and holds back what ends in U+FFFD: it takes that
+    for half of a character. So here a stream begins anew once it holds back what no later token changes:
 
-    DecodeStream gives up where a decoder changes its mind about text that it gave out before (byte fallback, when bytes
-    turn out to be no character). From there on all tokens are decoded at every step, which is slow, rare and right.
+    - whole characters, which are given out as soon as they are certain;
+    - bytes that no character begins with, which are U+FFFD;
+    - anything where it gives up, because its decoder changes its mind about text that it gave out before (byte
+      fallback, when bytes turn out to be no character).
     """
 
     def __init__(self, texts: TokenTexts, *, continues_text: bool = True, show_special: bool = False) -> None:
@@ -34,57 +40,68 @@ class Decoder:
         """
         self._texts = texts
         self._skip_special = not show_special
-        self._token_ids = list(texts.primer if continues_text or not texts.puts_space_first else ())
-        self._stream: DecodeStream | None = DecodeStream(self._token_ids, self._skip_special)
-        self._decoded = len(texts.decode(self._token_ids))  # characters of the whole text that were taken so far
-        self._early = ""  # what was given out of tokens that the stream still holds back
-        self._holds_back = False  # whether the stream has taken tokens that it has not given out yet
-        self._bytes = codecs.getincrementaldecoder("utf-8")()
-        self._bytes_are_text = bool(self._token_ids) or not texts.puts_space_first
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace" if texts.is_byte_level else "strict")
+        self._bytes_are_text = continues_text or not texts.puts_space_first
+        self._holds_back = False  # whether bytes of a byte-level text wait for the rest of their character
+        if not texts.is_byte_level:
+            self._begin()
 
     def step(self, token_id: int) -> str:
         """Text that this token adds."""
+        if not self._texts.is_byte_level:
+            is_none = not self._texts.text_of(token_id) or (self._skip_special and token_id in self._texts.special_ids)
+            return "" if is_none else self._stream_step(token_id)
         text = None if self._holds_back else self._texts.own_text_of(token_id)
-        if text is not None and self._stream is not None:  # the stream need not see it: this is ten times as fast
-            self._token_ids.append(token_id)
-            self._decoded += len(text)
+        if text is not None:  # without its bytes: this is ten times as fast
             return text
         if self._skip_special and token_id in self._texts.special_ids:
             return ""
-        self._token_ids.append(token_id)
-        if self._stream is not None:
-            try:
-                text = self._stream.step(self._texts.backend, token_id)
-            except Exception:  # tokenizers raises nothing narrower
-                log.debug("this decoder cannot be streamed here; decoding from the start", exc_info=True)
-                self._stream = None
-            else:
-                return self._take(token_id, text)
-        whole: str = self._texts.backend.decode(self._token_ids, skip_special_tokens=self._skip_special)
-        if whole.endswith(REPLACEMENT):  # perhaps half a character
-            return ""
-        text = whole[self._decoded :]
-        self._decoded = max(self._decoded, len(whole))
+        text = self._bytes.decode(self._texts.decoded_bytes_of(token_id))
+        self._holds_back = bool(self._bytes.getstate()[0])
         return text
 
-    def _take(self, token_id: int, text: str | None) -> str:
-        """What the stream gave out, less what was given out before, or what is certain though it gave out nothing."""
-        self._holds_back = not text
+    def _begin(self) -> None:
+        """Begin a stream, behind a text if there is one or may be one."""
+        self._before = list(self._texts.primer if self._bytes_are_text else ())
+        self._stream = DecodeStream(self._before, self._skip_special)
+        self._pending: list[int] = []  # tokens that the stream holds back
+        self._early = ""  # what was given out of them
+        self._bytes.reset()
+
+    def _stream_step(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._texts.backend, token_id)
+        except Exception:  # tokenizers raises nothing narrower
+            log.debug("this decoder cannot be streamed here; it begins anew", exc_info=True)
+            return self._flush()
         if text:
             added = text[len(self._early) :]
-            self._early = ""
+            self._pending, self._early, self._bytes_are_text = [], "", True
             self._bytes.reset()
-            self._bytes_are_text = True
-        elif self._bytes_are_text:
-            try:
-                added = self._bytes.decode(self._texts.bytes_of(token_id))
-            except UnicodeDecodeError:
-                added, self._bytes_are_text = "", False  # until the stream knows what to make of them
-            self._early += added
-        else:
-            added = ""
-        self._decoded += len(added)
+            return added
+        if not self._bytes_are_text:
+            return self._flush() if len(self._pending) >= MOST_PENDING else ""
+        try:
+            added = self._bytes.decode(self._texts.bytes_of(token_id))
+        except UnicodeDecodeError:
+            return self._flush()
+        self._early += added
+        if len(self._pending) >= MOST_PENDING and not self._bytes.getstate()[0]:  # all of it is given out
+            self._begin()
         return added
+
+    def _flush(self) -> str:
+        """What the stream holds back, as the decoder reads it now; begins a stream behind it."""
+        before, whole = self._decode(self._before), self._decode(self._before + self._pending)
+        text = whole[len(before) + len(self._early) :]
+        self._bytes_are_text |= bool(text)
+        self._begin()
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._texts.backend.decode(token_ids, skip_special_tokens=self._skip_special)
+        return text
 
 
 class Detokenizer:

@@ -35,6 +35,7 @@ class TokenTexts:
     Attributes:
         backend: the tokenizer's Rust part.
         special_ids: tokens that are none of the text: those that the tokenizer marks as special, and `special_ids`.
+        is_byte_level: whether a text is its tokens' `decoded_bytes_of` in UTF-8, and nothing else.
     """
 
     def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
@@ -47,7 +48,7 @@ class TokenTexts:
         self.special_ids = frozenset(special_ids) | {token_id for token_id, token in added.items() if token.special}
         self._texts: dict[int, str] = {}
         self._own_texts: dict[int, str | None] = {}
-        self._is_byte_level = self._kinds == {"ByteLevel"}
+        self.is_byte_level = self._kinds == {"ByteLevel"}
 
     @cached_property
     def primer(self) -> tuple[int, ...]:
@@ -100,6 +101,12 @@ class TokenTexts:
         match = _FALLBACK_BYTE.fullmatch(token) if "ByteFallback" in self._kinds else None
         return bytes.fromhex(match[1]) if match else token.replace(META_SPACE, " ").encode()
 
+    def decoded_bytes_of(self, token_id: int) -> bytes:
+        """What a byte-level decoder makes of a token; unlike `bytes_of`, it reads added tokens in its alphabet too."""
+        token = self.backend.id_to_token(token_id) or ""
+        known = [self._byte_of.get(character) for character in token]
+        return token.encode() if None in known else b"".join(filter(None, known))
+
     def text_of(self, token_id: int) -> str:
         """A token as text; bytes that are no character are U+FFFD."""
         text = self._texts.get(token_id)
@@ -120,7 +127,7 @@ class TokenTexts:
 
     def _find_own_text(self, token_id: int) -> str | None:
         token = self.backend.id_to_token(token_id)
-        if not self._is_byte_level or token_id in self._added or not token or not set(token) <= self._byte_of.keys():
+        if not self.is_byte_level or token_id in self._added or not token or not set(token) <= self._byte_of.keys():
             return None
         try:
             text = self.bytes_of(token_id).decode()

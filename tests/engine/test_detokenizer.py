@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from server.core import SamplingParams, Token
-from server.engine.detokenizer import Decoder, Detokenizer
+from server.engine import detokenizer
+from server.engine.detokenizer import Detokenizer
 from server.engine.model import FrozenModel
-from server.engine.text import TokenTexts
+from server.engine.text import TokenTexts, _byte_level_alphabet
 from tests.scripted import sentencepiece_tokenizer
-from tests.support import EOS, byte_tokenizer
+from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TEXTS = TokenTexts(TOKENIZER.backend_tokenizer, [EOS])
@@ -32,10 +34,10 @@ def run(
     token_ids: Sequence[int], texts: TokenTexts = TEXTS, *, continues_text: bool = True, **params: Any
 ) -> tuple[list[list[Token]], bool]:
     """What a detokenizer releases after each token, until the last one or a stop string, and whether that came."""
-    detokenizer = Detokenizer(texts, SamplingParams(**params), continues_text=continues_text)
+    one = Detokenizer(texts, SamplingParams(**params), continues_text=continues_text)
     steps = []
     for number, token_id in enumerate(token_ids, 1):
-        released, stopped = detokenizer.push(Token(token_id), is_last=number == len(token_ids))
+        released, stopped = one.push(Token(token_id), is_last=number == len(token_ids))
         steps.append(released)
         if stopped:
             return steps, True
@@ -189,9 +191,9 @@ def test_special_tokens_are_text_only_where_they_are_shown() -> None:
 
 
 def test_a_token_that_only_ends_the_text_is_none_of_it() -> None:
-    detokenizer = Detokenizer(TEXTS, SamplingParams(stop=("xx",)))
-    assert detokenizer.push(Token(encode("x")[0])) == ([], False)
-    certain, stopped = detokenizer.push(Token(encode("x")[0]), is_last=True, is_text=False)
+    one = Detokenizer(TEXTS, SamplingParams(stop=("xx",)))
+    assert one.push(Token(encode("x")[0])) == ([], False)
+    certain, stopped = one.push(Token(encode("x")[0]), is_last=True, is_text=False)
     assert ([token.text for token in certain], stopped) == (["x", ""], False)
 
 
@@ -246,12 +248,85 @@ def test_the_sequence_that_streaming_cannot_decode_gets_its_text() -> None:
     assert "".join(out).endswith("b hello")
 
 
-@given(st.lists(st.integers(0, 255), max_size=40))
-def test_tokens_that_are_read_by_themselves_give_the_text_that_the_stream_gives(token_ids: list[int]) -> None:
-    with_own, by_stream = (TokenTexts(byte_tokenizer().backend_tokenizer) for _ in range(2))
-    by_stream._is_byte_level = False
-    assert with_own.own_text_of(40) == with_own.text_of(40)
-    assert by_stream.own_text_of(40) is None
-    one, other = Decoder(with_own), Decoder(by_stream)
-    for token_id in token_ids:
-        assert one.step(token_id) == other.step(token_id)
+@given(st.lists(st.sampled_from([*range(0x40, 0x48), *encode("é€😀\ufffd"), 0xFF, EOS, VOCAB_SIZE - 1]), max_size=40))
+def test_a_byte_level_text_is_that_of_all_its_tokens_but_for_half_a_character_at_the_end(token_ids: list[int]) -> None:
+    whole: str = TEXTS.backend.decode(token_ids)
+    assert whole.removeprefix(text(token_ids)) in ("", "\ufffd")
+
+
+def test_added_tokens_are_decoded_as_the_tokenizer_does() -> None:
+    backend = byte_tokenizer().backend_tokenizer
+    backend.add_tokens(["caf\u00e9", "\u0120x", "a b", "\u65e5\u00e9"])
+    vocabulary: dict[str, int] = backend.get_vocab()
+    ids = [vocabulary[token] for token in ("\u0120x", "a b", "caf\u00e9", "\u65e5\u00e9", "\u0120x")]
+    assert text(ids, TokenTexts(backend)) == backend.decode(ids)
+
+
+class Counting:
+    """A tokenizer's Rust part, with a count of the tokens that it decodes, in streams too."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend, self.decoded = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """Count, and do the same."""
+        self.decoded += len(token_ids)
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def step(self, stream: DecodeStream, token_id: int) -> str | None:
+        """A stream's step."""
+        text: str | None = stream.step(self._backend, token_id)
+        return text
+
+
+class CountingStream:
+    """A DecodeStream that decodes all that it holds back at each step."""
+
+    def __init__(self, token_ids: list[int], skip_special: bool) -> None:
+        self._stream, self._holds = DecodeStream(token_ids, skip_special), len(token_ids)
+
+    def step(self, backend: Counting, token_id: int) -> str | None:
+        """Count, and do the same."""
+        self._holds += 1
+        backend.decoded += self._holds
+        text = backend.step(self._stream, token_id)
+        if text:
+            self._holds = 1
+        return text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [(0x80,), (0xE2,), (0xF0, 0x9F), tuple("\ufffd".encode()), (0x41, 0xE2, 257), (0x41, 0xE2), (300,), (0xE2, 300)],
+    ids=["continuation", "first", "half", "said", "mind-changing", "letters", "none", "none-between"],
+)
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback", "target"])
+def test_tokens_that_form_no_character_take_no_longer_the_more_there_are(
+    pattern: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client can ask for them by a bias; all that a stream holds back is decoded at each step."""
+    monkeypatch.setattr(detokenizer, "DecodeStream", CountingStream)
+    if kind == "byte-level":
+        character_of = {encoded[0]: character for character, encoded in _byte_level_alphabet().items()}
+        names = [character_of.get(byte, "none") for byte in pattern]
+        pattern = tuple(TOKENIZER.get_vocab().get(name, VOCAB_SIZE - 1) for name in names)
+    token_ids = pattern * (2000 // len(pattern))
+    texts = TokenTexts((TOKENIZER if kind == "byte-level" else FALLBACK).backend_tokenizer, [EOS])
+    backend = Counting(texts.backend)
+    monkeypatch.setattr(texts, "backend", backend)
+    out = text(token_ids, texts, continues_text=kind != "target")
+    assert backend.decoded <= 32 * len(token_ids)
+    whole = texts.decode(token_ids)
+    assert len(whole) - len(out) <= 3, "half a character at the end"
+    assert whole.startswith(out) or kind != "byte-level"
+
+
+def test_characters_among_bytes_that_form_none_are_kept() -> None:
+    broken = [0xE2, *"€".encode(), 0xF0, 0x9F, *"é".encode(), 257]
+    assert text(broken * 30, TokenTexts(FALLBACK.backend_tokenizer)).count("b") == 30
+    byte_ids = [encode(chr(0x41))[0], *encode("é")[:1], *encode("€"), *encode("é")[1:], *encode("😀")]
+    assert text(byte_ids * 30) == "A\ufffd€\ufffd😀" * 30

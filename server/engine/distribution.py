@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from server.core import SamplingParams
 from server.engine.seen_tokens import SeenTokens
 from server.engine.sequence import Sequence
 from server.engine.upload import upload
@@ -25,43 +24,13 @@ LARGEST_UNIFORM = 1.0 - 2.0**-52
 """The largest number below 1 whose product with any total is less than that total, however it is rounded."""
 
 
-def changes_logits(sequence: Sequence) -> bool:
-    """Whether rules change a row before its best token is looked for."""
-    return (
-        sequence.seen is not None
-        or bool(sequence.sampling.logit_bias)
-        or sequence.walk is not None
-        or len(sequence.output_ids) < sequence.sampling.min_new_tokens
-    )
-
-
-def apply_rules(
-    logits: torch.Tensor, sequences: Rows[Sequence], ruled: Rows[int], eos_token_ids: frozenset[int]
-) -> None:
-    """Penalties, biases, and what may not come next; in place on `[rows, vocab_size]`, in the `ruled` rows.
-
-    A sequence whose rules raise keeps the exception in `error`, and its row becomes NaN; no other row changes.
-    """
-    changes = _Changes(logits.shape[1])
-    failed = []
-    for row in ruled:
-        try:
-            changes.add(row, sequences[row], eos_token_ids)
-        except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
-            sequences[row].error = exc
-            failed.append(row)
-    changes.apply(logits)
-    if failed:
-        logits.index_fill_(0, upload([np.array(failed)], logits.device)[0], float("nan"))
-
-
 @dataclass
-class _Changes:
-    """What rules change in logits `[rows, vocab_size]`. Places are counted through all rows."""
+class Changes:
+    """What penalties, biases and bans change in logits `[rows, vocab_size]`. Places are counted through all rows."""
 
     vocab_size: int
-    penalised: list[tuple[int, SamplingParams, SeenTokens]] = field(default_factory=list)
-    """Each row's first place, its penalties, and the tokens that they are for."""
+    penalised: list[tuple[int, float, SeenTokens]] = field(default_factory=list)
+    """Each row's first place, its repetition penalty, and the tokens that its penalties are for."""
     biased: list[np.ndarray] = field(default_factory=list)
     """Places of each row's biases."""
     biases: list[np.ndarray] = field(default_factory=list)
@@ -70,20 +39,38 @@ class _Changes:
     masked: list[int] = field(default_factory=list)
     """Rows whose grammar says which tokens may come next."""
     masks: list[np.ndarray] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+    """Rows whose rules raised; each sequence has the exception in `error`."""
 
-    def add(self, row: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
+    @classmethod
+    def of(cls, sequences: Rows[Sequence], vocab_size: int, eos_token_ids: frozenset[int]) -> Changes:
+        """What the rules of each row change before its best token is looked for."""
+        changes = cls(vocab_size)
+        for row, sequence in enumerate(sequences):
+            try:
+                changes._add(row, sequence, eos_token_ids)
+            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
+                sequence.error = exc
+                changes.failed.append(row)
+        return changes
+
+    def __bool__(self) -> bool:
+        """Whether anything changes."""
+        return bool(self.penalised or self.biased or self.forbidden or self.masked or self.failed)
+
+    def _add(self, row: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
         """Take one row's rules, all or none of them.
 
         Raises:
             IndexError: a token id is none of the model's; its place would be in another row.
         """
         first, seen, params = row * self.vocab_size, sequence.seen, sequence.sampling
-        if not (seen is None or seen.are_within(self.vocab_size)):
+        if seen is not None and not seen.are_within(self.vocab_size):
             raise self._unknown()
         if sequence.walk is not None or params.logit_bias or len(sequence.output_ids) < params.min_new_tokens:
             self._add_others(row, first, sequence, eos_token_ids)
         if seen is not None:
-            self.penalised.append((first, params, seen))
+            self.penalised.append((first, params.repetition_penalty, seen))
 
     def _add_others(self, row: int, first: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
         ids, biases = sequence.bias
@@ -107,14 +94,14 @@ class _Changes:
         return IndexError(f"token ids must be 0 to {self.vocab_size - 1}")
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change the logits in place."""
-        penalised, *penalties = self._penalties()
+        """Change the logits in place; the rows that failed become NaN."""
+        penalised, *penalties = self._penalties(logits)
         biased, biases = _joined(self.biased, np.int64), _joined(self.biases, np.float64)
         forbidden, masked = (np.array(places, dtype=np.int64) for places in (self.forbidden, self.masked))
         flat, device = logits.view(-1), logits.device
         seen, moved, ends, rows = upload([penalised, biased, forbidden, masked], device)
         if len(seen) or len(moved):
-            factor, minus, plus = upload([_like(logits, numbers) for numbers in (*penalties, biases)], device)
+            factor, minus, plus = upload([*penalties, _like(logits, biases)], device)
         if len(seen):
             scores = flat[seen]
             flat.index_copy_(0, seen, torch.where(scores < 0, scores * factor, scores / factor) - minus)
@@ -126,18 +113,20 @@ class _Changes:
             logits.index_copy_(0, rows, logits[rows].masked_fill_(self._denied(device), NEVER))
         if len(ends):
             flat.index_fill_(0, ends, NEVER)
+        if self.failed:
+            logits.index_fill_(0, upload([np.array(self.failed)], device)[0], float("nan"))
 
-    def _penalties(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _penalties(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places of seen tokens, what their logits are multiplied with or divided by, and what is taken off them."""
-        ids = [seen.ids for _, _, seen in self.penalised]
-        rules = np.array(
-            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for _, p, _ in self.penalised]
-        ).reshape(-1, 3)
-        lengths = [len(some) for some in ids]
-        first = np.repeat(np.array([first for first, *_ in self.penalised], dtype=np.int64), lengths)
-        repetition, presence, frequency = np.repeat(rules, lengths, axis=0).T
-        counts = _joined([seen.counts for _, _, seen in self.penalised], np.float64)
-        return first + _joined(ids, np.int64), repetition, presence * (counts > 0) + frequency * counts
+        if not self.penalised:
+            return np.empty(0, np.int64), _like(logits, np.empty(0)), _like(logits, np.empty(0))
+        firsts, repetitions, seen = zip(*self.penalised, strict=True)
+        ids = [one.ids for one in seen]
+        lengths = np.array(list(map(len, ids)))
+        places = np.repeat(np.array(firsts, dtype=np.int64), lengths)
+        places += np.concatenate(ids)
+        repetition = np.repeat(_like(logits, np.array(repetitions, dtype=np.float64)), lengths)
+        return places, repetition, _like(logits, np.concatenate([one.minus for one in seen]))
 
     def _denied(self, device: torch.device) -> torch.Tensor:
         """The masks' zeros as booleans `[masked, vocab_size]`; what a mask does not know is denied."""
@@ -163,8 +152,8 @@ def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torc
 
     A filter leaves tokens out by making them zero. The number comes from each sequence's own generator.
     """
-    rules = np.array([sequence.filters for sequence in sequences])
-    draws = np.array([min(sequence.next_uniform(), LARGEST_UNIFORM) for sequence in sequences])
+    rules = np.concatenate([sequence.filters for sequence in sequences]).reshape(len(sequences), -1)
+    draws = np.minimum([sequence.next_uniform() for sequence in sequences], LARGEST_UNIFORM)
     [temperature] = upload([_like(logits, rules[:, 0])], logits.device)
     scaled = _keep_top_k(logits / temperature[:, None], rules[:, 1])
     numbers = np.ascontiguousarray(rules[:, 2:].T)

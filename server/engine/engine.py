@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -236,40 +235,42 @@ class Engine:
         for sequence, span in batch:
             drawn: list[tuple[Sequence, Choice]] = []
             if sequence.asks_for_next(span) and not sequence.request.labels:
-                drawn = [(who, next(remaining)) for who in (sequence, *sequence.siblings)]
+                drawn.append((sequence, next(remaining)))
+                if sequence.siblings:
+                    drawn += [(who, next(remaining)) for who in sequence.siblings]
             if sequence.slot is not None:  # else another choice of its request has failed in this very step
-                deltas += self._alone(sequence, partial(self._take_over, sequence, span, drawn))
+                try:
+                    deltas += self._take_over(sequence, span, drawn)
+                except Exception as exc:  # noqa: BLE001 - it ends this request and no other
+                    deltas.append(self._fail_alone(sequence, exc))
         return deltas
 
-    def _alone(self, sequence: Sequence, work: Callable[[], list[Delta]]) -> list[Delta]:
-        """Do a piece of work for a request; what it raises ends this request and no other."""
-        try:
-            return work()
-        except Exception:
-            log.exception("a request fails; no other is affected")
-            self.forget(sequence.request_id)
-            error = GenerationFailed("The engine failed on this request; no other is affected.")
-            return [Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)]
+    def _fail_alone(self, sequence: Sequence, exc: Exception) -> Delta:
+        """End a request whose results could not be taken over."""
+        log.error("a request fails; no other is affected", exc_info=exc)
+        self.forget(sequence.request_id)
+        error = GenerationFailed("The engine failed on this request; no other is affected.")
+        return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
 
     def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
-        sequence.num_computed = span.end
+        sequence.num_computed = end = span.end
         kept = self.scheduler.keep_prefix(sequence)
         if error := failure(sequence, drawn, kept):
             return [self._fail(sequence, error)]
-        if span.end < sequence.num_known:
+        if end < sequence.num_known:
             return []
         if drawn or sequence.targets or sequence.request.labels:
-            sequence.num_finite = span.end
+            sequence.num_finite = end
         if sequence.request.labels and not sequence.label_ids:
             return self._begin_labels(sequence)
         if not drawn:
             return [self._end(who, None, FinishReason.LENGTH) for who in (sequence, *sequence.siblings)]
+        if not sequence.siblings:
+            return self._append(*drawn[0])
         siblings, sequence.siblings = sequence.siblings, []
-        if siblings:
-            self.scheduler.share_input(sequence, siblings)
+        self.scheduler.share_input(sequence, siblings)
         deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
-        if siblings:
-            self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
+        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
@@ -310,7 +311,10 @@ class Engine:
             if walk.error is not None and not who.is_at_its_last:
                 deltas.append(self._fail(who, walk.error))
                 continue
-            deltas += self._alone(who, partial(self._take, who, drawn.choice, is_complete=walk.is_complete))
+            try:
+                deltas += self._take(who, drawn.choice, is_complete=walk.is_complete)
+            except Exception as exc:  # noqa: BLE001 - it ends this request and no other
+                deltas.append(self._fail_alone(who, exc))
             if who.slot is None and not who.has_ended:
                 beginning.append(who)
         self.scheduler.add_sharing([who for who in beginning if who.request_id in self._unfinished])
@@ -327,18 +331,21 @@ class Engine:
             reason = FinishReason.EOS_TOKEN
         elif reason is None and len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
-        token = Token(token_id, logprob=choice.logprob, special=self.text.is_special(token_id), top=choice.top)
+        token = Token(token_id, "", 0, choice.logprob, self.text.is_special(token_id), choice.top)
         certain, stopped = sequence.detokenizer.push(
             token, is_last=reason is not None, is_text=by_id is None or params.include_stop
         )
         if stopped and by_id is None:
             reason = FinishReason.STOP_SEQUENCE
         last = certain.pop() if reason is not None else None
-        deltas = [
-            Delta(sequence.request.request_id, one, None, None, None, sequence.index, sequence.take_scored())
-            for one in certain
-        ]
-        return deltas if reason is None else [*deltas, self._end(sequence, last, reason)]
+        request_id, index = sequence.request.request_id, sequence.index
+        deltas = []
+        for one in certain:
+            scored = sequence.take_scored() if sequence.scored else ()
+            deltas.append(Delta(request_id, one, None, None, None, index, scored))
+        if reason is not None:
+            deltas.append(self._end(sequence, last, reason))
+        return deltas
 
     def _end(self, sequence: Sequence, token: Token | None, reason: FinishReason) -> Delta:
         """The last Delta of a choice; of its request too, if it is the last one."""

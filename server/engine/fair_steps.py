@@ -31,13 +31,13 @@ class _Demand:
     tokens: int = 0
     """Input tokens to be computed."""
 
-    def add(self, sequence: Sequence) -> None:
-        if sequence.num_pending == 1:
+    def add(self, sequence: Sequence, pending: int) -> None:
+        if pending == 1:
             self.decoding.append(sequence)
             self.rows += _cost(sequence)
         else:
             self.filling.append(sequence)
-            self.tokens += sequence.num_pending
+            self.tokens += pending
 
 
 class FairSteps:
@@ -64,8 +64,8 @@ class FairSteps:
         self._steps += 1
         demands: defaultdict[str | None, _Demand] = defaultdict(_Demand)
         for sequence in running:
-            if sequence.num_pending:
-                demands[sequence.request.key_id].add(sequence)
+            if pending := sequence.num_pending:
+                demands[sequence.request.key_id].add(sequence, pending)
         if len(demands) == 1:
             [demand] = demands.values()
             return self._fill(demand.decoding, demand.filling, {})

@@ -63,9 +63,11 @@ class LogitRows:
         if sequence.request.labels:
             self.labelled.append((row, sequence))
             return
-        for drawing in (sequence, *sequence.siblings):
-            self.next_rows.append(row)
-            self.drawing.append(drawing)
+        self.next_rows.append(row)
+        self.drawing.append(sequence)
+        if sequence.siblings:
+            self.next_rows += [row] * len(sequence.siblings)
+            self.drawing += sequence.siblings
 
     def score(self, logits: torch.Tensor, download: Download) -> Callable[[], None]:
         """Find how likely the given tokens were, and labels' first ones; the answer gives them to their sequences."""

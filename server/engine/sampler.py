@@ -7,18 +7,21 @@ distribution: it depends on the seed and on how many tokens came before, not on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from server.core import Candidate
-from server.engine.distribution import apply_rules, changes_logits, probabilities
+from server.engine.distribution import Changes, probabilities
 from server.engine.operators import Operators, at_least_float32
 from server.engine.sequence import Sequence
 from server.engine.upload import Download, upload
+
+Item = TypeVar("Item")
 
 NUMBERS_AT_ONCE = {"cpu": 2**22}
 """Logits whose rules are applied in one go: drawing takes several copies of them in float64. A CPU's caches hold no
@@ -64,17 +67,48 @@ def begin_choosing(
     `drawn_from` says which row of the logits each sequence draws from; without it each draws from its own.
     """
     rows = range(len(sequences)) if drawn_from is None else drawn_from
-    has_rules = any(map(_has_rules, sequences))
-    if not has_rules and (run := _as_run(rows)) is not None:
-        return _choose_best(logits[run], download, operators)
-    parts = []
-    for part in in_parts(len(sequences), logits):
-        mine = rows_of(logits, rows[part])
-        if has_rules:
-            parts.append(_choose_by_rules(mine, sequences[part], eos_token_ids, download))
-        else:
-            parts.append(_choose_best(mine, download, operators))
-    return lambda: [choice for part in parts for choice in part()]
+    plain, ruled = _sorted_out(sequences)
+    parts: list[tuple[Rows[int], Callable[[], list[Choice]]]] = []
+    # Neighbours are read where they are; what is copied is copied in parts.
+    whole = [slice(None)] if plain and _as_run(_some(rows, plain)) is not None else in_parts(len(plain), logits)
+    for part in whole:
+        mine = rows_of(logits, _some(rows, plain[part]))
+        parts.append((plain[part], _choose_best(mine, download, operators)))
+    for part in in_parts(len(ruled), logits):
+        mine, whose = rows_of(logits, _some(rows, ruled[part])), _some(sequences, ruled[part])
+        parts.append((ruled[part], _choose_by_rules(mine, whose, eos_token_ids, download)))
+    if len(parts) == 1:
+        return parts[0][1]
+
+    def choices() -> list[Choice]:
+        found = [Choice(None, None)] * len(sequences)
+        for places, part in parts:
+            for place, choice in zip(places, part(), strict=True):
+                found[place] = choice
+        return found
+
+    return choices
+
+
+def _sorted_out(sequences: Rows[Sequence]) -> tuple[Rows[int], Rows[int]]:
+    """The sequences that take the best token as it is, and those that have rules."""
+    ruled = [
+        i
+        for i, sequence in enumerate(sequences)
+        if not sequence.is_plain or len(sequence.output_ids) < sequence.sampling.min_new_tokens
+    ]
+    everybody = range(len(sequences))
+    if not ruled:
+        return everybody, ()
+    if len(ruled) == len(sequences):
+        return (), everybody
+    rest = set(ruled)
+    return [i for i in everybody if i not in rest], ruled
+
+
+def _some(items: Rows[Item], places: Rows[int]) -> Rows[Item]:
+    """The items at these places, which are distinct and in order."""
+    return items if len(places) == len(items) else [items[place] for place in places]
 
 
 def rows_of(logits: torch.Tensor, rows: Rows[int]) -> torch.Tensor:
@@ -104,11 +138,7 @@ def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
 def _choose_best(logits: torch.Tensor, download: Download, operators: Operators | None) -> Callable[[], list[Choice]]:
     best, chosen = (operators or Operators()).best(logits)
     tokens = _tokens(best, chosen, download)
-    return lambda: [Choice(token, None) for token in tokens()]
-
-
-def _has_rules(sequence: Sequence) -> bool:
-    return not sequence.is_plain or len(sequence.output_ids) < sequence.sampling.min_new_tokens
+    return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
 
 
 def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Callable[[], list[int | None]]:
@@ -128,14 +158,13 @@ def _choose_by_rules(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
 ) -> Callable[[], list[Choice]]:
     adjusted = at_least_float32(logits).contiguous()
-    ruled = [row for row, sequence in enumerate(sequences) if changes_logits(sequence)]
-    if ruled:
+    if changes := Changes.of(sequences, logits.shape[1], eos_token_ids):
         if adjusted.data_ptr() == logits.data_ptr():
             adjusted = adjusted.clone()
-        apply_rules(adjusted, sequences, ruled, eos_token_ids)
+        changes.apply(adjusted)
     # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
     best, chosen = adjusted.max(dim=-1)
-    drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
+    drawn = [i for i, sequence in enumerate(sequences) if not sequence.is_greedy]
     if len(drawn) == len(sequences):
         chosen = _draw(adjusted, sequences)
     elif drawn:
@@ -146,8 +175,8 @@ def _choose_by_rules(
 
     def choices() -> list[Choice]:
         return [
-            Choice(None, None) if token is None else Choice(token, *report)
-            for token, report in zip(tokens(), reports(), strict=True)
+            Choice(token, logprob, top) if token is not None else Choice(None, None)
+            for token, (logprob, top) in zip(tokens(), reports(), strict=True)
         ]
 
     return choices

@@ -9,6 +9,7 @@ share, and half of these for keys below theirs: long answers of one do not make 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -29,6 +30,9 @@ from server.engine.upload import Download
 
 KEPT_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
+
+NO_SLOT = Slot(sys.maxsize, sys.maxsize)
+"""Comes after every slot."""
 
 
 class Scheduler:
@@ -97,7 +101,7 @@ class Scheduler:
         """
         self._admit()
         shares = self._steps.share(self.running)
-        shares.sort(key=lambda share: (1,) if share[0].num_pending > 1 else (0, _slot(share[0])))
+        shares.sort(key=_order)
         return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
@@ -317,6 +321,11 @@ def _nobody(sequence: Sequence) -> bool:
 def _work(sequence: Sequence) -> int:
     """What a sequence adds to the next steps: tokens to compute, and the first draws of those that share its input."""
     return sequence.num_pending + len(sequence.siblings)
+
+
+def _order(share: tuple[Sequence, int]) -> Slot:
+    sequence = share[0]
+    return _slot(sequence) if sequence.num_pending == 1 else NO_SLOT
 
 
 def _slot(sequence: Sequence) -> Slot:

@@ -1,4 +1,4 @@
-"""Which tokens a sequence has seen, and how often it has generated each: what penalties read, as arrays."""
+"""Which tokens a sequence has seen, and what penalties take off each: as arrays that grow in place."""
 
 from __future__ import annotations
 
@@ -8,37 +8,61 @@ import numpy as np
 
 
 class SeenTokens:
-    """Distinct token ids in the order in which they came first."""
+    """Distinct token ids in the order in which they came first.
 
-    def __init__(self, given: Iterable[int] = ()) -> None:
+    Attributes:
+        ids: `[distinct]` int64.
+        minus: `[distinct]` float64, what is taken off each token's logit: the presence penalty if it was generated, and
+            the frequency penalty as often as it was.
+    """
+
+    __slots__ = (
+        "_counts",
+        "_frequency",
+        "_highest",
+        "_ids",
+        "_lowest",
+        "_minus",
+        "_places",
+        "_presence",
+        "ids",
+        "minus",
+    )
+
+    def __init__(self, given: Iterable[int] = (), presence: float = 0.0, frequency: float = 0.0) -> None:
         """Start with given tokens, which count as seen but not as generated."""
+        self._presence, self._frequency = presence, frequency
         self._places = {token_id: place for place, token_id in enumerate(dict.fromkeys(given))}
+        self._counts = [0] * len(self._places)
         self._ids = np.array([*self._places, *[0] * 16], dtype=np.int64)
-        self._counts = np.zeros(len(self._ids))
-        self._bounds = (min(self._places, default=0), max(self._places, default=0))
+        self._minus = np.zeros(len(self._ids))
+        self._lowest, self._highest = min(self._places, default=0), max(self._places, default=0)
+        self._cut()
 
     def add(self, token_id: int) -> None:
         """Take a generated token."""
-        place = self._places.setdefault(token_id, len(self._places))
-        lowest, highest = self._bounds
-        self._bounds = (min(lowest, token_id), max(highest, token_id))
-        if place == len(self._ids):
-            self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
-            self._counts[place:] = 0
-        self._ids[place] = token_id
-        self._counts[place] += 1
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._begin(token_id)
+        count = self._counts[place] = self._counts[place] + 1
+        self._minus[place] = self._presence + self._frequency * count
 
     def are_within(self, vocab_size: int) -> bool:
         """Whether a model of this vocabulary has all of them."""
-        lowest, highest = self._bounds
-        return lowest >= 0 and highest < vocab_size
+        return self._lowest >= 0 and self._highest < vocab_size
 
-    @property
-    def ids(self) -> np.ndarray:
-        """`[distinct]` int64."""
-        return self._ids[: len(self._places)]
+    def _begin(self, token_id: int) -> int:
+        """The place of a token that was not seen before."""
+        place = self._places[token_id] = len(self._places)
+        self._counts.append(0)
+        self._lowest, self._highest = min(self._lowest, token_id), max(self._highest, token_id)
+        if place == len(self._ids):
+            self._ids, self._minus = np.resize(self._ids, 2 * place), np.resize(self._minus, 2 * place)
+        self._ids[place] = token_id
+        self._cut()
+        return place
 
-    @property
-    def counts(self) -> np.ndarray:
-        """`[distinct]` float64: how often each was generated."""
-        return self._counts[: len(self._places)]
+    def _cut(self) -> None:
+        # Made here, not at each step's reading: most tokens of a text have been seen before.
+        distinct = len(self._places)
+        self.ids, self.minus = self._ids[:distinct], self._minus[:distinct]

@@ -93,6 +93,8 @@ class Sequence:
             self.targets = self.request.input_ids[1:]
         self.is_plain = is_plain(self.sampling)
         """Whether the best token is taken as it is, as long as `min_new_tokens` allows."""
+        self.is_greedy = self.sampling.is_greedy
+        """Whether its tokens are not drawn."""
 
     @property
     def request_id(self) -> str:
@@ -143,9 +145,8 @@ class Sequence:
 
     def token_at(self, position: int) -> int:
         """Token id at a position behind the virtual tokens."""
-        index = position - self.num_virtual_tokens
-        given = self.given_ids
-        return given[index] if index < len(given) else self.output_ids[index - len(given)]
+        index = position - self._num_given
+        return self.given_ids[index] if index < 0 else self.output_ids[index]
 
     def next_uniform(self) -> float:
         """The uniform number that its next token is drawn with; the same until a token is appended."""
@@ -169,10 +170,10 @@ class Sequence:
             self.seen.add(token_id)
 
     @cached_property
-    def filters(self) -> tuple[float, ...]:
-        """What a draw depends on: temperature, top-k, and the masses of top-p, min-p and typical-p."""
+    def filters(self) -> np.ndarray:
+        """What a draw depends on, float64: temperature, top-k, and the masses of top-p, min-p and typical-p."""
         params = self.sampling
-        return params.temperature, params.top_k, _mass(params.top_p), params.min_p, _mass(params.typical_p)
+        return np.array([params.temperature, params.top_k, _mass(params.top_p), params.min_p, _mass(params.typical_p)])
 
     @cached_property
     def bias(self) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +190,9 @@ def _mass(share: float) -> float:
 def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:
     """Of a request that has penalties; the repetition penalty counts the input too."""
     params = request.sampling
-    if params.repetition_penalty != 1.0:
-        return SeenTokens(request.input_ids)
-    return SeenTokens() if params.presence_penalty or params.frequency_penalty else None
+    given = request.input_ids if params.repetition_penalty != 1.0 else ()
+    has_penalties = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return SeenTokens(given, params.presence_penalty, params.frequency_penalty) if has_penalties else None
 
 
 def is_plain(params: SamplingParams) -> bool:

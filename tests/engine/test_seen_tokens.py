@@ -1,4 +1,4 @@
-"""Seen tokens are what a set and a counter would say."""
+"""Seen tokens are those that a set holds, and penalties are what a counter gives."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import Counter
 from server.engine.seen_tokens import SeenTokens
 
 
-def test_seen_tokens_are_those_given_and_counts_those_generated() -> None:
+def test_seen_tokens_are_those_given_and_penalties_are_for_those_generated() -> None:
     rng = random.Random(0)
     given = [rng.randrange(50) for _ in range(30)]
-    seen, counts, expected = SeenTokens(given), Counter[int](), set(given)
+    seen, counts, expected = SeenTokens(given, 0.5, 0.25), Counter[int](), set(given)
     for _ in range(300):
         token_id = rng.randrange(200)
         seen.add(token_id)
@@ -19,7 +19,8 @@ def test_seen_tokens_are_those_given_and_counts_those_generated() -> None:
         expected.add(token_id)
         assert set(seen.ids.tolist()) == expected
         assert len(seen.ids) == len(expected)
-        assert dict(zip(seen.ids.tolist(), seen.counts.tolist(), strict=True)) == {i: counts[i] for i in expected}
+        penalties = {i: 0.5 + 0.25 * counts[i] if counts[i] else 0.0 for i in expected}
+        assert dict(zip(seen.ids.tolist(), seen.minus.tolist(), strict=True)) == penalties
 
 
 def test_seen_tokens_know_whether_a_vocabulary_holds_them() -> None:

@@ -62,8 +62,8 @@ class Tape:
         return replay
 
 
-def engine_of(model: FrozenModel, tape: Tape | None = None) -> Engine:
-    engine = make_engine(model)
+def engine_of(model: FrozenModel, tape: Tape | None = None, **limits: int) -> Engine:
+    engine = make_engine(model, **limits)
     engine.varlen = reference_varlen_attn
     if tape is not None:
         engine.graphs = capture(model, engine.kv_cache, engine.varlen, 6, tape)
@@ -142,9 +142,8 @@ def test_only_steps_in_which_everybody_decodes_are_replayed() -> None:
     """A virtual token has no id, so it is computed eagerly, even if it is alone in its step."""
     tape = Tape()
     model = tiny_model(dtype=torch.float32)
-    engine = engine_of(model, tape)
+    engine = engine_of(model, tape, max_sequences=1, max_batch_tokens=1)
     prompt = random_soft_prompt(model.spec, 1)
-    engine.scheduler._max_batch_tokens = 1
     eager, graphs = engine_of(model), engine
     asked = [(request("a", [5, 6, 7], max_new_tokens=4, ignore_eos=True), prompt)]
     got, expected = run_engine(graphs, asked), run_engine(eager, asked)

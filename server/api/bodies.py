@@ -37,17 +37,19 @@ class Bounds:
         containers: lists and objects.
         names: of all objects together. An unknown one costs an error, some microseconds and a kilobyte.
         wide_bytes: of a body with characters beyond U+FFFF: a text that holds one takes four bytes for each character.
+        characters: of a body with characters beyond U+00FF: a text that holds one takes two bytes for each.
     """
 
     values: int
     containers: int
     names: int
     wide_bytes: int
+    characters: int
 
 
-TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=2**21)
+TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=2**21, characters=5 * 2**19)
 """For bodies that bring texts, token ids or a schema."""
-ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=2**19)
+ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=2**19, characters=5 * 2**17)
 """For bodies that ask for a job."""
 
 MAX_NAME = 512
@@ -58,6 +60,10 @@ PIECE = 2**17
 
 _TEXT = re.compile(rb'"[^"]*+"')
 _BELOW_FOUR_BYTES = bytes(range(0xF0))
+_LATIN = bytes(range(0xC4))
+"""What the characters up to U+00FF begin and continue with in UTF-8."""
+_CONTINUATION = bytes(range(0x80, 0xC0))
+_ESCAPE_BEYOND_LATIN = re.compile(rb"\\u(?!00)")
 _AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 _RECURSION = "recursion limit"
 _SPLIT_IT = "Send the texts in several requests."
@@ -170,6 +176,11 @@ def _check_json(body: bytes, bounds: Bounds) -> None:
         raise PayloadTooLarge(
             f"The body holds characters beyond U+FFFF and has more than {bounds.wide_bytes:,} bytes.", remedy=_SPLIT_IT
         )
+    if len(body) > bounds.characters and _is_beyond_latin(body) and _characters(body) > bounds.characters:
+        raise PayloadTooLarge(
+            f"The body holds characters beyond U+00FF and has more than {bounds.characters:,} characters.",
+            remedy=_SPLIT_IT,
+        )
     if _has_long_number(body):
         body = _outside_texts(body, bounds)
         if _has_long_number(body):
@@ -219,6 +230,16 @@ def _is_wide(body: bytes) -> bool:
     if b"\\ud" in body or b"\\uD" in body:
         return True
     return not body.isascii() and any(piece.translate(None, _BELOW_FOUR_BYTES) for piece in _pieces(body, 0))
+
+
+def _is_beyond_latin(body: bytes) -> bool:
+    if _ESCAPE_BEYOND_LATIN.search(body):
+        return True
+    return not body.isascii() and any(piece.translate(None, _LATIN) for piece in _pieces(body, 0))
+
+
+def _characters(body: bytes) -> int:
+    return sum(len(piece.translate(None, _CONTINUATION)) for piece in _pieces(body, 0))
 
 
 def _has_long_number(body: bytes) -> bool:

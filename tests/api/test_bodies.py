@@ -82,12 +82,14 @@ def test_a_mark_of_byte_order_is_read_over() -> None:
         (r'["\u12"]', "broken escape"),
         ('"\N{GRINNING FACE}' + "a" * TEXTS.wide_bytes + '"', "beyond U+FFFF"),
         (r'"\ud83d\ude00' + "a" * TEXTS.wide_bytes + '"', "beyond U+FFFF"),
+        ('"\N{EM DASH}' + "a" * TEXTS.characters + '"', "beyond U+00FF"),
+        (r'"\u2014' + "a" * TEXTS.characters + '"', "beyond U+00FF"),
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
         ('{"a": 1} 2', "not valid JSON"),
         ('"' * 2 * TEXTS.values, "not valid JSON"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_what_has_too_much_of_something_is_refused_at_once(body: str, said: str) -> None:
     started = time.monotonic()
@@ -95,6 +97,12 @@ def test_what_has_too_much_of_something_is_refused_at_once(body: str, said: str)
         parse_json(body.encode())
     assert said in str(getattr(refused.value, "detail", refused.value))
     assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("character", ["a", "\N{LATIN SMALL LETTER E WITH ACUTE}", "\N{CJK UNIFIED IDEOGRAPH-6F22}"])
+def test_texts_of_any_usual_script_fill_a_body_up_to_its_limit(character: str) -> None:
+    text = character * ((MAX_JSON_BYTES - 10) // len(character.encode()))
+    assert parse_json(json.dumps(text, ensure_ascii=False).encode()) == text
 
 
 def test_what_asks_for_a_job_has_narrower_bounds() -> None:

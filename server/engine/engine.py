@@ -71,6 +71,7 @@ class Engine:
         self._walks = Walks(self.grammars)
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self.text = ModelText(model)
+        self._special_ids = model.texts.special_ids
         self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.varlen = varlen_attention(model.spec, model.attention_rules)
@@ -331,7 +332,7 @@ class Engine:
             reason = FinishReason.EOS_TOKEN
         elif reason is None and len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
-        token = Token(token_id, "", 0, choice.logprob, self.text.is_special(token_id), choice.top)
+        token = Token(token_id, "", 0, choice.logprob, token_id in self._special_ids, choice.top)
         certain, stopped = sequence.detokenizer.push(
             token, is_last=reason is not None, is_text=by_id is None or params.include_stop
         )

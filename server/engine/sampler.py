@@ -172,6 +172,8 @@ def _choose_by_rules(
         chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
     tokens = _tokens(best, chosen, download)
     reports = _report(logits, chosen, sequences, download)
+    if reports is None:
+        return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
 
     def choices() -> list[Choice]:
         return [
@@ -195,12 +197,12 @@ Report = tuple[float | None, tuple[Candidate, ...]]
 
 def _report(
     logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
-) -> Callable[[], list[Report]]:
-    """What rows tell of their choice under the model's own distribution, where it was asked for."""
+) -> Callable[[], list[Report]] | None:
+    """What rows tell of their choice under the model's own distribution, where it was asked for; None if nowhere."""
     nothing: list[Report] = [(None, ())] * len(sequences)
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
     if not wanted:
-        return lambda: nothing
+        return None
     if len(wanted) < len(sequences):
         [index] = upload([np.array(wanted)], logits.device)
         logits, chosen = logits[index], chosen[index]

@@ -89,6 +89,30 @@ def test_rows_of_all_kinds_together_take_a_few_operators_more(monkeypatch: pytes
     assert reads.names == ["cpu"]
 
 
+@pytest.mark.parametrize("every", [1, 3], ids=["neighbours", "scattered"])
+def test_only_the_rows_with_rules_are_copied_for_them(every: int) -> None:
+    """A few clients' rules cost nothing for the rows of all others."""
+    places = range(0, 16 * every, every)
+    sequences = [sequence(i, max_new_tokens=50, **(FILTERS | PENALTIES if i in places else {})) for i in range(ROWS)]
+    logits = torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), Sorted() as sorted_rows:
+        choices = choose_next(logits, sequences, frozenset({2}))
+    assert sorted_rows.numbers == 16 * VOCABULARY
+    alone = [choose_next(logits[i : i + 1], sequences[i : i + 1], frozenset({2}))[0] for i in range(ROWS)]
+    assert choices == alone
+
+
+class Sorted(Largest):  # type: ignore[no-untyped-call]
+    """The same of operators that rules take, and that the best token does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        numbers = self.numbers
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.__name__.split(".")[0] not in ("clone", "div", "_softmax", "sort", "topk", "masked_fill"):
+            self.numbers = numbers
+        return out
+
+
 @pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}], ids=["greedy", "drawn"])
 def test_choices_that_share_a_row_take_no_copy_of_it_each(
     rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -68,10 +68,10 @@ def measure(rows: int, rules: dict[str, Any]) -> dict[str, float]:
     for i in range(rows):
         sampling = SamplingParams(max_new_tokens=STEPS + WARM_UP + 2, ignore_eos=True, seed=i, **rules)
         engine.add(GenerationRequest(f"r{i}", INPUT_IDS, sampling, f"task {i % 8}"), None)
-    engine._forward = lambda batch, kept: torch.randn(len(kept), WIDTH)  # type: ignore[method-assign] # noqa: SLF001
+    engine.runner.forward = lambda batch, kept: torch.randn(len(kept), WIDTH)  # type: ignore[method-assign]
     while len(engine.scheduler.waiting) or any(sequence.num_pending > 1 for sequence in engine.scheduler.running):
         engine.step()
-    engine.graphs = Logits(rows)  # type: ignore[assignment]
+    engine.runner.graphs = Logits(rows)  # type: ignore[assignment]
     times = []
     for _ in range(WARM_UP + STEPS):
         began = time.thread_time()

@@ -69,10 +69,10 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         settings.max_batch_tokens,
         planned.shared_bytes,
     )
-    if "graphs" in settings.optimisations and model.spec.state_width and engine.varlen is not None:
+    if "graphs" in settings.optimisations and model.spec.state_width and engine.runner.varlen is not None:
         log.info("decoding goes on without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
     elif "graphs" in settings.optimisations:
-        engine.graphs = capture(model, engine.kv_cache, engine.varlen, engine.scheduler.max_running)
+        engine.runner.graphs = capture(model, engine.kv_cache, engine.runner.varlen, engine.scheduler.max_running)
     if steps is not None:
         take_all(model.device, planned.prefix_bytes + planned.shared_bytes + steps.largest)
     return engine

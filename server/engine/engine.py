@@ -5,32 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import torch
 
 from server.core import Delta, FinishReason, GenerationRequest, Grammar, SamplingParams, Token
 from server.engine.checks import check_request
-from server.engine.compiled_attention import CompiledAttention, CompiledRows
-from server.engine.decode_graphs import DecodeGraphs
 from server.engine.detokenizer import Detokenizer
 from server.engine.endings import ending, failure
 from server.engine.grammar_walks import Drawn, Walk, Walks
 from server.engine.grammars import Compiled, Grammars
 from server.engine.kv_cache import KVCache
-from server.engine.layout import CachedRows, Span
-from server.engine.logit_rows import Batch, LogitRows, tokens_of
+from server.engine.layout import Span
+from server.engine.logit_rows import Batch
 from server.engine.model import FrozenModel
-from server.engine.operators import operators_with
 from server.engine.out_of_memory import run_with_less
 from server.engine.prefix_cache import PrefixCache
-from server.engine.recurrent import RecurrentRows, ServingRows
-from server.engine.sampler import Choice, begin_choosing
+from server.engine.runner import Runner
+from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.text import ModelText
-from server.engine.upload import Download, send, upload
-from server.engine.varlen_rows import VarlenRows, varlen_attention
 from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -48,9 +43,7 @@ class Engine:
         scheduler: who waits and who runs.
         grammars: compiled grammars for generated text.
         steps: batches that were run so far.
-        compiled: attends on a CPU, where there is compiled code for it.
-        varlen: attends for all of a step at once, where CUDA can.
-        graphs: replay steps that only decode, where they were captured.
+        runner: runs a batch through the model.
     """
 
     def __init__(
@@ -72,10 +65,7 @@ class Engine:
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self.text = ModelText(model)
         self._special_ids = model.texts.special_ids
-        self._operators = operators_with(model.kernels)
-        self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
-        self.varlen = varlen_attention(model.spec, model.attention_rules)
-        self.graphs: DecodeGraphs | None = None
+        self.runner = Runner(model, kv_cache)
         self.steps = 0
 
     @property
@@ -187,47 +177,8 @@ class Engine:
             choices = self._run(batch)
         return self._commit(batch, choices)
 
-    @torch.inference_mode()
     def _run(self, batch: Batch) -> list[Choice]:
-        """Forward the batch, and choose for everybody whose known tokens are now all computed."""
-        rows = LogitRows.of(batch)
-        if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:
-            logits = self.graphs.run(
-                [sequence.token_at(span.start) for sequence, span in batch],
-                [span.start for _, span in batch],
-                [span.slot.start for _, span in batch],
-            )
-        else:
-            logits = self._forward(batch, rows.kept)
-        download = Download()
-        give_scores = rows.score(logits, download)
-        self.scheduler.check_prefixes(batch, download)
-        choices: Callable[[], list[Choice]] = list
-        if rows.drawing:
-            eos = self.model.eos_token_ids
-            choices = begin_choosing(logits, rows.drawing, eos, download, self._operators, rows.next_rows)
-        give_scores()  # the host waits for the device here, and nowhere else in a step
-        return choices()
-
-    def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
-        """Logits `[kept_rows, vocab_size]` of any batch."""
-        layout = self._lay_out([span for _, span in batch])
-        ids, virtual = tokens_of(batch)
-        token_ids, kept = upload([np.array(ids), kept_rows], self.model.device)
-        embeddings = self.model.embed(token_ids)
-        for first, rows in virtual:
-            embeddings[first : first + len(rows)] = send(rows, self.model.device, self.model.dtype)
-        return self.model.forward(embeddings, layout.position_ids, layout, kept)
-
-    def _lay_out(self, spans: list[Span]) -> ServingRows:
-        layout: ServingRows
-        if self.varlen is not None:
-            layout = VarlenRows.of(self.kv_cache, self.varlen, spans)
-        elif self.compiled is not None:
-            layout = CompiledRows(self.compiled, spans)
-        else:
-            layout = CachedRows(self.kv_cache, spans)
-        return layout if self.kv_cache.recurrent is None else RecurrentRows(layout, self.kv_cache.recurrent, spans)
+        return self.runner.run(batch, partial(self.scheduler.check_prefixes, batch))
 
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""

@@ -52,7 +52,7 @@ def logits(model: FrozenModel, first_position: int = 0) -> torch.Tensor:
 def engine_for(model: FrozenModel, kernels: Kernels | None = None) -> Engine:
     engine = make_engine(model)
     if kernels is not None:
-        engine.compiled = CompiledAttention.over(engine.kv_cache, model.attention_rules, kernels)
+        engine.runner.compiled = CompiledAttention.over(engine.kv_cache, model.attention_rules, kernels)
     return engine
 
 

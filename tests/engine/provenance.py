@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from server.engine import (
     distribution,
-    engine,
     layout,
     logit_rows,
     prefix_cache,
     recurrent,
+    runner,
     sampler,
     scheduler,
     upload,
@@ -70,9 +70,9 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Take the way of CUDA in `upload.py`, with copies in the place of pinned memory, and note what is sent."""
         monkeypatch.setattr(upload, "is_host", lambda device: False)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-        for module in (distribution, engine, layout, logit_rows, recurrent, sampler, varlen_rows):
+        for module in (distribution, layout, logit_rows, recurrent, runner, sampler, varlen_rows):
             monkeypatch.setattr(module, "upload", self._noted(upload.upload))
-        monkeypatch.setattr(engine, "send", self._noted(upload.send))
+        monkeypatch.setattr(runner, "send", self._noted(upload.send))
         # The one copy from pageable memory: of a soft prompt that is keys and values, once.
         monkeypatch.setattr(scheduler, "prefix_of_kv", self._noted(prefix_cache.prefix_of_kv))
 

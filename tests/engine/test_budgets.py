@@ -11,9 +11,9 @@ import torch
 from server.core import GenerationRequest
 from server.engine import sampler
 from server.engine.decode_graphs import DecodeGraphs
-from server.engine.engine import Engine
 from server.engine.model import FrozenModel
 from server.engine.optimise import optimise
+from server.engine.runner import Runner
 from server.engine.sampler import choose_next
 from server.engine.sequence import Sequence
 from server.engine.upload import Download
@@ -138,10 +138,10 @@ def step_of(requests: list[GenerationRequest], tiny: FrozenModel, monkeypatch: p
     batch = engine.scheduler.schedule()
     assert len(batch) == len(requests)
 
-    def forward(engine: Engine, batch: Any, kept: np.ndarray) -> torch.Tensor:
+    def forward(runner: Runner, batch: Any, kept: np.ndarray) -> torch.Tensor:
         return torch.randn(len(kept), tiny.spec.vocab_size)
 
-    monkeypatch.setattr(Engine, "_forward", forward)
+    monkeypatch.setattr(Runner, "forward", forward)
     with Reads() as reads:
         engine._run(batch)
     names: list[str] = reads.names

@@ -64,10 +64,10 @@ class Tape:
 
 def engine_of(model: FrozenModel, tape: Tape | None = None, **limits: int) -> Engine:
     engine = make_engine(model, **limits)
-    engine.varlen = reference_varlen_attn
+    engine.runner.varlen = reference_varlen_attn
     if tape is not None:
-        engine.graphs = capture(model, engine.kv_cache, engine.varlen, 6, tape)
-        assert engine.graphs is not None
+        engine.runner.graphs = capture(model, engine.kv_cache, engine.runner.varlen, 6, tape)
+        assert engine.runner.graphs is not None
     return engine
 
 
@@ -112,15 +112,15 @@ def test_any_model_answers_the_same_by_graphs_as_by_the_layout_for_cpus(architec
 def test_rows_that_fill_up_a_batch_write_to_the_scratch_position_only(rows: int) -> None:
     model = tiny_model(dtype=torch.float32)
     engine = engine_of(model, Tape())
-    assert engine.graphs is not None
+    assert engine.runner.graphs is not None
     cache = engine.kv_cache
     cache.states.normal_(generator=torch.Generator().manual_seed(0))
     before = cache.states.clone()
     positions, starts = [3 + 2 * row for row in range(rows)], [32 * row for row in reversed(range(rows))]
-    engine.graphs.run(list(range(rows)), positions, starts)
+    engine.runner.graphs.run(list(range(rows)), positions, starts)
     changed = (cache.states != before).any(dim=(0, 1, 3, 4)).nonzero().squeeze(1).tolist()
     own = sorted(start + position for start, position in zip(starts, positions, strict=True))
-    assert changed == own + ([] if rows in engine.graphs.buckets else [cache.scratch])
+    assert changed == own + ([] if rows in engine.runner.graphs.buckets else [cache.scratch])
 
 
 def test_the_scratch_position_is_in_no_slot() -> None:
@@ -157,8 +157,8 @@ def test_a_batch_beyond_the_largest_bucket_runs_eagerly() -> None:
     tape = Tape()
     model = tiny_model(dtype=torch.float32)
     engine = make_engine(model)
-    engine.varlen = reference_varlen_attn
-    engine.graphs = capture(model, engine.kv_cache, engine.varlen, 2, tape)
+    engine.runner.varlen = reference_varlen_attn
+    engine.runner.graphs = capture(model, engine.kv_cache, engine.runner.varlen, 2, tape)
     work = [(request(str(i), [5 + i], max_new_tokens=6 if i else 12, ignore_eos=True), None) for i in range(5)]
     expected = run_engine(engine_of(model), work)
     got = run_engine(engine, work)
@@ -183,8 +183,8 @@ def test_what_cannot_be_captured_is_said_in_one_line_and_runs_eagerly(caplog: py
 def test_without_cuda_nothing_is_captured_and_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     engine = make_engine(model)
-    assert engine.varlen is None
-    assert capture(model, engine.kv_cache, engine.varlen, 2) is None
+    assert engine.runner.varlen is None
+    assert capture(model, engine.kv_cache, engine.runner.varlen, 2) is None
     assert caplog.messages == []
 
 
@@ -275,9 +275,9 @@ def test_captured_graphs_give_the_logits_of_eager_steps() -> None:
     on_device = FrozenModel(model.module, model.tokenizer, name="tiny", max_model_len=128)
     optimise(on_device, {"fused"}, None)
     engine = make_engine(on_device)
-    assert engine.varlen is not None
+    assert engine.runner.varlen is not None
     row = [1, 2, 3], [4, 9, 0], [64, 0, 32]
-    eager = DecodeGraphs(on_device, engine.kv_cache, engine.varlen, 6, lambda forward: forward).run(*row).clone()
-    graphs = DecodeGraphs(on_device, engine.kv_cache, engine.varlen, 6, CudaRecorder(on_device.device))
+    eager = DecodeGraphs(on_device, engine.kv_cache, engine.runner.varlen, 6, lambda forward: forward).run(*row).clone()
+    graphs = DecodeGraphs(on_device, engine.kv_cache, engine.runner.varlen, 6, CudaRecorder(on_device.device))
     for _ in range(3):
         torch.testing.assert_close(graphs.run(*row), eager, rtol=1e-2, atol=1e-2)

@@ -53,7 +53,7 @@ def test_with_kernels_every_architecture_keeps_its_answers_in_float32(architectu
     assert is_fused(fast) == (architecture in FUSED)
     torch.testing.assert_close(logits(fast), logits(plain), rtol=0, atol=1e-4)
     engine = engine_for(fast, kernels)
-    assert (engine.compiled is None) == (architecture == "gemma2")
+    assert (engine.runner.compiled is None) == (architecture == "gemma2")
     expected = answers(engine_for(plain))
     assert_same(answers(engine), expected)
     assert_same(answers(engine_for(fast, kernels), arrive_every=2), expected)
@@ -102,7 +102,7 @@ def test_a_soft_prompt_that_overflows_fails_alone(kernels: Kernels) -> None:
     expected = run_engine(engine_for(fast, kernels), [(good, None)])["good"].token_ids
     bad = SoftPrompt("PREFIX_TUNING", torch.full((5, fast.spec.kv_width), 3e38))
     engine = make_engine(fast, num_slabs=1)
-    engine.compiled = CompiledAttention.over(engine.kv_cache, fast.attention_rules, kernels)
+    engine.runner.compiled = CompiledAttention.over(engine.kv_cache, fast.attention_rules, kernels)
     asked = request("bad", [1, 2, 3], "bad", max_new_tokens=8)
     for _ in range(3):
         outcomes = run_engine(engine, [(asked, bad), (good, None)])

@@ -13,31 +13,31 @@ from server.core import FinishReason, GenerationRequest
 from server.engine.engine import Engine
 from server.engine.logit_rows import Batch
 from server.engine.model import FrozenModel
+from server.engine.runner import Runner
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model
 
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
 
-class SmallEngine(Engine):
-    """An engine whose device runs out of memory when a step prefills more than `room` tokens."""
+class SmallRunner(Runner):
+    """A runner whose device runs out of memory when a step prefills more than `room` tokens."""
 
     room = 10
     failures = 0
 
-    def _forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
-        logits = super()._forward(batch, kept_rows)  # what it has written is written again
+    def forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
+        logits = super().forward(batch, kept_rows)  # what it has written is written again
         if sum(span.count for _, span in batch if span.count > 1) > self.room:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
 
-def small(engine: Engine, room: int) -> SmallEngine:
-    engine.__class__ = SmallEngine
-    assert isinstance(engine, SmallEngine)
-    engine.room = room
-    return engine
+def small(engine: Engine, room: int) -> tuple[Engine, SmallRunner]:
+    runner = engine.runner = SmallRunner(engine.model, engine.kv_cache)
+    runner.room = room
+    return engine, runner
 
 
 def work(model: FrozenModel) -> Work:
@@ -64,9 +64,9 @@ def work(model: FrozenModel) -> Work:
 def test_a_step_without_memory_runs_again_with_half_the_prefills_and_nobody_sees_it(architecture: str) -> None:
     tiny = tiny_model(architecture)
     expected = run_engine(make_engine(tiny, max_batch_tokens=32), work(tiny))
-    engine = small(make_engine(tiny, max_batch_tokens=32), room=16)
+    engine, runner = small(make_engine(tiny, max_batch_tokens=32), room=16)
     outcomes = run_engine(engine, work(tiny))
-    assert engine.failures > 0
+    assert runner.failures > 0
     assert outcomes.keys() == expected.keys()
     for name, outcome in outcomes.items():
         one = expected[name]
@@ -75,7 +75,7 @@ def test_a_step_without_memory_runs_again_with_half_the_prefills_and_nobody_sees
 
 
 def test_a_prefill_that_fits_in_no_way_fails_alone(tiny: FrozenModel) -> None:
-    engine = small(make_engine(tiny, max_batch_tokens=64), room=8)
+    engine, _ = small(make_engine(tiny, max_batch_tokens=64), room=8)
     large = request("large", range(60), max_new_tokens=4)
     others: Work = [(request(f"r{i}", (i, 2, 3), max_new_tokens=6), None) for i in range(4)]
     outcomes = run_engine(engine, [*others, (large, None)])
@@ -98,7 +98,7 @@ def test_decodes_that_do_not_fit_raise_so_that_everybody_is_told(
     def forward(batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(engine.runner, "forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
         engine.step()
     assert {delta.request_id for delta in engine.fail_all("no memory")} == {"r0", "r1", "r2"}

@@ -47,7 +47,7 @@ def test_steps_of_all_kinds_send_what_the_device_reads(architecture: str, monkey
     asked = work(model)
     expected = run_engine(make_engine(model), asked, arrive_every=1)
     engine = make_engine(model)
-    engine.varlen = opaque_varlen_attn
+    engine.runner.varlen = opaque_varlen_attn
     provenance = provenance_of(engine)
     provenance.install(monkeypatch)
     with provenance:

@@ -144,10 +144,10 @@ def test_attention_for_cuda_and_compiled_attention_serve_states_too(kernels: Ker
     model = RecordingModel(tiny_model("lfm2", dtype=torch.float32))
     _try_out(kernels, model)
     compiled = engine_for(model, kernels)
-    assert compiled.compiled is not None
+    assert compiled.runner.compiled is not None
     assert_answers(compiled, model, work_of(model))
     on_cuda = make_engine(model)
-    on_cuda.varlen = reference_varlen_attn
+    on_cuda.runner.varlen = reference_varlen_attn
     assert_answers(on_cuda, model, work_of(model))
 
 
@@ -243,7 +243,7 @@ def test_a_failed_step_leaves_states_as_they_were(lfm2: FrozenModel, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patched:
-        patched.setattr("server.engine.engine.begin_choosing", no_memory)
+        patched.setattr("server.engine.runner.begin_choosing", no_memory)
         patched.setattr(StatePool, "keep", keep_and_note)
         with pytest.raises(torch.OutOfMemoryError):
             engine.step()
@@ -292,12 +292,12 @@ def test_the_memory_plan_counts_states_and_a_copy_of_one(lfm2: FrozenModel) -> N
 def test_the_engine_is_built_with_a_state_for_each_sequence_and_without_graphs(
     lfm2: FrozenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.engine.engine.varlen_attention", lambda *_: reference_varlen_attn)
+    monkeypatch.setattr("server.engine.runner.varlen_attention", lambda *_: reference_varlen_attn)
     with caplog.at_level(logging.INFO, "server.engine.build"):
         engine = build_engine(Settings(max_sequences=4, max_batch_tokens=32), lfm2)
     assert engine.scheduler.max_running == 5
     assert len(states_of(engine).states) == 4, "there are no more slots"
-    assert engine.graphs is None
+    assert engine.runner.graphs is None
     assert sum("without CUDA graphs" in message for message in caplog.messages) == 1
 
 

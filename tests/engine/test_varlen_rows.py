@@ -117,7 +117,7 @@ def test_decodes_are_a_call_of_their_own_that_asks_for_no_mask(
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_an_engine_answers_the_same_by_either_layout(architecture: str) -> None:
     engine = make_engine(rough(architecture))
-    engine.varlen = reference_varlen_attn
+    engine.runner.varlen = reference_varlen_attn
     assert_same(answers(engine, arrive_every=2), answers(make_engine(rough(architecture)), arrive_every=2))
 
 
@@ -199,7 +199,7 @@ def flash_on_cpu() -> Iterator[None]:
 def test_an_engine_calls_torch_s_operator_as_its_checks_allow(architecture: str) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16, max_model_len=256)
     got, expected = make_engine(model), make_engine(model)
-    got.varlen, expected.varlen = flash_attention, reference_varlen_attn
+    got.runner.varlen, expected.runner.varlen = flash_attention, reference_varlen_attn
     assert answers(got, arrive_every=2) == answers(expected, arrive_every=2)
 
 
@@ -224,7 +224,7 @@ def test_sinks_take_their_share_of_what_torch_s_operator_answers(
 def test_a_model_with_sinks_answers_the_same_by_either_layout() -> None:
     model = FrozenModel(tiny_family("gpt_oss"), byte_tokenizer(), name="gpt_oss", max_model_len=128)
     varlen = make_engine(model)
-    varlen.varlen = reference_varlen_attn
+    varlen.runner.varlen = reference_varlen_attn
     assert_same(answers(varlen, arrive_every=2), answers(make_engine(model), arrive_every=2))
 
 

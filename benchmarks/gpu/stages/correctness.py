@@ -41,7 +41,7 @@ def measure(run: Run) -> None:
             engine = _engine(rough, architecture, dtype, device)
             name = f"{architecture}_{str(dtype).removeprefix('torch.')}"
             share = _agreement(_tokens(engine), expected)
-            run.note(**{f"{name}_agrees": share, f"{name}_varlen": engine.varlen is not None})
+            run.note(**{f"{name}_agrees": share, f"{name}_varlen": engine.runner.varlen is not None})
             run.check(share >= least, f"{name}: answers agree for {share:.2f} of their tokens, not {least}")
     _tests(run)
 

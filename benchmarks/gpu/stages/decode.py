@@ -41,13 +41,13 @@ def measure(run: Run) -> None:
     engine = loaded.engine()
     run.note(
         engine_s=time.perf_counter() - began,
-        graphs=engine.graphs is not None,
-        varlen=engine.varlen is not None,
+        graphs=engine.runner.graphs is not None,
+        varlen=engine.runner.varlen is not None,
         free_before_plan_gb=free / GB,
         kv_gb=engine.kv_cache.states.nbytes / GB,
         prefixes_gb=engine.prefixes.budget_bytes / GB,
     )
-    if engine.varlen is None:
+    if engine.runner.varlen is None:
         run.skip("graphs and flash attention")
         run.check(run.rehearse, "there is no fast path; the log says why")
     _worst_step(run, engine, steps.largest / GB)

@@ -53,7 +53,7 @@ def measure(run: Run) -> None:
     differences = {}
     for name, (family, parts) in list(FAMILIES.items())[: 2 if run.rehearse else None]:
         engine = _engine(family, parts, device)
-        if engine.varlen is None:
+        if engine.runner.varlen is None:
             run.check(False, f"{name}: there is no fast path for it")
             continue
         differences[name] = _largest_difference(engine, device, 5 if run.rehearse else 50)
@@ -78,17 +78,18 @@ def _engine(family: str, parts: set[str], device: torch.device) -> Engine:
     model = FrozenModel(module, byte_tokenizer(), name=family, max_model_len=128)
     optimise(model, parts, None)
     engine = make_engine(model)
-    engine.varlen = reference_varlen_attn if device.type == "cpu" else engine.varlen
+    engine.runner.varlen = reference_varlen_attn if device.type == "cpu" else engine.runner.varlen
     return engine
 
 
 def _largest_difference(engine: Engine, device: torch.device, replays: int) -> float:
     """Between replays and eager steps over the same rows."""
-    assert engine.varlen is not None
+    assert engine.runner.varlen is not None
     cache, dice = engine.kv_cache, random.Random(0)
     cache.states.normal_()
     graphs, eager = (
-        DecodeGraphs(engine.model, cache, engine.varlen, SEQUENCES, record) for record in (_recorder(device), _eagerly)
+        DecodeGraphs(engine.model, cache, engine.runner.varlen, SEQUENCES, record)
+        for record in (_recorder(device), _eagerly)
     )
     gc.collect()
     vocabulary, largest = engine.model.spec.vocab_size, 0.0
@@ -123,10 +124,10 @@ def _churn(device: torch.device, dice: random.Random) -> None:
 def _failing_capture(run: Run, device: torch.device) -> None:
     """A forward that waits for the device cannot be captured; afterwards all must work as before."""
     engine = _engine("llama", {"fused"}, device)
-    assert engine.varlen is not None
+    assert engine.runner.varlen is not None
 
     def waits(*args: Any, **others: Any) -> torch.Tensor:
-        out: torch.Tensor = engine.varlen(*args, **others)  # type: ignore[misc]
+        out: torch.Tensor = engine.runner.varlen(*args, **others)  # type: ignore[misc]
         return out * float(out.abs().max().item() > -1)
 
     attention: VarlenAttention = waits

@@ -1,0 +1,86 @@
+"""One batch through the model: its layout, the forward, the logits, and what is chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from server.engine.compiled_attention import CompiledAttention, CompiledRows
+from server.engine.decode_graphs import DecodeGraphs
+from server.engine.kv_cache import KVCache
+from server.engine.layout import CachedRows, Span
+from server.engine.logit_rows import Batch, LogitRows, tokens_of
+from server.engine.model import FrozenModel
+from server.engine.operators import operators_with
+from server.engine.recurrent import RecurrentRows, ServingRows
+from server.engine.sampler import Choice, begin_choosing
+from server.engine.upload import Download, send, upload
+from server.engine.varlen_rows import VarlenRows, varlen_attention
+
+
+class Runner:
+    """Runs batches, each on the fastest way that the device has for it.
+
+    Attributes:
+        compiled: attends on a CPU, where there is compiled code for it.
+        varlen: attends for all of a step at once, where CUDA can.
+        graphs: replay steps that only decode, where they were captured.
+    """
+
+    def __init__(self, model: FrozenModel, kv_cache: KVCache) -> None:
+        """Choose what attends over this KV cache."""
+        self._model = model
+        self._kv_cache = kv_cache
+        self._operators = operators_with(model.kernels)
+        self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
+        self.varlen = varlen_attention(model.spec, model.attention_rules)
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, before_wait: Callable[[Download], None]) -> list[Choice]:
+        """Forward the batch, and choose for each sequence whose known tokens are now all computed.
+
+        Args:
+            batch: the step.
+            before_wait: called after the forward was launched, with what the device will answer in one copy.
+        """
+        rows = LogitRows.of(batch)
+        if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:
+            logits = self.graphs.run(
+                [sequence.token_at(span.start) for sequence, span in batch],
+                [span.start for _, span in batch],
+                [span.slot.start for _, span in batch],
+            )
+        else:
+            logits = self.forward(batch, rows.kept)
+        download = Download()
+        give_scores = rows.score(logits, download)
+        choices: Callable[[], list[Choice]] = list
+        if rows.drawing:
+            eos = self._model.eos_token_ids
+            choices = begin_choosing(logits, rows.drawing, eos, download, self._operators, rows.next_rows)
+        before_wait(download)
+        give_scores()  # the host waits for the device here, and nowhere else in a step
+        return choices()
+
+    def forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
+        """Logits `[kept_rows, vocab_size]` of any batch."""
+        layout = self._lay_out([span for _, span in batch])
+        ids, virtual = tokens_of(batch)
+        token_ids, kept = upload([np.array(ids), kept_rows], self._model.device)
+        embeddings = self._model.embed(token_ids)
+        for first, rows in virtual:
+            embeddings[first : first + len(rows)] = send(rows, self._model.device, self._model.dtype)
+        return self._model.forward(embeddings, layout.position_ids, layout, kept)
+
+    def _lay_out(self, spans: list[Span]) -> ServingRows:
+        layout: ServingRows
+        if self.varlen is not None:
+            layout = VarlenRows.of(self._kv_cache, self.varlen, spans)
+        elif self.compiled is not None:
+            layout = CompiledRows(self.compiled, spans)
+        else:
+            layout = CachedRows(self._kv_cache, spans)
+        return layout if self._kv_cache.recurrent is None else RecurrentRows(layout, self._kv_cache.recurrent, spans)

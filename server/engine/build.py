@@ -74,7 +74,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
     elif "graphs" in settings.optimisations:
         engine.runner.graphs = capture(model, engine.kv_cache, engine.runner.varlen, engine.scheduler.max_running)
     if steps is not None:
-        take_all(model.device, planned.prefix_bytes + planned.shared_bytes + steps.largest)
+        take_all(model.device, planned.prefix_bytes + planned.shared_bytes + steps.largest + steps.arriving)
     return engine
 
 

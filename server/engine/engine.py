@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -147,20 +146,19 @@ class Engine:
         """End everybody with an error: after a step that raised, no slot's content can be trusted."""
         for sequence in list(self.scheduler.running):
             self.scheduler.finish(sequence, scrub=True)
-        for request_id in self._unfinished:
+        unfinished = list(self._unfinished)
+        for request_id in unfinished:
             self.scheduler.abort(request_id)
-        deltas = [
-            Delta(request_id, None, FinishReason.FAILED, error=GenerationFailed(message))
-            for request_id in self._unfinished
-        ]
-        for request_id in list(self._unfinished):
             self._forget(request_id)
-        return deltas
+        return [Delta(one, None, FinishReason.FAILED, error=GenerationFailed(message)) for one in unfinished]
 
     def step(self) -> list[Delta]:
         """Run one batch and answer what it added to each request."""
+        if failed := self._fail_waiting():
+            return failed
         batch = self.scheduler.schedule()
         if not batch:
+            self.scheduler.arrivals.advance(is_idle=True)
             return self._take_held(is_idle=True)
         self.steps += 1
         try:
@@ -178,7 +176,7 @@ class Engine:
         return self._commit(batch, choices)
 
     def _run(self, batch: Batch) -> list[Choice]:
-        return self.runner.run(batch, partial(self.scheduler.check_prefixes, batch))
+        return self.runner.run(batch, partial(self.scheduler.while_device_works, batch))
 
     def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""
@@ -324,6 +322,14 @@ class Engine:
         self.scheduler.abort(sequence.request_id)
         self._forget(sequence.request_id)
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
+
+    def _fail_waiting(self) -> list[Delta]:
+        """End those whose prefix cannot be copied."""
+        return [
+            self._fail(sequence, error)
+            for prefix_hash, error in self.scheduler.arrivals.take_failed().items()
+            for sequence in self.scheduler.waiting_for(prefix_hash)
+        ]
 
     def _forget(self, request_id: str) -> None:
         """A request has ended."""

@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-import torch
-
-from server.core import ModelSpec
 from server.engine.kv_cache import Computed
-from server.soft_prompts.soft_prompt import SoftPrompt
 
 
 class PrefixCache:
@@ -35,6 +31,8 @@ class PrefixCache:
         self.computed = 0
         self.evicted = 0
         self._prefixes: OrderedDict[str, Computed] = OrderedDict()
+        self._awaited: set[str] = set()
+        """Those that nobody has got yet of those who missed them."""
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -52,7 +50,11 @@ class PrefixCache:
             self.misses += 1
             return None
         self._prefixes.move_to_end(prefix_hash)
-        self.hits += 1
+        if prefix_hash in self._awaited:
+            self._awaited.remove(prefix_hash)
+            self.misses += 1
+        else:
+            self.hits += 1
         return prefix
 
     def make_room(self, num_bytes: int) -> None:
@@ -61,32 +63,29 @@ class PrefixCache:
         Called before the other one is made, so that both together never take more than the budget.
         """
         while self._prefixes and self.num_bytes + num_bytes > self.budget_bytes:
-            _, dropped = self._prefixes.popitem(last=False)
-            self.num_bytes -= dropped.num_bytes
+            self.drop(next(iter(self._prefixes)))
             self.evicted += 1
 
-    def put(self, prefix_hash: str, prefix: Computed) -> None:
-        """Keep a prefix and drop the least recently used ones beyond the budget."""
+    def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> None:
+        """Keep a prefix and drop the least recently used ones beyond the budget.
+
+        `is_awaited` says that the sequence that missed it will still get it, which is then a miss.
+        """
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self.make_room(prefix.num_bytes)
         self._prefixes[prefix_hash] = prefix
         self.num_bytes += prefix.num_bytes
         self.computed += 1
+        if is_awaited:
+            self._awaited.add(prefix_hash)
 
     def drop(self, prefix_hash: str) -> None:
         """Forget a prefix, if it is here."""
         dropped = self._prefixes.pop(prefix_hash, None)
+        self._awaited.discard(prefix_hash)
         if dropped is not None:
             self.num_bytes -= dropped.num_bytes
 
     def check_integrity(self) -> None:
         """Assert that the bytes are those of the prefixes held."""
         assert self.num_bytes == sum(prefix.num_bytes for prefix in self._prefixes.values())
-
-
-def prefix_of_kv(soft_prompt: SoftPrompt, model: ModelSpec) -> Computed:
-    """The prefix of a soft prompt that is keys and values already: PEFT's `[n, layers * 2 * heads * dim]`, turned."""
-    assert not model.state_width, "a soft prompt of keys and values is refused where they are not all"
-    shape = (-1, model.num_kv_layers, 2, model.num_key_value_heads, model.head_dim)
-    prefix = soft_prompt.tensor.view(shape).permute(1, 2, 0, 3, 4)
-    return Computed(prefix.to(model.device, getattr(torch, model.dtype)).contiguous())

@@ -18,12 +18,13 @@ from functools import partial
 import numpy as np
 
 from server.core import ModelSpec, Queue
+from server.engine.arrivals import Arrivals, copies_to
 from server.engine.fair_queue import FairQueue, Running
 from server.engine.fair_steps import FairSteps
 from server.engine.kv_cache import Computed, KVCache, Slot, bytes_of
 from server.engine.layout import Span
 from server.engine.memory import SHARED_SHARE
-from server.engine.prefix_cache import PrefixCache, prefix_of_kv
+from server.engine.prefix_cache import PrefixCache
 from server.engine.sequence import Sequence
 from server.engine.shared_inputs import SharedInputs
 from server.engine.upload import Download
@@ -43,6 +44,7 @@ class Scheduler:
         running: admitted, in the order of admission; each owns a slot.
         max_running: most that run at once, with the places that are kept.
         shared: copies of inputs that choices share and wait with.
+        arrivals: prefixes of keys and values that are copied to the device.
         is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
     """
 
@@ -65,6 +67,7 @@ class Scheduler:
         self._prefixes = prefixes
         whole = bytes_of(model, kv_cache.allocator.num_positions)
         self.shared = SharedInputs(whole // SHARED_SHARE if shared_bytes is None else shared_bytes)
+        self.arrivals = Arrivals(prefixes, copies_to(model))
         self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
         self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
         self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
@@ -99,6 +102,7 @@ class Scheduler:
 
         Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
         """
+        self.arrivals.settle()
         self._admit()
         shares = self._steps.share(self.running)
         shares.sort(key=_order)
@@ -136,6 +140,14 @@ class Scheduler:
         self.shared.release(request_id)
         return running + waiting
 
+    def waiting_for(self, prefix_hash: str) -> list[Sequence]:
+        """Those that wait and would begin with this prefix."""
+        return [
+            sequence
+            for sequence in self.waiting
+            if sequence.shared is None and sequence.soft_prompt and sequence.soft_prompt.prefix_hash == prefix_hash
+        ]
+
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
         """Forget those of these prefixes that nobody wants or uses; those in use go with their last user."""
         for prefix_hash in prefix_hashes:
@@ -160,7 +172,12 @@ class Scheduler:
             self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
         return is_finite
 
-    def check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
+    def while_device_works(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
+        """What a step has to do beside its batch, before the host waits for the device."""
+        self._check_prefixes(batch, download)
+        self.arrivals.advance()
+
+    def _check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
         """Ask for what shows whether the prefixes that a step completes are finite, to come with its other answers."""
         self._prefix_checks.clear()  # of a step that has failed
         for sequence, span in batch:
@@ -186,6 +203,7 @@ class Scheduler:
         sequences = [*self.waiting, *self.running]
         used = Counter(sequence.soft_prompt.prefix_hash for sequence in sequences if sequence.soft_prompt is not None)
         assert used == self._users, "a prefix is used by nobody, or its users are not counted"
+        self.arrivals.check_integrity(used)
 
     def _admit(self) -> None:
         if not len(self.waiting):
@@ -208,7 +226,7 @@ class Scheduler:
                 is_held = _makes_copy
                 continue
             if self._waits_for_prefix(sequence):
-                # It waits for another sequence's prefill, not for room: the other queues need not wait with it.
+                # It waits for a prefill of another one or for a copy, not for room: no other queue waits with it.
                 held.add(sequence.request.queue)
                 continue
             slot = self._kv_cache.allocate(sequence.max_positions)
@@ -243,9 +261,12 @@ class Scheduler:
         return sequence.num_pending
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        if sequence.soft_prompt is None or sequence.shared is not None:
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is None or sequence.shared is not None:
             return False
-        return sequence.soft_prompt.prefix_hash in self._computing
+        if soft_prompt.is_kv_prefix:
+            return not self.arrivals.bring(soft_prompt)
+        return soft_prompt.prefix_hash in self._computing
 
     def _attach_prefix(self, sequence: Sequence) -> None:
         """Copy in what is known of it; if its prefix is not, this sequence is the one that computes it."""
@@ -258,10 +279,6 @@ class Scheduler:
         if soft_prompt is None:
             return
         prefix = self._prefixes.get(soft_prompt.prefix_hash)
-        if prefix is None and soft_prompt.is_kv_prefix:
-            self._prefixes.make_room(bytes_of(self._model, sequence.num_virtual_tokens))
-            prefix = prefix_of_kv(soft_prompt, self._model)
-            self._prefixes.put(soft_prompt.prefix_hash, prefix)
         if prefix is None:
             self._computing[soft_prompt.prefix_hash] = sequence
         else:
@@ -286,6 +303,7 @@ class Scheduler:
         self._users[prefix_hash] -= 1
         if not self._users[prefix_hash]:
             del self._users[prefix_hash]
+            self.arrivals.cancel(prefix_hash)
             self.drop_unused([prefix_hash])
 
     def _stop_computing(self, sequence: Sequence) -> None:

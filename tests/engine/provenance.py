@@ -17,11 +17,9 @@ from server.engine import (
     distribution,
     layout,
     logit_rows,
-    prefix_cache,
     recurrent,
     runner,
     sampler,
-    scheduler,
     upload,
     varlen_rows,
 )
@@ -73,14 +71,12 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for module in (distribution, layout, logit_rows, recurrent, runner, sampler, varlen_rows):
             monkeypatch.setattr(module, "upload", self._noted(upload.upload))
         monkeypatch.setattr(runner, "send", self._noted(upload.send))
-        # The one copy from pageable memory: of a soft prompt that is keys and values, once.
-        monkeypatch.setattr(scheduler, "prefix_of_kv", self._noted(prefix_cache.prefix_of_kv))
 
     def _noted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any) -> Any:
             out = function(*args)
             self.sends += 1
-            for tensor in _tensors(getattr(out, "states", out)):
+            for tensor in _tensors(out):
                 self.sent(tensor)
             return out
 

@@ -90,7 +90,8 @@ class Result:
             if kind == "figures":
                 self.figures.update(value)
             elif kind in ("bar", "problem", "skipped"):
-                {"bar": self.bars, "problem": self.problems, "skipped": self.skipped}[kind].append(value)
+                lists: dict[str, list[Any]] = {"bar": self.bars, "problem": self.problems, "skipped": self.skipped}
+                lists[kind].append(value)
             elif kind == "end":
                 self.status, self.reason = str(value["status"]), str(value["reason"])
             else:

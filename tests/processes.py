@@ -123,7 +123,8 @@ def prelude_serve(
     arguments = ["serve", "--port", str(port), "--prompts-dir", str(directory / "prompts")]
     popen = start(f"{program}\n{COMMAND}", arguments, environment, log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        limits = httpx.Limits(keepalive_expiry=1.0)  # the server closes an idle connection after 5 s
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as client:
             end = time.monotonic() + START_SECONDS
             while not _is_ready(client):
                 assert popen.poll() is None, log.read_text()

@@ -194,7 +194,8 @@ def live_server(
         url = f"http://127.0.0.1:{port}"
         loop = worker._loop
         assert loop is not None
-        with httpx.Client(base_url=url, timeout=30) as client:
+        # After 5 s the server closes an idle connection, perhaps just as the client uses it again: forget it earlier.
+        with httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(keepalive_expiry=1.0)) as client:
             yield LiveServer(url, port, client, settings, cast(SteeredModel, model), engine, worker, registry, loop)
         if isinstance(model, SteeredModel):
             model.allow(None)

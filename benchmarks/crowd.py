@@ -25,7 +25,7 @@ import psutil
 from load import peak_resident, resident, started
 from peers import Model, Prelude, Workload
 
-from server.engine.checkpoint import resolve_checkpoint
+from server.engine.model.weights import resolve_checkpoint
 from server.serve import allow_many_connections
 from server.settings import Settings
 

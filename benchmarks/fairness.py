@@ -27,7 +27,7 @@ from load import Load, Measured, started
 from peers import Call, Model, Prelude, Workload
 from tqdm import tqdm
 
-from server.engine.checkpoint import resolve_checkpoint
+from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 
 QUIET, FLOOD = 0, 1

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from server.core import Grammar, GrammarKind
-from server.engine.grammar_walks import Walks
-from server.engine.grammars import Grammars, unpacked
-from server.engine.model import FrozenModel
+from server.contracts import Grammar, GrammarKind
+from server.engine.grammars.compiled import Grammars, unpacked
+from server.engine.grammars.walks import Walks
+from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 
 BATCH = 32

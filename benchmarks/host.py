@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from random_llama import make_module, model_with_bytes
 
-from server.core import GenerationRequest, SamplingParams
-from server.engine.attention import ATTENTION_NAME, register_attention
+from server.contracts import GenerationRequest, SamplingParams
+from server.engine.attention.interface import ATTENTION_NAME, register_attention
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache
-from server.engine.prefix_cache import PrefixCache
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.prefix_cache import PrefixCache
 
 RULES: dict[str, dict[str, Any]] = {
     "greedy": {},

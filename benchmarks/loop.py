@@ -55,7 +55,7 @@ from tqdm import tqdm  # noqa: E402
 
 from server import serve as server_serve  # noqa: E402
 from server.api.app import create_app  # noqa: E402
-from server.core import GenerationRequest, SamplingParams  # noqa: E402
+from server.contracts import GenerationRequest, SamplingParams  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
 from server.engine.worker import EngineWorker  # noqa: E402
 from server.settings import Settings  # noqa: E402

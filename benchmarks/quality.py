@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from server.engine.build import build_engine
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.evaluation.ask import Questions
-from server.evaluation.contestants import Contestant, Wanted, baselines
+from server.engine.model.frozen import FrozenModel
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.intervals import Estimate
 from server.evaluation.metrics import ACCURACY, BLEU
+from server.evaluation.questions import Questions
 from server.evaluation.report import About
-from server.evaluation.run import OwnEngine, run
+from server.evaluation.standalone import OwnEngine, run
+from server.evaluation.systems import Contestant, Wanted, baselines
 from server.settings import Settings
 from server.soft_prompts.manifest import GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt

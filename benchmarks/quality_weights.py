@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.train.methods import LearnedPrefix
 
 PEAKS = {"lora": (3e-4, 1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "vocab_size": 128256,

@@ -29,7 +29,7 @@ from load import Load, Measured, peak_resident, started
 from peers import PEERS, Model, Peer, Workload
 from tqdm import tqdm
 
-from server.engine.checkpoint import resolve_checkpoint
+from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 
 WORKLOADS = {  # few clients first: what a server still does for clients that have left would slow down the next ones

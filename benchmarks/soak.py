@@ -38,7 +38,7 @@ from peers import Model, Prelude, Workload
 from safetensors.torch import save
 from tqdm import tqdm
 
-from server.engine.checkpoint import resolve_checkpoint
+from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 
 TASKS = [f"soak-{i}" for i in range(8)]

@@ -36,11 +36,11 @@ share_cores()  # before torch
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from server.core import GenerationRequest, SamplingParams  # noqa: E402
+from server.contracts import GenerationRequest, SamplingParams  # noqa: E402
 from server.engine.build import load_engine  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
-from server.engine.kv_cache import bytes_per_position  # noqa: E402
-from server.engine.linear import FrozenLinear, can_pack  # noqa: E402
+from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
+from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
 CONFIGURATIONS = ("none", "packed", "fused,packed", "all")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.registry.events import Event, NewVersion, Publish
 from server.registry.objects import LocalObjects
 from server.registry.store import Store

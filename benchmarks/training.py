@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 from server.train.config import TrainingConfig
 from server.train.data import Example

@@ -15,7 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from server.engine.attention import AttentionRules, PackedRows
+from server.engine.attention.interface import AttentionRules, PackedRows
 
 ROWS, TOKENS, HEADS, KV_HEADS, DIM, ROUNDS = 16, 60, 9, 3, 64, 30
 

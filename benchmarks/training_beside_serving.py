@@ -29,7 +29,7 @@ from load import Load, Measured, started
 from peers import Model, Prelude, Workload
 from tqdm import tqdm
 
-from server.engine.checkpoint import resolve_checkpoint
+from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 
 START_SECONDS = 300

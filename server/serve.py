@@ -24,14 +24,14 @@ from tqdm import tqdm
 from server.api.app import Service, create_app
 from server.api.browsers import is_loopback
 from server.api.connection import bounded_protocol
-from server.core import GenerationRequest, SamplingParams
-from server.engine.admission import Limits
+from server.contracts import GenerationRequest, SamplingParams
 from server.engine.build import load_engine
-from server.engine.device_defaults import as_served
 from server.engine.engine import Engine
+from server.engine.model.device_defaults import as_served
+from server.engine.scheduling.admission import Limits
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
-from server.jobs.board import JobBoard
+from server.jobs.job_queue import JobBoard
 from server.jobs.runner import JobRunner
 from server.keys.live import ApiKeys
 from server.registry.inbox import Inbox

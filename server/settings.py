@@ -24,7 +24,7 @@ CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
 
 
 OPTIMISATIONS = frozenset({"compiled", "fused", "graphs", "packed"})
-"""What can be switched off; see `server/engine/optimise.py`."""
+"""What can be switched off; see `server/engine/fast/optimise.py`."""
 
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\\?#@*\s]+")

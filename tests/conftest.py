@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 from tests import soak as soaking
 from tests.soak import Soak

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.attention import ATTENTION_NAME, Layout
-from server.engine.model import FrozenModel
+from server.engine.attention.interface import ATTENTION_NAME, Layout
+from server.engine.model.frozen import FrozenModel
 from tests.support import tiny_module
 
 ROWS = ["the cat sat on the mat and looked at the dog", "a small house by the sea is what we want", "return x"]

@@ -15,13 +15,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from server.core import Candidate, FinishReason, GenerationRequest, ModelSpec, SamplingParams, Scored, Usage
-from server.engine.attention import ATTENTION_NAME, Layout, register_attention
+from server.contracts import Candidate, FinishReason, GenerationRequest, ModelSpec, SamplingParams, Scored, Usage
+from server.engine.attention.interface import ATTENTION_NAME, Layout, register_attention
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache
-from server.engine.model import FrozenModel
-from server.engine.optimise import load_kernels, optimise
-from server.engine.prefix_cache import PrefixCache
+from server.engine.fast.optimise import load_kernels, optimise
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt

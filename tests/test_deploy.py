@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.api.telemetry.metrics import Metrics
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.registry.registry import Registry
 from server.registry.store import Store

@@ -10,8 +10,8 @@ from pydantic import ByteSize
 
 from server import errors
 from server.api.app import create_app
-from server.core import MAX_SCHEMA_DEPTH
-from server.engine.model import FrozenModel
+from server.contracts import MAX_SCHEMA_DEPTH
+from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.registry.registry import Registry
 from server.registry.store import Store

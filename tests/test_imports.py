@@ -12,7 +12,7 @@ import server
 ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
-BOTTOM = {"core", "errors", "settings"}
+BOTTOM = {"contracts", "errors", "settings"}
 BELOW_CLI = BOTTOM | {
     "soft_prompts",
     "registry",
@@ -32,7 +32,7 @@ BELOW_CLI = BOTTOM | {
 COMMAND = BOTTOM | {"cli.errors", "cli.logs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
-    "core": set(),
+    "contracts": set(),
     "errors": set(),
     "settings": {"errors"},
     "openmp": set(),
@@ -81,9 +81,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.train_options": {"soft_prompts", "train"},
     "cli.train": COMMAND
     | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.train_options"},
-    "cli.contents": BOTTOM | {"soft_prompts", "registry"},
+    "cli.task_source": BOTTOM | {"soft_prompts", "registry"},
     "cli.scores": {"cli.errors", "evaluation"},
-    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.contents", "cli.files", "cli.scores", "cli.tables"},
+    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.task_source", "cli.files", "cli.scores", "cli.tables"},
     "cli.main": COMMAND
     | {"serve", "openmp", "cli.options", "cli.prompts", "cli.jobs", "cli.keys", "cli.train", "cli.evaluate"},
 }
@@ -95,7 +95,7 @@ WEB = ("api", "serve", "cli", "client")
 
 
 def part_of(name: str) -> str:
-    """The part that a module, or a name in one, belongs to: `engine` for server.engine.model; "" for the package."""
+    """The part that a module or a name belongs to: `engine` for server.engine.model.frozen; "" for the package."""
     _, part, *rest = name.split(".")
     if part in IN_MODULES and rest and f"server.{part}.{rest[0]}" in FILES and rest[0] != "__init__":
         return f"{part}.{rest[0]}"
@@ -134,7 +134,7 @@ def test_the_checks_below_see_what_they_look_for() -> None:
         "server.d",
     }
     assert list(imports_of("from ..engine import model", "server.api.tgi")) == ["server.engine.model"]
-    assert part_of("server.engine.model.FrozenModel") == part_of("server.engine.__init__") == "engine"
+    assert part_of("server.engine.model.frozen.FrozenModel") == part_of("server.engine.__init__") == "engine"
     assert part_of("server.cli.files.Upload") == part_of("server.cli.files") == "cli.files"
     assert part_of("server.cli.app") == part_of("server.cli.__init__") == "cli"
     assert part_of("server.__version__") == part_of("server.__init__") == ""

@@ -21,7 +21,7 @@ import pytest
 import uvicorn
 from structlog.contextvars import bound_contextvars, get_contextvars
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
@@ -138,7 +138,7 @@ def test_sigterm_ends_the_process_within_the_drain_although_the_store_hangs(
 
 POISONED_ENGINE = """
 from pathlib import Path
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 forward = FrozenModel.forward
 def poisoned(self, *args):
     if Path({flag!r}).exists():

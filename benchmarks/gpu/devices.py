@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.stage import Run, Skipped
-from server.engine.devices import choose_device
+from server.engine.model.devices import choose_device
 from server.errors import ConfigurationError
 
 MB, GB = 1e6, 1e9

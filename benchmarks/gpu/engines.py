@@ -11,12 +11,12 @@ from random_llama import inputs, make_module, model_with_bytes
 
 from benchmarks.gpu.devices import device_of, memory
 from benchmarks.gpu.stage import Run
-from server.core import GenerationRequest, SamplingParams
-from server.engine.attention import ATTENTION_NAME, register_attention
+from server.contracts import GenerationRequest, SamplingParams
+from server.engine.attention.interface import ATTENTION_NAME, register_attention
 from server.engine.build import build_engine
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.engine.optimise import load_kernels, optimise
+from server.engine.fast.optimise import load_kernels, optimise
+from server.engine.model.frozen import FrozenModel
 from server.engine.out_of_memory import release_unused
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt

@@ -82,10 +82,10 @@ def main() -> None:
 
     from server import serve as serving_
     from server.cli.logs import configure_logging
-    from server.engine.attention import ATTENTION_NAME, register_attention
+    from server.engine.attention.interface import ATTENTION_NAME, register_attention
     from server.engine.build import build_engine
     from server.engine.engine import Engine
-    from server.engine.optimise import load_kernels, optimise
+    from server.engine.fast.optimise import load_kernels, optimise
     from server.settings import Settings
 
     def start_engine(settings: Settings) -> Engine:

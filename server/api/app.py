@@ -14,20 +14,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from server import __version__
-from server.api import ops, pages, prompts, sagemaker, tgi, training, versions
+from server.api import ops, pages, sagemaker
 from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.errors import install_error_handlers
 from server.api.evaluations import routes as evaluations
 from server.api.evaluations.jobs import Evaluations
-from server.api.followers import Followers
 from server.api.head import HeadAsGet
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
+from server.api.prompts import routes as prompts
+from server.api.prompts import versions
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
+from server.api.tgi import routes as tgi
+from server.api.training import routes as training
+from server.api.training.followers import Followers
 from server.engine.worker import EngineWorker
 from server.executors import Executors
-from server.jobs.board import JobBoard
+from server.jobs.job_queue import JobBoard
 from server.keys.live import ApiKeys
 from server.long_work import Lane
 from server.registry.registry import Registry

@@ -11,7 +11,7 @@ from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.executors import Executors
-from server.jobs.board import JobBoard
+from server.jobs.job_queue import JobBoard
 from server.registry.registry import Registry
 from server.settings import Settings
 from server.soft_prompts.names import TASK_NAME

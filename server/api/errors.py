@@ -17,10 +17,10 @@ from starlette.routing import Match
 
 from server.api.bodies import UNKNOWN, nearest
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
+from server.api.prompts.uploads import not_kept
 from server.api.schemas import ErrorBody
-from server.api.tgi_schemas import INVOCATIONS, GenerateBody, GenerateParameters
-from server.api.training_schemas import JOB_FIELDS, JOBS
-from server.api.uploads import not_kept
+from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateParameters
+from server.api.training.schemas import JOB_FIELDS, JOBS
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.uploads import not_kept
+from server.api.prompts.uploads import not_kept
 from server.errors import InvalidRequest, PayloadTooLarge
 
 MAX_FORM_PARTS = 16

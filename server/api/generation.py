@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from server.core import GenerationRequest, TemplatedText
-from server.engine.labels import encode_labels
+from server.contracts import GenerationRequest, TemplatedText
+from server.engine.text.choice_scoring import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, UnknownToken, VersionUnavailable
 from server.registry.registry import Registry
-from server.registry.views import Resolved
+from server.registry.snapshot_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 

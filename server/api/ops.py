@@ -12,7 +12,7 @@ from server.api.auth import Reads, Scrapes, may_see
 from server.api.deps import ExecutorsDep, MetricsDep, RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import ErrorBody, Health, Info, Live, PrefixInfo, Ready
 from server.api.telemetry.metrics import CONTENT_TYPE
-from server.api.tgi_schemas import MAX_BEST_OF, MAX_INPUTS, MAX_STOP
+from server.api.tgi.schemas import MAX_BEST_OF, MAX_INPUTS, MAX_STOP
 from server.engine.worker import EngineWorker
 from server.errors import Forbidden, PreludeError, ServerDraining
 

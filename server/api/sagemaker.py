@@ -10,14 +10,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Discriminator, Tag
 
-from server.api import tgi
 from server.api.auth import Generates, GuardedRoute
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
 from server.api.openai import chat, completions
 from server.api.openai.replies import ChatReply, CompletionReply
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.api.sse import OR_STREAM
-from server.api.tgi_schemas import INVOCATIONS, GenerateBody, GenerateReply
+from server.api.tgi import routes as tgi
+from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateReply
 
 _KINDS = {"inputs": GenerateBody, "messages": ChatBody, "prompt": CompletionBody}
 """Bodies by the field that only they have."""

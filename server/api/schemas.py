@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from server.core import TOO_DEEP, Grammar, GrammarKind
+from server.contracts import TOO_DEEP, Grammar, GrammarKind
 from server.errors import InvalidRequest
 
 

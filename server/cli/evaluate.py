@@ -81,15 +81,15 @@ def evaluate(
     """
     configure_logging("warning")
     with errors_as_sentences():
-        from server.cli import contents
+        from server.cli import task_source as contents
         from server.cli.scores import print_report
         from server.cli.tables import console
         from server.engine.build import load_engine
         from server.evaluation.card import check_card, render_card, write_card, write_metrics
-        from server.evaluation.contestants import TeacherText, Wanted
         from server.evaluation.data import read_evaluation_data, read_rows
         from server.evaluation.evaluation import prepare
-        from server.evaluation.run import OwnEngine, run
+        from server.evaluation.standalone import OwnEngine, run
+        from server.evaluation.systems import TeacherText, Wanted
 
         settings = Settings.load()
         wanted = Wanted.parse([name.strip() for name in baselines.split(",") if name.strip()])

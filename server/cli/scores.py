@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.errors import printable
-from server.evaluation.contestants import TEACHER
 from server.evaluation.report import Report, written_difference, written_estimate
+from server.evaluation.systems import TEACHER
 
 MOST_LABELS = 32
 COLOURS = {"better": "green", "worse": "red"}

@@ -120,7 +120,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     rows = read_rows(files, config)
     # Torch takes seconds to load, and whoever has mistyped a path need not wait for it.
     from server.cli.bars import Bars, describe
-    from server.engine.model import FrozenModel
+    from server.engine.model.frozen import FrozenModel
     from server.train.dtype import training_settings
     from server.train.output import check_writable, write_task
     from server.train.run import train_task

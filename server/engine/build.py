@@ -6,21 +6,21 @@ import logging
 
 import torch
 
-from server.core import ModelSpec
-from server.engine.decode_graphs import capture
-from server.engine.device_defaults import filled_in
+from server.contracts import ModelSpec
+from server.engine.attention.recurrent import bytes_per_state
+from server.engine.attention.varlen_rows import log_attention
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache, SlotAllocator, bytes_per_position
-from server.engine.largest_step import measure_steps
-from server.engine.memory import MemoryPlan, MiB, Steps, Wanted, plan
-from server.engine.model import FrozenModel
-from server.engine.optimise import load_kernels, optimise
+from server.engine.fast.decode_graphs import capture
+from server.engine.fast.optimise import load_kernels, optimise
+from server.engine.memory.kv_cache import KVCache, SlotAllocator, bytes_per_position
+from server.engine.memory.largest_step import measure_steps
+from server.engine.memory.plan import MemoryPlan, MiB, Steps, Wanted, plan
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.model.device_defaults import filled_in
+from server.engine.model.frozen import FrozenModel
+from server.engine.model.preflight import free_memory
 from server.engine.out_of_memory import release_unused
-from server.engine.prefix_cache import PrefixCache
-from server.engine.preflight import free_memory
-from server.engine.recurrent import bytes_per_state
-from server.engine.scheduler import most_running
-from server.engine.varlen_rows import log_attention
+from server.engine.scheduling.scheduler import most_running
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from server.core import GenerationRequest
-from server.engine.model import FrozenModel
+from server.contracts import GenerationRequest
+from server.engine.model.frozen import FrozenModel
 from server.errors import EmptyInput, InputTooLong
 from server.soft_prompts.soft_prompt import SoftPrompt
 

@@ -8,23 +8,23 @@ from functools import partial
 
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, SamplingParams, Token
+from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, SamplingParams, Token
+from server.engine.attention.cached_rows import Span
 from server.engine.checks import check_request
-from server.engine.detokenizer import Detokenizer
-from server.engine.endings import ending, failure
-from server.engine.grammar_walks import Drawn, Walk, Walks
-from server.engine.grammars import Compiled, Grammars
-from server.engine.kv_cache import KVCache
-from server.engine.layout import Span
-from server.engine.logit_rows import Batch
-from server.engine.model import FrozenModel
+from server.engine.grammars.compiled import Compiled, Grammars
+from server.engine.grammars.walks import Drawn, Walk, Walks
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.model.frozen import FrozenModel
 from server.engine.out_of_memory import run_with_less
-from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import Runner
-from server.engine.sampler import Choice
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.text import ModelText
+from server.engine.sampling.logit_rows import Batch
+from server.engine.sampling.sampler import Choice
+from server.engine.scheduling.endings import ending, failure
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.sequence import Sequence
+from server.engine.text.detokenizer import Detokenizer
+from server.engine.text.model_text import ModelText
 from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
 

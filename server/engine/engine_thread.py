@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 
-from server.core import Delta, FinishReason, GenerationRequest
+from server.contracts import Delta, FinishReason, GenerationRequest
 from server.engine.engine import Engine
-from server.engine.grammars import Compiled
+from server.engine.grammars.compiled import Compiled
 from server.errors import GenerationFailed, PreludeError
 from server.soft_prompts.soft_prompt import SoftPrompt
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from server.core import Delta
-from server.engine.layout import Span
-from server.engine.logit_rows import Batch
-from server.engine.sequence import Sequence
+from server.contracts import Delta
+from server.engine.attention.cached_rows import Span
+from server.engine.sampling.logit_rows import Batch
+from server.engine.scheduling.sequence import Sequence
 from server.errors import GenerationFailed
 
 log = logging.getLogger(__name__)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from server.engine.compiled_attention import CompiledAttention, CompiledRows
-from server.engine.decode_graphs import DecodeGraphs
-from server.engine.kv_cache import KVCache
-from server.engine.layout import CachedRows, Span
-from server.engine.logit_rows import Batch, LogitRows, tokens_of
-from server.engine.model import FrozenModel
-from server.engine.operators import operators_with
-from server.engine.recurrent import RecurrentRows, ServingRows
-from server.engine.sampler import Choice, begin_choosing
-from server.engine.upload import Download, send, upload
-from server.engine.varlen_rows import VarlenRows, varlen_attention
+from server.engine.attention.cached_rows import CachedRows, Span
+from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
+from server.engine.attention.recurrent import RecurrentRows, ServingRows
+from server.engine.attention.varlen_rows import VarlenRows, varlen_attention
+from server.engine.fast.decode_graphs import DecodeGraphs
+from server.engine.fast.operators import operators_with
+from server.engine.memory.kv_cache import KVCache
+from server.engine.model.frozen import FrozenModel
+from server.engine.sampling.logit_rows import Batch, LogitRows, tokens_of
+from server.engine.sampling.sampler import Choice, begin_choosing
+from server.engine.to_device import Download, send, upload
 
 
 class Runner:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from server.core import Delta, FinishReason
+from server.contracts import Delta, FinishReason
 from server.errors import RequestAborted
 
 MOST_UNREAD = 1_000_000

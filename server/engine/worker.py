@@ -16,16 +16,16 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 
-from server.core import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
-from server.engine.admission import Admission, Limits
+from server.contracts import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
 from server.engine.engine_thread import TICK_SECONDS, EngineThread
-from server.engine.grammar_queue import GrammarQueue
-from server.engine.kv_cache import SlotAllocator
-from server.engine.prefix_cache import PrefixCache
-from server.engine.shared_inputs import SharedInputs
+from server.engine.grammars.compile_queue import GrammarQueue
+from server.engine.memory.kv_cache import SlotAllocator
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.shared_inputs import SharedInputs
+from server.engine.scheduling.admission import Admission, Limits
 from server.engine.streams import Stream, Streams
-from server.engine.text import ModelText
+from server.engine.text.model_text import ModelText
 from server.errors import (
     GenerationFailed,
     InvalidSoftPrompt,

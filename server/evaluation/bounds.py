@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.errors import InvalidTrainingData
-from server.evaluation.contestants import Contestant
 from server.evaluation.data import EvaluationData
+from server.evaluation.systems import Contestant
 
 REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any number."
 

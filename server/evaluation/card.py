@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import ConfigurationError
-from server.evaluation.contestants import INSTRUCTION, TEACHER, ZERO_SHOT
 from server.evaluation.intervals import RESAMPLES
 from server.evaluation.report import Report, written_estimate
+from server.evaluation.systems import INSTRUCTION, TEACHER, ZERO_SHOT
 from server.soft_prompts.formats import MANIFEST_FILE
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt

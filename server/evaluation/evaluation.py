@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from server.evaluation import contestants as ways
 from server.evaluation import metrics
-from server.evaluation.ask import Answer, Asked, Questions
+from server.evaluation import systems as ways
 from server.evaluation.bounds import Bounds
-from server.evaluation.contestants import Contestant, Host, TeacherText, Wanted
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
+from server.evaluation.questions import Answer, Asked, Questions
 from server.evaluation.report import About, Report, Score
+from server.evaluation.systems import Contestant, Host, TeacherText, Wanted
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile, Row
 

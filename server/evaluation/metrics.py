@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from server.errors import ConfigurationError
-from server.evaluation.ask import Answer, is_same, shown_text
-from server.evaluation.contestants import Contestant
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Floats, Statistic
+from server.evaluation.questions import Answer, is_same, shown_text
+from server.evaluation.systems import Contestant
 
 BLEU_ORDER = 4
 

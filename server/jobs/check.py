@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, JobSpec

@@ -13,11 +13,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from server.engine import preflight
-from server.engine.checkpoint import resolve_checkpoint
-from server.engine.devices import choose_device, choose_dtype
-from server.engine.loading import CONFIG, check_files
-from server.engine.preflight import Stored, free_memory, made, quantisation
+from server.engine.model import preflight
+from server.engine.model.devices import choose_device, choose_dtype
+from server.engine.model.loading import CONFIG, check_files
+from server.engine.model.preflight import Stored, free_memory, made, quantisation
+from server.engine.model.weights import resolve_checkpoint
 from server.errors import InsufficientMemory
 from server.settings import Settings
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from server.errors import Forbidden, PreludeError, StoreFull, UnknownJob
-from server.jobs.board import JobBoard
 from server.jobs.check import as_told
-from server.jobs.child import Child, end_child, end_left_behind, identify, start_child
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
-from server.jobs.process import FULL, REFUSED
+from server.jobs.job_queue import JobBoard
+from server.jobs.launcher import Child, end_child, end_left_behind, identify, start_child
+from server.jobs.main import FULL, REFUSED
 from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
 from server.keys.key import Scope

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
 from server.registry.events import content_of
-from server.registry.folder import Folder, Signature
+from server.registry.inbox_watcher import Folder, Signature
 from server.registry.registry import Registry
 from server.registry.state import Version
 from server.soft_prompts.declared import CONFIG_FILE

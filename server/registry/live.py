@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Protocol
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import UnknownTask
-from server.registry import plans
-from server.registry.contents import Contents
+from server.registry import commands as plans
 from server.registry.events import Change, Content, Event, Publish
 from server.registry.host_cache import HostCache
+from server.registry.loader import Contents
+from server.registry.snapshot_views import Resolved, Task
 from server.registry.state import WHOLE_STORE, State, Version
 from server.registry.store import Store
 from server.registry.unreadable import Entry
-from server.registry.views import Resolved, Task
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
 

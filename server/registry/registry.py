@@ -14,17 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, StoreFull
-from server.registry import plans
+from server.registry import commands as plans
 from server.registry.bounded import BoundedLock, result_of
+from server.registry.commands import Expected, Placed
 from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
-from server.registry.plans import Expected, Placed
+from server.registry.snapshot_views import Published, Task
 from server.registry.state import State
 from server.registry.store import Behind, Store
 from server.registry.unreadable import Entry
-from server.registry.views import Published, Task
 from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidSoftPrompt, UnsupportedPeftType
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import EMBEDDING_TYPES, KV_TYPES

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidSoftPrompt
 from server.soft_prompts.declared import (
     CONFIG_FILE,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from server.core import SamplingParams, TemplatedText
+from server.contracts import SamplingParams, TemplatedText
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 
 INPUT_FIELD = "{input}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import BaseModelMismatch, InvalidSoftPrompt
 from server.soft_prompts.manifest import Manifest
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from server.core import TemplatedText
+from server.contracts import TemplatedText
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
 
 if TYPE_CHECKING:  # torch is not needed to read and check rows
-    from server.engine.model import FrozenModel
+    from server.engine.model.frozen import FrozenModel
 
 MAX_ROWS = 500_000
 MAX_LINE_BYTES = 2**20

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from server.core import FinishReason, GenerationRequest, SamplingParams
+from server.contracts import FinishReason, GenerationRequest, SamplingParams
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache
-from server.engine.model import FrozenModel
-from server.engine.prefix_cache import PrefixCache
-from server.engine.text import common_start
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.model.frozen import FrozenModel
+from server.engine.text.model_text import common_start
 from server.errors import ConfigurationError, GenerationFailed, InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt

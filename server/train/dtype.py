@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from server.engine.devices import choose_device, choose_dtype
+from server.engine.model.devices import choose_device, choose_dtype
 from server.settings import Settings
 
 ROWS, FED, MADE = 512, 512, 1024

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from server.engine.attention import Layout, PackedRows, SharedStart
-from server.engine.model import FrozenModel
-from server.engine.operators import at_least_float32
+from server.engine.attention.interface import Layout, PackedRows, SharedStart
+from server.engine.fast.operators import at_least_float32
+from server.engine.model.frozen import FrozenModel
 from server.train.data import Example
 from server.train.methods import KeyValues, LearnedPrefix
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidSoftPrompt, InvalidTrainingData
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt

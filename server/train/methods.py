@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.train.config import TrainingConfig
 
 KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]

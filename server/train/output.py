@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.durable import sync
 from server.errors import ConfigurationError
 from server.soft_prompts.declared import MULTITASK

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from server.engine.model import FrozenModel
-from server.engine.preflight import free_memory
+from server.engine.model.frozen import FrozenModel
+from server.engine.model.preflight import free_memory
 from server.train.config import TrainingConfig
 from server.train.data import Example
 

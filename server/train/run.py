@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.durable import replace_file
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_size
 from server.train.config import TrainingConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidTrainingData
 from server.train.batches import Batches
 from server.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -24,14 +24,14 @@ import uvicorn
 
 from server.api.app import Service, create_app
 from server.api.connection import bounded_protocol
-from server.engine.attention import ATTENTION_NAME, Layout
+from server.engine.attention.interface import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
-from server.jobs.board import JobBoard
-from server.jobs.child import Child, write_order
 from server.jobs.folder import JobFolder
-from server.jobs.process import main
+from server.jobs.job_queue import JobBoard
+from server.jobs.launcher import Child, write_order
+from server.jobs.main import main
 from server.jobs.runner import JobRunner
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects

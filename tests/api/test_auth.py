@@ -17,11 +17,15 @@ from fastapi.routing import APIRoute
 from huggingface_hub import InferenceClient, close_session
 from huggingface_hub.errors import ValidationError
 
-from server.api import forms, ops, prompts, tgi, training, versions
+from server.api import forms, ops
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.errors import install_error_handlers
 from server.api.openai import chat, completions, models
+from server.api.prompts import routes as prompts
+from server.api.prompts import versions
+from server.api.tgi import routes as tgi
+from server.api.training import routes as training
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import ApiKey, Scope

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.keys.file import add_key
 from server.keys.key import Scope
 from server.soft_prompts.formats import save_soft_prompt

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import LiveServer, assert_error, engine_answer, live_server, wait_until

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.core import Scored
-from server.engine.labels import judge
-from server.engine.model import FrozenModel
+from server.contracts import Scored
+from server.engine.model.frozen import FrozenModel
+from server.engine.text.choice_scoring import judge
 from tests.api.live import LiveServer, assert_error, engine_answer
 from tests.support import EOS
 

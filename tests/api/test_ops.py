@@ -14,9 +14,9 @@ import torch
 
 from server import __version__
 from server.api import ops
-from server.core import Delta
+from server.contracts import Delta
 from server.engine import worker as worker_module
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import GenerationFailed, InputTooLong, PreludeError, ServerDraining
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_error, live_server, parse_events, wait_until

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server.api.evaluations.bodies import Order
+from server.api.evaluations.schemas import Order
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.api.schemas import ActivateBody, RequestBody
-from server.api.tgi_schemas import GenerateBody, TokenizeBody
-from server.api.training_schemas import parse_request, request_body
+from server.api.tgi.schemas import GenerateBody, TokenizeBody
+from server.api.training.schemas import parse_request, request_body
 
 BODIES: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (ActivateBody, {"version": 1}),

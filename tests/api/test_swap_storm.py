@@ -19,8 +19,8 @@ import httpx
 import pytest
 import torch
 
-from server.engine.attention import Layout
-from server.engine.model import FrozenModel
+from server.engine.attention.interface import Layout
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import LiveServer, live_server, wait_until

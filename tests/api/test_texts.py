@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from server.engine.labels import encode_labels
+from server.engine.text.choice_scoring import encode_labels
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import CHAT, COMPLETIONS, TEMPLATE, Body, joined, user
 from tests.api.openai.support import ask as ask_openai

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server.cli import app
-from server.core import ModelSpec
-from server.engine.model import FrozenModel
+from server.contracts import ModelSpec
+from server.engine.model.frozen import FrozenModel
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from server.engine import distribution, logit_rows, sampler
-from server.engine.upload import upload
+from server.engine.sampling import filters as distribution
+from server.engine.sampling import logit_rows, sampler
+from server.engine.to_device import upload
 
 VIEWS = {
     "_reshape_alias",

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.core import Delta, FinishReason
+from server.contracts import Delta, FinishReason
 from server.engine.engine import Engine
-from server.engine.fair_queue import Running
-from server.engine.grammar_walks import Walks
-from server.engine.kv_cache import KVCache, Slot
-from server.engine.logit_rows import Batch
-from server.engine.prefix_cache import PrefixCache
-from server.engine.sampler import Choice
-from server.engine.sequence import Sequence
+from server.engine.grammars.walks import Walks
+from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.sampling.logit_rows import Batch
+from server.engine.sampling.sampler import Choice
+from server.engine.scheduling.fair_queue import Running
+from server.engine.scheduling.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.lives import KINDS, REQUESTS, TASKS, Asked, Life, World
 from tests.support import request

@@ -24,11 +24,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from server.engine.attention import PackedRows
-from server.engine.compatibility import refuse_unsupported
-from server.engine.exactness import errors, own_logits, refuse_inexact
-from server.engine.load_errors import as_sentence, refusing_own_choice
-from server.engine.model import FrozenModel
+from server.engine.attention.interface import PackedRows
+from server.engine.model.compatibility import refuse_unsupported
+from server.engine.model.exactness import errors, own_logits, refuse_inexact
+from server.engine.model.frozen import FrozenModel
+from server.engine.model.load_errors import as_sentence, refusing_own_choice
 from server.errors import ConfigurationError, UnsupportedModel
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.tiny_families import EXAMPLES, tiny_config, tiny_family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from server.core import Grammar, GrammarKind
+from server.contracts import Grammar, GrammarKind
 
 
 def schema(value: Any) -> Grammar:

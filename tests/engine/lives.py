@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, Scored
-from server.engine.kv_cache import Slot
-from server.engine.model import FrozenModel
-from server.engine.sequence import Sequence
+from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, Scored
+from server.engine.memory.kv_cache import Slot
+from server.engine.model.frozen import FrozenModel
+from server.engine.scheduling.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import EOS, Outcome, make_engine, random_other_prompt, random_soft_prompt, request, run_engine
 

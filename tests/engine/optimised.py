@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from server.engine.attention import PackedRows
-from server.engine.compiled_attention import CompiledAttention
+from server.engine.attention.compiled_rows import CompiledAttention
+from server.engine.attention.interface import PackedRows
 from server.engine.engine import Engine
-from server.engine.fused import FusedLayer
+from server.engine.fast.fused import FusedLayer
+from server.engine.fast.optimise import optimise
 from server.engine.kernels import Kernels
-from server.engine.model import FrozenModel
-from server.engine.optimise import optimise
+from server.engine.model.frozen import FrozenModel
 from tests.support import Outcome, make_engine, random_kv_prompt, random_soft_prompt, request, run_engine, tiny_model
 
 FUSED = {"llama", "mistral", "qwen2", "qwen3"}

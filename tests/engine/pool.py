@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from server.core import ModelSpec
-from server.engine.attention import AttentionRules
-from server.engine.compiled_attention import BLOCK, CompiledAttention, CompiledRows
+from server.contracts import ModelSpec
+from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.compiled_rows import BLOCK, CompiledAttention, CompiledRows
+from server.engine.attention.interface import AttentionRules
 from server.engine.kernels import Kernels
-from server.engine.kv_cache import KVCache, Slot
-from server.engine.layout import Places, Span
+from server.engine.memory.kv_cache import KVCache, Slot
 
 NAN, INF = float("nan"), float("inf")
 LAYERS, LAYER = 2, 1

@@ -13,16 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from server.engine import (
-    distribution,
-    layout,
-    logit_rows,
-    recurrent,
-    runner,
-    sampler,
-    upload,
-    varlen_rows,
-)
+from server.engine import runner
+from server.engine import to_device as upload
+from server.engine.attention import cached_rows as layout
+from server.engine.attention import recurrent, varlen_rows
+from server.engine.sampling import filters as distribution
+from server.engine.sampling import logit_rows, sampler
 
 
 class Meeting(AssertionError):

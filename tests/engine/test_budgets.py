@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from server.core import GenerationRequest
-from server.engine import sampler
-from server.engine.decode_graphs import DecodeGraphs
-from server.engine.model import FrozenModel
-from server.engine.optimise import optimise
+from server.contracts import GenerationRequest
+from server.engine.fast.decode_graphs import DecodeGraphs
+from server.engine.fast.optimise import optimise
+from server.engine.model.frozen import FrozenModel
 from server.engine.runner import Runner
-from server.engine.sampler import choose_next
-from server.engine.sequence import Sequence
-from server.engine.upload import Download
+from server.engine.sampling import sampler
+from server.engine.sampling.sampler import choose_next
+from server.engine.scheduling.sequence import Sequence
+from server.engine.to_device import Download
 from tests.engine.counting import Largest, Operators, Reads, count_uploads
 from tests.engine.fake_cuda import opaque_varlen_attn
-from tests.engine.test_sampler import sequence
+from tests.engine.sampling.test_sampler import sequence
 from tests.support import TINY, make_engine, random_soft_prompt, request, tiny_model
 
 ROWS, VOCABULARY = 256, 2000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from server.engine.build import build_engine, plan_memory
-from server.engine.kv_cache import bytes_per_position
-from server.engine.memory import MiB
-from server.engine.model import FrozenModel
+from server.engine.memory.kv_cache import bytes_per_position
+from server.engine.memory.plan import MiB
+from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError, InsufficientMemory
 from server.settings import Settings
 

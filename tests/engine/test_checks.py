@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from server.core import Delta, GenerationRequest, Grammar, GrammarKind
-from server.engine.attention import ATTENTION_NAME
-from server.engine.labels import encode_labels
-from server.engine.model import FrozenModel
-from server.engine.text import ModelText
+from server.contracts import Delta, GenerationRequest, Grammar, GrammarKind
+from server.engine.attention.interface import ATTENTION_NAME
+from server.engine.model.frozen import FrozenModel
+from server.engine.text.choice_scoring import encode_labels
+from server.engine.text.model_text import ModelText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTrainingData, UnknownToken, UnsupportedModel
 from server.soft_prompts.manifest import Manifest

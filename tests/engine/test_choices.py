@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from server.core import FinishReason
-from server.engine.model import FrozenModel
+from server.contracts import FinishReason
+from server.engine.model.frozen import FrozenModel
 from server.errors import EmptyInput, InputTooLong
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import (

@@ -8,7 +8,7 @@ from hypothesis import seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from server.engine.kernels import Kernels
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from tests.engine.engine_life import EngineLife
 from tests.engine.lives import World
 from tests.engine.optimised import ALL, optimised
@@ -31,7 +31,7 @@ def test_whatever_happens_all_end_once_in_fair_order_with_the_answer_they_get_al
     model: FrozenModel, soak: Soak, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for patience in ("STEP_SECONDS", "IDLE_SECONDS", "SLOW_SECONDS"):  # what happens must not depend on the clock
-        monkeypatch.setattr(f"server.engine.grammar_walks.{patience}", 60.0)
+        monkeypatch.setattr(f"server.engine.grammars.walks.{patience}", 60.0)
     world = World(model)
     lives: type[EngineLife] = type("Lives", (EngineLife,), {"world": world})
     for _ in soak.rounds(short=1, full=100, desc="lives of an engine, by the forty"):

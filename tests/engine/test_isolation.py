@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.core import FinishReason, GenerationRequest
-from server.engine.model import FrozenModel
+from server.contracts import FinishReason, GenerationRequest
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import (

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from server.core import FinishReason, GenerationRequest
+from server.contracts import FinishReason, GenerationRequest
 from server.engine.engine import Engine
-from server.engine.logit_rows import Batch
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.engine.runner import Runner
+from server.engine.sampling.logit_rows import Batch
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from server.engine.checkpoint import resolve_checkpoint
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
+from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt

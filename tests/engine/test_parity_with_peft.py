@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.peft_files import KINDS, NUM_TASKS, peft_directory

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.core import GenerationRequest
+from server.contracts import GenerationRequest
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.engine.upload import upload
+from server.engine.model.frozen import FrozenModel
+from server.engine.to_device import upload
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.fake_cuda import opaque_varlen_attn
 from tests.engine.provenance import Meeting, Provenance

@@ -12,13 +12,13 @@ from typing import Any, NoReturn, cast
 import pytest
 import torch
 
-from server.core import Delta, GenerationRequest
-from server.engine.admission import Limits
-from server.engine.attention import Layout
-from server.engine.detokenizer import Detokenizer
-from server.engine.grammar_walks import Walk
-from server.engine.model import FrozenModel
-from server.engine.sequence import Sequence
+from server.contracts import Delta, GenerationRequest
+from server.engine.attention.interface import Layout
+from server.engine.grammars.walks import Walk
+from server.engine.model.frozen import FrozenModel
+from server.engine.scheduling.admission import Limits
+from server.engine.scheduling.sequence import Sequence
+from server.engine.text.detokenizer import Detokenizer
 from server.engine.worker import EngineWorker
 from server.errors import (
     GenerationFailed,

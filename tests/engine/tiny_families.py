@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
-from server.engine.attention import ATTENTION_NAME, register_attention
-from server.engine.preflight import auto_class
+from server.engine.attention.interface import ATTENTION_NAME, register_attention
+from server.engine.model.preflight import auto_class
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 300,

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from server.engine.attention import ATTENTION_NAME
+from server.engine.attention.interface import ATTENTION_NAME
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.evaluation.ask import Answer
-from server.evaluation.contestants import Wanted
+from server.engine.model.frozen import FrozenModel
 from server.evaluation.data import EvaluationData
 from server.evaluation.evaluation import Evaluation, prepare
-from server.evaluation.run import OwnEngine
+from server.evaluation.questions import Answer
+from server.evaluation.standalone import OwnEngine
+from server.evaluation.systems import Wanted
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile, Row
 from tests.support import byte_tokenizer, make_engine, random_soft_prompt, tiny_module

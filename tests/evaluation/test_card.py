@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError
 from server.evaluation.card import BEGIN, END, render_card, write_card, write_metrics
 from server.evaluation.report import Report
-from server.evaluation.run import run
+from server.evaluation.standalone import run
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.evaluation.support import data_of, prepared, soft_prompt_of

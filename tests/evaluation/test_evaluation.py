@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.model import FrozenModel
-from server.engine.text import ModelText
+from server.engine.model.frozen import FrozenModel
+from server.engine.text.model_text import ModelText
 from server.errors import GenerationFailed, InvalidRequest, InvalidTrainingData
-from server.evaluation.contestants import (
+from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY, PERPLEXITY
+from server.evaluation.standalone import OwnEngine, _answers, run
+from server.evaluation.systems import (
     BASELINE_SLACK,
     Contestant,
     TeacherText,
@@ -22,8 +24,6 @@ from server.evaluation.contestants import (
     draw_examples,
     of_soft_prompt,
 )
-from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY, PERPLEXITY
-from server.evaluation.run import OwnEngine, _answers, run
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.initial import initial_values

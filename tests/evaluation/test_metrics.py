@@ -11,9 +11,9 @@ from sacrebleu.metrics import bleu as sacre
 
 from server.errors import ConfigurationError
 from server.evaluation import metrics
-from server.evaluation.ask import is_same
-from server.evaluation.contestants import Contestant
 from server.evaluation.metrics import EXACT_MATCH, GENERATED_ACCURACY, accuracy, bleu, macro_f1, perplexity, rouge_l
+from server.evaluation.questions import is_same
+from server.evaluation.systems import Contestant
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.evaluation.support import data_of, texts
 from tests.train.rows import MOODS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 from tests.jobs.support import Yard, make_yard, save_tiny_model
 

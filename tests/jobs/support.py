@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from server.engine.attention import ATTENTION_NAME
-from server.engine.model import FrozenModel
-from server.jobs.board import JobBoard
+from server.engine.attention.interface import ATTENTION_NAME
+from server.engine.model.frozen import FrozenModel
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
+from server.jobs.job_queue import JobBoard
 from server.jobs.record import read_lines
 from server.jobs.runner import JobRunner, Start
 from server.registry.registry import Registry

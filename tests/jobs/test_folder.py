@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.model import FrozenModel
-from server.engine.preflight import Stored
+from server.engine.model.frozen import FrozenModel
+from server.engine.model.preflight import Stored
 from server.errors import InsufficientMemory, StoreError, UnknownJob
 from server.jobs.folder import JobsFolder
 from server.jobs.job import JOB_ID, ActivateIf, DataNames, JobSpec, JobState, new_job_id
+from server.jobs.main import end_with
 from server.jobs.memory import check_room, weight_bytes
-from server.jobs.process import end_with
 from server.jobs.record import Recorder, read_lines, read_progress
 from server.settings import Settings
 from server.train.config import TrainingConfig
@@ -174,12 +174,12 @@ def test_a_quantised_checkpoint_needs_what_it_stores(
 
 def test_a_process_ends_once_its_parent_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
-    monkeypatch.setattr("server.jobs.process.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("server.jobs.process.os._exit", lambda code: ended.set())
+    monkeypatch.setattr("server.jobs.main.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("server.jobs.main.os._exit", lambda code: ended.set())
     parent = os.getppid()
     end_with(parent)
     assert not ended.wait(0.1)
-    monkeypatch.setattr("server.jobs.process.os.getppid", lambda: 1)
+    monkeypatch.setattr("server.jobs.main.os.getppid", lambda: 1)
     assert ended.wait(2)
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from server.core import TemplatedText
-from server.engine.model import FrozenModel
+from server.contracts import TemplatedText
+from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidRequest, InvalidTrainingData, RequestAborted, StoreFull
 from server.jobs import publish
-from server.jobs.board import JobBoard
-from server.jobs.child import Child
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobState, Status
-from server.jobs.process import FULL, _is_full
+from server.jobs.job_queue import JobBoard
+from server.jobs.launcher import Child
+from server.jobs.main import FULL, _is_full
 from server.jobs.runner import JobRunner
 from server.keys import live
 from server.keys.file import add_key, revoke_key

@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from server.engine.model import FrozenModel, weights_hash
+from server.engine.model.frozen import FrozenModel, weights_hash
 from server.errors import JobRuns, UnknownJob
-from server.jobs.child import write_order
 from server.jobs.folder import JobFolder
 from server.jobs.job import ActivateIf, Job, JobState
-from server.jobs.process import main
+from server.jobs.launcher import write_order
+from server.jobs.main import main
 from server.jobs.record import read_lines
 from server.registry.registry import Registry
 from server.registry.store import Store
@@ -168,7 +168,7 @@ def test_a_process_that_fails_is_not_started_again(settings: Settings, tiny32: F
 def test_what_only_the_model_shows_fails_the_job_in_the_words_of_whoever_sent_it(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.jobs.process.end_with", lambda parent: None)
+    monkeypatch.setattr("server.jobs.main.end_with", lambda parent: None)
 
     def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
         write_order(folder, settings, os.getpid(), steps_back=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from tests.registry.s3 import s3, s3_store_url
 from tests.support import tiny_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.registry.events import content_of
 from server.registry.registry import Registry
 from server.registry.store import Store

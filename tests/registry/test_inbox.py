@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidSoftPrompt, ServerDraining, StoreError, UnknownTask
-from server.registry import folder as folder_module
 from server.registry import inbox as inbox_module
-from server.registry.folder import Signature
+from server.registry import inbox_watcher as folder_module
 from server.registry.inbox import Inbox
+from server.registry.inbox_watcher import Signature
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts import formats

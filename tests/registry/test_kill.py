@@ -24,7 +24,7 @@ import httpx
 import pytest
 import torch
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import PreludeError
 from server.registry import snapshots as snapshots_module
 from server.registry import store as store_module

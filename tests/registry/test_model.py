@@ -19,8 +19,8 @@ from server.errors import (
     UnknownTask,
     VersionInUse,
 )
+from server.registry.commands import Expected
 from server.registry.events import Source, Traffic
-from server.registry.plans import Expected
 from tests.registry.shelf import Shelf, content, identity, serving
 from tests.registry.test_refusals import is_tidy
 

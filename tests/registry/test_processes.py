@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from server.engine.attention import ATTENTION_NAME
+from server.engine.attention.interface import ATTENTION_NAME
 from server.registry.objects import open_objects
 from tests.api.live import as_form, wait_until
 from tests.peft_files import peft_directory

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import (
     InvalidSoftPrompt,
     InvalidTaskName,

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from server.errors import InvalidSoftPrompt, NothingToRollBackTo, PreludeError, UnknownTask
-from server.registry import plans
+from server.registry import commands as plans
 from server.registry import registry as registry_module
 from server.registry.events import Activate, Content, Event
 from server.registry.registry import Registry

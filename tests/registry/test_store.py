@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import StoreError
 from server.registry.events import Delete, Event
 from server.registry.registry import Registry

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import UnknownTask
 from server.registry.registry import Registry
 from server.registry.store import Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from tests.support import tiny_model
 
 

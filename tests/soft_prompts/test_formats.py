@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import BaseModelMismatch, InvalidSoftPrompt, PreludeError, UnsupportedPeftType
 from server.soft_prompts.declared import SERVED_TYPES
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt

@@ -20,8 +20,8 @@ from fastapi import UploadFile
 from safetensors.torch import load
 
 from server.api.errors import error_body
-from server.api.uploads import unpacked_upload
-from server.core import ModelSpec
+from server.api.prompts.uploads import unpacked_upload
+from server.contracts import ModelSpec
 from server.errors import PreludeError, StoreError
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest

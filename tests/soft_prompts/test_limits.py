@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.core import ModelSpec
+from server.contracts import ModelSpec
 from server.errors import InvalidSoftPrompt
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.limits import (

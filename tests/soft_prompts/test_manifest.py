@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.core import SamplingParams
+from server.contracts import SamplingParams
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
 from server.soft_prompts.manifest import MAX_DEPTH, MOST_PROBLEMS, GenerationDefaults, Manifest
 

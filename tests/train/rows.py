@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import Manifest
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example, Row, encode_examples

@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from server.api.generation import prepare
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTrainingData
 from server.registry.registry import Registry

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example

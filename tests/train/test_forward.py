@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import Example
 from server.train.forward import key_values_of, rows_logits, target_logits

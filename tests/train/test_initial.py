@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidTrainingData
 from server.soft_prompts.formats import save_soft_prompt
 from server.train.config import TrainingConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError, InvalidSoftPrompt, InvalidTrainingData
 from server.jobs.check import Frame, check_spec
 from server.jobs.job import JobSpec

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.model import FrozenModel, weights_hash
+from server.engine.model.frozen import FrozenModel, weights_hash
 from server.errors import InvalidTrainingData
 from server.train.config import Method, TrainingConfig
 from server.train.initial import initial_values

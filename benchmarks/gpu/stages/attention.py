@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.gpu.devices import device_of
 from benchmarks.gpu.stage import Run
-from server.core import ModelSpec
-from server.engine.attention import AttentionRules
-from server.engine.kv_cache import KVCache
-from server.engine.layout import Span
-from server.engine.varlen_rows import Part, VarlenAttention, VarlenRows, varlen_attention
+from server.contracts import ModelSpec
+from server.engine.attention.cached_rows import Span
+from server.engine.attention.interface import AttentionRules
+from server.engine.attention.varlen_rows import Part, VarlenAttention, VarlenRows, varlen_attention
+from server.engine.memory.kv_cache import KVCache
 from tests.engine.varlen_reference import reference_varlen_attn
 
 LARGEST_DIFFERENCE = 2e-2

@@ -16,11 +16,11 @@ import torch
 from benchmarks.gpu.devices import device_of
 from benchmarks.gpu.stage import Run
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.engine.optimise import optimise
+from server.engine.fast.optimise import optimise
+from server.engine.model.frozen import FrozenModel
 
 ROOT = Path(__file__).parents[3]
-TESTS = ("tests/engine/test_decode_graphs.py", "tests/engine/test_varlen_rows.py")
+TESTS = ("tests/engine/fast/test_decode_graphs.py", "tests/engine/attention/test_varlen_rows.py")
 """Those with the marker `cuda`."""
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "gpt2")
 LEAST_AGREEMENT = {torch.float32: 0.95, torch.bfloat16: 0.4}

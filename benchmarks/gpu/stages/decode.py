@@ -15,13 +15,13 @@ from random_llama import inputs
 from benchmarks.gpu.devices import GB, copied_per_second, memory, wait
 from benchmarks.gpu.engines import Work, batch_of, end_all, load, soft_prompts, tokens_per_second, until_all_decode
 from benchmarks.gpu.stage import Run
-from server.core import GenerationRequest, SamplingParams
+from server.contracts import GenerationRequest, SamplingParams
 from server.engine.build import longest_prefix
 from server.engine.engine import Engine
-from server.engine.kv_cache import bytes_per_position
-from server.engine.largest_step import measure_steps
-from server.engine.memory import Steps
-from server.engine.preflight import free_memory
+from server.engine.memory.kv_cache import bytes_per_position
+from server.engine.memory.largest_step import measure_steps
+from server.engine.memory.plan import Steps
+from server.engine.model.preflight import free_memory
 
 LEAST_SHARE = 0.6
 LEAST_MIXED = 0.97

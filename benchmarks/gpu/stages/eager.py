@@ -19,12 +19,12 @@ from random_llama import inputs
 from benchmarks.gpu.devices import seconds_of, wait
 from benchmarks.gpu.engines import batch_of, end_all, load, tokens_per_second, until_all_decode
 from benchmarks.gpu.stage import Run
-from server.core import GenerationRequest, Grammar, GrammarKind, SamplingParams
-from server.engine.attention import AttentionRules
+from server.contracts import GenerationRequest, Grammar, GrammarKind, SamplingParams
+from server.engine.attention.cached_rows import Span
+from server.engine.attention.interface import AttentionRules
+from server.engine.attention.varlen_rows import Part, VarlenAttention, VarlenRows, flash_attention
 from server.engine.engine import Engine
-from server.engine.kv_cache import Slot
-from server.engine.layout import Span
-from server.engine.varlen_rows import Part, VarlenAttention, VarlenRows, flash_attention
+from server.engine.memory.kv_cache import Slot
 from tests.engine.varlen_reference import reference_varlen_attn
 
 ROUNDS = 3

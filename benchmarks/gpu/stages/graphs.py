@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.gpu.devices import device_of, wait
 from benchmarks.gpu.stage import Run
-from server.engine.attention import ATTENTION_NAME
-from server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Forward, capture
+from server.engine.attention.interface import ATTENTION_NAME
+from server.engine.attention.varlen_rows import VarlenAttention
 from server.engine.engine import Engine
-from server.engine.model import FrozenModel
-from server.engine.optimise import optimise
-from server.engine.varlen_rows import VarlenAttention
+from server.engine.fast.decode_graphs import CudaRecorder, DecodeGraphs, Forward, capture
+from server.engine.fast.optimise import optimise
+from server.engine.model.frozen import FrozenModel
 from tests.engine.varlen_reference import reference_varlen_attn
 from tests.support import TINY, byte_tokenizer, make_engine, tiny_module
 

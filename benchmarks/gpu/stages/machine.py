@@ -12,7 +12,7 @@ import transformers
 
 from benchmarks.gpu.devices import copied_per_second, device_of, seconds_of
 from benchmarks.gpu.stage import Run
-from server.engine.varlen_rows import NEEDED, OPERATOR, operator_arguments
+from server.engine.attention.varlen_rows import NEEDED, OPERATOR, operator_arguments
 
 PACKAGES = {
     "engine stages": ("pydantic", "pydantic_settings", "safetensors", "tokenizers", "psutil", "tqdm", "numpy"),

@@ -14,9 +14,9 @@ from enum import StrEnum
 from server.api.evaluations.preparation import Preparation
 from server.engine.worker import EngineWorker
 from server.errors import Forbidden, Overloaded, PreludeError, RequestAborted, ServerDraining, UnknownEvaluation
-from server.evaluation.beside import rows_at_once, run_beside
 from server.evaluation.card import render_card
 from server.evaluation.evaluation import Evaluation
+from server.evaluation.in_server import rows_at_once, run_beside
 from server.evaluation.report import Report
 from server.executors import Executor
 from server.keys.key import Scope

@@ -10,16 +10,16 @@ from pathlib import Path, PurePosixPath
 
 from starlette.datastructures import UploadFile
 
-from server.api.evaluations.bodies import FILES, Order
-from server.api.uploads import not_kept
+from server.api.evaluations.schemas import FILES, Order
+from server.api.prompts.uploads import not_kept
 from server.data_dir import resolve_data
 from server.engine.worker import EngineWorker
 from server.errors import ServerDraining
 from server.evaluation.bounds import Bounds
-from server.evaluation.contestants import TeacherText, Wanted
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import Evaluation, prepare
-from server.registry.views import Resolved
+from server.evaluation.systems import TeacherText, Wanted
+from server.registry.snapshot_views import Resolved
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 

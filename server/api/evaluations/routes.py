@@ -11,9 +11,9 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from server.api.auth import GuardedRoute, Publishes, allow_task, authorise, may_see
 from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, known_query
 from server.api.errors import error_body
-from server.api.evaluations.bodies import EvaluationBody, EvaluationList, Progress, request_body
+from server.api.evaluations.job_requests import make_job, read_order
 from server.api.evaluations.jobs import EvaluationJob, Evaluations
-from server.api.evaluations.orders import make_job, read_order
+from server.api.evaluations.schemas import EvaluationBody, EvaluationList, Progress, request_body
 from server.api.schemas import ErrorBody
 from server.api.sse import unless_disconnected
 from server.errors import EvaluationNotDone, RequestAborted, UnknownEvaluation

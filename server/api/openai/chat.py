@@ -9,7 +9,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.choices import Choice, collect, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.openai.completions import ERRORS
 from server.api.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -18,8 +17,9 @@ from server.api.openai.replies import ChatReply, usage_of
 from server.api.openai.schemas import ChatBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
+from server.api.outputs import Choice, collect, merge
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.core import ChatEnd, Delta, Token
+from server.contracts import ChatEnd, Delta, Token
 from server.engine.worker import EngineWorker
 
 router = APIRouter(

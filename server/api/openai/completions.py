@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.choices import Choice, collect_all, merge
 from server.api.deps import RegistryDep, WorkerDep, known_query
 from server.api.generation import place_of, placed
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
@@ -19,8 +18,9 @@ from server.api.openai.replies import CompletionReply, usage_of
 from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
+from server.api.outputs import Choice, collect_all, merge
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.core import Delta, Scored, Token
+from server.contracts import Delta, Scored, Token
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, InvalidRequest
 

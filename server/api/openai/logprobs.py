@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from server.core import Candidate, Scored, Token
-from server.engine.text import ModelText
+from server.contracts import Candidate, Scored, Token
+from server.engine.text.model_text import ModelText
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not know."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from server.api.openai.fields import NoList, NoText, NotOffered
 from server.api.schemas import Text
-from server.core import ChatEnd, TemplatedText
+from server.contracts import ChatEnd, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.choices import Choice
+from server.api.outputs import Choice
 
 ReasonToFinish = Literal["stop", "length"]
 

@@ -37,7 +37,7 @@ from server.api.openai.fields import (
 from server.api.openai.messages import Message
 from server.api.openai.response_format import ResponseFormat
 from server.api.schemas import RequestBody, Text
-from server.core import ChatEnd
+from server.contracts import ChatEnd
 
 MAX_CHOICES = 128
 """Most choices of one request: inputs times what is asked of each."""

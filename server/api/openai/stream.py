@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from server.api.choices import Choice
 from server.api.openai.errors import openai_error
 from server.api.openai.replies import usage_of
+from server.api.outputs import Choice
 from server.api.sse import Dialect
-from server.core import Delta
+from server.contracts import Delta
 
 OPENAI = Dialect(b"data: ", b"data: [DONE]\n\n", openai_error)
 

@@ -21,11 +21,11 @@ from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
 from server.api.schemas import grammar_of, schema_text
 from server.api.telemetry.watch import watched
-from server.core import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
+from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
 from server.registry.registry import Registry
-from server.registry.views import Resolved
+from server.registry.snapshot_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 

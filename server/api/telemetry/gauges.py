@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.engine.worker import EngineWorker
-from server.jobs.board import JobBoard
+from server.jobs.job_queue import JobBoard
 from server.jobs.states import count_states
 from server.registry.events import KINDS
 from server.registry.registry import Registry

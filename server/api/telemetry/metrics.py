@@ -15,10 +15,10 @@ from prometheus_client.metrics_core import Metric
 from server.api.telemetry.gauges import Gauges
 from server.api.telemetry.record import Outcome
 from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
-from server.core import Usage
+from server.contracts import Usage
 from server.engine.worker import EngineWorker
 from server.executors import Executor
-from server.jobs.board import JobBoard
+from server.jobs.job_queue import JobBoard
 from server.registry.registry import Registry
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4

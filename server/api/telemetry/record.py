@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from fastapi import Request
 
-from server.core import Usage
+from server.contracts import Usage
 from server.errors import PreludeError, RequestAborted, RequestTimedOut
 
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from server.api.generation import Prepared, placed
 from server.api.telemetry.metrics import Metrics
 from server.api.telemetry.record import Outcome, Record, outcome_of, record_of
-from server.core import Delta, Usage
+from server.contracts import Delta, Usage
 from server.engine.worker import EngineWorker
 
 

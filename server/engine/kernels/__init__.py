@@ -23,7 +23,8 @@ import numba
 import numpy as np
 import torch
 
-from server.engine import compiled_attention, operators
+from server.engine.attention import compiled_rows as compiled_attention
+from server.engine.fast import operators
 from server.engine.kernels.attention import AttentionLoops, attention_loops
 from server.engine.kernels.small import SmallLoops, small_loops
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from server.engine.compiled_attention import BLOCK, EVERYTHING, QUERIES
+from server.engine.attention.compiled_rows import BLOCK, EVERYTHING, QUERIES
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop

@@ -17,7 +17,7 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.clients.support import rendered
 from tests.api.live import LiveServer, live_server

@@ -9,7 +9,7 @@ import openai
 import pytest
 from tokenizers import processors
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from tests.api.live import LiveServer, SteeredModel, assert_openai_error, engine_answer, live_server
 from tests.api.openai.support import (
     CHAT,

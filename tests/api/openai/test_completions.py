@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.model import FrozenModel
+from server.engine.model.frozen import FrozenModel
 from tests.api.live import MAX_MODEL_LEN, LiveServer, assert_openai_error, engine_answer, wait_until
 from tests.api.openai.support import COMPLETIONS, FROZEN, Body, ask, events, joined, post, reasons, stream, texts
 from tests.support import EOS, VOCAB_SIZE

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.choices import Choice
 from server.api.openai.logprobs import LOWEST, chat_logprobs, completion_logprobs, text_offsets
 from server.api.openai.replies import usage_of
-from server.core import Candidate, Scored, Token, Usage
-from server.engine.text import ModelText
+from server.api.outputs import Choice
+from server.contracts import Candidate, Scored, Token, Usage
+from server.engine.text.model_text import ModelText
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=20)
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from server.api.telemetry.record import Outcome, Record, outcome_of
-from server.core import Usage
+from server.contracts import Usage
 from server.errors import (
     GenerationFailed,
     InputTooLong,

@@ -10,7 +10,9 @@ import numba
 import numpy as np
 import pytest
 
-from server.engine import compiled_attention, kernels, operators
+from server.engine import kernels
+from server.engine.attention import compiled_rows as compiled_attention
+from server.engine.fast import operators
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.small import small_loops
 from tests.soak import Soak
@@ -42,12 +44,12 @@ def test_what_was_compiled_is_found_again() -> None:
 ATTEND = """
 import sys, torch
 from pathlib import Path
-from server.engine.kv_cache import KVCache, Slot
-from server.engine.compiled_attention import CompiledAttention, CompiledRows
+from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.kernels import use_kernels
 
-from server.engine.layout import Span
-from server.engine.model import FrozenModel
+from server.engine.attention.cached_rows import Span
+from server.engine.model.frozen import FrozenModel
 from tests.support import TINY, byte_tokenizer, tiny_module
 
 TINY["llama"] |= {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}

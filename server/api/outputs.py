@@ -1,0 +1,106 @@
+"""What comes back of requests: deltas put together into choices, of one request or of several that run at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.contracts import Delta, FinishReason, Scored, Token, Usage
+
+
+@dataclass
+class Choice:
+    """One choice of a request, as far as it has come."""
+
+    index: int
+    tokens: list[Token] = field(default_factory=list)
+    scored: tuple[Scored, ...] = ()
+    """Given tokens with their log-probabilities: the input's, or the label's."""
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+    def take(self, delta: Delta) -> None:
+        """Take over what a step added."""
+        assert self.finish_reason is None, "a choice ends once"
+        if delta.token is not None:
+            self.tokens.append(delta.token)
+        self.scored = delta.scored or self.scored
+        self.finish_reason = delta.finish_reason
+        self.usage = delta.usage or self.usage
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of its tokens, by which choices are ranked; those of no tokens come last."""
+        known = [token.logprob for token in self.tokens if token.logprob is not None]
+        return sum(known) / len(known) if known else float("-inf")
+
+
+async def collect(deltas: AsyncIterator[Delta], num_choices: int = 1) -> list[Choice]:
+    """All choices of one request, once it has ended."""
+    choices = [Choice(index) for index in range(num_choices)]
+    async for delta in deltas:
+        choices[delta.index].take(delta)
+    return choices
+
+
+async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int = 1) -> list[list[Choice]]:
+    """All choices of several requests that run at once, in their order.
+
+    If one fails, or whoever waits is cancelled, the others are aborted: nobody would read them.
+    """
+    running = [asyncio.ensure_future(collect(deltas, num_choices)) for deltas in requests]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        await _cancelled(running)
+
+
+async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tuple[int, Delta]]:
+    """What several requests yield, as it comes, with the number of the request.
+
+    If one fails the others are aborted; closing the iterator aborts all.
+    """
+    if len(requests) == 1:  # the usual stream need not go through a second queue and task
+        async with aclosing(requests[0]) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
+    # No more than one waits of each: what is not read stays where it is counted, with the engine's worker.
+    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue(len(requests))
+
+    async def pump(number: int, deltas: AsyncIterator[Delta]) -> None:
+        try:
+            async for delta in deltas:
+                await arrived.put((number, delta))
+        except Exception:
+            await arrived.put((number, None))
+            raise
+        await arrived.put((number, None))
+
+    running = [asyncio.ensure_future(pump(number, deltas)) for number, deltas in enumerate(requests)]
+    try:
+        left = len(running)
+        while left:
+            number, added = await arrived.get()
+            if added is not None:
+                yield number, added
+                continue
+            await running[number]  # raises what ended it
+            left -= 1
+    finally:
+        await _cancelled(running)
+
+
+async def _cancelled(running: Sequence[asyncio.Future[Any]]) -> None:
+    """End tasks that may have ended already; each closes its request on the way."""
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)

@@ -1,0 +1,227 @@
+"""A task's versions over HTTP: list, activate, roll back, share traffic, download, delete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Path, Query, Response
+from pydantic import BeforeValidator, PositiveInt, StrictInt
+
+from server.api.auth import GuardedRoute, Publishes, Reads
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known_query
+from server.api.generation import find_soft_prompt
+from server.api.prompts.changes import CHANGE_SECONDS, in_time
+from server.api.prompts.preconditions import ExpectedDep, set_etag
+from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
+from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList, without_nulls
+from server.contracts import ModelSpec
+from server.errors import VersionUnavailable
+from server.registry.events import Content, seconds_of
+from server.registry.registry import Registry
+from server.registry.snapshot_views import Task
+from server.registry.state import Version
+from server.soft_prompts.archive import zip_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
+ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}
+BODY_ERRORS: dict[int | str, dict[str, Any]] = {
+    **ACTIVATE_ERRORS,
+    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+}
+
+router = APIRouter(
+    prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
+)
+
+PAGE = 100
+"""Versions of a page, with their metrics and descriptions."""
+
+Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=[1])]
+
+
+@router.get(
+    "/versions",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=ERRORS,
+    dependencies=[Reads],
+)
+async def list_versions(
+    task: TaskName,
+    registry: RegistryDep,
+    response: Response,
+    limit: Annotated[int, Query(ge=1, le=PAGE, description="Entries of a page.")] = PAGE,
+    before: Annotated[
+        int | None, Query(ge=1, description="Only versions older than this one: `next` of the page before.")
+    ] = None,
+) -> VersionList:
+    """A task's versions, newest first, a page of them."""
+    return _versions(registry, registry.task(task), response, limit, before)
+
+
+@router.post(
+    "/activate",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=BODY_ERRORS,
+    dependencies=[Publishes],
+)
+async def activate(
+    task: TaskName,
+    body: ActivateBody,
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    response: Response,
+) -> VersionList:
+    """Let one version answer, alone; ends a canary."""
+    changed = await in_time(
+        CHANGE_SECONDS, executors, registry.activate, task, body.version, by=key_id, expected=expected
+    )
+    return _versions(registry, changed, response)
+
+
+@router.post(
+    "/rollback",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses={**ACTIVATE_ERRORS, 409: {"model": ErrorBody, "description": "Nothing answered before."}},
+    dependencies=[Publishes],
+)
+async def roll_back(
+    task: TaskName,
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    response: Response,
+) -> VersionList:
+    """Let what answered before answer again; twice in a row goes back twice."""
+    changed = await in_time(CHANGE_SECONDS, executors, registry.roll_back, task, by=key_id, expected=expected)
+    return _versions(registry, changed, response)
+
+
+@router.put(
+    "/traffic",
+    response_model=VersionList,
+    response_model_exclude_none=True,
+    responses=BODY_ERRORS,
+    dependencies=[Publishes],
+)
+async def set_traffic(
+    task: TaskName,
+    weights: Annotated[
+        dict[PositiveInt, StrictInt],
+        BeforeValidator(without_nulls, json_schema_input_type=dict[PositiveInt, StrictInt | None]),
+        Body(description="Shares of 100 by version.", examples=[{"1": 90, "2": 10}], max_length=100),
+    ],
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+    response: Response,
+) -> VersionList:
+    """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
+    return _versions(
+        registry,
+        await in_time(CHANGE_SECONDS, executors, registry.set_traffic, task, weights, by=key_id, expected=expected),
+        response,
+    )
+
+
+@router.get(
+    "/versions/{version}/download",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/zip": {}}, "description": "A PEFT directory."},
+        **ERRORS,
+        429: CHANGE_ERRORS[429],
+        503: UNAVAILABLE,
+    },
+    dependencies=[Publishes],
+)
+async def download(task: TaskName, version: Number, registry: RegistryDep, executors: ExecutorsDep) -> Response:
+    """A version as a zip that `PeftModel.from_pretrained` loads once unpacked, and that PUT takes back."""
+    found, soft_prompt = await find_soft_prompt(registry, f"{task}@{version}", "")
+    about = {
+        "task": task,
+        "created_at": found.at,
+        "digest": soft_prompt.digest,
+        "prefix_hash": soft_prompt.prefix_hash,
+        "peft_type": soft_prompt.peft_type,
+        "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+        "hidden_size": registry.model.hidden_size,
+    }
+    if found.content.about.problem is not None:  # another version of the same numbers may be in memory
+        raise VersionUnavailable(f"This server cannot read the version: {found.content.about.problem}")
+    data = await in_time(CHANGE_SECONDS, executors, _zip, found.content, soft_prompt, about, registry.model)
+    headers = {"Content-Disposition": f'attachment; filename="{task}-{version}.zip"', "ETag": f'"{soft_prompt.digest}"'}
+    return Response(data, media_type="application/zip", headers=headers)
+
+
+@router.delete(
+    "/versions/{version}",
+    status_code=204,
+    responses={**CHANGE_ERRORS, 409: {"model": ErrorBody, "description": "The version is live."}},
+    dependencies=[Publishes],
+)
+async def delete_version(
+    task: TaskName,
+    version: Number,
+    registry: RegistryDep,
+    executors: ExecutorsDep,
+    expected: ExpectedDep,
+    key_id: KeyIdDep,
+) -> None:
+    """Delete a version that does not answer."""
+    await in_time(CHANGE_SECONDS, executors, registry.delete_version, task, version, by=key_id, expected=expected)
+
+
+def _zip(content: Content, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:
+    """A version's zip; its manifest is its own, where several versions of one digest differ in what they say."""
+    manifest = content.parse_manifest().model_copy(update=about)
+    return zip_soft_prompt(replace(soft_prompt, manifest=manifest), model)
+
+
+def _versions(
+    registry: Registry, task: Task, response: Response, limit: int = PAGE, before: int | None = None
+) -> VersionList:
+    set_etag(response, task.etag)
+    live = task.live
+    numbers = sorted((n for n in task.versions if before is None or n < before), reverse=True)
+    return VersionList(
+        task=task.name,
+        live=None if live is None else live.number,
+        traffic=shares(task),
+        versions=[_version(registry, task.versions[number], task) for number in numbers[:limit]],
+        next=numbers[limit - 1] if len(numbers) > limit else None,
+    )
+
+
+def _version(registry: Registry, version: Version, task: Task) -> VersionBody:
+    content = version.content
+    about = content.about
+    return VersionBody(
+        version=version.number,
+        live=version.number in dict(task.traffic),
+        digest=content.digest,
+        prefix_hash=content.prefix_hash,
+        peft_type=content.peft_type,
+        num_virtual_tokens=content.num_virtual_tokens,
+        bytes=content.num_bytes,
+        created_at=version.at,
+        source=version.source,
+        by=version.by,
+        description=about.description,
+        metrics=None if about.metrics is None else json.loads(about.metrics),
+        error=registry.why_broken(version) or _wrong_time(version.at),
+    )
+
+
+def _wrong_time(at: str) -> str | None:
+    return None if seconds_of(at) is not None else f"Its event's time, {at[:64]!r}, is not one."

@@ -1,0 +1,1 @@
+"""The front end of text-generation-inference: /generate, /generate_stream, /info."""

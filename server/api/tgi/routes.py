@@ -1,0 +1,249 @@
+"""The native routes, in text-generation-inference's words, with the task in the query."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.auth import Generates, GuardedRoute, allow_task
+from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.generation import LONG_TEXT, Prepared, Wanted, place_of, placed, prepare, refuse_too_long
+from server.api.outputs import collect_all
+from server.api.schemas import ErrorBody
+from server.api.sse import OR_STREAM, EventStream, unless_disconnected
+from server.api.telemetry.watch import watched
+from server.api.tgi.replies import events, reply_of
+from server.api.tgi.schemas import (
+    MAX_GENERATED,
+    MAX_SCORED,
+    GenerateBody,
+    GenerateParameters,
+    GenerateReply,
+    TokenizeBody,
+    TokenizedBody,
+)
+from server.contracts import Delta
+from server.engine.worker import EngineWorker
+from server.errors import InvalidRequest
+from server.registry.registry import Registry
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
+    404: {"model": ErrorBody, "description": "No such task or version."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    422: {"model": ErrorBody, "description": "A field does not fit, or the request can never fit the context."},
+    429: {"model": ErrorBody, "description": "Too much is waiting already; Retry-After says when to come back."},
+    500: {"model": ErrorBody, "description": "The engine could not finish the request."},
+    503: {"model": ErrorBody, "description": "The server is shutting down."},
+    504: {"model": ErrorBody, "description": "The request took too long."},
+}
+
+router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
+
+TaskQuery = Query(
+    None, description="The task, or task@version; without it the frozen model answers alone.", examples=["sms_spam"]
+)
+Reply = GenerateReply | list[GenerateReply]
+
+
+@router.post("/", response_model=list[GenerateReply], responses=ERRORS | OR_STREAM)
+async def generate_list(
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
+) -> Response:
+    """The same as /generate, for clients that know only the server's address; the reply is always a list."""
+    if isinstance(body.inputs, str) and not body.stream:
+        body = body.model_copy(update={"inputs": [body.inputs]})
+    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
+
+
+@router.post("/generate", response_model=Reply, responses=ERRORS | OR_STREAM)
+async def generate(
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
+) -> Response:
+    """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream."""
+    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
+
+
+@router.post(
+    "/generate_stream",
+    response_class=Response,
+    responses=ERRORS | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}},
+)
+async def generate_stream(
+    body: GenerateBody,
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    key_id: KeyIdDep,
+    task: str | None = TaskQuery,
+) -> Response:
+    """Generate text for a task as server-sent events, one per token."""
+    return await _answer(body, task, True, request, worker, registry, key_id)
+
+
+@router.post("/tokenize", responses={status: ERRORS[status] for status in (400, 413, 422, 429)})
+async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]:
+    """The tokens of a text, as the frozen model reads it."""
+    text = body.inputs
+    refuse_too_long(worker, text)
+    tokenize = worker.text.tokenize
+    found = await worker.threads.run(tokenize, text) if len(text) > LONG_TEXT else tokenize(text)
+    return [TokenizedBody(id=id_, text=text[start:stop], start=start, stop=stop) for id_, start, stop in found]
+
+
+async def _answer(
+    body: GenerateBody,
+    task: str | None,
+    stream: bool,
+    request: Request,
+    worker: EngineWorker,
+    registry: Registry,
+    key_id: str | None,
+) -> Response:
+    parameters = body.parameters
+    named = _one_task(task, parameters.adapter_id)
+    allow_task(request, named)
+    texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+    wanted = _wanted(parameters, stream)
+    _refuse_too_much(len(texts), parameters)
+    if stream:
+        _refuse_to_stream(body)
+    prepared = []
+    for number, text in enumerate(texts):
+        place = place_of("inputs", number, len(texts))
+        with placed(place):
+            one = await prepare(
+                worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, place=place
+            )
+        _refuse_equal_texts(one, parameters)
+        prepared.append(one)
+        await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
+    headers = _common(item.headers(worker) for item in prepared)
+    if stream:
+        deltas = watched(request, worker, prepared[0])
+        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        first = await unless_disconnected(request, anext(deltas))
+        return EventStream(events(first, deltas, body, prepared[0], worker), headers)
+    running = [watched(request, worker, item) for item in prepared]
+    replies = await unless_disconnected(request, _replies(running, prepared, texts, parameters, worker))
+    bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
+    return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
+
+
+async def _replies(
+    running: Sequence[AsyncIterator[Delta]],
+    prepared: Sequence[Prepared],
+    texts: Sequence[str],
+    parameters: GenerateParameters,
+    worker: EngineWorker,
+) -> list[GenerateReply]:
+    answers = await collect_all(running, prepared[0].request.num_choices)
+    return [
+        reply_of(choices, item, text, parameters, worker)
+        for choices, item, text in zip(answers, prepared, texts, strict=True)
+    ]
+
+
+def _common(headers: Iterable[dict[str, str]]) -> dict[str, str]:
+    """What is true of all answers: in a canary the texts of a list may go to different versions."""
+    first, *others = headers
+    return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
+
+
+def _one_task(query: str | None, adapter_id: str | None) -> str | None:
+    if query is not None and adapter_id is not None and query != adapter_id:
+        raise InvalidRequest(
+            f"?task= says {query!r} and parameters.adapter_id says {adapter_id!r}.", remedy="Name the task once."
+        )
+    return query if query is not None else adapter_id
+
+
+def _refuse_too_much(texts: int, parameters: GenerateParameters) -> None:
+    if parameters.choices is not None and texts * len(parameters.choices) > MAX_SCORED:
+        what, most = f"{len(parameters.choices)} choices", MAX_SCORED
+    elif texts * (parameters.best_of or 1) > MAX_GENERATED:
+        what, most = f"{parameters.best_of} texts", MAX_GENERATED
+    else:
+        return
+    raise InvalidRequest(
+        f"{texts} inputs with {what} each are more than {most} answers.", remedy="Send several requests."
+    )
+
+
+def _refuse_equal_texts(prepared: Prepared, parameters: GenerateParameters) -> None:
+    if (parameters.best_of or 1) > 1 and prepared.request.sampling.is_greedy:
+        raise InvalidRequest(
+            "parameters.best_of: without sampling all texts are the same, and none is the best.",
+            remedy="Set do_sample to true or a temperature above 0, or leave best_of out.",
+            param="best_of",
+        )
+
+
+def _refuse_to_stream(body: GenerateBody) -> None:
+    parameters = body.parameters
+    whole = {
+        "inputs": isinstance(body.inputs, list),
+        "parameters.best_of": (parameters.best_of or 1) > 1,
+        "parameters.choices": parameters.choices is not None,
+        "parameters.decoder_input_details": bool(parameters.decoder_input_details),
+    }
+    for name, is_whole in whole.items():
+        if is_whole:
+            what = "a list of texts" if name == "inputs" else name.removeprefix("parameters.")
+            raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Ask /generate without stream.")
+
+
+SAME_NAMES = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+)
+"""Parameters that SamplingParams calls the same."""
+
+
+def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
+    """A request's parameters in the engine's words."""
+    fields = {name: getattr(parameters, name) for name in SAME_NAMES if getattr(parameters, name) is not None}
+    best_of = parameters.best_of or 1
+    if parameters.stop is not None:
+        fields["stop"] = tuple(parameters.stop)
+    if parameters.stop_token_ids is not None:
+        fields["stop_token_ids"] = frozenset(parameters.stop_token_ids)
+    fields["include_stop"] = bool(parameters.include_stop_str_in_output)
+    if parameters.ignore_eos_token is not None:
+        fields["ignore_eos"] = parameters.ignore_eos_token
+    if parameters.do_sample is False:
+        fields["temperature"] = 0.0
+    if parameters.grammar is not None:
+        fields["grammar"] = parameters.grammar.grammar
+    fields["logprobs"] = stream or parameters.wants_details or best_of > 1
+    fields["top_logprobs"] = parameters.top_n_tokens or 0
+    return Wanted(
+        fields,
+        sample=_wants_sampling(parameters),
+        truncate=parameters.truncate,
+        n=best_of,
+        input_logprobs=bool(parameters.decoder_input_details),
+        labels=parameters.choices or (),
+    )
+
+
+def _wants_sampling(parameters: GenerateParameters) -> bool:
+    """Whether the request asks for sampling without saying at which temperature."""
+    # Clients send neutral values of the newer ones unasked; top_k and top_p have always asked by being there.
+    newer = (parameters.min_p or 0.0) > 0 or (parameters.typical_p or 1.0) < 1
+    asked = parameters.do_sample or parameters.top_k is not None or parameters.top_p is not None or newer
+    return bool(asked) and parameters.do_sample is not False and parameters.temperature is None

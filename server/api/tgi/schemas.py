@@ -1,0 +1,272 @@
+"""Bodies of the native routes, by text-generation-inference's names. Unknown fields are errors, as everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from server.api.schemas import RequestBody, Text, grammar_of, schema_text
+from server.contracts import Grammar, GrammarKind
+
+INVOCATIONS = "/invocations"
+"""Takes one of these bodies, or one of OpenAI's."""
+
+MAX_INPUTS = 128
+MAX_BEST_OF = 64
+MAX_CHOICES = 128
+MAX_GENERATED = 128
+"""Most texts that one request generates: its inputs times `best_of`."""
+MAX_SCORED = 2048
+"""Most labels that one request scores: its inputs times `choices`."""
+MAX_STOP = 16
+MAX_STOP_IDS = 128
+MAX_TOP_TOKENS = 20
+
+NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate")
+"""Parameters that mean something where labels are scored; all others say how to generate."""
+
+
+class _Strict(RequestBody):
+    model_config = ConfigDict(strict=True)
+
+
+class GrammarBody(_Strict):
+    """What the generated text must match."""
+
+    type: Literal["json", "json_schema", "regex", "lark", "ebnf"]
+    value: Any = Field(
+        description="A JSON schema, as an object or as text; {name, schema} for json_schema; a regular expression; "
+        "a Lark grammar; an EBNF grammar in the form of llama.cpp's GBNF.",
+        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "object"}]},
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> GrammarBody:
+        if self.type in ("regex", "lark", "ebnf") and not isinstance(self.value, str):
+            raise ValueError(f"the value of {self.type} is a text")
+        if self.type == "json" and not isinstance(self.value, str | dict):
+            raise ValueError("the value of json is a JSON schema, as an object or as text")
+        if self.type == "json_schema" and not (isinstance(self.value, dict) and "schema" in self.value):
+            raise ValueError("the value of json_schema is an object with a schema")
+        return self
+
+    @property
+    def grammar(self) -> Grammar:
+        """For the engine."""
+        if self.type in ("regex", "lark", "ebnf"):
+            return grammar_of(GrammarKind(self.type), str(self.value))
+        schema = self.value["schema"] if self.type == "json_schema" else self.value
+        return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))
+
+
+class GenerateParameters(_Strict):
+    """Parameters by text-generation-inference's names; those that are null take the task's default, then greedy."""
+
+    adapter_id: str | None = Field(None, description="The task; the same as ?task=.")
+    do_sample: bool | None = Field(None, description="false is greedy; true samples at temperature 1 unless given.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Most tokens to generate; 128 unless the task says else."
+    )
+    min_new_tokens: int | None = Field(None, ge=0, description="The text does not end before so many tokens.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy; anything else samples."
+    )
+    top_k: int | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Sample from tokens with this share of the best one's.")
+    typical_p: float | None = Field(None, gt=0, le=1, description="Sample from the most typical tokens that reach p.")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Over 1 makes tokens that occurred less likely."
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Over 0: less of what the output holds.")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Over 0: less of what the output holds, the more often the less."
+    )
+    seed: int | None = Field(None, ge=0, lt=2**64, description="Makes sampling repeatable.")
+    stop: list[Annotated[Text, Field(min_length=1, max_length=256)]] | None = Field(
+        None, max_length=MAX_STOP, description="The text ends before the first of these."
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=MAX_STOP_IDS, description="Tokens that end the text."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
+    )
+    ignore_eos_token: bool | None = Field(None, description="Go on past the end-of-sequence token.")
+    grammar: GrammarBody | None = Field(None, description="What the text must match.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEST_OF,
+        description="Generate so many and answer the one of the highest mean log-probability.",
+    )
+    choices: list[Annotated[Text, Field(min_length=1, max_length=1024)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_CHOICES,
+        description="Generate nothing, but say how likely each of these texts is; the likeliest is the answer.",
+    )
+    length_normalized: bool | None = Field(
+        None, description="With choices: compare mean log-probabilities of their tokens instead of sums."
+    )
+    truncate: int | None = Field(None, ge=1, description="Keep only the last so many input tokens.")
+    return_full_text: bool | None = Field(None, description="Put `inputs` in front of the generated text.")
+    details: bool | None = Field(None, description="Answer finish reason, token counts and every token.")
+    decoder_input_details: bool | None = Field(
+        None, description="Details with the input's tokens and their log-probabilities; not in a stream."
+    )
+    top_n_tokens: int | None = Field(
+        None, ge=0, le=MAX_TOP_TOKENS, description="Details with so many of the most likely tokens in each place."
+    )
+    watermark: bool | None = Field(None, description="Only false.")
+
+    @field_validator("watermark")
+    @classmethod
+    def _not_offered(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("watermark is not offered by this server; leave it out")
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _are_different(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("the same text comes twice")
+        return value
+
+    @model_validator(mode="after")
+    def _generate_or_choose(self) -> GenerateParameters:
+        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False, [])]
+        if self.choices is not None:
+            idle = [name for name in given if name not in NO_EFFECT_ON_CHOICES]
+            if idle:
+                raise ValueError(f"{idle[0]} has no effect on choices, which are scored, not generated; leave it out")
+        elif self.length_normalized:
+            raise ValueError("length_normalized needs choices")
+        return self
+
+    @property
+    def wants_details(self) -> bool:
+        """Whether the reply has `details`."""
+        return bool(self.details or self.decoder_input_details or self.top_n_tokens)
+
+
+def _kind_of_inputs(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "texts" if isinstance(value, list) else None
+
+
+class GenerateBody(_Strict):
+    """Body of /generate, /generate_stream and /."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "Win a prize now!"},
+                {"inputs": "Win a prize now!", "parameters": {"choices": ["ham", "spam"]}},
+                {"inputs": ["Win a prize now!", "See you at six."], "parameters": {"details": True, "seed": 1}},
+                {"inputs": "Win a prize now!", "parameters": {"max_new_tokens": 5, "temperature": 0.7}, "stream": True},
+            ]
+        }
+    )
+
+    inputs: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("texts")],
+        Discriminator(
+            _kind_of_inputs, custom_error_type="no_text", custom_error_message="must be a text or a list of texts"
+        ),
+    ] = Field(description="The text, or a list of texts; the task's input_template is put around each.")
+    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
+    stream: bool | None = Field(None, description="Answer as server-sent events, one per token.")
+    user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
+
+    @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)
+    @classmethod
+    def _null_is_default(cls, value: object) -> object:
+        return {} if value is None else value
+
+
+class TokenBody(BaseModel):
+    """One generated token. Joined, the texts of those that are not special are the generated text."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class InputTokenBody(BaseModel):
+    """One token of the input; nothing is known of how likely the first one was."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class SequenceBody(BaseModel):
+    """One of several generated texts."""
+
+    generated_text: str
+    finish_reason: str = Field(description="length, eos_token or stop_sequence.")
+    generated_tokens: int
+    seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
+    prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")
+    tokens: list[TokenBody] = []
+    top_tokens: list[list[TokenBody]] | None = None
+
+
+class DetailsBody(BaseModel):
+    """What `details: true` adds."""
+
+    finish_reason: str = Field(description="length, eos_token or stop_sequence.")
+    generated_tokens: int
+    input_length: int = Field(description="Input tokens, without virtual ones.")
+    prompt_tokens: int = Field(description="The same as input_length, by LoRAX's name.")
+    virtual_tokens: int
+    seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
+    prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")
+    tokens: list[TokenBody] = []
+    top_tokens: list[list[TokenBody]] | None = Field(None, description="With top_n_tokens.")
+    best_of_sequences: list[SequenceBody] | None = Field(None, description="With best_of: the others.")
+
+
+class ChoiceBody(BaseModel):
+    """One of the texts to choose from."""
+
+    text: str
+    probability: float = Field(description="Of this one, if it is one of them.")
+    logprob: float = Field(description="Log-probability of all its tokens.")
+    tokens: int = Field(description="How many it has.")
+
+
+class GenerateReply(BaseModel):
+    """Reply of /generate."""
+
+    generated_text: str
+    details: DetailsBody | None = None
+    choices: list[ChoiceBody] | None = Field(None, description="With `choices`, in their order.")
+
+
+class TokenizeBody(_Strict):
+    """Body of /tokenize."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Win a prize now!"}]})
+
+    inputs: Text = Field(description="A text, taken as it is: no template is put around it.")
+
+
+class TokenizedBody(BaseModel):
+    """One token of a text, and the characters that it stands for."""
+
+    id: int
+    text: str
+    start: int
+    stop: int

@@ -1,0 +1,116 @@
+"""Where `prelude eval` finds soft prompts: as a server that starts now would serve them, or as the store keeps them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.contracts import ModelSpec
+from server.errors import InvalidSoftPrompt, UnknownTask
+from server.registry.inbox import Inbox
+from server.registry.objects import LocalObjects, open_objects
+from server.registry.registry import Registry
+from server.registry.store import Store
+from server.settings import Settings
+from server.soft_prompts.formats import load_soft_prompts
+from server.soft_prompts.names import names_of, split_version
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
+
+Named = tuple[str, SoftPrompt]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is evaluated, and the other versions that it is compared with."""
+
+    name: str
+    version: int | None
+    soft_prompt: SoftPrompt
+    others: tuple[Named, ...] = ()
+
+
+def find(
+    settings: Settings,
+    model: ModelSpec,
+    reference: str,
+    directory: Path | None,
+    compare: tuple[int, int] | None,
+    others: Sequence[int],
+) -> Found:
+    """The soft prompts of an evaluation.
+
+    Args:
+        settings: where the inbox and the store are.
+        model: the frozen model that they must fit.
+        reference: a task of the inbox, or `task@version` of the store.
+        directory: a PEFT directory, instead of the inbox's.
+        compare: two versions of the store: the second is what the evaluation is about.
+        others: further versions of the store.
+
+    Raises:
+        InvalidSoftPrompt, UnknownTask, InvalidTaskName, VersionUnavailable, StoreError.
+    """
+    task, version = split_version(reference)
+    if compare is not None:
+        if version is not None:
+            raise UnknownTask(f"{reference} names a version, and so does --compare.", remedy=f"Name the task: {task}.")
+        version, others = compare[1], [compare[0], *others]
+    numbers = [number for number in dict.fromkeys(others) if number != version]
+    stored = _stored(settings, model, task, [*([] if version is None else [version]), *numbers])
+    named = tuple((f"{task}@{number}", stored[number]) for number in numbers)
+    if version is not None:
+        return Found(f"{task}@{version}", version, stored[version], named)
+    return Found(task, None, _of_inbox(settings, model, task, directory), named)
+
+
+def _stored(settings: Settings, model: ModelSpec, task: str, versions: Sequence[int]) -> dict[int, SoftPrompt]:
+    """Versions of a task, from the store that the settings name; nothing is written to it."""
+    if not versions:
+        return {}
+    scheme, _, path = settings.store_url.partition(":")
+    if scheme == "file" and not Path(path.removeprefix("//")).expanduser().is_dir():  # else it would be made
+        raise UnknownTask(
+            f"There is no store at {settings.store_url}, so there are no versions.",
+            remedy="Let PRELUDE_STORE name the server's store.",
+        )
+    registry = Registry(Store(open_objects(settings.store_url)), model, settings.max_virtual_tokens)
+    return {number: registry.fetch(registry.resolve(f"{task}@{number}")).result() for number in versions}
+
+
+def _of_inbox(settings: Settings, model: ModelSpec, task: str, directory: Path | None) -> SoftPrompt:
+    """What a server that starts with this inbox answers `task` with, or the one in a directory.
+
+    It is published as a server publishes it, but to a store that is gone afterwards.
+    """
+    with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
+        registry = Registry(Store(LocalObjects(Path(store))), model, settings.max_virtual_tokens)
+        if directory is not None:
+            if not directory.is_dir():
+                raise InvalidSoftPrompt(f"There is no directory {directory}.", remedy="Name a PEFT directory.")
+            contents = load_soft_prompts(directory, model, settings.max_virtual_tokens)
+            for note in contents[0].notes:
+                log.warning("%s: %s", directory, note)
+            if names_of(task, contents) != [task]:
+                raise InvalidSoftPrompt(
+                    f"{directory} is a multitask soft prompt with {len(contents)} rows.",
+                    remedy=f"Put it into {settings.prompts_dir}; there they are {directory.name}-0, ….",
+                )
+            registry.publish(task, contents, "inbox")
+        else:
+            Inbox(settings.prompts_dir, registry).scan(settle_seconds=0)
+        try:
+            return registry.fetch(registry.resolve(task)).result()
+        except UnknownTask as exc:
+            if task in registry.errors:
+                raise InvalidSoftPrompt(
+                    f"{settings.prompts_dir / task} cannot be served.", remedy=registry.errors[task]
+                ) from exc
+            tasks = ", ".join(live.name for live in registry.tasks()[:20]) or "nothing"
+            raise UnknownTask(
+                exc.message, remedy=f"{settings.prompts_dir} holds {tasks}; or name a directory with --soft-prompt."
+            ) from exc

@@ -1,0 +1,181 @@
+"""The layout of a serving step on a CPU, with attention by compiled loops; what those do, `kernels/attention.py` says.
+
+Here is which sequence is how much work, and where its numbers lie. Each sequence is work of its own, wherever its slot
+lies, and its length is its own too: no neighbour changes a bit of its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.interface import AttentionRules
+from server.engine.fast.operators import float_bits
+from server.engine.memory.kv_cache import KVCache
+
+if TYPE_CHECKING:  # numba is only imported where it is used
+    from server.engine.kernels import Kernels
+
+POSITIONS_FOR_THREADS = 512
+"""With fewer positions, one thread is done before a second has begun."""
+
+FEWEST_NUMBERS = 4
+"""Heads whose size is no multiple of it are left to torch: a vector of them would hold almost nothing."""
+
+BLOCK, QUERIES = 64, 16
+"""Positions, and tokens, of a chunk that make up a unit of work."""
+
+EVERYTHING = 1 << 40
+"""A window that leaves out nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's work, the same in every layer.
+
+    Attributes:
+        spans: `[spans, 5]`: first row of the flat row, position, tokens, start of the slot, first block of scratch.
+        spread: `[units, 3]` span, key head, block of positions.
+        attend: `[units, 3]` span, key head, block of queries; -1 stands for all key heads and for a single token.
+        tokens: of the flat row.
+        blocks: of scratch, for each key head.
+        threads: that it is worth.
+    """
+
+    spans: np.ndarray
+    spread: np.ndarray
+    attend: np.ndarray
+    tokens: int
+    blocks: int
+    threads: int
+
+
+class CompiledAttention:
+    """The loops over one KV cache; used by one thread."""
+
+    def __init__(self, kv_cache: KVCache, kernels: Kernels) -> None:
+        """Use `over`, which knows where it cannot be used."""
+        states = kv_cache.states
+        _, _, _, self._kv_heads, self._dim = states.shape
+        self._kernels = kernels
+        self._states = states  # whose memory it is
+        self._layers = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in states]
+        self._scratch = _floats(0)
+        self._sinks: dict[int, torch.Tensor] = {}  # by layer, in float32
+
+    @classmethod
+    def over(
+        cls, kv_cache: KVCache, rules: Sequence[AttentionRules], kernels: Kernels | None
+    ) -> CompiledAttention | None:
+        """The loops over a cache, or None where there is no compiled code, or a layer asks for what it does not do."""
+        odd = kv_cache.states.shape[-1] % FEWEST_NUMBERS
+        return None if kernels is None or odd or any(rule.softcap for rule in rules) else cls(kv_cache, kernels)
+
+    def plan(self, spans: Sequence[Span]) -> Work:
+        """Cut a step into units of work, the largest first, so that all threads end at once."""
+        rows, blocks, first_row = [], 0, 0
+        chunks, decoding = [], []
+        for index, span in enumerate(spans):
+            rows.append((first_row, span.start, span.count, span.slot.start, blocks))
+            first_row += span.count
+            if span.count == 1:
+                decoding.append(index)
+            else:
+                chunks.append((index, span))
+                blocks += -(-span.end // BLOCK)
+        spread = [(i, h, b) for i, span in chunks for b in range(-(-span.end // BLOCK)) for h in self._heads()]
+        attend = [(i, h, q) for i, span in chunks for q in self._query_blocks(span) for h in self._heads()]
+        positions = sum(span.end for span in spans)
+        threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
+        # A sequence is read best in one piece, but if there are fewer than threads, some would have nothing to do.
+        attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else self._heads())]
+        return Work(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        work: Work,
+        rules: AttentionRules,
+    ) -> torch.Tensor:
+        """Store a step's keys and values, and attend; see `attention.Layout.attend` for the shapes."""
+        heads, tokens, dim = query.shape
+        # The loops are given addresses, and believe what is said of them.
+        assert {states.dtype for states in (query, key, value)} == {self._states.dtype}, "stored as the cache is"
+        assert key.shape == value.shape == (self._kv_heads, tokens, self._dim), "shaped as the cache is"
+        assert dim == self._dim, "queries too"
+        assert tokens == work.tokens, "as many as were laid out"
+        out = query.new_empty(tokens, heads, dim)
+        turned, plain = self._scratch_for(work.blocks)
+        places: list[int] = [work.spans.ctypes.data]
+        inputs = [states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value)]
+        for states in inputs:
+            places += (states.data_ptr(), states.stride(1), states.stride(0))
+        window = EVERYTHING if rules.sliding_window is None else rules.sliding_window
+        places += (*self._layers[layer], turned, plain, float_bits(rules.scaling), window, out.data_ptr())
+        places.append(self._sinks_of(layer, rules))
+        loops = self._kernels.attention(heads // self._kv_heads, self._kv_heads, dim, self._states.dtype)
+        if len(work.spread):
+            loops.spread(len(work.spread), work.threads, work.spread.ctypes.data, *places)
+        loops.attend(len(work.attend), work.threads, work.attend.ctypes.data, *places)
+        return out
+
+    def _sinks_of(self, layer: int, rules: AttentionRules) -> int:
+        """The address of a layer's sinks; 0 where it has none."""
+        if rules.sinks is None:
+            return 0
+        if layer not in self._sinks:  # the weights are frozen
+            self._sinks[layer] = rules.sinks.float().contiguous()
+        return self._sinks[layer].data_ptr()
+
+    def _heads(self) -> range:
+        return range(self._kv_heads)
+
+    def _query_blocks(self, span: Span) -> Iterator[int]:
+        """The last one sees most."""
+        return reversed(range(-(-span.count // QUERIES)))
+
+    def _scratch_for(self, blocks: int) -> tuple[int, int]:
+        """Addresses of room for so many blocks of keys and of values; kept, because new memory costs time."""
+        size = blocks * self._kv_heads * BLOCK * self._dim
+        if 2 * size > len(self._scratch):
+            self._scratch = _floats(2 * size)
+        address = self._scratch.data_ptr()
+        return address, address + size * self._scratch.element_size()
+
+
+class CompiledRows:
+    """Serving layout over compiled attention; see `attention.Layout`."""
+
+    def __init__(self, attention: CompiledAttention, spans: Sequence[Span]) -> None:
+        """Lay out a step.
+
+        Args:
+            attention: over the cache.
+            spans: in the order of the flat row.
+        """
+        self._attention = attention
+        self._work = attention.plan(spans)
+        self.position_ids = torch.from_numpy(Places.of(spans).position_ids)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `attention.Layout.attend`."""
+        return self._attention.attend(layer, query, key, value, self._work, rules)
+
+
+def _floats(count: int) -> torch.Tensor:
+    """Memory as compiled loops take it, whatever dtype and device somebody has made torch's default."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
+def _table(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, width)

@@ -1,0 +1,283 @@
+"""The serving layout for CUDA: the tokens of a step attend in one or two calls per layer of torch's flash attention.
+
+Decoding sequences and chunks of prefills alike read their slots in the pool as it lies. What this relies on, in torch's
+flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
+
+- Once `seqused_k` is given, `cu_seq_k[i]` is only the place where sequence i begins, and `cu_seq_k[i + 1]` is not its
+  end: `sum_s_k = cu_seqlens_k[i]`, `actual_seqlen_k = seqused_k[i]`. So slots may lie in any order, and nothing behind
+  `seqused_k[i]` counts, whatever it is.
+- Causality and windows are aligned to the end: query r of n sees keys up to `r + seqused_k - n`, and with
+  `window_size=(left, 0)` those from `left` before that on.
+- `max_q` and `max_k` are upper bounds: they size the grid and decide how a long sequence is split, nothing else.
+- With `max_q == 1` and no window at all, the query heads that share a key head become rows of one product, and long
+  sequences are split over the device; with `(-1, 0)` neither is done. A lone query at its sequence's end needs no mask,
+  so a step that only decodes asks for none, and a sliding window is where its keys begin.
+
+That all this holds on a device is what tests/engine/attention/test_varlen_rows.py checks where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from server.contracts import ModelSpec
+from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.interface import AttentionRules
+from server.engine.memory.kv_cache import KVCache
+from server.engine.to_device import upload
+
+log = logging.getLogger(__name__)
+
+VarlenAttention = Callable[..., torch.Tensor]
+"""`flash_attention`, or what computes the same."""
+
+LARGEST_HEAD = 256
+"""Numbers per head that flash attention takes at most, in multiples of 8."""
+
+OPERATOR = "_flash_attention_forward"
+
+ON_NVIDIA = "NVIDIA's GPUs since Ampere (2020) have what it needs"
+
+NEEDED = {"scale", "window_size_left", "window_size_right", "seqused_k"}
+"""Arguments that the operator must have. Its schema decides, because torch's versions differ and some are patched."""
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    seqused_k: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of any number of sequences, by the operator below `torch.nn.attention.varlen.varlen_attn`.
+
+    The operator has had `seqused_k` longer than the function around it, which also costs the host twice the time.
+
+    Args:
+        query: `[tokens, heads, dim]`.
+        key: `[positions, kv_heads, dim]`; value likewise.
+        cu_seq_q: `[sequences + 1]` int32, where each sequence's tokens begin, and the end.
+        cu_seq_k: `[sequences + 1]` int32, where each sequence's keys begin.
+        max_q: no sequence has more tokens.
+        max_k: no sequence has more keys.
+        scale: of the scores.
+        window_size: how many keys before and after its own a token sees; -1 is any number.
+        seqused_k: `[sequences]` int32, how many keys each sequence has.
+        sinks: `[heads]`, see `AttentionRules`.
+
+    Returns:
+        `[tokens, heads, dim]`.
+    """
+    answered = getattr(torch.ops.aten, OPERATOR)(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        0.0,
+        window_size == (-1, 0),
+        False,
+        scale=scale,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        seqused_k=seqused_k,
+    )
+    out: torch.Tensor = answered[0]
+    if sinks is None:
+        return out
+    # Beside the answer the operator gives the log of each softmax's denominator, [heads, tokens] in float32. A sink
+    # adds to the denominator only: 1 / (1 + exp(sink - lse)) of the answer is left.
+    assert answered[1].shape == (query.shape[1], query.shape[0]), "as every torch gives it whose operator can serve"
+    gate = (answered[1].transpose(0, 1) - sinks.float()).sigmoid()
+    gated: torch.Tensor = out * gate.unsqueeze(-1)
+    return gated.to(out.dtype)
+
+
+def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
+    """The function that attends for a model on CUDA, or None where `CachedRows` has to."""
+    return flash_attention if model.device.startswith("cuda") and _why_not(model, rules) is None else None
+
+
+def log_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> None:
+    """Write to the log which attention serves a model on CUDA; where it is the slow one, why, and what would help."""
+    if not model.device.startswith("cuda"):
+        return
+    reason = _why_not(model, rules)
+    if reason is None:
+        log.info("attention: flash attention, two calls at most for each layer of a step")
+    else:
+        log.warning(
+            "attention: one call for each run of neighbouring slots and no CUDA graphs, several times slower than "
+            "flash attention, because %s",
+            reason,
+        )
+
+
+def _why_not(model: ModelSpec, rules: Sequence[AttentionRules]) -> str | None:
+    """Why flash attention cannot serve a model, and what would help; None if it can."""
+    other_model = "choose a model without it where speed counts, or lower PRELUDE_MAX_SEQUENCES to keep steps short"
+    missing = NEEDED - operator_arguments()
+    if torch.version.hip is not None:
+        return f"flash attention for ROCm takes the lengths of sequences from elsewhere; {ON_NVIDIA}"
+    capability = torch.cuda.get_device_capability(torch.device(model.device))
+    if capability < (8, 0):
+        version = ".".join(map(str, capability))
+        return f"flash attention needs compute capability 8.0, and this device has {version}; {ON_NVIDIA}"
+    if model.dtype != "bfloat16":
+        return f"flash attention takes no {model.dtype}; PRELUDE_DTYPE=bfloat16 does"
+    if model.head_dim % 8 or model.head_dim > LARGEST_HEAD:
+        return f"flash attention takes no heads of {model.head_dim} numbers; {other_model}"
+    if any(rule.softcap for rule in rules):
+        return f"flash attention has no soft-cap, and the model asks for one; {other_model}"
+    if missing:
+        return f"flash attention of torch {torch.__version__} has no {', '.join(sorted(missing))}; torch 2.13 has"
+    return None
+
+
+def operator_arguments() -> set[str]:
+    """Names of the arguments of torch's flash attention; none where torch has no such operator."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{OPERATOR}")  # noqa: SLF001 - torch has no other way to ask
+    return {argument.name for schema in schemas for argument in schema.arguments}
+
+
+class Part:
+    """Sequences of a step that one call of the attention takes."""
+
+    def __init__(
+        self, starts: torch.Tensor, ends: torch.Tensor, first_rows: torch.Tensor, *, max_q: int, max_k: int
+    ) -> None:
+        """Take indices that are on the device already.
+
+        Args:
+            starts: `[sequences + 1]` int32, where slots begin in the pool; the last number is read by nobody.
+            ends: `[sequences]` int32, positions of each sequence that are filled once the step has run.
+            first_rows: `[sequences + 1]` int32, where each sequence's tokens begin in the part's rows, and their end.
+            max_q: no sequence has more tokens in this step.
+            max_k: no sequence has more positions filled.
+        """
+        self._first_rows, self._max_q, self._max_k = first_rows, max_q, max_k
+        self._whole = (starts, ends)
+        self._windows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(
+        self,
+        attention: VarlenAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rules: AttentionRules,
+    ) -> torch.Tensor:
+        """Attention `[tokens, heads, dim]` of this part's rows `[tokens, heads, dim]` over the pool."""
+        starts, ends = self._whole
+        window = (-1, 0) if rules.sliding_window is None else (rules.sliding_window - 1, 0)
+        if self._max_q == 1:
+            window = (-1, -1)
+            if rules.sliding_window is not None:
+                starts, ends = self._window(rules.sliding_window)
+        return attention(
+            query,
+            keys,
+            values,
+            self._first_rows,
+            starts,
+            self._max_q,
+            self._max_k,
+            scale=rules.scaling,
+            window_size=window,
+            seqused_k=ends,
+            sinks=rules.sinks,
+        )
+
+    def _window(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Starts and ends of the last positions of each slot; made once per step, shared by the layers."""
+        if length not in self._windows:
+            starts, ends = self._whole
+            hidden = (ends - length).clamp_(min=0)
+            shifted = starts.clone()
+            shifted[:-1] += hidden
+            self._windows[length] = (shifted, ends - hidden)
+        return self._windows[length]
+
+
+class VarlenRows:
+    """Serving layout over a KV cache; see `attention.Layout`.
+
+    Decodes and prefills are two calls: one call for both would lay out as many blocks for each decode as the longest
+    chunk has, and would neither put the heads that share keys together nor split long sequences.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        attention: VarlenAttention,
+        position_ids: torch.Tensor,
+        pool_positions: torch.Tensor,
+        parts: Sequence[tuple[int, Part]],
+    ) -> None:
+        """Lay out a step whose indices are on the device already; `of` makes them.
+
+        Args:
+            kv_cache: where keys and values go.
+            attention: computes what `flash_attention` does.
+            position_ids: `[tokens]`, each token's position in its own sequence.
+            pool_positions: `[tokens]`, where its keys and values go.
+            parts: the flat row in order, each with its number of tokens.
+        """
+        self.position_ids = position_ids
+        self._kv_cache, self._attention = kv_cache, attention
+        self._pool_positions = pool_positions
+        self._parts = [part for _, part in parts]
+        self._tokens = [tokens for tokens, _ in parts]
+
+    @classmethod
+    def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
+        """Lay out a step of any decodes and chunks, in the order of the flat row."""
+        places = Places.of(spans)
+        groups = [list(group) for _, group in itertools.groupby(spans, lambda span: span.count == 1)]
+        indices = [_indices(group) for group in groups]
+        position_ids, pool_positions, joined = upload(
+            [places.position_ids, places.pool_positions, np.concatenate(indices)], kv_cache.states.device
+        )
+        parts = []
+        for group, on_device in zip(groups, torch.split(joined.int(), list(map(len, indices))), strict=True):
+            n = len(group)
+            starts, ends, first_rows = torch.split(on_device, [n + 1, n, n + 1])
+            max_q, max_k = max(span.count for span in group), max(span.end for span in group)
+            part = Part(starts, ends, first_rows, max_q=max_q, max_k=max_k)
+            parts.append((sum(span.count for span in group), part))
+        return cls(kv_cache, attention, position_ids, pool_positions, parts)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `attention.Layout.attend`."""
+        assert rules.softcap is None, "varlen_attention has looked at every layer"
+        self._kv_cache.write(layer, self._pool_positions, key, value)
+        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, as they lie
+        rows = torch.split(query.transpose(0, 1), self._tokens)
+        outs = [
+            part.attend(self._attention, mine, keys, values, rules)
+            for part, mine in zip(self._parts, rows, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _indices(spans: Sequence[Span]) -> np.ndarray:
+    """What `Part` takes of some sequences, in one array: starts and one more number, ends, first rows and their end."""
+    starts = [*(span.slot.start for span in spans), 0]
+    first_rows = np.cumsum([0, *(span.count for span in spans)])
+    return np.concatenate([starts, [span.end for span in spans], first_rows]).astype(np.int64)

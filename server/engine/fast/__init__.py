@@ -1,0 +1,1 @@
+"""Making a loaded model faster without changing what it computes."""

@@ -1,0 +1,175 @@
+"""Steps in which everybody decodes one token, replayed as CUDA graphs: one launch instead of some hundred.
+
+A graph repeats exactly the work that was captured, on the same memory, so there is one for each of a few batch sizes
+(buckets), and a batch is filled up to the next one. Rows that only fill up are token 0 of a sequence of length one
+whose slot is the cache's `scratch` position: all of them write the same there, and nobody else reads it.
+
+Everything that a step needs is made on the device from three numbers per row, which the host copies into a buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from server.engine.attention.varlen_rows import Part, VarlenAttention, VarlenRows
+from server.engine.memory.kv_cache import KVCache
+from server.engine.model.frozen import FrozenModel
+from server.engine.to_device import on_host
+
+log = logging.getLogger(__name__)
+
+LARGEST_BUCKET = 512
+"""Larger batches keep a device busy while the host launches the next operator; their logits would take gigabytes."""
+
+Forward = Callable[[], torch.Tensor]
+
+
+class Recorder(Protocol):
+    """Captures work on fixed memory."""
+
+    def __call__(self, forward: Forward) -> Forward:
+        """What repeats `forward` whenever it is called; its answer is overwritten by the next call.
+
+        It keeps `forward` alive: a graph reads the tensors that `forward` holds, and a device would lend freed ones to
+        others.
+        """
+        ...
+
+
+def buckets(max_sequences: int) -> list[int]:
+    """Batch sizes to capture: powers of two, and the largest batch that there can be."""
+    largest = min(max_sequences, LARGEST_BUCKET)
+    return [1 << power for power in range((largest - 1).bit_length())] + [largest]
+
+
+class DecodeGraphs:
+    """The model's forward over decoding rows, captured for each bucket.
+
+    Attributes:
+        buckets: the batch sizes, in ascending order.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        kv_cache: KVCache,
+        attention: VarlenAttention,
+        max_sequences: int,
+        record: Recorder,
+    ) -> None:
+        """Capture. The largest comes first: the others then fit into the memory that it has taken."""
+        self.buckets = buckets(max_sequences)
+        self._model, self._kv_cache, self._attention = model, kv_cache, attention
+        self._longest_slot = kv_cache.allocator.slab_length
+        device = kv_cache.states.device
+        self._inputs = torch.zeros(3 * self.buckets[-1], dtype=torch.long, device=device)
+        self._replays: dict[int, Forward] = {}
+        for bucket in tqdm(reversed(self.buckets), "capturing CUDA graphs", total=len(self.buckets), leave=False):
+            self._fill(bucket, [], [], [])
+            self._replays[bucket] = record(self._forward(bucket))
+
+    def takes(self, rows: int) -> bool:
+        """Whether a batch of so many fits into the largest bucket."""
+        return rows <= self.buckets[-1]
+
+    def run(self, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
+        """Logits `[rows, vocab_size]` of one step, to be read before the next one; in inference mode.
+
+        Args:
+            token_ids: `[rows]`.
+            positions: `[rows]`, each token's position in its own sequence.
+            starts: `[rows]`, where each sequence's slot begins in the pool.
+        """
+        rows = len(token_ids)
+        bucket = next(bucket for bucket in self.buckets if bucket >= rows)
+        self._fill(bucket, token_ids, positions, starts)
+        return self._replays[bucket]()[:rows]
+
+    def _fill(self, bucket: int, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> None:
+        """Write a batch and what fills it up into the buffer; the host does not wait."""
+        host = np.zeros((3, bucket), dtype=np.int64)
+        host[2] = self._kv_cache.scratch
+        host[:, : len(token_ids)] = (token_ids, positions, starts)
+        self._inputs[: host.size].copy_(on_host(host.reshape(-1), self._inputs.device), non_blocking=True)
+
+    def _forward(self, bucket: int) -> Forward:
+        """The work of a bucket, reading nothing of the host."""
+        device = self._inputs.device
+        token_ids, position_ids, starts = self._inputs[: 3 * bucket].view(3, bucket)
+        rows = torch.arange(bucket, device=device)
+        first_rows = torch.arange(bucket + 1, device=device, dtype=torch.int32)
+
+        def forward() -> torch.Tensor:
+            part = Part(
+                torch.nn.functional.pad(starts, (0, 1)).int(),
+                (position_ids + 1).int(),
+                first_rows,
+                max_q=1,
+                max_k=self._longest_slot,
+            )
+            layout = VarlenRows(self._kv_cache, self._attention, position_ids, position_ids + starts, [(bucket, part)])
+            return self._model.forward(self._model.embed(token_ids), position_ids, layout, rows)
+
+        return forward
+
+
+class CudaRecorder:
+    """Captures with torch's CUDA graphs, which share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        """For one device. All graphs share one stream, whose libraries take their workspaces once."""
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.graph.default_capture_stream = self._stream
+
+    def __call__(self, forward: Forward) -> Forward:
+        """See `Recorder`."""
+        # A capture that fails leaves its own stream the current one; leaving this block puts ours back.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            return self._record(forward)
+
+    def _record(self, forward: Forward) -> Forward:
+        # Once before: libraries choose their algorithms and take their workspaces then, which cannot be captured.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            forward()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = forward()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        replay.reads = forward  # type: ignore[attr-defined]
+        return replay
+
+
+@torch.inference_mode()
+def capture(
+    model: FrozenModel,
+    kv_cache: KVCache,
+    attention: VarlenAttention | None,
+    max_sequences: int,
+    record: Recorder | None = None,
+) -> DecodeGraphs | None:
+    """Graphs for a model; None where nothing attends by `attention` (as without CUDA), or where capturing fails."""
+    if attention is None:
+        return None
+    try:
+        graphs = DecodeGraphs(model, kv_cache, attention, max_sequences, record or CudaRecorder(model.device))
+    except Exception as exc:  # noqa: BLE001 - whatever a model does that a graph cannot hold, it can do eagerly
+        reason = next(iter(str(exc).splitlines()), "") or type(exc).__name__
+        log.warning("decoding goes on without CUDA graphs, because they cannot be captured: %s", reason)
+        return None
+    log.info("captured CUDA graphs for decoding %s sequences", ", ".join(map(str, graphs.buckets)))
+    return graphs

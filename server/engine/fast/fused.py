@@ -1,0 +1,180 @@
+"""Decoder layers of the Llama family in a handful of operators.
+
+transformers writes a layer for readers: seven matrix products, and norms and rotary embeddings made of many small
+operators, each of which costs some microseconds whatever it computes. Here query, key and value are one product, gate
+and up another, and residuals are added as a product is written. Any layer that has exactly these parts can be replaced
+(Llama, Mistral, Qwen 2 and 3, SmolLM, …); whether it may be is not guessed from its name but tried, see `optimise.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from server.engine.attention.interface import AttentionRules, Layout
+from server.engine.fast.linear import FrozenLinear
+from server.engine.fast.operators import Operators
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def has_known_parts(layer: nn.Module) -> bool:
+    """Whether a layer consists of the parts that `FusedLayer` computes, and of no others."""
+    parts = dict(layer.named_children())
+    if parts.keys() != _LAYER:
+        return False
+    attention, mlp = dict(parts["self_attn"].named_children()), dict(parts["mlp"].named_children())
+    norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
+    norms += [attention[name] for name in sorted(_HEAD_NORMS & attention.keys())]
+    linears = [attention[name] for name in _ATTENTION & attention.keys()]
+    linears += [mlp[name] for name in _MLP - {"act_fn"} & mlp.keys()]
+    return (
+        attention.keys() in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
+        and mlp.keys() == _MLP
+        and all(type(linear) is nn.Linear for linear in linears)
+        and all({name for name, _ in norm.named_parameters()} == {"weight"} for norm in norms)
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and not list(parts["self_attn"].parameters(recurse=False))
+        and len({parameter.dtype for parameter in layer.parameters()}) == 1
+    )
+
+
+class FusedRotary(nn.Module):
+    """A model's own rotary embedding, in the form that `FusedLayer` takes it; made once a step."""
+
+    def __init__(self, rotary: nn.Module, operators: Operators) -> None:
+        """Wrap the model's."""
+        super().__init__()
+        self.rotary = rotary
+        self._dtype = operators.rotary_dtype
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`cos` and `sin` `[tokens, head_dim]`; the first half of `sin` is negated, as the rotation wants it."""
+        cos, sin = (table[0].to(self._dtype or x.dtype) for table in self.rotary(x, position_ids=position_ids))
+        first, second = sin.chunk(2, dim=-1)
+        return cos.contiguous(), torch.cat((-first, second), dim=-1)
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer; takes what transformers' loop over layers passes, and answers what it expects.
+
+    Attributes:
+        is_last: whether rows that nobody wants may be left out of its answer.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        rules: AttentionRules,
+        head_dim: int,
+        operators: Operators,
+        *,
+        pack: bool,
+    ) -> None:
+        """Copy the weights of a layer that `has_known_parts`.
+
+        Args:
+            layer: transformers'.
+            index: its place in the model.
+            rules: what it asks of the attention beside causality.
+            head_dim: numbers per head.
+            operators: norm, rotary embedding and gate.
+            pack: see `FrozenLinear`.
+        """
+        super().__init__()
+        self.is_last = False
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        self._index, self._rules, self._head_dim, self._operators = index, rules, head_dim, operators
+        self._heads = attention.q_proj.out_features // head_dim
+        self._kv_heads = attention.k_proj.out_features // head_dim
+        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack)
+        self._o = _joined(attention.o_proj, pack=pack)
+        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, pack=pack)
+        self._down = _joined(mlp.down_proj, pack=pack)
+        self._activation = mlp.act_fn
+        self._is_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
+        self._attention_norm = _Norm.of(layer.input_layernorm)
+        self._mlp_norm = _Norm.of(layer.post_attention_layernorm)
+        self._head_norms = (
+            [_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)] if _has_head_norms(attention) else []
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        kept: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """`[1, tokens, hidden_size]` to the same shape; `position_embeddings` come from `FusedRotary`.
+
+        If it is the last layer and `kept` `[n]` names rows that are wanted, it answers only those: of what a prefill
+        computes there, most is wanted for its keys and values alone.
+        """
+        x = hidden_states[0]
+        attended = self._attend(self._norm(x, self._attention_norm), position_embeddings, layout)
+        if self.is_last and kept is not None and len(kept) < len(x):
+            x, attended = x[kept], attended[kept]
+        x = self._o.added_to(x, attended)
+        gate_up = self._gate_up(self._norm(x, self._mlp_norm))
+        return self._down.added_to(x, self._gate(gate_up)).unsqueeze(0)
+
+    def _attend(
+        self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], layout: Layout
+    ) -> torch.Tensor:
+        tokens, heads, kv_heads, dim = x.shape[0], self._heads, self._kv_heads, self._head_dim
+        qkv = self._qkv(x).view(tokens, heads + 2 * kv_heads, dim)
+        if self._head_norms:
+            query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+            query, key = (self._norm(part, norm) for part, norm in zip((query, key), self._head_norms, strict=True))
+            qkv = torch.cat((query, key, value), dim=1)
+        qkv = self._operators.rotate(qkv, *position_embeddings, heads + kv_heads)
+        query, key, value = torch.split(qkv.transpose(0, 1), [heads, kv_heads, kv_heads])
+        return layout.attend(self._index, query, key, value, self._rules).reshape(tokens, heads * dim)
+
+    def _norm(self, x: torch.Tensor, norm: _Norm) -> torch.Tensor:
+        return self._operators.rms_norm(x, norm.weight, norm.epsilon)
+
+    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self._is_silu:
+            return self._operators.silu_gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: torch.Tensor = self._activation(gate) * up
+        return activated
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: torch.Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, norm: Any) -> _Norm:
+        return cls(norm.weight.detach(), float(norm.variance_epsilon))
+
+
+def _has_head_norms(attention: nn.Module) -> bool:
+    return hasattr(attention, "q_norm")
+
+
+def _joined(*linears: nn.Linear, pack: bool) -> FrozenLinear:
+    """One product that gives the results of several side by side."""
+    weights = [linear.weight for linear in linears]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would lie in memory twice for a while
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return FrozenLinear(weight, pack=pack)
+    zeros = [weight.new_zeros(linear.out_features) for linear in linears]
+    bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
+    return FrozenLinear(weight, bias, pack=pack)

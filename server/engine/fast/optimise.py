@@ -1,0 +1,208 @@
+"""Making a loaded model faster without changing what it computes: one pass over it, before it serves.
+
+Nothing that the engine does depends on this pass, and each part of it can be switched off (`PRELUDE_OPTIMISE`):
+
+    fused      decoder layers of the Llama family in a handful of operators          fused.py
+    packed     weights of matrix products laid out for the CPU's library, once       linear.py
+    compiled   attention, and the norms, rotary embeddings and gates of fused        kernels/, operators.py,
+               layers, by machine code made at the start                             compiled_attention.py
+    graphs     steps that only decode as CUDA graphs, once the engine is built       decode_graphs.py
+
+A layer is replaced only if its replacement gives the same on a few tokens; otherwise the model runs as transformers
+wrote it. What is optimised gives no gradients: training takes the model as it was loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import tempfile
+from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from server.engine.attention.cached_rows import Span
+from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
+from server.engine.attention.interface import PackedRows
+from server.engine.attention.recurrent import RecurrentRows, ServingRows
+from server.engine.fast.fused import FusedLayer, FusedRotary, has_known_parts
+from server.engine.fast.linear import FrozenLinear, can_pack
+from server.engine.fast.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
+from server.engine.memory.kv_cache import KVCache
+from server.engine.model.frozen import FrozenModel
+
+if TYPE_CHECKING:
+    from server.engine.kernels import Kernels
+
+log = logging.getLogger(__name__)
+
+PROBE_ROWS = (3, 5)
+"""Tokens of the rows that a layer and its replacement are compared on."""
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of what a layer adds to its input, relative and root mean square: beyond what rounding explains in float32."""
+
+
+def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | None) -> Kernels | None:
+    """Compiled kernels, tried out; or None where they are not asked for, not installed, or of no use to this model.
+
+    Args:
+        model: what they are for.
+        parts: they are made if "compiled" is among them.
+        cache_dir: where they are kept, if it can be written to; what cannot be read there is made anew.
+    """
+    if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
+        return None
+    try:
+        from server.engine.kernels import use_kernels
+    except ImportError as exc:
+        log.warning("decoding will be slower, because numba is missing: %s", exc)
+        return None
+    if cache_dir is None or not _can_write(cache_dir):
+        return use_kernels(None)
+    if not any(cache_dir.iterdir()):
+        log.info("compiling kernels, once; later starts read them from %s", cache_dir)
+    try:
+        kernels = use_kernels(cache_dir)
+        _try_out(kernels, model)
+    except OSError as exc:
+        log.warning("the kernels cannot be kept in %s: %s", cache_dir, exc.strerror or exc)
+        return use_kernels(None)
+    except Exception:  # noqa: BLE001 - numba unpickles a file that may hold anything, say half of itself
+        log.warning("the kernels in %s cannot be read; they are compiled anew", cache_dir)
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        return use_kernels(None)
+    return kernels
+
+
+def _can_write(directory: Path) -> bool:
+    """Otherwise numba would write to where the code is, without a word."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError as exc:
+        log.info("kernels are compiled at every start, because %s cannot be written to: %s", directory, exc.strerror)
+        return False
+
+
+@torch.inference_mode()
+def _try_out(kernels: Kernels, model: FrozenModel) -> None:
+    """Call each kernel, which compiles or reads it."""
+    operators, spec = CompiledOperators(kernels), model.spec
+    rows = torch.ones(1, 2 * spec.head_dim, dtype=model.dtype)
+    operators.best(operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5)))
+    turns = torch.ones(1, spec.head_dim)
+    operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
+    kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
+    attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)
+    if attention is not None:
+        slot = kv_cache.allocate(16)
+        assert slot is not None, "the pool is empty"
+        spans = [Span(slot, 0, 2)]
+        layout: ServingRows = CompiledRows(attention, spans)
+        if kv_cache.recurrent is not None:
+            layout = RecurrentRows(layout, kv_cache.recurrent, spans)
+        ids = torch.zeros(2, dtype=torch.long)
+        model.forward(model.embed(ids), layout.position_ids, layout, ids[:1])
+
+
+@torch.inference_mode()
+def optimise(model: FrozenModel, parts: Collection[str], kernels: Kernels | None) -> None:
+    """Rewrite a model's layers in place, as far as `parts` ask for it and the model allows it."""
+    model.kernels = kernels
+    done = [] if kernels is None else ["compiled kernels"]
+    operators = operators_with(kernels)
+    if "fused" in parts and _fuse(model, operators, pack="packed" in parts):
+        done.append("fused layers")
+    if "packed" in parts and _pack(model.module):
+        done.append("packed weights")
+    log.info("optimised: %s", ", ".join(done) or "nothing")
+
+
+def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
+    """Replace all decoder layers; False, and nothing changed, if one of them is not what the replacement computes."""
+    decoder = model.module.get_decoder()  # type: ignore[no-untyped-call]
+    layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module):
+        return False
+    if not all(map(has_known_parts, layers)):
+        return False
+    probe = _Probe(model, rotary)
+    if probe.rotated_dim != model.spec.head_dim:
+        return False
+
+    def fused(index: int) -> FusedLayer:
+        layer = layers[index]
+        pack_layer = pack and can_pack(next(layer.parameters()))
+        return FusedLayer(layer, index, model.attention_rules[index], model.spec.head_dim, operators, pack=pack_layer)
+
+    # Twice, so that there is never more than one layer too many in memory.
+    if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
+        log.info("the layers of %s are not what they look like; they stay as transformers wrote them", model.spec.name)
+        return False
+    for index in range(len(layers)):
+        layers[index] = fused(index)
+    cast(FusedLayer, layers[-1]).is_last = model.keeps_early = True
+    decoder.rotary_emb = FusedRotary(rotary, operators)
+    return True
+
+
+def _pack(module: nn.Module) -> bool:
+    """Pack every linear layer that is left; True if oneDNN packs the model's weights at all."""
+    packed = False
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            packed |= isinstance(child, FrozenLinear) and child.is_packed
+            if type(child) is nn.Linear and can_pack(child.weight):
+                setattr(parent, name, FrozenLinear(child.weight, child.bias, pack=True))
+                packed = True
+    return packed
+
+
+class _Probe:
+    """A few tokens, to compare a layer with its replacement on: in float32, so that no rounding hides a difference."""
+
+    def __init__(self, model: FrozenModel, rotary: nn.Module) -> None:
+        num_tokens = sum(PROBE_ROWS)
+        # Ids from all over the vocabulary: its first ones are often special tokens that were never trained.
+        ids = torch.linspace(0, model.spec.vocab_size - 1, num_tokens, device=model.device).long()
+        x = model.embed(ids).unsqueeze(0)
+        self._x = x if x.dtype == torch.float64 else x.float()
+        # One row near the start of the context and one at its end: some models change on the way.
+        starts = (7, model.spec.max_model_len - PROBE_ROWS[-1])
+        rows = [
+            torch.arange(start, start + n, device=model.device) for start, n in zip(starts, PROBE_ROWS, strict=True)
+        ]
+        self._position_ids = torch.cat(rows)[None]
+        self._plain = rotary(self._x, position_ids=self._position_ids)
+        self._fused = FusedRotary(rotary, Operators())(self._x, position_ids=self._position_ids)
+        self._rules, self._head_dim = model.attention_rules, model.spec.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        """Numbers of a head that the rotary embedding turns; some models leave a part of each head as it is."""
+        return int(self._plain[0].shape[-1])
+
+    def agree(self, index: int, layer: nn.Module) -> bool:
+        """Whether a layer and what would replace it add the same to their input."""
+        exact = deepcopy(layer).to(self._x.dtype)
+        fused = FusedLayer(exact, index, self._rules[index], self._head_dim, Operators(), pack=False)
+        expected = self._added_by(exact, self._plain)
+        error = self._added_by(fused, self._fused) - expected
+        return bool(error.norm() <= LARGEST_DIFFERENCE * expected.norm())
+
+    def _added_by(self, layer: nn.Module, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = layer(
+            self._x,
+            attention_mask=None,
+            position_ids=self._position_ids,
+            position_embeddings=position_embeddings,
+            layout=PackedRows(PROBE_ROWS),
+        )
+        return out.double() - self._x.double()

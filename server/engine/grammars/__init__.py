@@ -1,0 +1,1 @@
+"""Grammars for generated text: compiled and walked in processes of their own."""

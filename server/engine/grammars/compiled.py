@@ -1,0 +1,290 @@
+"""Grammars for generated text: each compiled once, in a process of its own, and kept for the next who asks.
+
+Which tokens may come next says llguidance, which runs in those processes only (`grammar_process.py`). A grammar that
+takes more than it may (`grammar_limits.py`) ends with its process, and is refused at once if it comes again soon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from server.contracts import TOO_DEEP, Grammar, GrammarKind
+from server.engine.grammars.limits import (
+    ALL_MEMORY_MIB,
+    COMPILE_SECONDS,
+    COMPILE_WALL_SECONDS,
+    KEPT,
+    KEPT_MIB,
+    MEMORY,
+    STACK,
+    MiB,
+)
+from server.engine.grammars.processes import GrammarProcess, GrammarProcesses
+from server.engine.grammars.wire import Frame, State
+from server.errors import GenerationFailed, InvalidRequest, Overloaded
+
+NAMES = {
+    GrammarKind.JSON_SCHEMA: "JSON schema",
+    GrammarKind.REGEX: "regular expression",
+    GrammarKind.CHOICE: "choice",
+    GrammarKind.LARK: "Lark grammar",
+    GrammarKind.EBNF: "EBNF grammar",
+}
+REMEDY = (
+    "Mend or simplify it; JSON schemas as of draft 2020-12, regular expressions without look-around, "
+    "EBNF in GBNF's form with a rule named root, Lark with a rule named start."
+)
+
+REFUSED, REFUSED_SECONDS = 256, 60.0
+"""Grammars that exceeded a limit, and how long they are refused without another try."""
+
+
+class Compiled:
+    """A compiled grammar, in its process."""
+
+    def __init__(self, key: bytes, process: GrammarProcess, first: bytes) -> None:
+        """Nobody uses it yet.
+
+        Args:
+            key: of its source.
+            process: its own.
+            first: the mask of a text's first token.
+        """
+        self.key = key
+        self.process = process
+        self.first = first
+        self.users = 0
+        """Requests under way; `Grammars` counts them."""
+
+
+class Attempt:
+    """A grammar that is being compiled."""
+
+    def __init__(self, grammars: Grammars, grammar: Grammar, process: GrammarProcess) -> None:
+        """Begin, in a process that has nothing else to do."""
+        self._grammars = grammars
+        self._grammar = grammar
+        self._process = process
+        self._lock = threading.Lock()
+        self._closed = False
+        self._until = time.monotonic() + COMPILE_WALL_SECONDS
+        process.begin(grammar)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done; waits at most so long. The grammar is then among those that can be held.
+
+        Raises:
+            InvalidRequest: it cannot be used; says why.
+            GenerationFailed: its process ended without a reason.
+        """
+        left = self._until - time.monotonic()
+        frames = self._process.receive(max(0.0, min(seconds, left)))
+        if not frames and time.monotonic() < self._until:
+            return False
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True  # whatever comes now is not for `close` to end
+        if frames and frames[0].state is State.GOING:
+            if not unpacked(frames[0].payload, self._grammars.vocab_size).any():
+                self._process.close()
+                raise unusable(self._grammar, "No text of the model's tokens can match it")
+            self._grammars.keep(self._grammar, self._process, frames[0].payload)
+            return True
+        self._process.close()
+        if not frames:
+            raise unusable(self._grammar, f"it takes more than {COMPILE_WALL_SECONDS:g} s to compile")
+        if frames[0].state is State.FAILED:
+            raise unusable(self._grammar, frames[0].payload.decode(errors="replace"))
+        why = limit_reached(frames[0], f"it takes more than {COMPILE_SECONDS:g} s to compile")
+        raise self._grammars.refuse(self._grammar, why)
+
+    def yield_further(self) -> None:
+        """Let its process yield further to the engine, and to the processes of other grammars."""
+        self._process.yield_further()
+
+    def close(self) -> None:
+        """Give up, unless it is done."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._process.close()
+
+
+class Grammars:
+    """Compiled grammars for one tokenizer; safe from any thread."""
+
+    def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Start nothing before the first grammar: to read the tokenizer takes a second."""
+        self.vocab_size = vocab_size
+        self._processes = GrammarProcesses(backend, vocab_size, sorted(eos_token_ids))
+        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[InvalidRequest, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def hold(self, grammar: Grammar) -> Compiled | None:
+        """A compiled grammar, which is then used until it is released; None if it is not compiled.
+
+        Raises:
+            InvalidRequest: it exceeded a limit a moment ago.
+        """
+        key = _key(grammar)
+        with self._lock:
+            if (compiled := self._compiled.get(key)) is not None:
+                self._compiled.move_to_end(key)
+                compiled.users += 1
+                return compiled
+            error, until = self._refused.get(key, (None, 0.0))
+        if error is not None and time.monotonic() < until:
+            raise InvalidRequest(error.message, remedy=error.remedy)
+        return None
+
+    def release(self, compiled: Compiled) -> None:
+        """The end of one use."""
+        with self._lock:
+            compiled.users -= 1
+        self._let_go()
+
+    def begin(self, grammar: Grammar) -> Attempt:
+        """Begin to compile a grammar; takes a second or more for the first of all, else milliseconds.
+
+        Raises:
+            GenerationFailed: there can be no process for it.
+            Overloaded: those in use hold all the memory that grammars may take.
+        """
+        self._let_go(spared=0)
+        if (memory := self.memory) > ALL_MEMORY_MIB:
+            raise Overloaded(f"The grammars in use hold {memory} MiB, and the server allows {ALL_MEMORY_MIB}.")
+        return Attempt(self, grammar, self._processes.make())
+
+    def compile(self, grammar: Grammar) -> Compiled:
+        """Compile a grammar, if it is not here yet, and hold it; waits for it.
+
+        Raises:
+            InvalidRequest: it cannot be used; says why.
+        """
+        while (compiled := self.hold(grammar)) is None:
+            self.begin(grammar).wait(COMPILE_WALL_SECONDS)
+        return compiled
+
+    def keep(self, grammar: Grammar, process: GrammarProcess, first: bytes) -> None:
+        """Keep what was compiled."""
+        compiled = Compiled(_key(grammar), process, first)
+        with self._lock:
+            before = self._compiled.pop(compiled.key, None)
+            self._compiled[compiled.key] = compiled
+        if before is not None and not before.users:
+            before.process.close()
+        self._let_go()
+
+    def refuse(self, grammar: Grammar, why: str) -> InvalidRequest:
+        """The error of a grammar that exceeded a limit; it is remembered for a while."""
+        error = unusable(grammar, why)
+        self._remember(_key(grammar), error)
+        return error
+
+    def discard(self, compiled: Compiled, error: InvalidRequest | None = None) -> None:
+        """End a grammar's process, whoever uses it; with an error, refuse it for a while."""
+        with self._lock:
+            if self._compiled.get(compiled.key) is compiled:
+                del self._compiled[compiled.key]
+        compiled.process.close()
+        if error is not None:
+            self._remember(compiled.key, error)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._processes.close()
+
+    @property
+    def memory(self) -> int:
+        """MiB that all grammars hold together."""
+        with self._lock:
+            return sum(compiled.process.memory for compiled in self._compiled.values())
+
+    def largest(self) -> Compiled | None:
+        """The grammar that holds the most memory, once all of them hold more than they may."""
+        if self.memory <= ALL_MEMORY_MIB:
+            return None
+        self._let_go()
+        with self._lock:
+            all_of_them = list(self._compiled.values())
+        if sum(compiled.process.memory for compiled in all_of_them) <= ALL_MEMORY_MIB:
+            return None
+        return max(all_of_them, key=lambda compiled: compiled.process.memory)
+
+    def _let_go(self, spared: int = 1) -> None:
+        """End those that nobody uses, the longest unused first, as far as there are too many or they hold too much.
+
+        Args:
+            spared: as many stay in any case; whoever has just compiled one is about to hold it.
+        """
+        with self._lock:
+            idle = [compiled for compiled in self._compiled.values() if not compiled.users]
+            kept = sum(compiled.process.memory for compiled in idle)
+            in_use = sum(compiled.process.memory for compiled in self._compiled.values()) - kept
+            ended = []
+            while len(idle) > spared and (len(idle) > KEPT or kept > min(KEPT_MIB, ALL_MEMORY_MIB - in_use)):
+                ended.append(idle.pop(0))
+                kept -= ended[-1].process.memory
+                del self._compiled[ended[-1].key]
+        for compiled in ended:
+            compiled.process.close()
+
+    def _remember(self, key: bytes, error: InvalidRequest) -> None:
+        with self._lock:
+            self._refused[key] = (error, time.monotonic() + REFUSED_SECONDS)
+            self._refused.move_to_end(key)
+            while len(self._refused) > REFUSED:
+                self._refused.popitem(last=False)
+
+
+def unpacked(mask: bytes, vocab_size: int) -> np.ndarray:
+    """Which tokens may come next, `[vocab_size]` of booleans; none that the mask does not know."""
+    allowed = np.zeros(vocab_size, dtype=bool)
+    bits = np.frombuffer(mask, dtype=np.uint8)
+    known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
+    allowed[: len(known)] = known
+    return allowed
+
+
+def brief(why: str) -> str:
+    """llguidance's words without the state of its parser, on one line, without the full stop."""
+    return " ".join(why.partition("<state>")[0].split())[:300].rstrip(" .")
+
+
+def unusable(grammar: Grammar, why: str) -> InvalidRequest:
+    """The error of a grammar that cannot be used."""
+    if grammar.kind is GrammarKind.JSON_SCHEMA and "recursion limit exceeded" in why:
+        why = TOO_DEEP  # instead of a place in a text that nobody has written
+    return InvalidRequest(f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.", remedy=REMEDY)
+
+
+def limit_reached(frame: Frame, too_slow: str) -> str:
+    """Which limit ended a process.
+
+    Raises:
+        GenerationFailed: none did. Where the machine runs out of memory, the kernel kills grammars first, by SIGKILL.
+    """
+    number = frame.payload[0]
+    if number == signal.SIGPROF:
+        return too_slow
+    if number in (signal.SIGSEGV, signal.SIGBUS):
+        return f"it takes more than {STACK // MiB} MiB of stack, as a long chain of definitions does"
+    if number == signal.SIGABRT:
+        return f"it takes more than {MEMORY // MiB} MiB of memory"
+    raise GenerationFailed("The grammar's process has ended.", remedy="Retry.")
+
+
+def _key(grammar: Grammar) -> bytes:
+    """Of a source that may be megabytes long."""
+    text = f"{grammar.kind}\0{grammar.after_space}\0{grammar.source}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,210 @@
+"""The processes that run llguidance, as the server sees them: making one, hearing from it, ending it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import select
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+
+from tokenizers import Tokenizer
+
+from server.contracts import Grammar
+from server.engine.grammars.wire import COMMAND, LENGTH, ORDER, Action, Deed, Frame, Frames, State
+from server.errors import GenerationFailed
+
+START_SECONDS = 60.0
+"""Until the first process has read the tokenizer: a second, on a machine that is not busy."""
+SEND_SECONDS = 5.0
+END_SECONDS = 0.5
+
+
+class GrammarProcess:
+    """One grammar's process. One thread at a time may use it, except for `close`."""
+
+    def __init__(self, channel: socket.socket, do: Callable[[Deed], object]) -> None:
+        """Take over a process's socket.
+
+        Args:
+            channel: to it.
+            do: does something with it that its socket cannot.
+        """
+        self._channel = channel
+        self._do = do
+        self._frames = Frames()
+        self._unsent = bytearray()
+        self._finalizer = weakref.finalize(self, channel.close)
+        self.memory = 0
+        """MiB that it held when it answered last."""
+
+    def fileno(self) -> int:
+        """The socket's descriptor, to wait on."""
+        return self._channel.fileno()
+
+    def begin(self, grammar: Grammar) -> None:
+        """Have it compile a grammar; the answer is a frame of the text 0."""
+        order = json.dumps(asdict(grammar)).encode()
+        self._channel.settimeout(SEND_SECONDS)
+        with contextlib.suppress(OSError):  # it has ended, which the answer says
+            self._channel.sendall(LENGTH.pack(len(order)) + order)
+        self._channel.setblocking(False)
+
+    def order(self, action: Action, walk: int, token_id: int = 0) -> None:
+        """Have it do something with a text, once `flush` is called."""
+        self._unsent += ORDER.pack(action, walk, token_id)
+
+    def flush(self) -> bool:
+        """Send what was ordered, as far as it takes it now; answers whether that was all."""
+        try:
+            del self._unsent[: self._channel.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # see above
+            self._unsent.clear()
+        return not self._unsent
+
+    def receive(self, seconds: float = 0.0) -> list[Frame]:
+        """What it has answered; waits at most so long for anything. The last frame of one that has ended is ENDED."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        if not poll.poll(1000 * seconds):
+            return []
+        frames: list[Frame] = []
+        while True:
+            try:
+                data = self._channel.recv(2**18)
+                frames += self._frames.feed(data)
+            except BlockingIOError:
+                break
+            except (OSError, ValueError):  # it was closed, or ended while it wrote
+                data = b""
+            if not data:
+                if not frames or frames[-1].state is not State.ENDED:
+                    frames.append(Frame(0, State.ENDED, 0.0, 0, b"\0"))
+                break
+        self.memory = max([self.memory, *(frame.mebibytes for frame in frames)])
+        return frames
+
+    def yield_further(self) -> None:
+        """Let it yield further to the engine, and to the processes of other grammars, from now on."""
+        self._do(Deed.YIELD)
+
+    def take_what_is_left(self) -> None:
+        """Let it have only what others leave of the cores, from now on."""
+        self._do(Deed.IDLE)
+
+    def close(self) -> None:
+        """End it, whatever it does; a thread that waits for it learns that it has ended."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+        self._do(Deed.KILL)
+
+
+class GrammarProcesses:
+    """Makes grammars' processes for one tokenizer; safe from any thread.
+
+    All are forks of one process that has read the tokenizer. It is started at the first grammar, and again if it ends.
+    """
+
+    def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
+        """Start nothing yet."""
+        self._backend = backend
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._control: socket.socket | None = None
+        self._end: Callable[[], object] = lambda: None
+        self._closed = False
+
+    def make(self) -> GrammarProcess:
+        """A new process, which waits for its grammar.
+
+        Raises:
+            GenerationFailed: there can be none.
+        """
+        number = next(self._numbers)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for _ in range(2):  # the second time in a new process, if the one that makes them has ended
+                self._start()
+                if self._command(Deed.MAKE, number, theirs.fileno()):
+                    return GrammarProcess(ours, lambda deed: self._command(deed, number))
+        ours.close()
+        raise GenerationFailed("Grammars are not available: their process cannot be started.")
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._closed = True
+            self._control = None
+        self._end()
+
+    def _command(self, deed: Deed, number: int, *descriptors: int) -> bool:
+        """Whether the process that makes the others could be told."""
+        with self._lock:
+            if self._control is None:
+                return False
+            try:
+                socket.send_fds(self._control, [COMMAND.pack(deed, number)], descriptors)
+            except OSError:
+                self._control = None
+        return self._control is not None
+
+    def _header(self) -> bytes:
+        """The tokenizer, for a process that has just begun."""
+        # llguidance wants room for all that the tokenizer knows, also tokens that the model has no row for.
+        known = max(self._backend.get_vocab().values()) + 1
+        header = {
+            "tokenizer": self._backend.to_str(),
+            "vocab_size": max(self._vocab_size, known),
+            "eos_token_ids": self._eos_token_ids,
+        }
+        return json.dumps(header).encode()
+
+    def _start(self) -> None:
+        """Start the process that makes the others, unless it runs."""
+        with self._starting:
+            with self._lock:
+                if self._control is not None or self._closed:
+                    return
+            self._end()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = subprocess.Popen(  # noqa: S603 - our own module
+                    [sys.executable, "-m", "server.engine.grammars.process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    process_group=0,  # Ctrl-C in a terminal is the server's to handle
+                )
+            self._end = weakref.finalize(self, _end, ours, process)
+            header = self._header()
+            ours.settimeout(START_SECONDS)
+            with contextlib.suppress(OSError):
+                ours.sendall(LENGTH.pack(len(header)) + header)
+                if ours.recv(1):
+                    ours.settimeout(SEND_SECONDS)
+                    with self._lock:
+                        self._control = ours
+            if self._closed:  # meanwhile
+                self.close()
+
+
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    """End the process that makes the others, which ends those; they also end as the server closes their sockets."""
+    with contextlib.suppress(OSError):
+        control.shutdown(socket.SHUT_RDWR)
+    control.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    process.kill()
+    process.wait()

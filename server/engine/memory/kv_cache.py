@@ -1,0 +1,268 @@
+"""Where keys and values live: one pool of positions, cut into slots, one slot per sequence.
+
+A sequence owns one contiguous slot from admission to its end, reserved for everything that it may need (virtual tokens,
+input, new tokens), so nothing is ever preempted. Slots come in lengths 256, 512, … up to the longest context. The pool
+is cut into slabs of that longest length, and a slab takes slots of one length as long as any of them is in use; this
+way any mix of lengths shares the memory, and neighbouring slots of one length are read as a batch without gathering.
+
+    pool      |----------- slab 0 -----------|----------- slab 1 -----------|--- slab 2 …
+    slots     | 256 | 256 |     |     | …    |    512     |            | …  |   free
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from server.contracts import ModelSpec
+from server.engine.attention.recurrent import StatePool, bytes_per_state
+from server.engine.fast.operators import at_least_float32
+
+SHORTEST_SLOT = 256
+
+
+class Slot(NamedTuple):
+    """A contiguous run of positions in the pool, owned by one sequence."""
+
+    length: int
+    start: int
+
+
+@dataclass
+class _Slab:
+    """One slab in use: which slot length it is cut into, and which of its slots are free (a heap of starts)."""
+
+    slot_length: int
+    free: list[int] = field(default_factory=list)
+
+
+class SlotAllocator:
+    """Hands out slots and takes them back; pure Python, the same on every device."""
+
+    def __init__(self, num_slabs: int, max_model_len: int, shortest: int = SHORTEST_SLOT) -> None:
+        """Cut a pool into slabs that each hold at least `max_model_len` positions."""
+        lengths = [min(shortest, 1 << (max_model_len - 1).bit_length())]
+        while lengths[-1] < max_model_len:
+            lengths.append(lengths[-1] * 2)
+        self.slot_lengths = tuple(lengths)
+        self.slab_length = lengths[-1]
+        self.num_slabs = num_slabs
+        self._free_slabs = list(range(num_slabs))  # a heap: low slabs first, so that slots lie close together
+        self._slabs: dict[int, _Slab] = {}
+        self._used: set[Slot] = set()
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole pool."""
+        return self.num_slabs * self.slab_length
+
+    @property
+    def used(self) -> frozenset[Slot]:
+        """Slots that are handed out."""
+        return frozenset(self._used)
+
+    def slot_length(self, positions: int) -> int:
+        """The shortest slot that holds so many positions; at most `max_model_len` may be asked for."""
+        return next(length for length in self.slot_lengths if length >= positions)
+
+    def can_allocate(self, positions: int) -> bool:
+        """True if `allocate` would answer a slot."""
+        return bool(self._free_slabs) or self._slab_with_room(self.slot_length(positions)) is not None
+
+    def allocate(self, positions: int) -> Slot | None:
+        """A slot for so many positions, or None if there is no room now."""
+        length = self.slot_length(positions)
+        index = self._slab_with_room(length)
+        if index is None:
+            if not self._free_slabs:
+                return None
+            index = heapq.heappop(self._free_slabs)
+            first = index * self.slab_length
+            self._slabs[index] = _Slab(length, list(range(first, first + self.slab_length, length)))
+        slot = Slot(length, heapq.heappop(self._slabs[index].free))
+        self._used.add(slot)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Take a slot back; a slab whose slots are all free can take another length."""
+        self._used.remove(slot)
+        index = slot.start // self.slab_length
+        slab = self._slabs[index]
+        heapq.heappush(slab.free, slot.start)
+        if len(slab.free) * slab.slot_length == self.slab_length:
+            del self._slabs[index]
+            heapq.heappush(self._free_slabs, index)
+
+    def check_integrity(self, owned: Iterable[Slot]) -> None:
+        """Assert that exactly `owned` is handed out and that every position is accounted for exactly once."""
+        owned = list(owned)
+        assert len(set(owned)) == len(owned), "two sequences share a slot"
+        assert set(owned) == self._used, f"slots leaked or lost: {set(owned) ^ self._used}"
+        assert sorted([*self._free_slabs, *self._slabs]) == list(range(self.num_slabs)), "a slab is lost or doubled"
+        for index, slab in self._slabs.items():
+            used = [slot.start for slot in self._used if slot.start // self.slab_length == index]
+            first = index * self.slab_length
+            assert sorted([*used, *slab.free]) == list(range(first, first + self.slab_length, slab.slot_length))
+
+    def _slab_with_room(self, length: int) -> int | None:
+        rooms = (index for index, slab in self._slabs.items() if slab.slot_length == length and slab.free)
+        return min(rooms, default=None)
+
+
+class Computed(NamedTuple):
+    """A copy of what is computed of a sequence's first positions.
+
+    Attributes:
+        states: their keys and values `[layers, 2, n, kv_heads, head_dim]`.
+        recurrent: the recurrent state after them `[state_width]`, in models that have one.
+    """
+
+    states: torch.Tensor
+    recurrent: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.states.nbytes + (0 if self.recurrent is None else self.recurrent.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity; waits for the device."""
+        return bool(self.extremes().isfinite().all())
+
+    def extremes(self) -> torch.Tensor:
+        """Its smallest and largest numbers, `[n]`, NaN where any number is; takes no memory of its size."""
+        parts = [part for part in (self.states, self.recurrent) if part is not None and part.numel()]
+        found = [extreme for part in parts for extreme in (part.amin(), part.amax())]
+        return torch.stack([at_least_float32(extreme) for extreme in found]) if found else torch.zeros(1)
+
+    def copy(self) -> Computed:
+        """The same in memory of its own."""
+        return Computed(self.states.clone(), None if self.recurrent is None else self.recurrent.clone())
+
+
+class KVCache:
+    """The pool's tensor and its allocator.
+
+    Attributes:
+        states: `[layers, 2, positions, kv_heads, head_dim]`, keys at index 0 and values at 1.
+        allocator: which positions belong to whom.
+        scratch: the last position, which is in no slot: what only fills up a batch is written there, read by nobody.
+        recurrent: the recurrent states of those who own slots, in models that have one.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        num_slabs: int,
+        shortest_slot: int = SHORTEST_SLOT,
+        max_sequences: int | None = None,
+    ) -> None:
+        """Reserve the pool. On the CPU its pages are only touched as sequences fill them.
+
+        Args:
+            model: whose keys and values it holds.
+            num_slabs: how many sequences of the longest context it holds.
+            shortest_slot: positions of the shortest slot.
+            max_sequences: most that have a recurrent state at once; by default as many as there can be slots.
+        """
+        self.allocator = SlotAllocator(num_slabs, model.max_model_len, shortest_slot)
+        self.scratch = self.allocator.num_positions
+        shape = (
+            model.num_kv_layers,
+            2,
+            self.scratch + 1,
+            model.num_key_value_heads,
+            model.head_dim,
+        )
+        self.states = _zeros(shape, getattr(torch, model.dtype), torch.device(model.device))
+        self.recurrent: StatePool | None = None
+        if model.state_width:
+            most = self.allocator.num_positions // self.allocator.slot_lengths[0]
+            self.recurrent = StatePool(model, most if max_sequences is None else min(max_sequences, most))
+
+    def allocate(self, positions: int) -> Slot | None:
+        """A slot for a sequence of so many positions, or None if there is no room now."""
+        if self.recurrent is None:
+            return self.allocator.allocate(positions)
+        slot = self.allocator.allocate(positions) if self.recurrent.has_room else None
+        if slot is not None:
+            self.recurrent.allocate(slot)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Take back what a sequence owned."""
+        self.allocator.release(slot)
+        if self.recurrent is not None:
+            self.recurrent.release(slot)
+
+    def check_integrity(self, owned: Iterable[Slot]) -> None:
+        """Assert that exactly `owned` is handed out."""
+        owned = list(owned)
+        self.allocator.check_integrity(owned)
+        if self.recurrent is not None:
+            self.recurrent.check_integrity(owned)
+
+    def write(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store a step's keys and values, `[kv_heads, tokens, head_dim]`, at `[tokens]` positions of the pool."""
+        self.states[layer, 0].index_copy_(0, positions, key.transpose(0, 1))
+        self.states[layer, 1].index_copy_(0, positions, value.transpose(0, 1))
+
+    def read(self, layer: int, start: int, count: int, stride: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `count` neighbouring slots of `stride` positions, the first `length` of each.
+
+        Returns:
+            Two views `[count, kv_heads, length, head_dim]`; nothing is copied.
+        """
+        _, _, _, kv_heads, head_dim = self.states.shape
+        region = self.states[layer, :, start : start + count * stride]
+        slots = region.view(2, count, stride, kv_heads, head_dim)[:, :, :length].transpose(2, 3)
+        return slots[0], slots[1]
+
+    def copy_in(self, slot: Slot, prefix: Computed) -> None:
+        """Put what is computed of a sequence's first positions at the start of its slot."""
+        self.states[:, :, slot.start : slot.start + prefix.states.shape[2]] = prefix.states
+        if self.recurrent is not None:
+            assert prefix.recurrent is not None, "keys and values alone do not say what the state after them is"
+            self.recurrent.of(slot).copy_(prefix.recurrent)
+
+    def view(self, slot: Slot, length: int) -> Computed:
+        """A slot's first positions, as they lie here; of a recurrent state as it is now."""
+        states = self.states[:, :, slot.start : slot.start + length]
+        return Computed(states, None if self.recurrent is None else self.recurrent.of(slot))
+
+    def copy_out(self, slot: Slot, length: int) -> Computed:
+        """A copy of a slot's first positions, as `copy_in` takes it."""
+        return self.view(slot, length).copy()
+
+    def step(self) -> AbstractContextManager[None]:
+        """Run a step; see `StatePool.step`. A failed step needs nothing of keys and values: it writes them again."""
+        return nullcontext() if self.recurrent is None else self.recurrent.step()
+
+    def scrub(self, slot: Slot) -> None:
+        """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""
+        self.states[:, :, slot.start : slot.start + slot.length] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros come from calloc: a page is taken when it is first written; torch.zeros would touch them all now.
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def bytes_per_position(model: ModelSpec) -> int:
+    """Bytes of keys and values of one position, over all layers."""
+    return model.kv_width * int(getattr(torch, model.dtype).itemsize)
+
+
+def bytes_of(model: ModelSpec, positions: int) -> int:
+    """Bytes of all that is kept of a sequence of so many positions."""
+    return positions * bytes_per_position(model) + bytes_per_state(model)

@@ -1,0 +1,91 @@
+"""Computed prefixes, by the hash of the soft prompt's numbers: never by a name, so none can be stale.
+
+A prefix (`kv_cache.Computed`) is what the engine makes of any soft prompt. It is copied into the slot of
+each sequence that starts, so dropping one here touches nobody who is running.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from server.engine.memory.kv_cache import Computed
+
+
+class PrefixCache:
+    """Prefixes within a memory budget, least recently used out first; the newest always stays.
+
+    Attributes:
+        hits: sequences that found their prefix, also those that waited for another one to compute it.
+        misses: sequences that did not, and had to compute it.
+        computed: prefixes that were put in.
+        evicted: those that had to go again for want of memory.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """An empty cache."""
+        self.budget_bytes = budget_bytes
+        self.num_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self.computed = 0
+        self.evicted = 0
+        self._prefixes: OrderedDict[str, Computed] = OrderedDict()
+        self._awaited: set[str] = set()
+        """Those that nobody has got yet of those who missed them."""
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prefixes)
+
+    def __contains__(self, prefix_hash: str) -> bool:
+        return prefix_hash in self._prefixes
+
+    def get(self, prefix_hash: str) -> Computed | None:
+        """The prefix, now the most recently used one, or None."""
+        prefix = self._prefixes.get(prefix_hash)
+        if prefix is None:
+            self.misses += 1
+            return None
+        self._prefixes.move_to_end(prefix_hash)
+        if prefix_hash in self._awaited:
+            self._awaited.remove(prefix_hash)
+            self.misses += 1
+        else:
+            self.hits += 1
+        return prefix
+
+    def make_room(self, num_bytes: int) -> None:
+        """Drop the least recently used prefixes until another one of this size is within the budget.
+
+        Called before the other one is made, so that both together never take more than the budget.
+        """
+        while self._prefixes and self.num_bytes + num_bytes > self.budget_bytes:
+            self.drop(next(iter(self._prefixes)))
+            self.evicted += 1
+
+    def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> None:
+        """Keep a prefix and drop the least recently used ones beyond the budget.
+
+        `is_awaited` says that the sequence that missed it will still get it, which is then a miss.
+        """
+        assert prefix_hash not in self._prefixes, "a prefix is computed once"
+        self.make_room(prefix.num_bytes)
+        self._prefixes[prefix_hash] = prefix
+        self.num_bytes += prefix.num_bytes
+        self.computed += 1
+        if is_awaited:
+            self._awaited.add(prefix_hash)
+
+    def drop(self, prefix_hash: str) -> None:
+        """Forget a prefix, if it is here."""
+        dropped = self._prefixes.pop(prefix_hash, None)
+        self._awaited.discard(prefix_hash)
+        if dropped is not None:
+            self.num_bytes -= dropped.num_bytes
+
+    def check_integrity(self) -> None:
+        """Assert that the bytes are those of the prefixes held."""
+        assert self.num_bytes == sum(prefix.num_bytes for prefix in self._prefixes.values())

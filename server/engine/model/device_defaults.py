@@ -1,0 +1,70 @@
+"""Settings that nobody has set, as a CUDA device wants them: it serves more at once than a CPU.
+
+Defaults in `server/settings.py` are those of CPUs. What a user has set is never changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from server.contracts import ModelSpec
+from server.settings import Settings
+
+SEQUENCES = 256
+BATCH_TOKENS = 8192
+"""Defaults on CUDA."""
+
+LOGITS_SHARE = 16
+"""By default, the logits of a whole step take at most the free memory divided by this."""
+
+SLOTS_OF_LONGEST = 16
+"""By default, half of the free memory holds at least so many sequences of the longest context."""
+
+
+def max_sequences(settings: Settings, device: torch.device) -> int:
+    """Sequences that run at once."""
+    if device.type != "cuda" or "max_sequences" in settings.model_fields_set:
+        return settings.max_sequences
+    return min(SEQUENCES, settings.max_batch_tokens) if "max_batch_tokens" in settings.model_fields_set else SEQUENCES
+
+
+def max_batch_tokens(settings: Settings, model: ModelSpec, free: int) -> int:
+    """Tokens of one step; by default on CUDA as many as the free bytes allow."""
+    if not model.device.startswith("cuda") or "max_batch_tokens" in settings.model_fields_set:
+        return settings.max_batch_tokens
+    row = model.vocab_size * int(getattr(torch, model.dtype).itemsize)
+    tokens = BATCH_TOKENS
+    while tokens > settings.max_batch_tokens and tokens * row > free // LOGITS_SHARE:
+        tokens //= 2
+    return max(tokens, settings.max_sequences)
+
+
+def max_model_len(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str, free: int) -> int:
+    """Positions of the longest context; by default on CUDA the model's own, or what the free bytes allow of it."""
+    if not device.startswith("cuda") or "max_model_len" in settings.model_fields_set:
+        return settings.max_model_len
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None) or settings.max_model_len
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or -(-text.hidden_size // heads)
+    position = text.num_hidden_layers * 2 * kv_heads * head_dim * dtype.itemsize
+    length = 1 << (own - 1).bit_length()  # of a slab, which is cut in halves
+    while length > settings.max_model_len and SLOTS_OF_LONGEST * length * position > free // 2:
+        length //= 2
+    return int(min(own, length))
+
+
+def filled_in(settings: Settings, model: ModelSpec, free: int) -> Settings:
+    """The settings with these defaults for a loaded model, and `free` bytes beside it."""
+    settings = settings.model_copy(update={"max_sequences": max_sequences(settings, torch.device(model.device))})
+    return settings.model_copy(update={"max_batch_tokens": max_batch_tokens(settings, model, free)})
+
+
+def as_served(settings: Settings, model: ModelSpec) -> Settings:
+    """The settings as others than the engine read them: admission's limits, and the context that jobs train for."""
+    if not model.device.startswith("cuda"):
+        return settings
+    sequences = max_sequences(settings, torch.device(model.device))
+    return settings.model_copy(update={"max_sequences": sequences, "max_model_len": model.max_model_len})

@@ -1,0 +1,191 @@
+"""Whether a loaded model answers through the engine as it does by itself: if not, it is refused at start.
+
+A config shows much, but not everything: a model may ignore positions, look ahead, or need token ids beside embeddings.
+So a few tokens are sent both ways once, when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.attention.cached_rows import CachedRows, Span
+from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Recurrence, StatePlace
+from server.engine.attention.recurrent import RecurrentRows
+from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.model.preflight import quantisation
+from server.errors import UnsupportedModel
+
+if TYPE_CHECKING:  # it imports this module
+    from server.engine.model.frozen import FrozenModel
+
+NUM_TOKENS = 8
+"""In each row. A large model on a CPU takes seconds for more."""
+
+NARROW_WINDOW = 3
+
+LARGEST_ERROR = 1e-3
+"""Relative to the largest logit, in float32 and float64. A right model's error is below 1e-5."""
+LARGEST_ERROR_HALF = 0.1
+"""The same in 8 or 11 bits of precision, and for quantised weights, where rounding costs a few percent."""
+
+REMEDY = "Choose a model that docs/models.md lists as right."
+
+
+@torch.inference_mode()
+def refuse_inexact(model: FrozenModel) -> None:
+    """Compare the engine's path through a model with the model's own forward over token ids.
+
+    A sliding window is made so narrow for this that it hides some of the few tokens.
+
+    Raises:
+        UnsupportedModel: the logits differ; names the cause.
+    """
+    config = model.module.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    has_window = isinstance(window, int) and window < model.spec.max_model_len
+    ids = _probe_ids(model)
+    exact = model.dtype in (torch.float32, torch.float64) and quantisation(model.module.config) is None
+    largest = LARGEST_ERROR if exact else LARGEST_ERROR_HALF
+    if has_window:
+        config.sliding_window = NARROW_WINDOW
+    try:
+        own = own_logits(model.module, input_ids=ids)
+        error = _typical_error(_engine_logits(model, ids, narrow=has_window), torch.cat([own, own]))
+    finally:
+        if has_window:
+            config.sliding_window = window
+    if error <= largest:
+        return
+    kind, remedy = model.module.config.model_type, REMEDY
+    own = own_logits(model.module, input_ids=ids)
+    half = len(ids) // 2
+    if not _typical_error(own_logits(model.module, input_ids=ids[:half]), own[:half]) <= largest:
+        cause = "lets tokens see those after them, so it does not generate from left to right"
+    elif not _typical_error(own_logits(model.module, inputs_embeds=model.embed(ids)), own) <= largest:
+        cause = "needs token ids beside embeddings, and virtual tokens have none"
+    elif has_window and _typical_error(_engine_logits(model, ids, narrow=False), torch.cat([own, own])) <= largest:
+        cause = f"has a sliding window of {window:,} tokens that it does not hand to the attention"
+        remedy = f"Set PRELUDE_MAX_MODEL_LEN to at most {window}."
+    else:
+        cause = (
+            "computes more than causal attention from a token's neighbours, or ignores the positions that it is given "
+            "or the rows whose logits are wanted"
+        )
+    raise UnsupportedModel(
+        f"{kind} {cause}: its logits through the engine differ from its own by {error:.0%} of the largest.",
+        remedy=remedy,
+    )
+
+
+def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> torch.Tensor:
+    """Logits `[2 * tokens, vocab_size]` of two sequences of the same `[tokens]`, one after the other.
+
+    They take two of the engine's steps: a beginning of each, then the next chunk of one beside the last token of the
+    other. In each step the tokens of both stand shuffled, because nothing that a model does outside its attention may
+    depend on a token's neighbours or on its place in the flat row.
+
+    Raises:
+        UnsupportedModel: the model writes to the embeddings that it is given.
+    """
+    tokens = len(ids)
+    kv_cache = KVCache(replace(model.spec, max_model_len=tokens), num_slabs=2)
+    first, second = kv_cache.allocate(tokens), kv_cache.allocate(tokens)
+    assert first is not None, "a slab each"
+    assert second is not None, "a slab each"
+    steps = (
+        (Span(first, 0, tokens - 3), Span(second, 0, tokens - 1)),
+        (Span(second, tokens - 1, 1), Span(first, tokens - 3, 3)),
+    )
+    rows: dict[tuple[Slot, int], torch.Tensor] = {}
+    for spans in steps:
+        embeddings = model.embed(torch.cat([ids[span.start : span.end] for span in spans]))
+        layout = _Shuffled(kv_cache, spans, len(embeddings), narrow=narrow)
+        shuffled = embeddings[layout.order]
+        with kv_cache.step():
+            logits = model.forward(shuffled, layout.position_ids, layout, layout.back).float()
+        if not torch.equal(shuffled[layout.back], embeddings):
+            raise UnsupportedModel(
+                f"{model.module.config.model_type} writes to the embeddings that it is given, which may be a soft "
+                "prompt's.",
+                remedy=REMEDY,
+            )
+        for span, part in zip(spans, torch.split(logits, [span.count for span in spans]), strict=True):
+            rows[span.slot, span.start] = part
+    return torch.cat([rows[place] for place in sorted(rows)])
+
+
+class _Shuffled:
+    """A step whose tokens stand in the flat row in any order; see `attention.Layout`."""
+
+    def __init__(self, kv_cache: KVCache, spans: Sequence[Span], tokens: int, *, narrow: bool) -> None:
+        """Shuffle a step's tokens: the flat row holds those of `order`, and `back` undoes it.
+
+        Args:
+            kv_cache: where keys and values go.
+            spans: the step.
+            tokens: that it has.
+            narrow: whether windows are `NARROW_WINDOW`, whatever the layers ask for.
+        """
+        rows = CachedRows(kv_cache, spans)
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+        self.order = order.to(rows.position_ids.device)
+        self.back = self.order.argsort()
+        self.position_ids = rows.position_ids[self.order]
+        self._rows, self._narrow = rows, narrow
+        self._recurrent = None if kv_cache.recurrent is None else RecurrentRows(rows, kv_cache.recurrent, spans)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `attention.Layout.attend`."""
+        if self._narrow and rules.sliding_window is not None:
+            rules = replace(rules, sliding_window=NARROW_WINDOW)
+        query, key, value = (states[:, self.back] for states in (query, key, value))
+        return self._rows.attend(layer, query, key, value, rules)[self.order]
+
+    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        """See `attention.RecurrentLayout.recur`."""
+        assert self._recurrent is not None, "only models with a recurrent state ask for it"
+        return self._recurrent.recur(place, inputs[self.back], recurrence)[self.order]
+
+
+def own_logits(module: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits `[tokens, vocab_size]` of the model's own forward, given `input_ids` or `inputs_embeds` of one row."""
+    batch = {name: tensor[None] for name, tensor in inputs.items()}
+    with _own_attention(module):
+        logits: torch.Tensor = module(**batch, use_cache=False).logits[0].float()
+    return logits
+
+
+@contextmanager
+def _own_attention(module: PreTrainedModel) -> Iterator[None]:
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(ATTENTION_NAME)
+
+
+def _probe_ids(model: FrozenModel) -> torch.Tensor:
+    """Token ids `[NUM_TOKENS]` from the inside of the vocabulary: special tokens often stand at its ends."""
+    return torch.linspace(0, model.spec.vocab_size - 1, NUM_TOKENS + 2, device=model.device)[1:-1].long()
+
+
+def errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """For each token, the largest difference of its logits relative to the largest logit."""
+    return (got - expected).abs().amax(dim=-1) / expected.abs().amax(dim=-1)
+
+
+def _typical_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The upper quartile of the tokens' errors; NaN if any is not finite.
+
+    Not the largest: rounding may send a single token of a mixture of experts to another expert.
+    """
+    of_tokens = errors(got, expected)
+    return float(of_tokens.quantile(0.75)) if bool(of_tokens.isfinite().all()) else float("nan")

@@ -1,0 +1,309 @@
+"""The frozen model: transformers' own modules, used as they are, behind one flat row of tokens.
+
+Nothing here ever writes to a weight. The same object serves and trains: training only asks for gradients with respect
+to the input embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from server.contracts import ChatEnd, ModelSpec, TemplatedText
+from server.engine.attention.interface import Layout
+from server.engine.model import device_defaults, loading
+from server.engine.model.compatibility import pin_longrope, probe_attention
+from server.engine.model.devices import choose_device, choose_dtype
+from server.engine.model.exactness import refuse_inexact
+from server.engine.model.hybrids import prepare_layers
+from server.engine.model.load_errors import as_sentence
+from server.engine.model.preflight import free_memory
+from server.engine.model.weights import resolve_checkpoint
+from server.engine.text.chat import render_chat
+from server.engine.text.model_text import TokenTexts
+from server.engine.text.special_tokens import InputEncoder
+from server.errors import UnknownToken, UnsupportedModel
+from server.settings import Settings, SpecialTokensInInput
+
+if TYPE_CHECKING:  # numba is only imported where it is used
+    from server.engine.kernels import Kernels
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_ROWS = 64
+
+
+class FrozenModel:
+    """One causal language model in memory, with its tokenizer.
+
+    Attributes:
+        spec: what the rest of the server may know of it.
+        module: transformers' model; every parameter has `requires_grad=False`.
+        tokenizer: its tokenizer.
+        backend: the Rust part of it, safe from any thread.
+        texts: what single tokens say.
+        special_tokens_in_input: what the strings of special tokens are in users' texts in a template.
+        eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
+        end_token_id: the one that ends a text, as training puts it after every target.
+        attention_rules: what each layer asks of its attention.
+        kernels: compiled code that may be used with it; see `optimise.py`.
+        keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
+        longest_token: characters of the vocabulary's longest token: no token stands for more of a text.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        max_model_len: int,
+        special_tokens_in_input: SpecialTokensInInput = "text",
+    ) -> None:
+        """Take a loaded model. Its attention implementation must be ours already.
+
+        Raises:
+            UnsupportedModel: the engine cannot serve it, with the reason.
+        """
+        self.kernels: Kernels | None = None
+        self.keeps_early = False
+        module.eval()  # type: ignore[no-untyped-call]
+        self.module = module.requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.backend = _plain_backend(tokenizer)
+        self.texts = TokenTexts(self.backend, tokenizer.all_special_ids)
+        self.special_tokens_in_input = special_tokens_in_input
+        self._encoder = (
+            InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
+        )
+        text_config = module.config.get_text_config()
+        layers = prepare_layers(module)
+        kv_heads, head_dim, self.attention_rules = probe_attention(module, layers.num_attention_layers)
+        limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
+        self.longest_token = max(len(token) for token in tokenizer.get_vocab())
+        weights = module.get_input_embeddings().weight
+        assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
+        _refuse_other_rows(module, weights.shape[0])
+        self._exceeds_rows = max(tokenizer.get_vocab().values()) >= weights.shape[0]
+        self.eos_token_ids, self.end_token_id = _end_tokens(module, tokenizer, weights.shape[0])
+        self.spec = ModelSpec(
+            name=name,
+            fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
+            hidden_size=text_config.hidden_size,
+            num_hidden_layers=text_config.num_hidden_layers,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=weights.shape[0],
+            max_model_len=min(max_model_len, limit),
+            dtype=str(module.dtype).removeprefix("torch."),
+            device=str(module.device),
+            num_attention_heads=getattr(text_config, "num_attention_heads", None),
+            num_attention_layers=layers.num_attention_layers if layers.state_width else None,
+            state_width=layers.state_width,
+        )
+        pin_longrope(module, self.spec.max_model_len)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.module.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in."""
+        dtype: torch.dtype = self.module.dtype
+        return dtype
+
+    @classmethod
+    def load(cls, settings: Settings) -> FrozenModel:
+        """Load the model that the settings name.
+
+        Raises:
+            ConfigurationError: it cannot be found, or (UnsupportedModel) cannot be served.
+        """
+        checkpoint = resolve_checkpoint(settings.model, settings.model_name, settings.cache_dir)
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        log.info("loading %s in %s on %s", checkpoint.name, str(dtype).removeprefix("torch."), device)
+        module, tokenizer = loading.load(checkpoint.location, device, dtype)
+        free = free_memory(device)
+        length = device_defaults.max_model_len(settings, module.config, module.dtype, device.type, free)
+        with as_sentence(f"The model {checkpoint.location} cannot be used"):
+            model = cls(
+                module,
+                tokenizer,
+                name=checkpoint.name,
+                max_model_len=length,
+                special_tokens_in_input=settings.special_tokens_in_input,
+            )
+            refuse_inexact(model)
+            return model
+
+    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
+
+        Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+
+        Raises:
+            UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
+            InvalidRequest: a user's text in a template cannot be told from a special token.
+        """
+        if self._encoder is not None and isinstance(text, TemplatedText):
+            ids = self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            raw = text.text if isinstance(text, TemplatedText) else text
+            [encoding] = self.backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
+            ids = encoding.ids
+        if self._exceeds_rows:
+            self.check_tokens(ids)
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
+        """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses these messages.
+        """
+        most = self.spec.max_model_len * self.longest_token
+        return render_chat(self.tokenizer, messages, self._encoder, most, end)
+
+    def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
+        """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
+
+        Raises:
+            UnknownToken: names the first of them.
+        """
+        rows = self.spec.vocab_size
+        if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):
+            return
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < rows)
+        name = self.texts.text_of(unknown) if 0 <= unknown < 2**31 else ""
+        raise UnknownToken(
+            f"{place} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
+            f"for the tokens 0 to {rows - 1:,} only."
+        )
+
+    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for, from and to; safe from any thread."""
+        [encoding] = self.backend.encode_batch([text])
+        return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
+        self.check_tokens(token_ids)
+        with torch.no_grad():
+            return self.embed(torch.tensor(token_ids, device=self.device)).cpu()
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]` as the model's own forward would make them."""
+        embeddings: torch.Tensor = self.module.get_input_embeddings()(token_ids)
+        return embeddings
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits `[kept, vocab_size]`, in the model's dtype, of the flat-row indices in `keep`.
+
+        Args:
+            inputs_embeds: `[tokens, hidden_size]`.
+            position_ids: `[tokens]`, each token's position in its own sequence.
+            layout: whose token is whose.
+            keep: `[kept]`, indices into the flat row.
+        """
+        output = self.module(
+            inputs_embeds=inputs_embeds.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
+            layout=layout,
+            **({"logits_to_keep": 0, "kept": keep} if self.keeps_early else {"logits_to_keep": keep}),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:
+    """Identity of the frozen model: shape-giving config fields and a sample of embedding rows in bfloat16.
+
+    bfloat16 is what every served dtype rounds to in the same way, so the fingerprint does not depend on it.
+    """
+    fields = {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": embeddings.shape[0],
+    }
+    rows = torch.linspace(0, embeddings.shape[0] - 1, FINGERPRINT_ROWS, dtype=torch.float64).round().long()
+    sample = embeddings.detach()[rows.to(embeddings.device)].to(torch.bfloat16).cpu().contiguous()
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The Rust tokenizer, which never cuts or pads a text here.
+
+    It is called directly because transformers' wrapper changes its state, which fails while another thread reads it.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel("The model's tokenizer has no fast (tokenizers) form.")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _refuse_other_rows(module: PreTrainedModel, rows: int) -> None:
+    """Refuse a model that would choose tokens which it cannot read, or could not choose those that it reads."""
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    logits = rows if head is None else head.weight.shape[0]
+    if logits != rows:
+        raise UnsupportedModel(f"The model has embeddings for {rows:,} tokens and logits for {logits:,}.")
+
+
+def _end_tokens(
+    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> tuple[frozenset[int], int | None]:
+    """Token ids that end a generation, and the one that training puts after every target.
+
+    A chat fine-tune often names its end of turn in one place only, so the ids of all three places count. Training takes
+    the lowest id of the first place that names one: that is what existing soft prompts have learned.
+    """
+    generation = getattr(module.generation_config, "eos_token_id", None)
+    found: dict[str, list[int]] = {}
+    for place, ids in (
+        ("generation_config.json", generation),
+        ("config.json", getattr(module.config.get_text_config(), "eos_token_id", None)),
+        ("the tokenizer", tokenizer.eos_token_id),
+    ):
+        named = list(ids) if isinstance(ids, Sequence) else [] if ids is None else [ids]
+        found[place] = [token_id for token_id in named if 0 <= token_id < rows]
+        for token_id in set(named).difference(found[place]):
+            log.warning("%s names the end token %d; the model has the tokens 0 to %d only", place, token_id, rows - 1)
+    first: list[int] = next((ids for ids in found.values() if ids), [])
+    return frozenset(itertools.chain(*found.values())), min(first, default=None)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over every parameter and buffer: proof that nothing wrote to the frozen model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""Models of which some layers have no attention: what is put in the place of those layers' own forward.
+
+The model's own forward would run such a layer over the flat row as if it were one sequence. Ours does the layer's
+matrix products over all tokens, and asks the layout for each sequence's state (`attention.RecurrentLayout`). Without a
+layout the layer computes what transformers wrote, which is what the check at the start compares ours with.
+
+To serve another family: a module like `ShortConvolution` for its layers, and an entry in `RECURRENT_LAYERS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from server.engine.attention.interface import RecurrentLayout, StatePlace
+from server.errors import UnsupportedModel
+
+
+class Layers(NamedTuple):
+    """What a model's layers keep of a sequence."""
+
+    num_attention_layers: int
+    state_width: int
+    """Numbers of all layers' recurrent states together."""
+
+
+class RecurrentLayer(nn.Module):
+    """What stands in the place of a layer that keeps a recurrent state.
+
+    Attributes:
+        own: transformers' module, whose weights are used.
+        place: of its state.
+    """
+
+    place: StatePlace
+
+    def __init__(self, own: Any) -> None:
+        """Take transformers' module."""
+        super().__init__()
+        self.own = own
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layout: RecurrentLayout | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """`[1, tokens, hidden_size]` to the same shape.
+
+        Raises:
+            UnsupportedModel: the model masks tokens beside the layout.
+        """
+        if layout is None:
+            found: torch.Tensor = self.own(hidden_states, attention_mask=attention_mask, **others)
+            return found
+        if attention_mask is not None:
+            raise UnsupportedModel(
+                "The model's recurrent layers use attention_mask, which the engine does not implement."
+            )
+        return self.run(hidden_states, layout)
+
+    def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
+        """`[1, tokens, hidden_size]` to the same shape, with each sequence's state from the layout."""
+        raise NotImplementedError
+
+
+class ShortConvolution(RecurrentLayer):
+    """LFM2's gated convolution over the last few tokens; its state are the inputs of all of these but the newest."""
+
+    def __init__(self, own: Any, first: int) -> None:
+        """Take transformers' module; its state begins at the number `first`."""
+        super().__init__(own)
+        self.place = StatePlace(first, (own.conv.kernel_size[0] - 1) * own.conv.in_channels)
+
+    def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
+        """See `RecurrentLayer.run`."""
+        gate, out_gate, values = self.own.in_proj(hidden_states).chunk(3, dim=-1)
+        mixed = layout.recur(self.place, (gate * values)[0], self._convolve)
+        out: torch.Tensor = self.own.out_proj(out_gate * mixed)
+        return out
+
+    def _convolve(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.Recurrence`."""
+        out, after = convolve(self.own.conv, inputs, state)
+        return out.to(inputs.dtype), after
+
+
+class GatedDeltaNet(RecurrentLayer):
+    """The linear attention of Qwen3-Next and Qwen3.5.
+
+    Its state are the last inputs of a convolution, as in `ShortConvolution`, and for each head a matrix
+    `[key_dim, value_dim]`, which the gated delta rule decays and corrects with each token.
+    """
+
+    def __init__(self, own: Any, first: int) -> None:
+        """Take transformers' module; its state begins at the number `first`."""
+        super().__init__(own)
+        rules = sys.modules[type(own).__module__]  # on a GPU its functions are the kernels that are installed there
+        self._rule_of_chunks: Any = rules.torch_chunk_gated_delta_rule
+        self._rule_of_one: Any = rules.torch_recurrent_gated_delta_rule
+        self._conv_width = (own.conv1d.kernel_size[0] - 1) * own.conv_dim
+        self._matrices = own.num_v_heads, own.head_k_dim, own.head_v_dim
+        self.place = StatePlace(first, self._conv_width + own.num_v_heads * own.head_k_dim * own.head_v_dim)
+
+    def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
+        """See `RecurrentLayer.run`."""
+        own = self.own
+        if hasattr(own, "in_proj_qkvz"):  # Qwen3-Next
+            parts = own.fix_query_key_value_ordering(own.in_proj_qkvz(hidden_states), own.in_proj_ba(hidden_states))
+            query, key, value, gate, beta, decay = (part.flatten(2) for part in parts)
+            inputs = [query, key, value, beta, decay]
+        else:
+            gate = own.in_proj_z(hidden_states)
+            inputs = [projection(hidden_states) for projection in (own.in_proj_qkv, own.in_proj_b, own.in_proj_a)]
+        mixed = layout.recur(self.place, torch.cat(inputs, dim=-1)[0], self._recur)
+        heads = mixed.reshape(-1, own.head_v_dim)
+        out: torch.Tensor = own.out_proj(own.norm(heads, gate.reshape(heads.shape)).view_as(gate))
+        return out
+
+    def _recur(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.Recurrence`."""
+        own = self.own
+        last, matrices = torch.tensor_split(state, [self._conv_width], dim=-1)
+        values, beta, decay = torch.split(inputs, [own.conv_dim, own.num_v_heads, own.num_v_heads], dim=-1)
+        mixed, last = convolve(own.conv1d, values, last)
+        mixed = ACT2FN[own.activation](mixed).to(inputs.dtype)
+        parts = torch.split(mixed, [own.key_dim, own.key_dim, own.value_dim], dim=-1)
+        query, key = (part.reshape(*inputs.shape[:2], own.num_k_heads, own.head_k_dim) for part in parts[:2])
+        value = parts[2].reshape(*inputs.shape[:2], own.num_v_heads, own.head_v_dim)
+        shared_by = own.num_v_heads // own.num_k_heads
+        rule = self._rule_of_one if inputs.shape[1] == 1 else self._rule_of_chunks
+        out, matrices = rule(
+            query.repeat_interleave(shared_by, dim=2),
+            key.repeat_interleave(shared_by, dim=2),
+            value,
+            g=-own.A_log.float().exp() * F.softplus(decay.float() + own.dt_bias),
+            beta=beta.sigmoid(),
+            initial_state=matrices.reshape(-1, *self._matrices),
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        return out.flatten(2), torch.cat([last, matrices.flatten(1).to(state.dtype)], dim=-1)
+
+
+def convolve(conv: Any, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal convolution `[rows, tokens, width]` of each channel by itself, in the dtype of its state.
+
+    Args:
+        conv: has the weights.
+        inputs: `[rows, tokens, width]`.
+        state: `[rows, (kernel_size - 1) * width]`, the inputs before these.
+
+    Returns:
+        What comes out, and the state after these inputs.
+    """
+    rows, tokens, width = inputs.shape
+    seen = torch.cat([state.reshape(rows, -1, width), inputs.to(state.dtype)], dim=1)
+    weights = conv.weight[:, 0].to(state.dtype)  # [width, kernel_size], the newest token's last
+    out = seen[:, :tokens] * weights[:, 0]
+    for age in range(1, conv.kernel_size[0]):  # each token by itself, so no neighbour changes a bit of its answer
+        out = torch.addcmul(out, seen[:, age : age + tokens], weights[:, age])
+    if conv.bias is not None:
+        out = out + conv.bias.to(state.dtype)
+    return out, seen[:, tokens:].reshape(rows, -1)
+
+
+class Kind(NamedTuple):
+    """A kind of layer that keeps a recurrent state."""
+
+    layer_type: str
+    """As the config calls it."""
+    attribute: str
+    """Where a decoder layer has its module."""
+    ours: Callable[[Any, int], RecurrentLayer]
+
+
+_CONVOLUTION = Kind("conv", "conv", ShortConvolution)
+_DELTA = Kind("linear_attention", "linear_attn", GatedDeltaNet)
+
+RECURRENT_LAYERS = dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLUTION) | dict.fromkeys(
+    ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA
+)
+"""By the `model_type` of a text model."""
+
+
+def kinds_with_states(text_config: PretrainedConfig) -> set[str]:
+    """The kinds of layers of a model that the engine keeps a recurrent state for."""
+    kind = RECURRENT_LAYERS.get(text_config.model_type)
+    return set() if kind is None else {kind.layer_type}
+
+
+def prepare_layers(module: PreTrainedModel) -> Layers:
+    """Replace the layers of a model that keep a recurrent state, if it has some; its weights stay as they are.
+
+    Layers with attention are numbered anew, so that the KV cache has none for the others.
+
+    Raises:
+        UnsupportedModel: no layer has attention, or a convolution has no state.
+    """
+    config = module.config.get_text_config()
+    kind = RECURRENT_LAYERS.get(config.model_type)
+    layer_types: list[str] = getattr(config, "layer_types", None) or []
+    if kind is None or kind.layer_type not in layer_types:
+        return Layers(config.num_hidden_layers, 0)
+    attending = width = 0
+    decoder: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    for layer, layer_type in zip(decoder.layers, layer_types, strict=True):
+        if layer_type != kind.layer_type:
+            layer.self_attn.layer_idx = attending
+            attending += 1
+            continue
+        recurrent = getattr(layer, kind.attribute)
+        if not isinstance(recurrent, RecurrentLayer):
+            recurrent = kind.ours(recurrent, width)
+            setattr(layer, kind.attribute, recurrent)
+        width += recurrent.place.width
+    if not attending or not width:
+        missing = "a layer with attention" if width else "a convolution over more than one token"
+        raise UnsupportedModel(f"{config.model_type} does not have {missing}.")
+    return Layers(attending, width)

@@ -1,0 +1,83 @@
+"""Whatever goes wrong while libraries read a model, as one sentence with what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+
+from server.engine.attention.interface import ATTENTION_NAME
+from server.errors import ConfigurationError, InsufficientMemory, PreludeError, UnsupportedModel
+
+REMEDY = "Download or convert the model again, or let PRELUDE_MODEL name another one."
+MAKE_ROOM = "Free memory, or choose a smaller model or a quantised checkpoint."
+MOST_CHARACTERS = 300
+
+
+@contextmanager
+def refusing_own_choice(kind: str) -> Iterator[None]:
+    """Refuse a model that looks its attention up in a list of its own, where ours is not.
+
+    Raises:
+        UnsupportedModel: it does.
+    """
+    try:
+        yield
+    except KeyError as exc:
+        if exc.args != (ATTENTION_NAME,):
+            raise
+        raise UnsupportedModel(
+            f"{kind} chooses its attention from a list of its own and not through transformers' AttentionInterface."
+        ) from exc
+
+
+@contextmanager
+def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one sentence, with the problem first.
+
+    Raises:
+        ConfigurationError: anything was raised that is not an error of ours already.
+    """
+    try:
+        yield
+    except PreludeError:
+        raise
+    except Exception as exc:  # the libraries that read models raise anything
+        if _is_out_of_memory(exc):
+            raise InsufficientMemory(f"{problem}: {_reason(exc)}.", remedy=MAKE_ROOM) from exc
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            remedy = "Make room on the disk."
+        if isinstance(exc, ImportError):
+            remedy = "Install what is missing where Prelude runs, or choose a model that does not need it."
+        if "does not recognize this architecture" in str(exc):
+            remedy = "Update transformers (pip install --upgrade transformers), or choose another model."
+        raise ConfigurationError(f"{problem}: {_reason(exc)}.", remedy=remedy) from exc
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Whether memory ran out; torch's allocator on a CPU raises no class of its own."""
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(exc)
+
+
+def _reason(exc: Exception) -> str:
+    """What an exception says, on one line, of a bounded length."""
+    text = " ".join(str(exc).split())
+    if isinstance(exc, LookupError | AssertionError) or not text:
+        text = f"{type(exc).__name__} {text}".strip()
+    if "ignore_mismatched_sizes" in text:
+        text = "their shapes are not those that config.json asks for"
+    if "weights_only" in text:
+        text = "its file is no plain tensors but a pickle, and what is in it is never run"
+    if "does not recognize this architecture" in text:
+        named = re.search(r"model type `([^`]{1,80})`", text)
+        kind = repr(named[1]) if named else "such a"
+        text = f"transformers {transformers.__version__} knows no {kind} models"
+    if "Unrecognized configuration class" in text:
+        text = "it is no language model that generates text"
+    if "trust_remote_code" in text:
+        text = "it needs code of its own, which is never run here"
+    return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…").rstrip(".")

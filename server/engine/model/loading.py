@@ -1,0 +1,230 @@
+"""From a model's files to its modules and its tokenizer, or one sentence about what is wrong with them.
+
+The files are checked before transformers reads them: it makes up weights that are missing, leaves out settings that it
+cannot read, and asks on the terminal whether it may run code that lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from server.engine.attention.interface import ATTENTION_NAME, register_attention
+from server.engine.model.compatibility import refuse_unsupported
+from server.engine.model.load_errors import REMEDY, as_sentence, refusing_own_choice
+from server.engine.model.preflight import (
+    Stored,
+    auto_class,
+    made,
+    quantisation,
+    refuse_missing_packages,
+    refuse_too_large,
+    unpack,
+)
+from server.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+SETTINGS_FILES = (
+    *(CONFIG, "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", INDEX),
+)
+"""Files that hold one JSON object each, if they are there."""
+VOCABULARIES = (".model", ".tiktoken", "tekken.json")
+"""How files of tokenizers end that are called neither tokenizer nor vocab."""
+SHOWN = 3
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
+
+
+def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer in a directory, or of a hub id.
+
+    Code that lies beside the weights is never run.
+
+    Raises:
+        ConfigurationError: something is missing, broken or does not fit together; (UnsupportedModel) or it cannot be
+            served.
+    """
+    directory = Path(location)
+    weights: dict[str, Stored] = {}
+    if directory.is_dir():
+        weights = check_files(directory)
+    else:
+        _check_hub_id(location)
+    with _quietly(), as_sentence(f"The model {location} cannot be loaded"):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        refuse_unsupported(config)
+        refuse_missing_packages(location, config)
+    _check_layers(location, weights, config)
+    register_attention()
+    with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"), refusing_own_choice(config.model_type):
+        if unpack(config) or (not weights and quantisation(config) is None):
+            weights = made(config)
+        refuse_too_large(location, weights.values(), quantisation(config), device, dtype)
+        loaded: Any = auto_class(config).from_pretrained(
+            location,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # On a CPU the file is mapped; elsewhere weights go there one by one, and the host needs no room for all.
+            device_map=None if device.type == "cpu" else {"": device},
+        )
+        module: PreTrainedModel = loaded[0]
+    refuse_missing(location, loaded[1])
+    with _quietly(), as_sentence(f"The tokenizer of {location} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
+    if is_empty:
+        raise ConfigurationError(f"The tokenizer of {location} knows no token of a text.", remedy=REMEDY)
+    return module, tokenizer
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from reporting in many lines what we say in one."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which weights are missing: transformers makes up random ones.
+
+    Raises:
+        ConfigurationError: names some of them.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigurationError(
+            f"The weights of {location} lack {len(missing)} that its configuration asks for: {_some(missing)}.",
+            remedy=REMEDY,
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        log.warning("%s holds %d weights that the model does not use: %s", location, len(unused), _some(unused))
+
+
+def check_files(directory: Path) -> dict[str, Stored]:
+    """Refuse a directory whose files are missing, cut or unreadable, before any is loaded.
+
+    Returns:
+        The weights by their names, as far as they are in safetensors files.
+
+    Raises:
+        ConfigurationError: names the first such file.
+    """
+    with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
+        names = {path.name for path in directory.iterdir()}
+    if CONFIG not in names:
+        raise ConfigurationError(
+            f"{directory} holds no {CONFIG}, so it is not a model's directory.",
+            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
+        )
+    found = {name: _object_in(directory / name) for name in SETTINGS_FILES if name in names}
+    for template in (directory / name for name in names if name.endswith(".jinja")):
+        with as_sentence(f"{template} is not UTF-8"):
+            template.read_text(encoding="utf-8")
+    if not isinstance(found[CONFIG].get("model_type"), str):
+        raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
+    if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):
+        raise ConfigurationError(f"{directory} holds no tokenizer (tokenizer.json).", remedy=REMEDY)
+    weights: dict[str, Stored] = {}
+    for shard in _shards(directory, names, found.get(INDEX)):
+        with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
+            weights |= _tensors_of(directory / shard)
+    # Masks and the like may be whole numbers.
+    whole = [name for name, stored in weights.items() if stored.dtype[0] in "IU" and name.endswith("weight")]
+    if whole and "quantization_config" not in found[CONFIG]:
+        raise ConfigurationError(
+            f"{directory} holds {len(whole)} weights as whole numbers, and {CONFIG} has no quantization_config: "
+            f"{_some(whole)}.",
+            remedy=REMEDY,
+        )
+    return weights
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    with as_sentence(f"{path} is not valid JSON"):
+        value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object, not {type(value).__name__}.", remedy=REMEDY)
+    return value
+
+
+def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> list[str]:
+    """The safetensors files that the weights are in; none for a model in torch's own format."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    if index is None:
+        if not any(name.endswith((".bin", ".safetensors")) for name in names):
+            raise ConfigurationError(f"{directory} holds no weights ({WEIGHTS}, or {INDEX}).", remedy=REMEDY)
+        return []
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigurationError(f"{directory / INDEX} holds no weight_map from weights to files.", remedy=REMEDY)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        raise ConfigurationError(
+            f"{directory} lacks {len(missing)} of the {len(shards)} files that {INDEX} names: {_some(missing)}.",
+            remedy=REMEDY,
+        )
+    return shards
+
+
+def _tensors_of(path: Path) -> dict[str, Stored]:
+    """Each tensor by its name; the header is checked against the file's length."""
+    with safe_open(path, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: Stored(part.get_dtype(), math.prod(part.get_shape())) for name, part in slices.items()}
+
+
+def _check_layers(location: str, names: Iterable[str], config: PretrainedConfig) -> None:
+    """Refuse more layers than there are weights for: they would all be made first, in memory and time without bound."""
+    numbers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    most = max(numbers) + 1 if numbers else layers
+    if not 1 <= layers <= most:
+        raise ConfigurationError(
+            f"{CONFIG} of {location} asks for {layers:,} layers; the weights hold {most:,}.", remedy=REMEDY
+        )
+
+
+def _check_hub_id(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as exc:
+        raise ConfigurationError(
+            f"PRELUDE_MODEL is {name[:200]!r}: no directory, no .gguf file, and not a hub id.",
+            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
+        ) from exc
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,1 @@
+"""From logits to tokens: rules of each request, draws, log-probabilities."""

@@ -1,0 +1,259 @@
+"""The next token of every row that has logits, each row under its own rules.
+
+A batch of plain greedy rows costs one argmax over logits as the model gives them. What the rules make of the others is
+in `distribution.py`. A draw is one uniform number from the sequence's own generator, looked up in the row's cumulative
+distribution: it depends on the seed and on how many tokens came before, not on the neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from server.contracts import Candidate
+from server.engine.fast.operators import Operators, at_least_float32
+from server.engine.sampling.filters import Changes, probabilities
+from server.engine.scheduling.sequence import Sequence
+from server.engine.to_device import Download, upload
+
+Item = TypeVar("Item")
+
+NUMBERS_AT_ONCE = {"cpu": 2**22}
+"""Logits whose rules are applied in one go: drawing takes several copies of them in float64. A CPU's caches hold no
+more. Choices that share their input draw from it before they have a slot, so there can be many more rows than sequences
+that run."""
+
+DEVICE_NUMBERS_AT_ONCE = 2**25
+"""The same for any other device: 256 rows of a vocabulary of 128 thousand are one go."""
+
+
+class Choice(NamedTuple):
+    """A row's next token. `token_id` is None where the logits are not finite, so that nothing can be chosen."""
+
+    token_id: int | None
+    logprob: float | None
+    top: tuple[Candidate, ...] = ()
+
+
+def choose_next(
+    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
+) -> list[Choice]:
+    """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change; waits for the device.
+
+    Args:
+        logits: in any dtype; rules are applied in float32 or float64.
+        sequences: whose rows they are.
+        eos_token_ids: tokens that end a generation.
+        operators: how to find the best token; torch's way if it is None.
+    """
+    return begin_choosing(logits, sequences, eos_token_ids, Download(), operators)()
+
+
+def begin_choosing(
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    eos_token_ids: frozenset[int],
+    download: Download,
+    operators: Operators | None = None,
+    drawn_from: Rows[int] | None = None,
+) -> Callable[[], list[Choice]]:
+    """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for.
+
+    `drawn_from` says which row of the logits each sequence draws from; without it each draws from its own.
+    """
+    rows = range(len(sequences)) if drawn_from is None else drawn_from
+    plain, ruled = _sorted_out(sequences)
+    parts: list[tuple[Rows[int], Callable[[], list[Choice]]]] = []
+    # Neighbours are read where they are; what is copied is copied in parts.
+    whole = [slice(None)] if plain and _as_run(_some(rows, plain)) is not None else in_parts(len(plain), logits)
+    for part in whole:
+        mine = rows_of(logits, _some(rows, plain[part]))
+        parts.append((plain[part], _choose_best(mine, download, operators)))
+    for part in in_parts(len(ruled), logits):
+        mine, whose = rows_of(logits, _some(rows, ruled[part])), _some(sequences, ruled[part])
+        parts.append((ruled[part], _choose_by_rules(mine, whose, eos_token_ids, download)))
+    if len(parts) == 1:
+        return parts[0][1]
+
+    def choices() -> list[Choice]:
+        found = [Choice(None, None)] * len(sequences)
+        for places, part in parts:
+            for place, choice in zip(places, part(), strict=True):
+                found[place] = choice
+        return found
+
+    return choices
+
+
+def _sorted_out(sequences: Rows[Sequence]) -> tuple[Rows[int], Rows[int]]:
+    """The sequences that take the best token as it is, and those that have rules."""
+    ruled = [
+        i
+        for i, sequence in enumerate(sequences)
+        if not sequence.is_plain or len(sequence.output_ids) < sequence.sampling.min_new_tokens
+    ]
+    everybody = range(len(sequences))
+    if not ruled:
+        return everybody, ()
+    if len(ruled) == len(sequences):
+        return (), everybody
+    rest = set(ruled)
+    return [i for i in everybody if i not in rest], ruled
+
+
+def _some(items: Rows[Item], places: Rows[int]) -> Rows[Item]:
+    """The items at these places, which are distinct and in order."""
+    return items if len(places) == len(items) else [items[place] for place in places]
+
+
+def rows_of(logits: torch.Tensor, rows: Rows[int]) -> torch.Tensor:
+    """Some rows of logits: a view where they are neighbours, as they usually are, else a copy."""
+    if (run := _as_run(rows)) is not None:
+        return logits[run]
+    return logits[upload([np.array(rows)], logits.device)[0]]
+
+
+def _as_run(rows: Rows[int]) -> slice | None:
+    """The rows as a slice, if each comes after the one before."""
+    first, last = rows[0], rows[0] + len(rows)
+    return slice(first, last) if list(rows) == list(range(first, last)) else None
+
+
+def rows_at_once(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits that rules are applied to in one go."""
+    return max(1, NUMBERS_AT_ONCE.get(device.type, DEVICE_NUMBERS_AT_ONCE) // vocab_size)
+
+
+def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
+    """Cut `count` rows as wide as these logits into parts whose copies memory can hold."""
+    step = rows_at_once(logits.device, logits.shape[1])
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _choose_best(logits: torch.Tensor, download: Download, operators: Operators | None) -> Callable[[], list[Choice]]:
+    best, chosen = (operators or Operators()).best(logits)
+    tokens = _tokens(best, chosen, download)
+    return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
+
+
+def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Callable[[], list[int | None]]:
+    """The chosen tokens; None where the best logit shows that the row cannot be used."""
+    numbers = download.add(best), download.add(chosen)
+
+    def tokens() -> list[int | None]:
+        best, chosen = map(download.array, numbers)
+        found = chosen.tolist()
+        finite = np.isfinite(best)
+        return found if finite.all() else [token if ok else None for token, ok in zip(found, finite, strict=True)]
+
+    return tokens
+
+
+def _choose_by_rules(
+    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
+) -> Callable[[], list[Choice]]:
+    adjusted = at_least_float32(logits).contiguous()
+    if changes := Changes.of(sequences, logits.shape[1], eos_token_ids):
+        if adjusted.data_ptr() == logits.data_ptr():
+            adjusted = adjusted.clone()
+        changes.apply(adjusted)
+    # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
+    best, chosen = adjusted.max(dim=-1)
+    drawn = [i for i, sequence in enumerate(sequences) if not sequence.is_greedy]
+    if len(drawn) == len(sequences):
+        chosen = _draw(adjusted, sequences)
+    elif drawn:
+        [index] = upload([np.array(drawn)], logits.device)
+        chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
+    tokens = _tokens(best, chosen, download)
+    reports = _report(logits, chosen, sequences, download)
+    if reports is None:
+        return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
+
+    def choices() -> list[Choice]:
+        return [
+            Choice(token, logprob, top) if token is not None else Choice(None, None)
+            for token, (logprob, top) in zip(tokens(), reports(), strict=True)
+        ]
+
+    return choices
+
+
+def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+    """Draw one token per row, `[rows]`."""
+    kept, uniform = probabilities(logits, sequences)
+    cumulative = kept.cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return drawn.clamp_(max=kept.shape[1] - 1)  # for rows that are not finite, whose tokens nobody takes
+
+
+Report = tuple[float | None, tuple[Candidate, ...]]
+
+
+def _report(
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
+) -> Callable[[], list[Report]] | None:
+    """What rows tell of their choice under the model's own distribution, where it was asked for; None if nowhere."""
+    nothing: list[Report] = [(None, ())] * len(sequences)
+    wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
+    if not wanted:
+        return None
+    if len(wanted) < len(sequences):
+        [index] = upload([np.array(wanted)], logits.device)
+        logits, chosen = logits[index], chosen[index]
+    top = [sequences[i].sampling.top_logprobs for i in wanted]
+    found = report_tokens(at_least_float32(logits), chosen, top, download)
+
+    def reports() -> list[Report]:
+        reported = dict(zip(wanted, found(), strict=True))
+        return [reported.get(row, nothing[row]) for row in range(len(nothing))]
+
+    return reports
+
+
+def report_tokens(
+    logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int], download: Download
+) -> Callable[[], list[tuple[float, tuple[Candidate, ...]]]]:
+    """Log-probabilities under the model's own distribution, to be read from `download`.
+
+    Args:
+        logits: `[rows, vocab_size]`, at least float32.
+        tokens: `[rows]`, one token id of each row.
+        num_top: of each row, how many of the most likely tokens to tell beside it.
+        download: brings them.
+    """
+    total, own = download.add(logits.logsumexp(dim=-1)), download.add(logits.gather(1, tokens[:, None]))
+    most = max(num_top, default=0)
+    if most:
+        found = logits.topk(most, dim=-1)
+        best, ids = download.add(found.values), download.add(found.indices)
+
+    def reports() -> list[tuple[float, tuple[Candidate, ...]]]:
+        totals = download.array(total)[:, None]
+        values = (download.array(own) - totals)[:, 0].tolist()
+        if not most:
+            return [(value, ()) for value in values]
+        logprobs = (download.array(best) - totals).tolist()
+        return [
+            (value, tuple(map(Candidate, row_ids[:count], row_logprobs[:count])))
+            for value, row_ids, row_logprobs, count in zip(
+                values, download.array(ids).tolist(), logprobs, num_top, strict=True
+            )
+        ]
+
+    return reports
+
+
+def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each row are as likely as the given one, or likelier, `[rows]`; that one counts itself.
+
+    Args:
+        logits: `[rows, vocab_size]`.
+        tokens: `[rows]`, one token id of each row.
+    """
+    return (logits >= logits.gather(1, tokens[:, None])).sum(dim=-1)

@@ -1,0 +1,97 @@
+"""How much is accepted: what is over a limit is refused at once, with the advice to come back, instead of waiting long.
+
+Counted are choices, because each takes a slot: a request of eight texts weighs as much as eight requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.contracts import GenerationRequest
+from server.errors import Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes; None is no limit."""
+
+    in_flight: int | None = None
+    """Choices that run or wait."""
+    per_task: int | None = None
+    """The same, of one task."""
+    per_key: int | None = None
+    """The same, of one API key."""
+    background: int | None = None
+    """Choices of requests that the server asks for itself, such as an evaluation's."""
+    request_timeout: float | None = None
+    """Seconds that a request may take, waiting included."""
+
+
+class Admission:
+    """What is in flight, by task and by key."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Nothing is in flight."""
+        self._limits = limits
+        self._in_flight = 0
+        self._in_background = 0
+        self._by_task: Counter[str | None] = Counter()
+        self._by_key: Counter[str | None] = Counter()
+
+    @contextmanager
+    def of(self, request: GenerationRequest) -> Iterator[Callable[[], None]]:
+        """Count a request in while the block runs, or until what it yields is called: that is once it has ended.
+
+        Raises:
+            Overloaded: a limit is reached; says which.
+        """
+        choices = request.num_choices
+        if request.is_background:
+            self._check_background(choices)
+        else:
+            self._check(request, choices)
+        self._count(request, choices)
+        counted = True
+
+        def leave() -> None:
+            nonlocal counted
+            if counted:
+                counted = False
+                self._count(request, -choices)
+
+        try:
+            yield leave
+        finally:
+            leave()
+
+    def _check(self, request: GenerationRequest, choices: int) -> None:
+        """Refuse a live request that is over a limit; what runs in the background takes none of its room."""
+        task, key = request.task, request.key_id
+        self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
+        self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
+        if key is not None:
+            self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
+
+    def _check_background(self, choices: int) -> None:
+        """Refuse a background request beyond its share, or while live requests leave no room."""
+        self._refuse_over("in flight in the background", self._in_background, choices, self._limits.background)
+        self._refuse_over("in flight", self._in_flight + self._in_background, choices, self._limits.in_flight)
+
+    def _count(self, request: GenerationRequest, choices: int) -> None:
+        if request.is_background:
+            self._in_background += choices
+            return
+        self._in_flight += choices
+        for counter, name in ((self._by_task, request.task), (self._by_key, request.key_id)):
+            counter[name] += choices
+            if not counter[name]:
+                del counter[name]
+
+    @staticmethod
+    def _refuse_over(where: str, now: int, more: int, limit: int | None) -> None:
+        # A request of more choices than the limit would never be taken; alone it is let in.
+        if limit is not None and now and now + more > limit:
+            raise Overloaded(f"{now} answers are {where}, and the server takes {limit}.")

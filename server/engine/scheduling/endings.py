@@ -1,0 +1,35 @@
+"""Why a text ends: by a token that comes, or because it cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from server.contracts import FinishReason
+from server.engine.sampling.sampler import Choice
+from server.engine.scheduling.sequence import Sequence
+from server.errors import GenerationFailed, NotFinite
+
+log = logging.getLogger(__name__)
+
+
+def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    """Why a token that comes next ends a text by itself, if it does."""
+    params = sequence.sampling
+    if token_id in eos_token_ids and (sequence.walk is not None or not params.ignore_eos):
+        return FinishReason.EOS_TOKEN
+    is_early = len(sequence.output_ids) < params.min_new_tokens  # only a grammar lets it come so soon
+    return FinishReason.STOP_SEQUENCE if token_id in params.stop_token_ids and not is_early else None
+
+
+def failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
+    """Why a sequence cannot go on after a step, if it cannot."""
+    is_finite = prefix_is_finite
+    for who, choice in drawn:
+        if who.error is not None:
+            log.error("the rules of a request fail; no other is affected", exc_info=who.error)
+            return GenerationFailed("The engine failed on this request; no other is affected.")
+        is_finite &= choice.token_id is not None
+    if is_finite and not (sequence.scored and any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored)):
+        return None
+    return NotFinite("The model's output is not finite for this soft prompt and input.")

@@ -1,0 +1,112 @@
+"""How much of a step each key takes: no key's texts and inputs make the steps of the others much longer.
+
+A key that runs alone may fill a step. Beside other keys, a key may take as much of a step as they take together, plus a
+sixteenth of the step's token budget. Its texts then take turns, and its inputs get at least half of what it may take.
+So a key with many texts, long inputs or costly rules gets about as much time as the others, not a multiple of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.engine.scheduling.sequence import Sequence
+
+STEP_PARTS = 16
+"""Beside others, a key may take the token budget divided by this, and as much as the others take."""
+
+RULES_COST = 3
+"""What a row costs whose token is chosen by rules, such as a draw or log-probabilities, in rows that take the best."""
+
+
+@dataclass
+class _Demand:
+    """What the sequences of a key could take of a step."""
+
+    decoding: list[Sequence] = field(default_factory=list)
+    filling: list[Sequence] = field(default_factory=list)
+    rows: int = 0
+    """What the rows that decode cost."""
+    tokens: int = 0
+    """Input tokens to be computed."""
+
+    def add(self, sequence: Sequence, pending: int) -> None:
+        if pending == 1:
+            self.decoding.append(sequence)
+            self.rows += _cost(sequence)
+        else:
+            self.filling.append(sequence)
+            self.tokens += pending
+
+
+class FairSteps:
+    """Shares out the token budget of each step."""
+
+    def __init__(self, max_batch_tokens: int, next_chunk: Callable[[Sequence], int]) -> None:
+        """No step has been shared out.
+
+        Args:
+            max_batch_tokens: the token budget of a step.
+            next_chunk: how many tokens of a sequence one step can compute.
+        """
+        self._max_batch_tokens = max_batch_tokens
+        self._next_chunk = next_chunk
+        self._least = max(RULES_COST, max_batch_tokens // STEP_PARTS)
+        self._steps = 0
+
+    def share(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Which sequences compute how many tokens in the next step; those that decode come first.
+
+        Every sequence that decodes gets its one token, and inputs get what is left of the budget, in the order of
+        `running`, except where a key would take too much beside others.
+        """
+        self._steps += 1
+        demands: defaultdict[str | None, _Demand] = defaultdict(_Demand)
+        for sequence in running:
+            if pending := sequence.num_pending:
+                demands[sequence.request.key_id].add(sequence, pending)
+        if len(demands) == 1:
+            [demand] = demands.values()
+            return self._fill(demand.decoding, demand.filling, {})
+        weights = {key: demand.rows + min(demand.tokens, self._least) for key, demand in demands.items()}
+        decoding: list[Sequence] = []
+        limits: dict[str | None, int] = {}
+        for key, demand in demands.items():
+            limit = self._least + sum(weights.values()) - weights[key]
+            limits[key] = min(demand.tokens, max(limit - demand.rows, limit // 2))
+            decoding += self._take_turns(demand, limit - limits[key])
+        filling = [sequence for sequence in running if sequence.num_pending > 1]
+        return self._fill(decoding, filling, limits)
+
+    def _take_turns(self, demand: _Demand, limit: int) -> list[Sequence]:
+        """Those of a key's decoding sequences that fit into a limit; those come first that decoded longest ago."""
+        if demand.rows <= limit:
+            return demand.decoding
+        chosen = []
+        for sequence in sorted(demand.decoding, key=lambda sequence: sequence.decoded_in):
+            if limit <= 0:
+                break
+            limit -= _cost(sequence)
+            sequence.decoded_in = self._steps
+            chosen.append(sequence)
+        return chosen
+
+    def _fill(
+        self, decoding: list[Sequence], filling: list[Sequence], limits: dict[str | None, int]
+    ) -> list[tuple[Sequence, int]]:
+        """Add inputs to sequences that decode, as far as the budget and the limits of their keys reach."""
+        budget = self._max_batch_tokens - len(decoding)
+        shares = [(sequence, 1) for sequence in decoding]
+        for sequence in filling:
+            key = sequence.request.key_id
+            count = min(self._next_chunk(sequence), budget, limits.get(key, budget))
+            if count > 0:
+                shares.append((sequence, count))
+                budget -= count
+                limits[key] = limits.get(key, budget) - count
+        return shares
+
+
+def _cost(sequence: Sequence) -> int:
+    return 1 if sequence.is_plain else RULES_COST

@@ -1,0 +1,351 @@
+"""Who runs in the next step: admission, and the token budget that decoding and prefilling share.
+
+Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
+their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
+behind it overtakes, so a long request is not starved by short ones. A free place goes to the key with the fewest
+running sequences, and of its tasks to the one with the fewest. One place in five is reserved for tasks below their fair
+share, and half of these for keys below theirs: long answers of one do not make the others wait for their ends.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+
+from server.contracts import ModelSpec, Queue
+from server.engine.attention.cached_rows import Span
+from server.engine.memory.arrivals import Arrivals, copies_to
+from server.engine.memory.kv_cache import Computed, KVCache, Slot, bytes_of
+from server.engine.memory.plan import SHARED_SHARE
+from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.shared_inputs import SharedInputs
+from server.engine.scheduling.fair_queue import FairQueue, Running
+from server.engine.scheduling.fair_steps import FairSteps
+from server.engine.scheduling.sequence import Sequence
+from server.engine.to_device import Download
+
+KEPT_SHARE = 4
+"""One place more for every so many, for tasks of which fewer run than their share."""
+
+NO_SLOT = Slot(sys.maxsize, sys.maxsize)
+"""Comes after every slot."""
+
+
+class Scheduler:
+    """The queues of an engine, and the slots and prefixes of those who run.
+
+    Attributes:
+        waiting: accepted, not yet admitted.
+        running: admitted, in the order of admission; each owns a slot.
+        max_running: most that run at once, with the places that are kept.
+        shared: copies of inputs that choices share and wait with.
+        arrivals: prefixes of keys and values that are copied to the device.
+        is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        kv_cache: KVCache,
+        prefixes: PrefixCache,
+        max_sequences: int,
+        max_batch_tokens: int,
+        shared_bytes: int | None = None,
+    ) -> None:
+        """Start with empty queues; copies of shared inputs may take `shared_bytes`, or a share of the KV cache."""
+        assert max_batch_tokens >= max_sequences, "every running sequence must be able to decode in each step"
+        self.max_running = most_running(max_sequences, max_batch_tokens)
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []
+        self._model = model
+        self._kv_cache = kv_cache
+        self._prefixes = prefixes
+        whole = bytes_of(model, kv_cache.allocator.num_positions)
+        self.shared = SharedInputs(whole // SHARED_SHARE if shared_bytes is None else shared_bytes)
+        self.arrivals = Arrivals(prefixes, copies_to(model))
+        self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
+        self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
+        self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
+        self._prefix_checks: dict[Sequence, Callable[[], bool]] = {}  # of those who complete one in this step
+        self._max_sequences = max_sequences
+        self._max_batch_tokens = max_batch_tokens
+        self._steps = FairSteps(max_batch_tokens, self._next_chunk)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue an accepted sequence."""
+        self.waiting.add(sequence)
+        if sequence.soft_prompt is not None:
+            self._users[sequence.soft_prompt.prefix_hash] += 1
+
+    def share_input(self, first: Sequence, others: Iterable[Sequence]) -> None:
+        """Give other choices of a request a copy of what its first one, which runs, has computed of the input."""
+        shared = self._kv_cache.copy_out(_slot(first), first.num_input)
+        others = list(others)
+        for sequence in others:
+            sequence.shared, sequence.cached_tokens = shared, first.cached_tokens
+        self.shared.made(first.request_id, len(others))
+
+    def add_sharing(self, sequences: list[Sequence]) -> None:
+        """Queue choices that begin behind a copy of their input, in front of those that have not begun."""
+        for sequence in reversed(sequences):
+            self.waiting.add_first(sequence)
+            if sequence.soft_prompt is not None:
+                self._users[sequence.soft_prompt.prefix_hash] += 1
+
+    def schedule(self) -> list[tuple[Sequence, Span]]:
+        """Admit whom there is room for, and share out the next step's tokens; empty if there is nothing to do.
+
+        Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
+        """
+        self.arrivals.settle()
+        self._admit()
+        shares = self._steps.share(self.running)
+        shares.sort(key=_order)
+        return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
+
+    def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
+        """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
+
+        The slot is zeroed first if NaN may be in it: its next owner masks what lies behind its own end, but 0 * NaN is
+        NaN. A token that could be chosen vouches for every position before it, because it attends to all of them; a
+        sequence that ends in the middle of its prefill has nobody to vouch for it.
+        """
+        if sequence.slot is None:
+            self._let_go_of_copy(sequence)
+            return
+        if sequence.index == 0:
+            self.shared.release_unmade(sequence.request_id)
+        self.running.remove(sequence)
+        self._stop_computing(sequence)
+        slot = sequence.slot
+        if scrub or sequence.num_finite < sequence.num_computed:
+            self._kv_cache.scrub(slot)
+        self._kv_cache.release(slot)
+        sequence.slot = None
+        self._leave(sequence)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Take all choices of a request out, wherever they are, and answer them; none if it has ended already."""
+        waiting = self.waiting.remove(request_id)
+        for sequence in waiting:
+            self._leave(sequence)
+        running = [sequence for sequence in self.running if sequence.request_id == request_id]
+        for sequence in running:
+            self.finish(sequence)
+        self.shared.release(request_id)
+        return running + waiting
+
+    def waiting_for(self, prefix_hash: str) -> list[Sequence]:
+        """Those that wait and would begin with this prefix."""
+        return [
+            sequence
+            for sequence in self.waiting
+            if sequence.shared is None and sequence.soft_prompt and sequence.soft_prompt.prefix_hash == prefix_hash
+        ]
+
+    def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
+        """Forget those of these prefixes that nobody wants or uses; those in use go with their last user."""
+        for prefix_hash in prefix_hashes:
+            if prefix_hash not in self._users and not self.is_wanted(prefix_hash):
+                self._prefixes.drop(prefix_hash)
+
+    def keep_prefix(self, sequence: Sequence) -> bool:
+        """If this sequence computes its soft prompt's prefix and has just completed it, keep a copy for all others.
+
+        Returns:
+            False if the prefix is not finite; it is not kept then.
+        """
+        check = self._prefix_checks.pop(sequence, None)
+        if check is None:
+            return True
+        soft_prompt = sequence.soft_prompt
+        assert soft_prompt is not None, "only a soft prompt has a prefix"
+        self._stop_computing(sequence)
+        prefix = self._kv_cache.view(_slot(sequence), sequence.num_virtual_tokens)
+        if is_finite := check():
+            self._prefixes.make_room(prefix.num_bytes)
+            self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
+        return is_finite
+
+    def while_device_works(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
+        """What a step has to do beside its batch, before the host waits for the device."""
+        self._check_prefixes(batch, download)
+        self.arrivals.advance()
+
+    def _check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
+        """Ask for what shows whether the prefixes that a step completes are finite, to come with its other answers."""
+        self._prefix_checks.clear()  # of a step that has failed
+        for sequence, span in batch:
+            soft_prompt = sequence.soft_prompt
+            if soft_prompt is None or span.end < sequence.num_virtual_tokens:
+                continue
+            if self._computing.get(soft_prompt.prefix_hash) is not sequence:
+                continue
+            prefix = self._kv_cache.view(span.slot, sequence.num_virtual_tokens)
+            if prefix.recurrent is None:
+                number = download.add(prefix.extremes())
+                self._prefix_checks[sequence] = partial(_all_finite, download, number)
+            else:  # whose state is written once the step has succeeded
+                self._prefix_checks[sequence] = partial(_is_finite, prefix)
+
+    def check_integrity(self) -> None:
+        """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
+        self._kv_cache.check_integrity(_slot(sequence) for sequence in self.running)
+        self._prefixes.check_integrity()
+        self.shared.check_integrity()
+        assert all(sequence.request_id in self.shared for sequence in self.waiting if sequence.shared is not None)
+        assert all(sequence in self.running for sequence in self._computing.values())
+        sequences = [*self.waiting, *self.running]
+        used = Counter(sequence.soft_prompt.prefix_hash for sequence in sequences if sequence.soft_prompt is not None)
+        assert used == self._users, "a prefix is used by nobody, or its users are not counted"
+        self.arrivals.check_integrity(used)
+
+    def _admit(self) -> None:
+        if not len(self.waiting):
+            return
+        work: Counter[str | None] = Counter()
+        for one in self.running:
+            work[one.request.key_id] += _work(one)
+        held: set[Queue] = set()
+        running = Running(self.running)
+        is_held = _nobody
+        while len(self.running) < self.max_running:
+            if len(self.running) >= self._max_sequences:
+                held |= running.at_their_share(self._max_sequences)
+            sequence = self.waiting.head(running, held, self._held_keys(running, work), is_held)
+            if sequence is None:
+                return
+            copied = self._copied_bytes(sequence)
+            if copied and not self.shared.has_room(copied):
+                # From here on only what has begun goes on, and what makes no copy; the others begin in turn later.
+                is_held = _makes_copy
+                continue
+            if self._waits_for_prefix(sequence):
+                # It waits for a prefill of another one or for a copy, not for room: no other queue waits with it.
+                held.add(sequence.request.queue)
+                continue
+            slot = self._kv_cache.allocate(sequence.max_positions)
+            if slot is None:
+                return
+            self.waiting.take(sequence)
+            if copied:
+                self.shared.reserve(sequence.request_id, copied)
+            self.running.append(sequence)
+            running.add(sequence)
+            sequence.slot = slot
+            sequence.queued_seconds = time.monotonic() - sequence.accepted_at
+            self._attach_prefix(sequence)
+            work[sequence.request.key_id] += _work(sequence)
+
+    def _held_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
+        """Keys that get no place now.
+
+        These are keys whose sequences have a full step's tokens to compute, and keys with their share of the places
+        where only those places are left that are reserved for others.
+        """
+        held = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
+        reserved_for_keys = (self.max_running - self._max_sequences) // 2
+        if len(self.running) >= self.max_running - reserved_for_keys:
+            held |= running.keys_at_their_share(self._max_sequences)
+        return held
+
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """The most that a prefill may compute in a step: a recurrent state is kept at the end of a soft prompt."""
+        if self._model.state_width and sequence.num_computed < sequence.num_virtual_tokens:
+            return sequence.num_virtual_tokens - sequence.num_computed
+        return sequence.num_pending
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is None or sequence.shared is not None:
+            return False
+        if soft_prompt.is_kv_prefix:
+            return not self.arrivals.bring(soft_prompt)
+        return soft_prompt.prefix_hash in self._computing
+
+    def _attach_prefix(self, sequence: Sequence) -> None:
+        """Copy in what is known of it; if its prefix is not, this sequence is the one that computes it."""
+        if sequence.shared is not None:
+            self._kv_cache.copy_in(_slot(sequence), sequence.shared)
+            sequence.num_computed = sequence.num_finite = sequence.num_input
+            self._let_go_of_copy(sequence)
+            return
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is None:
+            return
+        prefix = self._prefixes.get(soft_prompt.prefix_hash)
+        if prefix is None:
+            self._computing[soft_prompt.prefix_hash] = sequence
+        else:
+            self._kv_cache.copy_in(_slot(sequence), prefix)
+            sequence.num_computed = sequence.num_virtual_tokens
+            sequence.cached_tokens = sequence.num_virtual_tokens
+
+    def _copied_bytes(self, sequence: Sequence) -> int:
+        """What the copy takes that a sequence makes for its request's other choices; 0 if it makes none."""
+        return bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
+
+    def _let_go_of_copy(self, sequence: Sequence) -> None:
+        if sequence.shared is not None:
+            sequence.shared = None
+            self.shared.taken(sequence.request_id)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence has ended: it no longer uses its prefix."""
+        if sequence.soft_prompt is None:
+            return
+        prefix_hash = sequence.soft_prompt.prefix_hash
+        self._users[prefix_hash] -= 1
+        if not self._users[prefix_hash]:
+            del self._users[prefix_hash]
+            self.arrivals.cancel(prefix_hash)
+            self.drop_unused([prefix_hash])
+
+    def _stop_computing(self, sequence: Sequence) -> None:
+        soft_prompt = sequence.soft_prompt
+        if soft_prompt is not None and self._computing.get(soft_prompt.prefix_hash) is sequence:
+            del self._computing[soft_prompt.prefix_hash]
+
+
+def most_running(max_sequences: int, max_batch_tokens: int) -> int:
+    """Most sequences that run at once, with the places that are kept."""
+    return max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
+
+
+def _makes_copy(sequence: Sequence) -> bool:
+    """Whether other choices of its request will begin behind a copy of the input that it computes."""
+    if sequence.shared is not None or sequence.label_ids:
+        return False
+    return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
+
+
+def _all_finite(download: Download, number: int) -> bool:
+    return bool(np.isfinite(download.array(number)).all())
+
+
+def _is_finite(prefix: Computed) -> bool:
+    return prefix.is_finite
+
+
+def _nobody(sequence: Sequence) -> bool:
+    return False
+
+
+def _work(sequence: Sequence) -> int:
+    """What a sequence adds to the next steps: tokens to compute, and the first draws of those that share its input."""
+    return sequence.num_pending + len(sequence.siblings)
+
+
+def _order(share: tuple[Sequence, int]) -> Slot:
+    sequence = share[0]
+    return _slot(sequence) if sequence.num_pending == 1 else NO_SLOT
+
+
+def _slot(sequence: Sequence) -> Slot:
+    assert sequence.slot is not None, "a running sequence owns a slot"
+    return sequence.slot

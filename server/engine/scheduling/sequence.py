@@ -1,0 +1,201 @@
+"""One choice of a request in flight: what it began with, where it stands."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.contracts import GenerationRequest, SamplingParams, Scored, Usage
+from server.engine.memory.kv_cache import Computed, Slot
+from server.engine.sampling.seen_tokens import SeenTokens
+from server.engine.text.detokenizer import Detokenizer
+from server.soft_prompts.soft_prompt import SoftPrompt
+
+if TYPE_CHECKING:
+    from server.engine.attention.cached_rows import Span
+    from server.engine.grammars.walks import Walk
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A choice from admission to its end; most requests have one.
+
+    It holds the immutable soft prompt that it began with; that reference is all the pinning there is. Its positions
+    are, in this order: virtual tokens, given tokens, output tokens. Given are the input, and of a label to be scored
+    all tokens but the last, which is only predicted.
+    """
+
+    request: GenerationRequest
+    soft_prompt: SoftPrompt | None
+    detokenizer: Detokenizer
+    index: int = 0
+    """Which choice of its request."""
+    label_ids: tuple[int, ...] = ()
+    """Tokens behind the input whose log-probabilities are all that is wanted of it."""
+    walk: Walk | None = None
+    """Which tokens its grammar allows next."""
+    siblings: list[Sequence] = field(default_factory=list)
+    """The other choices of its request; they begin once this one has computed what they share."""
+    shared: Computed | None = None
+    """A copy of the positions that its request's first choice has computed for it, until it has a slot."""
+    slot: Slot | None = None
+    num_computed: int = 0
+    """Positions whose keys and values are in the slot."""
+    num_finite: int = 0
+    """Positions whose keys and values are known to be finite: those before a token that could be chosen."""
+    cached_tokens: int = 0
+    """Virtual tokens whose keys and values were known when it began."""
+    accepted_at: float = field(default_factory=time.monotonic)
+    queued_seconds: float = 0.0
+    """From then until it had a slot."""
+    output_ids: list[int] = field(default_factory=list)
+    decoded_in: int = 0
+    """The last step that it decoded in while its key had to share; `FairSteps` lets texts of such a key take turns."""
+    has_ended: bool = False
+    """Whether its last Delta was made."""
+    error: Exception | None = None
+    """What its own rules raised when its next token was chosen."""
+    scored: list[Scored] = field(default_factory=list)
+    """Given tokens whose log-probabilities are known; they go out with the first Delta."""
+
+    def __post_init__(self) -> None:
+        self.sampling = self.request.sampling
+        """How its tokens are chosen."""
+        seed = self.sampling.seed
+        self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
+        self._uniform: float | None = None
+        self.seen = _seen_tokens(self.request)
+        """What its penalties read, if it has any."""
+        self.given_ids = self.request.input_ids + self.label_ids[:-1]
+        self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
+        """Positions of its soft prompt."""
+        self.num_input = self.num_virtual_tokens + len(self.request.input_ids)
+        """Positions that it shares with its request's other choices."""
+        self._num_given = self.num_virtual_tokens + len(self.given_ids)
+        self.num_known = self._num_given + len(self.output_ids)
+        """Positions whose token is known, computed or not."""
+        self.wants_next = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
+        """Whether it is to go on behind its given tokens."""
+        self.targets: tuple[int, ...] = ()
+        """The given tokens that are to be scored."""
+        self.first_target = self.num_virtual_tokens
+        """The position whose row says how likely the first of `targets` was."""
+        if self.label_ids:
+            self.targets, self.first_target = self.label_ids[1:], self.num_input
+        elif self.request.input_logprobs and self.index == 0 and not self.request.labels:
+            self.scored = [Scored(self.request.input_ids[0], None)]
+            self.targets = self.request.input_ids[1:]
+        self.is_plain = is_plain(self.sampling)
+        """Whether the best token is taken as it is, as long as `min_new_tokens` allows."""
+        self.is_greedy = self.sampling.is_greedy
+        """Whether its tokens are not drawn."""
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the request was accepted."""
+        return self.request.request_id
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its grammar has not taken its last token yet."""
+        return self.walk is not None and self.walk.is_waiting
+
+    @property
+    def is_at_its_last(self) -> bool:
+        """Whether no token may come after the next one."""
+        return len(self.output_ids) + 1 >= self.sampling.max_new_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that the next steps must compute: 1 while decoding, more while prefilling."""
+        return self.num_known - self.num_computed
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that it can ever need; the last new token is never fed."""
+        new = 0 if self.request.labels else max(0, self.sampling.max_new_tokens - 1)
+        return self._num_given + new
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        inputs = len(self.request.input_ids)
+        return Usage(
+            self.num_virtual_tokens,
+            inputs,
+            len(self.output_ids),
+            self.cached_tokens,
+            queued_seconds=self.queued_seconds,
+        )
+
+    def scored_positions(self, span: Span) -> range:
+        """Of a step's share, the positions whose rows say how likely the next of `targets` was."""
+        first = max(span.start, self.first_target)
+        return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
+
+    def asks_for_next(self, span: Span) -> bool:
+        """Whether the last row of a step's share is to say what comes next: a token, or the first of each label."""
+        return self.wants_next and span.end == self.num_known
+
+    def token_at(self, position: int) -> int:
+        """Token id at a position behind the virtual tokens."""
+        index = position - self._num_given
+        return self.given_ids[index] if index < 0 else self.output_ids[index]
+
+    def next_uniform(self) -> float:
+        """The uniform number that its next token is drawn with; the same until a token is appended."""
+        if self._uniform is None:
+            self._uniform = self.rng.random()
+        return self._uniform
+
+    def take_scored(self) -> tuple[Scored, ...]:
+        """The given tokens that were scored, once."""
+        if not self.scored:
+            return ()
+        scored, self.scored = tuple(self.scored), []
+        return scored
+
+    def append(self, token_id: int) -> None:
+        """Take a generated token."""
+        self.output_ids.append(token_id)
+        self.num_known += 1
+        self._uniform = None
+        if self.seen is not None:
+            self.seen.add(token_id)
+
+    @cached_property
+    def filters(self) -> np.ndarray:
+        """What a draw depends on, float64: temperature, top-k, and the masses of top-p, min-p and typical-p."""
+        params = self.sampling
+        return np.array([params.temperature, params.top_k, _mass(params.top_p), params.min_p, _mass(params.typical_p)])
+
+    @cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[biases]`, and what is added to their logits."""
+        ids, biases = zip(*self.sampling.logit_bias, strict=True) if self.sampling.logit_bias else ((), ())
+        return np.array(ids, dtype=np.int64), np.array(biases, dtype=np.float64)
+
+
+def _mass(share: float) -> float:
+    """A share as what the probabilities before a token are compared with: at 1 nothing reaches it, and 0 is more."""
+    return max(share, math.ulp(0.0)) if share < 1.0 else math.inf
+
+
+def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:
+    """Of a request that has penalties; the repetition penalty counts the input too."""
+    params = request.sampling
+    given = request.input_ids if params.repetition_penalty != 1.0 else ()
+    has_penalties = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return SeenTokens(given, params.presence_penalty, params.frequency_penalty) if has_penalties else None
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether rules ask for the best token by the model's own logits, and for nothing about it."""
+    is_changed = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return params.is_greedy and not (is_changed or params.logprobs or params.logit_bias or params.grammar)

@@ -1,0 +1,120 @@
+"""How the model wants a chat to be written down, and which parts of the result are the messages'.
+
+A chat template is a program that may do anything with a message. So it runs twice, the second time on messages that
+hold a secret name each: what it writes around the names is its own, and the messages stand where the names stand.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+from jinja2.exceptions import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from server.contracts import ChatEnd, TemplatedText
+from server.engine.text.special_tokens import InputEncoder
+from server.errors import InvalidRequest
+
+LEFT, RIGHT = "\u2003", "\u2002"
+"""White space around a name, by which we see whether the template strips a message there."""
+MESSAGE_FIELDS = ("content", "name")
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    encoder: InputEncoder | None = None,
+    max_characters: int = 2**16,
+    end: ChatEnd = ChatEnd.ANSWER,
+) -> TemplatedText:
+    """A conversation as the model was trained to read it, up to where its own answer begins or as `end` says.
+
+    A template writes the BOS that the model needs, so the text is to be tokenised without adding one.
+
+    Args:
+        tokenizer: holds the template.
+        messages: each with `role` and `content`, maybe `name`.
+        encoder: finds control tokens, to tell the template's from the messages'; None counts all as the template's.
+        max_characters: a longer text is not looked through for them.
+        end: where the text ends.
+
+    Raises:
+        InvalidRequest: the model has no chat template, its template is broken, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            "This model has no chat template.",
+            remedy="Use /v1/completions or /generate, or ask a task whose input_template takes one message.",
+        )
+    text = _render(tokenizer, messages, end)
+    if encoder is None:
+        return TemplatedText(text)
+    name = f"{secrets.randbelow(10**32):032d}"
+    written = [message[field] for message in messages for field in MESSAGE_FIELDS if message.get(field)]
+    try:
+        skeleton = _render(tokenizer, _named(messages, name), end)
+    except InvalidRequest:
+        if any(encoder.control_ids(content) for content in written):
+            raise InvalidRequest(
+                "The messages hold a special token of the model, and its chat template does not show where they stand.",
+                remedy="Leave it out, or let whoever runs the server set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
+                param="messages",
+            ) from None
+        return TemplatedText(text)
+    expected = _filled(skeleton, name, written)
+    if expected.text == text or len(text) > max_characters:
+        return expected
+    # The template looks into the messages. If they added no special token, its text stands; if they did, what it writes
+    # about messages that it knows nothing of.
+    same = encoder.control_ids(text) == encoder.control_ids(skeleton)
+    return TemplatedText(text) if same else expected
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], end: ChatEnd) -> str:
+    conversation = [dict(message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=end is ChatEnd.ANSWER,
+            continue_final_message=end is ChatEnd.CONTINUE,
+        )
+    except TemplateSyntaxError as exc:
+        raise InvalidRequest(
+            f"The model's chat template is broken: {str(exc)[:200].rstrip('.')}.",
+            remedy="Mend the chat template in the model's directory, and restart; meanwhile use /v1/completions.",
+        ) from exc
+    except Exception as exc:  # a template is a program: it can fail in any way
+        raise InvalidRequest(
+            f"The model's chat template refuses these messages: {str(exc)[:200].rstrip('.')}.",
+            remedy="Send roles in the order that the model knows; if it refuses all, mend the model's chat template.",
+        ) from exc
+    assert isinstance(rendered, str), "one conversation, not tokenised, is one text"
+    return rendered
+
+
+def _named(messages: Sequence[Mapping[str, str]], name: str) -> list[dict[str, str]]:
+    """The messages, whose texts only say which they are; those that are empty stay so."""
+    named, count = [], 0
+    for message in messages:
+        changed = dict(message)
+        for field in MESSAGE_FIELDS:
+            if message.get(field):
+                changed[field] = f"{LEFT}{name}{count:08d}{RIGHT}"
+                count += 1
+        named.append(changed)
+    return named
+
+
+def _filled(skeleton: str, name: str, written: Sequence[str]) -> TemplatedText:
+    """The skeleton with the messages' texts in their places, stripped as the names were."""
+    pieces = re.split(f"({LEFT}?){name}([0-9]{{8}})({RIGHT}?)", skeleton)
+    parts = [(pieces[0], False)]
+    for at in range(1, len(pieces), 4):
+        left, number, right, after = pieces[at : at + 4]
+        content = written[int(number)]
+        content = content if left else content.lstrip()
+        parts += [(content if right else content.rstrip(), True), (after, False)]
+    return TemplatedText.of(*parts)

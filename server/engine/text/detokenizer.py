@@ -1,0 +1,190 @@
+"""From token ids to text, one at a time: never half a character, never a piece of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+from collections import deque
+
+from tokenizers.decoders import DecodeStream
+
+from server.contracts import SamplingParams, Token
+from server.engine.text.model_text import TokenTexts
+
+log = logging.getLogger(__name__)
+
+MOST_PENDING = 16
+"""Tokens that a stream may hold back before it begins anew, up to three more where a character is not complete."""
+
+
+class Decoder:
+    """Incremental text of token ids: what each adds, as soon as it forms characters; never half of one at the end.
+
+    A byte-level text is its tokens' bytes in UTF-8, so this reads their bytes. All other decoders are tokenizers'
+    DecodeStream, which decodes all that it holds back at each step, and holds back what ends in U+FFFD: it takes that
+    for half of a character. So here a stream begins anew once it holds back what no later token changes:
+
+    - whole characters, which are given out as soon as they are certain;
+    - bytes that no character begins with, which are U+FFFD;
+    - anything where it gives up, because its decoder changes its mind about text that it gave out before (byte
+      fallback, when bytes turn out to be no character).
+    """
+
+    def __init__(self, texts: TokenTexts, *, continues_text: bool = True, show_special: bool = False) -> None:
+        """Start with no text.
+
+        Args:
+            texts: the vocabulary.
+            continues_text: a first space is a part of the text; else one that the tokenizer would put there is not.
+            show_special: special tokens are text, too.
+        """
+        self._texts = texts
+        self._skip_special = not show_special
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace" if texts.is_byte_level else "strict")
+        self._bytes_are_text = continues_text or not texts.puts_space_first
+        self._holds_back = False  # whether bytes of a byte-level text wait for the rest of their character
+        if not texts.is_byte_level:
+            self._begin()
+
+    def step(self, token_id: int) -> str:
+        """Text that this token adds."""
+        if not self._texts.is_byte_level:
+            is_none = not self._texts.text_of(token_id) or (self._skip_special and token_id in self._texts.special_ids)
+            return "" if is_none else self._stream_step(token_id)
+        text = None if self._holds_back else self._texts.own_text_of(token_id)
+        if text is not None:  # without its bytes: this is ten times as fast
+            return text
+        if self._skip_special and token_id in self._texts.special_ids:
+            return ""
+        text = self._bytes.decode(self._texts.decoded_bytes_of(token_id))
+        self._holds_back = bool(self._bytes.getstate()[0])
+        return text
+
+    def _begin(self) -> None:
+        """Begin a stream, behind a text if there is one or may be one."""
+        self._before = list(self._texts.primer if self._bytes_are_text else ())
+        self._stream = DecodeStream(self._before, self._skip_special)
+        self._pending: list[int] = []  # tokens that the stream holds back
+        self._early = ""  # what was given out of them
+        self._bytes.reset()
+
+    def _stream_step(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._texts.backend, token_id)
+        except Exception:  # tokenizers raises nothing narrower
+            log.debug("this decoder cannot be streamed here; it begins anew", exc_info=True)
+            return self._flush()
+        if text:
+            added = text[len(self._early) :]
+            self._pending, self._early, self._bytes_are_text = [], "", True
+            self._bytes.reset()
+            return added
+        if not self._bytes_are_text:
+            return self._flush() if len(self._pending) >= MOST_PENDING else ""
+        try:
+            added = self._bytes.decode(self._texts.bytes_of(token_id))
+        except UnicodeDecodeError:
+            return self._flush()
+        self._early += added
+        if len(self._pending) >= MOST_PENDING and not self._bytes.getstate()[0]:  # all of it is given out
+            self._begin()
+        return added
+
+    def _flush(self) -> str:
+        """What the stream holds back, as the decoder reads it now; begins a stream behind it."""
+        before, whole = self._decode(self._before), self._decode(self._before + self._pending)
+        text = whole[len(before) + len(self._early) :]
+        self._bytes_are_text |= bool(text)
+        self._begin()
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._texts.backend.decode(token_ids, skip_special_tokens=self._skip_special)
+        return text
+
+
+class Detokenizer:
+    """Incremental text of one sequence, token by token: their texts, joined, are the generated text.
+
+    A token whose text may still become a part of a stop string is held back, with all that come after it, until that is
+    certain; so every token has the text that it would have without stop strings, and they come in order.
+    """
+
+    def __init__(self, texts: TokenTexts, params: SamplingParams | None = None, *, continues_text: bool = True) -> None:
+        """Start with no text; `continues_text` as of `Decoder`."""
+        params = params or SamplingParams()
+        self._decoder = Decoder(texts, continues_text=continues_text, show_special=params.show_special)
+        self._stop, self._include_stop = params.stop, params.include_stop
+        self._min_tokens = params.min_new_tokens
+        self._num_tokens = self._num_characters = 0
+        self._held: deque[Token] = deque()
+        self._text = ""
+        """That of the held tokens."""
+        self._passed = 0
+        """A stop string that ends among so many of its characters came too early to count."""
+
+    def push(self, token: Token, *, is_last: bool = False, is_text: bool = True) -> tuple[list[Token], bool]:
+        """Tokens whose texts are now certain, with their texts and offsets, and whether a stop string ends the text.
+
+        Of several stop strings that this token completes, the one that begins first counts.
+
+        Args:
+            token: the next one; its text is found here.
+            is_last: nothing comes after it.
+            is_text: False for a token that only ends the text.
+        """
+        text = self._decoder.step(token.id) if is_text else ""
+        token = Token(token.id, text, self._num_characters, token.logprob, token.special, token.top)
+        self._num_tokens += 1
+        self._num_characters += len(text)
+        if not self._stop:
+            return [token], False
+        self._held.append(token)
+        self._text += text
+        if self._num_tokens <= self._min_tokens:
+            self._passed = len(self._text)
+        elif found := self._find_stop():
+            begin, end = found
+            return self._cut(end if self._include_stop else begin), True
+        return self._release(0 if is_last else self._possible_stop()), False
+
+    def _find_stop(self) -> tuple[int, int] | None:
+        """Where the first stop string in the held text begins and ends; of two that begin there, the shorter one."""
+        found = []
+        for stop in self._stop:
+            begin = self._text.find(stop, max(0, self._passed - len(stop) + 1))
+            if begin >= 0:
+                found.append((begin, begin + len(stop)))
+        return min(found, default=None)
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(min(len(stop) - 1, len(self._text)), 0, -1)
+                if stop.startswith(self._text[-length:])
+            ),
+            default=0,
+        )
+
+    def _release(self, keep: int) -> list[Token]:
+        """The tokens before those that the last `keep` characters belong to."""
+        certain: list[Token] = []
+        released = 0
+        while self._held and released + len(self._held[0].text) <= len(self._text) - keep:
+            released += len(self._held[0].text)
+            certain.append(self._held.popleft())
+        self._text = self._text[released:]
+        self._passed = max(0, self._passed - released)
+        return certain
+
+    def _cut(self, length: int) -> list[Token]:
+        """All held tokens, with so many characters among them."""
+        tokens: list[Token] = []
+        for token in self._held:
+            tokens.append(token._replace(text=token.text[:length]))
+            length -= len(tokens[-1].text)
+        return tokens

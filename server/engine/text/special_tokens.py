@@ -1,0 +1,188 @@
+"""Token ids of texts in which a user's text stays text.
+
+A tokenizer turns the string of a special token into its id wherever it stands, so a user who writes `<|im_end|>` could
+end the turn and begin one of the system. A template's own text may hold such tokens; the users' texts in it may not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from bisect import bisect_left
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from typing import TypeAlias
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from server.contracts import TemplatedText
+from server.errors import InvalidRequest
+
+Found: TypeAlias = tuple[int, int, int]
+"""A control token: its id, and the characters that it stands for, from and to."""
+
+MOST_CUTS = 4
+"""Times that a text is cut where the vocabulary itself makes a control token of it."""
+KNOWN_PARTS = 512
+"""Parts of templates whose control tokens are remembered."""
+
+_BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+
+
+class InputEncoder:
+    """A tokenizer that lets no user's text become a control token; safe from any thread.
+
+    Control tokens are the added tokens that are marked as special, and those in brackets (`<tool_call>`). Added white
+    space, words and single characters are not: ordinary text is made of them.
+
+    A user's text without control tokens has exactly the ids that the tokenizer gives it. Otherwise a second tokenizer
+    reads the whole, which takes the strings of control tokens for text. It knows the template's own tokens by secret
+    names, so the whole is still read in one piece, with the same merges and spaces.
+    """
+
+    def __init__(self, backend: Tokenizer, *, unknown_id: int | None = None) -> None:
+        """Copy the tokenizer, which must not change any more.
+
+        Args:
+            backend: the tokenizer that raw texts are read by.
+            unknown_id: the token that stands for characters that the vocabulary lacks.
+        """
+        self._backend = backend
+        self._unknown_id = unknown_id
+        added = backend.get_added_tokens_decoder()
+        self._contents = {token_id: token.content for token_id, token in added.items() if _is_control(token)}
+        self._plain = _reading_as_text(backend, self._contents.values())
+        names = {token_id: _secret() for token_id in self._contents}
+        self._cut = _secret()
+        self._plain.add_tokens(
+            [
+                *(_named(name, like=added[token_id]) for token_id, name in names.items()),
+                AddedToken(self._cut, normalized=False, special=False),
+            ]
+        )
+        self._names = names
+        self._cut_id = self._plain.token_to_id(self._cut)
+        self._meant = {self._plain.token_to_id(name): token_id for token_id, name in names.items()}
+        self._own_tokens = lru_cache(KNOWN_PARTS)(self._controls_of)
+
+    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; what users wrote in it becomes no control token.
+
+        Args:
+            text: a raw text may hold special tokens.
+            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+
+        Raises:
+            InvalidRequest: a user's text cannot be told from a special token.
+        """
+        raw = text if isinstance(text, str) else text.text
+        if isinstance(text, str) or not text.user_spans or not self._contents:
+            [encoding] = self._backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
+            raw_ids: list[int] = encoding.ids
+            return raw_ids
+        # The batch methods let other threads run; only the slower one says which characters a token stands for.
+        [encoding] = self._backend.encode_batch([raw], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        found = list(self._found(encoding, raw))
+        if [token_id for token_id, _, _ in found] == [token_id for token_id, _, _ in self._of_template(text)]:
+            starts = [start for start, _ in text.user_spans]
+            if not any(_touches(text, starts, start, stop) for _, start, stop in found):
+                return ids
+        return self._encode_as_text(text, add_special_tokens)
+
+    def control_ids(self, text: str) -> list[int]:
+        """The control tokens that a text holds if nothing of it is a user's, in order."""
+        return [token_id for token_id, _, _ in self._controls_of(text)]
+
+    def _encode_as_text(self, text: TemplatedText, add_special_tokens: bool) -> list[int]:
+        own = list(self._of_template(text))
+        parts, at = [], 0
+        for token_id, start, stop in own:
+            parts += [text.text[at:start], self._names[token_id]]
+            at = stop
+        marked = "".join([*parts, text.text[at:]])
+        for _ in range(MOST_CUTS):
+            [encoding] = self._plain.encode_batch([marked], add_special_tokens=add_special_tokens)
+            bad = [found for found in self._found(encoding, marked) if found[2] - found[1] > 1]
+            if not bad:
+                break
+            # A unigram vocabulary may choose a control token without looking for it; no token spans a cut.
+            ends = [0, *(cut for found in bad for cut in self._cuts(marked, found)), len(marked)]
+            marked = self._cut.join(marked[a:b] for a, b in pairwise(ends))
+        ids = [self._meant.get(token_id, token_id) for token_id in encoding.ids if token_id != self._cut_id]
+        passed = [self._meant[token_id] for token_id in encoding.ids if token_id in self._meant]
+        if bad or passed != [token_id for token_id, _, _ in own]:
+            raise InvalidRequest(
+                "The text holds a special token of the model that cannot be read as text.",
+                remedy="Leave it out, or let whoever runs the server set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
+            )
+        return ids
+
+    def _cuts(self, text: str, found: Found) -> list[int]:
+        """Where to cut a text so that it no longer holds a token: within each place that spells it out.
+
+        An unknown token also stands for the unknown characters around such a place.
+        """
+        token_id, start, stop = found
+        spelt = re.finditer(re.escape(self._contents[token_id]), text[start:stop])
+        return [start + match.start() + 1 for match in spelt] or [start + 1]
+
+    def _of_template(self, text: TemplatedText) -> Iterator[Found]:
+        """The control tokens of a template's own parts, each part read alone: no user's text changes them."""
+        at = 0
+        for start, stop in (*text.user_spans, (len(text.text), len(text.text))):
+            if start > at:
+                for token_id, first, last in self._own_tokens(text.text[at:start]):
+                    yield token_id, at + first, at + last
+            at = stop
+
+    def _controls_of(self, text: str) -> tuple[Found, ...]:
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=False)
+        return tuple(self._found(encoding, text))
+
+    def _found(self, encoding: Encoding, text: str) -> Iterator[Found]:
+        """Control tokens that stand for something in the text, without the white space that some of them swallow."""
+        ids: list[int] = encoding.ids
+        if self._contents.keys().isdisjoint(ids):
+            return
+        rows = zip(ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+        for token_id, (start, stop), is_frame in rows:
+            if is_frame or token_id not in self._contents:
+                continue
+            piece = text[start:stop]
+            if token_id == self._unknown_id and self._contents[token_id] not in piece:
+                continue
+            first = start + len(piece) - len(piece.lstrip())
+            yield token_id, first, max(first, start + len(piece.rstrip()))
+
+
+def _is_control(token: AddedToken) -> bool:
+    content = token.content.strip()
+    return len(content) > 1 and (token.special or _BRACKETED.fullmatch(content) is not None)
+
+
+def _touches(text: TemplatedText, starts: list[int], start: int, stop: int) -> bool:
+    """Whether a user wrote some of these characters."""
+    before = bisect_left(starts, stop) - 1
+    return before >= 0 and text.user_spans[before][1] > start
+
+
+def _secret() -> str:
+    """A name that nobody can guess and no normalisation changes."""
+    return f"{secrets.randbelow(10**40):040d}"
+
+
+def _named(name: str, like: AddedToken) -> AddedToken:
+    return AddedToken(name, lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized, special=False)
+
+
+def _reading_as_text(backend: Tokenizer, contents: object) -> Tokenizer:
+    """A copy that finds none of these tokens in a text."""
+    fields = json.loads(backend.to_str())
+    for token in fields["added_tokens"]:
+        token["special"] = token["content"] in contents  # type: ignore[operator]
+    copy = Tokenizer.from_str(json.dumps(fields))
+    copy.encode_special_tokens = True
+    return copy

@@ -1,0 +1,116 @@
+"""Asking the engine that serves, without being in anybody's way: what `POST /evaluations` does.
+
+Rows wait in a queue of their own, so the engine gives live tasks their turns, and only so many are under way at once
+that what the server takes before it refuses (`engine/scheduling/admission.py`) is left to those who use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+
+from server.engine.worker import EngineWorker
+from server.errors import Overloaded
+from server.evaluation.evaluation import Evaluation
+from server.evaluation.questions import Answer, Asked
+from server.evaluation.report import Report
+from server.evaluation.systems import Contestant
+from server.executors import Executor
+from server.long_work import run_long
+from server.train.data import Row
+
+ROWS_AT_ONCE = 32
+LABELS_AT_ONCE = 64
+SHARE = 4
+"""An evaluation takes at most one part in so many of what the server, a task or a key may have in flight."""
+AGAIN_SECONDS = 0.5
+"""After how long a row that was refused because too much waits is tried again."""
+
+
+def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
+    """How many rows may be under way, given what may be in flight."""
+    least = min((limit for limit in limits if limit is not None), default=None)
+    return ROWS_AT_ONCE if least is None else max(1, min(ROWS_AT_ONCE, least // SHARE // choices_per_row))
+
+
+def labels_at_once(*limits: int | None) -> int:
+    """How many labels one request may score, given what may be in flight."""
+    least = min((limit for limit in limits if limit is not None), default=None)
+    return LABELS_AT_ONCE if least is None else max(1, min(LABELS_AT_ONCE, least // SHARE))
+
+
+async def run_beside(
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    threads: Executor,
+    at_once: int,
+    on_row: Callable[[], None],
+    key_id: str | None = None,
+) -> Report:
+    """Ask all contestants, one after the other, and report; cancelling it frees all that it holds.
+
+    Raises:
+        ServerDraining, RequestAborted, RequestTimedOut, GenerationFailed: as `EngineWorker.generate`.
+    """
+    answers: dict[str, list[Answer]] = {}
+    seconds: dict[str, float] = {}
+    for contestant in evaluation.contestants:
+        started = time.perf_counter()
+        answers[contestant.name] = await _ask_all(worker, evaluation, contestant, threads, at_once, on_row, key_id)
+        seconds[contestant.name] = time.perf_counter() - started
+    return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
+
+
+async def _ask_all(
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    contestant: Contestant,
+    threads: Executor,
+    at_once: int,
+    on_row: Callable[[], None],
+    key_id: str | None,
+) -> list[Answer]:
+    waiting = iter(enumerate(evaluation.rows))
+    answers: dict[int, Answer] = {}
+
+    async def ask_in_turn() -> None:
+        for index, row in waiting:
+            answers[index] = await _ask(worker, evaluation, contestant, threads, row, key_id)
+            on_row()
+
+    asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(at_once, len(evaluation.rows)))]
+    try:
+        await asyncio.gather(*asking)
+    finally:  # the first failure ends the others, and so does whoever cancels this
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    return [answers[index] for index in range(len(evaluation.rows))]
+
+
+async def _ask(
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    contestant: Contestant,
+    threads: Executor,
+    row: Row,
+    key_id: str | None,
+) -> Answer:
+    asked = await threads.run(evaluation.ask, contestant, row, key_id, is_background=True)
+    for one in asked:
+        await _finish(worker, one)
+    return evaluation.questions.answer(*asked)
+
+
+async def _finish(worker: EngineWorker, asked: Asked) -> None:
+    """One request to its end; while the server takes no more, it waits until it does."""
+    while True:
+        try:
+            async with aclosing(worker.generate(asked.request, asked.soft_prompt)) as deltas:
+                async for delta in deltas:
+                    asked.take(delta)
+            return
+        except Overloaded:  # nothing was started
+            await asyncio.sleep(AGAIN_SECONDS)

@@ -1,0 +1,222 @@
+"""From a row to requests of the engine, and from what comes back to an answer.
+
+Every row is asked by ordinary requests: one that generates, and some that score given texts, which are the labels of a
+classification, or the target where text is written.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from server.contracts import Delta, FinishReason, GenerationRequest, Scored
+from server.engine.text.choice_scoring import LabelIds, encode_labels, judge
+from server.engine.text.model_text import common_start
+from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidTrainingData
+from server.evaluation.data import EvaluationData
+from server.evaluation.systems import Contestant, Host
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import Row
+
+QUEUE = "(evaluation)"
+"""The queue that rows wait in. No task can be called so, so live tasks each have a turn of their own beside it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for a row."""
+
+    text: str
+    """What was generated."""
+    chosen: int | None = None
+    """Which label is the likeliest, in a classification."""
+    loss: float = 0.0
+    """Negative log-probability of the target with its end token, where text is written."""
+    tokens: int = 0
+    """Tokens of that target."""
+
+
+@dataclass
+class Asked:
+    """One request of a row, and what has come back of it so far."""
+
+    row: Row
+    request: GenerationRequest
+    soft_prompt: SoftPrompt | None
+    text: list[str] = field(default_factory=list)
+    scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
+    """By the number of the label in this request."""
+
+    def take(self, delta: Delta) -> bool:
+        """Take over what a step added; True once the request has ended.
+
+        Raises:
+            GenerationFailed: the engine could not finish it.
+        """
+        if delta.finish_reason in (FinishReason.FAILED, FinishReason.ABORTED):
+            raise GenerationFailed(f"Line {self.row.line} got no answer: {delta.error or 'it was aborted'}")
+        if delta.token is not None:
+            self.text.append(delta.token.text)
+        if delta.scored:
+            self.scored[delta.index] = delta.scored
+        return delta.finish_reason is not None and delta.is_last
+
+
+class Questions:
+    """How the rows of one data file are asked, whoever answers.
+
+    Attributes:
+        data: the rows.
+        labels: the classes; empty where text is written.
+    """
+
+    def __init__(
+        self, data: EvaluationData, labels: Sequence[str], host: Host, labels_at_once: int | None = None
+    ) -> None:
+        """Encode the labels once.
+
+        Args:
+            data: the rows.
+            labels: the classes, if there are any.
+            host: the engine that will be asked.
+            labels_at_once: how many labels one request may score; a row takes several where there are more.
+
+        Raises:
+            InvalidRequest: two labels are the same to the model.
+            InvalidTrainingData: a row's target is none of the labels.
+        """
+        self.data = data
+        self.labels = tuple(labels)
+        self.labels_at_once = labels_at_once or max(1, len(labels))
+        self._host = host
+        self._label_ids: tuple[LabelIds, ...] = encode_labels(host.text, self.labels) if self.labels else ()
+        for row in data.rows:  # before they are tokenised, which takes long
+            if len(row.input) + len(row.target) > host.text.max_characters:
+                raise InvalidTrainingData(
+                    f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
+                    remedy="Shorten or leave out the row.",
+                )
+        names = {label.strip() for label in self.labels}
+        for row in data.rows:
+            if names and row.target.strip() not in names:
+                raise InvalidTrainingData(
+                    f"{data.name}, line {row.line}: the target {row.target[:80]!r} is none of the task's labels "
+                    f"({', '.join(self.labels[:20])}).",
+                    remedy="Mend the row, or evaluate a task that has this label.",
+                )
+
+    @property
+    def choices_per_row(self) -> int:
+        """How much of the engine one row takes at once: what is generated, and what is scored in one request."""
+        return 1 + (min(len(self.labels), self.labels_at_once) or 1)
+
+    def checked(self, contestant: Contestant, go_on: Callable[[], None]) -> Contestant:
+        """Refuse rows that can never be asked, before any of them is; answers the contestant as it is to be asked.
+
+        Raises:
+            InvalidTrainingData: names file and line.
+            PreludeError: what `go_on` raises, which is called before each row.
+        """
+
+        def read() -> Iterator[tuple[int, ...]]:
+            for row in self.data.rows:
+                go_on()
+                asked = self.ask(contestant, row)
+                for one in asked:
+                    self._check(contestant, one)
+                yield asked[0].request.input_ids
+
+        start = common_start(read())
+        if contestant.soft_prompt is not None or len(self.data.rows) == 1:
+            return contestant
+        return contestant.after(start, self._host)
+
+    def _check(self, contestant: Contestant, asked: Asked) -> None:
+        try:
+            self._host.check(asked.request, asked.soft_prompt)
+        except (EmptyInput, InputTooLong) as exc:
+            who = "" if contestant.soft_prompt is not None else f" for {contestant.name}"
+            raise InvalidTrainingData(
+                f"{self.data.name}, line {asked.row.line}{who}: {exc.message}",
+                remedy="Draw fewer examples, or raise PRELUDE_MAX_MODEL_LEN."
+                if contestant.preamble and not contestant.chat
+                else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
+            ) from exc
+
+    def ask(
+        self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
+    ) -> tuple[Asked, ...]:
+        """A row as the requests that a contestant answers: the first generates, the others score."""
+        host, prefix = self._host, contestant.prefix
+        ids = tuple(contestant.read(row, host))
+        name = f"evaluation-{uuid.uuid4().hex}"
+        sampling = contestant.sampling(row, ids, host)
+        is_fresh = contestant.soft_prompt is not None
+        generated = GenerationRequest(
+            f"{name}-text",
+            ids,
+            sampling,
+            QUEUE,
+            key_id,
+            continues_text=not is_fresh,
+            is_background=is_background,
+        )
+        given = self._label_ids or (self._target_ids(row),)
+        scored = [
+            GenerationRequest(
+                f"{name}-given-{begin}",
+                ids,
+                task=QUEUE,
+                key_id=key_id,
+                labels=given[begin : begin + self.labels_at_once],
+                is_background=is_background,
+            )
+            for begin in range(0, len(given), self.labels_at_once)
+        ]
+        return tuple(Asked(row, request, prefix) for request in (generated, *scored))
+
+    def answer(self, generated: Asked, *scored: Asked) -> Answer:
+        """What the requests of a row were answered with."""
+        text = "".join(generated.text)
+        given = [part.scored[index] for part in scored for index in range(part.request.num_choices)]
+        if self.labels:
+            judged = judge(self.labels, given, length_normalized=False)
+            best = max(range(len(judged)), key=lambda index: judged[index].probability)
+            return Answer(text, chosen=best)
+        loss = -math.fsum(token.logprob or 0.0 for token in given[0])
+        return Answer(text, loss=loss, tokens=len(given[0]))
+
+    def _target_ids(self, row: Row) -> LabelIds:
+        """A row's target as training teaches it: with the token that ends it."""
+        end = self._host.text.end_token_id
+        ids = self._host.text.encode(row.target, add_special_tokens=False)
+        return (*ids, *(() if end is None else (end,)))
+
+
+def shown_text(text: str, contestant: Contestant, data: EvaluationData) -> str:
+    """An answer as it is compared: without white space around it; of the frozen model alone its first line.
+
+    That is the first that is not blank, and only where every target is one line.
+    """
+    text = text.strip()
+    if contestant.is_lenient and data.is_single_line:
+        return text.splitlines()[0].strip() if text else ""
+    return text
+
+
+def is_same(text: str, target: str, *, lenient: bool) -> bool:
+    """Whether an answer counts as a target: exactly; if lenient, but for case and what stands around it.
+
+    That is ASCII punctuation and white space, around either of the two; inside them both count.
+    """
+    if not lenient:
+        return text.strip() == target.strip()
+    return bool(text.strip()) and _bare(text) == _bare(target)
+
+
+def _bare(text: str) -> str:
+    """Without case and what stands around it; a text of nothing else stays as it is."""
+    return (text.strip(string.punctuation + string.whitespace) or text.strip()).casefold()

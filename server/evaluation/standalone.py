@@ -1,0 +1,94 @@
+"""Asking an engine that nobody else uses: what `prelude eval` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from server.contracts import GenerationRequest, ModelSpec
+from server.engine.engine import Engine
+from server.engine.text.model_text import ModelText
+from server.errors import GenerationFailed
+from server.evaluation.evaluation import Evaluation
+from server.evaluation.questions import Answer, Asked
+from server.evaluation.report import Report
+from server.evaluation.systems import Contestant
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import Row
+
+ROWS_AT_ONCE = 256
+"""Rows that the engine has been given and has not answered: more than ever run, so that it never waits for the next."""
+
+OnRow = Callable[[str], None]
+"""Is told the contestant's name whenever it has answered a row."""
+
+
+class OwnEngine:
+    """An engine as a Host."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Nobody else may step it."""
+        self.engine = engine
+
+    @property
+    def model(self) -> ModelSpec:
+        """What may be known of the frozen model."""
+        return self.engine.model.spec
+
+    @property
+    def text(self) -> ModelText:
+        """The model's texts and tokens."""
+        return self.engine.text
+
+    def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
+        """Refuse what can never run."""
+        self.engine.check(request, soft_prompt)
+
+
+def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:
+    """Ask all contestants, one after the other, and report.
+
+    Raises:
+        GenerationFailed: the engine could not finish a row; names file and line.
+    """
+    answers: dict[str, list[Answer]] = {}
+    seconds: dict[str, float] = {}
+    for contestant in evaluation.contestants:
+        started = time.perf_counter()
+        answered = dict(_answers(engine, evaluation, contestant, on_row))
+        answers[contestant.name] = [answered[row.line] for row in evaluation.rows]
+        seconds[contestant.name] = time.perf_counter() - started
+    return evaluation.report(answers, seconds)
+
+
+def _answers(
+    engine: Engine, evaluation: Evaluation, contestant: Contestant, on_row: OnRow
+) -> Iterator[tuple[int, Answer]]:
+    """Line and answer of each row, as they are answered."""
+    waiting = iter(evaluation.rows)
+    running: dict[str, Asked] = {}  # by request id
+    pairs: dict[int, tuple[Asked, ...]] = {}  # by line
+
+    def submit(row: Row) -> None:
+        pairs[row.line] = evaluation.ask(contestant, row)
+        for asked in pairs[row.line]:
+            running[asked.request.request_id] = asked
+            engine.add(asked.request, asked.soft_prompt)
+
+    while True:
+        while len(pairs) < ROWS_AT_ONCE and (row := next(waiting, None)) is not None:
+            submit(row)
+        if not engine.has_work:
+            return
+        for delta in engine.step():
+            asked = running[delta.request_id]
+            try:
+                if not asked.take(delta):
+                    continue
+            except GenerationFailed as exc:
+                raise GenerationFailed(f"{evaluation.questions.data.name}: {exc.message}") from exc
+            del running[delta.request_id]
+            line = asked.row.line
+            if not any(one.request.request_id in running for one in pairs[line]):
+                yield line, evaluation.questions.answer(*pairs.pop(line))
+                on_row(contestant.name)

@@ -1,0 +1,322 @@
+"""Who is asked: a soft prompt, or the frozen model alone in one of the ways in which it can be asked without one.
+
+Every contestant reads the same rows. What a row's input becomes on the way to the model is all that they differ in:
+
+    zero-shot     the task's own template without virtual tokens: what the soft prompt adds
+    instruction   the instruction, an empty line and the input, as a chat: what most people would try first
+    k-shot        the instruction and k examples from the training data, as plain text: the best that a hard prompt does
+    teacher       a text of one's own around the input: what a soft prompt was distilled from, or is to replace
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from server.contracts import GenerationRequest, ModelSpec, SamplingParams
+from server.engine.text.model_text import ModelText, common_start
+from server.errors import InvalidRequest, InvalidTrainingData
+from server.evaluation.data import EvaluationData
+from server.soft_prompts.manifest import INPUT_FIELD, Manifest
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import DataFile, Row
+
+ZERO_SHOT, INSTRUCTION, TEACHER = "zero-shot", "instruction", "teacher"
+MOST_SHOTS = 256
+BASELINE_SLACK = 8
+"""New tokens that the frozen model alone gets beyond the longest target."""
+
+_SHOTS = re.compile(r"([1-9][0-9]{0,2})-shot")
+_VERSION = re.compile(r"@?([1-9][0-9]{0,9})")
+
+
+class Host(Protocol):
+    """What an evaluation asks of the engine that it runs on, be it its own or the one that serves."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """What may be known of the frozen model."""
+
+    @property
+    def text(self) -> ModelText:
+        """The model's texts and tokens."""
+
+    def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
+        """Refuse what can never run."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Baselines as somebody asked for them.
+
+    Attributes:
+        zero_shot: the bare model in the task's template.
+        instruction: the bare model, told what to do.
+        shots: numbers of examples.
+        versions: other versions of the task.
+    """
+
+    zero_shot: bool = False
+    instruction: bool = False
+    shots: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    def names(self, *, teacher: bool = False) -> list[str]:
+        """Names of the baselines, in the order in which they are asked."""
+        alone = [ZERO_SHOT] * self.zero_shot + [INSTRUCTION] * self.instruction
+        return [*alone, *(f"{count}-shot" for count in self.shots), *([TEACHER] * teacher)]
+
+    @classmethod
+    def parse(cls, names: Sequence[str]) -> Wanted:
+        """From names: `zero-shot`, `instruction`, `4-shot`, `@2`.
+
+        Raises:
+            InvalidRequest: one of them is no baseline.
+        """
+        shots: list[int] = []
+        versions: list[int] = []
+        for name in names:
+            if name in (ZERO_SHOT, INSTRUCTION):
+                continue
+            if (match := _SHOTS.fullmatch(name)) and int(match[1]) <= MOST_SHOTS:
+                shots.append(int(match[1]))
+            elif match := _VERSION.fullmatch(name):
+                versions.append(int(match[1]))
+            else:
+                raise InvalidRequest(
+                    f"There is no baseline {name[:80]!r}.",
+                    remedy="Name some of zero-shot, instruction, 4-shot (or another number) and @2 (a version), "
+                    "with commas between them.",
+                    param="baselines",
+                )
+        return cls(
+            ZERO_SHOT in names, INSTRUCTION in names, tuple(dict.fromkeys(shots)), tuple(dict.fromkeys(versions))
+        )
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """A text around the input.
+
+    Attributes:
+        template: holds `{input}` once.
+        chat: it is sent as a user message.
+    """
+
+    template: str
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Somebody who answers rows: a soft prompt, or the frozen model alone.
+
+    Attributes:
+        name: as reports call it.
+        soft_prompt: None is the frozen model alone.
+        template: what an input is put into, for whoever is not asked in a chat.
+        preamble: plain text before the template: instruction and examples.
+        chat: the text is a user message, and goes through the chat template.
+        longest: new tokens that the frozen model alone gets.
+        stop: where its answer ends.
+        shared: what all rows begin with, as embeddings: the engine computes it once, as it does a soft prompt.
+    """
+
+    name: str
+    soft_prompt: SoftPrompt | None = None
+    template: Manifest = field(default_factory=Manifest)
+    preamble: str = ""
+    chat: bool = False
+    longest: int = 0
+    stop: tuple[str, ...] = ()
+    shared: SoftPrompt | None = None
+
+    @property
+    def prefix(self) -> SoftPrompt | None:
+        """What the engine puts before the tokens of a row."""
+        return self.soft_prompt or self.shared
+
+    @property
+    def is_lenient(self) -> bool:
+        """Whether the form of an answer is forgiven: who was not trained on it is not held to it."""
+        return self.soft_prompt is None
+
+    def read(self, row: Row, host: Host) -> list[int]:
+        """The tokens that the model reads of a row, behind its prefix if there is one."""
+        text = self.template.render(row.input).behind(self.preamble)
+        if self.chat:
+            text = host.text.render_chat([{"role": "user", "content": text.text}])
+        ids = host.text.encode(text, add_special_tokens=not self.chat)
+        return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
+
+    def sharing(self, rows: Sequence[Row], host: Host) -> Contestant:
+        """The same, with the words that all rows begin with computed once instead of in every row."""
+        if self.soft_prompt is not None or len(rows) == 1:
+            return self
+        return self.after(common_start(tuple(self.read(row, host)) for row in rows), host)
+
+    def after(self, start: tuple[int, ...], host: Host) -> Contestant:
+        """The same, with tokens that all rows begin with computed once instead of in every row."""
+        if not start:
+            return self
+        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.text.embeddings_of(start)))
+
+    def sampling(self, row: Row, input_ids: Sequence[int], host: Host) -> SamplingParams:
+        """How it answers a row: a soft prompt as it is served, the frozen model alone greedily.
+
+        If a task samples and names no seed, a row's seed is its line number, so that the figures can be had again.
+        """
+        if self.soft_prompt is None:
+            return SamplingParams(max_new_tokens=self.longest, stop=self.stop)
+        room = host.model.max_model_len - self.soft_prompt.num_virtual_tokens - len(input_ids)
+        return self.soft_prompt.manifest.generation.sampling_params({}, room=room, seed=row.line)
+
+
+def of_soft_prompt(name: str, soft_prompt: SoftPrompt) -> Contestant:
+    """A version of a task, asked as a client asks it."""
+    return Contestant(name, soft_prompt, soft_prompt.manifest)
+
+
+def baselines(
+    wanted: Wanted,
+    data: EvaluationData,
+    host: Host,
+    manifest: Manifest,
+    *,
+    instruction: str | None = None,
+    shots: DataFile | None = None,
+    labels: Sequence[str] | None = None,
+    teacher: TeacherText | None = None,
+    seed: int = 0,
+    go_on: Callable[[], None] = lambda: None,
+) -> list[Contestant]:
+    """The frozen model alone, in every way that is wanted.
+
+    Args:
+        wanted: which ways.
+        data: the rows; who is asked in words gets as many new tokens as the longest target, and a few more.
+        host: for its tokenizer.
+        manifest: the task's, for its template.
+        instruction: what to do, instead of what the data's folder says.
+        shots: the training data.
+        labels: the task's classes: examples are balanced over them.
+        teacher: a text of one's own; None is none.
+        seed: which examples are drawn.
+        go_on: called between pieces of the work; what it raises ends it.
+
+    Raises:
+        InvalidRequest: there is no instruction, no training data or no chat template where one is needed.
+        InvalidTrainingData: the training data has not enough rows.
+    """
+    instruction = instruction or data.instruction
+    longest = _longest_target(data, host, go_on) + BASELINE_SLACK
+    found = []
+    if wanted.zero_shot:
+        template = Manifest(input_template=manifest.input_template, system_message=manifest.system_message)
+        found.append(Contestant(ZERO_SHOT, template=template, longest=longest))
+    if wanted.instruction:
+        if instruction is None:
+            raise InvalidRequest(
+                "The baseline `instruction` needs an instruction.",
+                remedy='Give one, or put it into meta.json beside the data: {"instruction": "…"}.',
+                param="instruction",
+            )
+        _check_chat(host, INSTRUCTION)
+        found.append(Contestant(INSTRUCTION, preamble=f"{instruction}\n\n", chat=True, longest=longest))
+    for count in wanted.shots:
+        if shots is None:
+            raise InvalidRequest(
+                f"The baseline {count}-shot needs training data to draw examples from.",
+                remedy="Name it with --shots-data (over HTTP: send it as `shots`).",
+                param="shots",
+            )
+        examples = draw_examples(shots, data, count, labels, seed)
+        stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
+        preamble = few_shot_text(instruction, examples)
+        if len(preamble) > host.text.max_characters:
+            raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
+        template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
+        found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
+    if teacher is not None:
+        if teacher.chat:
+            _check_chat(host, TEACHER)
+        if len(teacher.template) > host.text.max_characters:
+            raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
+        found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
+    return found
+
+
+def _longest_target(data: EvaluationData, host: Host, go_on: Callable[[], None]) -> int:
+    """Tokens of the longest target."""
+    longest = 0
+    for target in dict.fromkeys(row.target for row in data.rows):
+        go_on()
+        longest = max(longest, len(host.text.encode(target, add_special_tokens=False)))
+    return longest
+
+
+INPUT, TARGET = "Input: ", "\nAnswer:\n"
+"""What stands before inputs and targets of examples. A target begins a line, so its tokens are those of a label."""
+
+
+def few_shot_text(instruction: str | None, examples: Sequence[Row]) -> str:
+    """Instruction and examples as plain text, up to where the row that is asked begins."""
+    parts = [] if instruction is None else [instruction]
+    parts += [f"{INPUT}{row.input}{TARGET}{row.target}" for row in examples]
+    return "".join(f"{part}\n\n" for part in parts)
+
+
+def draw_examples(
+    shots: DataFile, data: EvaluationData, count: int, labels: Sequence[str] | None, seed: int
+) -> list[Row]:
+    """So many rows of the training data, in a random order, as even over the labels as can be.
+
+    A row whose input is evaluated is left out: its answer would be given away.
+
+    Raises:
+        InvalidTrainingData: there are not enough rows.
+    """
+    asked = {row.input for row in data.rows}
+    rows = [row for row in shots.rows if row.input not in asked]
+    if len(rows) < count:
+        raise InvalidTrainingData(
+            f"{shots.path} has {len(rows)} rows that are not evaluated; {count}-shot needs {count}.",
+            remedy="Draw fewer examples, or name more training data.",
+        )
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    if not labels:
+        return rows[:count]
+    groups: dict[str, list[Row]] = {label: [] for label in labels}
+    others: list[Row] = []
+    for row in rows:
+        groups.get(row.target, others).append(row)
+    by_label = [groups[label] for label in rng.sample(list(labels), len(labels))]
+    turns = [row for turn in range(count) for group in by_label for row in group[turn : turn + 1]]
+    chosen = [*turns, *others][:count]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _template_of(teacher: TeacherText) -> Manifest:
+    if teacher.template.count(INPUT_FIELD) != 1:
+        raise InvalidRequest(
+            f"The teacher's text does not hold {INPUT_FIELD} exactly once.",
+            remedy=f"Write {INPUT_FIELD} where the row's input belongs.",
+            param="teacher",
+        )
+    return Manifest(input_template=teacher.template)
+
+
+def _check_chat(host: Host, name: str) -> None:
+    try:
+        host.text.render_chat([{"role": "user", "content": "Hello"}])
+    except InvalidRequest as exc:
+        raise InvalidRequest(
+            f"{host.model.name} cannot be asked as `{name}`: {exc.message}",
+            remedy="Leave it out (plain text needs no chat), or serve a model that is tuned for chat.",
+            param="baselines",
+        ) from exc

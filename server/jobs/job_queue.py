@@ -1,0 +1,164 @@
+"""The jobs of a server as everybody sees them: adding, looking, cancelling, from any thread. `runner.py` runs them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from server.contracts import ModelSpec
+from server.durable import sync
+from server.errors import JobRuns, Overloaded
+from server.jobs.check import Frame, check_data, check_spec
+from server.jobs.folder import JobFolder, JobsFolder, not_kept
+from server.jobs.job import DataNames, Job, JobSpec, JobState
+from server.keys.live import ApiKeys
+from server.settings import Settings
+from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import Encode
+from server.train.initial import check_start
+
+log = logging.getLogger(__name__)
+
+MOST_QUEUED = 100
+
+
+class JobBoard:
+    """All jobs of a folder.
+
+    Attributes:
+        files: where they lie.
+        changed: set whenever there is something for whoever runs them to look at.
+        keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
+    """
+
+    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, max_characters: int | None = None) -> None:
+        """Nothing is read yet; the folder is made with the first job.
+
+        Args:
+            settings: where the folder lies.
+            model: the frozen model.
+            encode: its tokenizer.
+            max_characters: of a text that may fit the context, however it is tokenised.
+        """
+        self.files = JobsFolder(settings.jobs_folder)
+        self.changed = threading.Event()
+        self.keys: ApiKeys | None = None
+        self._frame = Frame(model, settings.max_virtual_tokens, encode, max_characters)
+        self._checking = threading.Lock()  # a big data file takes memory; one at a time
+
+    @contextmanager
+    def draft(self) -> Iterator[JobFolder]:
+        """A folder to put a job's data into; gone afterwards, unless it was submitted.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        with self.files.draft() as folder:
+            yield folder
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse what can be refused without its data.
+
+        Raises:
+            PreludeError: as `check_spec`.
+            Overloaded: as many jobs wait as may.
+        """
+        check_spec(spec, self._frame)
+        if len(self._queue()) >= MOST_QUEUED:
+            raise Overloaded(
+                f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again once one is over."
+            )
+
+    def submit(
+        self,
+        draft: JobFolder,
+        spec: JobSpec,
+        names: DataNames,
+        by: str | None,
+        start: SoftPrompt | None = None,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Job:
+        """Check a draft's data and queue it.
+
+        Args:
+            draft: holds the data.
+            spec: what to do with it.
+            names: what its files are called outside.
+            by: whose key asked for it.
+            start: what config.init_from names, if it names anything.
+            go_on: called between pieces of the work; what it raises ends it, and nothing is queued.
+
+        Raises:
+            InvalidTrainingData: nothing is queued then.
+            OSError: it cannot be written.
+        """
+        if start is not None:
+            check_start(spec.config, start)
+            save_soft_prompt(draft.start, start, self._frame.model)
+        with self._checking:
+            go_on()
+            check_data(spec, draft, names, self._frame, go_on)
+        job = self.files.add(draft, spec, names, by)
+        log.info("training job %s for %s is queued", job.id, spec.task)
+        self.changed.set()
+        return self.job(job.id)
+
+    def jobs(self) -> list[Job]:
+        """All jobs, newest first."""
+        positions = self._queue()
+        return [replace(job, queue_position=positions.get(job.id)) for job in reversed(self.files.jobs())]
+
+    def job(self, job_id: str) -> Job:
+        """One of them.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        job = self.files.job(job_id)
+        if job.status.state != JobState.QUEUED:
+            return job
+        return replace(job, queue_position=self._queue().get(job_id))
+
+    def _queue(self) -> dict[str, int]:
+        """The places of the jobs that wait; 1 is the next one."""
+        waiting = [job_id for job_id, state in self.files.states().items() if state == JobState.QUEUED]
+        return {job_id: place for place, job_id in enumerate(waiting, 1)}
+
+    def folder(self, job_id: str) -> JobFolder:
+        """The files of one of them.
+
+        Raises:
+            UnknownJob: there is none of that id.
+        """
+        return self.files.folder(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for a job's end; one that is over stays as it is. What is not being published yet never will be.
+
+        Raises:
+            UnknownJob: there is none of that id.
+            StoreError: that cannot be written down.
+        """
+        if not self.files.job(job_id).status.state.is_over:
+            folder = self.files.folder(job_id)
+            try:
+                folder.cancel.touch()
+                sync(folder.path)
+            except OSError as exc:
+                raise not_kept(exc) from exc
+            self.changed.set()
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job that is over; what it published stays.
+
+        Raises:
+            UnknownJob: there is none of that id.
+            JobRuns: it is not over.
+        """
+        if not self.files.job(job_id).status.state.is_over:
+            raise JobRuns(f"The training job {job_id} is not over.")
+        self.files.remove(job_id)

@@ -1,0 +1,144 @@
+"""Contents of versions as this server can serve them: read from the store, and judged by its frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+from server.contracts import ModelSpec
+from server.errors import PreludeError, VersionUnavailable
+from server.registry.events import Content
+from server.registry.store import Store
+from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.soft_prompt import (
+    EMBEDDING_TYPES,
+    KV_TYPES,
+    SoftPrompt,
+    check_base_model,
+    check_finite,
+    check_shape,
+)
+
+SINGLE_TYPES = (*EMBEDDING_TYPES, *KV_TYPES)
+
+
+class Contents:
+    """Reads contents, and remembers which of them cannot be served.
+
+    Attributes:
+        broken: key of a content -> why it cannot be served.
+    """
+
+    def __init__(
+        self, store: Store, model: ModelSpec, max_virtual_tokens: int, is_wanted: Callable[[str], bool]
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            store: where they are.
+            model: the frozen model that they must fit.
+            max_virtual_tokens: the longest soft prompt that is taken.
+            is_wanted: whether a version has these numbers, or is about to; what was deleted while it was read is not
+                broken.
+        """
+        self.broken: dict[str, str] = {}
+        self._is_wanted = is_wanted
+        self._store = store
+        self._model = model
+        self._max_virtual_tokens = max_virtual_tokens
+
+    def load(self, content: Content) -> SoftPrompt:
+        """Read a content and check that this model can serve it; on a thread of the host cache.
+
+        Raises:
+            VersionUnavailable: it cannot be read, or not be served.
+        """
+        try:
+            self.check_fit(content)
+            soft_prompt = self._store.get_blob(content)
+            check_finite(soft_prompt.tensor, self._model.dtype)
+        except PreludeError as exc:
+            self.broken[_key(content)] = str(exc)
+            if not self._is_wanted(content.prefix_hash):  # in this order: who deletes it forgets it last
+                self.forget(content)
+            raise _unavailable(exc) from exc
+        self.broken.pop(_key(content), None)
+        return soft_prompt
+
+    def require_fit(self, content: Content) -> None:
+        """Refuse to let a content answer that this server cannot serve, whatever the store holds of it.
+
+        Raises:
+            VersionUnavailable: a newer Prelude wrote it, or it does not fit the frozen model.
+        """
+        try:
+            self.check_fit(content)
+        except PreludeError as exc:
+            raise _unavailable(exc) from exc
+
+    def check_all(self, contents: Iterable[Content], deleted: Collection[str] = ()) -> None:
+        """Find out at start what cannot be served, by what events say and which blobs there are.
+
+        Args:
+            contents: of all versions.
+            deleted: blobs of versions that were deleted, which are removed if they are still there.
+
+        Raises:
+            StoreError: the store cannot be listed.
+        """
+        contents = list(contents)
+        missing = self._store.missing_blobs({content.blob for content in contents}, deleted)
+        self.check(contents)
+        for content in contents:
+            if content.blob in missing:
+                self.broken.setdefault(_key(content), f"The store's blob {content.blob} is missing.")
+
+    def check(self, contents: Iterable[Content]) -> None:
+        """Find out what cannot be served by what events say; nothing is read from the store."""
+        for content in contents:
+            try:
+                self.check_fit(content)
+            except PreludeError as exc:
+                self.broken[_key(content)] = str(exc)
+
+    def is_broken(self, content: Content) -> bool:
+        """Whether it could not be served when that was last tried."""
+        return _key(content) in self.broken
+
+    def why_broken(self, content: Content) -> str | None:
+        """Why it cannot be served; None if nothing is known against it."""
+        return self.broken.get(_key(content))
+
+    def forget(self, content: Content) -> None:
+        """No version has it any more."""
+        self.broken.pop(_key(content), None)
+
+    def check_fit(self, content: Content) -> None:
+        """Refuse a content that this server cannot serve whatever the store answers.
+
+        Raises:
+            VersionUnavailable: a newer Prelude wrote it.
+            InvalidSoftPrompt, BaseModelMismatch: it does not fit the frozen model.
+        """
+        about = content.about
+        if about.problem is not None:
+            raise VersionUnavailable(f"This server cannot read the version: {about.problem}", remedy=_NEWER)
+        if content.peft_type not in SINGLE_TYPES:
+            raise VersionUnavailable(
+                f"This server does not know the version's peft_type {content.peft_type[:64]!r}.", remedy=_NEWER
+            )
+        check_base_model(Manifest(base_model=about.base_model), self._model)
+        check_shape(content.peft_type, content.shape, self._model, self._max_virtual_tokens)
+
+
+_NEWER = "Run the version of Prelude that wrote it, or activate another version."
+
+
+def _key(content: Content) -> str:
+    """Of a version's content: blobs have names of their own, but what a newer Prelude wrote need not keep to that."""
+    return f"{content.blob} {content.about.identity}"
+
+
+def _unavailable(exc: PreludeError) -> VersionUnavailable:
+    if isinstance(exc, VersionUnavailable):
+        return exc
+    return VersionUnavailable(f"The version cannot be served: {exc.message}", remedy=exc.remedy)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from server.engine.kernels import Kernels, use_kernels
+from server.engine.kernels.library import Kernels, use_kernels
 from server.settings import Settings
 
 

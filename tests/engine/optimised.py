@@ -14,7 +14,7 @@ from server.engine.attention.interface import PackedRows
 from server.engine.engine import Engine
 from server.engine.fast.fused import FusedLayer
 from server.engine.fast.optimise import optimise
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 from server.engine.model.frozen import FrozenModel
 from tests.support import Outcome, make_engine, random_kv_prompt, random_soft_prompt, request, run_engine, tiny_model
 

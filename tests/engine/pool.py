@@ -11,9 +11,10 @@ import torch
 
 from server.contracts import ModelSpec
 from server.engine.attention.cached_rows import Places, Span
-from server.engine.attention.compiled_rows import BLOCK, CompiledAttention, CompiledRows
+from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
+from server.engine.kernels.units import BLOCK
 from server.engine.memory.kv_cache import KVCache, Slot
 
 NAN, INF = float("nan"), float("inf")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 from server.engine.model.frozen import FrozenModel
 from tests.engine.engine_life import EngineLife
 from tests.engine.lives import World

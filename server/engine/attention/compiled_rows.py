@@ -15,23 +15,17 @@ import torch
 
 from server.engine.attention.cached_rows import Places, Span
 from server.engine.attention.interface import AttentionRules
-from server.engine.fast.operators import float_bits
+from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, float_bits
 from server.engine.memory.kv_cache import KVCache
 
 if TYPE_CHECKING:  # numba is only imported where it is used
-    from server.engine.kernels import Kernels
+    from server.engine.kernels.library import Kernels
 
 POSITIONS_FOR_THREADS = 512
 """With fewer positions, one thread is done before a second has begun."""
 
 FEWEST_NUMBERS = 4
 """Heads whose size is no multiple of it are left to torch: a vector of them would hold almost nothing."""
-
-BLOCK, QUERIES = 64, 16
-"""Positions, and tokens, of a chunk that make up a unit of work."""
-
-EVERYTHING = 1 << 40
-"""A window that leaves out nothing."""
 
 
 @dataclass(frozen=True)

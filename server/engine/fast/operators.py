@@ -6,20 +6,18 @@ microseconds that each of torch's operators costs, and the waking of its threads
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from server.engine.kernels.units import ROWS, float_bits
+
 if TYPE_CHECKING:  # numba is only imported where it is used
-    from server.engine.kernels import Kernels, SmallLoops
+    from server.engine.kernels.library import Kernels
+    from server.engine.kernels.small import SmallLoops
 
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
-
-ROWS = 8
-"""Tokens that are one unit of a compiled loop's work."""
 
 NUMBERS_FOR_THREADS = 16384
 """With fewer of them, one thread is done before a second has begun."""
@@ -133,9 +131,3 @@ def _share(tokens: int, width: int) -> tuple[int, int]:
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """The same numbers in float32, or in float64 if they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-@functools.cache
-def float_bits(number: float) -> int:
-    """A number's bits as float32, in an integer: how compiled loops take it."""
-    return int(np.float32(number).view(np.int32))

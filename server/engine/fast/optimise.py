@@ -37,7 +37,7 @@ from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 
 if TYPE_CHECKING:
-    from server.engine.kernels import Kernels
+    from server.engine.kernels.library import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
     if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
         return None
     try:
-        from server.engine.kernels import use_kernels
+        from server.engine.kernels.library import use_kernels
     except ImportError as exc:
         log.warning("decoding will be slower, because numba is missing: %s", exc)
         return None

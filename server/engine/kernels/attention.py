@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from server.engine.attention.compiled_rows import BLOCK, EVERYTHING, QUERIES
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
+from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES
 from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from server.engine.fast.operators import ROWS
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
+from server.engine.kernels.units import ROWS
 from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 
 

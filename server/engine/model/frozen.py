@@ -35,7 +35,7 @@ from server.errors import UnknownToken, UnsupportedModel
 from server.settings import Settings, SpecialTokensInInput
 
 if TYPE_CHECKING:  # numba is only imported where it is used
-    from server.engine.kernels import Kernels
+    from server.engine.kernels.library import Kernels
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.attention.cached_rows import Span
-from server.engine.attention.compiled_rows import (
-    BLOCK,
-    POSITIONS_FOR_THREADS,
-    QUERIES,
-    CompiledAttention,
-    CompiledRows,
-)
+from server.engine.attention.compiled_rows import POSITIONS_FOR_THREADS, CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
+from server.engine.kernels.units import BLOCK, QUERIES
 from server.engine.memory.kv_cache import Slot
 from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, same
 

@@ -19,7 +19,7 @@ from server.engine.attention.recurrent import StatePool, bytes_per_state
 from server.engine.build import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.fast.optimise import _try_out
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 from server.engine.memory.kv_cache import Computed, KVCache, bytes_per_position
 from server.engine.model.exactness import errors, own_logits, refuse_inexact
 from server.engine.model.frozen import FrozenModel

@@ -14,7 +14,7 @@ from server.engine.attention.interface import PackedRows
 from server.engine.fast.fused import FusedRotary
 from server.engine.fast.linear import FrozenLinear
 from server.engine.fast.optimise import optimise
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 from tests.engine.optimised import (
     answers,
     assert_same,

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from server.engine.fast.operators import CompiledOperators, Operators
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 
 NAN, INF = float("nan"), float("inf")
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-6}

@@ -15,7 +15,7 @@ from server.contracts import FinishReason
 from server.engine.attention.compiled_rows import CompiledAttention
 from server.engine.fast.linear import FrozenLinear
 from server.engine.fast.optimise import load_kernels, optimise
-from server.engine.kernels import Kernels
+from server.engine.kernels.library import Kernels
 from server.engine.model.frozen import _fingerprint
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.optimised import (
@@ -178,7 +178,7 @@ def test_kernels_are_not_loaded_for_numbers_that_they_do_not_read(
 def test_a_machine_without_numba_serves_and_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delitem(sys.modules, "server.engine.kernels")
+    monkeypatch.delitem(sys.modules, "server.engine.kernels.library")
     monkeypatch.setitem(sys.modules, "numba", None)
     model = tiny_model(dtype=torch.float32)
     assert load_kernels(model, {"fused"}, None) is None

@@ -10,15 +10,12 @@ import numba
 import numpy as np
 import pytest
 
-from server.engine import kernels
-from server.engine.attention import compiled_rows as compiled_attention
-from server.engine.fast import operators
+from server.engine.kernels import library
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.small import small_loops
 from tests.soak import Soak
 
-SOURCES = sorted(Path(kernels.__file__).parent.glob("*.py"))
-SHARED = [Path(str(module.__file__)) for module in (compiled_attention, operators)]
+SOURCES = sorted(Path(library.__file__).parent.glob("*.py"))
 
 
 @pytest.fixture
@@ -29,7 +26,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def directory(cache_dir: Path) -> Path:
     """Where kernels would be kept now."""
-    kernels.use_kernels.__wrapped__(cache_dir)
+    library.use_kernels.__wrapped__(cache_dir)
     return Path(numba.config.CACHE_DIR)  # type: ignore[attr-defined]
 
 
@@ -46,7 +43,7 @@ import sys, torch
 from pathlib import Path
 from server.engine.memory.kv_cache import KVCache, Slot
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
-from server.engine.kernels import use_kernels
+from server.engine.kernels.library import use_kernels
 
 from server.engine.attention.cached_rows import Span
 from server.engine.model.frozen import FrozenModel
@@ -105,7 +102,7 @@ def test_kernels_are_kept_in_a_directory_of_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cache_dir")
-@pytest.mark.parametrize("source", [*SOURCES, *SHARED], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_other_sources_have_another_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, read = directory(tmp_path), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path == source else b""))

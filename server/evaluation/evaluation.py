@@ -1,6 +1,6 @@
 """One evaluation: who is asked what, and the report on their answers. Who runs the requests is not its business.
 
-`prelude eval` steps an engine that it has for itself (`run.py`); a server asks the engine that serves (`beside.py`).
+`prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`in_server.py`).
 Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.
 """
 

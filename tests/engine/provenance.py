@@ -61,7 +61,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Take the way of CUDA in `upload.py`, with copies in the place of pinned memory, and note what is sent."""
+        """Take the way of CUDA in `to_device.py`, with copies in the place of pinned memory, and note what is sent."""
         monkeypatch.setattr(upload, "is_host", lambda device: False)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         for module in (distribution, layout, logit_rows, recurrent, runner, sampler, varlen_rows):

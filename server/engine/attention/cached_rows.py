@@ -2,7 +2,7 @@
 
 Tokens that are alone in their step (decoding) read the slots of neighbours as one batch; chunks of a prefill are
 attended one by one. All of them read the pool as it lies, nothing is gathered. This is torch's way, for any device and
-dtype; where they can be used, `varlen_rows.py` and `compiled_attention.py` are faster.
+dtype; where they can be used, `varlen_rows.py` and `compiled_rows.py` are faster.
 """
 
 from __future__ import annotations

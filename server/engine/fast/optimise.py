@@ -5,7 +5,7 @@ Nothing that the engine does depends on this pass, and each part of it can be sw
     fused      decoder layers of the Llama family in a handful of operators          fused.py
     packed     weights of matrix products laid out for the CPU's library, once       linear.py
     compiled   attention, and the norms, rotary embeddings and gates of fused        kernels/, operators.py,
-               layers, by machine code made at the start                             compiled_attention.py
+               layers, by machine code made at the start                             attention/compiled_rows.py
     graphs     steps that only decode as CUDA graphs, once the engine is built       decode_graphs.py
 
 A layer is replaced only if its replacement gives the same on a few tokens; otherwise the model runs as transformers

@@ -1,7 +1,7 @@
 """Grammars for generated text: each compiled once, in a process of its own, and kept for the next who asks.
 
-Which tokens may come next says llguidance, which runs in those processes only (`grammar_process.py`). A grammar that
-takes more than it may (`grammar_limits.py`) ends with its process, and is refused at once if it comes again soon.
+Which tokens may come next says llguidance, which runs in those processes only (`process.py`). A grammar that
+takes more than it may (`limits.py`) ends with its process, and is refused at once if it comes again soon.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The next token of every row that has logits, each row under its own rules.
 
 A batch of plain greedy rows costs one argmax over logits as the model gives them. What the rules make of the others is
-in `distribution.py`. A draw is one uniform number from the sequence's own generator, looked up in the row's cumulative
+in `filters.py`. A draw is one uniform number from the sequence's own generator, looked up in the row's cumulative
 distribution: it depends on the seed and on how many tokens came before, not on the neighbours.
 """
 

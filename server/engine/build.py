@@ -7,15 +7,16 @@ import logging
 import torch
 
 from server.contracts import ModelSpec
-from server.engine.attention.recurrent import bytes_per_state
 from server.engine.attention.varlen_rows import log_attention
 from server.engine.engine import Engine
 from server.engine.fast.decode_graphs import capture
 from server.engine.fast.optimise import load_kernels, optimise
-from server.engine.memory.kv_cache import KVCache, SlotAllocator, bytes_per_position
+from server.engine.memory.kv_cache import KVCache, bytes_per_position
 from server.engine.memory.largest_step import measure_steps
 from server.engine.memory.plan import MemoryPlan, MiB, Steps, Wanted, plan
 from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.slots import SlotAllocator
+from server.engine.memory.state_pool import bytes_per_state
 from server.engine.model.device_defaults import filled_in
 from server.engine.model.frozen import FrozenModel
 from server.engine.model.preflight import free_memory

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from server.contracts import Delta, FinishReason
 from server.engine.engine import Engine
 from server.engine.grammars.walks import Walks
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.slots import Slot
 from server.engine.sampling.logit_rows import Batch
 from server.engine.sampling.sampler import Choice
 from server.engine.scheduling.fair_queue import Running

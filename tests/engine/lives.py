@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, Scored
-from server.engine.memory.kv_cache import Slot
+from server.engine.memory.slots import Slot
 from server.engine.model.frozen import FrozenModel
 from server.engine.scheduling.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt

@@ -15,7 +15,8 @@ from server.engine.attention.compiled_rows import CompiledAttention, CompiledRow
 from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.library import Kernels
 from server.engine.kernels.units import BLOCK
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.slots import Slot
 
 NAN, INF = float("nan"), float("inf")
 LAYERS, LAYER = 2, 1

@@ -24,7 +24,7 @@ from server.engine.attention.cached_rows import Span
 from server.engine.attention.interface import AttentionRules
 from server.engine.attention.varlen_rows import Part, VarlenAttention, VarlenRows, flash_attention
 from server.engine.engine import Engine
-from server.engine.memory.kv_cache import Slot
+from server.engine.memory.slots import Slot
 from tests.engine.varlen_reference import reference_varlen_attn
 
 ROUNDS = 3

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from server.engine.attention.interface import AttentionRules, attend_batch, fold_mask, visibility
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.slots import Slot
 from server.engine.to_device import upload
 
 

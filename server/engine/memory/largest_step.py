@@ -16,9 +16,10 @@ from server.contracts import GenerationRequest, SamplingParams
 from server.engine.attention.cached_rows import Span
 from server.engine.engine import Engine
 from server.engine.fast.decode_graphs import buckets
-from server.engine.memory.kv_cache import KVCache, Slot, bytes_of
+from server.engine.memory.kv_cache import KVCache, bytes_of
 from server.engine.memory.plan import MiB, Steps
 from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.slots import Slot
 from server.engine.model.frozen import FrozenModel
 from server.engine.out_of_memory import release_unused
 from server.engine.sampling.logit_rows import Batch

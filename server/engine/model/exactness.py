@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from server.engine.attention.cached_rows import CachedRows, Span
 from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Recurrence, StatePlace
 from server.engine.attention.recurrent import RecurrentRows
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.slots import Slot
 from server.engine.model.preflight import quantisation
 from server.errors import UnsupportedModel
 

@@ -20,10 +20,11 @@ import numpy as np
 from server.contracts import ModelSpec, Queue
 from server.engine.attention.cached_rows import Span
 from server.engine.memory.arrivals import Arrivals, copies_to
-from server.engine.memory.kv_cache import Computed, KVCache, Slot, bytes_of
+from server.engine.memory.kv_cache import Computed, KVCache, bytes_of
 from server.engine.memory.plan import SHARED_SHARE
 from server.engine.memory.prefix_cache import PrefixCache
 from server.engine.memory.shared_inputs import SharedInputs
+from server.engine.memory.slots import Slot
 from server.engine.scheduling.fair_queue import FairQueue, Running
 from server.engine.scheduling.fair_steps import FairSteps
 from server.engine.scheduling.sequence import Sequence

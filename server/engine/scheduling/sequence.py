@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.contracts import GenerationRequest, SamplingParams, Scored, Usage
-from server.engine.memory.kv_cache import Computed, Slot
+from server.engine.memory.kv_cache import Computed
+from server.engine.memory.slots import Slot
 from server.engine.sampling.seen_tokens import SeenTokens
 from server.engine.text.detokenizer import Detokenizer
 from server.soft_prompts.soft_prompt import SoftPrompt

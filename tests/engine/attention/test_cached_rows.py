@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.engine.attention.cached_rows import CachedRows, Span
 from server.engine.attention.interface import AttentionRules, PackedRows
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.slots import Slot
 from server.engine.model.frozen import FrozenModel
 
 

@@ -20,7 +20,7 @@ from server.engine.attention.compiled_rows import POSITIONS_FOR_THREADS, Compile
 from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.library import Kernels
 from server.engine.kernels.units import BLOCK, QUERIES
-from server.engine.memory.kv_cache import Slot
+from server.engine.memory.slots import Slot
 from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, same
 
 ALL_HEADS = [

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.contracts import FinishReason, GenerationRequest
 from server.engine.attention.interface import ATTENTION_NAME, StatePlace, register_attention
-from server.engine.attention.recurrent import StatePool, bytes_per_state
 from server.engine.build import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.fast.optimise import _try_out
 from server.engine.kernels.library import Kernels
 from server.engine.memory.kv_cache import Computed, KVCache, bytes_per_position
+from server.engine.memory.state_pool import StatePool, bytes_per_state
 from server.engine.model.exactness import errors, own_logits, refuse_inexact
 from server.engine.model.frozen import FrozenModel
 from server.engine.model.hybrids import ShortConvolution

@@ -41,7 +41,8 @@ def test_what_was_compiled_is_found_again() -> None:
 ATTEND = """
 import sys, torch
 from pathlib import Path
-from server.engine.memory.kv_cache import KVCache, Slot
+from server.engine.memory.kv_cache import KVCache
+from server.engine.memory.slots import Slot
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.kernels.library import use_kernels
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.memory.kv_cache import Computed, KVCache, Slot, SlotAllocator
+from server.engine.memory.kv_cache import Computed, KVCache
+from server.engine.memory.slots import Slot, SlotAllocator
 from server.engine.model.frozen import FrozenModel
 
 

@@ -9,9 +9,10 @@ from server.contracts import SamplingParams
 from server.engine.build import take_all
 from server.engine.engine import Engine
 from server.engine.memory import largest_step
-from server.engine.memory.kv_cache import Computed, Slot
+from server.engine.memory.kv_cache import Computed
 from server.engine.memory.largest_step import ALL_RULES, decodes, largest_batch, measure_steps
 from server.engine.memory.prefix_cache import PrefixCache
+from server.engine.memory.slots import Slot
 from server.engine.model.frozen import FrozenModel
 from server.engine.sampling import sampler
 from server.engine.sampling.logit_rows import LogitRows

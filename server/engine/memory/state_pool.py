@@ -1,0 +1,90 @@
+"""Recurrent states of running sequences: one row of a fixed size for each, beside its slot.
+
+What a step computes becomes the state only when the step has succeeded, because one that ran out of memory runs again.
+A row is zeroed when a sequence begins, so nothing of its last owner, NaN included, reaches the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from server.contracts import ModelSpec
+from server.engine.attention.interface import StatePlace
+from server.engine.memory.slots import Slot
+
+
+class StatePool:
+    """The states of running sequences, by their slots.
+
+    Attributes:
+        states: `[rows, state_width]`, in float32 or float64.
+    """
+
+    def __init__(self, model: ModelSpec, rows: int) -> None:
+        """Reserve so many rows."""
+        self.states = torch.zeros(rows, model.state_width, dtype=state_dtype(model), device=model.device)
+        self._free = list(range(rows))
+        self._rows: dict[Slot, int] = {}
+        self._computed: list[tuple[StatePlace, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sequence may begin."""
+        return bool(self._free)
+
+    def allocate(self, slot: Slot) -> None:
+        """Give a sequence that begins a state, which is 0."""
+        self._rows[slot] = self._free.pop()
+        self.of(slot).zero_()
+
+    def release(self, slot: Slot) -> None:
+        """Take the state of a sequence that has ended back."""
+        self._free.append(self._rows.pop(slot))
+
+    def of(self, slot: Slot) -> torch.Tensor:
+        """A sequence's state `[state_width]`, as it lies here."""
+        return self.states[self._rows[slot]]
+
+    def rows_of(self, slots: Iterable[Slot]) -> np.ndarray:
+        """The rows of sequences."""
+        return np.array([self._rows[slot] for slot in slots], dtype=np.int64)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a step: what it computes becomes the state if it succeeds, and is forgotten at once if it raises."""
+        try:
+            yield
+            for place, rows, states in self._computed:
+                self._at(place).index_copy_(0, rows, states)
+        finally:
+            self._computed.clear()
+
+    def read(self, place: StatePlace, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of a layer's states `[rows, width]`."""
+        return self._at(place).index_select(0, rows)
+
+    def keep(self, place: StatePlace, rows: torch.Tensor, states: torch.Tensor) -> None:
+        """Take a layer's states after a step; nobody reads them before the step has succeeded."""
+        self._computed.append((place, rows, states))
+
+    def check_integrity(self, slots: Iterable[Slot]) -> None:
+        """Assert that exactly the sequences of these slots have a state each."""
+        assert self._rows.keys() == set(slots), "a state is left of a sequence that has ended, or one has none"
+        assert sorted([*self._free, *self._rows.values()]) == list(range(len(self.states))), "a row is lost or doubled"
+
+    def _at(self, place: StatePlace) -> torch.Tensor:
+        return self.states[:, place.first : place.first + place.width]
+
+
+def state_dtype(model: ModelSpec) -> torch.dtype:
+    """What states are kept in: they add up over a whole sequence, so never in fewer bits than float32."""
+    return torch.float64 if model.dtype == "float64" else torch.float32
+
+
+def bytes_per_state(model: ModelSpec) -> int:
+    """Bytes of a sequence's recurrent state; 0 for models without."""
+    return model.state_width * state_dtype(model).itemsize

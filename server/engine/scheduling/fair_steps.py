@@ -67,8 +67,8 @@ class FairSteps:
             if pending := sequence.num_pending:
                 demands[sequence.request.key_id].add(sequence, pending)
         if len(demands) == 1:
-            [demand] = demands.values()
-            return self._fill(demand.decoding, demand.filling, {})
+            [(key, demand)] = demands.items()
+            return self._fill(demand.decoding, demand.filling, {key: self._max_batch_tokens})
         weights = {key: demand.rows + min(demand.tokens, self._least) for key, demand in demands.items()}
         decoding: list[Sequence] = []
         limits: dict[str | None, int] = {}
@@ -100,11 +100,11 @@ class FairSteps:
         shares = [(sequence, 1) for sequence in decoding]
         for sequence in filling:
             key = sequence.request.key_id
-            count = min(self._next_chunk(sequence), budget, limits.get(key, budget))
+            count = min(self._next_chunk(sequence), budget, limits[key])
             if count > 0:
                 shares.append((sequence, count))
                 budget -= count
-                limits[key] = limits.get(key, budget) - count
+                limits[key] -= count
         return shares
 
 

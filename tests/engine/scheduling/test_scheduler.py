@@ -41,6 +41,14 @@ def test_no_step_exceeds_its_token_budget_and_long_inputs_are_prefilled_in_chunk
     assert len(counts) >= 10
 
 
+def test_inputs_fill_a_step_whatever_the_lengths_of_those_before(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=8, max_batch_tokens=64)
+    for name, length in (("first", 40), ("second", 100), ("third", 10)):
+        engine.add(request(name, list(range(length)), max_new_tokens=1), None)
+    assert [span.count for _, span in engine.scheduler.schedule()] == [40, 24]
+    assert tokens_per_step(engine) == [64, 64, 22]
+
+
 def test_decoding_goes_on_while_another_sequence_is_prefilled(tiny: FrozenModel) -> None:
     engine = make_engine(tiny, max_batch_tokens=16)
     engine.add(request("short", [1, 2], max_new_tokens=10), None)

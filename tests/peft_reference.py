@@ -34,7 +34,7 @@ def peft_logits(peft_model: PeftModel, ids: Sequence[int], task: int | None = No
 def peft_greedy(
     peft_model: PeftModel, ids: Sequence[int], most: int, task: int | None = None
 ) -> tuple[list[int], torch.Tensor]:
-    """At most so many greedy tokens after an input, the one that ends the answer included, and their logits."""
+    """The greedy tokens after an input and their logits; the token that ends the answer is included."""
     tokens: list[int] = []
     rows: list[torch.Tensor] = []
     while len(tokens) < most and EOS not in tokens:

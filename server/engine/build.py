@@ -82,7 +82,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
 def take_all(device: torch.device, num_bytes: int) -> None:
     """Take from a CUDA device what a server will need, and keep it in the allocator's cache.
 
-    What has been taken nobody else on the device can take, such as a training job beside the server.
+    A training job beside the server, say, cannot take what the server has taken.
 
     Raises:
         InsufficientMemory: somebody else has it already.

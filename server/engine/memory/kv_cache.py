@@ -88,7 +88,7 @@ class KVCache:
             self.recurrent = StatePool(model, most if max_sequences is None else min(max_sequences, most))
 
     def allocate(self, positions: int) -> Slot | None:
-        """A slot for a sequence of so many positions, or None if there is no room now."""
+        """A slot for a sequence of `positions` positions, or None if there is no room now."""
         if self.recurrent is None:
             return self.allocator.allocate(positions)
         slot = self.allocator.allocate(positions) if self.recurrent.has_room else None
@@ -164,5 +164,5 @@ def bytes_per_position(model: ModelSpec) -> int:
 
 
 def bytes_of(model: ModelSpec, positions: int) -> int:
-    """Bytes of all that is kept of a sequence of so many positions."""
+    """Bytes that a sequence of `positions` positions takes here: keys, values and its recurrent state."""
     return positions * bytes_per_position(model) + bytes_per_state(model)

@@ -25,7 +25,7 @@ PREFIX_SHARE = 0.25
 """Of the KV cache, what prefixes may take where nothing else is said."""
 
 SHARED_SHARE = 8
-"""Copies of shared inputs take one part in so many of the KV cache, where nothing else is said."""
+"""By default, copies of shared inputs may take the KV cache's bytes divided by this."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class StatePool:
     """
 
     def __init__(self, model: ModelSpec, rows: int) -> None:
-        """Reserve so many rows."""
+        """Reserve `rows` rows, all of them free."""
         self.states = torch.zeros(rows, model.state_width, dtype=state_dtype(model), device=model.device)
         self._free = list(range(rows))
         self._rows: dict[Slot, int] = {}

@@ -19,7 +19,7 @@ LOGITS_SHARE = 16
 """By default, the logits of a whole step take at most the free memory divided by this."""
 
 SLOTS_OF_LONGEST = 16
-"""By default, half of the free memory holds at least so many sequences of the longest context."""
+"""Sequences of the longest context that half of the free memory holds, at least, by default."""
 
 
 def max_sequences(settings: Settings, device: torch.device) -> int:

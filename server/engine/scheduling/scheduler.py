@@ -1,10 +1,8 @@
-"""Who runs in the next step: admission, and the token budget that decoding and prefilling share.
+"""Who runs in the next step: admission. How much of the step each sequence takes is `fair_steps.py`'s to say.
 
-Every running sequence that decodes gets its one token; what is left of the budget goes to prefills, in the order of
-their admission, in chunks. A sequence is admitted when a slot is free for all that it may need; if none is, nobody
-behind it overtakes, so a long request is not starved by short ones. A free place goes to the key with the fewest
-running sequences, and of its tasks to the one with the fewest. One place in five is reserved for tasks below their fair
-share, and half of these for keys below theirs: long answers of one do not make the others wait for their ends.
+A sequence is admitted when a slot is free for all that it may need; if none is, no later one overtakes it. A free place
+goes to the key with the fewest running sequences, and of its tasks to the one with the fewest. One place in five is
+reserved for tasks below their fair share, half of these for keys below theirs, so that nobody waits for long answers.
 """
 
 from __future__ import annotations

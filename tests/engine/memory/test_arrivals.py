@@ -1,4 +1,4 @@
-"""A prefix of keys and values is copied in pieces beside the steps: nobody else waits, and failures leave nothing."""
+"""A prefix of keys and values is copied in pieces beside the steps: nobody waits, a failure leaves nothing."""
 
 from __future__ import annotations
 

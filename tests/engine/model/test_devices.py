@@ -15,7 +15,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Pl
 
 
 def with_cuda(monkeypatch: pytest.MonkeyPatch, words: str | None, devices: int = 0) -> None:
-    """Be a CUDA build of torch that finds so many devices, or says why not."""
+    """Make torch look like a CUDA build that finds `devices` devices, or says why it finds none."""
 
     def init() -> None:
         if words is not None:

@@ -78,7 +78,7 @@ def serve(settings: Settings) -> None:
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
         worker = EngineWorker(engine, limits(settings))
-        board = JobBoard(settings, registry.model, worker.text.encode, worker.text.max_characters)
+        board = JobBoard(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
         services: list[Service] = [inbox, Syncer(registry, settings.sync_seconds), JobRunner(settings, registry, board)]
         app = create_app(settings, worker, registry, services, keys, board)
         keep_for_good()

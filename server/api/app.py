@@ -106,7 +106,7 @@ def create_app(
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    board = board or JobBoard(settings, registry.model, worker.text.encode, worker.text.max_characters)
+    board = board or JobBoard(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
     metrics = Metrics(worker, registry, settings.metrics_tasks, board)
 
     @asynccontextmanager

@@ -180,7 +180,7 @@ async def encode_text(
     """Token ids of a text that is ready for the model, the last `truncate` of them.
 
     The tokenizer lets no other thread run while it works, a second for some million characters, so a text that can
-    never fit is refused, or cut, by its characters.
+    never fit is refused, or cut, before.
 
     Raises:
         InputTooLong: the text can never fit, however it is tokenised.
@@ -189,20 +189,22 @@ async def encode_text(
     whole = TemplatedText(text) if isinstance(text, str) else text
     if truncate is None:
         refuse_too_long(worker, whole.text)
-    whole = whole.last(worker.text.max_characters)
+    else:
+        whole = worker.text.length_bound.end_of(whole)
     encode = partial(worker.text.encode, whole, add_special_tokens=add_special_tokens)
     ids = await worker.threads.run(encode) if len(whole.text) > LONG_TEXT else encode()
     return ids if truncate is None else ids[-truncate:]
 
 
 def refuse_too_long(worker: EngineWorker, text: str) -> None:
-    """Refuse a text that can never fit by its characters, before it is tokenised.
+    """Refuse a text that can never fit, before it is tokenised.
 
     Raises:
         InputTooLong: names both lengths.
     """
-    if len(text) > worker.text.max_characters:
+    least = worker.text.length_bound.least_tokens(text)
+    if least > worker.model.max_model_len:
         raise InputTooLong(
-            f"The input has {len(text):,} characters; the context of {worker.model.max_model_len:,} tokens holds "
-            f"at most {worker.text.max_characters:,}."
+            f"The input has {len(text):,} characters, so more tokens than the context of "
+            f"{worker.model.max_model_len:,} holds."
         )

@@ -94,7 +94,7 @@ class Questions:
         self._host = host
         self._label_ids: tuple[LabelIds, ...] = encode_labels(host.text, self.labels) if self.labels else ()
         for row in data.rows:  # before they are tokenised, which takes long
-            if len(row.input) + len(row.target) > host.text.max_characters:
+            if not host.text.length_bound.can_fit(row.input, row.target):
                 raise InvalidTrainingData(
                     f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
                     remedy="Shorten or leave out the row.",

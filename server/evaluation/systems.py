@@ -236,14 +236,14 @@ def baselines(
         examples = draw_examples(shots, data, count, labels, seed)
         stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
         preamble = few_shot_text(instruction, examples)
-        if len(preamble) > host.text.max_characters:
+        if not host.text.length_bound.can_fit(preamble):
             raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
         template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
         found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
     if teacher is not None:
         if teacher.chat:
             _check_chat(host, TEACHER)
-        if len(teacher.template) > host.text.max_characters:
+        if not host.text.length_bound.can_fit(teacher.template):
             raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
         found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found

@@ -12,7 +12,7 @@ from server.jobs.job import DataNames, JobSpec
 from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_size
 from server.train.config import contradiction
-from server.train.data import Encode, check_lengths
+from server.train.data import CanFit, Encode, check_lengths
 from server.train.files import TaskFiles, read_task
 
 
@@ -23,12 +23,8 @@ class Frame:
     model: ModelSpec
     max_virtual_tokens: int
     encode: Encode
-    max_characters: int | None = None
-    """Of a text that may fit the context, however it is tokenised; None if nobody knows."""
-
-    def can_never_fit(self, text: str) -> bool:
-        """Whether a text has too many characters, however it is tokenised; then it need not be."""
-        return self.max_characters is not None and len(text) > self.max_characters
+    can_fit: CanFit
+    """Whether texts may fit the context together, found without tokenising them."""
 
 
 def check_spec(spec: JobSpec, frame: Frame) -> None:
@@ -52,7 +48,7 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
     if (found := contradiction(config, spec.input_template, spec.system_message)) is not None:
         raise InvalidRequest(found.message, remedy=found.remedy, param=found.field)
     teacher = config.teacher_template
-    if teacher is not None and (frame.can_never_fit(teacher) or len(frame.encode(teacher)) > frame.model.max_model_len):
+    if teacher is not None and (not frame.can_fit(teacher) or len(frame.encode(teacher)) > frame.model.max_model_len):
         raise InvalidRequest(
             f"The teacher's text does not fit the context, which holds {frame.model.max_model_len} tokens.",
             remedy="Shorten it, or raise PRELUDE_MAX_MODEL_LEN.",
@@ -80,7 +76,7 @@ def check_data(
                 config.num_virtual_tokens,
                 frame.encode,
                 frame.model.max_model_len,
-                max_characters=frame.max_characters,
+                can_fit=frame.can_fit,
                 go_on=go_on,
             )
     except InvalidTrainingData as exc:

@@ -18,7 +18,7 @@ from server.keys.live import ApiKeys
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import Encode
+from server.train.data import CanFit, Encode, always
 from server.train.initial import check_start
 
 log = logging.getLogger(__name__)
@@ -35,19 +35,19 @@ class JobBoard:
         keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
     """
 
-    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, max_characters: int | None = None) -> None:
+    def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, can_fit: CanFit = always) -> None:
         """Nothing is read yet; the folder is made with the first job.
 
         Args:
             settings: where the folder lies.
             model: the frozen model.
             encode: its tokenizer.
-            max_characters: of a text that may fit the context, however it is tokenised.
+            can_fit: whether texts may fit the context together, found without tokenising them.
         """
         self.files = JobsFolder(settings.jobs_folder)
         self.changed = threading.Event()
         self.keys: ApiKeys | None = None
-        self._frame = Frame(model, settings.max_virtual_tokens, encode, max_characters)
+        self._frame = Frame(model, settings.max_virtual_tokens, encode, can_fit)
         self._checking = threading.Lock()  # a big data file takes memory; one at a time
 
     @contextmanager

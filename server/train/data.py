@@ -42,6 +42,18 @@ class Encode(Protocol):
         """Token ids of a text."""
 
 
+class CanFit(Protocol):
+    """Whether texts may fit the context together, found without tokenising them."""
+
+    def __call__(self, *texts: str) -> bool:
+        """False for texts that can never fit."""
+
+
+def always(*_: str) -> bool:
+    """Any texts may fit: they have to be tokenised."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of a data file."""
@@ -181,7 +193,7 @@ def check_lengths(
     encode: Encode,
     max_model_len: int,
     *,
-    max_characters: int | None = None,
+    can_fit: CanFit = always,
     go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Refuse rows that `encode_examples` would, without the model; a token is at least a byte, so few are tokenised.
@@ -192,7 +204,7 @@ def check_lengths(
         num_virtual_tokens: before each row.
         encode: the tokenizer.
         max_model_len: tokens that the context holds.
-        max_characters: of a text that may fit, however it is tokenised; longer ones are not tokenised.
+        can_fit: whether texts may fit the context together; others are not tokenised.
         go_on: called before each row; what it raises ends the check.
 
     Raises:
@@ -200,7 +212,7 @@ def check_lengths(
     """
     for row in data.rows:
         go_on()
-        if max_characters is not None and len(row.input) + len(row.target) > max_characters:
+        if not can_fit(row.input, row.target):
             raise InvalidTrainingData(
                 f"{data.path}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
                 remedy="Shorten or leave out the row.",

@@ -182,7 +182,7 @@ def live_server(
     worker = EngineWorker(engine, limits(settings))
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
-    board = JobBoard(settings, model.spec, worker.text.encode, worker.text.max_characters)
+    board = JobBoard(settings, model.spec, worker.text.encode, worker.text.length_bound.can_fit)
     services: list[Service] = [
         Inbox(settings.prompts_dir, registry),
         Syncer(registry, settings.sync_seconds),

@@ -354,7 +354,7 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
         longest = max(longest, len(text if isinstance(text, str) else text.text))
         return tiny32.encode(text, add_special_tokens=add_special_tokens)
 
-    board = JobBoard(settings, tiny32.spec, encode, max_characters=1000)
+    board = JobBoard(settings, tiny32.spec, encode, can_fit=lambda *texts: sum(map(len, texts)) <= 1000)
     with pytest.raises(InvalidRequest, match="teacher's text does not fit"):
         board.check(spec(config=LEARNS | {"teacher_template": "{input} " + "word " * 700_000}))
     looks = 0

@@ -305,7 +305,7 @@ def test_keys_and_values_are_not_trained_for_a_model_with_a_recurrent_state(tmp_
     model, config = tiny_model("lfm2", dtype=torch.float32), replace(TAUGHT, method="prefix_tuning")
     with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
         train_task(model, task_files(tmp_path), config, no_step)
-    frame = Frame(model.spec, 100, model.encode)
+    frame = Frame(model.spec, 100, model.encode, model.length_bound.can_fit)
     with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
         check_spec(JobSpec("mood", config), frame)
     check_spec(JobSpec("mood", TAUGHT), frame)

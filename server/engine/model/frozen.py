@@ -29,6 +29,7 @@ from server.engine.model.load_errors import as_sentence
 from server.engine.model.preflight import free_memory
 from server.engine.model.weights import resolve_checkpoint
 from server.engine.text.chat import render_chat
+from server.engine.text.length_bound import LengthBound
 from server.engine.text.model_text import TokenTexts
 from server.engine.text.special_tokens import InputEncoder
 from server.errors import UnknownToken, UnsupportedModel
@@ -57,7 +58,7 @@ class FrozenModel:
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
         keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
-        longest_token: characters of the vocabulary's longest token: no token stands for more of a text.
+        length_bound: how few tokens a text can have.
     """
 
     def __init__(
@@ -89,7 +90,6 @@ class FrozenModel:
         layers = prepare_layers(module)
         kv_heads, head_dim, self.attention_rules = probe_attention(module, layers.num_attention_layers)
         limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
-        self.longest_token = max(len(token) for token in tokenizer.get_vocab())
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
         _refuse_other_rows(module, weights.shape[0])
@@ -110,6 +110,7 @@ class FrozenModel:
             num_attention_layers=layers.num_attention_layers if layers.state_width else None,
             state_width=layers.state_width,
         )
+        self.length_bound = LengthBound(self.backend, self.spec.max_model_len)
         pin_longrope(module, self.spec.max_model_len)
 
     @property
@@ -178,8 +179,7 @@ class FrozenModel:
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        most = self.spec.max_model_len * self.longest_token
-        return render_chat(self.tokenizer, messages, self._encoder, most, end)
+        return render_chat(self.tokenizer, messages, self._encoder, self.length_bound, end)
 
     def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
         """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.

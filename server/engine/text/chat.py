@@ -14,6 +14,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from server.contracts import ChatEnd, TemplatedText
+from server.engine.text.length_bound import LengthBound
 from server.engine.text.special_tokens import InputEncoder
 from server.errors import InvalidRequest
 
@@ -26,7 +27,7 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
     encoder: InputEncoder | None = None,
-    max_characters: int = 2**16,
+    length_bound: LengthBound | None = None,
     end: ChatEnd = ChatEnd.ANSWER,
 ) -> TemplatedText:
     """A conversation as the model was trained to read it, up to where its own answer begins or as `end` says.
@@ -37,7 +38,7 @@ def render_chat(
         tokenizer: holds the template.
         messages: each with `role` and `content`, maybe `name`.
         encoder: finds control tokens, to tell the template's from the messages'; None counts all as the template's.
-        max_characters: a longer text is not looked through for them.
+        length_bound: a text that can never fit is not looked through for them.
         end: where the text ends.
 
     Raises:
@@ -64,7 +65,7 @@ def render_chat(
             ) from None
         return TemplatedText(text)
     expected = _filled(skeleton, name, written)
-    if expected.text == text or len(text) > max_characters:
+    if expected.text == text or (length_bound is not None and not length_bound.can_fit(text)):
         return expected
     # The template looks into the messages. If they added no special token, its text stands; if they did, what it writes
     # about messages that it knows nothing of.

@@ -6,15 +6,16 @@ may be a third of a character, so its bytes are what is exact, and its text is f
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from server.contracts import ChatEnd, TemplatedText
+from server.engine.text.length_bound import LengthBound
+from server.engine.text.tokenizer_parts import byte_level_alphabet, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ class TokenTexts:
     def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
         """Find out how this tokenizer's decoder writes bytes."""
         self.backend = backend
-        self._kinds = frozenset(_kinds_of(backend.decoder))
-        self._byte_of = _byte_level_alphabet()
+        self._kinds = frozenset(part["type"] for part in parts_of(backend.decoder))
+        self._byte_of = byte_level_alphabet()
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(special_ids) | {token_id for token_id, token in added.items() if token.special}
@@ -144,9 +145,9 @@ class ModelText:
         self._model = model
 
     @property
-    def max_characters(self) -> int:
-        """A text of more characters has more tokens than the context, whatever they are."""
-        return self._model.spec.max_model_len * self._model.longest_token
+    def length_bound(self) -> LengthBound:
+        """Refuses texts that can never fit before they are tokenised."""
+        return self._model.length_bound
 
     @property
     def end_token_id(self) -> int | None:
@@ -196,23 +197,6 @@ class ModelText:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
         return self._model.render_chat(messages, end)
-
-
-def _kinds_of(decoder: Any) -> Iterator[str]:
-    """Names of the decoders that a tokenizer's decoder consists of; it tells them only in its serialised form."""
-    found = [] if decoder is None else [json.loads(decoder.__getstate__())]
-    while found:
-        part = found.pop()
-        yield part["type"]
-        found += part.get("decoders", ())
-
-
-def _byte_level_alphabet() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    pairs = [*((byte, byte) for byte in plain), *((256 + i, byte) for i, byte in enumerate(others))]
-    return {chr(character): bytes([byte]) for character, byte in pairs}
 
 
 def common_start(read: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from server.contracts import SamplingParams, Token
 from server.engine.model.frozen import FrozenModel
 from server.engine.text import detokenizer
 from server.engine.text.detokenizer import Detokenizer
-from server.engine.text.model_text import TokenTexts, _byte_level_alphabet
+from server.engine.text.model_text import TokenTexts
+from server.engine.text.tokenizer_parts import byte_level_alphabet
 from tests.scripted import sentencepiece_tokenizer
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
 
@@ -311,7 +312,7 @@ def test_tokens_that_form_no_character_take_no_longer_the_more_there_are(
     """A client can ask for them by a bias; all that a stream holds back is decoded at each step."""
     monkeypatch.setattr(detokenizer, "DecodeStream", CountingStream)
     if kind == "byte-level":
-        character_of = {encoded[0]: character for character, encoded in _byte_level_alphabet().items()}
+        character_of = {encoded[0]: character for character, encoded in byte_level_alphabet().items()}
         names = [character_of.get(byte, "none") for byte in pattern]
         pattern = tuple(TOKENIZER.get_vocab().get(name, VOCAB_SIZE - 1) for name in names)
     token_ids = pattern * (2000 // len(pattern))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from server.engine.model.frozen import FrozenModel
-from server.engine.text.model_text import TokenTexts, _byte_level_alphabet
+from server.engine.text.model_text import TokenTexts
+from server.engine.text.tokenizer_parts import byte_level_alphabet
 from tests.engine.text.test_detokenizer import FALLBACK
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
 
@@ -33,7 +34,7 @@ def test_the_embedded_models_tokens_joined_are_the_text(smollm2: FrozenModel, te
 
 
 def test_the_byte_level_alphabet_is_the_tokenizers_own() -> None:
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(alphabet.values()) == [bytes([byte]) for byte in range(256)]
 
@@ -71,7 +72,7 @@ def test_special_tokens_read_by_their_names_and_rows_without_a_token_read_nothin
     assert (TEXTS.bytes_of(VOCAB_SIZE - 1), TEXTS.text_of(VOCAB_SIZE - 1)) == (b"", "")
 
 
-def test_an_added_token_is_not_read_in_the_byte_level_alphabet() -> None:
+def test_an_added_token_is_not_read_in_thebyte_level_alphabet() -> None:
     backend = byte_tokenizer().backend_tokenizer
     backend.add_tokens(["café"])
     token_id = backend.token_to_id("café")

@@ -15,6 +15,7 @@ from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import ConfigurationError
+from server.validation import first_problems
 
 ENV_PREFIX = "PRELUDE_"
 EMBEDDED_MODEL = "embedded"
@@ -235,10 +236,7 @@ class Settings(BaseSettings):
         try:
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as exc:
-            problems = "; ".join(
-                f"{ENV_PREFIX}{''.join(map(str, e['loc'][:1])).upper()}: {e['msg'].removeprefix('Value error, ')}"
-                for e in exc.errors()
-            )
+            problems = first_problems(exc, lambda place: ENV_PREFIX + "".join(map(str, place[:1])).upper())
             raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc
 
 

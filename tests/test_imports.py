@@ -12,7 +12,7 @@ import server
 ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
-BOTTOM = {"contracts", "errors", "settings"}
+BOTTOM = {"contracts", "errors", "settings", "validation"}
 BELOW_CLI = BOTTOM | {
     "soft_prompts",
     "registry",
@@ -34,24 +34,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": set(),
     "contracts": set(),
     "errors": set(),
-    "settings": {"errors"},
+    "settings": {"errors", "validation"},
     "openmp": set(),
     "executors": {"errors"},
     "log_lines": set(),
+    "validation": set(),
     "long_work": {"errors", "executors"},
     "soft_prompts": BOTTOM,
-    "registry": BOTTOM | {"soft_prompts"},
+    "registry": BOTTOM | {"durable", "soft_prompts"},
     "engine": BOTTOM | {"soft_prompts", "executors"},
-    "durable": set(),
+    "durable": {"errors"},
     "train": BOTTOM | {"durable", "soft_prompts", "engine"},
     "data_dir": {"errors"},
     "jobs": BOTTOM | {"durable", "keys", "log_lines", "openmp", "soft_prompts", "registry", "engine", "train"},
     "interpret": BOTTOM | {"soft_prompts", "engine"},
-    "evaluation": BOTTOM | {"soft_prompts", "engine", "train", "executors", "long_work"},
-    "keys": {"errors"},
+    "evaluation": BOTTOM | {"durable", "soft_prompts", "engine", "train", "executors", "long_work"},
+    "keys": {"errors", "durable", "validation"},
     "api": BOTTOM
     | {
         "data_dir",
+        "durable",
         "executors",
         "long_work",
         "soft_prompts",

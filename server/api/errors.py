@@ -17,16 +17,14 @@ from starlette.routing import Match
 
 from server.api.bodies import UNKNOWN, nearest
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
-from server.api.prompts.uploads import not_kept
+from server.api.prompts.uploads import upload_not_kept
 from server.api.schemas import ErrorBody
 from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateParameters
 from server.api.training.schemas import JOB_FIELDS, JOBS
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
+from server.validation import MOST_PROBLEMS, listed
 
 log = logging.getLogger(__name__)
-
-MOST_PROBLEMS = 5
-"""Problems of one body that are told; a body can have as many as it has bytes."""
 
 WANTS_A_KEY = {"WWW-Authenticate": "Bearer"}
 
@@ -71,15 +69,14 @@ def install_error_handlers(app: FastAPI) -> None:
         path = request.url.path
         items = _without_kinds(path, error.errors())
         known = openai_fields(path) or (JOB_FIELDS if path.startswith(JOBS) else _KNOWN_FIELDS)
-        problems = "; ".join(_problem(item, known) for item in items[:MOST_PROBLEMS])
-        more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
-        return _reply(request, InvalidRequest(f"{problems}{more}.", param=_param(items[0])))
+        problems = listed([_problem(item, known) for item in items[:MOST_PROBLEMS]], len(items))
+        return _reply(request, InvalidRequest(f"{problems}.", param=_param(items[0])))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         cause = error.__cause__
         if isinstance(cause, OSError):  # no room for an upload's files, which are spooled to disk as they arrive
-            cause = not_kept(cause)
+            cause = upload_not_kept(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
             return _reply(request, cause, headers=_headers(cause))
         if error.status_code in (404, 405):

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.prompts.uploads import not_kept
+from server.api.prompts.uploads import upload_not_kept
 from server.errors import InvalidRequest, PayloadTooLarge
 
 MAX_FORM_PARTS = 16
@@ -58,7 +58,7 @@ async def read_form(request: Request) -> FormData:
         if isinstance(exc, FormParserError):
             raise HTTPException(400, "The form cannot be read") from exc
         if isinstance(exc, OSError):
-            raise not_kept(exc) from exc
+            raise upload_not_kept(exc) from exc
         raise
     return FormData(parts.items)
 

@@ -37,11 +37,6 @@ Text = Annotated[str, AfterValidator(is_text)]
 """What can be written as UTF-8; JSON may hold strings that cannot."""
 
 
-def without_nulls(value: Any) -> Any:
-    """An object without the values that are null; anything else as it is."""
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
 MAX_GRAMMAR_CHARACTERS = 2**18
 
 

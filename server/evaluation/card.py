@@ -5,12 +5,11 @@ In a README.md the card stands between two marks. What people write around them 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.durable import replace_file
 from server.errors import ConfigurationError
 from server.evaluation.intervals import RESAMPLES
 from server.evaluation.report import Report, written_estimate
@@ -61,7 +60,7 @@ def write_card(directory: Path, card: str) -> Path:
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
         before, _, rest = old.partition(BEGIN)
-        _replace(path, f"{before}{BEGIN}\n{card}{END}{rest.partition(END)[2]}")
+        replace_file(path, f"{before}{BEGIN}\n{card}{END}{rest.partition(END)[2]}".encode())
     except (OSError, UnicodeDecodeError) as exc:
         raise _not_written(path, exc) from exc
     return path
@@ -101,7 +100,8 @@ def write_metrics(directory: Path, report: Report) -> None:
     try:
         manifest = Manifest.parse(path.read_bytes()) if path.exists() else Manifest()
         kept = {name: value for name, value in (manifest.metrics or {}).items() if not name.startswith("test_")}
-        _replace(path, manifest.model_copy(update={"metrics": {**kept, **_metrics(report)}}).to_json())
+        manifest = manifest.model_copy(update={"metrics": {**kept, **_metrics(report)}})
+        replace_file(path, manifest.to_json().encode())
     except OSError as exc:
         raise _not_written(path, exc) from exc
 
@@ -112,19 +112,6 @@ def _metrics(report: Report) -> dict[str, Any]:
         found[f"test_{metric.key}"] = round(estimate.value, 4)
         found[f"test_{metric.key}_interval"] = [round(estimate.low, 4), round(estimate.high, 4)]
     return {**found, "test_rows": report.about.rows, "test_sha256": report.about.data_sha256}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole, or not at all: the inbox may be looking."""
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _not_written(path: Path, error: OSError | UnicodeDecodeError) -> ConfigurationError:

@@ -30,23 +30,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from server.durable import replace_file, sync
-from server.errors import StoreError, StoreFull, UnknownJob
+from server.durable import not_kept, replace_file, sync
+from server.errors import UnknownJob
 from server.jobs.job import JOB_ID, DataNames, Job, JobSpec, JobState, Status, new_job_id, now
 from server.jobs.record import read_progress
 from server.jobs.states import STATUS, States, job_ids
 
 log = logging.getLogger(__name__)
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 ABANDONED_SECONDS = 24 * 3600.0
 """A draft that is so old is nobody's any more."""
+
+job_not_kept = partial(not_kept, what="The training job", where="the folder PRELUDE_JOBS_DIR")
+"""The error for a job that the server has no place for."""
 
 _SPEC = TypeAdapter(JobSpec)
 _STATUS = TypeAdapter(Status)
@@ -167,7 +169,7 @@ class JobsFolder:
             path.mkdir(parents=True)
             yield JobFolder(path)
         except OSError as exc:
-            raise not_kept(exc) from exc
+            raise job_not_kept(exc) from exc
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -268,17 +270,6 @@ class JobsFolder:
                 return None
             raise
         return file
-
-
-def not_kept(exc: OSError) -> StoreError:
-    """The error for a job that there is no place for."""
-    full = exc.errno in NO_SPACE
-    return (StoreFull if full else StoreError)(
-        f"The training job cannot be kept: {exc.strerror or exc}.",
-        remedy="Make room where PRELUDE_JOBS_DIR lies (or delete jobs), then send it again."
-        if full
-        else "Check that PRELUDE_JOBS_DIR names a folder that the server may write to.",
-    )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

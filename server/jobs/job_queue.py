@@ -12,7 +12,7 @@ from server.contracts import ModelSpec
 from server.durable import sync
 from server.errors import JobRuns, Overloaded
 from server.jobs.check import Frame, check_data, check_spec
-from server.jobs.folder import JobFolder, JobsFolder, not_kept
+from server.jobs.folder import JobFolder, JobsFolder, job_not_kept
 from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.keys.live import ApiKeys
 from server.settings import Settings
@@ -149,7 +149,7 @@ class JobBoard:
                 folder.cancel.touch()
                 sync(folder.path)
             except OSError as exc:
-                raise not_kept(exc) from exc
+                raise job_not_kept(exc) from exc
             self.changed.set()
 
     def delete(self, job_id: str) -> None:

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.durable import NO_SPACE
 from server.errors import PreludeError
-from server.jobs.folder import NO_SPACE, JobFolder, write_json
+from server.jobs.folder import JobFolder, write_json
 from server.jobs.job import Job, now
 from server.jobs.record import Recorder
 from server.log_lines import LineFormatter

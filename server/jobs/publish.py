@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import UnknownTask
-from server.jobs.folder import JobFolder, not_kept
+from server.jobs.folder import JobFolder, job_not_kept
 from server.jobs.job import Job
 from server.registry.events import content_of
 from server.registry.registry import Registry
@@ -68,7 +68,7 @@ def _claim(folder: JobFolder, check: Callable[[], None]) -> None:
     try:
         folder.publishing.touch()
     except OSError as exc:
-        raise not_kept(exc) from exc
+        raise job_not_kept(exc) from exc
     if folder.cancel.exists():
         folder.publishing.unlink(missing_ok=True)
         raise Withdrawn

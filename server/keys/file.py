@@ -11,16 +11,16 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from server.durable import sync
 from server.errors import ConfigurationError
 from server.keys.key import ApiKey, Scope, make_key
-
-MOST_PROBLEMS = 5
+from server.validation import Location, first_problems
 
 Keys = tuple[ApiKey, ...]
 
@@ -62,7 +62,7 @@ def read_keys(path: Path) -> Keys:
         return _Content.model_validate_json(data).keys
     except ValidationError as exc:
         raise ConfigurationError(
-            f"The keys file {path} does not fit: {_problems(exc)}.",
+            f"The keys file {path} does not fit: {first_problems(exc, _place)}.",
             remedy="Mend what it names, or restore the file; `prelude keys` writes it in the right form.",
         ) from None  # the cause quotes the file
 
@@ -77,7 +77,8 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str]
         key, text = make_key(name, scopes, tasks)
     except ValidationError as exc:
         raise ConfigurationError(
-            f"There can be no such key: {_problems(exc)}.", remedy="See `prelude keys create --help` for what it takes."
+            f"There can be no such key: {first_problems(exc, _place)}.",
+            remedy="See `prelude keys create --help` for what it takes.",
         ) from None
     _rewrite(path, lambda keys: (*keys, key), may_be_new=True)
     return key, text
@@ -134,7 +135,8 @@ def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_n
         if isinstance(exc, OSError):
             raise _cannot_write(path, exc) from exc
         raise
-    _sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # the keys are replaced, also where folders cannot be synced
+        sync(path.parent)
 
 
 def _make_alike(descriptor: int, old: os.stat_result) -> None:
@@ -143,16 +145,6 @@ def _make_alike(descriptor: int, old: os.stat_result) -> None:
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         os.fchown(descriptor, old.st_uid, old.st_gid)
     os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o644 | 0o600)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Keep the replacement over a loss of power, where folders can be synced; it is done all the same."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _cannot_write(path: Path, exc: OSError) -> ConfigurationError:
@@ -167,14 +159,7 @@ def _to_json(keys: Iterable[ApiKey]) -> str:
     return json.dumps({"keys": entries}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _problems(exc: ValidationError) -> str:
-    errors = exc.errors(include_input=False, include_url=False, include_context=False)
-    return "; ".join(_problem(error) for error in errors[:MOST_PROBLEMS])
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    """One problem, in words that name the entry by its place: key 2, tasks 1: …."""
-    place = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    place = re.sub(r"^, keys (?=\d)", ", key ", place)
-    return f"{place.removeprefix(', ')}: {message}" if place else message
+def _place(location: Location) -> str:
+    """Where a problem is, as `key 2, tasks 1`."""
+    place = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in location)
+    return re.sub(r"^, keys (?=\d)", ", key ", place).removeprefix(", ")

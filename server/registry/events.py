@@ -18,6 +18,7 @@ from server.errors import StoreError
 from server.registry.about import About, ManifestText, compact_json
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
+from server.validation import first_problems
 
 Source = Literal["api", "inbox"]
 
@@ -239,8 +240,8 @@ class Event(_Strict):
             _share_manifest(fields)
             return _EVENT.validate_python(fields)
         except ValidationError as exc:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:3])
-            raise StoreError(f"The store's event {name} cannot be read: {problems}.", remedy=_UNREADABLE) from exc
+            problem = first_problems(exc)
+            raise StoreError(f"The store's event {name} cannot be read: {problem}.", remedy=_UNREADABLE) from exc
         except (ValueError, RecursionError) as exc:
             raise StoreError(f"The store's event {name} cannot be read: {exc}.", remedy=_UNREADABLE) from exc
 

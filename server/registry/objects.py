@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from server.durable import NO_SPACE, sync
 from server.errors import StoreError, StoreFull
 
 FOLDERS = ("blobs", "events", "snapshots")
@@ -32,7 +33,6 @@ changes that write nothing but an event, such as a rollback, must not use up wha
 
 _TEMPORARY = ".tmp-"
 _KEY = re.compile(rf"(?:{'|'.join(FOLDERS)})/[A-Za-z0-9][A-Za-z0-9._-]*")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _USE_A_FOLDER = "Let PRELUDE_STORE name a folder that can be written to, such as file:/var/lib/prelude."
 _USE_A_URL = "Use file:PATH, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX."
@@ -118,7 +118,7 @@ class LocalObjects:
         with _refusals(f"be made in {root}", _USE_A_FOLDER):
             for folder in FOLDERS:
                 self._make(folder)
-            _sync_directory(self._root)
+            sync(self._root)
         for folder in FOLDERS:
             _remove_abandoned(self._root / folder)
 
@@ -154,7 +154,7 @@ class LocalObjects:
             created = _link_whole(path, data)
         try:
             # Also where another writer was first: it may not have come this far, and its object is now relied on.
-            _sync_directory(path.parent)
+            sync(path.parent)
         except OSError as exc:  # never StoreFull, which promises that nothing has changed
             raise StoreError(f"The store cannot make {key} durable: {exc.strerror or exc}.") from exc
         return created
@@ -203,7 +203,7 @@ def _refusals(action: str, remedy: str | None = None) -> Iterator[None]:
         yield
     except OSError as exc:
         message = f"The store cannot {action}: {exc.strerror or exc}."
-        if exc.errno in _FULL:
+        if exc.errno in NO_SPACE:
             raise StoreFull(message) from exc
         raise StoreError(message, remedy=remedy) from exc
 
@@ -248,7 +248,7 @@ def _make_directory(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for place in missing:
         with contextlib.suppress(PermissionError):  # a parent that may be written to, but not read, cannot be synced
-            _sync_directory(place.parent)
+            sync(place.parent)
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -256,14 +256,3 @@ def _remove_abandoned(directory: Path) -> None:
         for path in directory.glob(f"{_TEMPORARY}*"):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # a network file system that writes names at once, and knows no such call
-            raise
-    finally:
-        os.close(descriptor)

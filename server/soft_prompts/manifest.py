@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from server.contracts import SamplingParams, TemplatedText
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
+from server.validation import first_problems, without_nulls
 
 INPUT_FIELD = "{input}"
 SYSTEM_FIELD = "{system}"
@@ -23,8 +24,6 @@ MANIFEST_NAME = "manifest.json"
 MAX_DEPTH = 64
 """Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
 ANSWER_FIELDS = ("input_template", "system_message", "generation", "labels")
-MOST_PROBLEMS = 5
-"""Problems of one manifest that are told; it can have as many as it has bytes."""
 
 
 class _Part(BaseModel):
@@ -33,9 +32,7 @@ class _Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: item for name, item in value.items() if item is not None}
+        return without_nulls(value)
 
 
 class GenerationDefaults(_Part):
@@ -171,14 +168,9 @@ class Manifest(_Part):
         try:
             manifest = cls.model_validate(parse_json_object(data, "manifest.json"))
         except ValidationError as exc:
-            items = exc.errors(include_url=False, include_context=False, include_input=False)
-            problems = "; ".join(
-                f"{'.'.join(str(part)[:80] for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
-                for e in items[:MOST_PROBLEMS]
-            )
-            more = f"; and {len(items) - MOST_PROBLEMS:,} more" if len(items) > MOST_PROBLEMS else ""
             raise InvalidSoftPrompt(
-                f"manifest.json does not fit: {problems}{more}.", remedy="Mend or leave out the fields that it names."
+                f"manifest.json does not fit: {first_problems(exc)}.",
+                remedy="Mend or leave out the fields that it names.",
             ) from exc
         try:
             manifest.to_json().encode()

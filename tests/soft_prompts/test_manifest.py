@@ -9,7 +9,8 @@ import pytest
 
 from server.contracts import SamplingParams
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
-from server.soft_prompts.manifest import MAX_DEPTH, MOST_PROBLEMS, GenerationDefaults, Manifest
+from server.soft_prompts.manifest import MAX_DEPTH, GenerationDefaults, Manifest
+from server.validation import MOST_PROBLEMS
 
 FULL: dict[str, Any] = {
     "base_model": {"fingerprint": "f", "name": "llm", "revision": "main"},

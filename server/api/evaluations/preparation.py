@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from starlette.datastructures import UploadFile
 
 from server.api.evaluations.schemas import FILES, Order
-from server.api.prompts.uploads import not_kept
+from server.api.prompts.uploads import upload_not_kept
 from server.data_dir import resolve_data
 from server.engine.worker import EngineWorker
 from server.errors import ServerDraining
@@ -72,7 +72,7 @@ def find_sources(order: Order, uploads: Mapping[str, UploadFile], data_dir: Path
             found.setdefault(field, Source(path, name if name and name.isprintable() else f"{field}.jsonl"))
     except OSError as exc:
         Sources({}, folder).discard()
-        raise not_kept(exc) from exc
+        raise upload_not_kept(exc) from exc
     return Sources(found, folder)
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from server.api.schemas import Text, is_text, without_nulls
+from server.api.schemas import Text, is_text
+from server.validation import without_nulls
 
 MAX_BIASES = 1024
 MAX_STOPS = 16

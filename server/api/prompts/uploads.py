@@ -18,12 +18,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from fastapi import UploadFile
 
-from server.errors import InvalidSoftPrompt, PayloadTooLarge, StoreError, StoreFull
+from server.durable import not_kept
+from server.errors import InvalidSoftPrompt, PayloadTooLarge
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
 
@@ -39,6 +41,10 @@ BROKEN_ZIP = (
 )
 """What zipfile raises on a zip that is damaged or forged: it documents only the first."""
 MAKE_PLAIN = "Make a plain zip of the files."
+
+
+upload_not_kept = partial(not_kept, what="The upload", where="its temporary folder (TMPDIR)")
+"""The error for an upload that the server has no place for."""
 
 
 class Unpacked(NamedTuple):
@@ -60,18 +66,7 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unp
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
             yield Unpacked(Path(folder), unpack_upload(files, Path(folder), max_bytes))
     except OSError as exc:
-        raise not_kept(exc) from exc
-
-
-def not_kept(exc: OSError) -> StoreError:
-    """The error for an upload that the server has no place for."""
-    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (StoreFull if full else StoreError)(
-        f"The upload cannot be kept: {exc.strerror or exc}.",
-        remedy="Make room in the server's temporary folder (TMPDIR), then send it again."
-        if full
-        else "Check that the server may write to its temporary folder (TMPDIR).",
-    )
+        raise upload_not_kept(exc) from exc
 
 
 def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> list[str]:

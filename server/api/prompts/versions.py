@@ -15,7 +15,7 @@ from server.api.generation import find_soft_prompt
 from server.api.prompts.changes import CHANGE_SECONDS, in_time
 from server.api.prompts.preconditions import ExpectedDep, set_etag
 from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
-from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList, without_nulls
+from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
 from server.contracts import ModelSpec
 from server.errors import VersionUnavailable
 from server.registry.events import Content, seconds_of
@@ -24,6 +24,7 @@ from server.registry.snapshot_views import Task
 from server.registry.state import Version
 from server.soft_prompts.archive import zip_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
+from server.validation import without_nulls
 
 UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
 ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}

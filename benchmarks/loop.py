@@ -129,7 +129,7 @@ def requests(engine: Engine) -> Iterator[GenerationRequest]:
     """What `Probed` asks for, tokenised; streams ask for log-probabilities."""
     dice, workload = random.Random(0), Workload(STREAMS, OUTPUT_TOKENS)
     for number in itertools.count():
-        ids = tuple(engine.model.encode(workload.text(dice)))
+        ids = tuple(engine.model.text.encode(workload.text(dice)))
         params = SamplingParams(max_new_tokens=varied(OUTPUT_TOKENS, dice), ignore_eos=True, logprobs=True)
         yield GenerationRequest(str(number), ids, params)
 

@@ -151,7 +151,7 @@ class Task:
 
     def longest(self, model: FrozenModel) -> int:
         """New tokens that an answer may have."""
-        return SLACK + max(len(model.encode(row.target)) for row in self.test.rows)
+        return SLACK + max(len(model.text.encode(row.target)) for row in self.test.rows)
 
 
 def learn(task: Task, model: FrozenModel, prefix: LearnedPrefix, config: TrainingConfig, way: str) -> Learned:

@@ -61,7 +61,7 @@ class ScriptedModel(FrozenModel):
 
     def ids(self, *tokens: str) -> list[int]:
         """Token ids by their names."""
-        found = [self.backend.token_to_id(token) for token in tokens]
+        found = [self.text.backend.token_to_id(token) for token in tokens]
         return [token_id for token_id in found if token_id is not None]
 
     def forward(
@@ -72,6 +72,6 @@ class ScriptedModel(FrozenModel):
             self._said = 0
         if len(logits):
             rest = self.script[self._said :]
-            logits[-1, rest[0] if rest else self.end_token_id] = 1e4
+            logits[-1, rest[0] if rest else self.text.end_token_id] = 1e4
             self._said += 1
         return logits

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": BOTTOM | {"durable", "soft_prompts", "engine"},
     "data_dir": {"errors"},
     "jobs": BOTTOM | {"durable", "keys", "log_lines", "openmp", "soft_prompts", "registry", "engine", "train"},
-    "interpret": BOTTOM | {"soft_prompts", "engine"},
     "evaluation": BOTTOM | {"durable", "soft_prompts", "engine", "train", "executors", "long_work"},
     "keys": {"errors", "durable", "validation"},
     "api": BOTTOM
@@ -66,7 +66,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
-    "deploy": BELOW_CLI,
     "cli": {"cli.main"},
     "cli.__main__": {"cli"},
     "cli.errors": BOTTOM,
@@ -116,6 +115,26 @@ def imports_of(source: str, module: str = "server.x") -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
+def module_of(name: str) -> str | None:
+    """The module of `server` that an imported name belongs to: the longest one that the name begins with."""
+    while name:
+        for module in (name, f"{name}.__init__"):
+            if module in FILES:
+                return module
+        name = name.rpartition(".")[0]
+    return None
+
+
+def circle_in(graph: Mapping[str, Iterable[str | None]]) -> list[str] | None:
+    """Modules of which each imports the next one, and the last one the first; None if there are none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as exc:
+        circle: list[str] = exc.args[1]
+        return circle
+    return None
+
+
 def reads_environment(source: str) -> bool:
     """True if a file touches the environment's variables."""
     names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
@@ -140,14 +159,28 @@ def test_the_checks_below_see_what_they_look_for() -> None:
     assert part_of("server.cli.files.Upload") == part_of("server.cli.files") == "cli.files"
     assert part_of("server.cli.app") == part_of("server.cli.__init__") == "cli"
     assert part_of("server.__version__") == part_of("server.__init__") == ""
+    assert module_of("server.engine.model.frozen.FrozenModel") == "server.engine.model.frozen"
+    assert module_of("server.engine.model") == "server.engine.model.__init__"
+    assert module_of("torch.nn") is None
+    assert list(imports_of("if TYPE_CHECKING:\n    from server.a import b")) == ["server.a.b"]
+    assert circle_in({"a": {"b", None}, "b": {"c"}}) is None
+    assert set(circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) or ()) == {"b", "c"}
     assert reads_environment("import os\nos.environ['A']")
     assert reads_environment("from os import getenv")
     assert not reads_environment("import os\nos.replace('a', 'b')")
     assert len(FILES) > 30
 
 
-def test_every_part_has_a_place_in_the_order() -> None:
-    assert {part_of(module) for module in FILES} <= set(MAY_IMPORT)
+def test_the_order_names_the_parts_that_there_are() -> None:
+    assert {part_of(module) for module in FILES} | {"cli"} == set(MAY_IMPORT)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module: {found for name in imports_of(path.read_text(), module) if (found := module_of(name)) != module}
+        for module, path in FILES.items()
+    }
+    assert circle_in(graph) is None
 
 
 @pytest.mark.parametrize("module", sorted(FILES))

@@ -46,8 +46,8 @@ def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, mo
 
 def _check_tokens(request: GenerationRequest, model: FrozenModel) -> None:
     """Compare all ids with the model's rows, wherever they come from."""
-    model.check_tokens(request.input_ids, "The input")
+    model.text.check_tokens(request.input_ids, "The input")
     for label in request.labels:
-        model.check_tokens(label, "A label")
-    model.check_tokens([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
-    model.check_tokens(sorted(request.sampling.stop_token_ids), "stop_token_ids")
+        model.text.check_tokens(label, "A label")
+    model.text.check_tokens([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
+    model.text.check_tokens(sorted(request.sampling.stop_token_ids), "stop_token_ids")

@@ -12,19 +12,18 @@ from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, Sa
 from server.engine.attention.cached_rows import Span
 from server.engine.checks import check_request
 from server.engine.grammars.compiled import Compiled, Grammars
-from server.engine.grammars.walks import Drawn, Walk, Walks
+from server.engine.grammars.walks import Walk, Walks
 from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.prefix_cache import PrefixCache
 from server.engine.model.frozen import FrozenModel
 from server.engine.out_of_memory import run_with_less
 from server.engine.runner import Runner
 from server.engine.sampling.logit_rows import Batch
-from server.engine.sampling.sampler import Choice
+from server.engine.sampling.next_token import NextToken
 from server.engine.scheduling.endings import ending, failure
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.text.detokenizer import Detokenizer
-from server.engine.text.model_text import ModelText
 from server.errors import GenerationFailed
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -36,7 +35,6 @@ class Engine:
 
     Attributes:
         model: the frozen model.
-        text: its texts and tokens; safe from any thread.
         kv_cache: the pool that running sequences own slots of.
         prefixes: computed prefixes of soft prompts.
         scheduler: who waits and who runs.
@@ -59,11 +57,11 @@ class Engine:
         self.kv_cache = kv_cache
         self.prefixes = prefixes
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens, shared_bytes)
-        self.grammars = Grammars(model.backend, model.spec.vocab_size, model.eos_token_ids)
+        self.grammars = Grammars(model.text.backend, model.spec.vocab_size, model.eos_token_ids)
         self._walks = Walks(self.grammars)
+        self._held: dict[Walk, tuple[Sequence, NextToken]] = {}  # drawn tokens that their grammars have yet to accept
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
-        self.text = ModelText(model)
-        self._special_ids = model.texts.special_ids
+        self._special_ids = model.text.tokens.special_ids
         self.runner = Runner(model, kv_cache)
         self.steps = 0
 
@@ -111,7 +109,7 @@ class Engine:
     def grammar_of(self, request: GenerationRequest) -> Grammar | None:
         """What a request's tokens must match: its text, after a space where the tokenizer puts one before a target."""
         grammar = request.sampling.grammar
-        if grammar is None or request.continues_text or not self.model.texts.puts_space_first:
+        if grammar is None or request.continues_text or not self.model.text.tokens.puts_space_first:
             return grammar
         return replace(grammar, after_space=True)
 
@@ -119,8 +117,7 @@ class Engine:
         """End a request now and free what it holds; None if it has ended already."""
         if request_id not in self._unfinished:
             return None
-        sequences = self.scheduler.abort(request_id) + self._walks.waiting(request_id)
-        self._forget(request_id)
+        sequences = self.scheduler.abort(request_id) + self._forget(request_id)
         return Delta(request_id, None, FinishReason.ABORTED, sequences[0].usage)
 
     def forget(self, request_id: str) -> None:
@@ -175,15 +172,15 @@ class Engine:
             choices = self._run(batch)
         return self._commit(batch, choices)
 
-    def _run(self, batch: Batch) -> list[Choice]:
+    def _run(self, batch: Batch) -> list[NextToken]:
         return self.runner.run(batch, partial(self.scheduler.while_device_works, batch))
 
-    def _commit(self, batch: Batch, choices: list[Choice]) -> list[Delta]:
+    def _commit(self, batch: Batch, choices: list[NextToken]) -> list[Delta]:
         """Take the step's results over into the sequences; those that end are taken out."""
         remaining = iter(choices)
         deltas: list[Delta] = []
         for sequence, span in batch:
-            drawn: list[tuple[Sequence, Choice]] = []
+            drawn: list[tuple[Sequence, NextToken]] = []
             if sequence.asks_for_next(span) and not sequence.request.labels:
                 drawn.append((sequence, next(remaining)))
                 if sequence.siblings:
@@ -202,7 +199,7 @@ class Engine:
         error = GenerationFailed("The engine failed on this request; no other is affected.")
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
 
-    def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, Choice]]) -> list[Delta]:
+    def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, NextToken]]) -> list[Delta]:
         sequence.num_computed = end = span.end
         kept = self.scheduler.keep_prefix(sequence)
         if error := failure(sequence, drawn, kept):
@@ -239,13 +236,13 @@ class Engine:
         self.scheduler.finish(first)
         return deltas
 
-    def _append(self, sequence: Sequence, choice: Choice) -> list[Delta]:
+    def _append(self, sequence: Sequence, choice: NextToken) -> list[Delta]:
         """Take a generated token, unless its grammar has to take it first."""
         token_id, walk = choice.token_id, sequence.walk
         assert token_id is not None, "a choice that is not finite has been dealt with"
         if walk is None or ending(sequence, token_id, self.model.eos_token_ids) is not None:
             return self._take(sequence, choice)
-        walk.drawn = Drawn(sequence, choice)
+        self._held[walk] = (sequence, choice)
         self._walks.accept(walk, token_id, is_last=sequence.is_at_its_last)
         return []
 
@@ -254,15 +251,14 @@ class Engine:
         deltas: list[Delta] = []
         beginning: list[Sequence] = []
         for walk in self._walks.collect(also_slow=is_idle):
-            drawn, walk.drawn = walk.drawn, None
-            if drawn is None:  # another choice of its request has failed just now
+            if walk not in self._held:  # another choice of its request has failed just now
                 continue
-            who = drawn.sequence
+            who, choice = self._held.pop(walk)
             if walk.error is not None and not who.is_at_its_last:
                 deltas.append(self._fail(who, walk.error))
                 continue
             try:
-                deltas += self._take(who, drawn.choice, is_complete=walk.is_complete)
+                deltas += self._take(who, choice, is_complete=walk.is_complete)
             except Exception as exc:  # noqa: BLE001 - it ends this request and no other
                 deltas.append(self._fail_alone(who, exc))
             if who.slot is None and not who.has_ended:
@@ -270,7 +266,7 @@ class Engine:
         self.scheduler.add_sharing([who for who in beginning if who.request_id in self._unfinished])
         return deltas
 
-    def _take(self, sequence: Sequence, choice: Choice, *, is_complete: bool = False) -> list[Delta]:
+    def _take(self, sequence: Sequence, choice: NextToken, *, is_complete: bool = False) -> list[Delta]:
         """Take a generated token; the deltas are of all tokens whose text is certain now."""
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
@@ -331,10 +327,10 @@ class Engine:
             for sequence in self.scheduler.waiting_for(prefix_hash)
         ]
 
-    def _forget(self, request_id: str) -> None:
-        """A request has ended."""
+    def _forget(self, request_id: str) -> list[Sequence]:
+        """Take out a request that has ended; returns its choices that waited for their grammar."""
         self._unfinished.pop(request_id, None)
-        self._walks.end(request_id)
+        return [self._held.pop(walk)[0] for walk in self._walks.end(request_id) if walk in self._held]
 
     def _sequence(
         self,
@@ -344,5 +340,5 @@ class Engine:
         label_ids: tuple[int, ...] = (),
         walk: Walk | None = None,
     ) -> Sequence:
-        detokenizer = Detokenizer(self.model.texts, request.sampling, continues_text=request.continues_text)
+        detokenizer = Detokenizer(self.model.text.tokens, request.sampling, continues_text=request.continues_text)
         return Sequence(request, soft_prompt, detokenizer, index, label_ids, walk)

@@ -16,7 +16,8 @@ from server.engine.fast.operators import operators_with
 from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 from server.engine.sampling.logit_rows import Batch, LogitRows, tokens_of
-from server.engine.sampling.sampler import Choice, begin_choosing
+from server.engine.sampling.next_token import NextToken
+from server.engine.sampling.sampler import begin_choosing
 from server.engine.to_device import Download, send, upload
 
 
@@ -39,7 +40,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch, before_wait: Callable[[Download], None]) -> list[Choice]:
+    def run(self, batch: Batch, before_wait: Callable[[Download], None]) -> list[NextToken]:
         """Forward the batch, and choose for each sequence whose known tokens are now all computed.
 
         Args:
@@ -57,7 +58,7 @@ class Runner:
             logits = self.forward(batch, rows.kept)
         download = Download()
         give_scores = rows.score(logits, download)
-        choices: Callable[[], list[Choice]] = list
+        choices: Callable[[], list[NextToken]] = list
         if rows.drawing:
             eos = self._model.eos_token_ids
             choices = begin_choosing(logits, rows.drawing, eos, download, self._operators, rows.next_rows)

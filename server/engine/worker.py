@@ -14,7 +14,9 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+
+import torch
 
 from server.contracts import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
 from server.engine.engine import Engine
@@ -142,7 +144,11 @@ class EngineWorker:
     @property
     def text(self) -> ModelText:
         """The model's texts and tokens."""
-        return self._engine.text
+        return self._engine.model.text
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`; safe from any thread."""
+        return self._engine.model.embeddings_of(token_ids)
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run; safe from any thread.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 
 from server.contracts import GenerationRequest, ModelSpec
 from server.engine.engine import Engine
@@ -38,7 +40,11 @@ class OwnEngine:
     @property
     def text(self) -> ModelText:
         """The model's texts and tokens."""
-        return self.engine.text
+        return self.engine.model.text
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
+        return self.engine.model.embeddings_of(token_ids)
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
+
 from server.contracts import GenerationRequest, ModelSpec, SamplingParams
 from server.engine.text.model_text import ModelText, common_start
 from server.errors import InvalidRequest, InvalidTrainingData
@@ -43,6 +45,9 @@ class Host(Protocol):
     @property
     def text(self) -> ModelText:
         """The model's texts and tokens."""
+
+    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
         """Refuse what can never run."""
@@ -162,7 +167,7 @@ class Contestant:
         """The same, with tokens that all rows begin with computed once instead of in every row."""
         if not start:
             return self
-        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.text.embeddings_of(start)))
+        return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.embeddings_of(start)))
 
     def sampling(self, row: Row, input_ids: Sequence[int], host: Host) -> SamplingParams:
         """How it answers a row: a soft prompt as it is served, the frozen model alone greedily.

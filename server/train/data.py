@@ -173,12 +173,12 @@ def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_
         InvalidTrainingData: a row does not fit the context, or holds a token that the model has no embedding for; names
             file and line.
     """
-    eos = () if model.end_token_id is None else (model.end_token_id,)
+    eos = () if model.text.end_token_id is None else (model.text.end_token_id,)
     examples = []
     for row in data.rows:
         try:
-            target_ids = model.encode(row.target, add_special_tokens=False)
-            example = Example(tuple(model.encode(manifest.render(row.input))), (*target_ids, *eos))
+            target_ids = model.text.encode(row.target, add_special_tokens=False)
+            example = Example(tuple(model.text.encode(manifest.render(row.input))), (*target_ids, *eos))
         except InvalidRequest as exc:
             raise InvalidTrainingData(f"{data.path}, line {row.line}: {exc.message}", remedy=exc.remedy) from exc
         _check_length(data, row, len(example.fed_ids), num_virtual_tokens, model.spec.max_model_len)

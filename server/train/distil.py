@@ -53,13 +53,13 @@ class Teacher:
         """
         whole = Manifest(input_template=self.template).render(text)
         if not self.chat:
-            return tuple(self.model.encode(whole))
+            return tuple(self.model.text.encode(whole))
         if not self.model.tokenizer.chat_template:
             raise ConfigurationError(
                 f"{self.model.spec.name} has no chat template.", remedy="Leave out --teacher-chat, or use a chat model."
             )
-        rendered = self.model.render_chat([{"role": "user", "content": whole.text}])
-        return tuple(self.model.encode(rendered, add_special_tokens=False))
+        rendered = self.model.text.render_chat([{"role": "user", "content": whole.text}])
+        return tuple(self.model.text.encode(rendered, add_special_tokens=False))
 
 
 def distilled_lessons(
@@ -85,7 +85,7 @@ def distilled_lessons(
     """
     teacher = Teacher(model, config.teacher_template or "", config.teacher_chat)
     read = [teacher.encode(row.input) for row in data.rows]
-    labels = [tuple(model.encode(label, add_special_tokens=False)) for label in config.labels or ()]
+    labels = [tuple(model.text.encode(label, add_special_tokens=False)) for label in config.labels or ()]
     room = max_new_tokens if not labels else max(map(len, labels))
     for row, ids in zip(data.rows, read, strict=True):
         if len(ids) + room > model.spec.max_model_len:

@@ -76,7 +76,7 @@ def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str]
         ids = [token for label in labels or () for token in model.tokenizer.encode(label, add_special_tokens=False)]
     elif config.init == "text":
         ids = model.tokenizer.encode(config.init_text or "", add_special_tokens=False)
-    model.check_tokens(ids, "The text that the virtual tokens begin as")
+    model.text.check_tokens(ids, "The text that the virtual tokens begin as")
     generator = torch.Generator().manual_seed(config.seed)
     special = set(model.tokenizer.all_special_ids)
     common = torch.tensor([i for i in range(min(COMMON_TOKENS, model.spec.vocab_size)) if i not in special])

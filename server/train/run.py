@@ -90,7 +90,7 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
         "data": [data.sha256 for data in (*rows.training, *rows.validation)],
         "template": files.input_template,
         "system_message": files.system_message,
-        "special_tokens_in_input": model.special_tokens_in_input,
+        "special_tokens_in_input": model.text.special_tokens_in_input,
         "max_new_tokens": files.max_new_tokens,
         "config": config.as_dict(),
         "start": None if (start := files.start_of(config)) is None else _content_of(start),

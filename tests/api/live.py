@@ -251,7 +251,7 @@ def zip_of(files: Files, folder: str = "") -> bytes:
 
 def engine_answer(model: FrozenModel, soft_prompt: SoftPrompt | None, text: str, **sampling: Any) -> Outcome:
     """What an engine of its own answers, alone and without HTTP."""
-    accepted = request("alone", model.encode(text), **sampling)
+    accepted = request("alone", model.text.encode(text), **sampling)
     return run_engine(make_engine(model), [(accepted, soft_prompt)])["alone"]
 
 

@@ -98,7 +98,7 @@ def test_tgis_a_replaced_file_is_read_again_with_its_new_length(tmp_path: Path, 
     save_soft_prompt(prompts / "file", short, tiny.spec)
     with live_server(tmp_path) as server:
         wait_until(lambda: listed(server) == {"file": 1}, 10)
-        room = server.model.spec.max_model_len - len(tiny.encode(TEXT))
+        room = server.model.spec.max_model_len - len(tiny.text.encode(TEXT))
         assert server.generate(TEXT, "file", max_new_tokens=room - 4).status_code == 200
         save_soft_prompt(prompts / "file", long, tiny.spec)
         wait_until(lambda: listed(server) == {"file": 2}, 10)

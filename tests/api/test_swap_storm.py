@@ -76,7 +76,7 @@ def decided_answers(
         mine: Answers = {}
         margins.closest = float("inf")
         for soft_prompt in soft_prompts:
-            ids = model.encode(soft_prompt.manifest.render(text))
+            ids = model.text.encode(soft_prompt.manifest.render(text))
             outcome = run_engine(engine, [(request("alone", ids, max_new_tokens=NEW_TOKENS), soft_prompt)])["alone"]
             mine[soft_prompt.digest, text] = outcome.text
             if margins.closest <= MARGIN:

@@ -14,7 +14,6 @@ from server.contracts import Delta, GenerationRequest, Grammar, GrammarKind
 from server.engine.attention.interface import ATTENTION_NAME
 from server.engine.model.frozen import FrozenModel
 from server.engine.text.choice_scoring import encode_labels
-from server.engine.text.model_text import ModelText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTrainingData, UnknownToken, UnsupportedModel
 from server.soft_prompts.manifest import Manifest
@@ -62,14 +61,14 @@ async def test_an_id_without_a_row_is_refused_alone(worker: EngineWorker, strang
 
 
 def test_a_text_with_a_token_without_a_row_is_refused_wherever_it_is_tokenised(model: FrozenModel) -> None:
-    text = ModelText(model)
+    text = model.text
     assert text.encode("fine <a>")[-1] == VOCAB_SIZE - 2
     with pytest.raises(UnknownToken, match=r"holds the token 260 \('<tool>'\)"):
         text.encode(f"please use {TOOL} now")
     with pytest.raises(UnknownToken):
         encode_labels(text, ["yes", TOOL])
     with pytest.raises(UnknownToken):
-        text.embeddings_of([VOCAB_SIZE])
+        model.embeddings_of([VOCAB_SIZE])
 
 
 @pytest.mark.parametrize("row", [Row(TOOL, "fine", 7), Row("fine", TOOL, 7)], ids=["input", "target"])

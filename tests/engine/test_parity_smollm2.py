@@ -51,7 +51,7 @@ def directories(smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory) 
 def answer(model: FrozenModel, soft_prompt: SoftPrompt) -> list[list[int]]:
     """Greedy tokens for every text, in one batch."""
     requests = [
-        (engine_request(text, model.encode(text), max_new_tokens=NEW_TOKENS, ignore_eos=True), soft_prompt)
+        (engine_request(text, model.text.encode(text), max_new_tokens=NEW_TOKENS, ignore_eos=True), soft_prompt)
         for text in TEXTS
     ]
     outcomes = run_engine(make_engine(model, max_batch_tokens=24), requests, arrive_every=2)
@@ -67,7 +67,7 @@ def forced_logits(model: FrozenModel, soft_prompt: SoftPrompt, answers: list[lis
     engine = make_engine(recording, max_sequences=6, max_batch_tokens=24)
     for text, tokens in zip(TEXTS, answers, strict=True):
         for length in range(NEW_TOKENS):
-            ids = model.encode(text) + tokens[:length]
+            ids = model.text.encode(text) + tokens[:length]
             engine.add(engine_request(f"{text} {length}", ids, max_new_tokens=1), soft_prompt)
     logits = logits_of_requests(engine, recording)
     return torch.cat([logits[f"{text} {length}"] for text in TEXTS for length in range(NEW_TOKENS)])
@@ -78,7 +78,7 @@ def expected_logits(directory: Path, dtype: torch.dtype, model: FrozenModel, ans
     peft_model = PeftModel.from_pretrained(reference_module(dtype), str(directory))
     found = []
     for text, tokens in zip(TEXTS, answers, strict=True):
-        found.append(peft_logits(peft_model, model.encode(text) + tokens[:-1])[-NEW_TOKENS:].float())
+        found.append(peft_logits(peft_model, model.text.encode(text) + tokens[:-1])[-NEW_TOKENS:].float())
     return torch.cat(found)
 
 

@@ -74,7 +74,7 @@ def test_perplexity_is_transformers_own_of_the_same_tokens(tiny: FrozenModel) ->
     engine, evaluation = prepared(tiny, data_of(pairs), soft_prompt)
     total, tokens = 0.0, 0
     for text, target in pairs:
-        inputs, targets = tiny.encode(f"{text}\n"), [*tiny.encode(target), min(tiny.eos_token_ids)]
+        inputs, targets = tiny.text.encode(f"{text}\n"), [*tiny.text.encode(target), min(tiny.eos_token_ids)]
         embedded = tiny.embed(torch.tensor(inputs + targets))
         embeddings = torch.cat([soft_prompt.tensor.to(tiny.dtype), embedded]).unsqueeze(0)
         ignored = [-100] * (soft_prompt.num_virtual_tokens + len(inputs))
@@ -94,7 +94,7 @@ def tiny_reference() -> Any:
 def test_all_rows_at_once_are_answered_as_each_is_alone(tiny: FrozenModel) -> None:
     soft_prompt = soft_prompt_of(tiny, generation={"max_new_tokens": 12})
     alone = [
-        run_engine(make_engine(tiny), [(request("one", tiny.encode(text + "\n"), max_new_tokens=12), soft_prompt)])
+        run_engine(make_engine(tiny), [(request("one", tiny.text.encode(text + "\n"), max_new_tokens=12), soft_prompt)])
         for text, _ in TEXTS
     ]
     assert answers(tiny, soft_prompt) == [outcomes["one"].text for outcomes in alone]
@@ -116,7 +116,7 @@ def test_special_tokens_in_a_row_are_text_for_whoever_answers(chat: FrozenModel)
         Contestant("1-shot", template=Manifest(input_template="{input}!"), preamble="a<eos>\n"),
         Contestant("instruction", preamble="do<eos>\n\n", chat=True),
     ):
-        assert chat.end_token_id not in contestant.read(row, host), contestant.name
+        assert chat.text.end_token_id not in contestant.read(row, host), contestant.name
 
 
 def test_a_sampling_task_is_measured_reproducibly(tiny: FrozenModel) -> None:
@@ -170,7 +170,7 @@ def test_progress_counts_every_row_of_every_contestant_once(tiny: FrozenModel) -
 
 
 def read(model: FrozenModel, contestant: Contestant, text: str = "good") -> str:
-    return model.texts.decode(contestant.read(data_of([(text, "yes")]).rows[0], OwnEngine(make_engine(model))))
+    return model.text.tokens.decode(contestant.read(data_of([(text, "yes")]).rows[0], OwnEngine(make_engine(model))))
 
 
 def test_each_baseline_reads_what_it_is_named_after(chat: FrozenModel) -> None:

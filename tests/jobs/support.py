@@ -88,7 +88,7 @@ def make_yard(
 ) -> Yard:
     """Nothing runs yet."""
     registry = registry or Registry(Store(MemoryObjects()), model.spec, 512)
-    board = JobBoard(settings, registry.model, model.encode)
+    board = JobBoard(settings, registry.model, model.text.encode)
     return Yard(settings, registry, board, JobRunner(settings, registry, board, start))
 
 

@@ -352,7 +352,7 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
     def encode(text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         nonlocal longest
         longest = max(longest, len(text if isinstance(text, str) else text.text))
-        return tiny32.encode(text, add_special_tokens=add_special_tokens)
+        return tiny32.text.encode(text, add_special_tokens=add_special_tokens)
 
     board = JobBoard(settings, tiny32.spec, encode, can_fit=lambda *texts: sum(map(len, texts)) <= 1000)
     with pytest.raises(InvalidRequest, match="teacher's text does not fit"):
@@ -372,7 +372,7 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
 
 
 def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: FrozenModel) -> None:
-    board = JobBoard(settings, tiny32.spec, tiny32.encode)
+    board = JobBoard(settings, tiny32.spec, tiny32.text.encode)
     looks = 0
 
     def go_on() -> None:

@@ -100,7 +100,7 @@ async def test_an_example_is_tokenised_exactly_as_a_request_for_its_task_is(tmp_
     prepared = await prepare(EngineWorker(make_engine(model)), registry, task="mood", text="a<eos><bos>")
     [example] = encode_examples(data_of([("a<eos><bos>", "yes")]), model, soft_prompt.manifest, 5)
     assert example.input_ids == prepared.request.input_ids
-    assert model.end_token_id not in example.input_ids, "special tokens of a row are text, too"
+    assert model.text.end_token_id not in example.input_ids, "special tokens of a row are text, too"
     assert model.tokenizer.bos_token_id not in example.target_ids
 
 
@@ -118,9 +118,9 @@ def test_a_row_that_exceeds_the_context_is_refused_by_line_with_both_lengths(tin
 
 def test_lengths_are_checked_without_the_model_as_with_it(tiny: FrozenModel) -> None:
     manifest, most = Manifest(input_template=TEMPLATE), tiny.spec.max_model_len
-    check_lengths(data_of([("x" * 119, "yes"), ("a", "b")]), manifest, 5, tiny.encode, most)
+    check_lengths(data_of([("x" * 119, "yes"), ("a", "b")]), manifest, 5, tiny.text.encode, most)
     with pytest.raises(InvalidTrainingData, match=r"rows\.jsonl, line 2: 129 tokens with the 5 virtual ones"):
-        check_lengths(data_of([("a", "b"), ("x" * 120, "yes")]), manifest, 5, tiny.encode, most)
+        check_lengths(data_of([("a", "b"), ("x" * 120, "yes")]), manifest, 5, tiny.text.encode, most)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:

@@ -28,24 +28,24 @@ INPUTS = data_of([(text, "-") for text in ("good", "fine weather", "bad", "poor"
 
 
 def lessons(model: FrozenModel, config: TrainingConfig = CONFIG, data: DataFile = INPUTS) -> list[Lesson]:
-    students = [tuple(model.encode(f"{row.input}\n")) for row in data.rows]
+    students = [tuple(model.text.encode(f"{row.input}\n")) for row in data.rows]
     return distilled_lessons(model, config, data, students, 5)
 
 
 def test_the_teacher_answers_as_the_engine_serves_its_whole_text(tiny: FrozenModel) -> None:
-    asked = {row.input: tuple(tiny.encode(TEACHER.replace("{input}", row.input))) for row in INPUTS.rows}
+    asked = {row.input: tuple(tiny.text.encode(TEACHER.replace("{input}", row.input))) for row in INPUTS.rows}
     served = run_engine(make_engine(tiny), [(request(t, ids, max_new_tokens=5), None) for t, ids in asked.items()])
     for row, lesson in zip(INPUTS.rows, lessons(tiny), strict=True):
         [example] = lesson.examples
         assert list(example.target_ids) == served[row.input].token_ids
-        assert example.input_ids == tuple(tiny.encode(f"{row.input}\n")), "the student reads its own text"
+        assert example.input_ids == tuple(tiny.text.encode(f"{row.input}\n")), "the student reads its own text"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 def test_the_teachers_distributions_are_those_behind_its_whole_text(architecture: str) -> None:
     tiny = tiny_model(architecture)
     for row, lesson in zip(INPUTS.rows, lessons(tiny), strict=True):
-        whole = Example(tuple(tiny.encode(TEACHER.replace("{input}", row.input))), lesson.examples[0].target_ids)
+        whole = Example(tuple(tiny.text.encode(TEACHER.replace("{input}", row.input))), lesson.examples[0].target_ids)
         expected = F.log_softmax(rows_logits(tiny, [whole])[0], dim=-1)
         assert lesson.tokens is not None
         torch.testing.assert_close(lesson.tokens.logprobs, expected.gather(1, lesson.tokens.ids), rtol=1e-9, atol=1e-9)
@@ -56,7 +56,7 @@ def test_the_teachers_distributions_are_those_behind_its_whole_text(architecture
 def test_a_student_that_thinks_as_its_teacher_has_no_loss(tiny: FrozenModel) -> None:
     taught = lessons(tiny)
     whole = [
-        Example(tuple(tiny.encode(TEACHER.replace("{input}", row.input))), lesson.examples[0].target_ids)
+        Example(tuple(tiny.text.encode(TEACHER.replace("{input}", row.input))), lesson.examples[0].target_ids)
         for row, lesson in zip(INPUTS.rows, taught, strict=True)
     ]
     logits, targets = rows_logits(tiny, whole)
@@ -70,14 +70,16 @@ def test_labels_are_judged_as_whole_texts(tiny: FrozenModel) -> None:
     labels = ("yes", "no", "perhaps")
     taught = lessons(tiny, replace(CONFIG, labels=labels))
     for row, lesson in zip(INPUTS.rows, taught, strict=True):
-        ids = tuple(tiny.encode(TEACHER.replace("{input}", row.input)))
+        ids = tuple(tiny.text.encode(TEACHER.replace("{input}", row.input)))
         totals = []
         for label in labels:
-            logits, targets = rows_logits(tiny, [Example(ids, tuple(tiny.encode(label)))])
+            logits, targets = rows_logits(tiny, [Example(ids, tuple(tiny.text.encode(label)))])
             totals.append(-F.cross_entropy(logits, targets, reduction="sum"))
         assert lesson.labels is not None
         torch.testing.assert_close(lesson.labels, F.log_softmax(torch.stack(totals), dim=0))
-        assert [example.target_ids for example in lesson.examples] == [tuple(tiny.encode(label)) for label in labels]
+        assert [example.target_ids for example in lesson.examples] == [
+            tuple(tiny.text.encode(label)) for label in labels
+        ]
 
 
 @pytest.mark.parametrize("labels", [None, ("yes", "no")])
@@ -98,12 +100,12 @@ LONG = "You read what people write about the weather and say what you think of i
 @pytest.mark.parametrize("count", [None, 20])
 def test_a_student_that_begins_as_its_teacher_begins_with_its_effect(tiny32: FrozenModel, count: int | None) -> None:
     """As many virtual tokens as the teacher's text has before the input are that text, wherever they stand."""
-    shared = len(tiny32.encode(LONG.partition("{input}")[0]))
+    shared = len(tiny32.text.encode(LONG.partition("{input}")[0]))
     config = TrainingConfig(
         method="prefix_tuning", num_virtual_tokens=count or shared, teacher_template=LONG, labels=("yes", "no")
     )
     assert config.may_begin_as_teacher
-    students = [tuple(tiny32.encode(f"{row.input}\nAnswer:")) for row in INPUTS.rows]
+    students = [tuple(tiny32.text.encode(f"{row.input}\nAnswer:")) for row in INPUTS.rows]
     taught = distilled_lessons(tiny32, config, INPUTS, students, 5)
     states = teacher_states(tiny32, config, INPUTS)
     assert states is not None
@@ -155,7 +157,7 @@ def test_a_chat_needs_a_chat_template(tiny: FrozenModel) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     chatty = FrozenModel(tiny_module(attention="prelude"), tokenizer, name="chatty", max_model_len=128)
-    asked = request("a", tuple(chatty.encode(f"<{TEACHER.replace('{input}', 'good')}>")), max_new_tokens=5)
+    asked = request("a", tuple(chatty.text.encode(f"<{TEACHER.replace('{input}', 'good')}>")), max_new_tokens=5)
     served = run_engine(make_engine(chatty), [(asked, None)])["a"]
     [lesson] = lessons(chatty, replace(CONFIG, teacher_chat=True), INPUTS.first(1))
     assert list(lesson.examples[0].target_ids) == served.token_ids

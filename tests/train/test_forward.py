@@ -53,7 +53,7 @@ def score(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example])
 def test_teacher_forced_exact_match_is_what_greedy_decoding_answers(architecture: str) -> None:
     tiny = tiny_model(architecture)
     soft_prompt = random_soft_prompt(tiny.spec)
-    inputs = [tuple(tiny.encode(text)) for text in ("good", "a much longer text", "x")]
+    inputs = [tuple(tiny.text.encode(text)) for text in ("good", "a much longer text", "x")]
     requests = [(request(str(i), ids, max_new_tokens=6), soft_prompt) for i, ids in enumerate(inputs)]
     outcomes = run_engine(make_engine(tiny), requests)
     answered = [Example(ids, tuple(outcomes[str(i)].token_ids)) for i, ids in enumerate(inputs)]
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_transformers_own_attention_with_padding_and_mas
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_rows_behind_the_keys_and_values_of_a_text_are_rows_behind_the_text(architecture: str) -> None:
     model = tiny_model(architecture)
-    text = tuple(model.encode("a text, and longer than windows"))
+    text = tuple(model.text.encode("a text, and longer than windows"))
     examples = examples_of(model, UNEVEN)
     whole = [replace(example, input_ids=text + example.input_ids) for example in examples]
     behind = rows_logits(model, examples, key_values=key_values_of(model, text))[0]
@@ -160,7 +160,7 @@ def test_a_learned_prefix_is_served_as_it_was_trained(tiny: FrozenModel) -> None
     states = tuple((torch.randn_like(key), torch.randn_like(value)) for key, value in key_values_of(tiny, (1, 2, 3)))
     prefix = PrefixTuning(tuple((key.float(), value.float()) for key, value in states))
     served = SoftPrompt("PREFIX_TUNING", prefix.saved()["prompt_embeddings"])
-    ids = tuple(tiny.encode("good"))
+    ids = tuple(tiny.text.encode("good"))
     outcome = run_engine(make_engine(tiny), [(request("a", ids, max_new_tokens=6), served)])["a"]
     answered = Example(ids, tuple(outcome.token_ids))
     assert measure(tiny, prefix, Targets(), lessons_of([answered])).exact_match == 1.0

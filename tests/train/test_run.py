@@ -113,8 +113,8 @@ def test_what_is_written_is_loaded_by_peft_and_answers_there_as_it_was_taught(
     peft_model: Any = PeftModel.from_pretrained(tiny_module(dtype=torch.float32, attention="eager"), str(directory))
     assert torch.equal(peft_model.get_prompt_embedding_to_save("default"), soft_prompt.tensor)
     for text, target in MOODS:
-        answer, _ = peft_greedy(peft_model, tiny32.encode(soft_prompt.manifest.render(text)), 8)
-        assert answer == [*tiny32.encode(target), EOS]
+        answer, _ = peft_greedy(peft_model, tiny32.text.encode(soft_prompt.manifest.render(text)), 8)
+        assert answer == [*tiny32.text.encode(target), EOS]
 
 
 def test_the_manifest_says_how_it_was_made(tiny32: FrozenModel, trained: tuple[Trained, Path, TaskFiles]) -> None:
@@ -265,7 +265,7 @@ def test_a_multitask_run_is_served_and_loaded_by_peft_task_by_task(tiny32: Froze
     answered = set()
     for task, row in enumerate(rows):
         for text, _ in MOODS:
-            input_ids = tiny32.encode(f"{text}\n")
+            input_ids = tiny32.text.encode(f"{text}\n")
             answer, _ = peft_greedy(peft_model, input_ids, 4, task)
             asked = request("a", tuple(input_ids), max_new_tokens=4)
             served = run_engine(make_engine(tiny32), [(asked, row)])["a"].token_ids
@@ -284,8 +284,8 @@ def test_other_methods_are_loaded_by_peft_and_answer_as_they_were_taught(
     module = tiny_module(dtype=torch.float32, attention="eager")
     peft_model: Any = PeftModel.from_pretrained(module, str(tmp_path / "mood"))
     for text, target in MOODS:
-        answer, _ = peft_greedy(peft_model, tiny32.encode(f"{text}\n"), 8)
-        assert answer == [*tiny32.encode(target), EOS], text
+        answer, _ = peft_greedy(peft_model, tiny32.text.encode(f"{text}\n"), 8)
+        assert answer == [*tiny32.text.encode(target), EOS], text
 
 
 def test_a_model_with_a_recurrent_state_is_trained_alike_when_it_computes_activations_again(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_keys_and_values_are_not_trained_for_a_model_with_a_recurrent_state(tmp_
     model, config = tiny_model("lfm2", dtype=torch.float32), replace(TAUGHT, method="prefix_tuning")
     with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
         train_task(model, task_files(tmp_path), config, no_step)
-    frame = Frame(model.spec, 100, model.encode, model.length_bound.can_fit)
+    frame = Frame(model.spec, 100, model.text.encode, model.text.length_bound.can_fit)
     with pytest.raises(InvalidSoftPrompt, match="also keeps a recurrent state"):
         check_spec(JobSpec("mood", config), frame)
     check_spec(JobSpec("mood", TAUGHT), frame)

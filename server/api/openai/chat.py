@@ -62,7 +62,9 @@ class _Form:
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, tokens: list[Token]) -> Body | None:
-        return chat_logprobs(self.worker.text, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
+        return (
+            chat_logprobs(self.worker.text.tokens, tokens, self.body.top_logprobs or 0) if self.body.logprobs else None
+        )
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=OR_STREAM)
@@ -88,6 +90,6 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
         **target.head("chat.completion", worker),
         "choices": [form.choice(choice) for choice in ended],
         "usage": usage_of([ended]),
-        **prompt_logprobs(worker.text, ended[0].scored, body.prompt_logprobs),
+        **prompt_logprobs(worker.text.tokens, ended[0].scored, body.prompt_logprobs),
     }
     return JSONResponse(reply, headers=headers)

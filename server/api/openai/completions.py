@@ -57,7 +57,7 @@ class _Form:
             "text": self.texts[number] + choice.text,
             "logprobs": self._logprobs(number, _given(choices), choice.tokens),
             "finish_reason": FINISH_REASONS[choice.finish_reason],
-            **prompt_logprobs(self.worker.text, _given(choices), self.body.prompt_logprobs),
+            **prompt_logprobs(self.worker.text.tokens, _given(choices), self.body.prompt_logprobs),
         }
 
     def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
@@ -83,9 +83,9 @@ class _Form:
             return None
         offsets = [len(self.texts[number]) + token.offset for token in tokens]
         if not self.body.echo:
-            return completion_logprobs(self.worker.text, tokens, offsets, self.body.logprobs)
-        at = text_offsets(self.texts[number], [self.worker.text.token_bytes(token.id) for token in given])
-        return completion_logprobs(self.worker.text, [*given, *tokens], [*at, *offsets], self.body.logprobs)
+            return completion_logprobs(self.worker.text.tokens, tokens, offsets, self.body.logprobs)
+        at = text_offsets(self.texts[number], [self.worker.text.tokens.bytes_of(token.id) for token in given])
+        return completion_logprobs(self.worker.text.tokens, [*given, *tokens], [*at, *offsets], self.body.logprobs)
 
 
 def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
@@ -158,4 +158,4 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
             )
     if not body.echo:
         return [""] * len(lists), lists
-    return [await worker.threads.run(worker.text.decode, ids) for ids in lists], lists
+    return [await worker.threads.run(worker.text.tokens.decode, ids) for ids in lists], lists

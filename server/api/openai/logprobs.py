@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.contracts import Candidate, Scored, Token
-from server.engine.text.model_text import ModelText
+from server.engine.text.token_texts import TokenTexts
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not know."""
@@ -19,7 +19,7 @@ _REPLACEMENT = "\ufffd".encode()
 
 
 def completion_logprobs(
-    words: ModelText, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
+    words: TokenTexts, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice.
 
@@ -30,14 +30,14 @@ def completion_logprobs(
         top: how many of the most likely tokens were asked for; the token itself is told beside them.
     """
     return {
-        "tokens": [words.token_text(token.id) for token in tokens],
+        "tokens": [words.text_of(token.id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
         "top_logprobs": [_by_text(words, token, top) for token in tokens],
         "text_offset": list(offsets),
     }
 
 
-def chat_logprobs(words: ModelText, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+def chat_logprobs(words: TokenTexts, tokens: Sequence[Token], top: int) -> dict[str, Any]:
     """`logprobs` of a chat's choice."""
     content = []
     for token in tokens:
@@ -46,7 +46,7 @@ def chat_logprobs(words: ModelText, tokens: Sequence[Token], top: int) -> dict[s
     return {"content": content, "refusal": None}
 
 
-def prompt_logprobs(words: ModelText, given: Sequence[Scored], top: int | None) -> dict[str, Any]:
+def prompt_logprobs(words: TokenTexts, given: Sequence[Scored], top: int | None) -> dict[str, Any]:
     """vLLM's `prompt_logprobs`, a field with an object for each input token; no field if `top` is None.
 
     The first token's object is null. The others hold the token itself and `top` of the most likely ones, by their ids.
@@ -79,35 +79,35 @@ def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
     return offsets
 
 
-def _by_text(words: ModelText, token: Token | Scored, top: int) -> dict[str, float] | None:
+def _by_text(words: TokenTexts, token: Token | Scored, top: int) -> dict[str, float] | None:
     """The most likely tokens by their texts; of two that read alike, the likelier one is told."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
     for candidate in (*token.top[:top], Candidate(token.id, token.logprob)):
-        found.setdefault(words.token_text(candidate.id), _finite(candidate.logprob))
+        found.setdefault(words.text_of(candidate.id), _finite(candidate.logprob))
     return found
 
 
-def _by_id(words: ModelText, token: Scored, top: int) -> dict[str, Any]:
+def _by_id(words: TokenTexts, token: Scored, top: int) -> dict[str, Any]:
     assert token.logprob is not None, "it has something before it"
     ranked = [(candidate, rank) for rank, candidate in enumerate(token.top[:top], 1)]
     return {
         str(candidate.id): {
             "logprob": _finite(candidate.logprob),
             "rank": rank,
-            "decoded_token": words.token_text(candidate.id),
+            "decoded_token": words.text_of(candidate.id),
         }
         for candidate, rank in [*ranked, (Candidate(token.id, token.logprob), token.rank)]
     }
 
 
-def _entry(words: ModelText, token_id: int, logprob: float | None) -> dict[str, Any]:
+def _entry(words: TokenTexts, token_id: int, logprob: float | None) -> dict[str, Any]:
     assert logprob is not None, "log-probabilities were asked for"
     return {
-        "token": words.token_text(token_id),
+        "token": words.text_of(token_id),
         "logprob": _finite(logprob),
-        "bytes": list(words.token_bytes(token_id)),
+        "bytes": list(words.bytes_of(token_id)),
     }
 
 

@@ -89,7 +89,7 @@ def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> Genera
 def _prefill(choices: Sequence[Choice], worker: EngineWorker) -> list[InputTokenBody]:
     """The input's tokens, which all choices share and the engine tells once: with the first one."""
     return [
-        InputTokenBody(id=scored.id, text=worker.text.token_text(scored.id), logprob=scored.logprob)
+        InputTokenBody(id=scored.id, text=worker.text.tokens.text_of(scored.id), logprob=scored.logprob)
         for scored in choices[0].scored
     ]
 
@@ -145,7 +145,7 @@ def _seed(prepared: Prepared) -> int | None:
 
 def _token(token: Token, worker: EngineWorker) -> TokenBody:
     """A special token is none of the text, and reads as its name."""
-    text = worker.text.token_text(token.id) if token.special else token.text
+    text = worker.text.tokens.text_of(token.id) if token.special else token.text
     return TokenBody(id=token.id, text=text, logprob=token.logprob, special=token.special)
 
 
@@ -157,9 +157,9 @@ def _top(candidates: Sequence[Candidate], worker: EngineWorker) -> list[TokenBod
     return [
         TokenBody(
             id=candidate.id,
-            text=worker.text.token_text(candidate.id),
+            text=worker.text.tokens.text_of(candidate.id),
             logprob=candidate.logprob,
-            special=worker.text.is_special(candidate.id),
+            special=candidate.id in worker.text.tokens.special_ids,
         )
         for candidate in candidates
     ]

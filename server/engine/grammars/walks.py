@@ -12,15 +12,12 @@ import itertools
 import select
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
 
 import numpy as np
 
 from server.engine.grammars.compiled import Compiled, Grammars, brief, limit_reached
 from server.engine.grammars.limits import MASK_SECONDS, REQUEST_SECONDS, STALLED_SECONDS, TOKEN_SECONDS
 from server.engine.grammars.wire import NO_EXTENSION, Action, Frame, State
-from server.engine.sampling.sampler import Choice
-from server.engine.scheduling.sequence import Sequence
 from server.errors import GenerationFailed, InvalidRequest, PreludeError
 
 STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
@@ -31,14 +28,6 @@ COSTLY_SECONDS, COSTLY_TOKEN_SECONDS = 0.25, 0.001
 """Of a processor: a request that takes more than this, and for each of its tokens, is slow from then on."""
 AT_ONCE = 2
 """Slow texts that are worked on at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token that was drawn, and waits for its grammar to take it."""
-
-    sequence: Sequence
-    choice: Choice
 
 
 class Walk:
@@ -57,8 +46,6 @@ class Walk:
         self.is_waiting = False
         self.is_complete = False
         self.error: PreludeError | None = None
-        self.drawn: Drawn | None = None
-        """What waits for it."""
         self.mask = walks.compiled.first
 
     def allowed_bits(self) -> np.ndarray:
@@ -121,19 +108,13 @@ class Walks:
         request.walks = [Walk(request, next(self._numbers)) for _ in range(count)]
         return request.walks
 
-    def waiting(self, request_id: str) -> list[Sequence]:
-        """Those of a request whose last token was not taken yet."""
-        request = self._requests.get(request_id)
-        return [] if request is None else [walk.drawn.sequence for walk in request.walks if walk.drawn is not None]
-
-    def end(self, request_id: str) -> None:
-        """Forget a request's texts, if it has any, wherever they are."""
+    def end(self, request_id: str) -> list[Walk]:
+        """Forget a request's texts, if it has any, wherever they are; returns them."""
         if (request := self._requests.pop(request_id, None)) is None:
-            return
+            return []
         compiled = request.compiled
         self._delayed.pop(request, None)
         for walk in request.walks:
-            walk.drawn = None
             compiled.process.order(Action.DROP, walk.number)
             if self._asked.get(compiled, {}).pop(walk.number, None) is not None:
                 self._settle(compiled)
@@ -141,6 +122,7 @@ class Walks:
         self._grammars.release(compiled)
         if not compiled.users:
             self._slow.discard(compiled)
+        return request.walks
 
     def accept(self, walk: Walk, token_id: int, *, is_last: bool) -> None:
         """Have a text's next token taken; `collect` answers the text once it is."""

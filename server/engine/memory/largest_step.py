@@ -134,4 +134,4 @@ def _sequence(model: FrozenModel, rules: SamplingParams) -> Sequence:
     length, vocabulary = model.spec.max_model_len, model.spec.vocab_size
     ids = tuple(i % vocabulary for i in range(length))
     request = GenerationRequest("largest", ids, rules, input_logprobs=rules.logprobs, input_top_logprobs=TOP)
-    return Sequence(request, None, Detokenizer(model.texts, rules, continues_text=True))
+    return Sequence(request, None, Detokenizer(model.text.tokens, rules, continues_text=True))

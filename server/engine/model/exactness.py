@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from server.contracts import ModelSpec
 from server.engine.attention.cached_rows import CachedRows, Span
-from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Recurrence, StatePlace
+from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Layout, Recurrence, StatePlace
 from server.engine.attention.recurrent import RecurrentRows
 from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.slots import Slot
 from server.engine.model.preflight import quantisation
 from server.errors import UnsupportedModel
-
-if TYPE_CHECKING:  # it imports this module
-    from server.engine.model.frozen import FrozenModel
 
 NUM_TOKENS = 8
 """In each row. A large model on a CPU takes seconds for more."""
@@ -38,8 +36,31 @@ LARGEST_ERROR_HALF = 0.1
 REMEDY = "Choose a model that docs/models.md lists as right."
 
 
+class ModelInEngine(Protocol):
+    """What the comparison needs of a loaded model; `FrozenModel` has it."""
+
+    spec: ModelSpec
+    module: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings `[tokens, hidden_size]`."""
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits `[kept, vocab_size]` of the flat-row indices in `keep`."""
+
+
 @torch.inference_mode()
-def refuse_inexact(model: FrozenModel) -> None:
+def refuse_inexact(model: ModelInEngine) -> None:
     """Compare the engine's path through a model with the model's own forward over token ids.
 
     A sliding window is made so narrow for this that it hides some of the few tokens.
@@ -84,7 +105,7 @@ def refuse_inexact(model: FrozenModel) -> None:
     )
 
 
-def _engine_logits(model: FrozenModel, ids: torch.Tensor, *, narrow: bool) -> torch.Tensor:
+def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> torch.Tensor:
     """Logits `[2 * tokens, vocab_size]` of two sequences of the same `[tokens]`, one after the other.
 
     They take two of the engine's steps: a beginning of each, then the next chunk of one beside the last token of the
@@ -173,7 +194,7 @@ def _own_attention(module: PreTrainedModel) -> Iterator[None]:
         module.set_attn_implementation(ATTENTION_NAME)
 
 
-def _probe_ids(model: FrozenModel) -> torch.Tensor:
+def _probe_ids(model: ModelInEngine) -> torch.Tensor:
     """Token ids `[NUM_TOKENS]` from the inside of the vocabulary: special tokens often stand at its ends."""
     return torch.linspace(0, model.spec.vocab_size - 1, NUM_TOKENS + 2, device=model.device)[1:-1].long()
 

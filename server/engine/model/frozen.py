@@ -10,15 +10,14 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from server.contracts import ChatEnd, ModelSpec, TemplatedText
+from server.contracts import ModelSpec
 from server.engine.attention.interface import Layout
 from server.engine.model import device_defaults, loading
 from server.engine.model.compatibility import pin_longrope, probe_attention
@@ -28,11 +27,8 @@ from server.engine.model.hybrids import prepare_layers
 from server.engine.model.load_errors import as_sentence
 from server.engine.model.preflight import free_memory
 from server.engine.model.weights import resolve_checkpoint
-from server.engine.text.chat import render_chat
-from server.engine.text.length_bound import LengthBound
-from server.engine.text.model_text import TokenTexts
-from server.engine.text.special_tokens import InputEncoder
-from server.errors import UnknownToken, UnsupportedModel
+from server.engine.text.model_text import ModelText
+from server.errors import UnsupportedModel
 from server.settings import Settings, SpecialTokensInInput
 
 if TYPE_CHECKING:  # numba is only imported where it is used
@@ -50,15 +46,11 @@ class FrozenModel:
         spec: what the rest of the server may know of it.
         module: transformers' model; every parameter has `requires_grad=False`.
         tokenizer: its tokenizer.
-        backend: the Rust part of it, safe from any thread.
-        texts: what single tokens say.
-        special_tokens_in_input: what the strings of special tokens are in users' texts in a template.
+        text: texts to token ids and back; safe from any thread.
         eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
-        end_token_id: the one that ends a text, as training puts it after every target.
         attention_rules: what each layer asks of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
         keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
-        length_bound: how few tokens a text can have.
     """
 
     def __init__(
@@ -80,12 +72,6 @@ class FrozenModel:
         module.eval()  # type: ignore[no-untyped-call]
         self.module = module.requires_grad_(False)
         self.tokenizer = tokenizer
-        self.backend = _plain_backend(tokenizer)
-        self.texts = TokenTexts(self.backend, tokenizer.all_special_ids)
-        self.special_tokens_in_input = special_tokens_in_input
-        self._encoder = (
-            InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
-        )
         text_config = module.config.get_text_config()
         layers = prepare_layers(module)
         kv_heads, head_dim, self.attention_rules = probe_attention(module, layers.num_attention_layers)
@@ -93,8 +79,7 @@ class FrozenModel:
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
         _refuse_other_rows(module, weights.shape[0])
-        self._exceeds_rows = max(tokenizer.get_vocab().values()) >= weights.shape[0]
-        self.eos_token_ids, self.end_token_id = _end_tokens(module, tokenizer, weights.shape[0])
+        self.eos_token_ids, end_token_id = _end_tokens(module, tokenizer, weights.shape[0])
         self.spec = ModelSpec(
             name=name,
             fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
@@ -110,7 +95,7 @@ class FrozenModel:
             num_attention_layers=layers.num_attention_layers if layers.state_width else None,
             state_width=layers.state_width,
         )
-        self.length_bound = LengthBound(self.backend, self.spec.max_model_len)
+        self.text = ModelText(tokenizer, self.spec, end_token_id, special_tokens_in_input=special_tokens_in_input)
         pin_longrope(module, self.spec.max_model_len)
 
     @property
@@ -150,61 +135,9 @@ class FrozenModel:
             refuse_inexact(model)
             return model
 
-    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one; safe from any thread.
-
-        Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
-
-        Args:
-            text: what to encode.
-            add_special_tokens: False for a text that brings its own, such as a rendered chat.
-
-        Raises:
-            UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
-            InvalidRequest: a user's text in a template cannot be told from a special token.
-        """
-        if self._encoder is not None and isinstance(text, TemplatedText):
-            ids = self._encoder.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            raw = text.text if isinstance(text, TemplatedText) else text
-            [encoding] = self.backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
-            ids = encoding.ids
-        if self._exceeds_rows:
-            self.check_tokens(ids)
-        return ids
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
-        """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
-
-        Raises:
-            InvalidRequest: the model has no chat template, or its template refuses these messages.
-        """
-        return render_chat(self.tokenizer, messages, self._encoder, self.length_bound, end)
-
-    def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
-        """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
-
-        Raises:
-            UnknownToken: names the first of them.
-        """
-        rows = self.spec.vocab_size
-        if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):
-            return
-        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < rows)
-        name = self.texts.text_of(unknown) if 0 <= unknown < 2**31 else ""
-        raise UnknownToken(
-            f"{place} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
-            f"for the tokens 0 to {rows - 1:,} only."
-        )
-
-    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
-        """Token ids of a text, each with the characters that it stands for, from and to; safe from any thread."""
-        [encoding] = self.backend.encode_batch([text])
-        return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
-
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
-        self.check_tokens(token_ids)
+        self.text.check_tokens(token_ids)
         with torch.no_grad():
             return self.embed(torch.tensor(token_ids, device=self.device)).cpu()
 
@@ -254,19 +187,6 @@ def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: i
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The Rust tokenizer, which never cuts or pads a text here.
-
-    It is called directly because transformers' wrapper changes its state, which fails while another thread reads it.
-    """
-    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnsupportedModel("The model's tokenizer has no fast (tokenizers) form.")
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def _refuse_other_rows(module: PreTrainedModel, rows: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from server.contracts import Candidate
 from server.engine.fast.operators import Operators, at_least_float32
 from server.engine.sampling.filters import Changes, probabilities
+from server.engine.sampling.next_token import NextToken
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download, upload
 
@@ -32,17 +33,9 @@ DEVICE_NUMBERS_AT_ONCE = 2**25
 """The same for any other device: 256 rows of a vocabulary of 128 thousand are one go."""
 
 
-class Choice(NamedTuple):
-    """A row's next token. `token_id` is None where the logits are not finite, so that nothing can be chosen."""
-
-    token_id: int | None
-    logprob: float | None
-    top: tuple[Candidate, ...] = ()
-
-
 def choose_next(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
-) -> list[Choice]:
+) -> list[NextToken]:
     """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change; waits for the device.
 
     Args:
@@ -61,14 +54,14 @@ def begin_choosing(
     download: Download,
     operators: Operators | None = None,
     drawn_from: Rows[int] | None = None,
-) -> Callable[[], list[Choice]]:
+) -> Callable[[], list[NextToken]]:
     """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for.
 
     `drawn_from` says which row of the logits each sequence draws from; without it each draws from its own.
     """
     rows = range(len(sequences)) if drawn_from is None else drawn_from
     plain, ruled = _sorted_out(sequences)
-    parts: list[tuple[Rows[int], Callable[[], list[Choice]]]] = []
+    parts: list[tuple[Rows[int], Callable[[], list[NextToken]]]] = []
     # Neighbours are read where they are; what is copied is copied in parts.
     whole = [slice(None)] if plain and _as_run(_some(rows, plain)) is not None else in_parts(len(plain), logits)
     for part in whole:
@@ -80,8 +73,8 @@ def begin_choosing(
     if len(parts) == 1:
         return parts[0][1]
 
-    def choices() -> list[Choice]:
-        found = [Choice(None, None)] * len(sequences)
+    def choices() -> list[NextToken]:
+        found = [NextToken(None, None)] * len(sequences)
         for places, part in parts:
             for place, choice in zip(places, part(), strict=True):
                 found[place] = choice
@@ -135,10 +128,12 @@ def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
-def _choose_best(logits: torch.Tensor, download: Download, operators: Operators | None) -> Callable[[], list[Choice]]:
+def _choose_best(
+    logits: torch.Tensor, download: Download, operators: Operators | None
+) -> Callable[[], list[NextToken]]:
     best, chosen = (operators or Operators()).best(logits)
     tokens = _tokens(best, chosen, download)
-    return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
+    return lambda: list(map(NextToken, tokens(), itertools.repeat(None)))
 
 
 def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Callable[[], list[int | None]]:
@@ -156,7 +151,7 @@ def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Cal
 
 def _choose_by_rules(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
-) -> Callable[[], list[Choice]]:
+) -> Callable[[], list[NextToken]]:
     adjusted = at_least_float32(logits).contiguous()
     if changes := Changes.of(sequences, logits.shape[1], eos_token_ids):
         if adjusted.data_ptr() == logits.data_ptr():
@@ -173,11 +168,11 @@ def _choose_by_rules(
     tokens = _tokens(best, chosen, download)
     reports = _report(logits, chosen, sequences, download)
     if reports is None:
-        return lambda: list(map(Choice, tokens(), itertools.repeat(None)))
+        return lambda: list(map(NextToken, tokens(), itertools.repeat(None)))
 
-    def choices() -> list[Choice]:
+    def choices() -> list[NextToken]:
         return [
-            Choice(token, logprob, top) if token is not None else Choice(None, None)
+            NextToken(token, logprob, top) if token is not None else NextToken(None, None)
             for token, (logprob, top) in zip(tokens(), reports(), strict=True)
         ]
 

@@ -6,7 +6,7 @@ import logging
 import math
 
 from server.contracts import FinishReason
-from server.engine.sampling.sampler import Choice
+from server.engine.sampling.next_token import NextToken
 from server.engine.scheduling.sequence import Sequence
 from server.errors import GenerationFailed, NotFinite
 
@@ -22,7 +22,7 @@ def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> 
     return FinishReason.STOP_SEQUENCE if token_id in params.stop_token_ids and not is_early else None
 
 
-def failure(sequence: Sequence, drawn: list[tuple[Sequence, Choice]], prefix_is_finite: bool) -> Exception | None:
+def failure(sequence: Sequence, drawn: list[tuple[Sequence, NextToken]], prefix_is_finite: bool) -> Exception | None:
     """Why a sequence cannot go on after a step, if it cannot."""
     is_finite = prefix_is_finite
     for who, choice in drawn:

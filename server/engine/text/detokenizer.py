@@ -9,7 +9,7 @@ from collections import deque
 from tokenizers.decoders import DecodeStream
 
 from server.contracts import SamplingParams, Token
-from server.engine.text.model_text import TokenTexts
+from server.engine.text.token_texts import TokenTexts
 
 log = logging.getLogger(__name__)
 

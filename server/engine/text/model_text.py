@@ -1,194 +1,79 @@
-"""What single tokens say, and a model's texts and tokens for others than its engine.
-
-`detokenizer.py` makes text of a sequence as it grows. Here every token stands by itself: in a byte-level vocabulary it
-may be a third of a character, so its bytes are what is exact, and its text is for people.
-"""
+"""Texts to token ids and back, as one model reads and writes them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from server.contracts import ChatEnd, TemplatedText
+from server.contracts import ChatEnd, ModelSpec, TemplatedText
+from server.engine.text.chat import render_chat
 from server.engine.text.length_bound import LengthBound
-from server.engine.text.tokenizer_parts import byte_level_alphabet, parts_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from server.engine.model.frozen import FrozenModel
-
-REPLACEMENT = "\ufffd"
-"""Stands for bytes that form no character."""
-
-META_SPACE = "▁"
-"""How SentencePiece writes a space."""
-_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-class TokenTexts:
-    """The vocabulary, read one token at a time; safe from any thread.
-
-    Attributes:
-        backend: the tokenizer's Rust part.
-        special_ids: tokens that are none of the text: those that the tokenizer marks as special, and `special_ids`.
-        is_byte_level: whether a text is its tokens' `decoded_bytes_of` in UTF-8, and nothing else.
-    """
-
-    def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
-        """Find out how this tokenizer's decoder writes bytes."""
-        self.backend = backend
-        self._kinds = frozenset(part["type"] for part in parts_of(backend.decoder))
-        self._byte_of = byte_level_alphabet()
-        added = backend.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
-        self.special_ids = frozenset(special_ids) | {token_id for token_id, token in added.items() if token.special}
-        self._texts: dict[int, str] = {}
-        self._own_texts: dict[int, str | None] = {}
-        self.is_byte_level = self._kinds == {"ByteLevel"}
-
-    @cached_property
-    def primer(self) -> tuple[int, ...]:
-        """Tokens of a text that generated ones are decoded after, so that they keep a space that they begin with.
-
-        Decoders of SentencePiece's kind take the first space of a text away, and every other one is none of the first.
-        """
-        for text in "a0.\n":
-            ids = tuple(self._encode(text))
-            if ids and self.special_ids.isdisjoint(ids) and self.decode(ids) == text:
-                return ids
-        return ()
-
-    @cached_property
-    def puts_space_first(self) -> bool:
-        """Whether the tokenizer puts a space before a text that it encodes, which its decoder takes away."""
-        before = self.decode(self.primer)
-        return bool(self.primer) and self.decode(self.primer * 2).removeprefix(before) == f" {before}"
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a sequence, special tokens by their names."""
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=False)
-        return text
-
-    def encode_after_text(self, text: str) -> list[int]:
-        """Token ids of a text that continues another: without the space that the tokenizer puts before a first one."""
-        whole = self._encode(text)
-        for before in ("\n", "a") if self.puts_space_first else ():
-            first, both = self._encode(before), self._encode(before + text)
-            if both[: len(first)] == first:
-                return both[len(first) :]
-        return whole
-
-    def _encode(self, text: str) -> list[int]:
-        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)  # lets other threads run
-        ids: list[int] = encoding.ids
-        return ids
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8 or a part of it; nothing for a row that no token belongs to."""
-        token = self._added.get(token_id)
-        if token is not None:  # as it is: it went through no byte-level alphabet
-            return token.encode()
-        token = self.backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        if "ByteLevel" in self._kinds:
-            # A few vocabularies have entries beside the alphabet; they mean themselves.
-            return b"".join(self._byte_of.get(character) or character.encode() for character in token)
-        match = _FALLBACK_BYTE.fullmatch(token) if "ByteFallback" in self._kinds else None
-        return bytes.fromhex(match[1]) if match else token.replace(META_SPACE, " ").encode()
-
-    def decoded_bytes_of(self, token_id: int) -> bytes:
-        """What a byte-level decoder makes of a token; unlike `bytes_of`, it reads added tokens in its alphabet too."""
-        token = self.backend.id_to_token(token_id) or ""
-        known = [self._byte_of.get(character) for character in token]
-        return token.encode() if None in known else b"".join(filter(None, known))
-
-    def text_of(self, token_id: int) -> str:
-        """A token as text; bytes that are no character are U+FFFD."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self.bytes_of(token_id).decode("utf-8", "replace")
-        return text
-
-    def own_text_of(self, token_id: int) -> str | None:
-        """What a token adds to any text that ends in a whole character; None where that depends on its neighbours.
-
-        A decoder that does nothing but turn GPT-2's alphabet into bytes reads each token by itself.
-        """
-        try:
-            return self._own_texts[token_id]
-        except KeyError:
-            text = self._own_texts[token_id] = self._find_own_text(token_id)
-            return text
-
-    def _find_own_text(self, token_id: int) -> str | None:
-        token = self.backend.id_to_token(token_id)
-        if not self.is_byte_level or token_id in self._added or not token or not set(token) <= self._byte_of.keys():
-            return None
-        try:
-            text = self.bytes_of(token_id).decode()
-        except UnicodeDecodeError:
-            return None
-        return None if REPLACEMENT in text else text
+from server.engine.text.special_tokens import InputEncoder
+from server.engine.text.token_texts import TokenTexts
+from server.errors import UnknownToken, UnsupportedModel
+from server.settings import SpecialTokensInInput
 
 
 class ModelText:
-    """A model's texts and tokens, for whoever is not its engine: everything here is safe from any thread."""
+    """A model's texts and tokens; every method is safe from any thread.
 
-    def __init__(self, model: FrozenModel) -> None:
-        """Take a model, of which nothing is changed."""
-        self._model = model
+    Attributes:
+        backend: the tokenizer's Rust part.
+        tokens: the text of single tokens.
+        special_tokens_in_input: whether special tokens in a user's text are text or control tokens.
+        end_token_id: the token that ends a text; training appends it to every target.
+        length_bound: refuses texts that can never fit before they are tokenised.
+    """
 
-    @property
-    def length_bound(self) -> LengthBound:
-        """Refuses texts that can never fit before they are tokenised."""
-        return self._model.length_bound
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text, as training puts it behind every target."""
-        return self._model.end_token_id
-
-    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one, unless told not to.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: ModelSpec,
+        end_token_id: int | None,
+        *,
+        special_tokens_in_input: SpecialTokensInInput = "text",
+    ) -> None:
+        """Take a model's tokenizer, which must not change any more.
 
         Raises:
+            UnsupportedModel: the tokenizer has no fast form.
+        """
+        self.backend = _plain_backend(tokenizer)
+        self.tokens = TokenTexts(self.backend, tokenizer.all_special_ids)
+        self.special_tokens_in_input = special_tokens_in_input
+        self.end_token_id = end_token_id
+        self.length_bound = LengthBound(self.backend, spec.max_model_len)
+        self._tokenizer = tokenizer
+        self._num_embeddings = spec.vocab_size
+        self._exceeds_embeddings = max(tokenizer.get_vocab().values()) >= spec.vocab_size
+        self._encoder = (
+            InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
+        )
+
+    def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds one.
+
+        Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+
+        Raises:
+            UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
             InvalidRequest: a user's text in a template cannot be told from a special token.
         """
-        return self._model.encode(text, add_special_tokens=add_special_tokens)
-
-    def encode_after_text(self, text: str) -> list[int]:
-        """Token ids of a text that continues another."""
-        return self._model.texts.encode_after_text(text)
-
-    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
-        """Token ids of a text with the characters that each stands for, from and to."""
-        return self._model.tokenize(text)
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`."""
-        return self._model.embeddings_of(token_ids)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special ones by their names."""
-        return self._model.texts.decode(token_ids)
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text; bytes that are no character are U+FFFD."""
-        return self._model.texts.text_of(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to the text, which may be a part of a character."""
-        return self._model.texts.bytes_of(token_id)
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token is none of the text."""
-        return token_id in self._model.texts.special_ids
+        if self._encoder is not None and isinstance(text, TemplatedText):
+            ids = self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            raw = text.text if isinstance(text, TemplatedText) else text
+            [encoding] = self.backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
+            ids = encoding.ids
+        if self._exceeds_embeddings:
+            self.check_tokens(ids)
+        return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
         """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
@@ -196,7 +81,45 @@ class ModelText:
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
         """
-        return self._model.render_chat(messages, end)
+        return render_chat(self._tokenizer, messages, self._encoder, self.length_bound, end)
+
+    def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
+        """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
+
+        Raises:
+            UnknownToken: names the first of them.
+        """
+        rows = self._num_embeddings
+        if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):
+            return
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < rows)
+        name = self.tokens.text_of(unknown) if 0 <= unknown < 2**31 else ""
+        raise UnknownToken(
+            f"{place} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
+            f"for the tokens 0 to {rows - 1:,} only."
+        )
+
+    def tokenize(self, text: str) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for, from and to."""
+        [encoding] = self.backend.encode_batch([text])
+        return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def encode_after_text(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
+        return self.tokens.encode_after_text(text)
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The Rust tokenizer, which never cuts or pads a text here.
+
+    It is called directly because transformers' wrapper changes its state, which fails while another thread reads it.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel("The model's tokenizer has no fast (tokenizers) form.")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def common_start(read: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -74,8 +74,8 @@ class Harness:
 
     def scores(self, context: str, continuations: Sequence[str], soft_prompt: SoftPrompt | None) -> list[float]:
         """Log-probabilities of continuations as the engine scores labels: all at once, behind one prefill."""
-        ids = self.model.encode(context)
-        labels = [self.model.encode(context + text)[len(ids) :] for text in continuations]
+        ids = self.model.text.encode(context)
+        labels = [self.model.text.encode(context + text)[len(ids) :] for text in continuations]
         accepted = [request(f"r{i}", ids, labels=[label], max_new_tokens=1) for i, label in enumerate(labels)]
         outcomes = run_engine(make_engine(self.model), [(one, soft_prompt) for one in accepted])
         return [

@@ -375,7 +375,7 @@ def test_the_log_probabilities_of_a_chats_input_are_told_by_token(chatty: LiveSe
             if places is None:
                 continue
             own = places[str(token_id)]
-            assert (own["logprob"], own["decoded_token"]) == (logprob, words.token_text(token_id))
+            assert (own["logprob"], own["decoded_token"]) == (logprob, words.tokens.text_of(token_id))
             ranked = sorted(places.values(), key=lambda place: place["rank"])
             assert [place["rank"] for place in ranked[:3]] == [1, 2, 3]
             assert [place["logprob"] for place in ranked] == sorted((p["logprob"] for p in ranked), reverse=True)

@@ -13,7 +13,7 @@ from server.api.openai.logprobs import LOWEST, chat_logprobs, completion_logprob
 from server.api.openai.replies import usage_of
 from server.api.outputs import Choice
 from server.contracts import Candidate, Scored, Token, Usage
-from server.engine.text.model_text import ModelText
+from server.engine.text.token_texts import TokenTexts
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=20)
 
@@ -23,14 +23,14 @@ class Vocabulary:
 
     pieces = (b"a", b"b", b"\xf0", b"\x9f")
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
         return self.pieces[token_id]
 
-    def token_text(self, token_id: int) -> str:
+    def text_of(self, token_id: int) -> str:
         return self.pieces[token_id].decode("utf-8", "replace")
 
 
-WORDS = cast(ModelText, Vocabulary())
+WORDS = cast(TokenTexts, Vocabulary())
 BROKEN = Token(3, "", 0, -4.0, top=(Candidate(2, -1.0), Candidate(0, -2.0)))
 
 

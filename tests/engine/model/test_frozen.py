@@ -184,7 +184,7 @@ def test_a_generation_ends_at_what_any_place_names_and_the_model_has(
 ) -> None:
     model = _model_that_ends_at(generation, config, tokenizer)
     assert model.eos_token_ids == ends
-    assert model.end_token_id == taught
+    assert model.text.end_token_id == taught
 
 
 def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
@@ -193,7 +193,7 @@ def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
 
     def work() -> None:
         begun.set()
-        model.encode("word another " * 40_000)
+        model.text.encode("word another " * 40_000)
         ended.set()
 
     thread = threading.Thread(target=work)
@@ -211,8 +211,8 @@ def test_texts_have_the_tokens_that_the_tokenizer_gives_them_alone() -> None:
     model = tiny_model()
     for text in ("", "a", " the  cat\n", "Ünï 123 🙂" * 3):
         for special in (True, False):
-            assert model.encode(text, add_special_tokens=special) == (
-                model.backend.encode(text, add_special_tokens=special).ids
+            assert model.text.encode(text, add_special_tokens=special) == (
+                model.text.backend.encode(text, add_special_tokens=special).ids
             )
-        whole = model.backend.encode(text)
-        assert model.tokenize(text) == [(id_, *span) for id_, span in zip(whole.ids, whole.offsets, strict=True)]
+        whole = model.text.backend.encode(text)
+        assert model.text.tokenize(text) == [(id_, *span) for id_, span in zip(whole.ids, whole.offsets, strict=True)]

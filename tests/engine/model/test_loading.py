@@ -255,9 +255,9 @@ def test_a_broken_chat_template_only_ends_chats(whole: Path, tmp_path: Path, tem
     shutil.copytree(whole, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     model = load(tmp_path / "model")
-    assert model.encode("hello")
+    assert model.text.encode("hello")
     with pytest.raises(InvalidRequest, match="chat template"):
-        model.render_chat([{"role": "user", "content": "hello"}])
+        model.text.render_chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_model_without_an_end_token_is_served_to_its_length(whole: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_embedded_model_is_the_documented_one(smollm2: FrozenModel) -> None:
 
 
 def test_the_embedded_tokenizer_takes_numbers_digit_by_digit_and_adds_no_bos(smollm2: FrozenModel) -> None:
-    assert smollm2.tokenizer.convert_ids_to_tokens(smollm2.encode("call 1234")) == ["call", "Ġ", *"1234"]
+    assert smollm2.tokenizer.convert_ids_to_tokens(smollm2.text.encode("call 1234")) == ["call", "Ġ", *"1234"]
 
 
 def test_the_conversion_is_done_once_and_leaves_no_half_copy(smollm2: FrozenModel) -> None:
@@ -47,7 +47,7 @@ def test_a_conversion_from_scratch_gives_the_same_model_in_float32(
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(converted.location).name]
     model = FrozenModel.load(Settings.load(cache_dir=tmp_path / "cache", dtype="float32"))
     assert weights_hash(model.module) == weights_hash(smollm2.module)
-    assert model.encode("in 1999") == smollm2.encode("in 1999")
+    assert model.text.encode("in 1999") == smollm2.text.encode("in 1999")
     with safe_open(Path(converted.location) / "model.safetensors", framework="pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
 

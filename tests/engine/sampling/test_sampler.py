@@ -21,7 +21,7 @@ from transformers import (
 from server.engine.sampling.sampler import NUMBERS_AT_ONCE, choose_next
 from server.engine.scheduling.sequence import Sequence
 from server.engine.text.detokenizer import Detokenizer
-from server.engine.text.model_text import TokenTexts
+from server.engine.text.token_texts import TokenTexts
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
 
 NO_EOS: frozenset[int] = frozenset()

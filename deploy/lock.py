@@ -5,7 +5,7 @@ the embedded model's wheel. Of each it has the SHA-256 of the file that pip inst
 aarch64, as PyPI states it. deploy/build.txt has the same of setuptools, which builds what comes as source. torch is in
 neither: the image takes it from an index of its own, see deploy/torch.txt.
 
-What these packages need in turn is read from the environment that runs this script, so `make setup` comes first.
+What these packages need in turn is read from the environment that runs this script, so run `make setup-dev` first.
 """
 
 from __future__ import annotations

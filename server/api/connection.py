@@ -99,6 +99,7 @@ else:
             self._num_body_bytes, self._began = 0, 0.0
             self._deadline: asyncio.TimerHandle | None = None
             self._stalled: asyncio.TimerHandle | None = None
+            self._running: Any = None  # the request that is being answered; `cycle` is the last one that has come
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Somebody connects."""
@@ -113,6 +114,7 @@ else:
                 if timer is not None:
                     timer.cancel()
             self._deadline = self._stalled = None
+            self._leave()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -143,14 +145,22 @@ else:
         def eof_received(self) -> bool:  # type: ignore[override]
             """The client has said all: one whose request is whole gets its reply, unless it has gone altogether."""
             cycle = self.cycle
-            if self._is_in_headers or self._is_in_body or cycle is None or not hasattr(select, "poll"):
+            if self._is_in_headers or self._is_in_body:
+                has_reply = cycle is not None and cycle.response_started and not cycle.response_complete
+                if not has_reply and not self.pipeline:
+                    where = "its headers" if self._is_in_headers else "its body"
+                    error = InvalidRequest(f"The request breaks off in {where}.", remedy="Send it whole.")
+                    self._refuse(b"400 Bad Request", error)
+                return False
+            if cycle is None or not hasattr(select, "poll"):
                 return False
             if cycle.response_complete or (cycle.response_started and not self.pipeline):
                 return False
             cycle.keep_alive = False
-            if not self._has_ended and not self.pipeline and cycle.scope["http_version"] == "1.1":
+            running = self._running
+            if not self._has_ended and not running.response_started and running.scope["http_version"] == "1.1":
                 self.transport.write(PROBE)
-                self._look(0)
+                self._look(running, 0)
             self._has_ended = True
             return True
 
@@ -226,6 +236,21 @@ else:
             error = Overloaded("There are too many connections.")
             self._refuse(b"503 Service Unavailable", error)
 
+        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _abort(self) -> None:
+            self._leave()  # before the connection is closed: what is written to it until then raises
+            self.transport.abort()
+
+        def _leave(self) -> None:
+            """Tell the request that is being answered that its client has gone; others that wait never begin."""
+            cycle = self._running
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
         def _parse(self, data: bytes) -> None:
             """Read a piece; a request that asks for another protocol, as Java's do, as if it did not ask.
 
@@ -268,7 +293,7 @@ else:
                     self._deadline = self.loop.call_later(left, self._expire)
                     return
             if not self._is_in_headers and not is_answering:
-                self.transport.abort()  # nobody waits for an answer
+                self._abort()  # nobody waits for an answer
                 return
             error = InvalidRequest("The request took too long to come.", remedy="Send it in one go.")
             self._refuse(b"408 Request Timeout", error)
@@ -277,24 +302,24 @@ else:
             self._stalled = None
             size = self.transport.get_write_buffer_size()
             if size >= before > 0:
-                self.transport.abort()
+                self._abort()
             elif size:
                 self.pause_writing_since()
 
-        def _look(self, number: int) -> None:
-            if self.cycle is None or self.cycle.response_started or self.transport.is_closing():
+        def _look(self, cycle: Any, number: int) -> None:
+            if cycle.response_started or self.transport.is_closing():
                 return
             poll = select.poll()
             poll.register(self.transport.get_extra_info("socket").fileno(), 0)
             if poll.poll(0):  # an error or a hang-up; what can be read or written was not asked for
-                self.transport.abort()
+                self._abort()
             elif number < len(LOOKS):
-                self.loop.call_later(LOOKS[number], self._look, number + 1)
+                self.loop.call_later(LOOKS[number], self._look, cycle, number + 1)
 
         def _refuse(self, status: bytes, error: PreludeError) -> None:
             is_answering = self.cycle is not None and not self.cycle.response_complete
             if is_answering and (self.cycle.response_started or self.pipeline):
-                self.transport.abort()  # whatever were written now would be part of another reply
+                self._abort()  # whatever were written now would be part of another reply
                 return
             body = json.dumps(error_body(error)).encode()
             head = b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-type: application/json\r\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from contextlib import ExitStack
@@ -113,7 +114,7 @@ def test_trailers_that_do_not_end_are_cut_off(server: LiveServer, start: bytes, 
 
 
 def test_many_small_chunks_are_not_taken_for_a_trailer(server: LiveServer) -> None:
-    text = b'{"inputs": "' + b"a " * 200 + b'"}'
+    text = b'{"inputs": "a"' + b" " * 400 + b"}"
     body = b"".join(b"1;%s\r\n%c\r\n" % (b"e" * 1000, byte) for byte in text) + b"0\r\nx: y\r\n\r\n"
     pieces = [body[at : at + PIECE] for at in range(0, len(body), PIECE)]
     assert len(body) > 4 * MAX_HEADER_BYTES
@@ -158,16 +159,30 @@ def test_a_client_that_closes_its_half_gets_its_whole_stream_and_all_replies(ser
     assert talk(server, request * 3, half_close=True).count(b"HTTP/1.1 200") == 3
 
 
-def test_a_client_that_closes_its_half_and_then_leaves_is_noticed(own_server: LiveServer) -> None:
+@pytest.mark.parametrize("pipelined", [1, 2])
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_client_that_leaves_is_noticed_whatever_else_it_has_sent(
+    own_server: LiveServer, path: str, is_reset: bool, pipelined: int, caplog: pytest.LogCaptureFixture
+) -> None:
     own_server.model.allow(0)
     body = b'{"inputs": "hello"}'
-    request = post(body, f"Content-Length: {len(body)}", path="/generate")
+    request = post(body, f"Content-Length: {len(body)}", path=path)
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", own_server.port), timeout=10) as client:
-            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_reset, 0))
+            client.sendall(request * pipelined)
             wait_until(lambda: own_server.in_flight > 0)
     wait_until(lambda: own_server.in_flight == 0)
     own_server.model.allow(None)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("start", [b"GET /hea", post(b"", "Content-Length: 100"), post(b"5\r\na", CHUNKED)])
+def test_a_client_that_closes_its_half_within_a_request_is_answered_why(server: LiveServer, start: bytes) -> None:
+    received = talk(server, start, half_close=True)
+    assert received.startswith(b"HTTP/1.1 400")
+    assert b"breaks off" in received
 
 
 @pytest.mark.parametrize(

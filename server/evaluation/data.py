@@ -7,13 +7,14 @@ and `meta.json`, whose `instruction` says in words what the task is. Both are fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from server.errors import InvalidTrainingData
-from server.train.data import MAX_LINE_BYTES, READ_BYTES, DataFile, Row, labels_of, read_data
+from server.train.data import MAX_LINE_BYTES, READ_BYTES, DataFile, labels_of, read_data
+from server.train.rows import Row
 
 META = "meta.json"
 REFERENCES = ".references.jsonl"
@@ -41,7 +42,7 @@ class EvaluationData:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     references: tuple[tuple[str, ...], ...]
     sha256: str
     labels: tuple[str, ...] | None = None

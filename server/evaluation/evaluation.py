@@ -19,7 +19,8 @@ from server.evaluation.questions import Answer, Asked, Questions
 from server.evaluation.report import About, Report, Score
 from server.evaluation.systems import Contestant, Host, TeacherText, Wanted
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import DataFile, Row
+from server.train.data import DataFile
+from server.train.rows import Row
 
 Answers = list[Answer]
 
@@ -39,7 +40,7 @@ class Evaluation:
     questions: Questions
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> Sequence[Row]:
         """The rows that every contestant is asked."""
         return self.questions.data.rows
 

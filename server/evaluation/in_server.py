@@ -19,7 +19,7 @@ from server.evaluation.report import Report
 from server.evaluation.systems import Contestant
 from server.executors import Executor
 from server.long_work import run_long
-from server.train.data import Row
+from server.train.rows import Row
 
 ROWS_AT_ONCE = 32
 LABELS_AT_ONCE = 64

@@ -19,7 +19,7 @@ from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidTra
 from server.evaluation.data import EvaluationData
 from server.evaluation.systems import Contestant, Host
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import Row
+from server.train.rows import Row
 
 QUEUE = "(evaluation)"
 """The queue that rows wait in. No task can be called so, so live tasks each have a turn of their own beside it."""

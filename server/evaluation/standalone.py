@@ -16,7 +16,7 @@ from server.evaluation.questions import Answer, Asked
 from server.evaluation.report import Report
 from server.evaluation.systems import Contestant
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import Row
+from server.train.rows import Row
 
 ROWS_AT_ONCE = 256
 """Rows that the engine has been given and has not answered: more than ever run, so that it never waits for the next."""

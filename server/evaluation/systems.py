@@ -24,7 +24,8 @@ from server.errors import InvalidRequest, InvalidTrainingData
 from server.evaluation.data import EvaluationData
 from server.soft_prompts.manifest import INPUT_FIELD, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import DataFile, Row
+from server.train.data import DataFile
+from server.train.rows import Row
 
 ZERO_SHOT, INSTRUCTION, TEACHER = "zero-shot", "instruction", "teacher"
 MOST_SHOTS = 256

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from server.contracts import TemplatedText
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.soft_prompts.manifest import Manifest
+from server.train.rows import Row, Rows
 
 if TYPE_CHECKING:  # torch is not needed to read and check rows
     from server.engine.model.frozen import FrozenModel
@@ -54,21 +55,12 @@ def always(*_: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a data file."""
-
-    input: str
-    target: str
-    line: int
-
-
 @dataclass(frozen=True)
 class DataFile:
     """A data file's rows, and the hash that says which data it was."""
 
     path: Path
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     sha256: str
 
     def first(self, limit: int | None) -> DataFile:
@@ -103,7 +95,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
         InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and
             line.
     """
-    rows: list[Row] = []
+    rows = Rows()
     held = 0
     digest = hashlib.sha256()
     try:
@@ -115,8 +107,9 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
                     raise _too_long(path, number, len(line))
                 text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
-                    rows.append(_parse_row(path, number, text, need_targets=need_targets))
-                    held += sys.getsizeof(rows[-1].input) + sys.getsizeof(rows[-1].target)
+                    row = _parse_row(path, number, text, need_targets=need_targets)
+                    rows.append(row)
+                    held += sys.getsizeof(row.input) + sys.getsizeof(row.target)
                     if held > MAX_HELD_BYTES:
                         raise _too_much(path, number)
     except OSError as exc:
@@ -125,7 +118,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
         raise InvalidTrainingData(
             f"{path} holds no rows.", remedy='Write one JSON object on each line: {"input": "…", "target": "…"}.'
         )
-    return DataFile(path, tuple(rows), digest.hexdigest())
+    return DataFile(path, rows, digest.hexdigest())
 
 
 def _too_much(path: Path, number: int) -> InvalidTrainingData:
@@ -246,8 +239,8 @@ def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0)
         )
     random.Random(seed).shuffle(inputs)
     held = set(inputs[: max(1, min(most, round(len(inputs) * share)))])
-    kept = tuple(row for row in data.rows if row.input not in held)
-    return replace(data, rows=kept), replace(data, rows=tuple(row for row in data.rows if row.input in held))
+    kept = Rows(row for row in data.rows if row.input not in held)
+    return replace(data, rows=kept), replace(data, rows=Rows(row for row in data.rows if row.input in held))
 
 
 def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] | None) -> None:

@@ -17,7 +17,8 @@ from server.engine.text.choice_scoring import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import InvalidTrainingData, UnknownToken, UnsupportedModel
 from server.soft_prompts.manifest import Manifest
-from server.train.data import DataFile, Row, encode_examples
+from server.train.data import DataFile, encode_examples
+from server.train.rows import Row
 from tests.support import VOCAB_SIZE, byte_tokenizer, make_engine, request, tiny_module
 
 TOOL = "<tool>"

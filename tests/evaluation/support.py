@@ -17,7 +17,8 @@ from server.evaluation.questions import Answer
 from server.evaluation.standalone import OwnEngine
 from server.evaluation.systems import Wanted
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.data import DataFile, Row
+from server.train.data import DataFile
+from server.train.rows import Row
 from tests.support import byte_tokenizer, make_engine, random_soft_prompt, tiny_module
 from tests.train.rows import TEMPLATE
 

@@ -11,9 +11,10 @@ import torch
 from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import Manifest
 from server.train.config import TrainingConfig
-from server.train.data import DataFile, Example, Row, encode_examples
+from server.train.data import DataFile, Example, encode_examples
 from server.train.methods import LearnedPrefix, PromptTuning
 from server.train.objectives import Lesson, Targets
+from server.train.rows import Row
 from server.train.trainer import Work
 
 MOODS = (("good", "yes"), ("fine", "yes"), ("bad", "no"), ("poor", "no"))

@@ -15,7 +15,8 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
 from server.train import data as data_module
-from server.train.data import Row, check_lengths, encode_examples, labels_of, read_data
+from server.train.data import check_lengths, encode_examples, labels_of, read_data
+from server.train.rows import Row
 from tests.registry.fakes import MemoryObjects
 from tests.support import EOS, byte_tokenizer, make_engine, random_soft_prompt, tiny_module
 from tests.train.rows import TEMPLATE, data_of, write_rows

@@ -38,7 +38,7 @@ METHODS = ("GET", "POST", "PUT", "DELETE")
 _OF_SEVERAL_KINDS = ("inputs", "prompt")
 """Fields that are a text or a list. Of a problem in one, pydantic also tells by a word of ours as which it was read."""
 
-_KNOWN_FIELDS = [*GenerateBody.model_fields, *GenerateParameters.model_fields]
+_KNOWN_FIELDS = [*GenerateBody.model_fields, *(f"parameters.{name}" for name in GenerateParameters.model_fields)]
 
 
 def error_body(error: PreludeError) -> dict[str, str]:
@@ -136,10 +136,21 @@ def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> s
         location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] in UNKNOWN:
-        near = nearest(str(location[-1]), known)
+        near = _nearest_field(field, str(location[-1]), known)
         return f"unknown field {field}" + (f" (did you mean {near}?)" if near else "")
+    if field.partition(".")[0] == "files":  # FastAPI names a class of ours
+        return f"{field}: must be a file of a multipart form, sent with a file name"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic names classes of ours
         if field == "body":
             return "the body must be a JSON object, sent with Content-Type: application/json"
         return f"{field}: must be a JSON object"
     return f"{field}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest_field(field: str, name: str, known: Sequence[str]) -> str | None:
+    """The known field that an unknown one is most like: its name, or its path if it belongs elsewhere in the body."""
+    paths = {path.rpartition(".")[2]: path for path in reversed(known)}
+    near = nearest(name, list(paths))
+    if near is None or paths[near].rpartition(".")[0] == field.rpartition(".")[0]:
+        return near
+    return paths[near]

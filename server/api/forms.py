@@ -6,6 +6,7 @@ takes a body that breaks off for the whole: a soft prompt would go live without 
 
 from __future__ import annotations
 
+import re
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, cast
 
@@ -27,6 +28,8 @@ MAX_NAME_BYTES = 1024
 """Of a field's name, and of a file's."""
 SPOOLED_BYTES = 2**16
 """Of a file, up to which it waits in memory."""
+
+_EXTENDED_NAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 
 
 async def read_form(request: Request) -> FormData:
@@ -56,7 +59,7 @@ async def read_form(request: Request) -> FormData:
     except BaseException as exc:
         parts.close()
         if isinstance(exc, FormParserError):
-            raise HTTPException(400, "The form cannot be read") from exc
+            raise HTTPException(400, f"The form cannot be read: {str(exc)[:200].rstrip('.')}") from exc
         if isinstance(exc, OSError):
             raise upload_not_kept(exc) from exc
         raise
@@ -115,7 +118,13 @@ class _Parts:
 
     def _open(self) -> None:
         headers = dict(self._headers)
-        _, options = parse_options_header(headers.get(b"content-disposition"))
+        disposition = headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
+        if b"filename" not in options and _EXTENDED_NAME.search(disposition):
+            raise InvalidRequest(
+                "The form gives a file's name as filename*, which RFC 7578 does not allow in forms.",
+                remedy='Send it as filename="…", in UTF-8.',
+            )
         if b"name" not in options:
             raise HTTPException(400, "A part of the form has no name")
         if max(map(len, options.values())) > MAX_NAME_BYTES:

@@ -7,6 +7,7 @@ Everything in it is optional, because a PEFT directory has none. Four fields cha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -227,18 +228,24 @@ def _filled(template: str, name: str, value: str) -> Iterator[tuple[str, bool]]:
         yield after, False
 
 
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+
 def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
     """Parse one small JSON object of a soft prompt.
 
     Raises:
-        InvalidSoftPrompt: not UTF-8 (with or without a byte order mark), not JSON, too deeply nested, not an object, or
-            an object in it names a field twice: readers would disagree on which one counts.
+        InvalidSoftPrompt: not UTF-8 (with or without a byte order mark), not JSON, too deeply nested, not an object, it
+            escapes half a surrogate pair, which cannot be written down again, or an object in it names a field twice:
+            readers would disagree on which one counts.
     """
     remedy = f"Mend or leave out {name}." if name == MANIFEST_NAME else None
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_without_twins)
         _check_depth(value)
+        if "\\ud" in text.lower() and _HALF_A_PAIR.search(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("it holds half of a surrogate pair")
     except (ValueError, RecursionError) as exc:
         raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.", remedy=remedy) from exc
     if not isinstance(value, dict):

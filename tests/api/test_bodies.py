@@ -240,12 +240,14 @@ async def test_a_form_is_read_however_it_is_cut_into_pieces(size: int) -> None:
         (part("a", b"", headers=b"X: " + b"x" * 100_000 + b"\r\n") + END, "cannot be read"),
         (part("a", b"", headers=b"X: x\r\n" * 1000) + END, "cannot be read"),
         (b"--b\r\nContent-Disposition: form-data\r\n\r\n\r\n" + END, "has no name"),
+        (b"--b\r\nContent-Disposition: form-data; name=a; filename*=UTF-8''%C3%A4\r\n\r\n\r\n" + END, "filename*"),
+        (b"--b\r\nContent-Disposition: form-data; name=a; FileName*0=a\r\n\r\n\r\n" + END, "filename*"),
         (b"x" * 100_000, "cannot be read"),
         (part("a", b"x", "f"), "cut off"),
         (part("a", b"x", "f") + END[:-3], "cut off"),
         (b"", "cut off"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 async def test_a_form_beyond_the_bounds_is_refused_and_leaves_no_file(
     body: bytes, said: str, monkeypatch: pytest.MonkeyPatch

@@ -287,7 +287,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "manifest is not JSON": (_text(MANIFEST, "{"), [MANIFEST, "not valid JSON"]),
     "manifest is a list": (_text(MANIFEST, "[]"), [MANIFEST, "object", "list"]),
     "manifest is nested too deeply": (_text(MANIFEST, DEEP_OBJECT), [MANIFEST]),
-    "half of a surrogate pair": (_text(MANIFEST, r'{"description": "\ud800"}'), [MANIFEST, "surrogates"]),
+    "half of a surrogate pair": (_text(MANIFEST, r'{"description": "\ud800"}'), [MANIFEST, "half of a surrogate pair"]),
     "template without {input}": (_manifest(input_template="Text:"), ["input_template", "{input} exactly once"]),
     "template with two": (_manifest(input_template="{input}{input}"), ["input_template", "{input} exactly once"]),
     "unknown generation field": (_manifest(generation={"max_tokens": 3}), ["generation.max_tokens", "leave out"]),

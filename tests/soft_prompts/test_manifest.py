@@ -9,7 +9,7 @@ import pytest
 
 from server.contracts import SamplingParams
 from server.errors import InputTooLong, InvalidRequest, InvalidSoftPrompt
-from server.soft_prompts.manifest import MAX_DEPTH, GenerationDefaults, Manifest
+from server.soft_prompts.manifest import MAX_DEPTH, GenerationDefaults, Manifest, parse_json_object
 from server.validation import MOST_PROBLEMS
 
 FULL: dict[str, Any] = {
@@ -190,6 +190,13 @@ def test_what_only_the_task_asks_for_at_least_gives_way() -> None:
 def test_a_field_that_comes_twice_is_refused_at_any_depth(text: str) -> None:
     with pytest.raises(InvalidSoftPrompt, match="twice"):
         Manifest.parse(text)
+
+
+@pytest.mark.parametrize("text", ['{"a\\ud800": 1}', '{"a": [{"\\uDFFF": 1}]}', '{"a": "\\udc00\\ud800"}'])
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_is(text: str) -> None:
+    with pytest.raises(InvalidSoftPrompt, match="half of a surrogate pair"):
+        parse_json_object(text, "adapter_config.json")
+    assert parse_json_object('{"a": "\\ud83d\\ude00 \\\\ud800"}', "x")["a"] == "\N{GRINNING FACE} \\ud800"
 
 
 def test_the_encoding_is_utf_8_with_or_without_its_mark() -> None:

@@ -53,7 +53,7 @@ def _without_nulls(value: Any) -> Any:
     return {name: _without_nulls(item) for name, item in value.items() if item is not None}
 
 
-JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *CONFIG_FIELDS]
+JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *(f"config.{name}" for name in CONFIG_FIELDS)]
 
 
 class JobError(BaseModel):

@@ -93,6 +93,16 @@ def _refused(server: LiveServer, files: Files | list[tuple[str, bytes]], *parts:
         assert_error(response, 422, code or "invalid_soft_prompt", *parts)
 
 
+@pytest.mark.parametrize(
+    "body", [{"data": {"files": "text"}}, {"files": {"files": (None, b"text")}}, {"json": {}}, {"content": b"PK"}]
+)
+def test_an_upload_that_is_no_form_of_files_is_refused_in_the_users_words(
+    server: LiveServer, body: dict[str, Any]
+) -> None:
+    response = server.client.put("/prompts/uploads-never", **body)
+    assert_error(response, 422, "invalid_request", "must be a file of a multipart form, sent with a file name")
+
+
 def _safetensors(header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> bytes:
     """A file by hand, whose header may say anything."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -167,7 +177,12 @@ CONFIGS: dict[str, tuple[bytes, str, str]] = {
     "other rows": (b'{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 9}', "9", "invalid_soft_prompt"),
     "a KV prefix": (b'{"peft_type": "PREFIX_TUNING"}', "a PREFIX_TUNING soft prompt", "invalid_soft_prompt"),
     "too large": (b'{"peft_type": "PROMPT_TUNING"}' + b" " * 2**20, "larger than", "invalid_soft_prompt"),
-    "half a surrogate pair": (rb'{"peft_type": "\ud800"}', "is not a soft prompt", "unsupported_peft_type"),
+    "half a surrogate pair": (rb'{"peft_type": "\ud800"}', "half of a surrogate pair", "invalid_soft_prompt"),
+    "half a pair in an unused key": (
+        rb'{"peft_type": "PROMPT_TUNING", "\ud800": 1}',
+        "half of a surrogate pair",
+        "invalid_soft_prompt",
+    ),
 }
 
 

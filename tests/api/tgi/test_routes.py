@@ -102,6 +102,10 @@ def test_an_unknown_field_is_refused_and_the_nearest_named(server: LiveServer) -
     assert_error(
         response, 422, "invalid_request", "unknown field input (did you mean inputs?)", "inputs: Field required"
     )
+    elsewhere = server.client.post("/generate", json={"inputs": "hello", "max_new_tokens": 3})
+    assert_error(elsewhere, 422, "invalid_request", "max_new_tokens (did you mean parameters.max_new_tokens?)")
+    elsewhere = server.client.post("/generate", json={"inputs": "hello", "parameters": {"inputs": "hello"}})
+    assert_error(elsewhere, 422, "invalid_request", "parameters.inputs (did you mean inputs?)")
     assert_error(server.generate(zzzzzz=1), 422, "invalid_request", "unknown field parameters.zzzzzz")
 
 

@@ -204,6 +204,7 @@ def test_bad_data_is_refused_by_file_and_line_before_anything_is_queued(
     [
         ({"tusk": "x"}, "unknown field tusk (did you mean task?)"),
         ({"config": {"stepps": 3}}, "unknown field config.stepps (did you mean steps?)"),
+        ({"steps": 3}, "unknown field steps (did you mean config.steps?)"),
         ({"config": {"steps": 0}}, "config.steps"),
         ({"config": {"method": "multitask_prompt_tuning"}}, "A job trains one task"),
         ({"config": {"init": "soft_prompt", "init_from": "/etc"}}, "/etc"),

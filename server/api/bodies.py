@@ -47,7 +47,7 @@ class Bounds:
     characters: int
 
 
-TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=2**21, characters=5 * 2**19)
+TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=3 * 2**19, characters=5 * 2**19)
 """For bodies that bring texts, token ids or a schema."""
 ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=2**19, characters=5 * 2**17)
 """For bodies that ask for a job."""
@@ -59,6 +59,7 @@ MAX_DIGITS = 1000
 PIECE = 2**17
 
 _TEXT = re.compile(rb'"[^"]*+"')
+_REST_OF_ESCAPE = re.compile(rb"\\*+.?", re.DOTALL)
 _BELOW_FOUR_BYTES = bytes(range(0xF0))
 _LATIN = bytes(range(0xC4))
 """What the characters up to U+00FF begin and continue with in UTF-8."""
@@ -216,10 +217,29 @@ def _excess(body: bytes, bounds: Bounds) -> InvalidRequest | None:
 
 def _outside_texts(body: bytes, bounds: Bounds) -> bytes:
     """JSON without its names and texts, or refused for their number."""
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 2 * bounds.values:
-        raise _too_many("values", bounds.values)
-    return _TEXT.sub(b"", plain)
+    outside = bytearray()
+    num_quotes = 0
+    for piece in _without_escapes(body):
+        rest = piece
+        if num_quotes % 2:  # the piece begins within a text
+            _, quote, rest = piece.partition(b'"')
+            num_quotes += len(quote)
+        num_quotes += rest.count(b'"')
+        if num_quotes > 2 * bounds.values:
+            raise _too_many("values", bounds.values)
+        outside += _TEXT.sub(b"", rest).partition(b'"')[0]
+    return cast(bytes, outside)
+
+
+def _without_escapes(body: bytes) -> Iterator[bytes]:
+    """A body piece by piece, without its escaped backslashes and quotation marks."""
+    start = 0
+    while start < len(body):
+        end = start + PIECE
+        if body[end - 1 : end] == b"\\":  # what it escapes belongs to the same piece
+            end = _REST_OF_ESCAPE.match(body, end).end()  # type: ignore[union-attr]  # it matches anything
+        yield bytes(body[start:end]).replace(b"\\\\", b"").replace(b'\\"', b"")
+        start = end
 
 
 def _too_many(what: str, most: int) -> InvalidRequest:

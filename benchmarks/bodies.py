@@ -109,7 +109,7 @@ def serve(port: int, folder: Path) -> None:
 
     def probed(settings: Settings, worker: EngineWorker, *others: Any) -> FastAPI:
         app = create_app(settings, worker, *others)
-        worker._engine.kv_cache.states.zero_()  # its pages are the server's, whoever uses them first
+        worker._engine.kv_cache.states.zero_()  # noqa: SLF001 - its pages are the server's, whoever uses them first
         worst = [0.0]
         libc = ctypes.CDLL(None)
 

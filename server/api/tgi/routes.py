@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute, allow_task
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
-from server.api.generation import LONG_TEXT, Prepared, Wanted, place_of, placed, prepare, refuse_too_long
+from server.api.generation import LONG_TEXT, Prepared, Wanted, place_of, placed, prepare, refuse_too_long, run
 from server.api.outputs import collect_all
 from server.api.schemas import ErrorBody
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.api.telemetry.watch import watched
+from server.api.telemetry.observation import Observation
 from server.api.tgi.replies import events, reply_of
 from server.api.tgi.schemas import (
     MAX_GENERATED,
@@ -134,11 +134,11 @@ async def _answer(
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     headers = _common(item.headers(worker) for item in prepared)
     if stream:
-        deltas = watched(request, worker, prepared[0])
+        deltas = run(worker, prepared[0], Observation.of(request, prepared[0]))
         # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         return EventStream(events(first, deltas, body, prepared[0], worker), headers)
-    running = [watched(request, worker, item) for item in prepared]
+    running = [run(worker, item, Observation.of(request, item)) for item in prepared]
     replies = await unless_disconnected(request, _replies(running, prepared, texts, parameters, worker))
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)

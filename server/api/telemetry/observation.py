@@ -1,45 +1,22 @@
-"""Between the engine and whoever answers: the same deltas, seen as they pass."""
+"""What is noted of a request while the engine answers it. Nothing that is sent passes through here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from fastapi import Request
 
-from server.api.generation import Prepared, placed
+from server.api.generation import Prepared
 from server.api.telemetry.metrics import Metrics
 from server.api.telemetry.record import Outcome, Record, outcome_of, record_of
 from server.contracts import Delta, Usage
-from server.engine.worker import EngineWorker
 
 
-async def watched(request: Request, worker: EngineWorker, prepared: Prepared) -> AsyncGenerator[Delta]:
-    """As `worker.generate`, and it is noted how long it took and how it ended.
-
-    Raises:
-        What `worker.generate` raises.
-    """
-    watch = Watch(request.app.state.metrics, record_of(request), prepared)
-    with placed(prepared.place):
-        try:
-            taken = time.perf_counter() - record_of(request).started
-            generated = worker.generate(prepared.request, prepared.soft_prompt, seconds=taken)
-            async with aclosing(generated) as deltas:
-                async for delta in deltas:
-                    watch.take(delta)
-                    yield delta
-        except BaseException as error:
-            watch.end(outcome_of(error))
-            raise
-
-
-class Watch:
-    """One request of the engine, from when it is handed over to its end."""
+class Observation:
+    """Observes one request of the engine, from when it is handed over to its end."""
 
     def __init__(self, metrics: Metrics, record: Record, prepared: Prepared) -> None:
-        """The engine has not heard of it yet."""
+        """Begin before the engine has the request."""
         self._metrics = metrics
         self._record = record
         self._prepared = prepared
@@ -50,8 +27,18 @@ class Watch:
         if prepared.resolved is not None:
             record.task, record.version = prepared.resolved.task, prepared.resolved.version
 
+    @classmethod
+    def of(cls, request: Request, prepared: Prepared) -> Observation:
+        """Observe what an HTTP request asks of the engine."""
+        return cls(request.app.state.metrics, record_of(request), prepared)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the HTTP request came."""
+        return time.perf_counter() - self._record.started
+
     def take(self, delta: Delta) -> None:
-        """Look at what a step added."""
+        """Note what a step added."""
         if delta.token is not None:
             now = time.perf_counter()
             last = self._last.get(delta.index)
@@ -64,17 +51,19 @@ class Watch:
         if delta.usage is not None and (self._usage is None or delta.index == 0):
             self._usage = delta.usage
         if delta.finish_reason is not None and delta.is_last:
-            self.end(Outcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
+            self._end(Outcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
 
-    def end(self, outcome: Outcome) -> None:
-        """The request has ended; what comes after the first end does not count."""
+    def fail(self, error: BaseException) -> None:
+        """Note how the request ended, unless it had ended before."""
+        self._end(outcome_of(error))
+
+    def _end(self, outcome: Outcome) -> None:
         if self._has_ended:
             return
         self._has_ended = True
         usage, record = self._total(outcome), self._record
         record.add(outcome, usage)
-        seconds = time.perf_counter() - record.started
-        self._metrics.ended(record.task, record.version, outcome, usage, seconds)
+        self._metrics.ended(record.task, record.version, outcome, usage, self.seconds)
 
     def _total(self, outcome: Outcome) -> Usage:
         """What all choices took together: they share the input, of which the first one tells how it was met."""

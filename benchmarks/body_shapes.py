@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.api.bodies import ORDERS, TEXTS, Bounds
+from server.api.jobs.table import KINDS
 from server.api.limits import MAX_JSON_BYTES, MAX_ORDER_BYTES, json_limit
+
+JOB_PATHS = [kind.router.prefix for kind in KINDS]
 
 BOUNDARY = b"x"
 
@@ -125,7 +128,7 @@ def json_cases(method: str, path: str, schema: dict[str, Any], shapes: Shapes) -
     """A route's worst bodies of JSON."""
 
     def case(shape: str, *parts: bytes) -> Case:
-        limit = json_limit(f"{method} {path}")
+        limit = json_limit(f"{method} {path}", JOB_PATHS)
         assert sum(map(len, parts)) <= limit, shape
         return Case(method, path, shape, parts, "application/json", limit)
 
@@ -222,7 +225,7 @@ def cases_of(document: dict[str, Any], form_bytes: int) -> Iterator[Case]:
                 address = path.replace("{task}", "sms_spam").replace("{version}", "1").replace("{", "").replace("}", "")
                 schema = whole(content["schema"])
                 if kind == "application/json":
-                    is_order = json_limit(f"{method.upper()} {address}") == MAX_ORDER_BYTES
+                    is_order = json_limit(f"{method.upper()} {address}", JOB_PATHS) == MAX_ORDER_BYTES
                     yield from json_cases(method.upper(), address, schema, orders if is_order else texts)
                 else:
                     assert kind == "multipart/form-data", kind

@@ -167,7 +167,7 @@ class EvaluationNotDone(PreludeError):
     status = 409
     code = "evaluation_not_done"
     family = "validation"
-    default_remedy = "Ask GET /evaluations/{id} until its state is done."
+    default_remedy = "Ask GET /evaluations/{job} until its state is done."
 
 
 class Unauthorized(PreludeError):

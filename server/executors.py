@@ -107,7 +107,7 @@ class Executors:
     Attributes:
         changes: publishes and all other changes of tasks; each may wait minutes for the store.
         jobs: training jobs: reading and writing their folders.
-        evaluations: preparing evaluations, and their rows.
+        in_server: preparing jobs that run in the server, and their rows.
         scrapes: writing metrics.
         ending: what ends with the server; nothing else may take its threads.
     """
@@ -116,7 +116,7 @@ class Executors:
         """Start no thread yet."""
         self.changes = Executor("changes", "changes of tasks", threads=6, most_waiting=32)
         self.jobs = Executor("training-jobs", "requests for training jobs", threads=4, most_waiting=128)
-        self.evaluations = Executor("evaluations", "evaluations and their rows", threads=2, most_waiting=64)
+        self.in_server = Executor("in-server-jobs", "jobs in the server and their rows", threads=2, most_waiting=64)
         self.scrapes = Executor("scrapes", "scrapes", threads=1, most_waiting=4)
         self.ending = Executor("ending", "parts of the server", threads=8, most_waiting=8)
 

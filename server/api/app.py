@@ -17,9 +17,11 @@ from server import __version__
 from server.api import ops, pages, sagemaker
 from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.errors import install_error_handlers
-from server.api.evaluations import routes as evaluations
-from server.api.evaluations.jobs import Evaluations
 from server.api.head import HeadAsGet
+from server.api.jobs.followers import Followers
+from server.api.jobs.kind import Site
+from server.api.jobs.routes import common_routes
+from server.api.jobs.table import KINDS
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
 from server.api.prompts import routes as prompts
@@ -27,8 +29,6 @@ from server.api.prompts import versions
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
 from server.api.tgi import routes as tgi
-from server.api.training import routes as training
-from server.api.training.followers import Followers
 from server.engine.worker import EngineWorker
 from server.executors import Executors
 from server.jobs.job_queue import JobBoard
@@ -117,7 +117,8 @@ def create_app(
         for service in services:
             service.start()
         yield
-        await app.state.evaluations.stop()
+        for jobs in app.state.kinds.values():
+            await jobs.stop()
         ending = [executors.ending.run(service.stop) for service in services]
         await _within(STOP_SECONDS, [*ending, worker.stop()])
 
@@ -133,13 +134,19 @@ def create_app(
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.executors = executors = Executors()
-    app.state.evaluations = Evaluations(worker, settings, executors.evaluations, keys)
     app.state.keys = board.keys = keys
     app.state.jobs = board
-    app.state.followers = Followers(board, worker, executors.jobs)
+    app.state.site = site = Site(settings, worker, executors, board, keys)
+    app.state.kinds = {kind.router.prefix: kind(site) for kind in KINDS}
+    app.state.followers = Followers(worker)
     app.state.job_checks = Lane(executors.jobs, "training jobs", MOST_CHECKS)
     app.state.started = int(time.time())
-    app.add_middleware(BodyLimit, max_upload_bytes=settings.max_upload_bytes, memory=settings.body_memory)
+    app.add_middleware(
+        BodyLimit,
+        max_upload_bytes=settings.max_upload_bytes,
+        memory=settings.body_memory,
+        job_paths=[kind.router.prefix for kind in KINDS],
+    )
     hosts = settings.hosts
     if keys is None:
         hosts = frozenset() if hosts is None and not settings.allow_anonymous else hosts
@@ -147,7 +154,10 @@ def create_app(
     elif hosts is not None:
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
     install_error_handlers(app)
-    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, training, evaluations, ops):
+    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
         app.include_router(module.router)
+    for kind in KINDS:
+        app.include_router(kind.router)
+        app.include_router(common_routes(kind))
     app.router.routes.extend(pages.ROUTES)
     return app

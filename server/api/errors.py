@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from server.api.bodies import UNKNOWN, nearest
+from server.api.files import upload_not_kept
 from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
-from server.api.prompts.uploads import upload_not_kept
 from server.api.schemas import ErrorBody
 from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateParameters
 from server.api.training.schemas import JOB_FIELDS, JOBS

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.prompts.uploads import upload_not_kept
+from server.api.files import upload_not_kept
 from server.errors import InvalidRequest, PayloadTooLarge
 
 MAX_FORM_PARTS = 16

@@ -7,6 +7,7 @@ of.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
@@ -21,7 +22,7 @@ MAX_ORDER_BYTES = 2**20
 MULTIPART_OVERHEAD = 64 * 2**10
 """Boundaries and part headers around an upload's files."""
 MAX_DATA_BYTES = 256 * 2**20
-"""Rows of a training job, those to measure on included."""
+"""Files of a job."""
 
 FREE_BYTES = 2**16
 """Of each body, which are never held against what all bodies may hold: ordinary requests pass beside large ones."""
@@ -29,8 +30,6 @@ FORM_BYTES = 2**20
 """Of a form, which are kept in memory at most; its files lie on the disk."""
 
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
-_ORDER = re.compile(r"\w+ /(training|evaluations)(/|$)")
-_DATA = re.compile(r"POST /(training/jobs|evaluations)/?")
 
 
 class BodyLimit:
@@ -40,9 +39,17 @@ class BodyLimit:
     body counts until its request has been answered, as far as it has come.
     """
 
-    def __init__(self, app: ASGIApp, max_upload_bytes: int, memory: int) -> None:
-        """Wrap an app; `memory` is what all bodies may hold together, in bytes."""
+    def __init__(self, app: ASGIApp, max_upload_bytes: int, memory: int, job_paths: Sequence[str] = ()) -> None:
+        """Wrap an app.
+
+        Args:
+            app: the app.
+            max_upload_bytes: of the files of a soft prompt.
+            memory: what all bodies may hold together, in bytes.
+            job_paths: of each kind of job.
+        """
         self._app = app
+        self._job_paths = job_paths
         self._max_upload_bytes = max_upload_bytes
         self._memory = memory
         self._held = 0
@@ -91,11 +98,12 @@ class BodyLimit:
         if _UPLOAD.fullmatch(asked):
             most = self._max_upload_bytes + MULTIPART_OVERHEAD
             return most, "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
-        if is_form and _DATA.fullmatch(asked):
+        if is_form and asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]:
             return MAX_DATA_BYTES, "Send a sample of the rows; training reads no more than its steps take."
-        return json_limit(asked), "Send the text in several requests."
+        return json_limit(asked, self._job_paths), "Send the text in several requests."
 
 
-def json_limit(asked: str) -> int:
+def json_limit(asked: str, job_paths: Sequence[str]) -> int:
     """Most bytes of the JSON of a request, which is given as its method and path."""
-    return MAX_ORDER_BYTES if _ORDER.match(asked) else MAX_JSON_BYTES
+    path = asked.partition(" ")[2] + "/"
+    return MAX_ORDER_BYTES if path.startswith(tuple(f"{one}/" for one in job_paths)) else MAX_JSON_BYTES

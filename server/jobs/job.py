@@ -87,18 +87,20 @@ class JobSpec:
 
 
 class JobState(StrEnum):
-    """Where a job stands; the last three are for good."""
+    """How far a job has come. Only jobs that run in the server are prepared apart, and aborted when it shuts down."""
 
     QUEUED = "queued"
+    PREPARING = "preparing"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    ABORTED = "aborted"
 
     @property
     def is_over(self) -> bool:
         """Whether nothing will change any more."""
-        return self not in (JobState.QUEUED, JobState.RUNNING)
+        return self not in (JobState.QUEUED, JobState.PREPARING, JobState.RUNNING)
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,13 @@ class Job:
     is_cancelling: bool = False
     queue_position: int | None = None
     """1 is the next one."""
+
+    @property
+    def task(self) -> str:
+        """The task that it trains."""
+        return self.spec.task
+
+    @property
+    def state(self) -> JobState:
+        """How far it has come."""
+        return self.status.state

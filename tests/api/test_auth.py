@@ -21,11 +21,12 @@ from server.api import forms, ops
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.errors import install_error_handlers
+from server.api.jobs.routes import common_routes
+from server.api.jobs.table import KINDS as JOB_KINDS
 from server.api.openai import chat, completions, models
 from server.api.prompts import routes as prompts
 from server.api.prompts import versions
 from server.api.tgi import routes as tgi
-from server.api.training import routes as training
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import ApiKey, Scope
@@ -351,8 +352,10 @@ def test_a_route_that_does_not_say_who_may_use_it_cannot_be_made() -> None:
 
 
 def test_every_route_that_reads_a_body_asks_first() -> None:
-    modules = (tgi, completions, chat, models, prompts, versions, training, ops)
-    routes = [route for module in modules for route in module.router.routes]
+    modules = (tgi, completions, chat, models, prompts, versions, ops)
+    routers = [module.router for module in modules]
+    routers += [router for kind in JOB_KINDS for router in (kind.router, common_routes(kind))]
+    routes = [route for router in routers for route in router.routes]
     assert len(routes) > 10
     for route in routes:
         assert isinstance(route, GuardedRoute) or (isinstance(route, APIRoute) and route.body_field is None)

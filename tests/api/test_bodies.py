@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from server.api import bodies, forms
 from server.api.bodies import MAX_DIGITS, MAX_NAME, ORDERS, TEXTS, misfit, nearest, parse_json
 from server.api.forms import MAX_FIELD_BYTES, MAX_FORM_PARTS, read_form
+from server.api.jobs.table import KINDS
 from server.api.limits import MAX_JSON_BYTES, json_limit
 from server.errors import InvalidRequest, PayloadTooLarge, PreludeError
 from tests.api.live import LiveServer, assert_error
@@ -109,7 +110,8 @@ def test_texts_of_any_usual_script_fill_a_body_up_to_its_limit(character: str) -
 
 
 def test_what_asks_for_a_job_has_narrower_bounds() -> None:
-    assert json_limit("POST /training/jobs") < json_limit("POST /generate") == MAX_JSON_BYTES
+    paths = [kind.router.prefix for kind in KINDS]
+    assert json_limit("POST /training/jobs", paths) < json_limit("POST /generate", paths) == MAX_JSON_BYTES
     body = json.dumps(names(ORDERS.names + 1)).encode()
     assert parse_json(body)
     with pytest.raises(InvalidRequest, match="1,024 named values"):

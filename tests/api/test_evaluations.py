@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from server.api import limits
-from server.api.evaluations import jobs, routes
+from server.api.jobs import in_server
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import Scope
@@ -232,8 +232,8 @@ def test_cancelling_frees_everything_at_once(own_server: LiveServer) -> None:
 
 
 def test_one_runs_at_a_time_and_too_many_are_refused(own_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MOST_WAITING", 1)
-    monkeypatch.setattr(jobs, "MOST_KEPT", 2)
+    monkeypatch.setattr(in_server, "MOST_WAITING", 1)
+    monkeypatch.setattr(in_server, "MOST_KEPT", 2)
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     live.model.delay = 0.005
@@ -311,7 +311,7 @@ def test_a_large_evaluation_is_answered_before_it_is_prepared_and_can_be_cancell
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     slow = Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.2)
     began = time.monotonic()
     first, second = (start(live, jsonl(*PAIRS * 200), task="mood") for _ in range(2))
     assert time.monotonic() - began < 20, "1,200 rows take a minute to prepare"
@@ -332,8 +332,8 @@ def test_evaluations_in_preparation_count_among_those_that_may_wait(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.05)
-    monkeypatch.setattr(jobs, "MOST_WAITING", 2)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.05)
+    monkeypatch.setattr(in_server, "MOST_WAITING", 2)
     replies = [start(live, jsonl(*PAIRS * 50), task="mood") for _ in range(5)]
     assert [reply.status_code for reply in replies] == [202, 202, 202, 429, 429]
 
@@ -344,7 +344,7 @@ def test_what_a_client_that_has_left_asked_for_is_cancelled(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     slow = Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 60.0)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 60.0)
     files = {"data": ("test.jsonl", jsonl(*PAIRS * 200))}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/evaluations", data={"task": "mood"}, files=files, timeout=1.0)
@@ -364,7 +364,7 @@ def test_a_server_that_drains_ends_a_preparation_at_once(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.05)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.05)
     reply = start(live, jsonl(*PAIRS * 200), task="mood")
     asyncio.run_coroutine_threadsafe(live.worker.drain(30), live.loop).result(30)
     ended = finished(live, reply)
@@ -378,14 +378,14 @@ def test_an_evaluation_that_is_cancelled_while_the_server_drains_ends_once(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     ends: list[str] = []
-    end = jobs.EvaluationJob.end
+    end = in_server.InServerJob.end
 
-    def counted(job: jobs.EvaluationJob, *given: Any) -> None:
+    def counted(job: in_server.InServerJob[Any], *given: Any) -> None:
         ends.append(job.id)
         end(job, *given)
 
-    monkeypatch.setattr(jobs.EvaluationJob, "end", counted)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(in_server.InServerJob, "end", counted)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.2)
     if phase == "preparing":
         Slow(live, monkeypatch, 0.05)
     live.model.delay = 0.005
@@ -405,7 +405,7 @@ def test_what_is_refused_later_is_the_evaluations_error(
 ) -> None:
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
-    monkeypatch.setattr(routes, "REPLY_SECONDS", 0.0)
+    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.0)
     Slow(live, monkeypatch, 0.05)
     ended = finished(live, start(live, jsonl(*PAIRS * 5, ("x" * 191, "no")), task="mood"))
     assert (ended["state"], ended["error"]["code"]) == ("failed", "invalid_training_data")
@@ -415,7 +415,7 @@ def test_what_is_refused_later_is_the_evaluations_error(
 def test_an_evaluation_has_bounds_and_says_which(
     server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.evaluations.routes.REPLY_SECONDS", 30.0)  # the rows may take longer to read
+    monkeypatch.setattr("server.api.jobs.in_server.REPLY_SECONDS", 30.0)  # the rows may take longer to read
     over = start(server, jsonl(*PAIRS * 4000), task=mood)
     assert_error(over, 422, "invalid_training_data", "24,000 rows are more than the server's 20,000")
     assert "limit" in over.json()["remedy"]
@@ -480,3 +480,29 @@ def test_an_evaluation_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_upload_that_is_too_large_is_refused(server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_DATA_BYTES", 1000)
     assert_error(start(server, jsonl(("x", "no")) * 50, task=mood), 413, "payload_too_large")
+
+
+def test_an_evaluation_is_followed_until_its_end(own_server: LiveServer) -> None:
+    live = own_server
+    live.publish_random("mood", 1, MANIFEST)
+    live.model.delay = 0.005
+    started = start(live, jsonl(*PAIRS * 3), task="mood")
+    text = live.client.get(f"{started.headers['location']}/events", timeout=30).text
+    events = [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.startswith("data:")]
+    assert [event["state"] for event in events if event["event"] == "state"][-1] == "done"
+    done = [event["done"] for event in events if event["event"] == "progress"]
+    assert done == sorted(set(done))
+    assert done[-1] == 18
+    assert events[-1]["event"] == "end"
+    assert events[-1]["job"] == live.client.get(started.headers["location"]).json()
+
+
+def test_a_cancelled_evaluation_can_still_be_asked_for(own_server: LiveServer) -> None:
+    live = own_server
+    live.publish_random("mood", 1, MANIFEST)
+    live.model.delay = 0.005
+    path = start(live, jsonl(*PAIRS * 100), task="mood").headers["location"]
+    assert live.client.post(f"{path}/cancel").json()["state"] == "cancelled"
+    assert live.worker.num_in_flight == 0
+    assert live.client.post(f"{path}/cancel").json()["state"] == "cancelled"
+    assert live.client.get(path).json()["state"] == "cancelled"

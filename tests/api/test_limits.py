@@ -239,7 +239,7 @@ class _Under:
     """Requests under way behind one limit on what bodies hold together."""
 
     def __init__(self, memory: int) -> None:
-        self.limit = BodyLimit(self._app, HUGE, memory)
+        self.limit = BodyLimit(self._app, HUGE, memory, ["/training/jobs"])
         self.answered = asyncio.Event()
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from server.api.evaluations.schemas import Order
+from server.api.evaluations.schemas import EvaluationRequest
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.api.schemas import ActivateBody, RequestBody
 from server.api.tgi.schemas import GenerateBody, TokenizeBody
@@ -16,7 +15,7 @@ from server.api.training.schemas import parse_request, request_body
 
 BODIES: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (ActivateBody, {"version": 1}),
-    (Order, {"task": "mood", "data": "rows.jsonl"}),
+    (EvaluationRequest, {"task": "mood", "data": "rows.jsonl"}),
     (GenerateBody, {"inputs": "hello"}),
     (TokenizeBody, {"inputs": "hello"}),
     (CompletionBody, {"model": "mood", "prompt": "hello"}),
@@ -45,10 +44,10 @@ def test_null_counts_as_left_out_in_a_job_and_in_all_that_it_holds() -> None:
         "config": {**nulls, **config},
         "activate": {"at_least": None, "zzzzz": None, **bound},
     }
-    assert parse_request(json.dumps(more)) == parse_request(json.dumps(least).encode())
+    assert parse_request(more) == parse_request(least)
     for wrong in ({"zzzzz": 0}, {"config": {**nulls, "yyyyy": 0}}, {"task": None}):
         with pytest.raises(ValidationError, match=r"zzzzz|yyyyy|task"):
-            parse_request(json.dumps({**more, **wrong}))
+            parse_request({**more, **wrong})
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in BODIES], ids=lambda kind: kind.__name__)

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.schemas import ErrorBody, RequestBody, Text
+from server.api.jobs.in_server import InServerBody
+from server.api.schemas import RequestBody, Text
 
 FILES = ("data", "references", "shots")
 """Fields that are a file of the form, or the name of one in PRELUDE_DATA_DIR."""
@@ -14,7 +15,7 @@ FILES = ("data", "references", "shots")
 _NAMED = "a name inside PRELUDE_DATA_DIR; in a form also the file itself."
 
 
-class Order(RequestBody):
+class EvaluationRequest(RequestBody):
     """POST /evaluations, as JSON or as a form."""
 
     model_config = ConfigDict(
@@ -47,7 +48,7 @@ class Order(RequestBody):
 
 def request_body() -> dict[str, Any]:
     """The body for OpenAPI, which cannot be derived: a field may be a file or the name of one."""
-    schema = Order.model_json_schema()
+    schema = EvaluationRequest.model_json_schema()
     form = {**schema["properties"]}
     for name in FILES:
         form[name] = {"type": "string", "format": "binary", "description": form[name]["description"]}
@@ -62,31 +63,13 @@ def request_body() -> dict[str, Any]:
     }
 
 
-class Progress(BaseModel):
-    """Rows that were answered, of all contestants, and how many that will be."""
-
-    done: int
-    total: int
-
-
-class EvaluationBody(BaseModel):
+class EvaluationBody(InServerBody):
     """One evaluation."""
 
-    id: str
-    state: str = Field(
-        description="preparing, waiting, running, done, failed, cancelled, or aborted (the server shut down)."
-    )
-    task: str
     version: int
     data: str
     rows: int = Field(description="0 until they are read.")
     contestants: list[str]
-    created_at: str
-    started_at: str | None = None
-    ended_at: str | None = None
-    by: str | None = Field(None, description="Id of the key that asked for it.")
-    progress: Progress
-    error: ErrorBody | None = Field(None, description="Why it failed or was aborted.")
     result: dict[str, Any] | None = Field(
         None, description="Once it is done, not in the list: figures with intervals, as `prelude eval --json` has them."
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import struct
 import tempfile
@@ -18,13 +17,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from fastapi import UploadFile
 
-from server.durable import not_kept
+from server.api.files import copy_within, upload_not_kept
 from server.errors import InvalidSoftPrompt, PayloadTooLarge
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
@@ -34,17 +32,12 @@ MAX_ZIP_ENTRIES = 64
 MAX_DIRECTORY_BYTES = 2**18
 END_RECORD_REACH = 2**16 + 22 + 20
 """Bytes at a zip's end that hold its end record: the longest comment, the record, and zip64's pointer before it."""
-CHUNK = 2**16
 BROKEN_ZIP = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
     *(EOFError, ArithmeticError, LookupError, RuntimeError, ValueError),
 )
 """What zipfile raises on a zip that is damaged or forged: it documents only the first."""
 MAKE_PLAIN = "Make a plain zip of the files."
-
-
-upload_not_kept = partial(not_kept, what="The upload", where="its temporary folder (TMPDIR)")
-"""The error for an upload that the server has no place for."""
 
 
 class Unpacked(NamedTuple):
@@ -82,7 +75,7 @@ def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) 
     ignored = []
     for name, file in zip(names, files, strict=True):
         if name in WANTED:
-            max_bytes -= _copy(file.file, _new(directory, name), max_bytes)
+            max_bytes -= copy_within(file.file, _new(directory, name), max_bytes, _too_large())
             continue
         if name not in (*PICKLE_FILES, "README.md"):
             raise InvalidSoftPrompt(
@@ -110,7 +103,7 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> list[str]:
                     ignored.append(_leave_out(path.name, directory))
                     continue
                 with archive.open(entry) as file:
-                    max_bytes -= _copy(file, _new(directory, path.name), max_bytes)
+                    max_bytes -= copy_within(file, _new(directory, path.name), max_bytes, _too_large())
     except (*BROKEN_ZIP, OSError) as exc:
         if isinstance(exc, OSError) and exc.errno != errno.EINVAL:  # which is a seek to where no file can have bytes
             raise
@@ -180,14 +173,5 @@ def _new(directory: Path, name: str) -> Path:
     return path
 
 
-def _copy(source: IO[bytes], target: Path, max_bytes: int) -> int:
-    """Copy a file and answer its size; what is over the limit is removed again."""
-    size = 0
-    with target.open("wb") as file:
-        while chunk := source.read(CHUNK):
-            size += len(chunk)
-            if size > max_bytes:
-                shutil.rmtree(target.parent, ignore_errors=True)
-                raise PayloadTooLarge("The files of the soft prompt unfold to more than the server takes.")
-            file.write(chunk)
-    return size
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge("The files of the soft prompt unfold to more than the server takes.")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
+from server.validation import without_nulls
 
 JOBS = "/training/jobs"
 
@@ -33,24 +33,19 @@ class JobRequest(JobSpec):
 _REQUEST = TypeAdapter(JobRequest)
 
 
-def parse_request(text: str | bytes) -> JobRequest:
-    """A job from JSON. Fields that are null count as left out; there is none whose null means anything else.
+def parse_request(value: Any) -> JobRequest:
+    """A job from what JSON holds. Fields that are null count as left out; null never means anything else.
 
     Raises:
         ValidationError: a field is missing, unknown, or not what it must be.
     """
-    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-    if b"null" in raw:
-        with contextlib.suppress(ValueError):  # what is no JSON is refused below
-            raw = to_json(_without_nulls(from_json(raw)))
     # As JSON, not as Python: strict mode then takes a list for a tuple.
-    return _REQUEST.validate_json(raw, strict=True)
+    return _REQUEST.validate_json(to_json(_without_nulls(value), inf_nan_mode="constants"), strict=True)
 
 
 def _without_nulls(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    found = without_nulls(value)
+    return {name: _without_nulls(item) for name, item in found.items()} if isinstance(found, dict) else found
 
 
 JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *(f"config.{name}" for name in CONFIG_FIELDS)]

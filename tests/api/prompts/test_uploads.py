@@ -591,7 +591,7 @@ def test_a_full_disk_under_the_files_is_told_as_such(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(uploads, "_copy", full)
+        patch.setattr(uploads, "copy_within", full)
         for files in (good, {"f.zip": zip_of(good)}):
             assert_error(server.put("uploads-never", files), 507, "store_full", "No space left")
 

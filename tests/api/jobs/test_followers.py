@@ -11,12 +11,14 @@ from typing import Any, cast
 
 import pytest
 
-from server.api.training import followers as module
-from server.api.training.followers import Followers
+from server.api.jobs import followers as module
+from server.api.jobs.followers import Followers
+from server.api.jobs.kind import Site as ServerSite
+from server.api.training.routes import TrainingJobs
 from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.errors import Overloaded, ServerDraining, UnknownJob
-from server.executors import Executor
+from server.executors import Executors
 from server.jobs.job import Job, JobState
 from server.jobs.record import Recorder
 from server.settings import Settings
@@ -38,11 +40,12 @@ class Site:
 
     def __init__(self, yard: Yard) -> None:
         self.worker = SimpleNamespace(draining=False)
-        threads = Executor("jobs", "jobs", threads=2, most_waiting=100)
-        self.followers = Followers(yard.board, cast(EngineWorker, self.worker), threads)
+        worker = cast(EngineWorker, self.worker)
+        self.followers = Followers(worker)
+        self.jobs = TrainingJobs(ServerSite(yard.settings, worker, Executors(), yard.board, None))
 
     async def all_events(self, job: Job, last: int = 0) -> list[Event]:
-        return [event async for event in self.followers.events(job.id, last)]
+        return [event async for event in self.followers.events(self.jobs, job.id, last)]
 
 
 def ends(yard: Yard, job: Job) -> None:

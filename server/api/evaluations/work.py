@@ -1,0 +1,196 @@
+"""What an evaluation does as a job: its files are read, checked and tokenised on a thread, then its rows are asked."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from server.api.evaluations.schemas import EvaluationRequest
+from server.api.files import upload_not_kept
+from server.api.jobs.kind import Site
+from server.api.jobs.orders import GivenFile
+from server.data_dir import resolve_data
+from server.evaluation.bounds import Bounds
+from server.evaluation.card import render_card
+from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
+from server.evaluation.evaluation import Evaluation, prepare
+from server.evaluation.in_server import labels_at_once, rows_at_once, run_beside
+from server.evaluation.report import Report
+from server.evaluation.systems import TeacherText, Wanted
+from server.registry.snapshot_views import Resolved
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.data import DataFile
+
+TRAINING = "train.jsonl"
+
+GoOn = Callable[[], None]
+Version = tuple[Resolved, SoftPrompt]
+
+
+class KeptFile(NamedTuple):
+    """A data file: where it lies, and what the client calls it."""
+
+    path: Path
+    name: str
+
+
+class KeptFiles(NamedTuple):
+    """The files of an evaluation by their fields, and the folder of those that were uploaded."""
+
+    by_field: Mapping[str, KeptFile]
+    folder: Path | None
+
+    def discard(self) -> None:
+        """Remove what was uploaded."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def keep_files(given: Mapping[str, GivenFile]) -> KeptFiles:
+    """Copy uploads to a folder of their own; named files stay where they are.
+
+    Raises:
+        StoreError: the server has no place for the files.
+        PayloadTooLarge: a file is too large.
+    """
+    kept, folder = {}, None
+    try:
+        for field, file in given.items():
+            if isinstance(file.source, Path):
+                kept[field] = KeptFile(file.source, file.name)
+                continue
+            folder = folder or Path(tempfile.mkdtemp(prefix="prelude-evaluation-"))
+            kept[field] = KeptFile(folder / f"{field}.jsonl", file.name)
+            file.copy(kept[field].path)
+    except BaseException as exc:
+        KeptFiles({}, folder).discard()
+        if isinstance(exc, OSError):
+            raise upload_not_kept(exc) from exc
+        raise
+    return KeptFiles(kept, folder)
+
+
+@dataclass
+class EvaluationWork:
+    """One evaluation, and what it comes to.
+
+    Attributes:
+        request: what was asked for.
+        wanted: its baselines.
+        files: until it is prepared.
+        versions: the version that it is about, then those that it is compared with; none after its end.
+        key_id: the key that asked for it.
+        rows: how many there are; 0 until they are read.
+        total: rows times contestants.
+        report, card: the result; None until it is there.
+    """
+
+    request: EvaluationRequest
+    wanted: Wanted
+    files: KeptFiles
+    versions: tuple[Version, ...]
+    site: Site
+    key_id: str | None
+    rows: int = 0
+    total: int = 0
+    evaluation: Evaluation | None = None
+    report: Report | None = None
+    card: str | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what is shown of it also after its end."""
+        self.task, self.version = self.versions[0][0].task, self.versions[0][0].version
+        self.data = self.files.by_field["data"].name
+        alone = self.wanted.names(teacher=self.request.teacher is not None)
+        self.contestants = [*(_named(*version)[0] for version in self.versions), *alone]
+        settings = self.site.settings
+        self._limits = settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
+
+    def prepare(self, go_on: GoOn) -> None:
+        """Read and check everything.
+
+        Raises:
+            InvalidRequest, InvalidTrainingData, ConfigurationError: what `prepare` raises.
+        """
+        request = self.request
+        data, shots = self._read(go_on)
+        (resolved, soft_prompt), *others = self.versions
+        self.evaluation = prepare(
+            self.site.worker,
+            data,
+            _named(resolved, soft_prompt),
+            others=[_named(*one) for one in others],
+            wanted=self.wanted,
+            instruction=request.instruction,
+            shots=shots,
+            version=resolved.version,
+            teacher=None if request.teacher is None else TeacherText(request.teacher, bool(request.teacher_chat)),
+            bounds=Bounds(labels_at_once=labels_at_once(*self._limits)),
+            go_on=go_on,
+        )
+        self.rows, self.total = len(self.evaluation.rows), self.evaluation.num_questions
+        self.files.discard()
+
+    async def run(self, on_piece: GoOn) -> None:
+        """Ask all rows, and report.
+
+        Raises:
+            PreludeError: what `run_beside` raises.
+        """
+        evaluation = self.evaluation
+        assert evaluation is not None, "a job is prepared before it runs"
+        at_once = rows_at_once(evaluation.questions.choices_per_row - 1, *self._limits)
+        threads = self.site.executors.in_server
+        report = await run_beside(self.site.worker, evaluation, threads, at_once, on_piece, self.key_id)
+        self.report, self.card = report, render_card(report, self.versions[0][1], self._command())
+
+    def let_go(self) -> None:
+        """Free rows, soft prompts and files."""
+        self.files.discard()
+        self.versions, self.evaluation = (), None
+
+    def _read(self, go_on: GoOn) -> tuple[EvaluationData, DataFile | None]:
+        """The rows, and the training data if examples are wanted: by default train.jsonl beside a named file."""
+        request, files, data_dir = self.request, self.files.by_field, self.site.settings.data_dir
+        source, references, shots = files["data"], files.get("references"), files.get("shots")
+        data = read_evaluation_data(
+            source.path,
+            references=None if references is None else references.path,
+            references_name=None if references is None else references.name,
+            limit=request.limit,
+            name=source.name,
+            inside=data_dir if request.data is not None else source.path.parent,
+            go_on=go_on,
+        )
+        if not self.wanted.shots:
+            return data, None
+        if shots is None and request.data is not None:
+            beside = str(PurePosixPath(request.data).with_name(TRAINING))
+            shots = KeptFile(resolve_data(beside, data_dir), beside)
+        return data, None if shots is None else read_rows(shots.path, shots.name, go_on)
+
+    def _command(self) -> str:
+        """What measures the same from a shell, for the card."""
+        request = self.request
+        parts = ["prelude", "eval", request.task, "--data", self.data]
+        options = {
+            "--baselines": ",".join(request.baselines or ()),
+            "--instruction": request.instruction,
+            "--limit": request.limit,
+        }
+        for option, value in options.items():
+            parts += [option, str(value)] if value else []
+        if request.teacher is not None:
+            parts += ["--teacher", "teacher.txt", *(["--teacher-chat"] if request.teacher_chat else [])]
+        if request.compare is not None:
+            parts += ["--compare", *map(str, request.compare)]
+        return shlex.join(parts)
+
+
+def _named(resolved: Resolved, soft_prompt: SoftPrompt) -> tuple[str, SoftPrompt]:
+    return f"{resolved.task}@{resolved.version}", soft_prompt

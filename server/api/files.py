@@ -1,0 +1,32 @@
+"""Keeping what was uploaded: copies within a bound, and the error where there is no place for them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from server.durable import not_kept
+from server.errors import PreludeError
+
+CHUNK = 2**18
+
+upload_not_kept = partial(not_kept, what="The upload", where="its temporary folder (TMPDIR)")
+"""The error for an upload that the server has no place for."""
+
+
+def copy_within(source: IO[bytes], target: Path, room: int, too_large: PreludeError) -> int:
+    """Copy a file; returns its number of bytes.
+
+    Raises:
+        PreludeError: `too_large`, if it has more than `room` bytes.
+        OSError: it cannot be read or written.
+    """
+    size = 0
+    with target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            size += len(chunk)
+            if size > room:
+                raise too_large
+            file.write(chunk)
+    return size

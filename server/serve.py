@@ -85,7 +85,7 @@ def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             http=bounded_protocol(),
-            log_level=settings.log_level,
+            log_level="warning" if settings.log_level == "info" else settings.log_level,  # what it says, we say better
             log_config=None,  # the messages of uvicorn look like ours
             access_log=False,
             lifespan="on",
@@ -93,7 +93,8 @@ def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         before = set(threading.enumerate())
-        server = DrainingServer(config, worker, settings.drain_seconds)
+        first = next((task.name for task in registry.tasks() if task.traffic), None)
+        server = DrainingServer(config, worker, settings.drain_seconds, first_request(first, keys is not None))
         server.run([listener])
         leave_hanging_threads(set(threading.enumerate()) - before, server.status)
         if server.status:  # destructors of what lies on a lost device raise in C++, which aborts with another status
@@ -165,6 +166,16 @@ def publish_inbox(inbox: Inbox, registry: Registry) -> None:
         inbox.scan(show)
     live = [task.name for task in registry.tasks() if task.traffic]
     log.info("%d tasks: %s", len(live), ", ".join(live[:20]) or "none yet")
+
+
+def first_request(task: str | None, with_key: bool) -> str:
+    """A command that asks a server for an answer; `{url}` stands for its address."""
+    query = f"?task={task}" if task else ""
+    key = "-H 'authorization: Bearer KEY' " if with_key else ""
+    return (
+        f"curl '{{url}}/generate{query}' -H 'content-type: application/json' {key}"
+        """-d '{"inputs": "Hello, how are you?"}'"""
+    )
 
 
 def open_keys(settings: Settings) -> ApiKeys | None:
@@ -242,9 +253,17 @@ def warm_up(engine: Engine) -> None:
 class DrainingServer(uvicorn.Server):
     """uvicorn, but a signal first drains: new requests get 503 from a server that still answers, the others finish."""
 
-    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float) -> None:
-        """Serve `config`."""
+    def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float, example: str = "") -> None:
+        """Serve `config`.
+
+        Args:
+            config: the app, and how uvicorn serves it.
+            worker: drained before the end.
+            drain_seconds: how long requests may take to finish.
+            example: a first command to show; `{url}` in it becomes the server's address.
+        """
         super().__init__(config)
+        self._example = example
         self._worker = worker
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -272,7 +291,10 @@ class DrainingServer(uvicorn.Server):
         if self.started and sockets and not self.should_exit:
             host, port = sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            log.info("ready on http://%s:%d in %.1f s", host, port, time.time() - psutil.Process().create_time())
+            url = f"http://{host}:{port}"
+            log.info("ready on %s in %.1f s", url, time.time() - psutil.Process().create_time())
+            if self._example:
+                log.info("try: %s", self._example.replace("{url}", url))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. A later one: stop at once. The process ends with 0 either way.
@@ -315,4 +337,5 @@ class DrainingServer(uvicorn.Server):
         try:
             await self._worker.drain(self._drain_seconds)
         finally:
+            log.info("drained; the server ends")
             self.should_exit = True

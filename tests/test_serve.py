@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,11 +22,21 @@ import pytest
 import uvicorn
 from structlog.contextvars import bound_contextvars, get_contextvars
 
+from server.cli.main import imports_kept
 from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.serve import ENGINE_FAILED, LATEST_SECONDS, DrainingServer, bind, check_exposure, open_keys, serve
+from server.serve import (
+    ENGINE_FAILED,
+    LATEST_SECONDS,
+    DrainingServer,
+    bind,
+    check_exposure,
+    first_request,
+    open_keys,
+    serve,
+)
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from tests.processes import prelude_serve, start_fresh
@@ -264,8 +275,11 @@ def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(t
         assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
         process.popen.send_signal(signal.SIGTERM)
         assert process.ended_with(15) == 0
-    entries = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
+    entries = [json.loads(line) for line in process.log.read_text().splitlines()]  # no library writes in between
     assert [entry["level"] for entry in entries if entry["event"].startswith("ready on http://")] == ["info"]
+    starts = ["loading", "loaded", "optimised", "KV cache", "0 tasks", "ready on", "try"]
+    events = [entry["event"] for entry in entries if not entry["event"].startswith(("compiling", "converting"))]
+    assert [event[: len(start)] for event, start in zip(events, starts, strict=False)] == starts
     [served] = [entry for entry in entries if entry["event"] == "request" and entry["route"] == "/generate"]
     assert (served["request_id"], served["status"], served["output_tokens"]) == ("one", 200, 1)
 
@@ -282,6 +296,27 @@ def test_what_is_loaded_at_the_start_is_never_looked_through_again(
     finally:
         gc.unfreeze()
     assert kept[0] > 10_000
+
+
+@pytest.mark.parametrize(("task", "with_key"), [(None, False), ("a_task", True)])
+def test_the_first_command_that_a_start_shows_is_a_request_that_a_shell_can_send(
+    task: str | None, with_key: bool
+) -> None:
+    words = shlex.split(first_request(task, with_key).replace("{url}", "http://127.0.0.1:8000"))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/generate" + ("?task=a_task" if task else "")]
+    assert json.loads(words[-1]) == {"inputs": "Hello, how are you?"}
+    assert ("authorization: Bearer KEY" in words) is with_key
+
+
+def test_imports_of_a_start_are_not_collected_and_collection_goes_on_afterwards() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with imports_kept():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before + 1_000
+    finally:
+        gc.unfreeze()
 
 
 async def test_a_shutdown_that_is_signalled_within_a_request_is_not_logged_under_its_id() -> None:

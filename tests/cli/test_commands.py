@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from server import __version__
 from server.cli import app
 from server.contracts import ModelSpec
 from server.engine.model.frozen import FrozenModel
@@ -340,3 +341,8 @@ def test_a_broken_entry_of_the_inbox_is_in_nobody_else_s_way(workplace: Path, ti
     result = prelude("eval", "plain", "--data", "test.jsonl", "--limit", "2")
     assert result.exit_code == 0, result.output
     assert "plain on 2 rows of test.jsonl" in result.stdout
+
+
+def test_the_version_is_printed_without_a_command() -> None:
+    result = prelude("--version")
+    assert (result.exit_code, result.output) == (0, f"prelude {__version__}\n")

@@ -133,7 +133,8 @@ class FrozenModel:
                 special_tokens_in_input=settings.special_tokens_in_input,
             )
             refuse_inexact(model)
-            return model
+        log.info("loaded %s", _size(module))
+        return model
 
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
@@ -166,6 +167,13 @@ class FrozenModel:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _size(module: PreTrainedModel) -> str:
+    parameters = list(module.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    held = sum(parameter.nbytes for parameter in parameters)
+    return f"{count / 1e6:,.0f} million parameters in {held / 2**20:,.0f} MiB"
 
 
 def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:

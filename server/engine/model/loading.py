@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -72,13 +74,17 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         weights = check_files(directory)
     else:
         _check_hub_id(location)
-    with _quietly(), as_sentence(f"The model {location} cannot be loaded"):
+    with quietly(location), as_sentence(f"The model {location} cannot be loaded"):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         refuse_unsupported(config)
         refuse_missing_packages(location, config)
     _check_layers(location, weights, config)
     register_attention()
-    with _quietly(), as_sentence(f"The weights of {location} cannot be loaded"), refusing_own_choice(config.model_type):
+    with (
+        quietly(location),
+        as_sentence(f"The weights of {location} cannot be loaded"),
+        refusing_own_choice(config.model_type),
+    ):
         if unpack(config) or (not weights and quantisation(config) is None):
             weights = made(config)
         refuse_too_large(location, weights.values(), quantisation(config), device, dtype)
@@ -94,7 +100,7 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         )
         module: PreTrainedModel = loaded[0]
     refuse_missing(location, loaded[1])
-    with _quietly(), as_sentence(f"The tokenizer of {location} cannot be loaded"):
+    with quietly(location), as_sentence(f"The tokenizer of {location} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
     if is_empty:
@@ -103,14 +109,26 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers from reporting in many lines what we say in one."""
-    before = transformers_logging.get_verbosity()
+def quietly(location: str) -> Iterator[None]:
+    """Keep transformers from reporting in many lines what we report in one.
+
+    Its progress bars appear only on a terminal, and only for a model of the hub, which takes long to download.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if Path(location).is_dir() or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if hub_bars and are_progress_bars_disabled():
+            enable_progress_bars()
+        elif not hub_bars:
+            disable_progress_bars()
 
 
 def refuse_missing(location: str, info: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.engine.model.load_errors import REMEDY, as_sentence
-from server.engine.model.loading import refuse_missing
+from server.engine.model.loading import quietly, refuse_missing
 from server.engine.model.preflight import Stored, refuse_too_large
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL
@@ -125,9 +125,10 @@ def _convert(gguf: Path, target: Path) -> None:
     reader = GGUFReader(gguf)
     weights = [Stored("F32", int(tensor.n_elements)) for tensor in reader.tensors]
     refuse_too_large(str(gguf), weights, None, torch.device("cpu"), torch.float32)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
+    with quietly(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     model: PreTrainedModel = loaded[0]
     refuse_missing(str(gguf), loaded[1])
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -140,7 +141,8 @@ def _convert(gguf: Path, target: Path) -> None:
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    with quietly(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
     if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":
         _split_digits(tokenizer)

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFWriter
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from server.engine.model.frozen import FrozenModel
+from server.engine.model.loading import quietly
 from server.engine.model.weights import resolve_checkpoint
 from server.errors import ConfigurationError, InvalidRequest
 from server.settings import Settings
@@ -274,3 +277,18 @@ def test_weights_that_the_model_does_not_use_are_told(
     change(num_hidden_layers=1)(shutil.copytree(whole, tmp_path / "model"))
     load(tmp_path / "model")
     assert "does not use" in caplog.text
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bar_where_no_terminal_is_and_leaves_the_setting_as_it_was(shown: bool) -> None:
+    set_bars = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
+    before = transformers_logging.is_progress_bar_enabled()
+    try:
+        set_bars[shown]()  # type: ignore[no-untyped-call]
+        with quietly("org/name"):
+            assert not transformers_logging.is_progress_bar_enabled()
+            assert are_progress_bars_disabled()
+        assert transformers_logging.is_progress_bar_enabled() is shown
+        assert are_progress_bars_disabled() is not shown
+    finally:
+        set_bars[before]()  # type: ignore[no-untyped-call]

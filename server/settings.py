@@ -158,6 +158,12 @@ class Settings(BaseSettings):
         description="What the bodies of all requests under way may hold together, as they came; beyond that large ones "
         "get 429. Reading one takes up to three times as much memory.",
     )
+    form_disk: ByteSize = Field(
+        ByteSize(2 * 2**30),
+        ge=2**20,
+        description="What the files of all forms under way, uploads and rows, may take together in the temporary "
+        "folder; beyond that forms over 64 KiB get 429.",
+    )
     max_upload_bytes: ByteSize = Field(
         ByteSize(64 * 2**20), ge=1024, description="Largest soft prompt upload, such as 64MiB."
     )

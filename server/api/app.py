@@ -145,6 +145,7 @@ def create_app(
         BodyLimit,
         max_upload_bytes=settings.max_upload_bytes,
         memory=settings.body_memory,
+        disk=settings.form_disk,
         job_paths=[kind.router.prefix for kind in KINDS],
     )
     hosts = settings.hosts

@@ -7,6 +7,7 @@ of.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from python_multipart.multipart import parse_options_header
@@ -32,20 +33,71 @@ FORM_BYTES = 2**20
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 
 
+class FormDisk:
+    """What the files of all forms under way take on disk together, and how much of it each key takes.
+
+    A key may take half of it while no other key has a form under way, a third beside one other, and so on, so that a
+    part is left for the next key. Without keys, one client may take all of it.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Nothing is under way; `most` is in bytes."""
+        self._most = most
+        self._taken: Counter[str | None] = Counter()
+
+    def check(self, key: str | None, more: int, whole: int) -> None:
+        """Refuse more bytes of a form that comes to a whole, both in bytes; that of a form that begins is all of it.
+
+        Raises:
+            PayloadTooLarge: the form could not be taken even if nothing else were under way.
+            Overloaded: it could not beside the others.
+        """
+        alone = self._most if key is None else self._most // 2
+        if whole > alone:
+            raise PayloadTooLarge(
+                f"The files of one form may take {alone:,} bytes on the server's disk.",
+                remedy="Send less, or raise PRELUDE_FORM_DISK.",
+            )
+        if self._taken.total() + more > self._most:
+            raise Overloaded(f"The files of all forms under way would take more than {self._most:,} bytes on disk.")
+        share = self._most if key is None else self._most // (len({*self._taken, key}) + 1)
+        if self._taken[key] + more > share:
+            raise Overloaded(f"The files of this key's forms under way would take more than {share:,} bytes on disk.")
+
+    def take(self, key: str | None, more: int, whole: int) -> None:
+        """Count more bytes of a form.
+
+        Raises:
+            PayloadTooLarge, Overloaded: as `check`.
+        """
+        if more > 0:
+            self.check(key, more, whole)
+            self._taken[key] += more
+
+    def give_back(self, key: str | None, size: int) -> None:
+        """Forget a form that has been answered."""
+        if size:
+            self._taken[key] -= size
+            self._taken = +self._taken  # without keys that take nothing
+
+
 class BodyLimit:
     """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed.
 
-    What the bodies of all requests under way hold in memory has a limit too; a body that would exceed it gets 429. A
-    body counts until its request has been answered, as far as it has come.
+    What the bodies of all requests under way hold in memory has a limit too, and what the files of forms take on disk;
+    a body that would exceed one gets 429. A body counts until its request has been answered, as far as it has come.
     """
 
-    def __init__(self, app: ASGIApp, max_upload_bytes: int, memory: int, job_paths: Sequence[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, max_upload_bytes: int, memory: int, disk: int, job_paths: Sequence[str] = ()
+    ) -> None:
         """Wrap an app.
 
         Args:
             app: the app.
             max_upload_bytes: of the files of a soft prompt.
             memory: what all bodies may hold together, in bytes.
+            disk: what the files of all forms may take together, in bytes.
             job_paths: of each kind of job.
         """
         self._app = app
@@ -53,6 +105,7 @@ class BodyLimit:
         self._max_upload_bytes = max_upload_bytes
         self._memory = memory
         self._held = 0
+        self._disk = FormDisk(disk)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -60,21 +113,29 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        is_form = parse_options_header(headers.get("content-type"))[0] == b"multipart/form-data"
-        limit, remedy = self._limit(f"{scope['method']} {scope['path']}", is_form)
-        declared = headers.get("content-length", "0")
-        received = int(declared[:20]) if declared.isdecimal() and int(declared[:20]) > limit else 0
-        held = 0
+        asked = f"{scope['method']} {scope['path']}"
+        is_form = self._is_form(asked, headers)
+        limit, remedy = self._limit(asked, is_form)
+        length = headers.get("content-length", "0")
+        declared = int(length[:20]) if length.isdecimal() else 0
+        received = declared if declared > limit else 0
+        held = on_disk = 0
 
         async def limited_receive() -> Message:
-            nonlocal received, held
+            nonlocal received, held, on_disk
             if received <= limit:
+                if is_form and received == 0 < declared - FREE_BYTES:  # refused before it is sent
+                    self._disk.check(_key_id(scope), declared - FREE_BYTES, declared)
                 message = await receive()
                 received += len(message.get("body", b""))
                 if received <= limit:
                     more = max(0, min(received, FORM_BYTES if is_form else received) - FREE_BYTES) - held
                     self._hold(more)
                     held += more
+                    if is_form:
+                        more = max(0, received - FREE_BYTES) - on_disk
+                        self._disk.take(_key_id(scope), more, received)
+                        on_disk += more
                     return message
             raise PayloadTooLarge(f"The body has more than {limit:,} bytes.", remedy=remedy)
 
@@ -82,6 +143,7 @@ class BodyLimit:
             await self._app(scope, limited_receive, send)
         finally:
             self._held -= held
+            self._disk.give_back(_key_id(scope), on_disk)
 
     def _hold(self, more: int) -> None:
         """Count what has come of a body; refuse it if all of them would hold too much."""
@@ -93,12 +155,20 @@ class BodyLimit:
             )
         self._held += more
 
+    def _is_form(self, asked: str, headers: Headers) -> bool:
+        """Whether a body is read as a form, with its files on disk; elsewhere one called a form is kept whole."""
+        kind = parse_options_header(headers.get("content-type"))[0]
+        return kind == b"multipart/form-data" and bool(_UPLOAD.fullmatch(asked) or self._is_job(asked))
+
+    def _is_job(self, asked: str) -> bool:
+        return asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]
+
     def _limit(self, asked: str, is_form: bool) -> tuple[int, str]:
         """Most bytes of a request's body, and what to do about more."""
         if _UPLOAD.fullmatch(asked):
             most = self._max_upload_bytes + MULTIPART_OVERHEAD
             return most, "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
-        if is_form and asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]:
+        if is_form:
             return MAX_DATA_BYTES, "Send a sample of the rows; training reads no more than its steps take."
         return json_limit(asked, self._job_paths), "Send the text in several requests."
 
@@ -107,3 +177,9 @@ def json_limit(asked: str, job_paths: Sequence[str]) -> int:
     """Most bytes of the JSON of a request, which is given as its method and path."""
     path = asked.partition(" ")[2] + "/"
     return MAX_ORDER_BYTES if path.startswith(tuple(f"{one}/" for one in job_paths)) else MAX_JSON_BYTES
+
+
+def _key_id(scope: Scope) -> str | None:
+    """The key that `authorise` found, which it does before a body is read."""
+    key_id: str | None = scope.get("state", {}).get("key_id")
+    return key_id

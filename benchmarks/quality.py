@@ -36,9 +36,9 @@ from server.evaluation.evaluation import Evaluation
 from server.evaluation.intervals import Estimate
 from server.evaluation.metrics import ACCURACY, BLEU
 from server.evaluation.questions import Questions
-from server.evaluation.report import About
+from server.evaluation.report import EvaluationSubject
 from server.evaluation.standalone import OwnEngine, run
-from server.evaluation.systems import Contestant, Wanted, baselines
+from server.evaluation.systems import Contestant, RequestedBaselines, baselines
 from server.settings import Settings
 from server.soft_prompts.manifest import GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -48,9 +48,9 @@ from server.train.dtype import training_settings
 from server.train.initial import initial_values
 from server.train.methods import LearnedPrefix, build_prefix
 from server.train.objectives import Lesson, Targets
-from server.train.record import Progress
+from server.train.record import TrainingProgress
 from server.train.sweep import Tried, find_learning_rate
-from server.train.trainer import Work, train
+from server.train.trainer import TrainingProblem, train
 
 TASKS = ("rotten_tomatoes", "e2e_nlg")
 UNTRAINED = ("zero-shot", "4-shot")
@@ -99,7 +99,7 @@ class Bar:
     def __init__(self, name: str) -> None:
         self._bar = tqdm(desc=name, unit="step", dynamic_ncols=True)
 
-    def on_step(self, progress: Progress) -> None:
+    def on_step(self, progress: TrainingProgress) -> None:
         """Count one."""
         self._bar.set_postfix(loss=f"{progress.loss:.3f}", refresh=False)
         self._bar.update()
@@ -124,19 +124,19 @@ class Task:
         self.test: EvaluationData = read_evaluation_data(folder / "test.jsonl", limit=rows)
         self.labels = labels_of(self.training.rows)
 
-    def work(self, model: FrozenModel, prefix: LearnedPrefix, num_virtual_tokens: int) -> Work:
+    def work(self, model: FrozenModel, prefix: LearnedPrefix, num_virtual_tokens: int) -> TrainingProblem:
         """What the training loop takes."""
         lessons = [
             [Lesson((example,)) for example in encode_examples(data, model, TEMPLATE, num_virtual_tokens)]
             for data in (self.training, self.validation)
         ]
-        return Work(model, prefix, Targets(), *lessons)
+        return TrainingProblem(model, prefix, Targets(), *lessons)
 
     def measure(self, engine: Engine, contestant: Contestant) -> Estimate:
         """Ask all test rows."""
         host = OwnEngine(engine)
         questions = Questions(self.test, self.labels or (), host)
-        about = About(
+        about = EvaluationSubject(
             self.name, None, contestant.name, "", host.model.name, host.model.dtype, self.test.name,
             self.test.sha256, len(self.test.rows), tuple(self.labels or ()),
         )  # fmt: skip
@@ -194,7 +194,13 @@ def untrained_point(task: Task, settings: Settings, way: str, seed: int) -> tupl
     """Ask the frozen model alone."""
     engine = build_engine(settings, FrozenModel.load(settings))
     [asked] = baselines(
-        Wanted.parse([way]), task.test, OwnEngine(engine), TEMPLATE, shots=task.shots, labels=task.labels, seed=seed
+        RequestedBaselines.parse([way]),
+        task.test,
+        OwnEngine(engine),
+        TEMPLATE,
+        shots=task.shots,
+        labels=task.labels,
+        seed=seed,
     )
     return Learned(), task.measure(engine, asked)
 

@@ -63,7 +63,7 @@ def placed(place: str | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationOptions:
     """What a request wants besides an answer to its text.
 
     Attributes:
@@ -91,7 +91,7 @@ async def prepare(
     text: str,
     user: str | None = None,
     key_id: str | None = None,
-    wanted: Wanted | None = None,
+    wanted: GenerationOptions | None = None,
     place: str | None = None,
 ) -> Prepared:
     """Resolve, template and tokenise.
@@ -111,7 +111,7 @@ async def prepare(
         InputTooLong: the text can never fit, however it is tokenised.
         InvalidRequest: labels are the same to the model.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or GenerationOptions()
     request_id = uuid.uuid4().hex
     resolved = soft_prompt = None
     if task is not None:

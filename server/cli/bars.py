@@ -9,11 +9,11 @@ if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answe
     from tqdm import tqdm
 
     from server.client import Job
-    from server.train.record import Progress, Score
+    from server.train.record import TeacherForcedScore, TrainingProgress
     from server.train.sweep import Tried
 
 
-def describe(score: Score) -> str:
+def describe(score: TeacherForcedScore) -> str:
     """A measurement in words."""
     return in_words(score.exact_match, score.loss)
 
@@ -46,7 +46,7 @@ class Bars:
         """A row that the teacher has been asked about."""
         self._on("teacher", "row", self._taught).update()
 
-    def on_sweep_step(self, progress: Progress) -> None:
+    def on_sweep_step(self, progress: TrainingProgress) -> None:
         """A step of the search."""
         self._on("learning rate", "step", None).update()
 
@@ -56,7 +56,7 @@ class Bars:
             f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}"
         )
 
-    def on_step(self, progress: Progress) -> None:
+    def on_step(self, progress: TrainingProgress) -> None:
         """A step of training; what is measured on the way is written above the bar."""
         is_first = self._shown != self._task
         bar = self._on(self._task, "step", self._steps)

@@ -45,7 +45,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Content:
+class ComparedSoftPrompt:
     """One side of a comparison."""
 
     name: str
@@ -108,7 +108,7 @@ class Comparison:
         return {"identical": self.identical, **asdict(self)}
 
 
-def read_content(directory: Path, name: str) -> Content:
+def read_content(directory: Path, name: str) -> ComparedSoftPrompt:
     """Read a PEFT directory for a comparison.
 
     Raises:
@@ -124,10 +124,10 @@ def read_content(directory: Path, name: str) -> Content:
         raise InvalidSoftPrompt(f"{TENSOR_FILE} of {name} is damaged: {exc}.") from exc
     config = parse_json_object(files[CONFIG_FILE], f"{CONFIG_FILE} of {name}")
     manifest = parse_json_object(files.get(MANIFEST_FILE, b"{}"), f"{MANIFEST_FILE} of {name}")
-    return Content(name, config, manifest, tensors)
+    return ComparedSoftPrompt(name, config, manifest, tensors)
 
 
-def compare(a: Content, b: Content) -> Comparison:
+def compare(a: ComparedSoftPrompt, b: ComparedSoftPrompt) -> Comparison:
     """Everything that differs of two soft prompts, whatever they are called and whenever they were published.
 
     Fields that are null count as fields that are not there.

@@ -89,10 +89,10 @@ def evaluate(
         from server.evaluation.data import read_evaluation_data, read_rows
         from server.evaluation.evaluation import prepare
         from server.evaluation.standalone import OwnEngine, run
-        from server.evaluation.systems import TeacherText, Wanted
+        from server.evaluation.systems import RequestedBaselines, TeacherText
 
         settings = Settings.load()
-        wanted = Wanted.parse([name.strip() for name in baselines.split(",") if name.strip()])
+        wanted = RequestedBaselines.parse([name.strip() for name in baselines.split(",") if name.strip()])
         rows = read_evaluation_data(data, references=references, limit=limit)
         shots = read_rows(_shots_path(data, shots_data)) if wanted.shots else None
         directory = soft_prompt or settings.prompts_dir / task

@@ -16,7 +16,7 @@ from server.errors import ConfigurationError, InvalidTaskName
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
-    from server.cli.diff import Content
+    from server.cli.diff import ComparedSoftPrompt
     from server.client import PreludeClient, VersionList
 
 _SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
@@ -325,7 +325,7 @@ def _download(client: PreludeClient, task: str, number: int, directory: Path) ->
         unpack(archive, directory)
 
 
-def _content(client: PreludeClient, side: str) -> Content:
+def _content(client: PreludeClient, side: str) -> ComparedSoftPrompt:
     """One side of a diff; what has a slash is a directory."""
     from server.cli.diff import read_content
     from server.cli.files import local_path

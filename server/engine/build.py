@@ -13,7 +13,7 @@ from server.engine.fast.decode_graphs import capture
 from server.engine.fast.optimise import load_kernels, optimise
 from server.engine.memory.kv_cache import KVCache, bytes_per_position
 from server.engine.memory.largest_step import measure_steps
-from server.engine.memory.plan import MemoryPlan, MiB, Steps, Wanted, plan
+from server.engine.memory.plan import MemoryDemand, MemoryPlan, MiB, Steps, plan
 from server.engine.memory.prefix_cache import PrefixCache
 from server.engine.memory.slots import SlotAllocator
 from server.engine.memory.state_pool import bytes_per_state
@@ -116,7 +116,7 @@ def plan_memory(settings: Settings, model: ModelSpec, free: int, steps: Steps | 
         InsufficientMemory: they do not fit together, or the KV cache holds not even one sequence of the longest
             context; says what would.
     """
-    wanted = Wanted(
+    wanted = MemoryDemand(
         sequences=settings.max_sequences,
         running=most_running(settings.max_sequences, settings.max_batch_tokens),
         max_model_len=model.max_model_len,

@@ -13,7 +13,7 @@ REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any nu
 
 
 @dataclass(frozen=True)
-class Bounds:
+class EvaluationBounds:
     """Bounds of one evaluation.
 
     Attributes:

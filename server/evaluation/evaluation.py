@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 from server.evaluation import metrics
 from server.evaluation import systems as ways
-from server.evaluation.bounds import Bounds
+from server.evaluation.bounds import EvaluationBounds
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
-from server.evaluation.questions import Answer, Asked, Questions
-from server.evaluation.report import About, Report, Score
-from server.evaluation.systems import Contestant, Host, TeacherText, Wanted
+from server.evaluation.questions import Answer, Questions, RowRequest
+from server.evaluation.report import EvaluationSubject, Report, SystemScore
+from server.evaluation.systems import Contestant, Host, RequestedBaselines, TeacherText
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 from server.train.rows import Row
@@ -35,7 +35,7 @@ class Evaluation:
         questions: how rows are asked.
     """
 
-    about: About
+    about: EvaluationSubject
     contestants: tuple[Contestant, ...]
     questions: Questions
 
@@ -62,7 +62,7 @@ class Evaluation:
 
     def ask(
         self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
-    ) -> tuple[Asked, ...]:
+    ) -> tuple[RowRequest, ...]:
         """A row as requests; see Questions."""
         return self.questions.ask(contestant, row, key_id, is_background=is_background)
 
@@ -82,7 +82,7 @@ class Evaluation:
         return Report(
             about=self.about,
             scores={
-                name: Score({metric: bootstrap.estimate(of) for metric, of in statistics.items()}, seconds[name])
+                name: SystemScore({metric: bootstrap.estimate(of) for metric, of in statistics.items()}, seconds[name])
                 for name, statistics in found.items()
             },
             differences={
@@ -126,12 +126,12 @@ def prepare(
     subject: tuple[str, SoftPrompt],
     *,
     others: Sequence[tuple[str, SoftPrompt]] = (),
-    wanted: Wanted | None = None,
+    wanted: RequestedBaselines | None = None,
     instruction: str | None = None,
     shots: DataFile | None = None,
     teacher: TeacherText | None = None,
     version: int | None = None,
-    bounds: Bounds | None = None,
+    bounds: EvaluationBounds | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Put an evaluation together, and check all of it.
@@ -158,7 +158,7 @@ def prepare(
     if bounds is not None:
         bounds.check_rows(data, len(labels))
     questions = Questions(data, labels, host, None if bounds is None else bounds.labels_at_once)
-    wanted = wanted or Wanted()
+    wanted = wanted or RequestedBaselines()
     alone = (
         ways.baselines(
             wanted,
@@ -176,7 +176,7 @@ def prepare(
     )
     asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
     is_told = any(one.preamble for one in alone)
-    about = About(
+    about = EvaluationSubject(
         task=name.partition("@")[0],
         version=version,
         name=name,

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from server.engine.worker import EngineWorker
 from server.errors import Overloaded
 from server.evaluation.evaluation import Evaluation
-from server.evaluation.questions import Answer, Asked
+from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
 from server.evaluation.systems import Contestant
 from server.executors import Executor
@@ -104,7 +104,7 @@ async def _ask(
     return evaluation.questions.answer(*asked)
 
 
-async def _finish(worker: EngineWorker, asked: Asked) -> None:
+async def _finish(worker: EngineWorker, asked: RowRequest) -> None:
     """One request to its end; while the server takes no more, it waits until it does."""
     while True:
         try:

@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass
-class Asked:
+class RowRequest:
     """One request of a row, and what has come back of it so far."""
 
     row: Row
@@ -134,7 +134,7 @@ class Questions:
             return contestant
         return contestant.after(start, self._host)
 
-    def _check(self, contestant: Contestant, asked: Asked) -> None:
+    def _check(self, contestant: Contestant, asked: RowRequest) -> None:
         try:
             self._host.check(asked.request, asked.soft_prompt)
         except (EmptyInput, InputTooLong) as exc:
@@ -148,7 +148,7 @@ class Questions:
 
     def ask(
         self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
-    ) -> tuple[Asked, ...]:
+    ) -> tuple[RowRequest, ...]:
         """A row as the requests that a contestant answers: the first generates, the others score."""
         host, prefix = self._host, contestant.prefix
         ids = tuple(contestant.read(row, host))
@@ -176,9 +176,9 @@ class Questions:
             )
             for begin in range(0, len(given), self.labels_at_once)
         ]
-        return tuple(Asked(row, request, prefix) for request in (generated, *scored))
+        return tuple(RowRequest(row, request, prefix) for request in (generated, *scored))
 
-    def answer(self, generated: Asked, *scored: Asked) -> Answer:
+    def answer(self, generated: RowRequest, *scored: RowRequest) -> Answer:
         """What the requests of a row were answered with."""
         text = "".join(generated.text)
         given = [part.scored[index] for part in scored for index in range(part.request.num_choices)]

@@ -11,7 +11,7 @@ from server.evaluation.metrics import ACCURACY, ROUGE_L, Metric
 
 
 @dataclass(frozen=True)
-class About:
+class EvaluationSubject:
     """What was evaluated, and on what."""
 
     task: str
@@ -32,7 +32,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Score:
+class SystemScore:
     """One contestant's figures, and how long it took."""
 
     figures: Mapping[Metric, Estimate]
@@ -51,8 +51,8 @@ class Report:
         agreement: of each other contestant, the share of rows of which it chooses the same label as the first.
     """
 
-    about: About
-    scores: Mapping[str, Score]
+    about: EvaluationSubject
+    scores: Mapping[str, SystemScore]
     differences: Mapping[str, Mapping[Metric, Estimate]]
     by_label: Mapping[str, tuple[int, int]]
     agreement: Mapping[str, Estimate] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from server.engine.engine import Engine
 from server.engine.text.model_text import ModelText
 from server.errors import GenerationFailed
 from server.evaluation.evaluation import Evaluation
-from server.evaluation.questions import Answer, Asked
+from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
 from server.evaluation.systems import Contestant
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -72,8 +72,8 @@ def _answers(
 ) -> Iterator[tuple[int, Answer]]:
     """Line and answer of each row, as they are answered."""
     waiting = iter(evaluation.rows)
-    running: dict[str, Asked] = {}  # by request id
-    pairs: dict[int, tuple[Asked, ...]] = {}  # by line
+    running: dict[str, RowRequest] = {}  # by request id
+    pairs: dict[int, tuple[RowRequest, ...]] = {}  # by line
 
     def submit(row: Row) -> None:
         pairs[row.line] = evaluation.ask(contestant, row)

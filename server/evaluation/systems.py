@@ -55,7 +55,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedBaselines:
     """Baselines as somebody asked for them.
 
     Attributes:
@@ -76,7 +76,7 @@ class Wanted:
         return [*alone, *(f"{count}-shot" for count in self.shots), *([TEACHER] * teacher)]
 
     @classmethod
-    def parse(cls, names: Sequence[str]) -> Wanted:
+    def parse(cls, names: Sequence[str]) -> RequestedBaselines:
         """From names: `zero-shot`, `instruction`, `4-shot`, `@2`.
 
         Raises:
@@ -187,7 +187,7 @@ def of_soft_prompt(name: str, soft_prompt: SoftPrompt) -> Contestant:
 
 
 def baselines(
-    wanted: Wanted,
+    wanted: RequestedBaselines,
     data: EvaluationData,
     host: Host,
     manifest: Manifest,

@@ -143,7 +143,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a running job has come, as its last line says."""
 
     phase: str = ""
@@ -165,7 +165,7 @@ class Job:
     """Id of the key that it was asked for with."""
     created_at: str
     status: Status
-    progress: Progress = field(default_factory=Progress)
+    progress: JobProgress = field(default_factory=JobProgress)
     is_cancelling: bool = False
     queue_position: int | None = None
     """1 is the next one."""

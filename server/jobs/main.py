@@ -29,7 +29,7 @@ from server.settings import Settings
 if TYPE_CHECKING:  # torch must not be there before priorities and OpenMP's variables are set
     from server.engine.model.frozen import FrozenModel
     from server.train.output import Trained
-    from server.train.record import Progress
+    from server.train.record import TrainingProgress
     from server.train.sweep import Tried
 
 log = logging.getLogger(__name__)
@@ -143,14 +143,14 @@ class _Watch:
     def on_taught(self) -> None:
         self._enter("teacher")
 
-    def on_sweep_step(self, progress: Progress) -> None:
+    def on_sweep_step(self, progress: TrainingProgress) -> None:
         self._enter("learning_rate")
 
     def on_tried(self, tried: Tried) -> None:
         log.info("learning rate %g: validation loss %.4f", tried.learning_rate, tried.loss)
         self._recorder.tried(tried.learning_rate, tried.loss)
 
-    def on_step(self, progress: Progress) -> None:
+    def on_step(self, progress: TrainingProgress) -> None:
         self._enter("training")
         score = progress.validation
         if score is not None:

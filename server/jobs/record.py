@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from server.jobs.job import Progress
+from server.jobs.job import JobProgress
 from server.train.config import TrainingConfig
 
 LINES = 1000
@@ -113,7 +113,7 @@ def last_line_end(path: Path) -> int:
         return 0
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Path) -> JobProgress:
     """How far a job has come, from the end of its record."""
     try:
         with path.open("rb") as file:
@@ -121,16 +121,16 @@ def read_progress(path: Path) -> Progress:
             file.seek(max(0, size - TAIL_BYTES))
             data = file.read()
     except FileNotFoundError:
-        return Progress()
+        return JobProgress()
     whole = data[: data.rfind(b"\n") + 1]
     lines = _parsed(whole[whole.find(b"\n") + 1 :] if size > TAIL_BYTES else whole)
     phase = next((line["phase"] for line in reversed(lines) if line["event"] == "phase"), "training" if lines else "")
     last = next((line for line in reversed(lines) if line["event"] == "step"), None)
     if last is None:
-        return Progress(phase)
+        return JobProgress(phase)
     is_ahead = lines[-1]["event"] != "step"  # a process that began again is not there yet
     left = None if is_ahead else last["seconds_left"]
-    return Progress(phase, last["step"], last["loss"], last["tokens_per_second"], left, last["validation"])
+    return JobProgress(phase, last["step"], last["loss"], last["tokens_per_second"], left, last["validation"])
 
 
 def _parsed(lines: bytes) -> list[dict[str, Any]]:

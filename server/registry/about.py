@@ -27,7 +27,7 @@ FILLED_IN = (
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class ManifestSummary:
     """What is known of a manifest without reading it again.
 
     Attributes:
@@ -52,14 +52,14 @@ class ManifestText(str):
     """
 
     @cached_property
-    def about(self) -> About:
+    def about(self) -> ManifestSummary:
         """What lists show of it."""
         fields = {name: value for name, value in json.loads(self).items() if name not in FILLED_IN}
         identity = hashlib.sha256(compact_json(fields).encode()).hexdigest()[:16]
         try:
             manifest = self.parse()
         except InvalidSoftPrompt as exc:
-            return About(identity, exc.message)
+            return ManifestSummary(identity, exc.message)
         description, metrics = manifest.description, None
         if description is not None and len(description) > MAX_DESCRIPTION:
             description = f"{description[:MAX_DESCRIPTION]}…"
@@ -69,7 +69,7 @@ class ManifestText(str):
             metrics = None
         base = manifest.base_model
         known = None if base is None else BaseModelRef(name=base.name, fingerprint=base.fingerprint)
-        return About(identity, None, description, metrics, known)
+        return ManifestSummary(identity, None, description, metrics, known)
 
     @property
     def manifest(self) -> Manifest:

@@ -13,7 +13,6 @@ from typing import Literal
 from server.errors import InvalidRequest, NothingToRollBackTo, PreconditionFailed, UnknownTask, VersionInUse
 from server.registry.events import (
     Activate,
-    Content,
     Delete,
     DeleteVersion,
     NewVersion,
@@ -22,9 +21,10 @@ from server.registry.events import (
     RollBack,
     SetTraffic,
     Source,
+    VersionContent,
     alone,
 )
-from server.registry.state import State, TaskState
+from server.registry.state import RegistryState, TaskState
 from server.soft_prompts.names import check_task_name, unknown_task
 
 Expected = int | Literal["any", "none"] | None
@@ -51,12 +51,12 @@ class Placed:
 
 
 def publish(
-    state: State,
-    items: Sequence[tuple[str, Content]],
+    state: RegistryState,
+    items: Sequence[tuple[str, VersionContent]],
     source: Source,
     activate: bool,
     expected: Expected,
-    is_broken: Callable[[Content], bool],
+    is_broken: Callable[[VersionContent], bool],
     by: str | None = None,
 ) -> Placed:
     """New versions; what answers already, alone, stays the version that it is, unless it cannot be served."""
@@ -74,14 +74,14 @@ def publish(
     return Placed(versions, change, first.last_event if first.versions else 0)
 
 
-def activate(state: State, name: str, version: int, expected: Expected) -> Activate | None:
+def activate(state: RegistryState, name: str, version: int, expected: Expected) -> Activate | None:
     """One version, alone."""
     task = existing(state, name, expected)
     check_version(name, task.versions, version)
     return None if task.traffic == alone(version) else Activate(name, version)
 
 
-def set_traffic(state: State, name: str, weights: Mapping[int, int], expected: Expected) -> SetTraffic | None:
+def set_traffic(state: RegistryState, name: str, weights: Mapping[int, int], expected: Expected) -> SetTraffic | None:
     """Versions by weight."""
     task = existing(state, name, expected)
     for version in weights:
@@ -95,7 +95,7 @@ def set_traffic(state: State, name: str, weights: Mapping[int, int], expected: E
     return None if task.traffic == traffic else SetTraffic(name, traffic)
 
 
-def roll_back(state: State, name: str, expected: Expected) -> RollBack:
+def roll_back(state: RegistryState, name: str, expected: Expected) -> RollBack:
     """What answered before."""
     task = existing(state, name, expected)
     if not task.before:
@@ -103,7 +103,7 @@ def roll_back(state: State, name: str, expected: Expected) -> RollBack:
     return RollBack(name)
 
 
-def delete_version(state: State, name: str, version: int, expected: Expected) -> DeleteVersion:
+def delete_version(state: RegistryState, name: str, version: int, expected: Expected) -> DeleteVersion:
     """A version that does not answer."""
     task = existing(state, name, expected)
     check_version(name, task.versions, version)
@@ -112,19 +112,19 @@ def delete_version(state: State, name: str, version: int, expected: Expected) ->
     return DeleteVersion(name, version)
 
 
-def delete(state: State, name: str, expected: Expected) -> Delete:
+def delete(state: RegistryState, name: str, expected: Expected) -> Delete:
     """A whole task."""
     existing(state, name, expected)
     return Delete(name)
 
 
-def retire(state: State, tasks: Mapping[str, str], by: str | None) -> Retire | None:
+def retire(state: RegistryState, tasks: Mapping[str, str], by: str | None) -> Retire | None:
     """Those of these tasks whose directory left the inbox at this place, and whose last content from there is this."""
     gone = tuple(name for name, identity in tasks.items() if _task(state, name).held_by(by) == identity)
     return Retire(gone) if gone else None
 
 
-def existing(state: State, name: str, expected: Expected = None) -> TaskState:
+def existing(state: RegistryState, name: str, expected: Expected = None) -> TaskState:
     """A task that has versions.
 
     Raises:
@@ -139,7 +139,7 @@ def existing(state: State, name: str, expected: Expected = None) -> TaskState:
     return task
 
 
-def check_expected(state: State, name: str, expected: Expected) -> None:
+def check_expected(state: RegistryState, name: str, expected: Expected) -> None:
     """Refuse a change that rests on what is no longer so.
 
     Raises:
@@ -167,7 +167,7 @@ def check_version(name: str, versions: Collection[int], number: int) -> None:
         raise UnknownTask(f"Task {name!r} has no version {number}.", remedy=f"Its versions are {listed}.")
 
 
-def _task(state: State, name: str) -> TaskState:
+def _task(state: RegistryState, name: str) -> TaskState:
     return state.tasks.get(name) or TaskState()
 
 
@@ -179,7 +179,9 @@ def _check_room(item: NewVersion, task: TaskState) -> None:
         )
 
 
-def _place(state: State, name: str, content: Content, is_broken: Callable[[Content], bool]) -> NewVersion:
+def _place(
+    state: RegistryState, name: str, content: VersionContent, is_broken: Callable[[VersionContent], bool]
+) -> NewVersion:
     live = _task(state, name).live_alone
     if live is not None and live.content.identity == content.identity and not is_broken(live.content):
         return NewVersion(name, live.number, live.content)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from server.errors import StoreError
-from server.registry.about import About, ManifestText, compact_json
+from server.registry.about import ManifestSummary, ManifestText, compact_json
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import first_problems
@@ -49,7 +49,7 @@ class _Strict:
 
 
 @dataclass(frozen=True, slots=True)
-class Content(_Strict):
+class VersionContent(_Strict):
     """All that may be known of a version's content without reading its tensor.
 
     Attributes:
@@ -76,7 +76,7 @@ class Content(_Strict):
         return self.shape[0]
 
     @property
-    def about(self) -> About:
+    def about(self) -> ManifestSummary:
         """What is known of its manifest."""
         return self._text.about
 
@@ -98,13 +98,13 @@ class Content(_Strict):
         return self.manifest if isinstance(self.manifest, ManifestText) else ManifestText(self.manifest)
 
 
-def content_of(soft_prompt: SoftPrompt, blob: str) -> Content:
+def content_of(soft_prompt: SoftPrompt, blob: str) -> VersionContent:
     """What an event says of a soft prompt."""
     [content] = contents_of([soft_prompt], [blob])
     return content
 
 
-def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> list[Content]:
+def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> list[VersionContent]:
     """What an event says of soft prompts; those of one manifest share its text."""
     texts: dict[int, ManifestText] = {}
     found = []
@@ -114,7 +114,7 @@ def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> lis
             texts[id(manifest)] = ManifestText(compact_json(json.loads(manifest.to_json())))
         n, width = soft_prompt.tensor.shape
         found.append(
-            Content(
+            VersionContent(
                 digest=soft_prompt.digest,
                 prefix_hash=soft_prompt.prefix_hash,
                 peft_type=soft_prompt.peft_type,
@@ -133,7 +133,7 @@ class NewVersion(_Strict):
 
     task: str
     version: int
-    content: Content
+    content: VersionContent
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ def _publish_fields(change: Publish) -> dict[str, Any]:
     return fields
 
 
-def _content_fields(content: Content, is_shared: bool) -> dict[str, Any]:
+def _content_fields(content: VersionContent, is_shared: bool) -> dict[str, Any]:
     fields = {item.name: getattr(content, item.name) for item in dataclasses.fields(content)}
     manifest = fields.pop("manifest")
     return fields if is_shared else {**fields, "manifest": json.loads(manifest)}

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from server.registry.events import Content
+from server.registry.events import VersionContent
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 LOADERS = 4
@@ -35,7 +35,7 @@ class HostCache:
     """
 
     def __init__(
-        self, budget_bytes: int, load: Callable[[Content], SoftPrompt], is_wanted: Callable[[str], bool]
+        self, budget_bytes: int, load: Callable[[VersionContent], SoftPrompt], is_wanted: Callable[[str], bool]
     ) -> None:
         """An empty cache.
 
@@ -56,7 +56,7 @@ class HostCache:
         self._sizes: dict[str, int] = {}  # of those that are kept, by digest
         self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another of the same content may be whole
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Content, Future[SoftPrompt]]] = deque()
+        self._waiting: deque[tuple[VersionContent, Future[SoftPrompt]]] = deque()
         self._num_loaders = 0
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class HostCache:
                 self.hits += 1
             return soft_prompt
 
-    def fetch(self, content: Content) -> Future[SoftPrompt]:
+    def fetch(self, content: VersionContent) -> Future[SoftPrompt]:
         """The soft prompt from here or from the store; those who ask while it is loaded share one future."""
         with self._lock:
             kept = self._kept.get(content.digest)
@@ -128,7 +128,7 @@ class HostCache:
                 content, loading = self._waiting.popleft()
             self._load_and_keep(content, loading)
 
-    def _load_and_keep(self, content: Content, loading: Future[SoftPrompt]) -> None:
+    def _load_and_keep(self, content: VersionContent, loading: Future[SoftPrompt]) -> None:
         started = time.perf_counter()
         try:
             soft_prompt = self._load(content)
@@ -141,7 +141,7 @@ class HostCache:
             self.on_load(time.perf_counter() - started)
             loading.set_result(soft_prompt)
 
-    def _end(self, content: Content, loads: int = 0, failures: int = 0) -> None:
+    def _end(self, content: VersionContent, loads: int = 0, failures: int = 0) -> None:
         with self._lock:
             self.loads += loads
             self.failures += failures

@@ -23,7 +23,7 @@ from server.errors import InvalidTaskName, PreludeError, UnknownTask
 from server.registry.events import content_of
 from server.registry.inbox_watcher import Folder, Signature
 from server.registry.registry import Registry
-from server.registry.state import Version
+from server.registry.state import StoredVersion
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, TENSOR_FILE, load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
@@ -276,7 +276,7 @@ class Inbox:
             log.info("no longer in %s: %s", self._folder.path, ", ".join(names))
         return True
 
-    def _live(self, task: str) -> Version | None:
+    def _live(self, task: str) -> StoredVersion | None:
         with contextlib.suppress(UnknownTask):
             return self._registry.task(task).live
         return None

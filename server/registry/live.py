@@ -19,11 +19,11 @@ from typing import Protocol
 from server.contracts import ModelSpec
 from server.errors import UnknownTask
 from server.registry import commands as plans
-from server.registry.events import Change, Content, Event, Publish
+from server.registry.events import Change, Event, Publish, VersionContent
 from server.registry.host_cache import HostCache
 from server.registry.loader import Contents
 from server.registry.snapshot_views import Resolved, Task
-from server.registry.state import WHOLE_STORE, State, Version
+from server.registry.state import WHOLE_STORE, RegistryState, StoredVersion
 from server.registry.store import Store
 from server.registry.unreadable import Entry
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
@@ -168,7 +168,7 @@ class LiveMap:
         }
         return {**self._state.problems, **found, **self.inbox_errors}
 
-    def why_broken(self, version: Version) -> str | None:
+    def why_broken(self, version: StoredVersion) -> str | None:
         """Why a version is not served; None if nothing is known against it."""
         return self._contents.why_broken(version.content)
 
@@ -179,14 +179,14 @@ class LiveMap:
 
     # Taking events over: one thread at a time.
 
-    def _apply(self, events: Sequence[Entry]) -> list[Content]:
+    def _apply(self, events: Sequence[Entry]) -> list[VersionContent]:
         """Take events over, with one assignment of the live map at the end.
 
         Returns:
             Contents that no version names any more.
         """
         touched: set[str] = set()
-        removed: list[Version] = []
+        removed: list[StoredVersion] = []
         problems = dict(self._state.problems)
         for event in events:
             names, gone = self._state.take(event)
@@ -201,7 +201,7 @@ class LiveMap:
         _log_new(problems, self._state.problems)
         return contents
 
-    def _replace(self, state: State) -> None:
+    def _replace(self, state: RegistryState) -> None:
         """Take over a state that was loaded anew, because the events between were removed."""
         before = self._state
         self._state = state
@@ -212,7 +212,7 @@ class LiveMap:
         self._drop([content for content in contents if content.blob not in kept])
         _log_new(before.problems, state.problems)
 
-    def _drop(self, contents: Sequence[Content]) -> None:
+    def _drop(self, contents: Sequence[VersionContent]) -> None:
         """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
         for content in contents:
             self._contents.forget(content)
@@ -244,7 +244,7 @@ class LiveMap:
                 self._held += Counter()  # without those that nobody holds any more
             self._engine.drop_unused({prefix for prefix in hashes if not self.is_referenced(prefix)})
 
-    def _going_live(self, events: Sequence[Entry]) -> list[Content]:
+    def _going_live(self, events: Sequence[Entry]) -> list[VersionContent]:
         """Contents that answer once these events are taken over, and do not yet."""
         ahead = self._state.ahead(events)
         return [
@@ -264,5 +264,5 @@ def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
             log.error("%s: %s", "all tasks" if name == WHOLE_STORE else name, problem)
 
 
-def _published(change: Change) -> list[Content]:
+def _published(change: Change) -> list[VersionContent]:
     return [item.content for item in change.published] if isinstance(change, Publish) else []

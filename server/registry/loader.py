@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from server.contracts import ModelSpec
 from server.errors import PreludeError, VersionUnavailable
-from server.registry.events import Content
+from server.registry.events import VersionContent
 from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import (
@@ -46,7 +46,7 @@ class Contents:
         self._model = model
         self._max_virtual_tokens = max_virtual_tokens
 
-    def load(self, content: Content) -> SoftPrompt:
+    def load(self, content: VersionContent) -> SoftPrompt:
         """Read a content and check that this model can serve it; on a thread of the host cache.
 
         Raises:
@@ -64,7 +64,7 @@ class Contents:
         self.broken.pop(_key(content), None)
         return soft_prompt
 
-    def require_fit(self, content: Content) -> None:
+    def require_fit(self, content: VersionContent) -> None:
         """Refuse to let a content answer that this server cannot serve, whatever the store holds of it.
 
         Raises:
@@ -75,7 +75,7 @@ class Contents:
         except PreludeError as exc:
             raise _unavailable(exc) from exc
 
-    def check_all(self, contents: Iterable[Content], deleted: Collection[str] = ()) -> None:
+    def check_all(self, contents: Iterable[VersionContent], deleted: Collection[str] = ()) -> None:
         """Find out at start what cannot be served, by what events say and which blobs there are.
 
         Args:
@@ -92,7 +92,7 @@ class Contents:
             if content.blob in missing:
                 self.broken.setdefault(_key(content), f"The store's blob {content.blob} is missing.")
 
-    def check(self, contents: Iterable[Content]) -> None:
+    def check(self, contents: Iterable[VersionContent]) -> None:
         """Find out what cannot be served by what events say; nothing is read from the store."""
         for content in contents:
             try:
@@ -100,19 +100,19 @@ class Contents:
             except PreludeError as exc:
                 self.broken[_key(content)] = str(exc)
 
-    def is_broken(self, content: Content) -> bool:
+    def is_broken(self, content: VersionContent) -> bool:
         """Whether it could not be served when that was last tried."""
         return _key(content) in self.broken
 
-    def why_broken(self, content: Content) -> str | None:
+    def why_broken(self, content: VersionContent) -> str | None:
         """Why it cannot be served; None if nothing is known against it."""
         return self.broken.get(_key(content))
 
-    def forget(self, content: Content) -> None:
+    def forget(self, content: VersionContent) -> None:
         """No version has it any more."""
         self.broken.pop(_key(content), None)
 
-    def check_fit(self, content: Content) -> None:
+    def check_fit(self, content: VersionContent) -> None:
         """Refuse a content that this server cannot serve whatever the store answers.
 
         Raises:
@@ -133,7 +133,7 @@ class Contents:
 _NEWER = "Run the version of Prelude that wrote it, or activate another version."
 
 
-def _key(content: Content) -> str:
+def _key(content: VersionContent) -> str:
     """Of a version's content: blobs have names of their own, but what a newer Prelude wrote need not keep to that."""
     return f"{content.blob} {content.about.identity}"
 

@@ -19,10 +19,10 @@ from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, Sto
 from server.registry import commands as plans
 from server.registry.bounded import BoundedLock, result_of
 from server.registry.commands import Expected, Placed
-from server.registry.events import Change, Content, Event, Publish, Retire, Source, content_of, contents_of
+from server.registry.events import Change, Event, Publish, Retire, Source, VersionContent, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.snapshot_views import Published, Task
-from server.registry.state import State
+from server.registry.state import RegistryState
 from server.registry.store import Behind, Store
 from server.registry.unreadable import Entry
 from server.soft_prompts.names import check_task_name, names_of
@@ -83,7 +83,7 @@ class Registry(LiveMap):
         for task in names:
             self._check_free(task)
 
-        def place(contents: Sequence[Content]) -> Placed:
+        def place(contents: Sequence[VersionContent]) -> Placed:
             items = list(zip(names, contents, strict=True))
             return plans.publish(self._state, items, source, activate, expected, self._contents.is_broken, by)
 
@@ -229,7 +229,7 @@ class Registry(LiveMap):
 
     # Within.
 
-    def _copy_state(self) -> State:
+    def _copy_state(self) -> RegistryState:
         with self._changing:
             return self._state.copy()
 
@@ -248,7 +248,7 @@ class Registry(LiveMap):
             for soft_prompt in warmed:
                 self.host.put(soft_prompt)
 
-    def _warm_in_time(self, contents: Sequence[Content]) -> list[SoftPrompt]:
+    def _warm_in_time(self, contents: Sequence[VersionContent]) -> list[SoftPrompt]:
         """Warm what answers on other servers already, on threads of their own: none that hangs may hide later changes.
 
         Returns:
@@ -323,7 +323,7 @@ class Registry(LiveMap):
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event, live
 
-    def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[Content]:
+    def _put_blobs(self, soft_prompts: Sequence[SoftPrompt]) -> list[VersionContent]:
         blobs: list[str] = []
         try:
             blobs.extend(map(self._store.put, soft_prompts))
@@ -332,7 +332,7 @@ class Registry(LiveMap):
             raise
         return contents_of(soft_prompts, blobs)
 
-    def _remove(self, contents: Sequence[Content]) -> None:
+    def _remove(self, contents: Sequence[VersionContent]) -> None:
         """Remove blobs that no event names, or none any more; what the store refuses is left as garbage."""
         try:
             self._store.remove_blobs(contents)

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.registry.events import Content, NewVersion, Traffic
-from server.registry.state import Version
+from server.registry.events import NewVersion, Traffic, VersionContent
+from server.registry.state import StoredVersion
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Task:
 
     name: str
     traffic: Traffic
-    versions: Mapping[int, Version]
+    versions: Mapping[int, StoredVersion]
     etag: int
 
     @property
-    def live(self) -> Version | None:
+    def live(self) -> StoredVersion | None:
         """The version that answers; in a canary the one that answers most."""
         if not self.traffic:
             return None
@@ -53,7 +53,7 @@ class Resolved:
 
     task: str
     version: int
-    content: Content
+    content: VersionContent
     at: str
 
 

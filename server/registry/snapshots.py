@@ -18,9 +18,9 @@ from typing import Any
 
 from server.errors import StoreError
 from server.registry.about import ManifestText
-from server.registry.events import Content
+from server.registry.events import VersionContent
 from server.registry.objects import Objects
-from server.registry.state import State, TaskState, Version
+from server.registry.state import RegistryState, StoredVersion, TaskState
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +64,16 @@ class Snapshots:
         found = map(_NAME.fullmatch, self._objects.list("snapshots"))
         return sorted(int(match[1]) for match in found if match is not None)
 
-    def newest(self, numbers: list[int]) -> State:
+    def newest(self, numbers: list[int]) -> RegistryState:
         """The state of the newest of these snapshots that can be read; the empty one if there is none."""
         for number in reversed(numbers):
             try:
                 return self.read(number)
             except StoreError as exc:
                 log.error("%s", exc)
-        return State()
+        return RegistryState()
 
-    def read(self, number: int) -> State:
+    def read(self, number: int) -> RegistryState:
         """The state at an event.
 
         Raises:
@@ -88,7 +88,7 @@ class Snapshots:
             raise StoreError(f"The store's snapshot {number} says that it is of event {state.last_event}.")
         return state
 
-    def write(self, state: State) -> None:
+    def write(self, state: RegistryState) -> None:
         """Keep a state; another server may have done it already.
 
         Raises:
@@ -125,7 +125,7 @@ class Snapshots:
         return True
 
 
-def encode(state: State) -> bytes:
+def encode(state: RegistryState) -> bytes:
     """A snapshot's file; a manifest that several versions have is written once."""
     buffer = io.BytesIO()
     manifests: dict[str, int] = {}
@@ -161,9 +161,9 @@ def encode(state: State) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> State:
+def decode(data: bytes) -> RegistryState:
     """The state in a snapshot's file; raises one of UNREADABLE."""
-    state = State()
+    state = RegistryState()
     manifests: list[ManifestText] = []
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         head = json.loads(file.readline())
@@ -188,7 +188,7 @@ def decode(data: bytes) -> State:
     return state
 
 
-def _version_fields(version: Version, manifests: dict[str, int]) -> dict[str, Any]:
+def _version_fields(version: StoredVersion, manifests: dict[str, int]) -> dict[str, Any]:
     content = version.content
     return {
         "number": version.number,
@@ -205,10 +205,10 @@ def _version_fields(version: Version, manifests: dict[str, int]) -> dict[str, An
     }
 
 
-def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText]) -> Version:
+def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText]) -> StoredVersion:
     rows, width = fields["shape"]
     manifest = manifests[fields["manifest"]]
-    content = Content(
+    content = VersionContent(
         fields["digest"],
         fields["prefix_hash"],
         fields["peft_type"],
@@ -218,7 +218,7 @@ def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText]) -
         manifest,
     )
     content.about  # noqa: B018 - read now, so that no list has to
-    return Version(task, int(fields["number"]), content, fields["at"], fields["source"], fields["by"])
+    return StoredVersion(task, int(fields["number"]), content, fields["at"], fields["source"], fields["by"])
 
 
 def _key(number: int) -> str:

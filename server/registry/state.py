@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from server.errors import StoreError
 from server.registry.events import (
     Activate,
-    Content,
     Delete,
     DeleteVersion,
     Event,
@@ -25,6 +24,7 @@ from server.registry.events import (
     SetTraffic,
     Source,
     Traffic,
+    VersionContent,
     alone,
     tasks_of,
 )
@@ -35,12 +35,12 @@ WHOLE_STORE = ".store"
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class StoredVersion:
     """A version of a task as the events tell it."""
 
     task: str
     number: int
-    content: Content
+    content: VersionContent
     at: str
     source: Source
     by: str | None
@@ -59,7 +59,7 @@ class TaskState:
             publish it again; the latest last.
     """
 
-    versions: dict[int, Version] = field(default_factory=dict)
+    versions: dict[int, StoredVersion] = field(default_factory=dict)
     history: list[Traffic] = field(default_factory=list)
     last_version: int = 0
     last_event: int = 0
@@ -71,7 +71,7 @@ class TaskState:
         return self.history[-1] if self.history else ()
 
     @property
-    def live_alone(self) -> Version | None:
+    def live_alone(self) -> StoredVersion | None:
         """The version that answers everything, or None in a canary or if nobody answers."""
         return self.versions[self.traffic[0][0]] if len(self.traffic) == 1 else None
 
@@ -123,7 +123,7 @@ class TaskState:
         self.history = [traffic for traffic in self.history if number not in dict(traffic)]
 
 
-class State:
+class RegistryState:
     """The fold of all events: every task that ever was. An event that does not follow changes nothing.
 
     Attributes:
@@ -155,9 +155,9 @@ class State:
             _, removed = self.take(event)
             self.deleted.update(version.content.blob for version in removed)
 
-    def copy(self) -> State:
+    def copy(self) -> RegistryState:
         """Another state of the same, which later events do not change."""
-        state = State()
+        state = RegistryState()
         state.tasks = {name: _copy(task) for name, task in self.tasks.items()}
         state.last_event, state.first_version, state.is_whole = self.last_event, self.first_version, self.is_whole
         return state
@@ -168,7 +168,7 @@ class State:
         self.digests = Counter(content.digest for content in contents)
         self.prefixes = Counter(content.prefix_hash for content in contents)
 
-    def take(self, entry: Entry) -> tuple[set[str], list[Version]]:
+    def take(self, entry: Entry) -> tuple[set[str], list[StoredVersion]]:
         """Take one more event; one that cannot be read, or does not follow, leaves a note and changes nothing else.
 
         Returns:
@@ -190,7 +190,7 @@ class State:
             task.last_version += 1
         return set(entry.tasks or ()), []
 
-    def apply(self, event: Event) -> tuple[set[str], list[Version]]:
+    def apply(self, event: Event) -> tuple[set[str], list[StoredVersion]]:
         """Take one more event.
 
         Returns:
@@ -217,9 +217,9 @@ class State:
             _decrement(self.prefixes, version.content.prefix_hash)
         return touched, removed
 
-    def ahead(self, events: Sequence[Entry]) -> State:
+    def ahead(self, events: Sequence[Entry]) -> RegistryState:
         """The tasks that these events are about, as they will be once they are taken; this state stays as it is."""
-        state = State()
+        state = RegistryState()
         changes = [event.change for event in events if isinstance(event, Event)]
         for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
             state.tasks[name] = _copy(self.tasks[name])
@@ -231,7 +231,7 @@ class State:
         """The number that the next publish under this name gets."""
         return self.tasks[task].last_version + 1 if task in self.tasks else self.first_version
 
-    def _change(self, event: Event) -> list[Version]:
+    def _change(self, event: Event) -> list[StoredVersion]:
         change = event.change
         if isinstance(change, Publish):
             for item in change.published:
@@ -242,7 +242,7 @@ class State:
                 task.let_go(event.by)
             return []
         task = self.tasks[change.task]
-        removed: list[Version] = []
+        removed: list[StoredVersion] = []
         match change:
             case Activate():
                 task.let_answer(alone(task.versions[change.version].number))
@@ -268,7 +268,9 @@ class State:
             return
         if isinstance(item.content.manifest, UnreadableText):
             self.is_whole = False
-        task.versions[item.version] = Version(item.task, item.version, item.content, event.at, event.source, event.by)
+        task.versions[item.version] = StoredVersion(
+            item.task, item.version, item.content, event.at, event.source, event.by
+        )
         task.last_version = max(task.last_version, item.version)
         self.digests[item.content.digest] += 1
         self.prefixes[item.content.prefix_hash] += 1

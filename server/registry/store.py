@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
-from server.registry.events import Content, Delete, DeleteVersion, Event, Publish, content_of
+from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent, content_of
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
-from server.registry.state import State
+from server.registry.state import RegistryState
 from server.registry.unreadable import Entry, read_event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -73,7 +73,7 @@ class Store:
         if refused is not None:
             log.warning("The store cannot be written to (%s): tasks are served, and changes are refused.", refused)
 
-    def load(self) -> State:
+    def load(self) -> RegistryState:
         """The state of all tasks: the newest snapshot that can be read, and the events after it.
 
         Raises:
@@ -125,7 +125,7 @@ class Store:
             self._check_reach(number)
         return found
 
-    def compact(self, state: Callable[[], State], last_event: int) -> None:
+    def compact(self, state: Callable[[], RegistryState], last_event: int) -> None:
         """Write a snapshot if it is time to, and remove what old ones make superfluous.
 
         Args:
@@ -196,7 +196,7 @@ class Store:
                     objects.release(reserve)
         return self._objects.create(key, data)
 
-    def put_blob(self, soft_prompt: SoftPrompt) -> Content:
+    def put_blob(self, soft_prompt: SoftPrompt) -> VersionContent:
         """Keep a content durably under a name of its own, and answer what an event says of it.
 
         Raises:
@@ -224,7 +224,7 @@ class Store:
             raise StoreError(f"The store already has a blob {blob}, of another content.")
         return blob
 
-    def get_blob(self, content: Content) -> SoftPrompt:
+    def get_blob(self, content: VersionContent) -> SoftPrompt:
         """Read a content and check that it is the one that its event promises.
 
         Raises:
@@ -244,7 +244,7 @@ class Store:
             )
         return soft_prompt
 
-    def remove_blobs(self, contents: Iterable[Content]) -> None:
+    def remove_blobs(self, contents: Iterable[VersionContent]) -> None:
         """Forget contents that no version names any more.
 
         Raises:
@@ -284,7 +284,7 @@ class Store:
 _RESTORE = "Restore it from a backup of the store, or publish the task again."
 
 
-def _parse_blob(data: bytes, content: Content) -> SoftPrompt:
+def _parse_blob(data: bytes, content: VersionContent) -> SoftPrompt:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header["__metadata__"]
     manifest = content.parse_manifest() if metadata.get(_IN_EVENT) else Manifest.parse(metadata["manifest"])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import StoreError
-from server.registry.about import About, ManifestText
-from server.registry.events import Content, Event, NewVersion, Publish
+from server.registry.about import ManifestSummary, ManifestText
+from server.registry.events import Event, NewVersion, Publish, VersionContent
 from server.soft_prompts.names import TASK_NAME
 
 MAX_TASKS = 1000
@@ -44,9 +44,9 @@ class UnreadableText(ManifestText):
     problem: str
 
     @property
-    def about(self) -> About:
+    def about(self) -> ManifestSummary:
         """Only why it cannot be read."""
-        return About(identity="unreadable", problem=self.problem)
+        return ManifestSummary(identity="unreadable", problem=self.problem)
 
 
 def read_event(number: int, data: bytes, name: str) -> Entry:
@@ -112,7 +112,7 @@ def _version(item: Any, number: int, problem: str) -> NewVersion | None:
     return NewVersion(
         item["task"],
         item["version"],
-        Content(digest, text["prefix_hash"] or unknown, text["peft_type"], (0, 0), 0, blob, manifest),
+        VersionContent(digest, text["prefix_hash"] or unknown, text["peft_type"], (0, 0), 0, blob, manifest),
     )
 
 

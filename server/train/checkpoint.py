@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from server.durable import sync
-from server.train.record import Measured, Score
+from server.train.record import Measured, TeacherForcedScore
 
 FILE = "state.safetensors"
 _PARTS = ("parameters", "best", "optimizer")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """Everything that the next step depends on, beside the data and the configuration."""
 
     step: int
@@ -31,7 +31,7 @@ class Checkpoint:
     history: tuple[Measured, ...]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: Path, checkpoint: TrainingCheckpoint) -> None:
     """Write it beside the last one, then in its place: whoever is killed in between finds the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     state = checkpoint.optimizer["state"]
@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     sync(folder)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def load_checkpoint(folder: Path) -> TrainingCheckpoint | None:
     """What a run has left in a folder; None if there is nothing."""
     path = folder / FILE
     if not path.is_file():
@@ -77,9 +77,11 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for name, value in (parts["optimizer"] | record["numbers"]).items():
         index, field = name.split("/")
         state.setdefault(int(index), {})[field] = value
-    history = tuple(Measured(item["step"], item["training_loss"], Score(**item["score"])) for item in record["history"])
+    history = tuple(
+        Measured(item["step"], item["training_loss"], TeacherForcedScore(**item["score"])) for item in record["history"]
+    )
     optimizer = {"state": state, "param_groups": record["groups"]}
-    return Checkpoint(record["step"], parts["parameters"], parts["best"], optimizer, history)
+    return TrainingCheckpoint(record["step"], parts["parameters"], parts["best"], optimizer, history)
 
 
 def _metadata(record: dict[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ TELLING_MATCHES = 0.1
 
 
 @dataclass(frozen=True)
-class Score:
+class TeacherForcedScore:
     """Teacher-forced quality on a set of rows."""
 
     loss: float
@@ -23,13 +23,13 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What a step tells whoever watches."""
 
     step: int
     loss: float
     tokens_per_second: float
-    validation: Score | None = None
+    validation: TeacherForcedScore | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measured:
 
     step: int
     training_loss: float
-    score: Score
+    score: TeacherForcedScore
 
 
 def best_of(history: Sequence[Measured]) -> int:
@@ -64,7 +64,7 @@ class TrainingResult:
     """By PEFT's names, in float32."""
     step: int
     """After which it was the best."""
-    validation: Score
+    validation: TeacherForcedScore
     history: tuple[Measured, ...] = ()
 
     @property

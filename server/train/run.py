@@ -23,11 +23,11 @@ from server.train.initial import initial_values
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
 from server.train.output import Trained
-from server.train.record import Progress, TrainingResult
+from server.train.record import TrainingProgress, TrainingResult
 from server.train.sweep import BEGUN_AS_TEACHER, Tried, find_learning_rate
-from server.train.trainer import Work, train
+from server.train.trainer import TrainingProblem, train
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[TrainingProgress], None]
 
 
 def train_task(
@@ -71,7 +71,7 @@ def train_task(
     )
     own = teacher_states(model, config, rows.training[0]) if config.may_begin_as_teacher else None
     initial = own or initial_values(model, config, config.labels or rows.labels[0], files.start_of(config))
-    work = Work(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
+    work = TrainingProblem(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     if fresh and folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +120,7 @@ def _lessons(
 
 
 def _learning_rate(
-    work: Work,
+    work: TrainingProblem,
     config: TrainingConfig,
     folder: Path | None,
     on_step: Watch,
@@ -146,7 +146,7 @@ def _manifest(
     files: TaskFiles,
     config: TrainingConfig,
     rows: TaskRows,
-    work: Work,
+    work: TrainingProblem,
     result: TrainingResult,
     learning_rate: float,
 ) -> Manifest:

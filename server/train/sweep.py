@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from server.errors import InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.methods import clone_state
-from server.train.record import Progress
-from server.train.trainer import Work, train
+from server.train.record import TrainingProgress
+from server.train.trainer import TrainingProblem, train
 
 PEAKS = {"prompt_tuning": (5e-3, 2e-2, 8e-2), "prefix_tuning": (2e-3, 8e-3, 3e-2)}
 PEAKS |= {"p_tuning": (3e-4, 1e-3, 3e-3), "multitask_prompt_tuning": PEAKS["prompt_tuning"]}
@@ -36,9 +36,9 @@ class Tried:
 
 
 def find_learning_rate(
-    work: Work,
+    work: TrainingProblem,
     config: TrainingConfig,
-    on_step: Callable[[Progress], None],
+    on_step: Callable[[TrainingProgress], None],
     on_tried: Callable[[Tried], None],
     peaks: Sequence[float] | None = None,
 ) -> float:

@@ -17,20 +17,20 @@ import torch
 from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidTrainingData
 from server.train.batches import Batches
-from server.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.train.checkpoint import TrainingCheckpoint, load_checkpoint, save_checkpoint
 from server.train.config import TrainingConfig
 from server.train.forward import target_logits
 from server.train.methods import LearnedPrefix, clone_state
 from server.train.objectives import Lesson, Objective
 from server.train.recompute import recomputes, recomputing
-from server.train.record import Measured, Progress, Score, TrainingResult, best_of
+from server.train.record import Measured, TeacherForcedScore, TrainingProgress, TrainingResult, best_of
 
 CHECKPOINT_SECONDS = 30.0
 MEASURED_TOGETHER = 32
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingProblem:
     """What a run learns, and from what."""
 
     model: FrozenModel
@@ -41,10 +41,10 @@ class Work:
 
 
 def train(
-    work: Work,
+    work: TrainingProblem,
     config: TrainingConfig,
     learning_rate: float,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[TrainingProgress], None] = lambda progress: None,
     *,
     checkpoint: Path | None = None,
 ) -> TrainingResult:
@@ -76,7 +76,7 @@ def train(
 class _Run:
     """One run between two steps."""
 
-    def __init__(self, work: Work, config: TrainingConfig, learning_rate: float) -> None:
+    def __init__(self, work: TrainingProblem, config: TrainingConfig, learning_rate: float) -> None:
         self._work, self._config = work, config
         work.prefix.to(work.model.device)
         self._parameters = list(work.prefix.parameters())
@@ -106,7 +106,7 @@ class _Run:
             return False
         return len(self._history) - 1 - best_of(self._history) >= self._config.patience
 
-    def step(self) -> Progress:
+    def step(self) -> TrainingProgress:
         """One step of the optimiser, and a measurement where one is due."""
         started = time.perf_counter()
         work = self._work
@@ -123,7 +123,7 @@ class _Run:
             self._history.append(Measured(self._step, loss, score))
             if best_of(self._history) == len(self._history) - 1:
                 self._best = clone_state(work.prefix)
-        return Progress(self._step, loss, speed, score)
+        return TrainingProgress(self._step, loss, speed, score)
 
     def _backward(self, lessons: Sequence[Lesson]) -> float:
         work = self._work
@@ -141,13 +141,13 @@ class _Run:
             loss.backward()  # type: ignore[no-untyped-call]
         return value
 
-    def state(self) -> Checkpoint:
+    def state(self) -> TrainingCheckpoint:
         """Everything that the next step depends on."""
-        return Checkpoint(
+        return TrainingCheckpoint(
             self._step, clone_state(self._work.prefix), self._best, self._optimizer.state_dict(), tuple(self._history)
         )
 
-    def restore(self, kept: Checkpoint) -> None:
+    def restore(self, kept: TrainingCheckpoint) -> None:
         """Go on from there."""
         self._step, self._best, self._history = kept.step, kept.best, list(kept.history)
         self._work.prefix.load_state_dict(kept.parameters)
@@ -162,7 +162,9 @@ class _Run:
 
 
 @torch.no_grad()
-def measure(model: FrozenModel, prefix: LearnedPrefix | None, objective: Objective, lessons: Sequence[Lesson]) -> Score:
+def measure(
+    model: FrozenModel, prefix: LearnedPrefix | None, objective: Objective, lessons: Sequence[Lesson]
+) -> TeacherForcedScore:
     """Teacher-forced loss and hits, in one forward for each batch, without generating."""
     total, count, hits = 0.0, 0, 0
     ordered = sorted(lessons, key=lambda lesson: lesson.num_fed)
@@ -173,7 +175,7 @@ def measure(model: FrozenModel, prefix: LearnedPrefix | None, objective: Objecti
         total += float(losses.sum())
         count += len(losses)
         hits += objective.hits(logits, targets, batch)
-    return Score(loss=total / count, exact_match=hits / len(ordered))
+    return TeacherForcedScore(loss=total / count, exact_match=hits / len(ordered))
 
 
 def make_optimizer(

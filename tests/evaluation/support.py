@@ -15,7 +15,7 @@ from server.evaluation.data import EvaluationData
 from server.evaluation.evaluation import Evaluation, prepare
 from server.evaluation.questions import Answer
 from server.evaluation.standalone import OwnEngine
-from server.evaluation.systems import Wanted
+from server.evaluation.systems import RequestedBaselines
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 from server.train.rows import Row
@@ -63,7 +63,7 @@ def prepared(
     """An engine of its own, and an evaluation to run on it."""
     engine = make_engine(model)
     subject = ("mood", soft_prompt or soft_prompt_of(model))
-    return engine, prepare(OwnEngine(engine), data, subject, wanted=Wanted.parse(baselines), **options)
+    return engine, prepare(OwnEngine(engine), data, subject, wanted=RequestedBaselines.parse(baselines), **options)
 
 
 def texts(*written: str) -> list[Answer]:

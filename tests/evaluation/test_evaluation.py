@@ -19,8 +19,8 @@ from server.evaluation.standalone import OwnEngine, _answers, run
 from server.evaluation.systems import (
     BASELINE_SLACK,
     Contestant,
+    RequestedBaselines,
     TeacherText,
-    Wanted,
     draw_examples,
     of_soft_prompt,
 )
@@ -251,7 +251,7 @@ def test_a_baseline_without_what_it_needs_is_refused(tiny: FrozenModel) -> None:
 @pytest.mark.parametrize("name", ["zeroshot", "0-shot", "257-shot", "-1", "@0", "", "shot"])
 def test_a_baseline_that_there_is_not_is_refused_with_those_that_there_are(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"There is no baseline.*zero-shot, instruction, 4-shot"):
-        Wanted.parse([name])
+        RequestedBaselines.parse([name])
 
 
 def test_a_clearly_better_version_is_better_and_an_identical_one_is_not(

@@ -21,7 +21,6 @@ from server.registry.commands import Expected, Placed
 from server.registry.events import (
     Activate,
     Change,
-    Content,
     DeleteVersion,
     Event,
     NewVersion,
@@ -30,18 +29,19 @@ from server.registry.events import (
     SetTraffic,
     Source,
     Traffic,
+    VersionContent,
 )
 from server.registry.snapshot_views import Task
-from server.registry.state import State
+from server.registry.state import RegistryState
 
 
-def content(digest: str) -> Content:
-    return Content(digest, f"prefix of {digest}", "PROMPT_TUNING", (2, 4), 32, f"blob of {digest}", "{}")
+def content(digest: str) -> VersionContent:
+    return VersionContent(digest, f"prefix of {digest}", "PROMPT_TUNING", (2, 4), 32, f"blob of {digest}", "{}")
 
 
-def fold(*changes: Change | tuple[Change, Source]) -> State:
+def fold(*changes: Change | tuple[Change, Source]) -> RegistryState:
     pairs = [change if isinstance(change, tuple) else (change, "api") for change in changes]
-    return State(Event(n, "now", source, None, change) for n, (change, source) in enumerate(pairs, 1))
+    return RegistryState(Event(n, "now", source, None, change) for n, (change, source) in enumerate(pairs, 1))
 
 
 def published(version: int, digest: str, task: str = "a", activate: bool = True) -> Publish:
@@ -52,7 +52,9 @@ STATE = fold(published(1, "x"), published(2, "y"), published(3, "z", activate=Fa
 """Version 2 of `a` answers; event 3 was its last."""
 
 
-def place(state: State, *digests: str, source: Source = "api", expected: Expected = None, broken: str = "") -> Placed:
+def place(
+    state: RegistryState, *digests: str, source: Source = "api", expected: Expected = None, broken: str = ""
+) -> Placed:
     items = [(name, content(digest)) for name, digest in zip(("a", "b"), digests, strict=False)]
     return plans.publish(state, items, source, True, expected, lambda known: known.digest == broken)
 
@@ -64,7 +66,7 @@ def test_a_content_that_answers_alone_stays_and_any_other_is_a_new_version() -> 
         assert placed.versions == (NewVersion("a", 4, content(digest)),)
         assert placed.change == Publish(placed.versions)
     assert [item.version for item in place(STATE, "w", "x").versions] == [4, 1], "each by itself"
-    assert place(State(), "x") == Placed((NewVersion("a", 1, content("x")),), published(1, "x"), 0)
+    assert place(RegistryState(), "x") == Placed((NewVersion("a", 1, content("x")),), published(1, "x"), 0)
 
 
 def test_a_content_that_answers_but_cannot_be_served_is_a_new_version() -> None:
@@ -77,7 +79,7 @@ def test_a_content_that_answers_only_some_is_a_new_version() -> None:
 
 
 def test_what_stays_is_the_version_with_its_own_blob() -> None:
-    again = Content("y", "prefix of y", "PROMPT_TUNING", (2, 4), 32, "another blob", "{}")
+    again = VersionContent("y", "prefix of y", "PROMPT_TUNING", (2, 4), 32, "another blob", "{}")
     kept = plans.publish(STATE, [("a", again), ("b", content("w"))], "api", True, None, lambda known: False)
     assert [item.content.blob for item in kept.versions] == ["blob of y", "blob of w"]
 
@@ -115,8 +117,8 @@ def test_a_condition_holds_or_the_change_is_refused(change: Callable[[Expected],
             change(fails)
 
 
-@pytest.mark.parametrize("state", [State(), fold(published(1, "x"), plans.delete(STATE, "a", None))])
-def test_a_task_that_is_not_there_or_not_any_more_meets_only_none(state: State) -> None:
+@pytest.mark.parametrize("state", [RegistryState(), fold(published(1, "x"), plans.delete(STATE, "a", None))])
+def test_a_task_that_is_not_there_or_not_any_more_meets_only_none(state: RegistryState) -> None:
     place(state, "x", expected="none")
     for expected in ("any", 0, 1, 2):
         with pytest.raises(PreconditionFailed, match="does not exist"):
@@ -221,7 +223,7 @@ def test_each_version_answers_about_its_share() -> None:
 
 def test_a_task_keeps_a_bounded_number_of_versions_and_takes_more_once_some_are_deleted() -> None:
     full = [Publish((NewVersion("a", n, content(str(n))),)) for n in range(1, plans.MAX_VERSIONS + 1)]
-    state = State(Event(n, "now", "api", None, change) for n, change in enumerate(full, 1))
+    state = RegistryState(Event(n, "now", "api", None, change) for n, change in enumerate(full, 1))
 
     def publish(digest: str) -> Placed:
         return plans.publish(state, [("a", content(digest))], "api", True, None, lambda _: False)

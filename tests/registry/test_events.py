@@ -13,7 +13,6 @@ from server.registry.events import (
     KINDS,
     Activate,
     Change,
-    Content,
     Delete,
     DeleteVersion,
     Event,
@@ -23,22 +22,25 @@ from server.registry.events import (
     RollBack,
     SetTraffic,
     Source,
+    VersionContent,
 )
-from server.registry.state import State, TaskState
+from server.registry.state import RegistryState, TaskState
 
 
-def content(digest: str, **manifest: Any) -> Content:
-    return Content(digest, f"prefix of {digest}", "PROMPT_TUNING", (5, 8), 160, f"{digest}-1", json.dumps(manifest))
+def content(digest: str, **manifest: Any) -> VersionContent:
+    return VersionContent(
+        digest, f"prefix of {digest}", "PROMPT_TUNING", (5, 8), 160, f"{digest}-1", json.dumps(manifest)
+    )
 
 
 def publish(version: int, digest: str, task: str = "a", *, activate: bool = True) -> Publish:
     return Publish((NewVersion(task, version, content(digest)),), activate)
 
 
-def fold(*changes: Change | tuple[Change, Source]) -> State:
+def fold(*changes: Change | tuple[Change, Source]) -> RegistryState:
     """The state after these changes, of the API where no source is given."""
     pairs = [change if isinstance(change, tuple) else (change, "api") for change in changes]
-    return State(Event(n, "now", source, None, change) for n, (change, source) in enumerate(pairs, 1))
+    return RegistryState(Event(n, "now", source, None, change) for n, (change, source) in enumerate(pairs, 1))
 
 
 def task(*changes: Change | tuple[Change, Source]) -> TaskState:
@@ -167,7 +169,9 @@ def by(place: str, change: Change) -> tuple[Change, str]:
 
 def inboxes(*changes: tuple[Change, str]) -> TaskState:
     """The task after what inboxes at these places did."""
-    return State(Event(n, "now", "inbox", place, change) for n, (change, place) in enumerate(changes, 1)).tasks["a"]
+    return RegistryState(Event(n, "now", "inbox", place, change) for n, (change, place) in enumerate(changes, 1)).tasks[
+        "a"
+    ]
 
 
 X, Y = content("x").identity, content("y").identity
@@ -204,7 +208,7 @@ def test_a_directory_that_is_removed_takes_along_what_no_other_inbox_holds() -> 
 
 
 def test_looking_ahead_changes_nothing_about_what_inboxes_hold() -> None:
-    state = State([Event(1, "now", "inbox", HERE, publish(1, "x"))])
+    state = RegistryState([Event(1, "now", "inbox", HERE, publish(1, "x"))])
     state.ahead([Event(2, "now", "inbox", THERE, publish(2, "y")), Event(3, "now", "inbox", HERE, Retire(("a",)))])
     assert state.tasks["a"].inbox == {HERE: X}
 

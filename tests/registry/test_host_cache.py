@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import VersionUnavailable
-from server.registry.events import Content, content_of
+from server.registry.events import VersionContent, content_of
 from server.registry.host_cache import LOADERS, HostCache, size_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import wait_until
@@ -38,7 +38,7 @@ class Shelves:
         self.door = threading.Event()
         self.door.set()
 
-    def load(self, known: Content) -> SoftPrompt:
+    def load(self, known: VersionContent) -> SoftPrompt:
         self.reads.append(known.blob)
         self.entered.set()
         assert self.door.wait(PATIENCE)
@@ -206,7 +206,7 @@ async def test_who_hangs_up_cancels_nobody_else(shelves: Shelves) -> None:
 def load_for_ever() -> None:
     """Begin to load what never comes, and end."""
 
-    def hang(known: Content) -> SoftPrompt:
+    def hang(known: VersionContent) -> SoftPrompt:
         threading.Event().wait()
         raise AssertionError
 

@@ -30,7 +30,7 @@ from server.registry import snapshots as snapshots_module
 from server.registry import store as store_module
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry
-from server.registry.state import State
+from server.registry.state import RegistryState
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.processes import prelude_serve
@@ -57,7 +57,7 @@ def open_registry(root: Path) -> Registry:
     return Registry(Store(LocalObjects(root)), SPEC, 32)
 
 
-def fingerprint(state: State) -> str:
+def fingerprint(state: RegistryState) -> str:
     """Everything that users could see of a state, in short."""
     seen = {
         name: (task.traffic, task.history, {n: version.content.digest for n, version in task.versions.items()})
@@ -166,7 +166,7 @@ def test_what_a_killed_publisher_acknowledged_is_there(soak: Soak, tmp_path: Pat
         store = Store(LocalObjects(tmp_path))
         events = store.events()
         assert len(events) in (told, told + 1), "a change was lost, or more than one was under way"
-        assert fingerprint(State(events[:told])) == seen, "the events do not lead to what was acknowledged"
+        assert fingerprint(RegistryState(events[:told])) == seen, "the events do not lead to what was acknowledged"
         extra += len(events) - told
         assert_every_blob_passes(open_registry(tmp_path))
         if i % 50 == 49:  # a long history would make each round slower

@@ -16,7 +16,7 @@ import pytest
 from server.errors import InvalidSoftPrompt, NothingToRollBackTo, PreludeError, UnknownTask
 from server.registry import commands as plans
 from server.registry import registry as registry_module
-from server.registry.events import Activate, Content, Event
+from server.registry.events import Activate, Event, VersionContent
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -453,7 +453,7 @@ def test_a_change_answers_what_it_led_to_and_not_what_came_after(shelf: Shelf, c
     }
     remove_blobs = registry._store.remove_blobs
 
-    def delete_at_once(contents: Iterable[Content]) -> None:
+    def delete_at_once(contents: Iterable[VersionContent]) -> None:
         registry._store.remove_blobs = remove_blobs  # type: ignore[method-assign]
         remove_blobs(contents)
         registry.delete("a")

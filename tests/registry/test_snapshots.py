@@ -15,7 +15,7 @@ from server.registry import store as store_module
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.snapshots import GRACE_SECONDS, decode, encode
-from server.registry.state import State
+from server.registry.state import RegistryState
 from server.registry.store import Store
 from tests.registry.fakes import MemoryObjects
 from tests.registry.shelf import SPEC, Shelf, content, put, serving, snapshot
@@ -132,7 +132,7 @@ def test_any_one_damaged_snapshot_loses_nothing(shelf: Shelf) -> None:
     registry.compact()
     for name in shelf.objects.list("snapshots"):
         whole = shelf.objects.objects[f"snapshots/{name}"]
-        for damaged in (b"", whole[:-10], whole[:50], b"x" * 100, b"{}", encode(State())):
+        for damaged in (b"", whole[:-10], whole[:50], b"x" * 100, b"{}", encode(RegistryState())):
             shelf.objects.objects[f"snapshots/{name}"] = damaged
             assert same(shelf.open(), registry)
         shelf.objects.objects[f"snapshots/{name}"] = whole

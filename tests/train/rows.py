@@ -15,7 +15,7 @@ from server.train.data import DataFile, Example, encode_examples
 from server.train.methods import LearnedPrefix, PromptTuning
 from server.train.objectives import Lesson, Targets
 from server.train.rows import Row
-from server.train.trainer import Work
+from server.train.trainer import TrainingProblem
 
 MOODS = (("good", "yes"), ("fine", "yes"), ("bad", "no"), ("poor", "no"))
 TEMPLATE = "{input}\n"
@@ -50,12 +50,14 @@ def work_of(
     prefix: LearnedPrefix | torch.Tensor,
     training: Sequence[Example] | None = None,
     validation: Sequence[Example] | None = None,
-) -> Work:
+) -> TrainingProblem:
     """Learn targets, those of MOODS unless others are given."""
     if isinstance(prefix, torch.Tensor):
         prefix = PromptTuning(prefix)
     known = examples_of(model) if training is None else training
-    return Work(model, prefix, Targets(), lessons_of(known), lessons_of(known if validation is None else validation))
+    return TrainingProblem(
+        model, prefix, Targets(), lessons_of(known), lessons_of(known if validation is None else validation)
+    )
 
 
 def random_embeddings(model: FrozenModel, num_virtual_tokens: int = 5, seed: int = 0) -> torch.Tensor:

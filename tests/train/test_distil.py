@@ -18,7 +18,7 @@ from server.train.initial import initial_values
 from server.train.methods import PrefixTuning, PromptTuning
 from server.train.objectives import Lesson, TeacherLabels, TeacherTokens
 from server.train.run import train_task
-from server.train.trainer import Work, measure, train
+from server.train.trainer import TrainingProblem, measure, train
 from tests.support import EOS, byte_tokenizer, make_engine, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import LEARNS, data_of, random_embeddings
 
@@ -89,7 +89,7 @@ def test_a_soft_prompt_learns_to_have_the_effect_of_a_text(tiny32: FrozenModel, 
     objective = TeacherLabels() if labels else TeacherTokens()
     prefix = PromptTuning(random_embeddings(tiny32, 20))
     before = measure(tiny32, prefix, objective, taught)
-    result = train(Work(tiny32, prefix, objective, taught, taught), config, 0.3)
+    result = train(TrainingProblem(tiny32, prefix, objective, taught, taught), config, 0.3)
     assert result.validation.loss < 0.2 * before.loss
     assert result.validation.exact_match >= before.exact_match
 

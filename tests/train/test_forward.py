@@ -13,7 +13,7 @@ from server.train.data import Example
 from server.train.forward import key_values_of, rows_logits, target_logits
 from server.train.methods import LearnedPrefix, PrefixTuning, join_key_values
 from server.train.objectives import Targets
-from server.train.record import Score
+from server.train.record import TeacherForcedScore
 from server.train.trainer import measure
 from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import examples_of, lessons_of, random_embeddings
@@ -44,7 +44,7 @@ def losses(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example]
     return Targets().losses(logits, targets, lessons_of(examples))
 
 
-def score(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example]) -> Score:
+def score(model: FrozenModel, embeddings: torch.Tensor, examples: list[Example]) -> TeacherForcedScore:
     """Measured as training does it."""
     return measure(model, Given(embeddings), Targets(), lessons_of(examples))
 

@@ -2,11 +2,13 @@
 
 import pytest
 
-from server.train.record import Measured, Score, best_of
+from server.train.record import Measured, TeacherForcedScore, best_of
 
 
 def history(*scores: tuple[float, float]) -> list[Measured]:
-    return [Measured(step, 0.0, Score(loss, exact_match)) for step, (exact_match, loss) in enumerate(scores, 1)]
+    return [
+        Measured(step, 0.0, TeacherForcedScore(loss, exact_match)) for step, (exact_match, loss) in enumerate(scores, 1)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from server.soft_prompts.manifest import Manifest
 from server.train.config import Method
 from server.train.files import TaskFiles
 from server.train.output import Trained, check_writable, write_task
-from server.train.record import Progress, Score, TrainingResult
+from server.train.record import TeacherForcedScore, TrainingProgress, TrainingResult
 from server.train.run import train_task
 from server.train.sweep import PEAKS, Tried
 from tests.peft_reference import peft_greedy
@@ -45,7 +45,7 @@ def task_files(tmp_path: Path, training: Sequence[tuple[str, str]] = REPEATED) -
     )
 
 
-def no_step(progress: Progress) -> None:
+def no_step(progress: TrainingProgress) -> None:
     raise AssertionError("a step was run")
 
 
@@ -148,7 +148,7 @@ def test_training_twice_writes_the_same_content(tiny32: FrozenModel, trained: tu
 
 def result_of(seed: int, width: int) -> Trained:
     tensor = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
-    score = Score(0.5, 0.5)
+    score = TeacherForcedScore(0.5, 0.5)
     return Trained("PROMPT_TUNING", TrainingResult({"prompt_embeddings": tensor}, 1, score), Manifest(task="mood"))
 
 
@@ -204,7 +204,7 @@ def test_a_learning_rate_is_found_and_kept_in_the_manifest(tiny32: FrozenModel, 
 
 
 def test_a_run_that_goes_on_does_not_look_for_its_learning_rate_again(tiny32: FrozenModel, tmp_path: Path) -> None:
-    def break_off(progress: Progress) -> None:
+    def break_off(progress: TrainingProgress) -> None:
         if progress.step == 15:
             raise KeyboardInterrupt
 
@@ -234,7 +234,7 @@ def test_a_run_that_began_at_another_soft_prompt_of_that_name_is_not_gone_on_fro
 ) -> None:
     steps: list[int] = []
 
-    def break_off(progress: Progress) -> None:
+    def break_off(progress: TrainingProgress) -> None:
         steps.append(progress.step)
         if len(steps) == 3:
             raise KeyboardInterrupt

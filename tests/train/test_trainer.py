@@ -16,22 +16,22 @@ from server.train.config import Method, TrainingConfig
 from server.train.initial import initial_values
 from server.train.methods import PromptTuning, build_prefix
 from server.train.objectives import Targets
-from server.train.record import Progress, Score, TrainingResult, best_of
-from server.train.trainer import Work, learning_rate_factor, measure, train
+from server.train.record import TeacherForcedScore, TrainingProgress, TrainingResult, best_of
+from server.train.trainer import TrainingProblem, learning_rate_factor, measure, train
 from tests.support import tiny_model
 from tests.train.rows import LEARNS, MOODS, examples_of, lessons_of, random_embeddings, work_of
 
 PEAK = 0.3
 
 
-def run(model: FrozenModel, config: TrainingConfig) -> tuple[TrainingResult, list[Progress]]:
+def run(model: FrozenModel, config: TrainingConfig) -> tuple[TrainingResult, list[TrainingProgress]]:
     """Train on MOODS."""
-    progress: list[Progress] = []
+    progress: list[TrainingProgress] = []
     prefix = build_prefix(config, initial_values(model, config, ("yes", "no")), 1)
     return train(work_of(model, prefix), config, PEAK, progress.append), progress
 
 
-def score(model: FrozenModel, embeddings: torch.Tensor) -> Score:
+def score(model: FrozenModel, embeddings: torch.Tensor) -> TeacherForcedScore:
     """How virtual tokens do on MOODS."""
     return measure(model, PromptTuning(embeddings), Targets(), lessons_of(examples_of(model)))
 
@@ -68,7 +68,7 @@ def test_training_writes_to_no_weight_and_leaves_no_gradient() -> None:
 def test_the_best_measured_state_is_kept_not_the_last(tiny32: FrozenModel) -> None:
     taught = run(tiny32, LEARNS)[0].prompt_embeddings
     opposite = examples_of(tiny32, [(text, "no" if target == "yes" else "yes") for text, target in MOODS])
-    progress: list[Progress] = []
+    progress: list[TrainingProgress] = []
     config = replace(LEARNS, steps=30, evaluations=10)
     result = train(work_of(tiny32, taught, opposite, examples_of(tiny32)), config, PEAK, progress.append)
     measured = {p.step: p.validation for p in progress if p.validation}
@@ -104,12 +104,12 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(
 ) -> None:
     config = replace(LEARNS, steps=9, evaluations=3, batch_size=3, method=method, optimizer=optimizer)
 
-    def work() -> Work:
+    def work() -> TrainingProblem:
         return work_of(tiny32, build_prefix(config, initial_values(tiny32, config, None), 1))
 
     whole = train(work(), config, 0.05)
 
-    def break_off(progress: Progress) -> None:
+    def break_off(progress: TrainingProgress) -> None:
         if progress.step == 7:
             raise KeyboardInterrupt
 
@@ -126,7 +126,7 @@ def test_a_run_that_is_over_is_not_run_again(tiny32: FrozenModel, tmp_path: Path
     config = replace(LEARNS, steps=4, evaluations=2)
     first = train(work_of(tiny32, random_embeddings(tiny32)), config, PEAK, checkpoint=tmp_path)
 
-    def no_step(progress: Progress) -> None:
+    def no_step(progress: TrainingProgress) -> None:
         raise AssertionError("a step was run")
 
     again = train(work_of(tiny32, random_embeddings(tiny32)), config, PEAK, no_step, checkpoint=tmp_path)

@@ -18,7 +18,7 @@ from server.train.data import Example
 from server.train.initial import initial_values
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Targets
-from server.train.trainer import Work, train
+from server.train.trainer import TrainingProblem, train
 
 ROWS, TOKENS, TARGETS = 16, 128, 5
 STEPS = 6
@@ -52,7 +52,7 @@ def measure(run: Run) -> None:
             ends.append(time.perf_counter())
             losses.append(progress)
 
-        result = train(Work(model, prefix, Targets(), lessons, lessons[:2]), config, 0.01, on_step)
+        result = train(TrainingProblem(model, prefix, Targets(), lessons, lessons[:2]), config, 0.01, on_step)
         times = [later - sooner for sooner, later in itertools.pairwise(ends)]
         name = "recomputing" if recompute else "keeping"
         seconds = statistics.median(times[1:] or times)

@@ -9,7 +9,7 @@ from server.api.generation import find_soft_prompt
 from server.api.jobs.kind import Site
 from server.api.jobs.orders import Order, find_files
 from server.errors import InvalidRequest
-from server.evaluation.systems import Wanted
+from server.evaluation.systems import RequestedBaselines
 from server.registry.registry import Registry
 from server.soft_prompts.names import split_version
 
@@ -45,7 +45,7 @@ async def make_work(
         StoreError: the server has no place for the files.
     """
     request = order.fields
-    wanted = Wanted.parse(request.baselines or ())
+    wanted = RequestedBaselines.parse(request.baselines or ())
     task, version = split_version(request.task)
     others = list(wanted.versions)
     if request.compare is not None:

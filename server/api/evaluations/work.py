@@ -15,13 +15,13 @@ from server.api.files import upload_not_kept
 from server.api.jobs.kind import Site
 from server.api.jobs.orders import GivenFile
 from server.data_dir import resolve_data
-from server.evaluation.bounds import Bounds
+from server.evaluation.bounds import EvaluationBounds
 from server.evaluation.card import render_card
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import Evaluation, prepare
 from server.evaluation.in_server import labels_at_once, rows_at_once, run_beside
 from server.evaluation.report import Report
-from server.evaluation.systems import TeacherText, Wanted
+from server.evaluation.systems import RequestedBaselines, TeacherText
 from server.registry.snapshot_views import Resolved
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
@@ -91,7 +91,7 @@ class EvaluationWork:
     """
 
     request: EvaluationRequest
-    wanted: Wanted
+    wanted: RequestedBaselines
     files: KeptFiles
     versions: tuple[Version, ...]
     site: Site
@@ -130,7 +130,7 @@ class EvaluationWork:
             shots=shots,
             version=resolved.version,
             teacher=None if request.teacher is None else TeacherText(request.teacher, bool(request.teacher_chat)),
-            bounds=Bounds(labels_at_once=labels_at_once(*self._limits)),
+            bounds=EvaluationBounds(labels_at_once=labels_at_once(*self._limits)),
             go_on=go_on,
         )
         self.rows, self.total = len(self.evaluation.rows), self.evaluation.num_questions

@@ -18,10 +18,10 @@ from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
 from server.contracts import ModelSpec
 from server.errors import VersionUnavailable
-from server.registry.events import Content, seconds_of
+from server.registry.events import VersionContent, seconds_of
 from server.registry.registry import Registry
 from server.registry.snapshot_views import Task
-from server.registry.state import Version
+from server.registry.state import StoredVersion
 from server.soft_prompts.archive import zip_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import without_nulls
@@ -183,7 +183,7 @@ async def delete_version(
     await in_time(CHANGE_SECONDS, executors, registry.delete_version, task, version, by=key_id, expected=expected)
 
 
-def _zip(content: Content, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:
+def _zip(content: VersionContent, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:
     """A version's zip; its manifest is its own, where several versions of one digest differ in what they say."""
     manifest = content.parse_manifest().model_copy(update=about)
     return zip_soft_prompt(replace(soft_prompt, manifest=manifest), model)
@@ -204,7 +204,7 @@ def _versions(
     )
 
 
-def _version(registry: Registry, version: Version, task: Task) -> VersionBody:
+def _version(registry: Registry, version: StoredVersion, task: Task) -> VersionBody:
     content = version.content
     about = content.about
     return VersionBody(

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars
 
 from server.api.telemetry.metrics import Metrics
-from server.api.telemetry.record import Outcome, Record
+from server.api.telemetry.record import Record, RequestOutcome
 from server.errors import PreludeError
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,11 @@ def _record(headers: Headers) -> Record:
     return Record(given[0]) if len(given) == 1 and _ID.fullmatch(given[0]) else Record()
 
 
-def _outcome(status: int | None) -> Outcome:
+def _outcome(status: int | None) -> RequestOutcome:
     """Of a request that the engine never heard of."""
     if status is None:
-        return Outcome.ABORTED
-    return Outcome.FAILED if status == PreludeError.status else Outcome.REFUSED
+        return RequestOutcome.ABORTED
+    return RequestOutcome.FAILED if status == PreludeError.status else RequestOutcome.REFUSED
 
 
 def _route(scope: Scope) -> str | None:

@@ -13,7 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 
 from server.api.telemetry.gauges import Gauges
-from server.api.telemetry.record import Outcome
+from server.api.telemetry.record import RequestOutcome
 from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
 from server.contracts import Usage
 from server.engine.worker import EngineWorker
@@ -91,11 +91,13 @@ class Metrics:
         """A request's first token has come."""
         self._first_token.labels(self._labels.of(task, None)[0]).observe(seconds)
 
-    def ended(self, task: str | None, version: int | None, outcome: Outcome, usage: Usage, seconds: float) -> None:
+    def ended(
+        self, task: str | None, version: int | None, outcome: RequestOutcome, usage: Usage, seconds: float
+    ) -> None:
         """A request that was handed to the engine has ended."""
         name, number = self._labels.of(task, version)
         self._requests.labels(name, number, outcome).inc()
-        if outcome is Outcome.REFUSED:
+        if outcome is RequestOutcome.REFUSED:
             return
         for counter, tokens in (
             (self._input_tokens, usage.input_tokens),
@@ -104,11 +106,11 @@ class Metrics:
             (self._output_tokens, usage.output_tokens),
         ):
             counter.labels(name).inc(tokens)
-        if outcome is Outcome.FINISHED:
+        if outcome is RequestOutcome.FINISHED:
             self._duration.labels(name).observe(seconds)
             self._queue.labels(name).observe(usage.queued_seconds)
 
-    def never_began(self, outcome: Outcome) -> None:
+    def never_began(self, outcome: RequestOutcome) -> None:
         """A request for an answer has ended before the engine heard of it."""
         self._requests.labels(UNKNOWN, "", outcome).inc()
 

@@ -8,7 +8,7 @@ from fastapi import Request
 
 from server.api.generation import Prepared
 from server.api.telemetry.metrics import Metrics
-from server.api.telemetry.record import Outcome, Record, outcome_of, record_of
+from server.api.telemetry.record import Record, RequestOutcome, outcome_of, record_of
 from server.contracts import Delta, Usage
 
 
@@ -51,13 +51,13 @@ class Observation:
         if delta.usage is not None and (self._usage is None or delta.index == 0):
             self._usage = delta.usage
         if delta.finish_reason is not None and delta.is_last:
-            self._end(Outcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
+            self._end(RequestOutcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
 
     def fail(self, error: BaseException) -> None:
         """Note how the request ended, unless it had ended before."""
         self._end(outcome_of(error))
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, outcome: RequestOutcome) -> None:
         if self._has_ended:
             return
         self._has_ended = True
@@ -65,9 +65,9 @@ class Observation:
         record.add(outcome, usage)
         self._metrics.ended(record.task, record.version, outcome, usage, self.seconds)
 
-    def _total(self, outcome: Outcome) -> Usage:
+    def _total(self, outcome: RequestOutcome) -> Usage:
         """What all choices took together: they share the input, of which the first one tells how it was met."""
-        if outcome is Outcome.REFUSED:
+        if outcome is RequestOutcome.REFUSED:
             return Usage(0, 0, 0)
         told = self._usage or Usage(0, 0, 0)
         soft_prompt = self._prepared.soft_prompt

@@ -13,7 +13,7 @@ from server.contracts import Usage
 from server.errors import PreludeError, RequestAborted, RequestTimedOut
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """How a request for an answer ended."""
 
     FINISHED = "finished"
@@ -36,14 +36,14 @@ class Record:
     """Whether it asks for an answer of the model."""
     task: str | None = None
     version: int | None = None
-    outcome: Outcome | None = None
+    outcome: RequestOutcome | None = None
     """Of several texts, that of the first one which did not finish."""
     usage: Usage | None = None
     """Of all texts and choices together."""
 
-    def add(self, outcome: Outcome, usage: Usage) -> None:
+    def add(self, outcome: RequestOutcome, usage: Usage) -> None:
         """Note how one text of the request ended, and what it took."""
-        if self.outcome in (None, Outcome.FINISHED):
+        if self.outcome in (None, RequestOutcome.FINISHED):
             self.outcome = outcome
         so_far = self.usage or Usage(0, 0, 0)
         self.usage = Usage(
@@ -62,11 +62,11 @@ def record_of(request: Request) -> Record:
     return record
 
 
-def outcome_of(error: BaseException) -> Outcome:
+def outcome_of(error: BaseException) -> RequestOutcome:
     """What an error that ended a request means for it; what is no Exception means that nobody waits any more."""
     if isinstance(error, RequestAborted) or not isinstance(error, Exception):
-        return Outcome.ABORTED
+        return RequestOutcome.ABORTED
     if isinstance(error, RequestTimedOut):
-        return Outcome.TIMED_OUT
+        return RequestOutcome.TIMED_OUT
     is_refusal = isinstance(error, PreludeError) and error.status != PreludeError.status
-    return Outcome.REFUSED if is_refusal else Outcome.FAILED
+    return RequestOutcome.REFUSED if is_refusal else RequestOutcome.FAILED

@@ -11,7 +11,16 @@ from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute, allow_task
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
-from server.api.generation import LONG_TEXT, Prepared, Wanted, place_of, placed, prepare, refuse_too_long, run
+from server.api.generation import (
+    LONG_TEXT,
+    GenerationOptions,
+    Prepared,
+    place_of,
+    placed,
+    prepare,
+    refuse_too_long,
+    run,
+)
 from server.api.outputs import collect_all
 from server.api.schemas import ErrorBody
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
@@ -214,7 +223,7 @@ SAME_NAMES = (
 """Parameters that SamplingParams calls the same."""
 
 
-def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
+def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
     """A request's parameters in the engine's words."""
     fields = {name: getattr(parameters, name) for name in SAME_NAMES if getattr(parameters, name) is not None}
     best_of = parameters.best_of or 1
@@ -231,7 +240,7 @@ def _wanted(parameters: GenerateParameters, stream: bool) -> Wanted:
         fields["grammar"] = parameters.grammar.grammar
     fields["logprobs"] = stream or parameters.wants_details or best_of > 1
     fields["top_logprobs"] = parameters.top_n_tokens or 0
-    return Wanted(
+    return GenerationOptions(
         fields,
         sample=_wants_sampling(parameters),
         truncate=parameters.truncate,

@@ -29,7 +29,7 @@ FEWEST_NUMBERS = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """A step's work, the same in every layer.
 
     Attributes:
@@ -70,7 +70,7 @@ class CompiledAttention:
         odd = kv_cache.states.shape[-1] % FEWEST_NUMBERS
         return None if kernels is None or odd or any(rule.softcap for rule in rules) else cls(kv_cache, kernels)
 
-    def plan(self, spans: Sequence[Span]) -> Work:
+    def plan(self, spans: Sequence[Span]) -> StepWork:
         """Cut a step into units of work, the largest first, so that all threads end at once."""
         rows, blocks, first_row = [], 0, 0
         chunks, decoding = [], []
@@ -88,7 +88,7 @@ class CompiledAttention:
         threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
         # A sequence is read best in one piece, but if there are fewer than threads, some would have nothing to do.
         attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else self._heads())]
-        return Work(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
+        return StepWork(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
 
     def attend(
         self,
@@ -96,7 +96,7 @@ class CompiledAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        work: Work,
+        work: StepWork,
         rules: AttentionRules,
     ) -> torch.Tensor:
         """Store a step's keys and values, and attend; see `attention.Layout.attend` for the shapes."""

@@ -30,7 +30,7 @@ LARGEST_BUCKET = 512
 Forward = Callable[[], torch.Tensor]
 
 
-class Recorder(Protocol):
+class GraphCapture(Protocol):
     """Captures work on fixed memory."""
 
     def __call__(self, forward: Forward) -> Forward:
@@ -61,7 +61,7 @@ class DecodeGraphs:
         kv_cache: KVCache,
         attention: VarlenAttention,
         max_sequences: int,
-        record: Recorder,
+        record: GraphCapture,
     ) -> None:
         """Capture. The largest comes first: the others then fit into the memory that it has taken."""
         self.buckets = buckets(max_sequences)
@@ -131,7 +131,7 @@ class CudaRecorder:
         torch.cuda.graph.default_capture_stream = self._stream
 
     def __call__(self, forward: Forward) -> Forward:
-        """See `Recorder`."""
+        """See `GraphCapture`."""
         # A capture that fails leaves its own stream the current one; leaving this block puts ours back.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             return self._record(forward)
@@ -160,7 +160,7 @@ def capture(
     kv_cache: KVCache,
     attention: VarlenAttention | None,
     max_sequences: int,
-    record: Recorder | None = None,
+    record: GraphCapture | None = None,
 ) -> DecodeGraphs | None:
     """Graphs for a model; None where nothing attends by `attention` (as without CUDA), or where capturing fails."""
     if attention is None:

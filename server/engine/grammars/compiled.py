@@ -28,7 +28,7 @@ from server.engine.grammars.limits import (
     MiB,
 )
 from server.engine.grammars.processes import GrammarProcess, GrammarProcesses
-from server.engine.grammars.wire import Frame, State
+from server.engine.grammars.wire import GrammarReply, GrammarState
 from server.errors import GenerationFailed, InvalidRequest, Overloaded
 
 NAMES = {
@@ -93,7 +93,7 @@ class Attempt:
             if self._closed:
                 return False
             self._closed = True  # whatever comes now is not for `close` to end
-        if frames and frames[0].state is State.GOING:
+        if frames and frames[0].state is GrammarState.GOING:
             if not unpacked(frames[0].payload, self._grammars.vocab_size).any():
                 self._process.close()
                 raise unusable(self._grammar, "No text of the model's tokens can match it")
@@ -102,7 +102,7 @@ class Attempt:
         self._process.close()
         if not frames:
             raise unusable(self._grammar, f"it takes more than {COMPILE_WALL_SECONDS:g} s to compile")
-        if frames[0].state is State.FAILED:
+        if frames[0].state is GrammarState.FAILED:
             raise unusable(self._grammar, frames[0].payload.decode(errors="replace"))
         why = limit_reached(frames[0], f"it takes more than {COMPILE_SECONDS:g} s to compile")
         raise self._grammars.refuse(self._grammar, why)
@@ -268,7 +268,7 @@ def unusable(grammar: Grammar, why: str) -> InvalidRequest:
     return InvalidRequest(f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.", remedy=REMEDY)
 
 
-def limit_reached(frame: Frame, too_slow: str) -> str:
+def limit_reached(frame: GrammarReply, too_slow: str) -> str:
     """Which limit ended a process.
 
     Raises:

@@ -29,7 +29,7 @@ import llguidance
 from server.contracts import Grammar, GrammarKind
 from server.engine.grammars.ebnf import lark_of
 from server.engine.grammars.limits import COMPILE_SECONDS, MASK_SECONDS, MEMORY, PARSER_LIMITS, STACK
-from server.engine.grammars.wire import COMMAND, LENGTH, NO_EXTENSION, ORDER, Action, Deed, Frame, State
+from server.engine.grammars.wire import COMMAND, LENGTH, NO_EXTENSION, ORDER, Action, Deed, GrammarReply, GrammarState
 
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
 """Characters that mean something in a regular expression."""
@@ -142,7 +142,7 @@ class Nursery:
             self._pids = {number: other for number, other in self._pids.items() if other != pid}
             with self._channels.pop(pid) as channel, contextlib.suppress(OSError):
                 number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-                channel.send(Frame(0, State.ENDED, 0.0, 0, bytes([number])).pack(), socket.MSG_DONTWAIT)
+                channel.send(GrammarReply(0, GrammarState.ENDED, 0.0, 0, bytes([number])).pack(), socket.MSG_DONTWAIT)
 
 
 def _yield_further(pid: int, *, idle: bool) -> None:
@@ -181,14 +181,14 @@ def serve(channel: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
         with _at_most(COMPILE_SECONDS):
             grammar = Grammar(GrammarKind(order["kind"]), order["source"], order["after_space"])
             compiled, mask = compile_grammar(tokenizer, grammar)
-        state, payload = State.GOING, mask
+        state, payload = GrammarState.GOING, mask
     except MemoryError:
         os.abort()  # as llguidance ends where it gets no memory
     except Exception as exc:  # noqa: BLE001 - llguidance's converters raise anything, and say what is wrong
-        state, payload = State.FAILED, (str(exc) or type(exc).__name__).encode(errors="replace")
+        state, payload = GrammarState.FAILED, (str(exc) or type(exc).__name__).encode(errors="replace")
     del order
-    channel.sendall(Frame(0, state, time.process_time() - begun, _held() - shared, payload).pack())
-    if state is State.GOING:
+    channel.sendall(GrammarReply(0, state, time.process_time() - begun, _held() - shared, payload).pack())
+    if state is GrammarState.GOING:
         Texts(channel, compiled, shared).run()
 
 
@@ -235,14 +235,14 @@ class Texts:
             if matcher is None:
                 matcher = self._matchers[walk] = self._compiled.deep_copy()
             matcher.consume_token(token_id)
-            state, payload = State.GOING, b""
+            state, payload = GrammarState.GOING, b""
             if goes_on and not matcher.is_stopped():
                 payload = matcher.compute_bitmask()  # on an error, this mask would let the text end
             if matcher.is_error():
-                state, payload = State.FAILED, matcher.get_error().encode()
+                state, payload = GrammarState.FAILED, matcher.get_error().encode()
             elif matcher.is_stopped():
-                state, payload = State.COMPLETE, b""
-        return Frame(walk, state, time.process_time() - begun, _held() - self._shared, payload).pack()
+                state, payload = GrammarState.COMPLETE, b""
+        return GrammarReply(walk, state, time.process_time() - begun, _held() - self._shared, payload).pack()
 
 
 def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tuple[llguidance.LLMatcher, bytes]:

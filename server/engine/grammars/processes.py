@@ -17,7 +17,7 @@ from dataclasses import asdict
 from tokenizers import Tokenizer
 
 from server.contracts import Grammar
-from server.engine.grammars.wire import COMMAND, LENGTH, ORDER, Action, Deed, Frame, Frames, State
+from server.engine.grammars.wire import COMMAND, LENGTH, ORDER, Action, Deed, GrammarReplies, GrammarReply, GrammarState
 from server.errors import GenerationFailed
 
 START_SECONDS = 60.0
@@ -38,7 +38,7 @@ class GrammarProcess:
         """
         self._channel = channel
         self._do = do
-        self._frames = Frames()
+        self._frames = GrammarReplies()
         self._unsent = bytearray()
         self._finalizer = weakref.finalize(self, channel.close)
         self.memory = 0
@@ -70,13 +70,13 @@ class GrammarProcess:
             self._unsent.clear()
         return not self._unsent
 
-    def receive(self, seconds: float = 0.0) -> list[Frame]:
+    def receive(self, seconds: float = 0.0) -> list[GrammarReply]:
         """What it has answered; waits at most so long for anything. The last frame of one that has ended is ENDED."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(1000 * seconds):
             return []
-        frames: list[Frame] = []
+        frames: list[GrammarReply] = []
         while True:
             try:
                 data = self._channel.recv(2**18)
@@ -86,8 +86,8 @@ class GrammarProcess:
             except (OSError, ValueError):  # it was closed, or ended while it wrote
                 data = b""
             if not data:
-                if not frames or frames[-1].state is not State.ENDED:
-                    frames.append(Frame(0, State.ENDED, 0.0, 0, b"\0"))
+                if not frames or frames[-1].state is not GrammarState.ENDED:
+                    frames.append(GrammarReply(0, GrammarState.ENDED, 0.0, 0, b"\0"))
                 break
         self.memory = max([self.memory, *(frame.mebibytes for frame in frames)])
         return frames

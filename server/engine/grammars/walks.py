@@ -17,7 +17,7 @@ import numpy as np
 
 from server.engine.grammars.compiled import Compiled, Grammars, brief, limit_reached
 from server.engine.grammars.limits import MASK_SECONDS, REQUEST_SECONDS, STALLED_SECONDS, TOKEN_SECONDS
-from server.engine.grammars.wire import NO_EXTENSION, Action, Frame, State
+from server.engine.grammars.wire import NO_EXTENSION, Action, GrammarReply, GrammarState
 from server.errors import GenerationFailed, InvalidRequest, PreludeError
 
 STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
@@ -187,7 +187,7 @@ class Walks:
         """What a process has to say."""
         answered: list[Walk] = []
         for frame in compiled.process.receive():
-            if frame.state is State.ENDED:
+            if frame.state is GrammarState.ENDED:
                 answered += self._fail(compiled, _ended(frame))
                 break
             self._since[compiled] = time.monotonic()
@@ -200,7 +200,7 @@ class Walks:
             answered += self._fail(largest, InvalidRequest("The grammar takes too much memory.", remedy="Simplify it."))
         return answered
 
-    def _judge(self, request: RequestWalks, frame: Frame) -> None:
+    def _judge(self, request: RequestWalks, frame: GrammarReply) -> None:
         """Whether a grammar is slow, as far as this answer and those before it show."""
         compiled = request.compiled
         if frame.seconds <= SLOW_SECONDS and not request.is_costly:
@@ -210,12 +210,12 @@ class Walks:
         if frame.seconds > 10 * SLOW_SECONDS or request.is_costly:
             compiled.process.take_what_is_left()
 
-    def _take(self, walk: Walk, frame: Frame) -> None:
+    def _take(self, walk: Walk, frame: GrammarReply) -> None:
         walk.is_waiting = False
         walk.error = walk.of_request.charge(frame.seconds)
-        walk.is_complete = frame.state is State.COMPLETE
+        walk.is_complete = frame.state is GrammarState.COMPLETE
         walk.mask = frame.payload
-        if frame.state is State.FAILED:
+        if frame.state is GrammarState.FAILED:
             why = brief(frame.payload.decode(errors="replace"))
             walk.error = _dead_end() if why.startswith(NO_EXTENSION) else _too_complex(why)
 
@@ -243,7 +243,7 @@ class Walks:
         return [walk for compiled in late for walk in self._fail(compiled, error)]
 
 
-def _ended(frame: Frame) -> PreludeError:
+def _ended(frame: GrammarReply) -> PreludeError:
     """Why a process has ended."""
     try:
         why = limit_reached(frame, f"it takes more than {MASK_SECONDS:g} s to find what may come next")

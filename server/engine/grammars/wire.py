@@ -45,7 +45,7 @@ class Deed(IntEnum):
     """Let it have only what others leave of the cores."""
 
 
-class State(IntEnum):
+class GrammarState(IntEnum):
     """What became of a grammar, or of a text."""
 
     GOING = 0
@@ -58,12 +58,12 @@ class State(IntEnum):
     """The process has ended; the payload is the number of the signal that ended it."""
 
 
-class Frame(NamedTuple):
+class GrammarReply(NamedTuple):
     """An answer of a process."""
 
     walk: int
     """The text's number; 0 is the grammar itself."""
-    state: State
+    state: GrammarState
     seconds: float
     """Of a processor, for this answer."""
     mebibytes: int
@@ -76,14 +76,14 @@ class Frame(NamedTuple):
         return head + self.payload
 
 
-class Frames:
+class GrammarReplies:
     """Cuts a stream of bytes into frames."""
 
     def __init__(self) -> None:
         """Nothing has come yet."""
         self._bytes = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
+    def feed(self, data: bytes) -> Iterator[GrammarReply]:
         """The frames that are complete once these bytes have come."""
         self._bytes += data
         while len(self._bytes) >= _HEADER.size:
@@ -93,4 +93,4 @@ class Frames:
                 return
             payload = bytes(self._bytes[_HEADER.size : end])
             del self._bytes[:end]
-            yield Frame(walk, State(state), seconds, mebibytes, payload)
+            yield GrammarReply(walk, GrammarState(state), seconds, mebibytes, payload)

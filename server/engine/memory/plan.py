@@ -44,7 +44,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MemoryDemand:
     """What the settings and the model ask for.
 
     Attributes:
@@ -120,7 +120,7 @@ class MemoryPlan:
         )
 
 
-def plan(wanted: Wanted, free: int) -> MemoryPlan:
+def plan(wanted: MemoryDemand, free: int) -> MemoryPlan:
     """Share `free` bytes out.
 
     Raises:
@@ -145,7 +145,7 @@ def plan(wanted: Wanted, free: int) -> MemoryPlan:
     return MemoryPlan(asked, granted, slabs, prefix, shared, wanted.slab_length, total, wanted.states, wanted.steps)
 
 
-def _parts(wanted: Wanted, slabs: int) -> tuple[int, int, int]:
+def _parts(wanted: MemoryDemand, slabs: int) -> tuple[int, int, int]:
     """Bytes of the KV cache, of prefixes, and of copies of shared inputs."""
     granted = slabs * wanted.slab
     prefix = int(granted * PREFIX_SHARE) if wanted.prefix is None else wanted.prefix
@@ -153,7 +153,7 @@ def _parts(wanted: Wanted, slabs: int) -> tuple[int, int, int]:
     return granted, prefix, max(granted // SHARED_SHARE, wanted.longest_copy)
 
 
-def _total(wanted: Wanted, slabs: int, free: int) -> int:
+def _total(wanted: MemoryDemand, slabs: int, free: int) -> int:
     """Bytes of all parts; grows with the slabs."""
     granted, prefix, shared = _parts(wanted, slabs)
     total = granted + wanted.position_bytes + wanted.states + shared  # one position is scratch
@@ -164,7 +164,7 @@ def _total(wanted: Wanted, slabs: int, free: int) -> int:
     return total + max(prefix, newest) + steps + int(free * SLACK)
 
 
-def _fits(wanted: Wanted, slabs: int, free: int) -> bool:
+def _fits(wanted: MemoryDemand, slabs: int, free: int) -> bool:
     return _total(wanted, slabs, free) <= free
 
 
@@ -179,7 +179,7 @@ def _most(holds: Callable[[int], bool]) -> int:
     return least
 
 
-def _refusal(wanted: Wanted, slabs: int, free: int) -> InsufficientMemory:
+def _refusal(wanted: MemoryDemand, slabs: int, free: int) -> InsufficientMemory:
     granted, prefix, shared = _parts(wanted, slabs)
     steps, lower = "", "PRELUDE_PREFIX_MEMORY, PRELUDE_MAX_MODEL_LEN or PRELUDE_MAX_SEQUENCES"
     if wanted.steps is not None:
@@ -197,7 +197,7 @@ def _refusal(wanted: Wanted, slabs: int, free: int) -> InsufficientMemory:
     )
 
 
-def _need(wanted: Wanted) -> str:
+def _need(wanted: MemoryDemand) -> str:
     return (
         f"{wanted.sequences} sequences of {wanted.max_model_len:,} positions at {wanted.position_bytes:,} bytes each "
         f"ask for {_mib(wanted.sequences * wanted.slab)}; one of them for {_mib(wanted.slab)}"

@@ -37,14 +37,14 @@ CONVERSION = "1"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelCheckpoint:
     """What transformers' from_pretrained takes, and the model's public name."""
 
     location: str
     name: str
 
 
-def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> Checkpoint:
+def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> ModelCheckpoint:
     """Find the model that `PRELUDE_MODEL` names, converting a GGUF file on first use.
 
     Raises:
@@ -56,7 +56,7 @@ def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> C
         return _resolve(model, model_name, cache_dir)
 
 
-def _resolve(model: str, model_name: str | None, cache_dir: Path) -> Checkpoint:
+def _resolve(model: str, model_name: str | None, cache_dir: Path) -> ModelCheckpoint:
     path = _embedded_gguf() if model == EMBEDDED_MODEL else Path(model).expanduser()
     default_name = EMBEDDED_NAME if model == EMBEDDED_MODEL else path.stem if path.suffix == ".gguf" else path.name
     name = model_name or default_name
@@ -65,15 +65,15 @@ def _resolve(model: str, model_name: str | None, cache_dir: Path) -> Checkpoint:
             raise ConfigurationError(
                 f"PRELUDE_MODEL names {path}, which does not exist or is no file.", remedy="Name a GGUF file."
             )
-        return Checkpoint(str(_converted(path, cache_dir.expanduser())), name)
+        return ModelCheckpoint(str(_converted(path, cache_dir.expanduser())), name)
     if path.is_dir():
-        return Checkpoint(str(path), name)
+        return ModelCheckpoint(str(path), name)
     if path.exists() or model.startswith(("/", "./", "../", "~")):
         raise ConfigurationError(
             f"PRELUDE_MODEL names {path}, which is neither a directory nor a .gguf file.",
             remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
         )
-    return Checkpoint(model, name)
+    return ModelCheckpoint(model, name)
 
 
 def _embedded_gguf() -> Path:

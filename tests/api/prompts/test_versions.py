@@ -17,7 +17,7 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from server.engine.model.frozen import FrozenModel
-from server.registry.events import Content
+from server.registry.events import VersionContent
 from server.registry.host_cache import size_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.api.live import LiveServer, as_form, assert_error, engine_answer, live_server, wait_until
@@ -397,7 +397,7 @@ def test_a_hundred_requests_for_one_cold_task_load_it_once_and_hold_nobody_up(tm
         gate = threading.Event()
         load = server.registry.host._load
 
-        def slow_load(content: Content) -> SoftPrompt:
+        def slow_load(content: VersionContent) -> SoftPrompt:
             assert gate.wait(20)
             return load(content)
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from server.api.telemetry.record import Outcome, Record, outcome_of
+from server.api.telemetry.record import Record, RequestOutcome, outcome_of
 from server.contracts import Usage
 from server.errors import (
     GenerationFailed,
@@ -22,25 +22,25 @@ from server.errors import (
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (RequestAborted("x"), Outcome.ABORTED),
-        (asyncio.CancelledError(), Outcome.ABORTED),
-        (GeneratorExit(), Outcome.ABORTED),
-        (RequestTimedOut("x"), Outcome.TIMED_OUT),
-        (InputTooLong("x"), Outcome.REFUSED),
-        (Overloaded("x"), Outcome.REFUSED),
-        (ServerDraining("x"), Outcome.REFUSED),
-        (GenerationFailed("x"), Outcome.FAILED),
-        (NotFinite("x"), Outcome.FAILED),
-        (TypeError("x"), Outcome.FAILED),
+        (RequestAborted("x"), RequestOutcome.ABORTED),
+        (asyncio.CancelledError(), RequestOutcome.ABORTED),
+        (GeneratorExit(), RequestOutcome.ABORTED),
+        (RequestTimedOut("x"), RequestOutcome.TIMED_OUT),
+        (InputTooLong("x"), RequestOutcome.REFUSED),
+        (Overloaded("x"), RequestOutcome.REFUSED),
+        (ServerDraining("x"), RequestOutcome.REFUSED),
+        (GenerationFailed("x"), RequestOutcome.FAILED),
+        (NotFinite("x"), RequestOutcome.FAILED),
+        (TypeError("x"), RequestOutcome.FAILED),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_error_means_one_outcome(error: BaseException, outcome: Outcome) -> None:
+def test_an_error_means_one_outcome(error: BaseException, outcome: RequestOutcome) -> None:
     assert outcome_of(error) is outcome
 
 
 def test_a_request_of_several_texts_ends_as_the_first_that_did_not_finish_and_adds_up() -> None:
     record = Record()
-    for outcome in (Outcome.FINISHED, Outcome.FAILED, Outcome.ABORTED):
+    for outcome in (RequestOutcome.FINISHED, RequestOutcome.FAILED, RequestOutcome.ABORTED):
         record.add(outcome, Usage(1, 2, 3, 1))
-    assert (record.outcome, record.usage) == (Outcome.FAILED, Usage(3, 6, 9, 3))
+    assert (record.outcome, record.usage) == (RequestOutcome.FAILED, Usage(3, 6, 9, 3))

@@ -15,7 +15,7 @@ from server.contracts import FinishReason, Grammar, GrammarKind
 from server.engine.grammars import walks as grammar_walks
 from server.engine.grammars.compile_queue import GrammarQueue, Turns
 from server.engine.grammars.compiled import Grammars
-from server.engine.grammars.wire import State
+from server.engine.grammars.wire import GrammarState
 from server.engine.model.frozen import FrozenModel
 from server.engine.scheduling.admission import Limits
 from server.engine.worker import EngineWorker
@@ -213,7 +213,7 @@ def test_processes_that_end_one_after_the_other_are_all_noticed(grammars: Gramma
             process.kill()
             time.sleep(0.2)  # the process that makes them has dealt with this end before the next
     frames = [frame for compiled in held for frame in compiled.process.receive(20)]
-    assert [frame.state for frame in frames] == [State.ENDED] * 3
+    assert [frame.state for frame in frames] == [GrammarState.ENDED] * 3
     for compiled in held:
         grammars.discard(compiled)
 

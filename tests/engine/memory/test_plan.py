@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine import build
-from server.engine.memory.plan import MemoryPlan, MiB, Steps, Wanted, plan
+from server.engine.memory.plan import MemoryDemand, MemoryPlan, MiB, Steps, plan
 from server.engine.model.frozen import FrozenModel
 from server.errors import InsufficientMemory
 from server.settings import Settings
@@ -27,12 +27,12 @@ STEPS = st.builds(Steps, largest=SIZES, graphs=st.integers(0, GiB), arriving=st.
 
 
 @st.composite
-def wishes(draw: st.DrawFn, *, measured: bool | None = None) -> Wanted:
+def wishes(draw: st.DrawFn, *, measured: bool | None = None) -> MemoryDemand:
     """Settings and models of any size."""
     length = draw(st.integers(16, 40_000))
     slab_length = 1 << (length - 1).bit_length()
     is_measured = draw(st.booleans()) if measured is None else measured
-    return Wanted(
+    return MemoryDemand(
         sequences=draw(st.integers(1, 4096)),
         running=draw(st.integers(1, 5120)),
         state_bytes=draw(st.just(0) | st.integers(1, 2**22)),
@@ -47,7 +47,7 @@ def wishes(draw: st.DrawFn, *, measured: bool | None = None) -> Wanted:
     )
 
 
-def planned_or_refused(wanted: Wanted, free: int) -> tuple[MemoryPlan | None, InsufficientMemory | None]:
+def planned_or_refused(wanted: MemoryDemand, free: int) -> tuple[MemoryPlan | None, InsufficientMemory | None]:
     try:
         return plan(wanted, free), None
     except InsufficientMemory as exc:
@@ -55,7 +55,7 @@ def planned_or_refused(wanted: Wanted, free: int) -> tuple[MemoryPlan | None, In
 
 
 @given(wanted=wishes(), free=st.integers(0, 160 * GiB))
-def test_all_parts_together_fit_what_is_free_or_are_refused_with_a_remedy(wanted: Wanted, free: int) -> None:
+def test_all_parts_together_fit_what_is_free_or_are_refused_with_a_remedy(wanted: MemoryDemand, free: int) -> None:
     planned, refused = planned_or_refused(wanted, free)
     if planned is None:
         assert refused is not None
@@ -75,21 +75,21 @@ def test_all_parts_together_fit_what_is_free_or_are_refused_with_a_remedy(wanted
 
 
 @given(wanted=wishes(), free=st.integers(0, 160 * GiB))
-def test_the_size_that_a_refusal_names_is_taken(wanted: Wanted, free: int) -> None:
+def test_the_size_that_a_refusal_names_is_taken(wanted: MemoryDemand, free: int) -> None:
     _, refused = planned_or_refused(wanted, free)
     remedy = "" if refused is None else refused.remedy
     if at_most := re.search(r"PRELUDE_KV_MEMORY to at most ([\d.]+)MiB", remedy):
-        plan(Wanted(**{**vars(wanted), "kv": int(float(at_most[1]) * MiB)}), free)
+        plan(MemoryDemand(**{**vars(wanted), "kv": int(float(at_most[1]) * MiB)}), free)
     if at_least := re.search(r"Set it to at least ([\d.]+)MiB", remedy):
         assert int(float(at_least[1]) * MiB) >= wanted.slab  # which may still be too much for the device
 
 
 @given(wanted=wishes(measured=True), free=st.integers(GiB, 160 * GiB))
-def test_what_steps_take_is_taken_off_the_kv_cache(wanted: Wanted, free: int) -> None:
+def test_what_steps_take_is_taken_off_the_kv_cache(wanted: MemoryDemand, free: int) -> None:
     def slabs(largest: int) -> int:
         steps = Steps(largest, 0, 0)
         try:
-            return plan(Wanted(**{**vars(wanted), "kv": None, "steps": steps}), free).num_slabs
+            return plan(MemoryDemand(**{**vars(wanted), "kv": None, "steps": steps}), free).num_slabs
         except InsufficientMemory:
             return 0
 
@@ -97,25 +97,25 @@ def test_what_steps_take_is_taken_off_the_kv_cache(wanted: Wanted, free: int) ->
 
 
 def test_auto_takes_one_sequence_where_no_more_fit() -> None:
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 512, 8192, steps=Steps(GiB // 2))
+    wanted = MemoryDemand(256, 320, 8192, 8192, 2**17, 512, 8192, steps=Steps(GiB // 2))
     assert plan(wanted, 3 * GiB).num_slabs == 1  # one for it, one for a copy, a quarter for prefixes
 
 
 def test_a_measured_step_leaves_auto_more_than_half_of_the_device() -> None:
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 512, 8192)
+    wanted = MemoryDemand(256, 320, 8192, 8192, 2**17, 512, 8192)
     guessed = plan(wanted, 100 * GiB)
-    measured = plan(Wanted(**{**vars(wanted), "steps": Steps(3 * GiB, GiB, GiB)}), 100 * GiB)
+    measured = plan(MemoryDemand(**{**vars(wanted), "steps": Steps(3 * GiB, GiB, GiB)}), 100 * GiB)
     assert guessed.granted <= 50 * GiB < measured.granted
     assert "largest step: 3,072 MiB" in str(measured)
 
 
 def test_a_kv_cache_near_the_free_memory_is_refused_once_steps_are_counted() -> None:
     kv = 60 * GiB
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 512, 8192, kv=kv, prefix=GiB)
+    wanted = MemoryDemand(256, 320, 8192, 8192, 2**17, 512, 8192, kv=kv, prefix=GiB)
     assert plan(wanted, 80 * GiB).granted == kv
     steps = Steps(12 * GiB, GiB, GiB)
     with pytest.raises(InsufficientMemory, match=r"a step of 8,192 tokens takes 12,288 MiB") as caught:
-        plan(Wanted(**{**vars(wanted), "steps": steps}), 80 * GiB)
+        plan(MemoryDemand(**{**vars(wanted), "steps": steps}), 80 * GiB)
     assert "PRELUDE_MAX_BATCH_TOKENS" in caught.value.remedy
     assert "PRELUDE_KV_MEMORY to at most" in caught.value.remedy
 
@@ -161,7 +161,7 @@ def test_a_plan_begins_after_what_joining_weights_leaves_behind_has_been_given_b
 class Server:
     """What a server takes of a device after it has begun, in any order, each part within its share of the plan."""
 
-    def __init__(self, device: Allocator, wanted: Wanted, rng: random.Random) -> None:
+    def __init__(self, device: Allocator, wanted: MemoryDemand, rng: random.Random) -> None:
         self._device, self._wanted, self._rng = device, wanted, rng
         self._planned = plan(wanted, device.free)
         assert wanted.steps is not None
@@ -210,7 +210,7 @@ def test_what_a_plan_promises_fits_the_allocator_whatever_comes_and_goes(capacit
     device = Allocator(capacity * GiB, expandable=True)
     load_and_fuse(device)
     device.empty_cache()
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 512, 2048, steps=Steps(2 * GiB, GiB // 2, 512 * 2**17))
+    wanted = MemoryDemand(256, 320, 8192, 8192, 2**17, 512, 2048, steps=Steps(2 * GiB, GiB // 2, 512 * 2**17))
     server = Server(device, wanted, random.Random(seed))
     server.reserve()
     for _ in range(150):
@@ -223,7 +223,7 @@ def test_segments_that_do_not_grow_would_not_hold_what_a_plan_promises() -> None
     device = Allocator(24 * GiB, expandable=False)
     load_and_fuse(device)
     device.empty_cache()
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 2048, 2048, steps=Steps(2 * GiB, GiB // 2, 2048 * 2**17))
+    wanted = MemoryDemand(256, 320, 8192, 8192, 2**17, 2048, 2048, steps=Steps(2 * GiB, GiB // 2, 2048 * 2**17))
     server = Server(device, wanted, random.Random(0))
     server.reserve()
     with pytest.raises(torch.OutOfMemoryError):  # noqa: PT012
@@ -235,10 +235,12 @@ def test_a_plan_that_forgets_steps_does_not_fit() -> None:
     device = Allocator(24 * GiB, expandable=True)
     load_and_fuse(device)
     device.empty_cache()
-    wanted = Wanted(256, 320, 8192, 8192, 2**17, 512, 2048, kv=int(device.free * 0.7) // 2**30 * 2**30, prefix=GiB // 4)
+    wanted = MemoryDemand(
+        256, 320, 8192, 8192, 2**17, 512, 2048, kv=int(device.free * 0.7) // 2**30 * 2**30, prefix=GiB // 4
+    )
     planned = plan(wanted, device.free)  # is content
     with pytest.raises(InsufficientMemory):
-        plan(Wanted(**{**vars(wanted), "steps": Steps(2 * GiB, GiB // 2)}), device.free)
+        plan(MemoryDemand(**{**vars(wanted), "steps": Steps(2 * GiB, GiB // 2)}), device.free)
     for part in (planned.granted, planned.prefix_bytes, planned.shared_bytes, GiB // 2):
         device.allocate(part)
     with pytest.raises(torch.OutOfMemoryError):

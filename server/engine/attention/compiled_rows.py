@@ -15,7 +15,7 @@ import torch
 
 from server.engine.attention.cached_rows import Places, Span
 from server.engine.attention.interface import AttentionRules
-from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, float_bits
+from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, float_bits
 from server.engine.memory.kv_cache import KVCache
 
 if TYPE_CHECKING:  # numba is only imported where it is used
@@ -108,17 +108,34 @@ class CompiledAttention:
         assert tokens == work.tokens, "as many as were laid out"
         out = query.new_empty(tokens, heads, dim)
         turned, plain = self._scratch_for(work.blocks)
-        places: list[int] = [work.spans.ctypes.data]
-        inputs = [states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value)]
-        for states in inputs:
-            places += (states.data_ptr(), states.stride(1), states.stride(0))
-        window = EVERYTHING if rules.sliding_window is None else rules.sliding_window
-        places += (*self._layers[layer], turned, plain, float_bits(rules.scaling), window, out.data_ptr())
-        places.append(self._sinks_of(layer, rules))
+        query, key, value = (states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value))
+        keys, values = self._layers[layer]
+        arguments = AttentionArguments(
+            units=work.attend.ctypes.data,
+            spans=work.spans.ctypes.data,
+            query=query.data_ptr(),
+            query_step=query.stride(1),
+            query_head_step=query.stride(0),
+            key=key.data_ptr(),
+            key_step=key.stride(1),
+            key_head_step=key.stride(0),
+            value=value.data_ptr(),
+            value_step=value.stride(1),
+            value_head_step=value.stride(0),
+            keys=keys,
+            values=values,
+            scratch_keys=turned,
+            scratch_values=plain,
+            scaling=float_bits(rules.scaling),
+            window=EVERYTHING if rules.sliding_window is None else rules.sliding_window,
+            out=out.data_ptr(),
+            sinks=self._sinks_of(layer, rules),
+        )
         loops = self._kernels.attention(heads // self._kv_heads, self._kv_heads, dim, self._states.dtype)
         if len(work.spread):
-            loops.spread(len(work.spread), work.threads, work.spread.ctypes.data, *places)
-        loops.attend(len(work.attend), work.threads, work.attend.ctypes.data, *places)
+            spread = arguments._replace(units=work.spread.ctypes.data)
+            loops.spread(len(work.spread), work.threads, *spread)
+        loops.attend(len(work.attend), work.threads, *arguments)
         return out
 
     def _sinks_of(self, layer: int, rules: AttentionRules) -> int:

@@ -23,18 +23,22 @@ from numba import carray
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
-from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES
+from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, SpanColumns
 from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
+
+NUM_UNITS = 1
+"""Where a loop's arguments hold the number of units; the counter stands before it."""
+AT = AttentionArguments(*range(NUM_UNITS + 1, NUM_UNITS + 1 + len(AttentionArguments._fields)))
+"""Where they hold each other argument."""
+NUM_ARGUMENTS = NUM_UNITS + 1 + len(AT)
+COLUMN = SpanColumns(*range(len(SpanColumns._fields)))
 
 
 @dataclass(frozen=True)
 class AttentionLoops:
     """The two loops of a step's attention, for one shape of heads.
 
-    Both take, behind the counter and the number of units: `units` `[units, 3]`; `spans` `[spans, 5]` (first row,
-    position, tokens, slot's start, first scratch block); the addresses of query, key and value, each followed by the
-    distances of its tokens and heads; the layer's keys and values in the cache; the scratch of keys and of values; and
-    the scaling's bits as float32, the window, the answer's address, and that of the heads' sinks in float32, or 0.
+    Both take `AttentionArguments`.
 
     Attributes:
         spread: units are (span, key head, block): a chunk's positions into the cache and the scratch.
@@ -56,11 +60,17 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
         stored: numpy's `uint16` for bfloat16, or `float32`.
         keep: whether the machine code is kept.
     """
-    heads = group * kv_heads
-    row = kv_heads * dim  # numbers of a position in the cache
     compiler = Compiler(group, kv_heads, dim, np.dtype(stored), keep=keep)
-    decode = _decoding(compiler, group, kv_heads, dim)
-    spread_block, attend_chunk = _chunks(compiler, group, kv_heads, dim)
+    given, copy = _inputs(compiler, kv_heads, dim, stored)
+    return AttentionLoops(
+        _spread_loop(compiler, kv_heads, dim, given, copy),
+        _attend_loop(compiler, group, kv_heads, dim, stored, given, copy),
+    )
+
+
+def _inputs(compiler: Compiler, kv_heads: int, dim: int, stored: Any) -> tuple[Any, Any]:
+    """The functions that read a loop's arguments as arrays, and that copy new tokens into the cache."""
+    row = kv_heads * dim  # numbers of a position in the cache
 
     @compiler.inline
     def copy(source, step, head_step, head, tokens, states, start):
@@ -73,71 +83,110 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
     @compiler.inline
     def given(a):
         """What both loops are given: units, spans; query, key, value; keys and values in the cache."""
-        units, spans = carray(pointer(a[2]), (a[1], 3), np.int64), carray(pointer(a[3]), (EVERYTHING, 5), np.int64)
-        query = carray(pointer(a[4]), EVERYTHING, stored)
-        key, value = carray(pointer(a[7]), EVERYTHING, stored), carray(pointer(a[10]), EVERYTHING, stored)
-        keys, values = carray(pointer(a[13]), EVERYTHING, stored), carray(pointer(a[14]), EVERYTHING, stored)
+        units = carray(pointer(a[AT.units]), (a[NUM_UNITS], 3), np.int64)
+        spans = carray(pointer(a[AT.spans]), (EVERYTHING, len(COLUMN)), np.int64)
+        query = carray(pointer(a[AT.query]), EVERYTHING, stored)
+        key, value = carray(pointer(a[AT.key]), EVERYTHING, stored), carray(pointer(a[AT.value]), EVERYTHING, stored)
+        keys = carray(pointer(a[AT.keys]), EVERYTHING, stored)
+        values = carray(pointer(a[AT.values]), EVERYTHING, stored)
         return units, spans, query, key, value, keys, values
+
+    return given, copy
+
+
+def _spread_loop(compiler: Compiler, kv_heads: int, dim: int, given: Any, copy: Any) -> Loop:
+    """The loop over the blocks of chunks: their new positions into the cache, all that they see into the scratch."""
+    spread_block = _spreading(compiler, kv_heads, dim)
 
     @compiler.loop
     def spread(arguments):
-        a = carray(arguments, 21)
+        a = carray(arguments, NUM_ARGUMENTS)
         units, spans, _, key, value, keys, values = given(a)
+        key_step, value_step = a[AT.key_step], a[AT.value_step]
         while True:
             unit = fetch_add(a)
-            if unit >= a[1]:
+            if unit >= a[NUM_UNITS]:
                 break
             span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
-            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
-            slot, scratch = spans[span, 3], spans[span, 4]
+            first_row, position = spans[span, COLUMN.first_row], spans[span, COLUMN.position]
+            tokens, slot, scratch = spans[span, COLUMN.tokens], spans[span, COLUMN.slot], spans[span, COLUMN.scratch]
             blocks = (position + tokens + BLOCK - 1) // BLOCK
             begin, end = max(position, block * BLOCK), min(position + tokens, (block + 1) * BLOCK)
             if begin < end:
-                new = first_row + begin - position
-                copy(key[new * a[8] :], a[8], a[9], head, end - begin, keys, slot + begin)
-                copy(value[new * a[11] :], a[11], a[12], head, end - begin, values, slot + begin)
-            place = ((scratch * kv_heads + head * blocks) + block) * BLOCK * dim * 4
-            turned = carray(pointer(a[15] + place), (dim, BLOCK), np.float32)
-            plain = carray(pointer(a[16] + place), (BLOCK, dim), np.float32)
+                new, many = first_row + begin - position, end - begin
+                copy(key[new * key_step :], key_step, a[AT.key_head_step], head, many, keys, slot + begin)
+                copy(value[new * value_step :], value_step, a[AT.value_head_step], head, many, values, slot + begin)
+            offset = ((scratch * kv_heads + head * blocks) + block) * BLOCK * dim * 4
+            turned = carray(pointer(a[AT.scratch_keys] + offset), (dim, BLOCK), np.float32)
+            plain = carray(pointer(a[AT.scratch_values] + offset), (BLOCK, dim), np.float32)
             filled = min(BLOCK, position + tokens - block * BLOCK)
             spread_block(keys[head * dim :], values[head * dim :], slot + block * BLOCK, filled, turned, plain)
 
+    return spread
+
+
+def _attend_loop(compiler: Compiler, group: int, kv_heads: int, dim: int, stored: Any, given: Any, copy: Any) -> Loop:
+    """The loop over decoding tokens, and over the blocks of a chunk's queries."""
+    heads = group * kv_heads
+    decode = _decoding(compiler, group, kv_heads, dim)
+    attend_chunk = _chunks(compiler, group, kv_heads, dim)
+
     @compiler.loop
     def attend(arguments):
-        a = carray(arguments, 21)
+        a = carray(arguments, NUM_ARGUMENTS)
         units, spans, query, key, value, keys, values = given(a)
-        scaling, window = np.int32(a[17]).view(np.float32), a[18]
-        out = carray(pointer(a[19]), EVERYTHING, stored)
+        query_step, query_head_step = a[AT.query_step], a[AT.query_head_step]
+        key_step, value_step = a[AT.key_step], a[AT.value_step]
+        scaling, window, sinks_at = np.int32(a[AT.scaling]).view(np.float32), a[AT.window], a[AT.sinks]
+        out = carray(pointer(a[AT.out]), EVERYTHING, stored)
         while True:
             unit = fetch_add(a)
-            if unit >= a[1]:
+            if unit >= a[NUM_UNITS]:
                 break
             span, head, block = units[unit, 0], units[unit, 1], units[unit, 2]
-            first_row, position, tokens = spans[span, 0], spans[span, 1], spans[span, 2]
-            slot, scratch = spans[span, 3], spans[span, 4]
+            first_row, position = spans[span, COLUMN.first_row], spans[span, COLUMN.position]
+            tokens, slot, scratch = spans[span, COLUMN.tokens], spans[span, COLUMN.slot], spans[span, COLUMN.scratch]
             if block < 0:
                 first, last = (0, kv_heads) if head < 0 else (head, head + 1)
                 for h in range(first, last):
-                    copy(key[first_row * a[8] :], a[8], a[9], h, 1, keys, slot + position)
-                    copy(value[first_row * a[11] :], a[11], a[12], h, 1, values, slot + position)
-                asked, answer = query[first_row * a[5] :], out[first_row * heads * dim :]
+                    copy(key[first_row * key_step :], key_step, a[AT.key_head_step], h, 1, keys, slot + position)
+                    copy(
+                        value[first_row * value_step :],
+                        value_step,
+                        a[AT.value_head_step],
+                        h,
+                        1,
+                        values,
+                        slot + position,
+                    )
+                asked, answer = query[first_row * query_step :], out[first_row * heads * dim :]
                 end = slot + position + 1
                 begin = max(slot, end - window)
-                decode(asked, a[6], keys, values, first, last, begin, end, scaling, a[20], answer)
+                decode(asked, query_head_step, keys, values, first, last, begin, end, scaling, sinks_at, answer)
             else:
                 first = block * QUERIES
-                asked = query[(first_row + first) * a[5] + head * group * a[6] :]
-                place = (scratch * kv_heads + head * ((position + tokens + BLOCK - 1) // BLOCK)) * BLOCK * dim * 4
-                turned, plain = (
-                    carray(pointer(a[15] + place), EVERYTHING, np.float32),
-                    carray(pointer(a[16] + place), EVERYTHING, np.float32),
-                )
+                asked = query[(first_row + first) * query_step + head * group * query_head_step :]
+                offset = (scratch * kv_heads + head * ((position + tokens + BLOCK - 1) // BLOCK)) * BLOCK * dim * 4
+                turned = carray(pointer(a[AT.scratch_keys] + offset), EVERYTHING, np.float32)
+                plain = carray(pointer(a[AT.scratch_values] + offset), EVERYTHING, np.float32)
                 answer = out[((first_row + first) * kv_heads + head) * group * dim :]
                 many = min(QUERIES, tokens - first)
-                sinks = a[20] + head * group * 4 if a[20] != 0 else 0
-                attend_chunk(asked, a[5], a[6], many, position + first, window, scaling, sinks, turned, plain, answer)
+                sinks = sinks_at + head * group * 4 if sinks_at != 0 else 0
+                attend_chunk(
+                    asked,
+                    query_step,
+                    query_head_step,
+                    many,
+                    position + first,
+                    window,
+                    scaling,
+                    sinks,
+                    turned,
+                    plain,
+                    answer,
+                )
 
-    return AttentionLoops(spread, attend)
+    return attend
 
 
 def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
@@ -202,9 +251,9 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
     return decode
 
 
-def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[Any, Any]:
-    """The functions that spread a block of positions, and that attend for a block of queries."""
-    rows, row = QUERIES * group, kv_heads * dim
+def _spreading(compiler: Compiler, kv_heads: int, dim: int) -> Any:
+    """The function that spreads a block of positions."""
+    row = kv_heads * dim
 
     @compiler.inline
     def spread_block(keys, values, start, filled, turned, plain):
@@ -219,6 +268,12 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[An
                 for d in range(dim):
                     turned[d, i] = np.float32(0)
                     plain[i, d] = np.float32(0)
+
+    return spread_block
+
+
+def _weighing(compiler: Compiler, dim: int) -> Any:
+    """The function that turns the scores of one query and one block into weights."""
 
     @compiler.inline
     def weigh(scores, first, last, highest, total, sums):
@@ -247,6 +302,14 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[An
             for d in range(dim):
                 sums[d] *= scale
         return highest, total + added
+
+    return weigh
+
+
+def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
+    """The function that attends for a block of queries."""
+    rows, row = QUERIES * group, kv_heads * dim
+    weigh = _weighing(compiler, dim)
 
     @compiler.inline
     def attend_chunk(query, step, head_step, tokens, position, window, scaling, sinks_at, turned, plain, out):
@@ -281,4 +344,4 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> tuple[An
                 for d in range(dim):
                     answer[d] = narrow(sums[r, d] * share, out)
 
-    return spread_block, attend_chunk
+    return attend_chunk

@@ -50,7 +50,15 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
         keep: whether the machine code is kept.
     """
     compiler = Compiler(np.dtype(stored), keep=keep)
+    return SmallLoops(
+        _norm_loop(compiler, stored),
+        _rotation_loop(compiler, stored),
+        _gate_loop(compiler, stored),
+        _best_loop(compiler, stored),
+    )
 
+
+def _norm_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
     def norm_row(x, weight, epsilon, out):
         """Zhang and Sennrich 2019. As transformers does it, the normed number is rounded before it is weighed."""
@@ -64,22 +72,6 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             normed = widen(narrow(widen(x[i]) * scale, out))
             out[i] = narrow(normed * widen(weight[i]), out)
 
-    @compiler.inline
-    def rotate_head(x, cos, sin):
-        """Su et al. 2021, halves paired as transformers pairs them."""
-        half = len(x) // 2
-        for i in range(half):
-            first, second = widen(x[i]), widen(x[half + i])
-            x[i] = narrow(first * cos[i] + second * sin[i], x)
-            x[half + i] = narrow(second * cos[half + i] + first * sin[half + i], x)
-
-    @compiler.inline
-    def gate_row(gate, up, out):
-        """silu(gate) * up."""
-        for i in range(len(out)):
-            number = widen(gate[i])
-            out[i] = narrow(number / (np.float32(1) + exp(-number)) * widen(up[i]), out)
-
     @compiler.loop
     def rms_norm(arguments):
         a = carray(arguments, 8)
@@ -92,6 +84,19 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 break
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
                 norm_row(x[t], weight, epsilon, out[t])
+
+    return rms_norm
+
+
+def _rotation_loop(compiler: Compiler, stored: Any) -> Loop:
+    @compiler.inline
+    def rotate_head(x, cos, sin):
+        """Su et al. 2021, halves paired as transformers pairs them."""
+        half = len(x) // 2
+        for i in range(half):
+            first, second = widen(x[i]), widen(x[half + i])
+            x[i] = narrow(first * cos[i] + second * sin[i], x)
+            x[half + i] = narrow(second * cos[half + i] + first * sin[half + i], x)
 
     @compiler.loop
     def rotate(arguments):
@@ -107,6 +112,17 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 for h in range(turned):
                     rotate_head(x[t, h], cos[t], sin[t])
 
+    return rotate
+
+
+def _gate_loop(compiler: Compiler, stored: Any) -> Loop:
+    @compiler.inline
+    def gate_row(gate, up, out):
+        """silu(gate) * up."""
+        for i in range(len(out)):
+            number = widen(gate[i])
+            out[i] = narrow(number / (np.float32(1) + exp(-number)) * widen(up[i]), out)
+
     @compiler.loop
     def silu_gate(arguments):
         a = carray(arguments, 6)
@@ -120,6 +136,10 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
                 gate_row(gate_up[t, 0], gate_up[t, 1], out[t])
 
+    return silu_gate
+
+
+def _best_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
     def best_of(row):
         """The largest number, and where it is first."""
@@ -149,4 +169,4 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
                 break
             highest[unit], where[unit] = best_of(logits[unit])
 
-    return SmallLoops(rms_norm, rotate, silu_gate, best)
+    return best

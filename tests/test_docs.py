@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,26 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", read(page)):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def prose_lines(page: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a page, without tables, blocks of code and pictures, which cannot be broken."""
+    in_block = False
+    for number, line in enumerate(read(page).splitlines(), 1):
+        in_block ^= line.lstrip().startswith("```")
+        if not in_block and not line.lstrip().startswith(("```", "|", "![")) and not line.startswith("    "):
+            yield number, line
+
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+    if "<!-- prelude eval: card -->" not in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_of_prose_is_wider_than_120_columns(page: str) -> None:
+    """Ruff holds the same for code, comments and docstrings."""
+    assert [f"{page}:{number}" for number, line in prose_lines(page) if len(line) > 120] == []

@@ -1,4 +1,4 @@
-"""Every block of the README does what it says: the server is started with its command, and its requests are sent."""
+"""Every block of the README and of the page on clients does what it says, on a server that the README's command starts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/clients.md")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    fences = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    fences = re.findall(r"```(\w+)\n(.*?)```", pages, re.DOTALL)
     found: list[Block] = []
     for language, body in fences:
         if language == "json":
@@ -84,7 +86,7 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server does not become ready")
 
 
-def test_the_readme_has_the_blocks_that_are_tested_here() -> None:
+def test_the_pages_have_the_blocks_that_are_tested_here() -> None:
     assert len(CURLS) == 4
     assert {b.commands.split()[0] for b in blocks() if b.language == "sh"} == {"make", "curl", ".venv/bin/prelude"}
     assert [b.language for b in blocks()].count("python") == 1

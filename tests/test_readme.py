@@ -1,4 +1,4 @@
-"""Every block of the README and of the page on clients does what it says, on a server that the README's command starts."""
+"""Every block of the README and of docs/clients.md does what it says, on a server that the README starts."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -24,6 +25,9 @@ from server.validation import Location, first_problems
 
 Keys = tuple[ApiKey, ...]
 
+MAX_BYTES = 2**22
+"""Of a keys file, some ten thousand keys; a running server reads it again whenever it changes."""
+
 
 class _Content(BaseModel):
     """The whole file."""
@@ -34,10 +38,9 @@ class _Content(BaseModel):
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Self:
-        ids = [key.id for key in self.keys]
-        twice = next((one for one in ids if ids.count(one) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two keys have the id {twice}")
+        for one, times in Counter(key.id for key in self.keys).items():
+            if times > 1:
+                raise ValueError(f"two keys have the id {one}")
         return self
 
 
@@ -53,7 +56,7 @@ def read_keys(path: Path) -> Keys:
         ConfigurationError: it cannot be read, or an entry does not fit; names the entry, and quotes no value of it.
     """
     try:
-        data = path.read_bytes()
+        data = _read_regular(path)
     except OSError as exc:
         raise ConfigurationError(
             f"The keys file {path} cannot be read: {exc.strerror}.", remedy=how_to_make_a_key(path)
@@ -65,6 +68,28 @@ def read_keys(path: Path) -> Keys:
             f"The keys file {path} does not fit: {first_problems(exc, _place)}.",
             remedy="Mend what it names, or restore the file; `prelude keys` writes it in the right form.",
         ) from None  # the cause quotes the file
+
+
+def _read_regular(path: Path) -> bytes:
+    """The bytes of a file; nobody waits for what a pipe in its place may bring.
+
+    Raises:
+        OSError: it is missing, or may not be read.
+        ConfigurationError: it is no regular file, or larger than any keys file.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ConfigurationError(
+                f"The keys file {path} is not a regular file.",
+                remedy="Put the keys into a file, which can be followed.",
+            )
+        if state.st_size > MAX_BYTES:
+            raise ConfigurationError(
+                f"The keys file {path} has {state.st_size:,} bytes; at most {MAX_BYTES:,} are read.",
+                remedy="Restore the file; `prelude keys` writes it in the right form.",
+            )
+        return file.read(MAX_BYTES)
 
 
 def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:

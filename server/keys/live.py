@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import stat
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often to look, at most, whether the file has changed."""
+PATIENCE_SECONDS = 0.1
+"""How long a request waits for a look: a file system that hangs must not stop the event loop."""
 
 Stamp = tuple[int, ...]
 
@@ -36,6 +40,7 @@ class ApiKeys:
         self._path = path
         self._stamp = _stamp(path)  # before the file is read: what changes meanwhile is seen at the next look
         self._looked = time.monotonic()
+        self._look_ends = threading.Lock()  # held by the thread that looks
         self._keys = self._read()
         if not self._keys:
             raise ConfigurationError(
@@ -68,10 +73,23 @@ class ApiKeys:
         return None
 
     def _follow_file(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        """Look whether the file has changed, on a thread; while one look has no answer, there is no other."""
+        if time.monotonic() - self._looked < LOOK_SECONDS or not self._look_ends.acquire(blocking=False):
             return
-        self._looked = now
+        self._looked = time.monotonic()
+        look = threading.Thread(target=contextvars.copy_context().run, args=(self._look,), name="keys", daemon=True)
+        look.start()
+        look.join(PATIENCE_SECONDS)
+        if look.is_alive():
+            log.error("The keys file %s does not answer. The keys that were read before stay valid.", self._path)
+
+    def _look(self) -> None:
+        try:
+            self._read_if_changed()
+        finally:
+            self._look_ends.release()
+
+    def _read_if_changed(self) -> None:
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from server.errors import ConfigurationError
 from server.keys import live
-from server.keys.file import add_key, revoke_key
+from server.keys.file import MAX_BYTES, add_key, revoke_key
 from server.keys.key import Scope
 from server.keys.live import ApiKeys
 
@@ -161,3 +162,51 @@ def test_a_change_is_logged_without_its_content(path: Path, text: str, caplog: p
     assert "now holds 2 keys" in caplog.text
     for hidden in (text, other, key.sha256):
         assert hidden not in caplog.text
+
+
+@pytest.mark.usefixtures("_looks_always")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_file_of_keys_in_its_place_leaves_the_keys_valid(
+    path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ApiKeys(path)
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)  # whoever opens one waits for its writer
+    assert keys.find(text) is not None
+    assert "not a regular file" in errors(caplog)[-1]
+    path.unlink()
+    path.write_bytes(bytes(MAX_BYTES + 1))
+    assert keys.find(text) is not None
+    assert "at most 4,194,304" in errors(caplog)[-1]
+    path.write_bytes(content)
+    revoke_key(path, text.split("_")[1])
+    assert keys.find(text) is None
+
+
+@pytest.mark.usefixtures("_looks_always")
+def test_a_file_system_that_hangs_holds_up_nobody_and_is_followed_again_afterwards(
+    path: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ApiKeys(path)
+    looks, answers = [], threading.Event()
+    stamp_of = live._stamp
+
+    def hangs(path: Path) -> live.Stamp | None:
+        looks.append(path)
+        answers.wait(10)
+        return stamp_of(path)
+
+    monkeypatch.setattr(live, "_stamp", hangs)
+    revoke_key(path, text.split("_")[1])
+    began = time.monotonic()
+    for _ in range(100):
+        assert keys.find(text) is not None
+    assert time.monotonic() - began < 5
+    assert len(looks) == 1
+    assert [error for error in errors(caplog) if "does not answer" in error]
+    answers.set()
+    end = time.monotonic() + 5
+    while keys.find(text) is not None:
+        assert time.monotonic() < end
+        time.sleep(0.01)

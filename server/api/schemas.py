@@ -66,9 +66,6 @@ def schema_text(schema: Any) -> str:
         raise InvalidRequest(f"The JSON schema cannot be used: {TOO_DEEP}.", remedy="Simplify it.") from exc
 
 
-SHARES = "Shares of 100 by version, in a canary."
-
-
 class RequestBody(BaseModel):
     """An object of a request. An unknown field is an error, unless it is null."""
 
@@ -99,90 +96,12 @@ class ErrorBody(BaseModel):
     remedy: str
 
 
-class TaskVersion(BaseModel):
-    """A task and one of its versions."""
-
-    task: str
-    version: int
-
-
-class PromptSummary(BaseModel):
-    """One entry of GET /prompts; without a `version` nobody answers. In a canary it is the one that answers most."""
-
-    task: str
-    version: int | None = None
-    traffic: dict[int, int] | None = Field(None, description=SHARES)
-    digest: str | None = None
-    peft_type: str | None = None
-    num_virtual_tokens: int | None = None
-    description: str | None = None
-    error: str | None = None
-
-
-class PromptList(BaseModel):
-    """A page of tasks; `next` is the `after` of the following page."""
-
-    prompts: list[PromptSummary]
-    next: str | None = None
-
-
-class PromptDetail(PromptSummary):
-    """GET /prompts/{task}."""
-
-    versions: list[int]
-    manifest: dict[str, Any] = Field(description="What the live version says about itself; else the newest one.")
-
-
-class VersionBody(BaseModel):
-    """One version of a task."""
-
-    version: int
-    live: bool = Field(description="Whether it answers requests that name no version, all of them or a share.")
-    digest: str = Field(description="Identity of what changes answers.")
-    prefix_hash: str = Field(description="Identity of the numbers alone.")
-    peft_type: str
-    num_virtual_tokens: int
-    bytes: int
-    created_at: str
-    source: str = Field(description="api or inbox.")
-    by: str | None = Field(None, description="Id of the key, or place of the inbox, that it came from.")
-    description: str | None = None
-    metrics: dict[str, Any] | None = None
-    error: str | None = Field(None, description="Why this server cannot read or serve it, as far as it knows.")
-
-
-class VersionList(BaseModel):
-    """A task's versions, newest first, and who answers."""
-
-    task: str
-    live: int | None = Field(None, description="The version that answers; in a canary the one that answers most.")
-    traffic: dict[int, int] | None = Field(None, description=SHARES)
-    versions: list[VersionBody]
-    next: int | None = Field(None, description="`before` of the following page.")
-
-
 class ActivateBody(RequestBody):
     """POST /prompts/{task}/activate."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
     version: int = Field(ge=1, strict=True)
-
-
-class PublishReply(BaseModel):
-    """PUT /prompts/{task}. A multitask soft prompt makes several tasks; the fields then describe the first."""
-
-    task: str
-    version: int
-    digest: str
-    peft_type: str
-    num_virtual_tokens: int
-    live: bool
-    tasks: list[TaskVersion]
-    warnings: list[str] | None = Field(
-        None, description="What the files say and the server does not use, a sentence each."
-    )
-    ignored: list[str] | None = Field(None, description="Files that were sent and not used.")
 
 
 class Health(BaseModel):

@@ -10,9 +10,12 @@ Neither torch nor the engine is imported, so a command that asks a server answer
 
 from __future__ import annotations
 
-from server.client.client import PreludeClient
+from server.client.client import PreludeClient, Pushed, VersionList
 from server.client.connection import OnSent, ServerUnreachable
-from server.client.replies import Job, PromptEntry, Pushed, TaskVersion, Version, VersionList
+from server.replies import JobBody as Job
+from server.replies import PromptSummary as PromptEntry
+from server.replies import TaskVersion
+from server.replies import VersionBody as Version
 
 __all__ = [
     "Job",

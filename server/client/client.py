@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import httpx
 from pydantic import TypeAdapter
 
+from server import replies
 from server.client.connection import Connection, OnSent, ReportingFile, if_match
-from server.client.replies import Job, JobList, PromptEntry, PromptPage, Pushed, VersionList
 from server.errors import UnknownJob
+from server.replies import JobBody, JobList, PromptList, PromptSummary
 from server.soft_prompts.names import check_task_name
 
 PAGE = 1000
@@ -22,17 +23,31 @@ JOBS = "/training/jobs"
 
 _JOB_ID = re.compile(r"[0-9a-z-]{1,80}")
 
-_PROMPT_PAGE = TypeAdapter(PromptPage)
+_PROMPT_PAGE = TypeAdapter(PromptList)
+_JOB = TypeAdapter(JobBody)
+_JOB_LIST = TypeAdapter(JobList)
+
+
+class VersionList(replies.VersionList):
+    """The versions of a task, newest first, and what is live. `etag` is what `expect` of the next change takes."""
+
+    etag: NotRequired[str]
+
+
+class Pushed(replies.PublishReply):
+    """What a publish made; `created` is False where nothing had to change."""
+
+    created: NotRequired[bool]
+
+
 _VERSION_LIST = TypeAdapter(VersionList)
 _PUSHED = TypeAdapter(Pushed)
-_JOB = TypeAdapter(Job)
-_JOB_LIST = TypeAdapter(JobList)
 
 
 class PreludeClient(Connection):
     """A connection to one server; `expect` of a change is an ETag, such as "42", or "*" for any state of the task."""
 
-    def prompts(self) -> Iterator[PromptEntry]:
+    def prompts(self) -> Iterator[PromptSummary]:
         """All tasks by name, page after page."""
         after: dict[str, str] = {}
         while True:
@@ -113,7 +128,7 @@ class PreludeClient(Connection):
 
     def train(
         self, spec: Mapping[str, Any], data: Path, validation: Path | None = None, *, on_sent: OnSent | None = None
-    ) -> Job:
+    ) -> JobBody:
         """Queue a training job; what it learns becomes a version of its task.
 
         Args:
@@ -130,12 +145,12 @@ class PreludeClient(Connection):
             with self.request("POST", JOBS, data={"spec": json.dumps(spec)}, files=form) as response:
                 return self.body(response, _JOB)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[JobBody]:
         """All training jobs, newest first."""
         with self.request("GET", JOBS) as response:
             return self.body(response, _JOB_LIST)["jobs"]
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> JobBody:
         """One training job as it is now."""
         with self.request("GET", _job_path(job_id)) as response:
             return self.body(response, _JOB)
@@ -146,7 +161,7 @@ class PreludeClient(Connection):
             response.read()
             return response.text
 
-    def cancel_job(self, job_id: str) -> Job:
+    def cancel_job(self, job_id: str) -> JobBody:
         """End a job; nothing is published. One that is over stays as it is."""
         with self.request("POST", f"{_job_path(job_id)}/cancel") as response:
             return self.body(response, _JOB)

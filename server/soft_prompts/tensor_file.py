@@ -3,9 +3,9 @@
 It is read, never mapped: a mapped file that somebody rewrites at that moment (the inbox is a folder for people) ends
 the whole process with SIGBUS. Nothing is allocated for what the header claims before the file's size bears it out.
 
-The safetensors package cannot do this: `safe_open` maps the file to check its header, with `backend="pread"` too (0.8),
-and `deserialize` takes the whole file, of which it makes a copy. It also takes a tensor that is named twice, fields that
-it does not know, and a list in place of an entry.
+The safetensors package cannot do this: `safe_open` maps the file to check its header, with `backend="pread"` too
+(0.8), and `deserialize` takes the whole file, of which it makes a copy. It also takes a tensor that is named twice,
+fields that it does not know, and a list in place of an entry.
 
     8 bytes      length of the header, little-endian
     header       JSON: {"__metadata__": {…}, name: {"dtype": "F32", "shape": [20, 576], "data_offsets": [0, 46080]}, …}

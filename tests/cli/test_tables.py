@@ -142,7 +142,7 @@ def test_one_live_version_is_marked() -> None:
 
 
 def test_a_time_that_cannot_be_read_is_shown_as_it_is() -> None:
-    listed: VersionList = {"task": "x", "live": None, "versions": [version(1, created_at="yesterday")]}
+    listed: VersionList = {"task": "x", "versions": [version(1, created_at="yesterday")]}
     assert "yesterday" in shown(lambda out: print_versions(listed, out), None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import Request, Response
-from pydantic import BaseModel
 from typing_extensions import override
 
 from server.api.deps import KeyIdDep, RegistryDep
@@ -61,7 +60,7 @@ class Evaluations(InServerJobs[EvaluationWork]):
     responses=START_ERRORS,
     openapi_extra=request_body(),
 )
-async def start_evaluation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> BaseModel:
+async def start_evaluation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> Any:
     """Measure a task on a data file, beside live traffic; ask `GET /evaluations/{job}` how far it is.
 
     One evaluation is prepared at a time (its rows are read, checked and tokenised), and one runs; the others wait. What

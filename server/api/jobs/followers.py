@@ -82,7 +82,7 @@ class Followers:
                                 at = time.monotonic()
                                 yield {"id": number, **line}
                     if news.job.state.is_over:
-                        yield {"event": "end", "job": jobs.show(news.job).model_dump(exclude_none=True)}
+                        yield {"event": "end", "job": jobs.as_json(news.job)}
                         return
                 if watch.error is not None:
                     raise watch.error

@@ -277,7 +277,7 @@ class InServerJobs(Jobs, Generic[W]):
 
 async def accept(
     jobs: InServerJobs[W], request: Request, response: Response, by: str | None, make: Callable[[], Awaitable[W]]
-) -> BaseModel:
+) -> Any:
     """Answer POST: make the work from the request's body, and let it be done when it is its turn.
 
     What is refused within a second is the reply; what is refused later is the job's `error`.

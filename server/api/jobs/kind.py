@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.deps import known_query
@@ -78,8 +78,8 @@ class Jobs(ABC):
     word: ClassVar[str]
     noun: ClassVar[str]
     unknown: ClassVar[type[PreludeError]]
-    body: ClassVar[type[BaseModel]]
-    listing: ClassVar[type[BaseModel]]
+    body: ClassVar[Any]
+    listing: ClassVar[Any]
     words: ClassVar[Mapping[JobState, str]] = {}
     outlives_server: ClassVar[bool]
 
@@ -93,7 +93,7 @@ class Jobs(ABC):
         return request.app.state.kinds[cls.router.prefix]
 
     @abstractmethod
-    def show(self, job: Any, *, with_result: bool = True) -> BaseModel:
+    def show(self, job: Any, *, with_result: bool = True) -> Any:
         """A job as `body`."""
 
     @abstractmethod
@@ -133,6 +133,10 @@ class Jobs(ABC):
     def no_such(self, job_id: str) -> PreludeError:
         """The error for an id that stands for no job, or for one that the key may not see."""
         return self.unknown(f"There is no {self.noun} {job_id[:80]!r}.")
+
+    def as_json(self, job: Any) -> Any:
+        """A job as the routes answer it."""
+        return TypeAdapter(self.body).dump_python(self.show(job), mode="json", exclude_none=True)
 
     def state_of(self, job: Any) -> str:
         """How far a job has come, in the words of its kind."""

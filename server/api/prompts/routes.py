@@ -12,10 +12,11 @@ from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, Ta
 from server.api.prompts.changes import CHANGE_SECONDS, PUBLISH_SECONDS, in_time
 from server.api.prompts.preconditions import ExpectedDep, set_etag
 from server.api.prompts.uploads import unpacked_upload
-from server.api.schemas import ErrorBody, PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion
+from server.api.schemas import ErrorBody
 from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.registry.registry import Registry
 from server.registry.snapshot_views import Task
+from server.replies import PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion, reply
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
@@ -69,7 +70,7 @@ async def list_prompts(
     errors = registry.errors
     names = sorted(name for name in {*tasks, *errors} if (after is None or name > after) and may_see(request, name))
     page = [_summary(name, tasks.get(name), errors.get(name)) for name in names[:limit]]
-    return PromptList(prompts=page, next=names[limit - 1] if len(names) > limit else None)
+    return reply(PromptList, prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 
 @router.get(
@@ -84,8 +85,9 @@ async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) 
     found = registry.task(task)
     set_etag(response, found.etag)
     shown = found.live or found.versions[max(found.versions)]
-    return PromptDetail(
-        **_summary(task, found, registry.errors.get(task)).model_dump(),
+    return reply(
+        PromptDetail,
+        **_summary(task, found, registry.errors.get(task)),
         versions=sorted(found.versions),
         manifest={"generation": {}, **json.loads(shown.content.manifest)},
     )
@@ -139,7 +141,8 @@ async def put_prompt(
     if published.etag:
         set_etag(response, published.etag)
     first = published.tasks[0]
-    return PublishReply(
+    return reply(
+        PublishReply,
         task=first.task,
         version=first.version,
         digest=first.content.digest,
@@ -174,8 +177,9 @@ def _validate(
 
 def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
     if task is None or (live := task.live) is None:
-        return PromptSummary(task=name, error=error)
-    return PromptSummary(
+        return reply(PromptSummary, task=name, error=error)
+    return reply(
+        PromptSummary,
         task=name,
         version=live.number,
         traffic=shares(task),
@@ -187,6 +191,6 @@ def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
     )
 
 
-def shares(task: Task) -> dict[int, int] | None:
+def shares(task: Task) -> dict[str, int] | None:
     """Who answers by weight, in a canary; None where it is one version, or none."""
-    return dict(task.traffic) if len(task.traffic) > 1 else None
+    return {str(version): share for version, share in task.traffic} if len(task.traffic) > 1 else None

@@ -15,13 +15,14 @@ from server.api.generation import find_soft_prompt
 from server.api.prompts.changes import CHANGE_SECONDS, in_time
 from server.api.prompts.preconditions import ExpectedDep, set_etag
 from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
-from server.api.schemas import ActivateBody, ErrorBody, VersionBody, VersionList
+from server.api.schemas import ActivateBody, ErrorBody
 from server.contracts import ModelSpec
 from server.errors import VersionUnavailable
 from server.registry.events import VersionContent, seconds_of
 from server.registry.registry import Registry
 from server.registry.snapshot_views import Task
 from server.registry.state import StoredVersion
+from server.replies import VersionBody, VersionList, reply
 from server.soft_prompts.archive import zip_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import without_nulls
@@ -195,7 +196,8 @@ def _versions(
     set_etag(response, task.etag)
     live = task.live
     numbers = sorted((n for n in task.versions if before is None or n < before), reverse=True)
-    return VersionList(
+    return reply(
+        VersionList,
         task=task.name,
         live=None if live is None else live.number,
         traffic=shares(task),
@@ -207,7 +209,8 @@ def _versions(
 def _version(registry: Registry, version: StoredVersion, task: Task) -> VersionBody:
     content = version.content
     about = content.about
-    return VersionBody(
+    return reply(
+        VersionBody,
         version=version.number,
         live=version.number in dict(task.traffic),
         digest=content.digest,

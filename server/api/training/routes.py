@@ -17,11 +17,12 @@ from server.api.jobs.routes import MISSING, JobId
 from server.api.schemas import ErrorBody
 from server.api.sse import unless_disconnected
 from server.api.training.job_requests import FILES, find_start, parse_body, submit
-from server.api.training.schemas import JOBS, JobBody, JobList, job_body, request_body
+from server.api.training.schemas import JOBS, job_body, request_body
 from server.errors import UnknownJob
 from server.jobs.job import Job
 from server.jobs.record import last_line_end, read_lines
 from server.long_work import Lane
+from server.replies import JobBody, JobList
 
 LOG_BYTES = 2**16
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100

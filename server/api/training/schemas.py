@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_json
 
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
+from server.replies import JobBody, reply
 from server.validation import without_nulls
 
 JOBS = "/training/jobs"
@@ -51,64 +52,14 @@ def _without_nulls(value: Any) -> Any:
 JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *(f"config.{name}" for name in CONFIG_FIELDS)]
 
 
-class JobError(BaseModel):
-    """Why a job failed."""
-
-    error: str
-    code: str
-    remedy: str
-
-
-class Measurement(BaseModel):
-    """The newest measurement on the validation rows."""
-
-    step: int
-    loss: float | None
-    exact_match: float | None
-
-
-class JobBody(BaseModel):
-    """A training job as it is now."""
-
-    id: str
-    task: str
-    state: str = Field(description="queued, running, succeeded, failed or cancelled.")
-    created_at: str
-    started_at: str | None = None
-    ended_at: str | None = None
-    by: str | None = Field(None, description="Id of the key that it was asked for with.")
-    queue_position: int | None = Field(None, description="Of one that waits; 1 is the next.")
-    cancelling: bool = Field(description="It is to end, and has not yet.")
-    restarts: int = Field(description="How often it went on from its checkpoint, because it or the server was ended.")
-    phase: str | None = Field(
-        None, description="Of its process: loading, reading, teacher, learning_rate, training or writing."
-    )
-    step: int
-    steps: int
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    seconds_left: float | None = Field(None, description="At the speed so far.")
-    validation: Measurement | None = None
-    error: JobError | None = None
-    version: int | None = Field(None, description="What it has published.")
-    live: bool = Field(description="Whether that version answered as soon as it was published.")
-    metrics: dict[str, Any] | None = Field(None, description="Of the state that was published: the best one measured.")
-    spec: dict[str, Any] = Field(description="What was asked for, with the defaults filled in.")
-
-
-class JobList(BaseModel):
-    """All jobs, newest first."""
-
-    jobs: list[JobBody]
-
-
 _SPEC = TypeAdapter(JobSpec)
 
 
 def job_body(job: Job) -> JobBody:
     """A job as it is shown."""
     status, progress = job.status, job.progress
-    return JobBody(
+    return reply(
+        JobBody,
         id=job.id,
         task=job.spec.task,
         state=status.state.value,
@@ -125,8 +76,8 @@ def job_body(job: Job) -> JobBody:
         loss=progress.loss,
         tokens_per_second=progress.tokens_per_second,
         seconds_left=progress.seconds_left if status.state == "running" else None,
-        validation=None if progress.validation is None else Measurement(**progress.validation),
-        error=None if status.error is None else JobError(**asdict(status.error)),
+        validation=progress.validation,
+        error=None if status.error is None else asdict(status.error),
         version=status.version,
         live=status.live,
         metrics=status.metrics,

@@ -1,0 +1,180 @@
+"""Replies of the routes for soft prompts and training jobs, as the API writes them and the client reads them.
+
+A field that may be left out is never null in a reply.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
+
+from pydantic import ConfigDict, Field, with_config
+
+from server.validation import without_nulls
+
+if sys.version_info >= (3, 12):
+    from typing import TypedDict
+else:  # pydantic reads only these there
+    from typing_extensions import TypedDict
+
+R = TypeVar("R")
+
+_DESCRIBED = with_config(ConfigDict(use_attribute_docstrings=True))
+
+Shares = Annotated[dict[str, int], Field(description="Shares of 100 by version, in a canary.")]
+
+
+def reply(kind: type[R], **fields: Any) -> R:
+    """A reply of this kind, without the fields that are None."""
+    return cast(R, without_nulls(fields))
+
+
+class TaskVersion(TypedDict):
+    """A task and one of its versions."""
+
+    task: str
+    version: int
+
+
+class PromptSummary(TypedDict):
+    """One entry of GET /prompts; without a `version` nobody answers. In a canary it is the one that answers most."""
+
+    task: str
+    version: NotRequired[int]
+    traffic: NotRequired[Shares]
+    digest: NotRequired[str]
+    peft_type: NotRequired[str]
+    num_virtual_tokens: NotRequired[int]
+    description: NotRequired[str]
+    error: NotRequired[str]
+
+
+class PromptList(TypedDict):
+    """A page of tasks; `next` is the `after` of the following page."""
+
+    prompts: list[PromptSummary]
+    next: NotRequired[str]
+
+
+@_DESCRIBED
+class PromptDetail(PromptSummary):
+    """GET /prompts/{task}."""
+
+    versions: list[int]
+    manifest: dict[str, Any]
+    """What the live version says about itself; else the newest one."""
+
+
+@_DESCRIBED
+class VersionBody(TypedDict):
+    """One version of a task."""
+
+    version: int
+    live: bool
+    """Whether it answers requests that name no version, all of them or a share."""
+    digest: str
+    """Identity of what changes answers."""
+    prefix_hash: str
+    """Identity of the numbers alone."""
+    peft_type: str
+    num_virtual_tokens: int
+    bytes: int
+    created_at: str
+    source: str
+    """api or inbox."""
+    by: NotRequired[str]
+    """Id of the key, or place of the inbox, that it came from."""
+    description: NotRequired[str]
+    metrics: NotRequired[dict[str, Any]]
+    error: NotRequired[str]
+    """Why this server cannot read or serve it, as far as it knows."""
+
+
+@_DESCRIBED
+class VersionList(TypedDict):
+    """A task's versions, newest first, and who answers."""
+
+    task: str
+    live: NotRequired[int]
+    """The version that answers; in a canary the one that answers most."""
+    traffic: NotRequired[Shares]
+    versions: list[VersionBody]
+    next: NotRequired[int]
+    """`before` of the following page."""
+
+
+@_DESCRIBED
+class PublishReply(TypedDict):
+    """PUT /prompts/{task}. A multitask soft prompt makes several tasks; the fields then describe the first."""
+
+    task: str
+    version: int
+    digest: str
+    peft_type: str
+    num_virtual_tokens: int
+    live: bool
+    tasks: list[TaskVersion]
+    warnings: NotRequired[list[str]]
+    """What the files say and the server does not use, a sentence each."""
+    ignored: NotRequired[list[str]]
+    """Files that were sent and not used."""
+
+
+class JobError(TypedDict):
+    """Why a job failed."""
+
+    error: str
+    code: str
+    remedy: str
+
+
+class Measurement(TypedDict):
+    """The newest measurement on the validation rows; `exact_match` is a share of them."""
+
+    step: int
+    loss: float | None
+    exact_match: float | None
+
+
+@_DESCRIBED
+class JobBody(TypedDict):
+    """A training job as it is now."""
+
+    id: str
+    task: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    created_at: str
+    started_at: NotRequired[str]
+    ended_at: NotRequired[str]
+    by: NotRequired[str]
+    """Id of the key that it was asked for with."""
+    queue_position: NotRequired[int]
+    """Of one that waits; 1 is the next."""
+    cancelling: bool
+    """It is to end, and has not yet."""
+    restarts: NotRequired[int]
+    """How often it resumed from its checkpoint, because it or the server was ended."""
+    phase: NotRequired[str]
+    """Of its process: loading, reading, teacher, learning_rate, training or writing."""
+    step: int
+    steps: int
+    loss: NotRequired[float]
+    tokens_per_second: NotRequired[float]
+    seconds_left: NotRequired[float]
+    """At the speed so far."""
+    validation: NotRequired[Measurement]
+    error: NotRequired[JobError]
+    version: NotRequired[int]
+    """What it has published."""
+    live: bool
+    """Whether that version answered as soon as it was published."""
+    metrics: NotRequired[dict[str, Any]]
+    """Of the state that was published: the best one measured."""
+    spec: dict[str, Any]
+    """What was asked for, with the defaults filled in."""
+
+
+class JobList(TypedDict):
+    """All jobs, newest first."""
+
+    jobs: list[JobBody]

@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -118,20 +119,8 @@ def is_secret_of(key: ApiKey | None, secret: str) -> bool:
 
 
 def matches(pattern: str, task: str) -> bool:
-    """Whether a pattern covers a task's name; a regex could take for ever on many `*`."""
-    first, *rest = pattern.split("*")
-    if not rest:
-        return pattern == task
-    *middle, last = rest
-    if not (task.startswith(first) and task.endswith(last) and len(task) >= len(first) + len(last)):
-        return False
-    at, end = len(first), len(task) - len(last)
-    for piece in middle:
-        found = task.find(piece, at, end)
-        if found < 0:
-            return False
-        at = found + len(piece)
-    return True
+    """Whether a pattern covers a task's name; no pattern may hold another of fnmatch's special characters than `*`."""
+    return fnmatchcase(task, pattern)
 
 
 def _hash(secret: str) -> str:

@@ -38,7 +38,7 @@ from server.evaluation.metrics import ACCURACY, BLEU
 from server.evaluation.questions import Questions
 from server.evaluation.report import EvaluationSubject
 from server.evaluation.standalone import OwnEngine, run
-from server.evaluation.systems import Contestant, RequestedBaselines, baselines
+from server.evaluation.systems import RequestedBaselines, System, baselines
 from server.settings import Settings
 from server.soft_prompts.manifest import GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -132,22 +132,22 @@ class Task:
         ]
         return TrainingProblem(model, prefix, Targets(), *lessons)
 
-    def measure(self, engine: Engine, contestant: Contestant) -> Estimate:
+    def measure(self, engine: Engine, system: System) -> Estimate:
         """Ask all test rows."""
         host = OwnEngine(engine)
         questions = Questions(self.test, self.labels or (), host)
         about = EvaluationSubject(
-            self.name, None, contestant.name, "", host.model.name, host.model.dtype, self.test.name,
+            self.name, None, system.name, "", host.model.name, host.model.dtype, self.test.name,
             self.test.sha256, len(self.test.rows), tuple(self.labels or ()),
         )  # fmt: skip
-        contestant = contestant.sharing(self.test.rows, host)
-        with tqdm(total=len(self.test.rows), unit="row", desc=contestant.name, leave=False) as bar:
+        system = system.sharing(self.test.rows, host)
+        with tqdm(total=len(self.test.rows), unit="row", desc=system.name, leave=False) as bar:
 
             def count(name: str) -> None:
                 bar.update()
 
-            report = run(engine, Evaluation(about, (contestant,), questions), count)
-        return report.scores[contestant.name].figures[ACCURACY if self.labels else BLEU]
+            report = run(engine, Evaluation(about, (system,), questions), count)
+        return report.scores[system.name].figures[ACCURACY if self.labels else BLEU]
 
     def longest(self, model: FrozenModel) -> int:
         """New tokens that an answer may have."""
@@ -176,7 +176,7 @@ def soft_prompt_point(task: Task, settings: Settings, way: str, config: Training
     generation = GenerationDefaults(max_new_tokens=task.longest(model))
     manifest = TEMPLATE.model_copy(update={"generation": generation})
     soft_prompt = SoftPrompt(prefix.peft_type, prefix.saved()["prompt_embeddings"], manifest)
-    return learned, task.measure(build_engine(settings, model), Contestant(way, soft_prompt, manifest))
+    return learned, task.measure(build_engine(settings, model), System(way, soft_prompt, manifest))
 
 
 def weights_point(task: Task, settings: Settings, way: str, config: TrainingConfig) -> tuple[Learned, Estimate]:
@@ -186,7 +186,7 @@ def weights_point(task: Task, settings: Settings, way: str, config: TrainingConf
     tuned = WAYS[way](model, config.seed)
     learned = learn(task, model, tuned.weights, config, way)
     tuned.finish()
-    asked = Contestant(way, template=TEMPLATE, longest=task.longest(model))
+    asked = System(way, template=TEMPLATE, longest=task.longest(model))
     return learned, task.measure(build_engine(settings, model), asked)
 
 

@@ -61,9 +61,9 @@ class PreludeError(Exception):
         self.param = param
         """The request's field that is at fault, where there is one and whoever raises this knows its name."""
 
-    def at(self, place: str) -> Self:
+    def at(self, location: str) -> Self:
         """The same error, of one part of what was sent."""
-        return type(self)(f"{place}: {self.message}", remedy=self.remedy, param=self.param)
+        return type(self)(f"{location}: {self.message}", remedy=self.remedy, param=self.param)
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}"

@@ -242,7 +242,7 @@ class Settings(BaseSettings):
         try:
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as exc:
-            problems = first_problems(exc, lambda place: ENV_PREFIX + "".join(map(str, place[:1])).upper())
+            problems = first_problems(exc, lambda location: ENV_PREFIX + "".join(map(str, location[:1])).upper())
             raise ConfigurationError(f"Cannot use these settings: {problems}.") from exc
 
 

@@ -20,7 +20,7 @@ GRACE_SECONDS = 0.5
 """So much later than the worker, whose error says more and may still be sent."""
 
 
-def seconds_taken(request: Request) -> float:
+def seconds_spent(request: Request) -> float:
     """How long ago a request arrived."""
     return time.perf_counter() - record_of(request).started
 
@@ -30,7 +30,7 @@ def seconds_left(request: Request) -> float | None:
     worker: EngineWorker | None = getattr(request.app.state, "worker", None) if "app" in request.scope else None
     if worker is None or worker.request_timeout is None:
         return None
-    return max(0.0, worker.request_timeout + GRACE_SECONDS - seconds_taken(request))
+    return max(0.0, worker.request_timeout + GRACE_SECONDS - seconds_spent(request))
 
 
 @asynccontextmanager

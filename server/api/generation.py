@@ -35,7 +35,7 @@ class Prepared:
     request: GenerationRequest
     resolved: Resolved | None
     soft_prompt: SoftPrompt | None
-    place: str | None = None
+    location: str | None = None
     """Where its text stands in the body, if there are several."""
 
     def headers(self, worker: EngineWorker) -> dict[str, str]:
@@ -46,20 +46,20 @@ class Prepared:
         return headers
 
 
-def place_of(field: str, number: int, count: int) -> str | None:
+def location_of(field: str, number: int, count: int) -> str | None:
     """Where one of so many texts stands in the body; None if there is but one, which need not be told."""
     return f"{field}.{number}" if count > 1 else None
 
 
 @contextmanager
-def placed(place: str | None) -> Iterator[None]:
+def locating_errors(location: str | None) -> Iterator[None]:
     """Let the refusal of one of several texts say which."""
     try:
         yield
     except (EmptyInput, InputTooLong, UnknownToken) as error:
-        if place is None:
+        if location is None:
             raise
-        raise error.at(place) from error
+        raise error.at(location) from error
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ async def prepare(
     user: str | None = None,
     key_id: str | None = None,
     wanted: GenerationOptions | None = None,
-    place: str | None = None,
+    location: str | None = None,
 ) -> Prepared:
     """Resolve, template and tokenise.
 
@@ -104,7 +104,7 @@ async def prepare(
         user: who asks, for a canary: the same user stays on the same side.
         key_id: the key that it was asked with.
         wanted: everything else.
-        place: where the text stands in the body, if there are several.
+        location: where the text stands in the body, if there are several.
 
     Raises:
         UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput.
@@ -136,7 +136,7 @@ async def prepare(
         continues_text=soft_prompt is None,
         labels=await _encode_labels(worker, wanted.labels, continue_text=soft_prompt is None),
     )
-    return Prepared(request, resolved, soft_prompt, place)
+    return Prepared(request, resolved, soft_prompt, location)
 
 
 class Observer(Protocol):
@@ -159,7 +159,7 @@ async def run(worker: EngineWorker, prepared: Prepared, observer: Observer) -> A
     Raises:
         What `worker.generate` raises; the refusal of one of several texts says which.
     """
-    with placed(prepared.place):
+    with locating_errors(prepared.location):
         try:
             generated = worker.generate(prepared.request, prepared.soft_prompt, seconds=observer.seconds)
             async with aclosing(generated) as deltas:

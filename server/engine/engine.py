@@ -59,7 +59,9 @@ class Engine:
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens, shared_bytes)
         self.grammars = Grammars(model.text.backend, model.spec.vocab_size, model.eos_token_ids)
         self._walks = Walks(self.grammars)
-        self._held: dict[Walk, tuple[Sequence, NextToken]] = {}  # drawn tokens that their grammars have yet to accept
+        self._awaiting_grammar: dict[
+            Walk, tuple[Sequence, NextToken]
+        ] = {}  # drawn tokens that their grammars have yet to accept
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self._special_ids = model.text.tokens.special_ids
         self.runner = Runner(model, kv_cache)
@@ -156,16 +158,16 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             self.scheduler.arrivals.advance(is_idle=True)
-            return self._take_held(is_idle=True)
+            return self._take_accepted(is_idle=True)
         self.steps += 1
         try:
             deltas = self._run_and_commit(batch)
         except torch.OutOfMemoryError as exc:
             no_memory = exc.with_traceback(None)  # its frames hold what has been computed so far
         else:
-            return deltas + self._take_held(is_idle=False)
+            return deltas + self._take_accepted(is_idle=False)
         deltas = run_with_less(batch, self._run_and_commit, self._fail, no_memory)
-        return deltas + self._take_held(is_idle=False)
+        return deltas + self._take_accepted(is_idle=False)
 
     def _run_and_commit(self, batch: Batch) -> list[Delta]:
         with self.kv_cache.step():
@@ -181,7 +183,7 @@ class Engine:
         deltas: list[Delta] = []
         for sequence, span in batch:
             drawn: list[tuple[Sequence, NextToken]] = []
-            if sequence.asks_for_next(span) and not sequence.request.labels:
+            if sequence.needs_next_after(span) and not sequence.request.labels:
                 drawn.append((sequence, next(remaining)))
                 if sequence.siblings:
                     drawn += [(who, next(remaining)) for who in sequence.siblings]
@@ -217,7 +219,7 @@ class Engine:
         siblings, sequence.siblings = sequence.siblings, []
         self.scheduler.share_input(sequence, siblings)
         deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
-        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.is_held)])
+        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.awaits_grammar)])
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
@@ -242,19 +244,19 @@ class Engine:
         assert token_id is not None, "a choice that is not finite has been dealt with"
         if walk is None or ending(sequence, token_id, self.model.eos_token_ids) is not None:
             return self._take(sequence, choice)
-        self._held[walk] = (sequence, choice)
-        self._walks.accept(walk, token_id, is_last=sequence.is_at_its_last)
+        self._awaiting_grammar[walk] = (sequence, choice)
+        self._walks.accept(walk, token_id, is_last=sequence.is_at_last_token)
         return []
 
-    def _take_held(self, *, is_idle: bool) -> list[Delta]:
+    def _take_accepted(self, *, is_idle: bool) -> list[Delta]:
         """Take the tokens that their grammars have taken; waits for slow ones only where nobody else can run."""
         deltas: list[Delta] = []
         beginning: list[Sequence] = []
         for walk in self._walks.collect(also_slow=is_idle):
-            if walk not in self._held:  # another choice of its request has failed just now
+            if walk not in self._awaiting_grammar:  # another choice of its request has failed just now
                 continue
-            who, choice = self._held.pop(walk)
-            if walk.error is not None and not who.is_at_its_last:
+            who, choice = self._awaiting_grammar.pop(walk)
+            if walk.error is not None and not who.is_at_last_token:
                 deltas.append(self._fail(who, walk.error))
                 continue
             try:
@@ -330,7 +332,11 @@ class Engine:
     def _forget(self, request_id: str) -> list[Sequence]:
         """Take out a request that has ended; returns its choices that waited for their grammar."""
         self._unfinished.pop(request_id, None)
-        return [self._held.pop(walk)[0] for walk in self._walks.end(request_id) if walk in self._held]
+        return [
+            self._awaiting_grammar.pop(walk)[0]
+            for walk in self._walks.end(request_id)
+            if walk in self._awaiting_grammar
+        ]
 
     def _sequence(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from server.errors import InvalidTrainingData
 from server.evaluation.data import EvaluationData
-from server.evaluation.systems import Contestant
+from server.evaluation.systems import System
 
 REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any number."
 
@@ -19,7 +19,7 @@ class EvaluationBounds:
     Attributes:
         rows: that are asked.
         held: characters of rows and references, which are in memory until it ends.
-        read: characters that all contestants read; each is tokenised before anything runs.
+        read: characters that all systems read; each is tokenised before anything runs.
         cells: rows times labels, from which figures are resampled.
         labels_at_once: labels that one request scores.
     """
@@ -42,15 +42,15 @@ class EvaluationBounds:
         held = _characters(data) + sum(len(text) for several in data.references for text in several)
         _refuse_over(data, f"{held:,} characters of rows and references", held, self.held)
 
-    def check_reading(self, data: EvaluationData, contestants: Sequence[Contestant]) -> None:
+    def check_reading(self, data: EvaluationData, systems: Sequence[System]) -> None:
         """Refuse what takes too long to tokenise.
 
         Raises:
             InvalidTrainingData: says how much it is, and how much may be.
         """
         own = _characters(data)
-        around = sum(len(one.preamble) + len(one.template.input_template or "") for one in contestants)
-        read = len(contestants) * own + len(data.rows) * around
+        around = sum(len(one.preamble) + len(one.template.input_template or "") for one in systems)
+        read = len(systems) * own + len(data.rows) * around
         _refuse_over(data, f"{read:,} characters to read, instructions and examples included,", read, self.read)
 
 

@@ -17,7 +17,7 @@ from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
 from server.evaluation.questions import Answer, Questions, RowRequest
 from server.evaluation.report import EvaluationSubject, Report, SystemScore
-from server.evaluation.systems import Contestant, Host, RequestedBaselines, TeacherText
+from server.evaluation.systems import Host, RequestedBaselines, System, TeacherText
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 from server.train.rows import Row
@@ -31,23 +31,23 @@ class Evaluation:
 
     Attributes:
         about: what is evaluated, for the report.
-        contestants: who is asked; the first is what the evaluation is about.
+        systems: who is asked; the first is what the evaluation is about.
         questions: how rows are asked.
     """
 
     about: EvaluationSubject
-    contestants: tuple[Contestant, ...]
+    systems: tuple[System, ...]
     questions: Questions
 
     @property
     def rows(self) -> Sequence[Row]:
-        """The rows that every contestant is asked."""
+        """The rows that every system is asked."""
         return self.questions.data.rows
 
     @property
     def num_questions(self) -> int:
-        """Rows times contestants."""
-        return len(self.rows) * len(self.contestants)
+        """Rows times systems."""
+        return len(self.rows) * len(self.systems)
 
     def checked(self, go_on: Callable[[], None]) -> Evaluation:
         """Refuse what can never run, before anything does; answers what is to run.
@@ -58,13 +58,13 @@ class Evaluation:
         """
         if not self.questions.labels:
             metrics.check_installed()
-        return replace(self, contestants=tuple(self.questions.checked(one, go_on) for one in self.contestants))
+        return replace(self, systems=tuple(self.questions.checked(one, go_on) for one in self.systems))
 
     def ask(
-        self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
+        self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
     ) -> tuple[RowRequest, ...]:
         """A row as requests; see Questions."""
-        return self.questions.ask(contestant, row, key_id, is_background=is_background)
+        return self.questions.ask(system, row, key_id, is_background=is_background)
 
     def report(
         self, answers: Mapping[str, Answers], seconds: Mapping[str, float], go_on: Callable[[], None] = lambda: None
@@ -72,13 +72,13 @@ class Evaluation:
         """What all answers come to.
 
         Args:
-            answers: of each contestant, by its name, in the order of the rows.
+            answers: of each system, by its name, in the order of the rows.
             seconds: how long each took.
             go_on: called between pieces of the work; what it raises ends it.
         """
-        found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.contestants}
+        found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.systems}
         bootstrap = Bootstrap(len(self.rows))
-        subject = self.contestants[0].name
+        subject = self.systems[0].name
         return Report(
             about=self.about,
             scores={
@@ -96,16 +96,16 @@ class Evaluation:
             else {},
         )
 
-    def _statistics(self, contestant: Contestant, answers: Answers, go_on: Callable[[], None]) -> Statistics:
+    def _statistics(self, system: System, answers: Answers, go_on: Callable[[], None]) -> Statistics:
         go_on()
         questions = self.questions
         if questions.labels:
-            return metrics.classification(answers, contestant, questions.data, questions.labels)
-        return metrics.written(answers, contestant, questions.data, go_on)
+            return metrics.classification(answers, system, questions.data, questions.labels)
+        return metrics.written(answers, system, questions.data, go_on)
 
     def _agreement(self, answers: Mapping[str, Answers], other: str) -> Statistic:
         """Share of the rows of which the first and another choose the same label."""
-        pairs = zip(answers[self.contestants[0].name], answers[other], strict=True)
+        pairs = zip(answers[self.systems[0].name], answers[other], strict=True)
         return metrics.share([one.chosen == two.chosen for one, two in pairs])
 
     def _by_label(self, answers: Answers) -> dict[str, tuple[int, int]]:
@@ -192,7 +192,7 @@ def prepare(
     )
     evaluation = Evaluation(about, (*asked, *alone), questions)
     if bounds is not None:
-        bounds.check_reading(data, evaluation.contestants)
+        bounds.check_reading(data, evaluation.systems)
     return evaluation.checked(go_on)
 
 

@@ -16,7 +16,7 @@ from server.errors import Overloaded
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
-from server.evaluation.systems import Contestant
+from server.evaluation.systems import System
 from server.executors import Executor
 from server.long_work import run_long
 from server.train.rows import Row
@@ -49,24 +49,24 @@ async def run_beside(
     on_row: Callable[[], None],
     key_id: str | None = None,
 ) -> Report:
-    """Ask all contestants, one after the other, and report; cancelling it frees all that it holds.
+    """Ask all systems, one after the other, and report; cancelling it frees all that it holds.
 
     Raises:
         ServerDraining, RequestAborted, RequestTimedOut, GenerationFailed: as `EngineWorker.generate`.
     """
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
-    for contestant in evaluation.contestants:
+    for system in evaluation.systems:
         started = time.perf_counter()
-        answers[contestant.name] = await _ask_all(worker, evaluation, contestant, threads, at_once, on_row, key_id)
-        seconds[contestant.name] = time.perf_counter() - started
+        answers[system.name] = await _ask_all(worker, evaluation, system, threads, at_once, on_row, key_id)
+        seconds[system.name] = time.perf_counter() - started
     return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
 
 
 async def _ask_all(
     worker: EngineWorker,
     evaluation: Evaluation,
-    contestant: Contestant,
+    system: System,
     threads: Executor,
     at_once: int,
     on_row: Callable[[], None],
@@ -77,7 +77,7 @@ async def _ask_all(
 
     async def ask_in_turn() -> None:
         for index, row in waiting:
-            answers[index] = await _ask(worker, evaluation, contestant, threads, row, key_id)
+            answers[index] = await _ask(worker, evaluation, system, threads, row, key_id)
             on_row()
 
     asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(at_once, len(evaluation.rows)))]
@@ -93,12 +93,12 @@ async def _ask_all(
 async def _ask(
     worker: EngineWorker,
     evaluation: Evaluation,
-    contestant: Contestant,
+    system: System,
     threads: Executor,
     row: Row,
     key_id: str | None,
 ) -> Answer:
-    asked = await threads.run(evaluation.ask, contestant, row, key_id, is_background=True)
+    asked = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
     for one in asked:
         await _finish(worker, one)
     return evaluation.questions.answer(*asked)

@@ -1,7 +1,7 @@
 """How sure a figure is: rows are drawn again with replacement, and the figure is computed anew each time.
 
 A figure is a function of sums over rows, also BLEU and macro-F1, which are no means: so a thousand resamples are one
-matrix product. The same draws serve every figure, so of two contestants on the same rows the difference can be
+matrix product. The same draws serve every figure, so of two systems on the same rows the difference can be
 resampled too: that is the paired bootstrap, and what most rows have in common cancels out of it.
 """
 
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A figure of one contestant, as sums over rows.
+    """A figure of one system, as sums over rows.
 
     Attributes:
         rows: `[rows, sums]`, what each row adds.

@@ -16,7 +16,7 @@ from server.errors import ConfigurationError
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Floats, Statistic
 from server.evaluation.questions import Answer, is_same, shown_text
-from server.evaluation.systems import Contestant
+from server.evaluation.systems import System
 
 BLEU_ORDER = 4
 
@@ -45,13 +45,13 @@ Statistics = dict[Metric, Statistic]
 
 
 def classification(
-    answers: Sequence[Answer], contestant: Contestant, data: EvaluationData, labels: Sequence[str]
+    answers: Sequence[Answer], system: System, data: EvaluationData, labels: Sequence[str]
 ) -> Statistics:
     """Accuracy and macro-F1, by choosing and by what was generated."""
     targets = [_index(labels, row.target, lenient=False) for row in data.rows]
     chosen = [answer.chosen for answer in answers]
-    texts = [shown_text(answer.text, contestant, data) for answer in answers]
-    generated = [_index(labels, text, lenient=contestant.is_lenient) for text in texts]
+    texts = [shown_text(answer.text, system, data) for answer in answers]
+    generated = [_index(labels, text, lenient=system.is_lenient) for text in texts]
     return {
         ACCURACY: accuracy(targets, chosen),
         MACRO_F1: macro_f1(targets, chosen, len(labels)),
@@ -62,7 +62,7 @@ def classification(
 
 def written(
     answers: Sequence[Answer],
-    contestant: Contestant,
+    system: System,
     data: EvaluationData,
     go_on: Callable[[], None] = lambda: None,
 ) -> Statistics:
@@ -71,8 +71,8 @@ def written(
     Raises:
         ConfigurationError: the extra `train` is not installed.
     """
-    texts = [shown_text(answer.text, contestant, data) for answer in answers]
-    lenient = contestant.is_lenient
+    texts = [shown_text(answer.text, system, data) for answer in answers]
+    lenient = system.is_lenient
     matches = [
         any(is_same(text, reference, lenient=lenient) for reference in references)
         for text, references in zip(texts, data.references, strict=True)

@@ -17,7 +17,7 @@ from server.engine.text.choice_scoring import LabelIds, encode_labels, judge
 from server.engine.text.model_text import common_start
 from server.errors import EmptyInput, GenerationFailed, InputTooLong, InvalidTrainingData
 from server.evaluation.data import EvaluationData
-from server.evaluation.systems import Contestant, Host
+from server.evaluation.systems import Host, System
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.rows import Row
 
@@ -113,8 +113,8 @@ class Questions:
         """How much of the engine one row takes at once: what is generated, and what is scored in one request."""
         return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
-    def checked(self, contestant: Contestant, go_on: Callable[[], None]) -> Contestant:
-        """Refuse rows that can never be asked, before any of them is; answers the contestant as it is to be asked.
+    def checked(self, system: System, go_on: Callable[[], None]) -> System:
+        """Refuse rows that can never be asked, before any of them is; answers the system as it is to be asked.
 
         Raises:
             InvalidTrainingData: names file and line.
@@ -124,37 +124,37 @@ class Questions:
         def read() -> Iterator[tuple[int, ...]]:
             for row in self.data.rows:
                 go_on()
-                asked = self.ask(contestant, row)
+                asked = self.ask(system, row)
                 for one in asked:
-                    self._check(contestant, one)
+                    self._check(system, one)
                 yield asked[0].request.input_ids
 
         start = common_start(read())
-        if contestant.soft_prompt is not None or len(self.data.rows) == 1:
-            return contestant
-        return contestant.after(start, self._host)
+        if system.soft_prompt is not None or len(self.data.rows) == 1:
+            return system
+        return system.after(start, self._host)
 
-    def _check(self, contestant: Contestant, asked: RowRequest) -> None:
+    def _check(self, system: System, asked: RowRequest) -> None:
         try:
             self._host.check(asked.request, asked.soft_prompt)
         except (EmptyInput, InputTooLong) as exc:
-            who = "" if contestant.soft_prompt is not None else f" for {contestant.name}"
+            who = "" if system.soft_prompt is not None else f" for {system.name}"
             raise InvalidTrainingData(
                 f"{self.data.name}, line {asked.row.line}{who}: {exc.message}",
                 remedy="Draw fewer examples, or raise PRELUDE_MAX_MODEL_LEN."
-                if contestant.preamble and not contestant.chat
+                if system.preamble and not system.chat
                 else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
             ) from exc
 
     def ask(
-        self, contestant: Contestant, row: Row, key_id: str | None = None, *, is_background: bool = False
+        self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
     ) -> tuple[RowRequest, ...]:
-        """A row as the requests that a contestant answers: the first generates, the others score."""
-        host, prefix = self._host, contestant.prefix
-        ids = tuple(contestant.read(row, host))
+        """A row as the requests that a system answers: the first generates, the others score."""
+        host, prefix = self._host, system.prefix
+        ids = tuple(system.read(row, host))
         name = f"evaluation-{uuid.uuid4().hex}"
-        sampling = contestant.sampling(row, ids, host)
-        is_fresh = contestant.soft_prompt is not None
+        sampling = system.sampling(row, ids, host)
+        is_fresh = system.soft_prompt is not None
         generated = GenerationRequest(
             f"{name}-text",
             ids,
@@ -196,13 +196,13 @@ class Questions:
         return (*ids, *(() if end is None else (end,)))
 
 
-def shown_text(text: str, contestant: Contestant, data: EvaluationData) -> str:
+def shown_text(text: str, system: System, data: EvaluationData) -> str:
     """An answer as it is compared: without white space around it; of the frozen model alone its first line.
 
     That is the first that is not blank, and only where every target is one line.
     """
     text = text.strip()
-    if contestant.is_lenient and data.is_single_line:
+    if system.is_lenient and data.is_single_line:
         return text.splitlines()[0].strip() if text else ""
     return text
 

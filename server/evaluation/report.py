@@ -33,7 +33,7 @@ class EvaluationSubject:
 
 @dataclass(frozen=True)
 class SystemScore:
-    """One contestant's figures, and how long it took."""
+    """One system's figures, and how long it took."""
 
     figures: Mapping[Metric, Estimate]
     seconds: float
@@ -45,10 +45,10 @@ class Report:
 
     Attributes:
         about: what was evaluated.
-        scores: by contestant; the first is what the evaluation is about.
-        differences: of each other contestant, by how much the first is above it on the same rows.
+        scores: by system; the first is what the evaluation is about.
+        differences: of each other system, by how much the first is above it on the same rows.
         by_label: (rightly chosen, rows) of the first, in a classification.
-        agreement: of each other contestant, the share of rows of which it chooses the same label as the first.
+        agreement: of each other system, the share of rows of which it chooses the same label as the first.
     """
 
     about: EvaluationSubject
@@ -68,7 +68,7 @@ class Report:
         return tuple(self.scores[self.about.name].figures)
 
     def verdict(self, other: str, metric: Metric | None = None) -> str:
-        """Whether what was evaluated is `better` or `worse` than another contestant, or `no difference shown`.
+        """Whether what was evaluated is `better` or `worse` than another system, or `no difference shown`.
 
         A difference counts as shown if its 95 % interval leaves out 0.
         """
@@ -117,7 +117,7 @@ class Report:
         )
 
     def sentence(self, other: str) -> str:
-        """Whether what was evaluated is better than another contestant, with the interval, as one line."""
+        """Whether what was evaluated is better than another system, with the interval, as one line."""
         metric = self.main
         difference = self.differences[other][metric]
         names = _plainly(self.about.name, other)
@@ -130,13 +130,13 @@ class Report:
         return f"{start}: {metric.title} {written_difference(metric, difference)}"
 
     def agreement_sentence(self, other: str) -> str:
-        """How often what was evaluated chooses another contestant's label, as one line."""
+        """How often what was evaluated chooses another system's label, as one line."""
         value, interval = written_estimate(ACCURACY, self.agreement[other])
         return f"{self.about.name} chooses the same label as {other} on {value} of the rows (95 % interval {interval})"
 
 
 def _plainly(one: str, other: str) -> tuple[str, str]:
-    """Two contestants as one speaks of them: of two versions of a task their numbers say it."""
+    """Two systems as one speaks of them: of two versions of a task their numbers say it."""
     (task, _, version), (other_task, _, other_version) = one.partition("@"), other.partition("@")
     if version and other_version and task == other_task:
         return f"version {version}", other_version

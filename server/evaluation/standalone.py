@@ -14,7 +14,7 @@ from server.errors import GenerationFailed
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
-from server.evaluation.systems import Contestant
+from server.evaluation.systems import System
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.rows import Row
 
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 256
 """Rows that the engine has been given and has not answered: more than ever run, so that it never waits for the next."""
 
 OnRow = Callable[[str], None]
-"""Is told the contestant's name whenever it has answered a row."""
+"""Is told the system's name whenever it has answered a row."""
 
 
 class OwnEngine:
@@ -52,31 +52,29 @@ class OwnEngine:
 
 
 def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:
-    """Ask all contestants, one after the other, and report.
+    """Ask all systems, one after the other, and report.
 
     Raises:
         GenerationFailed: the engine could not finish a row; names file and line.
     """
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
-    for contestant in evaluation.contestants:
+    for system in evaluation.systems:
         started = time.perf_counter()
-        answered = dict(_answers(engine, evaluation, contestant, on_row))
-        answers[contestant.name] = [answered[row.line] for row in evaluation.rows]
-        seconds[contestant.name] = time.perf_counter() - started
+        answered = dict(_answers(engine, evaluation, system, on_row))
+        answers[system.name] = [answered[row.line] for row in evaluation.rows]
+        seconds[system.name] = time.perf_counter() - started
     return evaluation.report(answers, seconds)
 
 
-def _answers(
-    engine: Engine, evaluation: Evaluation, contestant: Contestant, on_row: OnRow
-) -> Iterator[tuple[int, Answer]]:
+def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnRow) -> Iterator[tuple[int, Answer]]:
     """Line and answer of each row, as they are answered."""
     waiting = iter(evaluation.rows)
     running: dict[str, RowRequest] = {}  # by request id
     pairs: dict[int, tuple[RowRequest, ...]] = {}  # by line
 
     def submit(row: Row) -> None:
-        pairs[row.line] = evaluation.ask(contestant, row)
+        pairs[row.line] = evaluation.ask(system, row)
         for asked in pairs[row.line]:
             running[asked.request.request_id] = asked
             engine.add(asked.request, asked.soft_prompt)
@@ -97,4 +95,4 @@ def _answers(
             line = asked.row.line
             if not any(one.request.request_id in running for one in pairs[line]):
                 yield line, evaluation.questions.answer(*pairs.pop(line))
-                on_row(contestant.name)
+                on_row(system.name)

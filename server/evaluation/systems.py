@@ -1,6 +1,6 @@
 """Who is asked: a soft prompt, or the frozen model alone in one of the ways in which it can be asked without one.
 
-Every contestant reads the same rows. What a row's input becomes on the way to the model is all that they differ in:
+Every system reads the same rows. What a row's input becomes on the way to the model is all that they differ in:
 
     zero-shot     the task's own template without virtual tokens: what the soft prompt adds
     instruction   the instruction, an empty line and the input, as a chat: what most people would try first
@@ -117,7 +117,7 @@ class TeacherText:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class System:
     """Somebody who answers rows: a soft prompt, or the frozen model alone.
 
     Attributes:
@@ -158,13 +158,13 @@ class Contestant:
         ids = host.text.encode(text, add_special_tokens=not self.chat)
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 
-    def sharing(self, rows: Sequence[Row], host: Host) -> Contestant:
+    def sharing(self, rows: Sequence[Row], host: Host) -> System:
         """The same, with the words that all rows begin with computed once instead of in every row."""
         if self.soft_prompt is not None or len(rows) == 1:
             return self
         return self.after(common_start(tuple(self.read(row, host)) for row in rows), host)
 
-    def after(self, start: tuple[int, ...], host: Host) -> Contestant:
+    def after(self, start: tuple[int, ...], host: Host) -> System:
         """The same, with tokens that all rows begin with computed once instead of in every row."""
         if not start:
             return self
@@ -181,9 +181,9 @@ class Contestant:
         return self.soft_prompt.manifest.generation.sampling_params({}, room=room, seed=row.line)
 
 
-def of_soft_prompt(name: str, soft_prompt: SoftPrompt) -> Contestant:
+def of_soft_prompt(name: str, soft_prompt: SoftPrompt) -> System:
     """A version of a task, asked as a client asks it."""
-    return Contestant(name, soft_prompt, soft_prompt.manifest)
+    return System(name, soft_prompt, soft_prompt.manifest)
 
 
 def baselines(
@@ -198,7 +198,7 @@ def baselines(
     teacher: TeacherText | None = None,
     seed: int = 0,
     go_on: Callable[[], None] = lambda: None,
-) -> list[Contestant]:
+) -> list[System]:
     """The frozen model alone, in every way that is wanted.
 
     Args:
@@ -222,7 +222,7 @@ def baselines(
     found = []
     if wanted.zero_shot:
         template = Manifest(input_template=manifest.input_template, system_message=manifest.system_message)
-        found.append(Contestant(ZERO_SHOT, template=template, longest=longest))
+        found.append(System(ZERO_SHOT, template=template, longest=longest))
     if wanted.instruction:
         if instruction is None:
             raise InvalidRequest(
@@ -231,7 +231,7 @@ def baselines(
                 param="instruction",
             )
         _check_chat(host, INSTRUCTION)
-        found.append(Contestant(INSTRUCTION, preamble=f"{instruction}\n\n", chat=True, longest=longest))
+        found.append(System(INSTRUCTION, preamble=f"{instruction}\n\n", chat=True, longest=longest))
     for count in wanted.shots:
         if shots is None:
             raise InvalidRequest(
@@ -245,13 +245,13 @@ def baselines(
         if not host.text.length_bound.can_fit(preamble):
             raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
         template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
-        found.append(Contestant(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
+        found.append(System(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
     if teacher is not None:
         if teacher.chat:
             _check_chat(host, TEACHER)
         if not host.text.length_bound.can_fit(teacher.template):
             raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
-        found.append(Contestant(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
+        found.append(System(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found
 
 

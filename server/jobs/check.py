@@ -72,7 +72,7 @@ def check_data(
         for data in (*rows.training, *rows.validation):
             check_lengths(
                 data,
-                files.asked,
+                files.input_manifest,
                 config.num_virtual_tokens,
                 frame.encode,
                 frame.model.max_model_len,

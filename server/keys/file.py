@@ -65,7 +65,7 @@ def read_keys(path: Path) -> Keys:
         return _Content.model_validate_json(data).keys
     except ValidationError as exc:
         raise ConfigurationError(
-            f"The keys file {path} does not fit: {first_problems(exc, _place)}.",
+            f"The keys file {path} does not fit: {first_problems(exc, _location_text)}.",
             remedy="Mend what it names, or restore the file; `prelude keys` writes it in the right form.",
         ) from None  # the cause quotes the file
 
@@ -102,7 +102,7 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str]
         key, text = make_key(name, scopes, tasks)
     except ValidationError as exc:
         raise ConfigurationError(
-            f"There can be no such key: {first_problems(exc, _place)}.",
+            f"There can be no such key: {first_problems(exc, _location_text)}.",
             remedy="See `prelude keys create --help` for what it takes.",
         ) from None
     _rewrite(path, lambda keys: (*keys, key), may_be_new=True)
@@ -184,7 +184,7 @@ def _to_json(keys: Iterable[ApiKey]) -> str:
     return json.dumps({"keys": entries}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _place(location: Location) -> str:
+def _location_text(location: Location) -> str:
     """Where a problem is, as `key 2, tasks 1`."""
-    place = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in location)
-    return re.sub(r"^, keys (?=\d)", ", key ", place).removeprefix(", ")
+    text = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in location)
+    return re.sub(r"^, keys (?=\d)", ", key ", text).removeprefix(", ")

@@ -36,7 +36,7 @@ MAX_VERSIONS = 1000
 
 
 @dataclass(frozen=True)
-class Placed:
+class PublishPlan:
     """Where contents are, or would be.
 
     Attributes:
@@ -58,20 +58,20 @@ def publish(
     expected: Expected,
     is_broken: Callable[[VersionContent], bool],
     by: str | None = None,
-) -> Placed:
+) -> PublishPlan:
     """New versions; what answers already, alone, stays the version that it is, unless it cannot be served."""
     for name, _ in items:
         check_expected(state, name, expected)
-    versions = tuple(_place(state, name, content, is_broken) for name, content in items)
+    versions = tuple(_new_version(state, name, content, is_broken) for name, content in items)
     for item in versions:
         _check_room(item, _task(state, item.task))
     is_new = any(item.version not in _task(state, item.task).versions for item in versions)
     unseen = source == "inbox" and any(
-        _task(state, item.task).held_by(by) != item.content.identity for item in versions
+        _task(state, item.task).inbox_identity(by) != item.content.identity for item in versions
     )
     change = Publish(versions, activate) if is_new or unseen else None
     first = _task(state, versions[0].task)
-    return Placed(versions, change, first.last_event if first.versions else 0)
+    return PublishPlan(versions, change, first.last_event if first.versions else 0)
 
 
 def activate(state: RegistryState, name: str, version: int, expected: Expected) -> Activate | None:
@@ -120,7 +120,7 @@ def delete(state: RegistryState, name: str, expected: Expected) -> Delete:
 
 def retire(state: RegistryState, tasks: Mapping[str, str], by: str | None) -> Retire | None:
     """Those of these tasks whose directory left the inbox at this place, and whose last content from there is this."""
-    gone = tuple(name for name, identity in tasks.items() if _task(state, name).held_by(by) == identity)
+    gone = tuple(name for name, identity in tasks.items() if _task(state, name).inbox_identity(by) == identity)
     return Retire(gone) if gone else None
 
 
@@ -179,7 +179,7 @@ def _check_room(item: NewVersion, task: TaskState) -> None:
         )
 
 
-def _place(
+def _new_version(
     state: RegistryState, name: str, content: VersionContent, is_broken: Callable[[VersionContent], bool]
 ) -> NewVersion:
     live = _task(state, name).live_alone

@@ -18,7 +18,7 @@ from server.contracts import ModelSpec
 from server.errors import InvalidTaskName, PreconditionFailed, PreludeError, StoreError, StoreFull
 from server.registry import commands as plans
 from server.registry.bounded import BoundedLock, result_of
-from server.registry.commands import Expected, Placed
+from server.registry.commands import Expected, PublishPlan
 from server.registry.events import Change, Event, Publish, Retire, Source, VersionContent, content_of, contents_of
 from server.registry.live import HOST_MEMORY, LiveMap
 from server.registry.snapshot_views import Published, Task
@@ -83,32 +83,32 @@ class Registry(LiveMap):
         for task in names:
             self._check_free(task)
 
-        def place(contents: Sequence[VersionContent]) -> Placed:
+        def plan_publish(contents: Sequence[VersionContent]) -> PublishPlan:
             items = list(zip(names, contents, strict=True))
             return plans.publish(self._state, items, source, activate, expected, self._contents.is_broken, by)
 
         self.sync()
         with self._changing:  # before any work: most of what is refused is refused here
-            placed = place(contents_of(soft_prompts, [""] * len(soft_prompts)))
-        if placed.change is None:
-            return Published(created=False, live=True, tasks=placed.versions, etag=placed.etag)
+            planned = plan_publish(contents_of(soft_prompts, [""] * len(soft_prompts)))
+        if planned.change is None:
+            return Published(created=False, live=True, tasks=planned.versions, etag=planned.etag)
 
         def plan() -> Publish | None:
-            nonlocal placed
-            placed = place(contents)
-            return placed.change
+            nonlocal planned
+            planned = plan_publish(contents)
+            return planned.change
 
         with self._hold(soft_prompt.prefix_hash for soft_prompt in soft_prompts):
             self._engine.warm(soft_prompts)
             if dry_run:
-                return Published(created=False, live=False, tasks=placed.versions, etag=placed.etag)
+                return Published(created=False, live=False, tasks=planned.versions, etag=planned.etag)
             contents = self._put_blobs(soft_prompts)
             try:
                 _, live = self._change(plan, source, by)
             except (PreconditionFailed, StoreFull):  # after any other error there may be an event that names them
                 self._remove(contents)
                 raise
-        blobs = {item.content.blob for item in placed.versions}
+        blobs = {item.content.blob for item in planned.versions}
         unused = [content for content in contents if content.blob not in blobs]
         self._remove(unused)
         for soft_prompt in soft_prompts:
@@ -116,7 +116,7 @@ class Registry(LiveMap):
         return Published(
             created=len(unused) < len(contents),
             live=activate or contents[0] in unused,
-            tasks=placed.versions,
+            tasks=planned.versions,
             etag=live[names[0]].etag,
         )
 
@@ -188,7 +188,7 @@ class Registry(LiveMap):
         """Whether the inbox at this place published this content already, and to do so again would mend nothing."""
         with self._changing:
             state = self._state.tasks.get(name)
-            if state is None or state.held_by(by) != content_of(soft_prompt, "").identity:
+            if state is None or state.inbox_identity(by) != content_of(soft_prompt, "").identity:
                 return False
             live = state.live_alone
             return (

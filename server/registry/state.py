@@ -80,27 +80,27 @@ class TaskState:
         """Who answered before those who answer now; () if nobody else did."""
         return next((traffic for traffic in reversed(self.history) if traffic not in ((), self.traffic)), ())
 
-    def held_by(self, place: str | None) -> str | None:
+    def inbox_identity(self, inbox: str | None) -> str | None:
         """The identity of what the inbox at this place last published under this name; None if it holds nothing.
 
         A container has another host's name each time that it starts, so a place that is new here is taken for the
         latest one of the same path.
         """
-        own = self.inbox.get(place or "")
+        own = self.inbox.get(inbox or "")
         if own is not None:
             return own
-        return next((held for known, held in reversed(self.inbox.items()) if _path(known) == _path(place)), None)
+        return next((held for known, held in reversed(self.inbox.items()) if _path(known) == _path(inbox)), None)
 
-    def note_inbox(self, place: str | None, identity: str) -> None:
+    def note_inbox(self, inbox: str | None, identity: str) -> None:
         """The inbox at this place holds this content."""
-        self.inbox.pop(place or "", None)
-        self.inbox[place or ""] = identity
+        self.inbox.pop(inbox or "", None)
+        self.inbox[inbox or ""] = identity
 
-    def let_go(self, place: str | None) -> None:
+    def release_inbox(self, inbox: str | None) -> None:
         """The inbox at this place holds it no more; if no other inbox does, what came from there stops answering."""
-        identity, live = self.held_by(place), self.live_alone
+        identity, live = self.inbox_identity(inbox), self.live_alone
         self.inbox = {
-            known: held for known, held in self.inbox.items() if held != identity or _path(known) != _path(place)
+            known: held for known, held in self.inbox.items() if held != identity or _path(known) != _path(inbox)
         }
         is_live = live is not None and live.source == "inbox" and live.content.identity == identity
         if is_live and identity not in self.inbox.values():
@@ -239,7 +239,7 @@ class RegistryState:
             return []
         if isinstance(change, Retire):
             for task in [self.tasks[name] for name in change.tasks]:
-                task.let_go(event.by)
+                task.release_inbox(event.by)
             return []
         task = self.tasks[change.task]
         removed: list[StoredVersion] = []
@@ -282,8 +282,8 @@ def _copy(task: TaskState) -> TaskState:
     return replace(task, versions=dict(task.versions), history=list(task.history), inbox=dict(task.inbox))
 
 
-def _path(place: str | None) -> str:
-    return (place or "").partition(":")[2]
+def _path(inbox: str | None) -> str:
+    return (inbox or "").partition(":")[2]
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

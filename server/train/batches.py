@@ -32,21 +32,21 @@ class Batches:
 
     def at(self, step: int) -> list[int]:
         """Row indices of a step, which counts from 0."""
-        number, place = divmod(step, self._bucketed)
+        number, index = divmod(step, self._bucketed)
         if self._bucket is None or self._bucket[0] != number:
             self._bucket = (number, self._make(number))
-        return self._bucket[1][place]
+        return self._bucket[1][index]
 
     def _make(self, number: int) -> list[list[int]]:
         size = self._bucketed * self._batch_size
-        dealt = [self._dealt(place) for place in range(number * size, (number + 1) * size)]
+        dealt = [self._dealt(index) for index in range(number * size, (number + 1) * size)]
         ordered = sorted(dealt, key=lambda row: self._lengths[row])
         batches = [ordered[start : start + self._batch_size] for start in range(0, size, self._batch_size)]
         order = torch.randperm(self._bucketed, generator=self._generator(number, 1)).tolist()
-        return [batches[place] for place in order]
+        return [batches[index] for index in order]
 
-    def _dealt(self, place: int) -> int:
-        epoch, within = divmod(place, len(self._lengths))
+    def _dealt(self, index: int) -> int:
+        epoch, within = divmod(index, len(self._lengths))
         if epoch not in self._epochs:
             shuffled = torch.randperm(len(self._lengths), generator=self._generator(epoch, 0)).tolist()
             self._epochs = {kept: rows for kept, rows in self._epochs.items() if kept >= epoch - 1}

@@ -28,7 +28,7 @@ MAX_LINE_BYTES = 2**20
 READ_BYTES = 2**20
 """What is read of a file at a time. Each read lets go of Python's lock and takes it back at once, and a thread that
 waits for it begins to wait anew: with 8 KiB a file of empty lines kept the event loop waiting for a second."""
-MAX_HELD_BYTES = 512 * 2**20
+MAX_ROWS_BYTES = 512 * 2**20
 """Memory that a file's rows may take; a text with one character beyond Latin-1 takes twice or four times its length."""
 REPEATED = 3
 """As often targets must occur, on average, to be taken for labels."""
@@ -110,7 +110,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
                     row = _parse_row(path, number, text, need_targets=need_targets)
                     rows.append(row)
                     held += sys.getsizeof(row.input) + sys.getsizeof(row.target)
-                    if held > MAX_HELD_BYTES:
+                    if held > MAX_ROWS_BYTES:
                         raise _too_much(path, number)
     except OSError as exc:
         raise InvalidTrainingData(f"{path} cannot be read: {exc.strerror}.", remedy="Check the path.") from exc
@@ -123,7 +123,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
 
 def _too_much(path: Path, number: int) -> InvalidTrainingData:
     return InvalidTrainingData(
-        f"{path}, line {number}: the rows up to here take more than {MAX_HELD_BYTES:,} bytes of memory.",
+        f"{path}, line {number}: the rows up to here take more than {MAX_ROWS_BYTES:,} bytes of memory.",
         remedy="Take a sample of the rows.",
     )
 

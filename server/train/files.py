@@ -33,7 +33,7 @@ class TaskFiles:
     """The PEFT directory that config.init_from names, where that is not its path."""
 
     @property
-    def asked(self) -> Manifest:
+    def input_manifest(self) -> Manifest:
         """The fields that say what the model reads of a row."""
         return Manifest(input_template=self.input_template, system_message=self.system_message)
 

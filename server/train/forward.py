@@ -64,13 +64,13 @@ def rows_logits(
         first = 0 if key_values is None else key_values[0][0].shape[1]
         layout = PackedRows(lengths, key_values)
     position_ids = torch.cat([torch.arange(shared), *(torch.arange(first, first + length) for length in lengths)])
-    keep = _places_of_targets(examples, lengths, shared)
+    keep = _target_rows(examples, lengths, shared)
     logits = model.forward(embedded, position_ids.to(model.device), layout, keep.to(model.device))
     targets = torch.tensor([token for example in examples for token in example.target_ids], device=model.device)
     return at_least_float32(logits), targets
 
 
-def _places_of_targets(examples: Sequence[Example], lengths: Sequence[int], start: int) -> torch.Tensor:
+def _target_rows(examples: Sequence[Example], lengths: Sequence[int], start: int) -> torch.Tensor:
     """Where in the flat row, whose rows begin at `start`, the targets are predicted: at the end of each row."""
     ends = itertools.accumulate(lengths, initial=start)
     next(ends)
@@ -89,8 +89,8 @@ def key_values_of(model: FrozenModel, token_ids: Sequence[int], first: int = 0) 
         first: position of its first token; of a model with rotary embeddings it may be before the start.
     """
     ids = torch.tensor(token_ids, device=model.device)
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    collected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     positions = torch.arange(first, first + len(token_ids), device=model.device)
     last = torch.tensor([len(token_ids) - 1], device=model.device)
-    model.forward(model.embed(ids), positions, PackedRows([len(token_ids)], kept=kept), last)
-    return tuple((key.contiguous(), value.contiguous()) for _, (key, value) in sorted(kept.items()))
+    model.forward(model.embed(ids), positions, PackedRows([len(token_ids)], collected=collected), last)
+    return tuple((key.contiguous(), value.contiguous()) for _, (key, value) in sorted(collected.items()))

@@ -49,8 +49,8 @@ def best_of(history: Sequence[Measured]) -> int:
     """
     is_told_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
 
-    def rank(place: int) -> tuple[float, float]:
-        score = history[place].score
+    def rank(index: int) -> tuple[float, float]:
+        score = history[index].score
         return score.exact_match if is_told_by_matches else 0.0, -score.loss
 
     return max(range(len(history)), key=rank)

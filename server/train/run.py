@@ -112,7 +112,7 @@ def _lessons(
     task: int,
     on_taught: Callable[[], None],
 ) -> list[Lesson]:
-    examples = encode_examples(data, model, files.asked, config.num_virtual_tokens)
+    examples = encode_examples(data, model, files.input_manifest, config.num_virtual_tokens)
     if config.teacher_template is None:
         return [Lesson((replace(example, task=task),)) for example in examples]
     students = [example.input_ids for example in examples]

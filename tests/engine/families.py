@@ -129,10 +129,12 @@ def _engine_errors(model: FrozenModel) -> Iterator[float]:
 
 def _keys_and_values(model: FrozenModel, virtual_tokens: torch.Tensor) -> torch.Tensor:
     """Keys and values of virtual tokens as PEFT stores them: `[n, layers * 2 * kv_heads * head_dim]`."""
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    collected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     n = len(virtual_tokens)
-    model.forward(virtual_tokens, torch.arange(n), PackedRows([n], kept=kept), torch.arange(n))
-    states = torch.stack([torch.stack(kept[layer]) for layer in sorted(kept)])  # [layers, 2, kv_heads, n, head_dim]
+    model.forward(virtual_tokens, torch.arange(n), PackedRows([n], collected=collected), torch.arange(n))
+    states = torch.stack(
+        [torch.stack(collected[layer]) for layer in sorted(collected)]
+    )  # [layers, 2, kv_heads, n, head_dim]
     return states.permute(3, 0, 1, 2, 4).reshape(n, -1)
 
 

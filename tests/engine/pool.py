@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from server.contracts import ModelSpec
-from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.cached_rows import Span, TokenPositions
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.library import Kernels
@@ -182,7 +182,7 @@ def attend(
     query, key, value = hand_over(rows, heads, how)
     inputs = [states.clone() for states in (query, key, value)]
     expected = pool.memory.clone()
-    positions = torch.from_numpy(Places.of(pool.spans).pool_positions)
+    positions = torch.from_numpy(TokenPositions.of(pool.spans).pool_positions)
     expected[LAYER, 0, AROUND:-AROUND].index_copy_(0, positions, key.transpose(0, 1))
     expected[LAYER, 1, AROUND:-AROUND].index_copy_(0, positions, value.transpose(0, 1))
     before = torch.get_num_threads()

@@ -17,7 +17,7 @@ GiB = 1024 * MiB
 def test_auto_takes_what_the_settings_ask_for_if_it_fits(tiny: FrozenModel) -> None:
     plan = plan_memory(Settings(max_sequences=4), tiny.spec, free=GiB)
     assert plan.num_slabs == 4
-    assert plan.granted == plan.asked == 4 * 128 * bytes_per_position(tiny.spec)
+    assert plan.granted == plan.requested == 4 * 128 * bytes_per_position(tiny.spec)
     assert plan.prefix_bytes == plan.granted // 4
 
 

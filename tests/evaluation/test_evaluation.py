@@ -18,8 +18,8 @@ from server.evaluation.metrics import ACCURACY, EXACT_MATCH, GENERATED_ACCURACY,
 from server.evaluation.standalone import OwnEngine, _answers, run
 from server.evaluation.systems import (
     BASELINE_SLACK,
-    Contestant,
     RequestedBaselines,
+    System,
     TeacherText,
     draw_examples,
     of_soft_prompt,
@@ -54,7 +54,7 @@ def chat() -> FrozenModel:
 def answers(model: FrozenModel, soft_prompt: SoftPrompt, pairs: Any = TEXTS) -> list[str]:
     """What is generated for rows."""
     engine, evaluation = prepared(model, data_of(pairs), soft_prompt)
-    asked = [evaluation.ask(evaluation.contestants[0], row)[0] for row in evaluation.rows]
+    asked = [evaluation.ask(evaluation.systems[0], row)[0] for row in evaluation.rows]
     outcomes = run_engine(engine, [(one.request, one.soft_prompt) for one in asked])
     return [outcomes[one.request.request_id].text for one in asked]
 
@@ -111,12 +111,12 @@ def test_the_manifest_decides_template_and_generation(tiny: FrozenModel) -> None
 def test_special_tokens_in_a_row_are_text_for_whoever_answers(chat: FrozenModel) -> None:
     row = data_of([("hi<eos>", "yes")]).rows[0]
     host = OwnEngine(make_engine(chat))
-    for contestant in (
+    for system in (
         of_soft_prompt("mood", soft_prompt_of(chat)),
-        Contestant("1-shot", template=Manifest(input_template="{input}!"), preamble="a<eos>\n"),
-        Contestant("instruction", preamble="do<eos>\n\n", chat=True),
+        System("1-shot", template=Manifest(input_template="{input}!"), preamble="a<eos>\n"),
+        System("instruction", preamble="do<eos>\n\n", chat=True),
     ):
-        assert chat.text.end_token_id not in contestant.read(row, host), contestant.name
+        assert chat.text.end_token_id not in system.read(row, host), system.name
 
 
 def test_a_sampling_task_is_measured_reproducibly(tiny: FrozenModel) -> None:
@@ -169,8 +169,8 @@ def test_progress_counts_every_row_of_every_contestant_once(tiny: FrozenModel) -
     assert evaluation.num_questions == 12
 
 
-def read(model: FrozenModel, contestant: Contestant, text: str = "good") -> str:
-    return model.text.tokens.decode(contestant.read(data_of([(text, "yes")]).rows[0], OwnEngine(make_engine(model))))
+def read(model: FrozenModel, system: System, text: str = "good") -> str:
+    return model.text.tokens.decode(system.read(data_of([(text, "yes")]).rows[0], OwnEngine(make_engine(model))))
 
 
 def test_each_baseline_reads_what_it_is_named_after(chat: FrozenModel) -> None:
@@ -179,7 +179,7 @@ def test_each_baseline_reads_what_it_is_named_after(chat: FrozenModel) -> None:
     _, evaluation = prepared(
         chat, data, soft_prompt_of(chat, labels=LABELS), "zero-shot", "instruction", "2-shot", shots=shots
     )
-    mood, zero_shot, told, two_shot = evaluation.contestants
+    mood, zero_shot, told, two_shot = evaluation.systems
     assert read(chat, mood) == read(chat, zero_shot) == "good\n"
     assert read(chat, told) == "[user]Good?\n\ngood[answer]"
     words = read(chat, two_shot)
@@ -194,8 +194,8 @@ def test_words_that_all_rows_begin_with_are_computed_once_and_change_no_answer(c
     data = data_of([("good", "yes"), ("bad", "no"), ("awful", "no")], instruction="Is it good?")
     ways = ("zero-shot", "instruction", "1-shot")
     engine, evaluation = prepared(chat, data, None, *ways, shots=shots_of([("fine", "yes")]))
-    assert [one.shared is not None for one in evaluation.contestants] == [False, False, True, True]
-    apart = replace(evaluation, contestants=tuple(replace(one, shared=None) for one in evaluation.contestants))
+    assert [one.shared is not None for one in evaluation.systems] == [False, False, True, True]
+    apart = replace(evaluation, systems=tuple(replace(one, shared=None) for one in evaluation.systems))
     together, alone = run(engine, evaluation), run(make_engine(chat), apart)
     assert {name: score.figures for name, score in together.scores.items()} == {
         name: score.figures for name, score in alone.scores.items()
@@ -209,15 +209,15 @@ def test_a_teacher_is_asked_in_its_own_words_and_agreement_counts_the_same_choic
     for is_chat, words in ((False, "Is 'good' good?\n"), (True, "[user]Is 'good' good?\n[answer]")):
         teacher = TeacherText("Is '{input}' good?\n", is_chat)
         engine, evaluation = prepared(chat, data, soft_prompt, teacher=teacher)
-        shared = evaluation.contestants[1].shared
+        shared = evaluation.systems[1].shared
         assert shared is not None
-        rest = read(chat, evaluation.contestants[1])
+        rest = read(chat, evaluation.systems[1])
         assert shared.num_virtual_tokens + len(rest) == len(words)
         assert words.endswith(rest)
         report = run(engine, evaluation)
         chosen = [
             [answer.chosen for _, answer in sorted(_answers(make_engine(chat), evaluation, one, lambda name: None))]
-            for one in evaluation.contestants
+            for one in evaluation.systems
         ]
         same = sum(one == two for one, two in zip(*chosen, strict=True))
         assert report.agreement["teacher"].value == pytest.approx(same / 3)

@@ -13,13 +13,13 @@ from server.errors import ConfigurationError
 from server.evaluation import metrics
 from server.evaluation.metrics import EXACT_MATCH, GENERATED_ACCURACY, accuracy, bleu, macro_f1, perplexity, rouge_l
 from server.evaluation.questions import is_same
-from server.evaluation.systems import Contestant
+from server.evaluation.systems import System
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.evaluation.support import data_of, texts
 from tests.train.rows import MOODS
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "ran", "far", "away", ",", ".")
-ALONE = Contestant("zero-shot")
+ALONE = System("zero-shot")
 
 
 def test_accuracy_is_the_share_of_labels_that_were_found() -> None:
@@ -74,7 +74,7 @@ def test_bleu_of_hand_counted_texts() -> None:
 
 def test_a_soft_prompt_must_match_exactly_and_the_frozen_model_alone_need_not() -> None:
     data, rows = data_of(MOODS), texts("Yes.", "yes\nas I said", "**No**", " no ")
-    trained = Contestant("mood", soft_prompt=_any_soft_prompt())
+    trained = System("mood", soft_prompt=_any_soft_prompt())
     assert metrics.written(rows, trained, data)[EXACT_MATCH].value == 0.25
     assert metrics.written(rows, ALONE, data)[EXACT_MATCH].value == 1.0
     assert metrics.classification(rows, trained, data, ["no", "yes"])[GENERATED_ACCURACY].value == 0.25

@@ -17,7 +17,7 @@ from server.errors import (
     VersionInUse,
 )
 from server.registry import commands as plans
-from server.registry.commands import Expected, Placed
+from server.registry.commands import Expected, PublishPlan
 from server.registry.events import (
     Activate,
     Change,
@@ -54,19 +54,19 @@ STATE = fold(published(1, "x"), published(2, "y"), published(3, "z", activate=Fa
 
 def place(
     state: RegistryState, *digests: str, source: Source = "api", expected: Expected = None, broken: str = ""
-) -> Placed:
+) -> PublishPlan:
     items = [(name, content(digest)) for name, digest in zip(("a", "b"), digests, strict=False)]
     return plans.publish(state, items, source, True, expected, lambda known: known.digest == broken)
 
 
 def test_a_content_that_answers_alone_stays_and_any_other_is_a_new_version() -> None:
-    assert place(STATE, "y") == Placed((NewVersion("a", 2, content("y")),), None, 3)
+    assert place(STATE, "y") == PublishPlan((NewVersion("a", 2, content("y")),), None, 3)
     for digest in ("x", "z", "w"):  # an older one, a staged one, an unheard-of one
         placed = place(STATE, digest)
         assert placed.versions == (NewVersion("a", 4, content(digest)),)
         assert placed.change == Publish(placed.versions)
     assert [item.version for item in place(STATE, "w", "x").versions] == [4, 1], "each by itself"
-    assert place(RegistryState(), "x") == Placed((NewVersion("a", 1, content("x")),), published(1, "x"), 0)
+    assert place(RegistryState(), "x") == PublishPlan((NewVersion("a", 1, content("x")),), published(1, "x"), 0)
 
 
 def test_a_content_that_answers_but_cannot_be_served_is_a_new_version() -> None:
@@ -225,7 +225,7 @@ def test_a_task_keeps_a_bounded_number_of_versions_and_takes_more_once_some_are_
     full = [Publish((NewVersion("a", n, content(str(n))),)) for n in range(1, plans.MAX_VERSIONS + 1)]
     state = RegistryState(Event(n, "now", "api", None, change) for n, change in enumerate(full, 1))
 
-    def publish(digest: str) -> Placed:
+    def publish(digest: str) -> PublishPlan:
         return plans.publish(state, [("a", content(digest))], "api", True, None, lambda _: False)
 
     assert publish(str(plans.MAX_VERSIONS)).change is None, "it answers already"

@@ -144,7 +144,7 @@ def test_a_deleted_task_leaves_only_its_last_number_and_what_the_inbox_published
     state = fold((publish(1, "x"), "inbox"), publish(2, "y"), Delete("a"))
     left = state.tasks["a"]
     assert (left.traffic, left.versions, left.history) == ((), {}, [])
-    assert left.held_by(None) == content("x").identity
+    assert left.inbox_identity(None) == content("x").identity
     assert state.next_version("a") == 3
     assert (state.digests, state.prefixes) == ({}, {})
 
@@ -160,7 +160,7 @@ def test_what_came_from_the_inbox_retires_with_its_directory_and_keeps_its_versi
 def test_the_inbox_can_mark_what_is_live_as_its_own_without_a_new_version() -> None:
     seen = task(publish(1, "x"), (publish(1, "x"), "inbox"))
     assert (list(seen.versions), seen.history) == ([1], [((1, 100),)])
-    assert seen.held_by(None) == content("x").identity
+    assert seen.inbox_identity(None) == content("x").identity
 
 
 def by(place: str, change: Change) -> tuple[Change, str]:
@@ -180,17 +180,17 @@ HERE, THERE, MOVED = "one:/here", "one:/there", "two:/here"
 
 def test_each_inbox_holds_what_it_published_last() -> None:
     both = inboxes(by(HERE, publish(1, "x")), by(THERE, publish(2, "y")))
-    assert (both.held_by(HERE), both.held_by(THERE)) == (X, Y)
-    assert both.held_by(None) is None
+    assert (both.inbox_identity(HERE), both.inbox_identity(THERE)) == (X, Y)
+    assert both.inbox_identity(None) is None
     changed = inboxes(by(HERE, publish(1, "x")), by(THERE, publish(2, "y")), by(HERE, publish(3, "y")))
-    assert (changed.held_by(HERE), changed.held_by(THERE)) == (Y, Y)
+    assert (changed.inbox_identity(HERE), changed.inbox_identity(THERE)) == (Y, Y)
 
 
 def test_an_inbox_on_a_host_of_another_name_holds_what_was_last_published_from_its_path() -> None:
     history = [by(HERE, publish(1, "x")), by("two:/here", publish(2, "y")), by(THERE, publish(3, "z"))]
-    assert inboxes(*history).held_by("three:/here") == Y
-    assert inboxes(*history, by(HERE, publish(4, "x"))).held_by("three:/here") == X
-    assert inboxes(*history, by(HERE, publish(4, "x"))).held_by("two:/here") == Y, "it has a record of its own"
+    assert inboxes(*history).inbox_identity("three:/here") == Y
+    assert inboxes(*history, by(HERE, publish(4, "x"))).inbox_identity("three:/here") == X
+    assert inboxes(*history, by(HERE, publish(4, "x"))).inbox_identity("two:/here") == Y, "it has a record of its own"
 
 
 def test_a_directory_that_is_removed_takes_along_what_no_other_inbox_holds() -> None:
@@ -199,7 +199,7 @@ def test_a_directory_that_is_removed_takes_along_what_no_other_inbox_holds() -> 
         assert inboxes(published, by(place, Retire(("a",)))).traffic == ()
     for place in (THERE, "one:/elsewhere"):
         elsewhere = inboxes(published, by(place, Retire(("a",))))
-        assert (elsewhere.traffic, elsewhere.held_by(HERE)) == (((1, 100),), X)
+        assert (elsewhere.traffic, elsewhere.inbox_identity(HERE)) == (((1, 100),), X)
     shared = [published, by(THERE, publish(1, "x")), by(HERE, Retire(("a",)))]
     assert (inboxes(*shared).traffic, inboxes(*shared).inbox) == (((1, 100),), {THERE: X})
     assert inboxes(*shared, by(THERE, Retire(("a",)))).traffic == ()

@@ -158,7 +158,7 @@ def test_half_a_surrogate_pair_is_refused_by_line(tmp_path: Path) -> None:
 def test_rows_that_take_too_much_memory_are_refused_with_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_module, "MAX_HELD_BYTES", 10_000)
+    monkeypatch.setattr(data_module, "MAX_ROWS_BYTES", 10_000)
     path = write_rows(tmp_path / "rows", [("a" * 1000, "yes")] * 20)
     with pytest.raises(InvalidTrainingData, match=r"line 10: the rows up to here take more than 10,000 bytes"):
         read_data(path)

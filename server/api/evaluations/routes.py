@@ -47,7 +47,7 @@ class Evaluations(InServerJobs[EvaluationWork]):
             version=work.version,
             data=work.data,
             rows=work.rows,
-            contestants=work.contestants,
+            contestants=work.systems,
             result=work.report.as_dict() if with_result and work.report is not None else None,
         )
 

@@ -86,7 +86,7 @@ class EvaluationWork:
         versions: the version that it is about, then those that it is compared with; none after its end.
         key_id: the key that asked for it.
         rows: how many there are; 0 until they are read.
-        total: rows times contestants.
+        total: rows times systems.
         report, card: the result; None until it is there.
     """
 
@@ -107,7 +107,7 @@ class EvaluationWork:
         self.task, self.version = self.versions[0][0].task, self.versions[0][0].version
         self.data = self.files.by_field["data"].name
         alone = self.wanted.names(teacher=self.request.teacher is not None)
-        self.contestants = [*(_named(*version)[0] for version in self.versions), *alone]
+        self.systems = [*(_named(*version)[0] for version in self.versions), *alone]
         settings = self.site.settings
         self._limits = settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
 

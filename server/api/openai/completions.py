@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
 from server.api.deps import RegistryDep, WorkerDep, known_query
-from server.api.generation import place_of, placed
+from server.api.generation import locating_errors, location_of
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
 from server.api.openai.logprobs import completion_logprobs, prompt_logprobs, text_offsets
 from server.api.openai.replies import CompletionReply, usage_of
@@ -124,7 +124,7 @@ def _answered(form: _Form, requests: Sequence[Sequence[Choice]]) -> list[Body]:
         ranked = [choice.index for choice in choices]
         if len(choices) > n:
             ranked = sorted(ranked, key=lambda at: choices[at].mean_logprob, reverse=True)[:n]
-        answered += [form.choice(number, choices, at, number * n + place) for place, at in enumerate(ranked)]
+        answered += [form.choice(number, choices, at, number * n + location) for location, at in enumerate(ranked)]
     return answered
 
 
@@ -140,20 +140,20 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
     if isinstance(given[0], str):
         texts: list[str] = given
         if "" in texts:
-            with placed(place_of("prompt", texts.index(""), len(texts))):
+            with locating_errors(location_of("prompt", texts.index(""), len(texts))):
                 raise EmptyInput("The text is empty.", remedy="Send at least one character.", param="prompt")
         return texts if body.echo else [""] * len(texts), await encode_all(worker, texts)
     lists: list[list[int]] = given if isinstance(given[0], list) else [given]
     for number, ids in enumerate(lists):
         if len(ids) > worker.model.max_model_len:
-            with placed(place_of("prompt", number, len(lists))):
+            with locating_errors(location_of("prompt", number, len(lists))):
                 raise InputTooLong(
                     f"The input has {len(ids):,} tokens; the context holds {worker.model.max_model_len:,}."
                 )
         if max(ids) >= worker.model.vocab_size:
-            place = place_of("prompt", number, len(lists)) or "prompt"
+            location = location_of("prompt", number, len(lists)) or "prompt"
             raise InvalidRequest(
-                f"{place}: there is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.",
+                f"{location}: there is no token {max(ids)}; this model has {worker.model.vocab_size:,}, from 0 on.",
                 param="prompt",
             )
     if not body.echo:

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import Request
 
 from server.api.auth import allow_task
-from server.api.generation import Prepared, encode_text, find_soft_prompt, place_of, placed, run
+from server.api.generation import Prepared, encode_text, find_soft_prompt, locating_errors, location_of, run
 from server.api.openai.errors import no_model
 from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
@@ -110,7 +110,7 @@ async def encode_all(
     """
     ids = []
     for number, text in enumerate(texts):
-        with placed(place_of("prompt", number, len(texts))):
+        with locating_errors(location_of("prompt", number, len(texts))):
             ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
         await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
     return ids
@@ -162,8 +162,8 @@ def prepare_all(
     prepared = []
     for number, ids in enumerate(inputs):
         room = worker.model.max_model_len - virtual - len(ids)
-        place = place_of("prompt", number, len(inputs))
-        with placed(place):
+        location = location_of("prompt", number, len(inputs))
+        with locating_errors(location):
             params = manifest.generation.sampling_params(
                 fields, room=room, seed=secrets.randbits(63), least="min_tokens", most=body.new_tokens_field
             )
@@ -178,7 +178,7 @@ def prepare_all(
             input_top_logprobs=wanted or 0,
             continues_text=continues_text or target.soft_prompt is None,
         )
-        prepared.append(Prepared(request, target.resolved, target.soft_prompt, place))
+        prepared.append(Prepared(request, target.resolved, target.soft_prompt, location))
     return prepared
 
 

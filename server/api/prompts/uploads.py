@@ -27,7 +27,7 @@ from server.errors import InvalidSoftPrompt, PayloadTooLarge
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
 
-WANTED = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
+ACCEPTED_FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
 MAX_ZIP_ENTRIES = 64
 MAX_DIRECTORY_BYTES = 2**18
 END_RECORD_REACH = 2**16 + 22 + 20
@@ -74,7 +74,7 @@ def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) 
         return _unzip(files[0].file, directory, max_bytes)
     ignored = []
     for name, file in zip(names, files, strict=True):
-        if name in WANTED:
+        if name in ACCEPTED_FILES:
             max_bytes -= copy_within(file.file, _new(directory, name), max_bytes, _too_large())
             continue
         if name not in (*PICKLE_FILES, "README.md"):
@@ -97,9 +97,9 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> list[str]:
             for entry in entries:
                 _check_entry(entry)
             files = {entry: _path(entry.filename) for entry in entries if entry.filename[-1:] not in ("/", "\\")}
-            _check_folders([path for path in files.values() if path.name in WANTED])
+            _check_folders([path for path in files.values() if path.name in ACCEPTED_FILES])
             for entry, path in files.items():
-                if path.name not in WANTED:
+                if path.name not in ACCEPTED_FILES:
                     ignored.append(_leave_out(path.name, directory))
                     continue
                 with archive.open(entry) as file:

@@ -15,8 +15,8 @@ from server.api.generation import (
     LONG_TEXT,
     GenerationOptions,
     Prepared,
-    place_of,
-    placed,
+    locating_errors,
+    location_of,
     prepare,
     refuse_too_long,
     run,
@@ -133,10 +133,10 @@ async def _answer(
         _refuse_to_stream(body)
     prepared = []
     for number, text in enumerate(texts):
-        place = place_of("inputs", number, len(texts))
-        with placed(place):
+        location = location_of("inputs", number, len(texts))
+        with locating_errors(location):
             one = await prepare(
-                worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, place=place
+                worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, location=location
             )
         _refuse_equal_texts(one, parameters)
         prepared.append(one)

@@ -37,7 +37,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Where a step's tokens are, worked out on the host: `[tokens]` each."""
 
     position_ids: np.ndarray
@@ -46,7 +46,7 @@ class Places:
     """Where its keys and values go."""
 
     @classmethod
-    def of(cls, spans: Sequence[Span]) -> Places:
+    def of(cls, spans: Sequence[Span]) -> TokenPositions:
         """Of the tokens of a flat row."""
         starts, firsts, counts = np.array([(s.slot.start, s.start, s.count) for s in spans], dtype=np.int64).T
         rows = np.arange(counts.sum())
@@ -88,9 +88,9 @@ class CachedRows:
             spans: in the order of the flat row, decoding ones first and sorted by slot to form runs.
         """
         self._kv_cache = kv_cache
-        places = Places.of(spans)
+        token_positions = TokenPositions.of(spans)
         self.position_ids, self._pool_positions = upload(
-            [places.position_ids, places.pool_positions], kv_cache.states.device
+            [token_positions.position_ids, token_positions.pool_positions], kv_cache.states.device
         )
         self._groups: list[_Group] = []
         row = 0

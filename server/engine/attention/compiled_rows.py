@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.cached_rows import Span, TokenPositions
 from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, float_bits
 from server.engine.memory.kv_cache import KVCache
@@ -174,7 +174,7 @@ class CompiledRows:
         """
         self._attention = attention
         self._work = attention.plan(spans)
-        self.position_ids = torch.from_numpy(Places.of(spans).position_ids)
+        self.position_ids = torch.from_numpy(TokenPositions.of(spans).position_ids)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules

@@ -74,7 +74,7 @@ class Layout(Protocol):
         ...
 
 
-class StatePlace(NamedTuple):
+class StateSlice(NamedTuple):
     """Where a layer's recurrent state is among the numbers that a sequence keeps."""
 
     first: int
@@ -89,11 +89,11 @@ sequence, to outputs `[rows, tokens, …]` and the states after them. States are
 class RecurrentLayout(Layout, Protocol):
     """A layout for models of which some layers keep a recurrent state."""
 
-    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+    def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """Outputs `[tokens, …]` of one layer for its inputs `[tokens, width]`.
 
         Args:
-            place: of the layer's state.
+            state_slice: of the layer's state.
             inputs: of the flat row.
             recurrence: what the layer computes; called for parts of the flat row that have equal numbers of tokens.
         """
@@ -208,7 +208,7 @@ class PackedRows:
     """Tokens of each row, in the order of the flat row."""
     prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Of each layer keys and values `[kv_heads, prefix tokens, dim]` that stand before every row."""
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    collected: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     """Where each layer leaves its keys and values `[kv_heads, tokens, dim]`, if anybody wants them."""
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -225,8 +225,8 @@ class PackedRows:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
         """See `Layout.attend`."""
-        if self.kept is not None:
-            self.kept[layer] = (key, value)
+        if self.collected is not None:
+            self.collected[layer] = (key, value)
         if self._pad_index.device != query.device:  # once, not for each layer: such a copy makes the host wait
             self._pad_index, self._flat_index = self._pad_index.to(query.device), self._flat_index.to(query.device)
         keys, values = self._pad(key), self._pad(value)
@@ -241,14 +241,14 @@ class PackedRows:
         return out.transpose(1, 2).reshape(-1, heads, dim)[self._flat_index]
 
     def recur(
-        self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence, state: torch.Tensor | None = None
+        self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence, state: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `RecurrentLayout.recur`; every row begins with `state` `[1, state width]`, if there is one."""
         assert self.prefix is None or state is not None, "keys and values before the rows say nothing of their state"
         rows = len(self.lengths)
         padded = inputs.index_select(0, self._pad_index.to(inputs.device)).view(rows, self._longest, -1)
         # Padding stands after a row's tokens, so it only changes states that nobody reads.
-        before = no_states(place, inputs, rows) if state is None else state.expand(rows, -1)
+        before = no_states(state_slice, inputs, rows) if state is None else state.expand(rows, -1)
         out, _ = recurrence(padded, before)
         return out.flatten(0, 1)[self._flat_index.to(inputs.device)]
 
@@ -278,7 +278,7 @@ class SharedStart:
         """The flat row is `num_shared` tokens, then rows of these lengths."""
         self._num_shared = num_shared
         self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, left there on the way
-        self._start = PackedRows([num_shared], kept=self._prefix)
+        self._start = PackedRows([num_shared], collected=self._prefix)
         self._rows = PackedRows(lengths, self._prefix)
 
     def attend(
@@ -290,14 +290,14 @@ class SharedStart:
         rows = self._rows.attend(layer, query[:, size:], key[:, size:], value[:, size:], rules)
         return torch.cat([start, rows])
 
-    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+    def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """See `RecurrentLayout.recur`."""
         size = self._num_shared
-        start, state = recurrence(inputs[None, :size], no_states(place, inputs, 1))
-        return torch.cat([start[0], self._rows.recur(place, inputs[size:], recurrence, state)])
+        start, state = recurrence(inputs[None, :size], no_states(state_slice, inputs, 1))
+        return torch.cat([start[0], self._rows.recur(state_slice, inputs[size:], recurrence, state)])
 
 
-def no_states(place: StatePlace, inputs: torch.Tensor, rows: int) -> torch.Tensor:
+def no_states(state_slice: StateSlice, inputs: torch.Tensor, rows: int) -> torch.Tensor:
     """The states of sequences that have not begun: `[rows, state width]` of zeros."""
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    return inputs.new_zeros(rows, place.width, dtype=dtype)
+    return inputs.new_zeros(rows, state_slice.width, dtype=dtype)

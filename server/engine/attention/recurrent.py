@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from server.engine.attention.cached_rows import Span
-from server.engine.attention.interface import AttentionRules, Layout, Recurrence, StatePlace
+from server.engine.attention.interface import AttentionRules, Layout, Recurrence, StateSlice
 from server.engine.memory.state_pool import StatePool
 from server.engine.to_device import upload
 
@@ -63,13 +63,13 @@ class RecurrentRows:
         """See `attention.Layout.attend`."""
         return self._layout.attend(layer, query, key, value, rules)
 
-    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+    def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """See `attention.RecurrentLayout.recur`."""
-        states = torch.split(self._pool.read(place, self._rows), self._sequences)
+        states = torch.split(self._pool.read(state_slice, self._rows), self._sequences)
         outs, after = [], []
         for part, before in zip(torch.split(inputs, self._tokens), states, strict=True):
             out, state = recurrence(part.view(len(before), -1, part.shape[-1]), before)
             outs.append(out.flatten(0, 1))
             after.append(state)
-        self._pool.keep(place, self._rows, torch.cat(after))
+        self._pool.keep(state_slice, self._rows, torch.cat(after))
         return torch.cat(outs)

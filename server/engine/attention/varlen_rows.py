@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from server.contracts import ModelSpec
-from server.engine.attention.cached_rows import Places, Span
+from server.engine.attention.cached_rows import Span, TokenPositions
 from server.engine.attention.interface import AttentionRules
 from server.engine.memory.kv_cache import KVCache
 from server.engine.to_device import upload
@@ -246,11 +246,12 @@ class VarlenRows:
     @classmethod
     def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
         """Lay out a step of any decodes and chunks, in the order of the flat row."""
-        places = Places.of(spans)
+        token_positions = TokenPositions.of(spans)
         groups = [list(group) for _, group in itertools.groupby(spans, lambda span: span.count == 1)]
         indices = [_indices(group) for group in groups]
         position_ids, pool_positions, joined = upload(
-            [places.position_ids, places.pool_positions, np.concatenate(indices)], kv_cache.states.device
+            [token_positions.position_ids, token_positions.pool_positions, np.concatenate(indices)],
+            kv_cache.states.device,
         )
         parts = []
         for group, on_device in zip(groups, torch.split(joined.int(), list(map(len, indices))), strict=True):

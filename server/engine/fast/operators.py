@@ -75,23 +75,23 @@ class CompiledOperators(Operators):
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
         tokens = x.numel() // width
-        places = (_place(x, x.dtype), _place(weight, x.dtype), _place(out, x.dtype))
-        self._loops(x).rms_norm(*_share(tokens, width), tokens, *places, width, float_bits(epsilon))
+        addresses = (_address(x, x.dtype), _address(weight, x.dtype), _address(out, x.dtype))
+        self._loops(x).rms_norm(*_share(tokens, width), tokens, *addresses, width, float_bits(epsilon))
         return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
         """See `Operators`."""
         tokens, heads, dim = x.shape
-        places = (_place(x, x.dtype), _place(cos, torch.float32), _place(sin, torch.float32))
-        self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *places, heads, num_rotated, dim)
+        addresses = (_address(x, x.dtype), _address(cos, torch.float32), _address(sin, torch.float32))
+        self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *addresses, heads, num_rotated, dim)
         return x
 
     def silu_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See `Operators`."""
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(tokens, width)
-        places = (_place(gate_up, gate_up.dtype), _place(out, gate_up.dtype))
-        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, *places, width)
+        addresses = (_address(gate_up, gate_up.dtype), _address(out, gate_up.dtype))
+        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, *addresses, width)
         return out
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +102,8 @@ class CompiledOperators(Operators):
         rows, width = logits.shape
         largest = torch.empty(rows, dtype=torch.float32, device="cpu")
         where = torch.empty(rows, dtype=torch.long, device="cpu")
-        places = (_place(logits, logits.dtype), _place(largest, torch.float32), _place(where, torch.long))
-        self._loops(logits).best(rows, torch.get_num_threads(), *places, width)
+        addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(where, torch.long))
+        self._loops(logits).best(rows, torch.get_num_threads(), *addresses, width)
         return largest, where
 
     def _loops(self, x: torch.Tensor) -> SmallLoops:
@@ -115,7 +115,7 @@ def operators_with(kernels: Kernels | None) -> Operators:
     return Operators() if kernels is None else CompiledOperators(kernels)
 
 
-def _place(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     """Where a tensor lies in memory, for a loop that believes what is said of it."""
     assert tensor.dtype == dtype, f"{dtype} is read, {tensor.dtype} is stored"
     assert tensor.is_contiguous(), "read without gaps"

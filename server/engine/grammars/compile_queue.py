@@ -113,7 +113,7 @@ class GrammarQueue:
                 attempt = await self._begin(grammar)
                 if await self._waited(attempt, SHORT_SECONDS):
                     return
-            if self._long.are_taken:
+            if self._long.are_full:
                 attempt.close()
                 attempt = None
             async with self._long.turn(owner):
@@ -135,13 +135,13 @@ class GrammarQueue:
 class Turns:
     """A number of places; those who wait for one are served in turn of their owners."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, slots: int) -> None:
         """All places are free."""
-        self._free = places
+        self._free = slots
         self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()
 
     @property
-    def are_taken(self) -> bool:
+    def are_full(self) -> bool:
         """Whether one has to wait."""
         return not self._free
 
@@ -151,12 +151,12 @@ class Turns:
         if self._free:
             self._free -= 1
         else:
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(owner, deque()).append(place)
+            slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(owner, deque()).append(slot)
             try:
-                await place
+                await slot
             except asyncio.CancelledError:
-                if not place.cancelled():  # it was given just now
+                if not slot.cancelled():  # it was given just now
                     self._pass_on()
                 raise
         try:
@@ -167,12 +167,12 @@ class Turns:
     def _pass_on(self) -> None:
         """Give a place to the next who still waits."""
         while self._waiting:
-            owner, places = next(iter(self._waiting.items()))
-            place = places.popleft()
+            owner, slots = next(iter(self._waiting.items()))
+            slot = slots.popleft()
             self._waiting.move_to_end(owner)
-            if not places:
+            if not slots:
                 del self._waiting[owner]
-            if not place.done():
-                place.set_result(None)
+            if not slot.done():
+                slot.set_result(None)
                 return
         self._free += 1

@@ -21,8 +21,8 @@ from server.engine.grammars.limits import (
     ALL_MEMORY_MIB,
     COMPILE_SECONDS,
     COMPILE_WALL_SECONDS,
-    KEPT,
-    KEPT_MIB,
+    MAX_UNUSED,
+    MAX_UNUSED_MIB,
     MEMORY,
     STACK,
     MiB,
@@ -232,7 +232,9 @@ class Grammars:
             kept = sum(compiled.process.memory for compiled in idle)
             in_use = sum(compiled.process.memory for compiled in self._compiled.values()) - kept
             ended = []
-            while len(idle) > spared and (len(idle) > KEPT or kept > min(KEPT_MIB, ALL_MEMORY_MIB - in_use)):
+            while len(idle) > spared and (
+                len(idle) > MAX_UNUSED or kept > min(MAX_UNUSED_MIB, ALL_MEMORY_MIB - in_use)
+            ):
                 ended.append(idle.pop(0))
                 kept -= ended[-1].process.memory
                 del self._compiled[ended[-1].key]

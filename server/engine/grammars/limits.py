@@ -22,9 +22,9 @@ MEMORY = 128 * MiB
 ALL_MEMORY_MIB = 1024
 """What compiled grammars may take together. Beyond it no other is compiled, and the largest one has to go."""
 STACK = 6 * MiB
-KEPT = 24
+MAX_UNUSED = 24
 """Compiled grammars that nobody uses; the one that was used last stays longest."""
-KEPT_MIB = 128
+MAX_UNUSED_MIB = 128
 """What these may take together; a usual grammar takes about 5."""
 
 PARSER_LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}

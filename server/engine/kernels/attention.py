@@ -148,19 +148,11 @@ def _attend_loop(compiler: Compiler, group: int, kv_heads: int, dim: int, stored
             tokens, slot, scratch = spans[span, COLUMN.tokens], spans[span, COLUMN.slot], spans[span, COLUMN.scratch]
             if block < 0:
                 first, last = (0, kv_heads) if head < 0 else (head, head + 1)
-                for h in range(first, last):
-                    copy(key[first_row * key_step :], key_step, a[AT.key_head_step], h, 1, keys, slot + position)
-                    copy(
-                        value[first_row * value_step :],
-                        value_step,
-                        a[AT.value_head_step],
-                        h,
-                        1,
-                        values,
-                        slot + position,
-                    )
-                asked, answer = query[first_row * query_step :], out[first_row * heads * dim :]
                 end = slot + position + 1
+                for h in range(first, last):
+                    copy(key[first_row * key_step :], key_step, a[AT.key_head_step], h, 1, keys, end - 1)
+                    copy(value[first_row * value_step :], value_step, a[AT.value_head_step], h, 1, values, end - 1)
+                asked, answer = query[first_row * query_step :], out[first_row * heads * dim :]
                 begin = max(slot, end - window)
                 decode(asked, query_head_step, keys, values, first, last, begin, end, scaling, sinks_at, answer)
             else:
@@ -170,21 +162,10 @@ def _attend_loop(compiler: Compiler, group: int, kv_heads: int, dim: int, stored
                 turned = carray(pointer(a[AT.scratch_keys] + offset), EVERYTHING, np.float32)
                 plain = carray(pointer(a[AT.scratch_values] + offset), EVERYTHING, np.float32)
                 answer = out[((first_row + first) * kv_heads + head) * group * dim :]
-                many = min(QUERIES, tokens - first)
+                many, start = min(QUERIES, tokens - first), position + first
                 sinks = sinks_at + head * group * 4 if sinks_at != 0 else 0
-                attend_chunk(
-                    asked,
-                    query_step,
-                    query_head_step,
-                    many,
-                    position + first,
-                    window,
-                    scaling,
-                    sinks,
-                    turned,
-                    plain,
-                    answer,
-                )
+                steps = query_step, query_head_step
+                attend_chunk(asked, *steps, many, start, window, scaling, sinks, turned, plain, answer)
 
     return attend
 

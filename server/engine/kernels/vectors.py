@@ -48,7 +48,7 @@ class _Code:
         self._indices = ir.VectorType(_I32, self.lanes)
         self._anything = ir.Constant(self._floats, ir.Undefined)
 
-    def place(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
+    def pointer_to(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
         """Where a row of an array begins."""
         start = self._context.make_array(array_type)(self._context, self.builder, array).data
         return self.builder.gep(start, [self.builder.add(offset, self.builder.mul(row, step))])
@@ -85,8 +85,8 @@ def fetch_add(_: Any, array: Any) -> Any:
     """Add one to the first number of an int64 array, and answer what it was; no two threads get the same."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", place, _I64(1), "monotonic")
+        pointer_to = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", pointer_to, _I64(1), "monotonic")
 
     return types.int64(array), code
 
@@ -127,14 +127,14 @@ def add_products(
         _, _, a, a0, a_step, b, b0, b_step, c, c0, n = arguments
         make = _Code(context, builder, num_columns)
         for tile, vectors in _tiles(num_rows, make.per_row):
-            a_rows = [make.place(signature.args[2], a, a0, _I64(r), a_step) for r in tile]
-            c_rows = [make.place(signature.args[8], c, c0, _I64(r), _I64(num_columns)) for r in tile]
+            a_rows = [make.pointer_to(signature.args[2], a, a0, _I64(r), a_step) for r in tile]
+            c_rows = [make.pointer_to(signature.args[8], c, c0, _I64(r), _I64(num_columns)) for r in tile]
             sums = {}
             for r, row in enumerate(c_rows):
                 for v in vectors:
                     sums[r, v] = cgutils.alloca_once_value(builder, make.load(row, v))
             with cgutils.for_range(builder, n, intp=_I64) as loop:
-                b_row = make.place(signature.args[5], b, b0, loop.index, b_step)
+                b_row = make.pointer_to(signature.args[5], b, b0, loop.index, b_step)
                 factors = {v: make.load(b_row, v) for v in vectors}
                 for r, row in enumerate(a_rows):
                     number = make.spread(builder.load(builder.gep(row, [loop.index])))
@@ -181,13 +181,13 @@ def dot_products(
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, q, q0, k, k0, k_step, out, out0, out_step = arguments
         make = _Code(context, builder, num_columns)
-        q_rows = [make.place(signature.args[2], q, q0, _I64(r), _I64(num_columns)) for r in range(num_rows)]
+        q_rows = [make.pointer_to(signature.args[2], q, q0, _I64(r), _I64(num_columns)) for r in range(num_rows)]
         queries = [[make.load(row, v) for v in range(make.per_row)] for row in q_rows]
 
         def of(positions: range) -> list[Any]:
             """A vector for each row: the sums of each position in a run of neighbouring numbers."""
             if len(positions) == 1:
-                key = make.place(signature.args[4], k, k0, _I64(positions[0]), k_step)
+                key = make.pointer_to(signature.args[4], k, k0, _I64(positions[0]), k_step)
                 factors = [make.load(key, v) for v in range(make.per_row)]
                 return [_dot(make, query, factors) for query in queries]
             half = len(positions) // 2
@@ -195,7 +195,7 @@ def dot_products(
             return [_halve(make, x, y, len(positions)) for x, y in pairs]
 
         for r, total in enumerate(of(range(make.lanes))):
-            make.store(total, make.place(signature.args[7], out, out0, _I64(r), out_step))
+            make.store(total, make.pointer_to(signature.args[7], out, out0, _I64(r), out_step))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -214,7 +214,7 @@ def _halve(make: _Code, x: Any, y: Any, positions: int) -> Any:
     """The sums of both vectors' positions, side by side in one: each in half as many numbers as before."""
     parts = make.lanes // positions  # numbers that a position has in the answer; it has twice as many in x or y
     first = [2 * parts * (lane // parts) + lane % parts for lane in range(make.lanes)]
-    second = [place + parts for place in first]
+    second = [pointer_to + parts for pointer_to in first]
     return make.builder.fadd(make.pick(x, y, first), make.pick(x, y, second), flags=_FUSED)
 
 
@@ -228,9 +228,9 @@ def largest(_: Any, at_once: Any, x: Any, x0: Any, n: Any) -> Any:
         make = _Code(context, builder, width)
         lowest = ir.Constant(_FLOAT, float("-inf"))
         found = cgutils.alloca_once_value(builder, make.spread(lowest))
-        start = make.place(signature.args[1], x, x0, _I64(0), _I64(0))
-        with cgutils.for_range_slice(builder, _I64(0), n, _I64(make.lanes), intp=_I64) as (place, _):
-            _keep_larger(builder, found, make.load(builder.gep(start, [place])))
+        start = make.pointer_to(signature.args[1], x, x0, _I64(0), _I64(0))
+        with cgutils.for_range_slice(builder, _I64(0), n, _I64(make.lanes), intp=_I64) as (pointer_to, _):
+            _keep_larger(builder, found, make.load(builder.gep(start, [pointer_to])))
         half = make.lanes // 2
         while half:
             best = builder.load(found)

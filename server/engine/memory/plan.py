@@ -93,7 +93,7 @@ class MemoryDemand:
 class MemoryPlan:
     """What the settings ask for, and what they get, in bytes."""
 
-    asked: int
+    requested: int
     granted: int
     num_slabs: int
     prefix_bytes: int
@@ -107,7 +107,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         positions = self.num_slabs * self.positions_per_slab
-        cut = "" if self.granted >= self.asked else f" of the {self.asked / MiB:,.0f} MiB asked for"
+        cut = "" if self.granted >= self.requested else f" of the {self.requested / MiB:,.0f} MiB asked for"
         steps = ""
         if self.steps is not None:
             steps = f"; largest step: {_mib(self.steps.largest)}; graphs: {_mib(self.steps.graphs)}"
@@ -128,21 +128,21 @@ def plan(wanted: MemoryDemand, free: int) -> MemoryPlan:
             context; says what would.
     """
     slab = wanted.slab
-    asked = wanted.sequences * slab if wanted.kv is None else wanted.kv
-    slabs = asked // slab
+    requested = wanted.sequences * slab if wanted.kv is None else wanted.kv
+    slabs = requested // slab
     if wanted.kv is None:
         share = free if wanted.steps is not None else int(max(0, free - wanted.states) * UNMEASURED_SHARE)
         slabs = min(slabs, max(1, _most(lambda n: n * slab <= share and _fits(wanted, n, free))))
     if not slabs:
         raise InsufficientMemory(
-            f"PRELUDE_KV_MEMORY of {asked / MiB:,.1f} MiB does not hold one sequence ({_need(wanted)}).",
+            f"PRELUDE_KV_MEMORY of {requested / MiB:,.1f} MiB does not hold one sequence ({_need(wanted)}).",
             remedy=f"Set it to at least {_exact(slab)}MiB, or lower PRELUDE_MAX_MODEL_LEN.",
         )
     if not _fits(wanted, slabs, free):
         raise _refusal(wanted, slabs, free)
     granted, prefix, shared = _parts(wanted, slabs)
     total = _total(wanted, slabs, free)
-    return MemoryPlan(asked, granted, slabs, prefix, shared, wanted.slab_length, total, wanted.states, wanted.steps)
+    return MemoryPlan(requested, granted, slabs, prefix, shared, wanted.slab_length, total, wanted.states, wanted.steps)
 
 
 def _parts(wanted: MemoryDemand, slabs: int) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ class SharedInputs:
         """The copy is there, and so many choices wait with it."""
         self._waiting[request_id] = choices
 
-    def taken(self, request_id: str) -> None:
+    def release_share(self, request_id: str) -> None:
         """A choice does not need the copy any more; with the last one it goes."""
         if request_id in self._waiting:
             self._waiting[request_id] -= 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from server.contracts import ModelSpec
-from server.engine.attention.interface import StatePlace
+from server.engine.attention.interface import StateSlice
 from server.engine.memory.slots import Slot
 
 
@@ -29,7 +29,7 @@ class StatePool:
         self.states = torch.zeros(rows, model.state_width, dtype=state_dtype(model), device=model.device)
         self._free = list(range(rows))
         self._rows: dict[Slot, int] = {}
-        self._computed: list[tuple[StatePlace, torch.Tensor, torch.Tensor]] = []
+        self._computed: list[tuple[StateSlice, torch.Tensor, torch.Tensor]] = []
 
     @property
     def has_room(self) -> bool:
@@ -58,26 +58,26 @@ class StatePool:
         """Run a step: what it computes becomes the state if it succeeds, and is forgotten at once if it raises."""
         try:
             yield
-            for place, rows, states in self._computed:
-                self._at(place).index_copy_(0, rows, states)
+            for state_slice, rows, states in self._computed:
+                self._at(state_slice).index_copy_(0, rows, states)
         finally:
             self._computed.clear()
 
-    def read(self, place: StatePlace, rows: torch.Tensor) -> torch.Tensor:
+    def read(self, state_slice: StateSlice, rows: torch.Tensor) -> torch.Tensor:
         """A copy of a layer's states `[rows, width]`."""
-        return self._at(place).index_select(0, rows)
+        return self._at(state_slice).index_select(0, rows)
 
-    def keep(self, place: StatePlace, rows: torch.Tensor, states: torch.Tensor) -> None:
+    def keep(self, state_slice: StateSlice, rows: torch.Tensor, states: torch.Tensor) -> None:
         """Take a layer's states after a step; nobody reads them before the step has succeeded."""
-        self._computed.append((place, rows, states))
+        self._computed.append((state_slice, rows, states))
 
     def check_integrity(self, slots: Iterable[Slot]) -> None:
         """Assert that exactly the sequences of these slots have a state each."""
         assert self._rows.keys() == set(slots), "a state is left of a sequence that has ended, or one has none"
         assert sorted([*self._free, *self._rows.values()]) == list(range(len(self.states))), "a row is lost or doubled"
 
-    def _at(self, place: StatePlace) -> torch.Tensor:
-        return self.states[:, place.first : place.first + place.width]
+    def _at(self, state_slice: StateSlice) -> torch.Tensor:
+        return self.states[:, state_slice.first : state_slice.first + state_slice.width]
 
 
 def state_dtype(model: ModelSpec) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from server.engine.attention.interface import AttentionRules, PackedRows, Recurrence, StatePlace
+from server.engine.attention.interface import AttentionRules, PackedRows, Recurrence, StateSlice
 from server.engine.model.hybrids import RecurrentLayer, kinds_with_states
 from server.errors import ConfigurationError, UnsupportedModel
 
@@ -66,7 +66,7 @@ class _AttentionProbe:
         self.shapes: dict[int, tuple[int, int]] = {}  # layer -> kv_heads, head_dim
         self.rules: dict[int, AttentionRules] = {}
         self.dtypes: set[torch.dtype] = set()
-        self.places: set[StatePlace] = set()
+        self.state_slices: set[StateSlice] = set()
         self._row = PackedRows([2])
 
     def attend(
@@ -83,9 +83,9 @@ class _AttentionProbe:
         self.dtypes |= {query.dtype, key.dtype, value.dtype}
         return self._row.attend(layer, query, key, value, rules)
 
-    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        self.places.add(place)
-        return self._row.recur(place, inputs, recurrence)
+    def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+        self.state_slices.add(state_slice)
+        return self._row.recur(state_slice, inputs, recurrence)
 
 
 @torch.inference_mode()
@@ -116,7 +116,7 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
             "infinity, or exceed the range of that dtype.",
             remedy="Set PRELUDE_DTYPE=float32; if that does not help, download the model again.",
         )
-    _refuse_layers_without_layout(module, probe.places)
+    _refuse_layers_without_layout(module, probe.state_slices)
     if set(probe.shapes) != set(range(layers)):
         raise UnsupportedModel(
             f"Of the {layers} layers of {kind}, {len(probe.shapes)} hand their keys and values to transformers' "
@@ -139,9 +139,9 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
     return kv_heads, head_dim, [probe.rules[layer] for layer in range(layers)]
 
 
-def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StatePlace]) -> None:
+def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StateSlice]) -> None:
     """Refuse a model of which layers that keep a state did not ask the layout for it, and so ran over the flat row."""
-    if heard != {part.place for part in module.modules() if isinstance(part, RecurrentLayer)}:
+    if heard != {part.state_slice for part in module.modules() if isinstance(part, RecurrentLayer)}:
         raise UnsupportedModel(
             f"In transformers {transformers.__version__}, {module.config.model_type} does not hand the forward's "
             "keywords to its layers that keep a recurrent state.",

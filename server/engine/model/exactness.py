@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from server.contracts import ModelSpec
 from server.engine.attention.cached_rows import CachedRows, Span
-from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Layout, Recurrence, StatePlace
+from server.engine.attention.interface import ATTENTION_NAME, AttentionRules, Layout, Recurrence, StateSlice
 from server.engine.attention.recurrent import RecurrentRows
 from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.slots import Slot
@@ -139,7 +139,7 @@ def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> 
             )
         for span, part in zip(spans, torch.split(logits, [span.count for span in spans]), strict=True):
             rows[span.slot, span.start] = part
-    return torch.cat([rows[place] for place in sorted(rows)])
+    return torch.cat([rows[key] for key in sorted(rows)])
 
 
 class _Shuffled:
@@ -171,10 +171,10 @@ class _Shuffled:
         query, key, value = (states[:, self.back] for states in (query, key, value))
         return self._rows.attend(layer, query, key, value, rules)[self.order]
 
-    def recur(self, place: StatePlace, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+    def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """See `attention.RecurrentLayout.recur`."""
         assert self._recurrent is not None, "only models with a recurrent state ask for it"
-        return self._recurrent.recur(place, inputs[self.back], recurrence)[self.order]
+        return self._recurrent.recur(state_slice, inputs[self.back], recurrence)[self.order]
 
 
 def own_logits(module: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:

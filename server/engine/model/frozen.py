@@ -215,15 +215,15 @@ def _end_tokens(
     """
     generation = getattr(module.generation_config, "eos_token_id", None)
     found: dict[str, list[int]] = {}
-    for place, ids in (
+    for source, ids in (
         ("generation_config.json", generation),
         ("config.json", getattr(module.config.get_text_config(), "eos_token_id", None)),
         ("the tokenizer", tokenizer.eos_token_id),
     ):
         named = list(ids) if isinstance(ids, Sequence) else [] if ids is None else [ids]
-        found[place] = [token_id for token_id in named if 0 <= token_id < rows]
-        for token_id in set(named).difference(found[place]):
-            log.warning("%s names the end token %d; the model has the tokens 0 to %d only", place, token_id, rows - 1)
+        found[source] = [token_id for token_id in named if 0 <= token_id < rows]
+        for token_id in set(named).difference(found[source]):
+            log.warning("%s names the end token %d; the model has the tokens 0 to %d only", source, token_id, rows - 1)
     first: list[int] = next((ids for ids in found.values() if ids), [])
     return frozenset(itertools.chain(*found.values())), min(first, default=None)
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from server.engine.attention.interface import RecurrentLayout, StatePlace
+from server.engine.attention.interface import RecurrentLayout, StateSlice
 from server.errors import UnsupportedModel
 
 
@@ -36,10 +36,10 @@ class RecurrentLayer(nn.Module):
 
     Attributes:
         own: transformers' module, whose weights are used.
-        place: of its state.
+        state_slice: of its state.
     """
 
-    place: StatePlace
+    state_slice: StateSlice
 
     def __init__(self, own: Any) -> None:
         """Take transformers' module."""
@@ -78,12 +78,12 @@ class ShortConvolution(RecurrentLayer):
     def __init__(self, own: Any, first: int) -> None:
         """Take transformers' module; its state begins at the number `first`."""
         super().__init__(own)
-        self.place = StatePlace(first, (own.conv.kernel_size[0] - 1) * own.conv.in_channels)
+        self.state_slice = StateSlice(first, (own.conv.kernel_size[0] - 1) * own.conv.in_channels)
 
     def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
         """See `RecurrentLayer.run`."""
         gate, out_gate, values = self.own.in_proj(hidden_states).chunk(3, dim=-1)
-        mixed = layout.recur(self.place, (gate * values)[0], self._convolve)
+        mixed = layout.recur(self.state_slice, (gate * values)[0], self._convolve)
         out: torch.Tensor = self.own.out_proj(out_gate * mixed)
         return out
 
@@ -108,7 +108,7 @@ class GatedDeltaNet(RecurrentLayer):
         self._rule_of_one: Any = rules.torch_recurrent_gated_delta_rule
         self._conv_width = (own.conv1d.kernel_size[0] - 1) * own.conv_dim
         self._matrices = own.num_v_heads, own.head_k_dim, own.head_v_dim
-        self.place = StatePlace(first, self._conv_width + own.num_v_heads * own.head_k_dim * own.head_v_dim)
+        self.state_slice = StateSlice(first, self._conv_width + own.num_v_heads * own.head_k_dim * own.head_v_dim)
 
     def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
         """See `RecurrentLayer.run`."""
@@ -120,7 +120,7 @@ class GatedDeltaNet(RecurrentLayer):
         else:
             gate = own.in_proj_z(hidden_states)
             inputs = [projection(hidden_states) for projection in (own.in_proj_qkv, own.in_proj_b, own.in_proj_a)]
-        mixed = layout.recur(self.place, torch.cat(inputs, dim=-1)[0], self._recur)
+        mixed = layout.recur(self.state_slice, torch.cat(inputs, dim=-1)[0], self._recur)
         heads = mixed.reshape(-1, own.head_v_dim)
         out: torch.Tensor = own.out_proj(own.norm(heads, gate.reshape(heads.shape)).view_as(gate))
         return out
@@ -221,7 +221,7 @@ def prepare_layers(module: PreTrainedModel) -> Layers:
         if not isinstance(recurrent, RecurrentLayer):
             recurrent = kind.ours(recurrent, width)
             setattr(layer, kind.attribute, recurrent)
-        width += recurrent.place.width
+        width += recurrent.state_slice.width
     if not attending or not width:
         missing = "a layer with attention" if width else "a convolution over more than one token"
         raise UnsupportedModel(f"{config.model_type} does not have {missing}.")

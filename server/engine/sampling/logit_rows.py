@@ -51,7 +51,7 @@ class LogitRows:
                     rows.scored.append((len(kept), sequence, target, len(positions)))
                     kept.extend(range(first + positions.start - span.start, first + positions.stop - span.start))
             first += span.count
-            if sequence.asks_for_next(span):
+            if sequence.needs_next_after(span):
                 asking += 1
                 rows._ask(sequence, len(kept))
                 kept.append(first - 1)

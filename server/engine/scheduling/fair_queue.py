@@ -42,17 +42,17 @@ class Running:
         self.by_queue[sequence.request.queue] += 1
         self.by_key[sequence.request.key_id] += 1
 
-    def at_their_share(self, places: int) -> set[Queue]:
-        """Queues that hold their share of the places: keys share these equally, and so do the queues of a key."""
+    def queues_at_share(self, capacity: int) -> set[Queue]:
+        """Queues that run their share of the capacity: keys share these equally, and so do the queues of a key."""
         if not self.by_key:
             return set()
         queues = Counter(key for _, key in self.by_queue)
-        of_key = places // len(self.by_key)
+        of_key = capacity // len(self.by_key)
         return {queue for queue, count in self.by_queue.items() if count >= of_key // queues[queue[1]]}
 
-    def keys_at_their_share(self, places: int) -> set[str | None]:
-        """Keys that hold their equal share of the places; never None, which stands for requests without a key."""
-        return {key for key, count in self.by_key.items() if key is not None and count >= places // len(self.by_key)}
+    def keys_at_share(self, capacity: int) -> set[str | None]:
+        """Keys that run their equal share of the capacity; never None, which stands for requests without a key."""
+        return {key for key, count in self.by_key.items() if key is not None and count >= capacity // len(self.by_key)}
 
 
 class FairQueue:
@@ -87,26 +87,26 @@ class FairQueue:
     def head(
         self,
         running: Running | None = None,
-        held: Container[Queue] = (),
-        held_keys: Container[str | None] = (),
-        is_held: Callable[[Sequence], bool] = _nobody,
+        skipped_queues: Container[Queue] = (),
+        skipped_keys: Container[str | None] = (),
+        must_skip: Callable[[Sequence], bool] = _nobody,
     ) -> Sequence | None:
         """The sequence whose turn it is; None if nobody is left.
 
         Args:
             running: who runs; nobody by default.
-            held: queues to pass over.
-            held_keys: keys to pass over.
-            is_held: of a queue's first sequence, whether to pass over the queue.
+            skipped_queues: queues to pass over.
+            skipped_keys: keys to pass over.
+            must_skip: of a queue's first sequence, whether to pass over the queue.
         """
         running = running or Running()
         best: Sequence | None = None
         fewest = 0
         for key, queues in self._keys.items():
             count = running.by_key[key]
-            if key in held_keys or (best is not None and count >= fewest):
+            if key in skipped_keys or (best is not None and count >= fewest):
                 continue
-            first = self._head_of(queues, running, held, is_held)
+            first = self._head_of(queues, running, skipped_queues, must_skip)
             if first is not None:
                 best, fewest = first, count
                 if not count:
@@ -117,18 +117,18 @@ class FairQueue:
         self,
         queues: OrderedDict[Queue, _Waiting],
         running: Running,
-        held: Container[Queue],
-        is_held: Callable[[Sequence], bool],
+        skipped_queues: Container[Queue],
+        must_skip: Callable[[Sequence], bool],
     ) -> Sequence | None:
         """The same of one key."""
         best: Sequence | None = None
         fewest = 0
         for queue, waiting in queues.items():
             count = running.by_queue[queue]
-            if queue in held or (best is not None and count >= fewest):
+            if queue in skipped_queues or (best is not None and count >= fewest):
                 continue
             first = self._first(queue, waiting)
-            if is_held(first):
+            if must_skip(first):
                 continue
             best, fewest = first, count
             if not count:

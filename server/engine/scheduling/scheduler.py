@@ -28,7 +28,7 @@ from server.engine.scheduling.fair_steps import FairSteps
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download
 
-KEPT_SHARE = 4
+RESERVED_SHARE = 4
 """One place more for every so many, for tasks of which fewer run than their share."""
 
 NO_SLOT = Slot(sys.maxsize, sys.maxsize)
@@ -210,23 +210,23 @@ class Scheduler:
         work: Counter[str | None] = Counter()
         for one in self.running:
             work[one.request.key_id] += _work(one)
-        held: set[Queue] = set()
+        skipped_queues: set[Queue] = set()
         running = Running(self.running)
-        is_held = _nobody
+        must_skip = _nobody
         while len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
-                held |= running.at_their_share(self._max_sequences)
-            sequence = self.waiting.head(running, held, self._held_keys(running, work), is_held)
+                skipped_queues |= running.queues_at_share(self._max_sequences)
+            sequence = self.waiting.head(running, skipped_queues, self._skipped_keys(running, work), must_skip)
             if sequence is None:
                 return
             copied = self._copied_bytes(sequence)
             if copied and not self.shared.has_room(copied):
                 # From here on only what has begun goes on, and what makes no copy; the others begin in turn later.
-                is_held = _makes_copy
+                must_skip = _makes_copy
                 continue
             if self._waits_for_prefix(sequence):
                 # It waits for a prefill of another one or for a copy, not for room: no other queue waits with it.
-                held.add(sequence.request.queue)
+                skipped_queues.add(sequence.request.queue)
                 continue
             slot = self._kv_cache.allocate(sequence.max_positions)
             if slot is None:
@@ -241,17 +241,17 @@ class Scheduler:
             self._attach_prefix(sequence)
             work[sequence.request.key_id] += _work(sequence)
 
-    def _held_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
+    def _skipped_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
         """Keys that get no place now.
 
         These are keys whose sequences have a full step's tokens to compute, and keys with their share of the places
         where only those places are left that are reserved for others.
         """
-        held = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
+        skipped = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
         reserved_for_keys = (self.max_running - self._max_sequences) // 2
         if len(self.running) >= self.max_running - reserved_for_keys:
-            held |= running.keys_at_their_share(self._max_sequences)
-        return held
+            skipped |= running.keys_at_share(self._max_sequences)
+        return skipped
 
     def _next_chunk(self, sequence: Sequence) -> int:
         """The most that a prefill may compute in a step: a recurrent state is kept at the end of a soft prompt."""
@@ -292,7 +292,7 @@ class Scheduler:
     def _let_go_of_copy(self, sequence: Sequence) -> None:
         if sequence.shared is not None:
             sequence.shared = None
-            self.shared.taken(sequence.request_id)
+            self.shared.release_share(sequence.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
         """A sequence has ended: it no longer uses its prefix."""
@@ -313,7 +313,7 @@ class Scheduler:
 
 def most_running(max_sequences: int, max_batch_tokens: int) -> int:
     """Most sequences that run at once, with the places that are kept."""
-    return max_sequences + min(-(-max_sequences // KEPT_SHARE), max_batch_tokens - max_sequences)
+    return max_sequences + min(-(-max_sequences // RESERVED_SHARE), max_batch_tokens - max_sequences)
 
 
 def _makes_copy(sequence: Sequence) -> bool:

@@ -81,7 +81,7 @@ class Sequence:
         self._num_given = self.num_virtual_tokens + len(self.given_ids)
         self.num_known = self._num_given + len(self.output_ids)
         """Positions whose token is known, computed or not."""
-        self.wants_next = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
+        self.needs_next_token = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
         """Whether it is to go on behind its given tokens."""
         self.targets: tuple[int, ...] = ()
         """The given tokens that are to be scored."""
@@ -103,12 +103,12 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def is_held(self) -> bool:
+    def awaits_grammar(self) -> bool:
         """Whether its grammar has not taken its last token yet."""
         return self.walk is not None and self.walk.is_waiting
 
     @property
-    def is_at_its_last(self) -> bool:
+    def is_at_last_token(self) -> bool:
         """Whether no token may come after the next one."""
         return len(self.output_ids) + 1 >= self.sampling.max_new_tokens
 
@@ -140,9 +140,9 @@ class Sequence:
         first = max(span.start, self.first_target)
         return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
 
-    def asks_for_next(self, span: Span) -> bool:
+    def needs_next_after(self, span: Span) -> bool:
         """Whether the last row of a step's share is to say what comes next: a token, or the first of each label."""
-        return self.wants_next and span.end == self.num_known
+        return self.needs_next_token and span.end == self.num_known
 
     def token_at(self, position: int) -> int:
         """Token id at a position behind the virtual tokens."""

@@ -83,7 +83,7 @@ class ModelText:
         """
         return render_chat(self._tokenizer, messages, self._encoder, self.length_bound, end)
 
-    def check_tokens(self, token_ids: Sequence[int], place: str = "The text") -> None:
+    def check_tokens(self, token_ids: Sequence[int], source: str = "The text") -> None:
         """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
 
         Raises:
@@ -95,7 +95,7 @@ class ModelText:
         unknown = next(token_id for token_id in token_ids if not 0 <= token_id < rows)
         name = self.tokens.text_of(unknown) if 0 <= unknown < 2**31 else ""
         raise UnknownToken(
-            f"{place} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
+            f"{source} holds the token {unknown}{f' ({name[:80]!r})' if name else ''}, but the model has embeddings "
             f"for the tokens 0 to {rows - 1:,} only."
         )
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.contracts import FinishReason, GenerationRequest
-from server.engine.attention.interface import ATTENTION_NAME, StatePlace, register_attention
+from server.engine.attention.interface import ATTENTION_NAME, StateSlice, register_attention
 from server.engine.build import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.fast.optimise import _try_out
@@ -235,7 +235,7 @@ def test_a_failed_step_leaves_states_as_they_were(lfm2: FrozenModel, monkeypatch
     computed: list[weakref.ref[torch.Tensor]] = []
     keep = StatePool.keep
 
-    def keep_and_note(pool: StatePool, place: StatePlace, rows: torch.Tensor, states: torch.Tensor) -> None:
+    def keep_and_note(pool: StatePool, place: StateSlice, rows: torch.Tensor, states: torch.Tensor) -> None:
         computed.append(weakref.ref(states))
         keep(pool, place, rows, states)
 

@@ -13,7 +13,7 @@ import pytest
 
 from server.contracts import MAX_SCHEMA_DEPTH, FinishReason, Grammar, GrammarKind
 from server.engine.grammars.compiled import Grammars, unpacked
-from server.engine.grammars.limits import KEPT
+from server.engine.grammars.limits import MAX_UNUSED
 from server.engine.grammars.walks import Walk, Walks
 from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidRequest
@@ -272,11 +272,11 @@ def test_a_dead_end_of_a_grammar_is_called_one(tiny: FrozenModel) -> None:
 
 
 def test_only_so_many_grammars_are_kept(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.grammars.compiled.KEPT_MIB", 2**20)  # each takes what the machine gives
-    for i in range(KEPT + 10):
+    monkeypatch.setattr("server.engine.grammars.compiled.MAX_UNUSED_MIB", 2**20)  # each takes what the machine gives
+    for i in range(MAX_UNUSED + 10):
         first(grammars, Grammar(GrammarKind.REGEX, f"a{{{i + 1}}}"))
         first(grammars, DATE)
-    assert len(grammars._compiled) == KEPT
+    assert len(grammars._compiled) == MAX_UNUSED
     kept = grammars.hold(DATE)
     assert kept is not None
     grammars.release(kept)

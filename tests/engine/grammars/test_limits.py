@@ -108,7 +108,7 @@ def test_grammars_in_use_hold_only_so_much_memory_together(grammars: Grammars, m
 
 def test_unused_grammars_hold_only_so_much_memory_together(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     held = [grammars.compile(Grammar(GrammarKind.REGEX, f"unused {i}")) for i in range(4)]
-    monkeypatch.setattr("server.engine.grammars.compiled.KEPT_MIB", sum(one.process.memory for one in held[2:]))
+    monkeypatch.setattr("server.engine.grammars.compiled.MAX_UNUSED_MIB", sum(one.process.memory for one in held[2:]))
     for one in held:
         grammars.release(one)
     kept = [grammars.hold(Grammar(GrammarKind.REGEX, f"unused {i}")) for i in range(4)]
@@ -317,4 +317,4 @@ async def test_places_go_round_the_owners_and_back_from_those_who_leave() -> Non
         tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert order == ["a1", "b1", "a3"]
-    assert not turns.are_taken
+    assert not turns.are_full

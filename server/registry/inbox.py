@@ -16,12 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
 from server.registry.events import content_of
-from server.registry.inbox_watcher import Folder, Signature
+from server.registry.inbox_entry import Files, InboxEntry, Missing, Read, Settling, Unseen, changed
+from server.registry.inbox_watcher import Folder
 from server.registry.registry import Registry
 from server.registry.state import StoredVersion
 from server.soft_prompts.declared import CONFIG_FILE
@@ -49,36 +50,6 @@ BUG_SECONDS = 30.0
 STOP_SECONDS = 0.8
 
 
-@dataclass
-class _Entry:
-    """What is known of a directory of the inbox.
-
-    Attributes:
-        seen: its files at the last look; None if it was not looked at yet.
-        since: when they were first seen like that.
-        read: what `seen` was when they were last read; None if they must be read.
-        tasks: what it was published as: task -> identity of the content.
-        failure: kind of error that it has now, already logged.
-        retry: whether that may pass without a change of its files.
-        gone_at: since when it is missing.
-        put_back: whether it was missing since it was last published.
-    """
-
-    seen: Signature | None = None
-    since: float = 0.0
-    read: Signature | None = None
-    tasks: dict[str, str] = field(default_factory=dict)
-    failure: type[Exception] | None = None
-    retry: bool = False
-    gone_at: float | None = None
-    put_back: bool = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether something is expected of it soon, so that it is looked at more often than the others."""
-        return self.gone_at is not None or self.seen is None or self.seen is not self.read
-
-
 class Inbox:
     """Keeps a registry in line with a directory; `scan` once, or from `start` to `stop` on a thread."""
 
@@ -86,8 +57,8 @@ class Inbox:
         """Nothing is read yet."""
         self._folder = Folder(directory)
         self._registry = registry
-        self._place = f"{socket.gethostname()}:{directory.absolute()}"
-        self._entries: dict[str, _Entry] = {}
+        self._inbox_id = f"{socket.gethostname()}:{directory.absolute()}"
+        self._entries: dict[str, InboxEntry] = {}
         self._is_first_look = True
         self._retire_fails = False
         self._stop = threading.Event()
@@ -115,7 +86,8 @@ class Inbox:
         for changes in self._folder.wake_ups(self._stop):
             now = time.monotonic()
             for name in [name for name, is_removed in changes.items() if is_removed and name in self._entries]:
-                self._entries[name].gone_at = now  # even if it is there again
+                entry = self._entries[name]
+                entry.state = replace(entry.miss(now), since=now)  # even if it is there again
             is_full = now >= next_full_look
             began = time.thread_time()
             try:
@@ -137,11 +109,12 @@ class Inbox:
         names = self._folder.entries(anew=changed is None or bool(changed))
         if names is None:  # that is not how people remove an entry: how long one is gone counts from its return
             for entry in self._entries.values():
-                entry.gone_at = entry.gone_at and time.monotonic()
+                if isinstance(entry.state, Missing):
+                    entry.state = replace(entry.state, since=time.monotonic())
             return
         for name in names:
             if name not in self._entries:
-                self._entries[name] = _Entry()
+                self._entries[name] = InboxEntry()
             entry = self._entries[name]
             if changed is None or name in changed or entry.is_open:
                 if self._stop.is_set():
@@ -153,66 +126,63 @@ class Inbox:
         if self._is_first_look:
             self._is_first_look = not self._retire_unheld()
 
-    def _look_at(self, name: str, entry: _Entry, settle_seconds: float, *, may_retry: bool) -> None:
+    def _look_at(self, name: str, entry: InboxEntry, settle_seconds: float, *, may_retry: bool) -> None:
         """Read an entry if it has changed and is at rest."""
-        if entry.gone_at is not None:
-            entry.gone_at, entry.read, entry.put_back = None, None, True
-        now = time.monotonic()
+        state, now = entry.find(), time.monotonic()
         signature = self._folder.signature(name)
-        if signature != entry.seen:
-            entry.seen, entry.since = signature, now
+        if isinstance(state, Unseen) or signature != state.files.signature:
+            since = now
             if self._is_first_look:  # later, nothing hangs on the file system's clock
                 written = max((file[-1] for file in signature), default=0) / 1e9
-                entry.since -= max(0.0, time.time() - written)
-        if signature == entry.read and not (entry.retry and may_retry):
+                since -= max(0.0, time.time() - written)
+            state = entry.state = changed(state, Files(signature, since))
+        if isinstance(state, Read) and not (state.may_pass and may_retry):
             return
-        if now - entry.since >= settle_seconds:
-            self._read(name, entry)
+        if now - state.files.since >= settle_seconds:
+            self._read(name, entry, state)
 
-    def _read(self, name: str, entry: _Entry) -> None:
-        """Publish an entry; why it cannot be is told to whoever asks for the list of soft prompts."""
+    def _read(self, name: str, entry: InboxEntry, state: Settling | Read) -> None:
+        """Publish an entry; the list of soft prompts says why it cannot be."""
         path = self._folder.path / name
-        if entry.read != entry.seen:
-            entry.failure = None  # what was said of other files was not said of these
-        entry.read, entry.retry = entry.seen, False
+        # What was said of other files was not said of these.
+        entry.state = read = Read(state.files, state.failure if isinstance(state, Read) else None)
         try:
-            if any(path.iterdir()):
-                self._publish(path, entry)
+            entry.state = self._publish(path, entry, read.files) if any(path.iterdir()) else Read(read.files)
         except (PreludeError, OSError) as exc:
-            self._report(name, entry, exc)
+            entry.state = self._report(name, read, exc)
         except Exception as exc:  # a bug of ours; the other entries are served
             log.exception("%s is not served", path)
             self._registry.report(_shown(name), repr(exc))
         else:
-            entry.failure = None
             self._registry.report(_shown(name), None)
 
-    def _publish(self, path: Path, entry: _Entry) -> None:
+    def _publish(self, path: Path, entry: InboxEntry, files: Files) -> Unseen | Read:
+        """Publish what has changed in an entry; returns the state that it has then."""
         check_task_name(path.name)
         registry = self._registry
         contents = load_soft_prompts(path, registry.model, registry.max_virtual_tokens)
         names = names_of(path.name, contents)
         self._check_clash(path.name, names)
-        if self._folder.signature(path.name) != entry.read:  # somebody began to write while it was read
-            entry.seen = entry.read = None
-            return
-        known = [registry.is_from_inbox(*pair, self._place) for pair in zip(names, contents, strict=True)]
-        if not all(known) or (entry.put_back and None in map(self._live, names)):
-            published = registry.publish(path.name, contents, "inbox", by=self._place)
+        if self._folder.signature(path.name) != files.signature:  # somebody began to write while it was read
+            return Unseen()
+        known = [registry.is_from_inbox(*pair, self._inbox_id) for pair in zip(names, contents, strict=True)]
+        if not all(known) or (entry.is_put_back and None in map(self._live, names)):
+            published = registry.publish(path.name, contents, "inbox", by=self._inbox_id)
             for task in published.tasks if published.created else ():
                 log.info("%s: version %d from %s", task.task, task.version, path)
-            self._say_what_is_unused(path, entry, contents[0].notes)
-        entry.put_back = False
+            self._say_what_is_unused(path, files, contents[0].notes)
+        entry.is_put_back = False
         left = {task: identity for task, identity in entry.tasks.items() if task not in names}  # rows that are no more
         entry.tasks = {name: content_of(content, "").identity for name, content in zip(names, contents, strict=True)}
-        if not self._retire(left):
+        is_retired = self._retire(left)
+        if not is_retired:
             entry.tasks |= left
-            entry.retry = True
+        return Read(files, may_pass=not is_retired)
 
-    def _say_what_is_unused(self, path: Path, entry: _Entry, notes: Sequence[str]) -> None:
+    def _say_what_is_unused(self, path: Path, files: Files, notes: Sequence[str]) -> None:
         for note in notes:
             log.warning("%s: %s", path, note)
-        unused = [_shown(file[0]) for file in entry.read or () if file[0] not in (*FILES, *COMPANIONS)]
+        unused = [_shown(file[0]) for file in files.signature if file[0] not in (*FILES, *COMPANIONS)]
         if unused:
             log.warning("%s: not used: %s", path, ", ".join(unused[:MOST_UNUSED]))
 
@@ -225,28 +195,29 @@ class Inbox:
                         f"The directory {other!r} already makes the task {task!r}.", remedy="Rename one of the two."
                     )
 
-    def _report(self, name: str, entry: _Entry, exc: PreludeError | OSError) -> None:
+    def _report(self, name: str, read: Read, exc: PreludeError | OSError) -> Read:
+        """Log and report why an entry is not served; returns the state that it has then."""
         if not os.path.lexists(self._folder.path / name):
-            return  # it was removed meanwhile
-        if type(exc) is not entry.failure:  # a store's message may have another key in it each time
+            return read  # it was removed meanwhile
+        if type(exc) is not read.failure:  # a store's message may have another key in it each time
             log.warning("%s is not served: %s", self._folder.path / _shown(name), exc)
-        entry.failure = type(exc)
-        entry.retry = isinstance(exc, OSError) or exc.status >= 500
         self._registry.report(_shown(name), str(exc))
+        return Read(read.files, type(exc), may_pass=isinstance(exc, OSError) or exc.status >= 500)
 
     def _miss(self, name: str, seconds: float) -> None:
         """Retire the tasks of an entry that is gone for so long."""
         entry, now = self._entries[name], time.monotonic()
-        entry.gone_at = now if entry.gone_at is None else entry.gone_at
-        if now - entry.gone_at < seconds:
+        state = entry.miss(now)
+        if now - state.since < seconds:
             return
         if not self._retire(entry.tasks):
-            entry.gone_at = now
+            entry.state = replace(state, since=now)
             return
         del self._entries[name]
         self._registry.report(_shown(name), None)
         for other in self._entries.values():
-            other.retry |= other.failure is InvalidTaskName  # a clash may be over
+            if isinstance(other.state, Read) and other.state.failure is InvalidTaskName:
+                other.state = replace(other.state, may_pass=True)  # a clash may be over
 
     def _retire_unheld(self) -> bool:
         """Retire what this very inbox published and no longer holds; what could not be read may hold it still."""
@@ -255,7 +226,7 @@ class Inbox:
         return self._retire(
             {
                 task: identity
-                for task, identity in self._registry.from_inbox(self._place).items()
+                for task, identity in self._registry.from_inbox(self._inbox_id).items()
                 if task not in held and not any(task == name or task.startswith(f"{name}-") for name in unread)
             }
         )
@@ -265,7 +236,7 @@ class Inbox:
         if not tasks:
             return True
         try:
-            names = self._registry.retire(tasks, by=self._place)
+            names = self._registry.retire(tasks, by=self._inbox_id)
         except PreludeError as exc:
             if not self._retire_fails:
                 log.warning("%s cannot be retired yet: %s", ", ".join(tasks), exc)

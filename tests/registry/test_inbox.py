@@ -22,6 +22,7 @@ from server.errors import InvalidSoftPrompt, ServerDraining, StoreError, Unknown
 from server.registry import inbox as inbox_module
 from server.registry import inbox_watcher as folder_module
 from server.registry.inbox import Inbox
+from server.registry.inbox_entry import Missing
 from server.registry.inbox_watcher import Signature
 from server.registry.registry import Registry
 from server.registry.store import Store
@@ -772,7 +773,7 @@ def test_replacing_a_directory_does_not_retire_it_in_between(home: Home) -> None
     server = home.server()
     with server.watching() as registry:
         home.remove("a")
-        wait_until(lambda: server.inbox._entries["a"].gone_at is not None, PATIENCE)
+        wait_until(lambda: isinstance(server.inbox._entries["a"].state, Missing), PATIENCE)
         shutil.copytree(home.prompts / ".aside", home.prompts / "a")
         wait_until(is_served(registry, "a", changed), PATIENCE)
     assert live(registry) == {"a": 2}

@@ -10,9 +10,6 @@ import server
 ROOT = Path(server.__file__).parents[1]
 SERVER = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "server").rglob("*.py"))}
 
-CLIENTS_OWN = "server/client/replies.py"
-"""The client installs without the server's dependencies, so it names the replies of the HTTP API a second time."""
-
 
 def defined_twice(sources: Mapping[str, str]) -> dict[str, list[str]]:
     """Public classes that several of these files define, each with its files."""
@@ -32,4 +29,4 @@ def test_the_checks_below_see_what_they_look_for() -> None:
 
 
 def test_no_two_classes_have_one_name() -> None:
-    assert not defined_twice({name: source for name, source in SERVER.items() if name != CLIENTS_OWN})
+    assert not defined_twice(SERVER)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from server import __version__
 from server.api import ops, pages, sagemaker
 from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
+from server.api.error_format import ErrorFormats
 from server.api.errors import install_error_handlers
 from server.api.head import HeadAsGet
 from server.api.jobs.followers import Followers
@@ -24,11 +25,14 @@ from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS
 from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
+from server.api.openai.errors import OPENAI_ERRORS
 from server.api.prompts import routes as prompts
 from server.api.prompts import versions
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
 from server.api.tgi import routes as tgi
+from server.api.tgi.schemas import TGI_ERRORS
+from server.api.training.schemas import JOB_ERRORS
 from server.engine.worker import EngineWorker
 from server.executors import Executors
 from server.jobs.job_queue import JobBoard
@@ -38,6 +42,9 @@ from server.registry.registry import Registry
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
+
+FORMATS = ErrorFormats(TGI_ERRORS, (OPENAI_ERRORS, sagemaker.INVOCATION_ERRORS, JOB_ERRORS))
+"""How each front end writes errors down; text-generation-inference's way is everybody else's too."""
 
 DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few learned vectors in front of the input.
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
@@ -151,10 +158,10 @@ def create_app(
     hosts = settings.hosts
     if keys is None:
         hosts = frozenset() if hosts is None and not settings.allow_anonymous else hosts
-        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=settings.origins)
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=settings.origins, formats=FORMATS)
     elif hosts is not None:
-        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}))
-    install_error_handlers(app)
+        app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}), formats=FORMATS)
+    install_error_handlers(app, FORMATS)
     for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
         app.include_router(module.router)
     for kind in KINDS:

@@ -20,7 +20,7 @@ from starlette.types import Scope as ASGIScope
 
 from server.api.bodies import BoundedRequest
 from server.api.deadline import in_time
-from server.api.openai.errors import MODELS, is_openai
+from server.api.openai.errors import MODELS, OPENAI_ERRORS
 from server.api.schemas import ErrorBody
 from server.api.telemetry.record import record_of
 from server.errors import Forbidden, Unauthorized, UnknownTask
@@ -174,7 +174,7 @@ def _discreet(request: Request) -> Iterator[None]:
         key = _key_of(request)
         if key is None or key.tasks is None:
             raise
-        if is_openai(request.url.path):
+        if OPENAI_ERRORS.is_for(request.url.path):
             raise UnknownTask(exc.message, remedy=MODELS) from None
         raise UnknownTask("There is no task or version of that name.") from None
 

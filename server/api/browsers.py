@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import render
+from server.api.error_format import ErrorFormats
 from server.errors import Forbidden
 
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -73,17 +73,21 @@ class SecurityHeaders:
 class OwnPagesOnly:
     """Refuses what a browser sends for another site's page; pure ASGI."""
 
-    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, origins: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hosts: frozenset[str] | None, origins: frozenset[str], formats: ErrorFormats
+    ) -> None:
         """Wrap an app.
 
         Args:
             app: what is behind it.
             hosts: names by which requests may come, besides this machine's own; None is any.
             origins: whose pages are let in all the same; `*` is any.
+            formats: in which refusals are written down.
         """
         self._app = app
         self._hosts = hosts
         self._origins = origins
+        self._formats = formats
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -91,7 +95,7 @@ class OwnPagesOnly:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            body, status = render(scope["path"], refusal)
+            body, status = self._formats.render(scope["path"], refusal)
             await JSONResponse(body, status)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Forbidden | None:

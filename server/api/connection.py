@@ -12,7 +12,7 @@ import json
 import select
 from typing import Any
 
-from server.api.errors import error_body
+from server.api.schemas import error_body
 from server.errors import InvalidRequest, Overloaded, PreludeError
 
 MAX_HEADER_BYTES = 2**16

@@ -1,6 +1,6 @@
 """One place that turns errors into replies: our own tree, FastAPI's validation, and whatever nobody expected.
 
-There are two ways to write an error down, ours and OpenAI's; the path of the request says which (`render`).
+The path of a request says in which of the front ends' formats (`error_format.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from server.api.bodies import UNKNOWN, nearest
+from server.api.error_format import ErrorFormats, Location
 from server.api.files import upload_not_kept
-from server.api.openai.errors import is_openai, openai_error, openai_fields, openai_status
-from server.api.schemas import ErrorBody
-from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateParameters
-from server.api.training.schemas import JOB_FIELDS, JOBS
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
 from server.validation import MOST_PROBLEMS, listed
 
@@ -35,28 +32,15 @@ ROUTES = "See /docs for the routes, and check the address before them."
 METHODS = ("GET", "POST", "PUT", "DELETE")
 """Those that any of the routes has."""
 
-_OF_SEVERAL_KINDS = ("inputs", "prompt")
-"""Fields that are a text or a list. Of a problem in one, pydantic also tells by a word of ours as which it was read."""
 
-_KNOWN_FIELDS = [*GenerateBody.model_fields, *(f"parameters.{name}" for name in GenerateParameters.model_fields)]
+def install_error_handlers(app: FastAPI, formats: ErrorFormats) -> None:
+    """Let every error of the app leave in the format of its front end."""
 
-
-def error_body(error: PreludeError) -> dict[str, str]:
-    """An error as JSON, the same in replies and in streams."""
-    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
-    body = ErrorBody(error=message, error_type=error.family, code=error.code, remedy=error.remedy)
-    return body.model_dump()
-
-
-def render(path: str, error: PreludeError, status: int | None = None) -> tuple[dict[str, Any], int]:
-    """An error's body and status as clients of a path expect them; `status` where it is not the error's own."""
-    if is_openai(path):
-        return openai_error(error), openai_status(error, status)
-    return error_body(error), status or error.status
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Let every error of the app leave as an ErrorBody with the right status."""
+    def _reply(
+        request: Request, error: PreludeError, status: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> JSONResponse:
+        body, status = formats.render(request.url.path, error, status)
+        return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(PreludeError)
     async def _ours(request: Request, error: PreludeError) -> JSONResponse:
@@ -66,11 +50,17 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        path = request.url.path
-        items = _without_kinds(path, error.errors())
-        known = openai_fields(path) or (JOB_FIELDS if path.startswith(JOBS) else _KNOWN_FIELDS)
-        problems = listed([_problem(item, known) for item in items[:MOST_PROBLEMS]], len(items))
-        return _reply(request, InvalidRequest(f"{problems}.", param=_param(items[0])))
+        path, items = request.url.path, error.errors()
+        found, known = formats.of(path), formats.fields(path)
+        locations = [found.location(tuple(item["loc"])) for item in items[:MOST_PROBLEMS]]
+        problems = listed(
+            [
+                _problem(item, _without_kind(location, found.union_fields), known)
+                for item, location in zip(items, locations, strict=False)
+            ],
+            len(items),
+        )
+        return _reply(request, InvalidRequest(f"{problems}.", param=_param(locations[0])))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -91,13 +81,6 @@ def install_error_handlers(app: FastAPI) -> None:
         return _reply(request, PreludeError("The server failed on this request."))
 
 
-def _reply(
-    request: Request, error: PreludeError, status: int | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    body, status = render(request.url.path, error, status)
-    return JSONResponse(body, status, headers=headers)
-
-
 def _headers(error: PreludeError) -> Mapping[str, str] | None:
     if isinstance(error, Unauthorized):
         return WANTS_A_KEY
@@ -116,24 +99,18 @@ def _methods(request: Request) -> list[str]:
     return [*methods, "HEAD"] if "GET" in methods else methods
 
 
-def _without_kinds(path: str, items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Validation problems, at /invocations without the word of ours for the kind of body that they are in."""
-    if path != INVOCATIONS:
-        return list(items)
-    return [{**item, "loc": (*item["loc"][:1], *item["loc"][2:])} for item in items]
+def _without_kind(location: Location, union_fields: Sequence[str]) -> Location:
+    """The location of a problem, without pydantic's name for the kind as which it read a field of several."""
+    return (*location[:2], *location[3:]) if len(location) > 2 and location[1] in union_fields else location
 
 
-def _param(item: Mapping[str, Any]) -> str | None:
+def _param(location: Location) -> str | None:
     """The field that a validation problem is about; None if it is the body itself."""
-    location: Sequence[Any] = item["loc"]
     return str(location[1])[:80] if len(location) > 1 else None
 
 
-def _problem(item: Mapping[str, Any], known: Sequence[str] = _KNOWN_FIELDS) -> str:
+def _problem(item: Mapping[str, Any], location: Location, known: Sequence[str]) -> str:
     """One validation problem as a sentence, with the nearest name for an unknown field."""
-    location: Sequence[Any] = item["loc"]
-    if len(location) > 2 and location[1] in _OF_SEVERAL_KINDS:
-        location = (*location[:2], *location[3:])
     field = ".".join(str(part)[:80] for part in location if part != "body") or "body"
     if item["type"] in UNKNOWN:
         near = _nearest_field(field, str(location[-1]), known)

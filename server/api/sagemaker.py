@@ -12,12 +12,15 @@ from pydantic import Discriminator, Tag
 
 from server.api.auth import Generates, GuardedRoute
 from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.error_format import ErrorFormat, Location
 from server.api.openai import chat, completions
 from server.api.openai.replies import ChatReply, CompletionReply
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.api.sse import OR_STREAM
 from server.api.tgi import routes as tgi
-from server.api.tgi.schemas import INVOCATIONS, GenerateBody, GenerateReply
+from server.api.tgi.schemas import GenerateBody, GenerateReply
+
+INVOCATIONS = "/invocations"
 
 _KINDS = {"inputs": GenerateBody, "messages": ChatBody, "prompt": CompletionBody}
 """Bodies by the field that only they have."""
@@ -39,6 +42,14 @@ Body = Annotated[
         custom_error_message="must be an object with inputs, messages or prompt",
     ),
 ]
+
+
+def _without_kind(location: Location) -> Location:
+    """A problem's location without the word of ours for the kind of body that it is in."""
+    return (*location[:1], *location[2:])
+
+
+INVOCATION_ERRORS = ErrorFormat(INVOCATIONS, union_fields=("inputs", "prompt"), location=_without_kind)
 
 router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
 

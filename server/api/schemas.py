@@ -21,7 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from server.contracts import TOO_DEEP, Grammar, GrammarKind
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, PreludeError
 
 
 def is_text(value: str) -> str:
@@ -94,6 +94,13 @@ class ErrorBody(BaseModel):
     error_type: str
     code: str
     remedy: str
+
+
+def error_body(error: PreludeError) -> dict[str, str]:
+    """An error as JSON, the same in replies and in streams."""
+    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+    body = ErrorBody(error=message, error_type=error.family, code=error.code, remedy=error.remedy)
+    return body.model_dump()
 
 
 class ActivateBody(RequestBody):

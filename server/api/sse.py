@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.auth import why_no_longer
 from server.api.deadline import seconds_left
-from server.api.errors import error_body
+from server.api.schemas import error_body
 from server.errors import PreludeError, RequestAborted, Unauthorized
 
 T = TypeVar("T")

@@ -10,7 +10,8 @@ Neither torch nor the engine is imported, so a command that asks a server answer
 
 from __future__ import annotations
 
-from server.client.client import PreludeClient, Pushed, VersionList
+from server.client.client import PreludeClient, Pushed
+from server.client.client import TaskVersions as VersionList
 from server.client.connection import OnSent, ServerUnreachable
 from server.replies import JobBody as Job
 from server.replies import PromptSummary as PromptEntry

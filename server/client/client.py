@@ -28,7 +28,7 @@ _JOB = TypeAdapter(JobBody)
 _JOB_LIST = TypeAdapter(JobList)
 
 
-class VersionList(replies.VersionList):
+class TaskVersions(replies.VersionList):
     """The versions of a task, newest first, and what is live. `etag` is what `expect` of the next change takes."""
 
     etag: NotRequired[str]
@@ -40,7 +40,7 @@ class Pushed(replies.PublishReply):
     created: NotRequired[bool]
 
 
-_VERSION_LIST = TypeAdapter(VersionList)
+_VERSION_LIST = TypeAdapter(TaskVersions)
 _PUSHED = TypeAdapter(Pushed)
 
 
@@ -58,7 +58,7 @@ class PreludeClient(Connection):
                 return
             after = {"after": page["next"]}
 
-    def versions(self, task: str) -> VersionList:
+    def versions(self, task: str) -> TaskVersions:
         """The versions of a task, newest first, page after page."""
         path = f"{_path(task)}/versions"
         listed = page = self._versions("GET", path)
@@ -96,15 +96,15 @@ class PreludeClient(Connection):
                 pushed["created"] = response.status_code == httpx.codes.CREATED
                 return pushed
 
-    def activate(self, task: str, version: int, *, expect: str | None = None) -> VersionList:
+    def activate(self, task: str, version: int, *, expect: str | None = None) -> TaskVersions:
         """Let a version answer the task's requests."""
         return self._versions("POST", f"{_path(task)}/activate", expect, json={"version": version})
 
-    def roll_back(self, task: str, *, expect: str | None = None) -> VersionList:
+    def roll_back(self, task: str, *, expect: str | None = None) -> TaskVersions:
         """Return to what was live before."""
         return self._versions("POST", f"{_path(task)}/rollback", expect)
 
-    def set_traffic(self, task: str, weights: Mapping[int, int], *, expect: str | None = None) -> VersionList:
+    def set_traffic(self, task: str, weights: Mapping[int, int], *, expect: str | None = None) -> TaskVersions:
         """Let versions share the task's requests, by percentages that sum to 100."""
         body = {str(version): weight for version, weight in weights.items()}
         return self._versions("PUT", f"{_path(task)}/traffic", expect, json=body)
@@ -171,7 +171,7 @@ class PreludeClient(Connection):
         with self.request("DELETE", _job_path(job_id)):
             pass
 
-    def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> VersionList:
+    def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> TaskVersions:
         with self.request(method, path, headers=if_match(expect), **content) as response:
             listed = self.body(response, _VERSION_LIST)
             if "ETag" in response.headers:

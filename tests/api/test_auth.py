@@ -20,6 +20,7 @@ from huggingface_hub.errors import ValidationError
 from server.api import forms, ops
 from server.api.app import create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
+from server.api.error_format import ErrorFormats
 from server.api.errors import install_error_handlers
 from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS as JOB_KINDS
@@ -366,7 +367,7 @@ async def test_a_handler_that_nobody_guards_fails_closed(tmp_path: Path) -> None
     add_key(path, "ci", [Scope.PUBLISH], None)
     app = FastAPI()
     app.state.keys = ApiKeys(path)
-    install_error_handlers(app)
+    install_error_handlers(app, ErrorFormats())
 
     @app.get("/forgotten")
     async def forgotten(request: Request) -> bool:

@@ -14,9 +14,9 @@ from fastapi.routing import APIRoute
 
 from server import api, errors
 from server.api.app import create_app
-from server.api.errors import error_body
 from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS
+from server.api.schemas import error_body
 from server.errors import PreludeError, StoreError
 from tests.api.live import LiveServer, assert_error
 

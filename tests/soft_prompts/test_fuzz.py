@@ -19,8 +19,8 @@ import torch
 from fastapi import UploadFile
 from safetensors.torch import load
 
-from server.api.errors import error_body
 from server.api.prompts.uploads import unpacked_upload
+from server.api.schemas import error_body
 from server.contracts import ModelSpec
 from server.errors import PreludeError, StoreError
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt

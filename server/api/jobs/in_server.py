@@ -16,9 +16,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from typing_extensions import override
 
-from server.api.errors import error_body
 from server.api.jobs.kind import Jobs, News, Site
-from server.api.schemas import ErrorBody
+from server.api.schemas import ErrorBody, error_body
 from server.api.sse import unless_disconnected
 from server.errors import Forbidden, Overloaded, PreludeError, RequestAborted, ServerDraining
 from server.jobs.job import JobState, now
@@ -102,7 +101,7 @@ class InServerJob(Generic[W]):
 
 
 class Progress(BaseModel):
-    """Rows that were answered, of all contestants, and how many that will be."""
+    """Rows that were answered, of all systems, and how many that will be."""
 
     done: int
     total: int

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from server.api.error_format import ErrorFormat
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.errors import InputTooLong, InvalidRequest, InvalidTaskName, PreludeError, Unauthorized, UnknownTask
 
@@ -76,11 +77,6 @@ def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:
     return UnknownTask(f"The model `{name[:80]}` does not exist.", remedy=f"{hint}{MODELS}")
 
 
-def is_openai(path: str) -> bool:
-    """Whether clients of a path expect errors in OpenAI's form."""
-    return path == PREFIX or path.startswith(f"{PREFIX}/")
-
-
 def openai_fields(path: str) -> list[str]:
     """Fields that the body of a request to a path may have; none if the path takes no such body."""
     return _FIELDS.get(path, [])
@@ -107,3 +103,8 @@ def openai_error(error: PreludeError) -> dict[str, Any]:
         code=next((code for cls, code in _CODES.items() if isinstance(error, cls)), error.code),
     )
     return {"error": body.model_dump()}
+
+
+OPENAI_ERRORS = ErrorFormat(
+    PREFIX, body=openai_error, status=openai_status, fields=openai_fields, union_fields=("prompt",)
+)

@@ -14,11 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from server.api.error_format import ErrorFormat
 from server.api.schemas import RequestBody, Text, grammar_of, schema_text
 from server.contracts import Grammar, GrammarKind
-
-INVOCATIONS = "/invocations"
-"""Takes one of these bodies, or one of OpenAI's."""
 
 MAX_INPUTS = 128
 MAX_BEST_OF = 64
@@ -270,3 +268,8 @@ class TokenizedBody(BaseModel):
     text: str
     start: int
     stop: int
+
+
+_FIELDS = [*GenerateBody.model_fields, *(f"parameters.{name}" for name in GenerateParameters.model_fields)]
+
+TGI_ERRORS = ErrorFormat(fields=lambda path: _FIELDS, union_fields=("inputs",))

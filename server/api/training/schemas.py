@@ -9,6 +9,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_json
 
+from server.api.error_format import ErrorFormat
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
 from server.replies import JobBody, reply
 from server.validation import without_nulls
@@ -49,7 +50,9 @@ def _without_nulls(value: Any) -> Any:
     return {name: _without_nulls(item) for name, item in found.items()} if isinstance(found, dict) else found
 
 
-JOB_FIELDS = [*(field.name for field in fields(JobRequest)), *(f"config.{name}" for name in CONFIG_FIELDS)]
+_FIELDS = [*(field.name for field in fields(JobRequest)), *(f"config.{name}" for name in CONFIG_FIELDS)]
+
+JOB_ERRORS = ErrorFormat(JOBS, fields=lambda path: _FIELDS)
 
 
 _SPEC = TypeAdapter(JobSpec)

@@ -14,7 +14,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as LegacyParams
 
 from server.api.app import create_app
-from server.api.openai.errors import is_openai, openai_error
+from server.api.openai.errors import OPENAI_ERRORS, openai_error
 from server.api.openai.schemas import ChatBody, CompletionBody
 from server.errors import InputTooLong, Overloaded, PreludeError
 from server.keys.file import add_key
@@ -364,7 +364,9 @@ def test_an_unknown_query_parameter_is_refused(server: LiveServer) -> None:
 
 
 def test_only_v1_itself_is_openais() -> None:
-    assert [is_openai(path) for path in ("/v1", "/v1/", "/v1/models", "/v10", "/v1x/y", "/", "/prompts/v1")] == [
+    assert [
+        OPENAI_ERRORS.is_for(path) for path in ("/v1", "/v1/", "/v1/models", "/v10", "/v1x/y", "/", "/prompts/v1")
+    ] == [
         *[True] * 3,
         *[False] * 4,
     ]

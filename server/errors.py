@@ -158,7 +158,7 @@ class UnknownEvaluation(PreludeError):
     status = 404
     code = "unknown_evaluation"
     family = "validation"
-    default_remedy = "GET /evaluations lists those that there are; after a restart there are none."
+    default_remedy = "GET /evaluations lists all evaluations; a restart removes them."
 
 
 class EvaluationNotDone(PreludeError):
@@ -167,7 +167,7 @@ class EvaluationNotDone(PreludeError):
     status = 409
     code = "evaluation_not_done"
     family = "validation"
-    default_remedy = "Ask GET /evaluations/{job} until its state is done."
+    default_remedy = "Poll GET /evaluations/{job} until its state is done."
 
 
 class Unauthorized(PreludeError):
@@ -185,7 +185,7 @@ class Forbidden(PreludeError):
     status = 403
     code = "forbidden"
     family = "validation"
-    default_remedy = "Use a key with the scope that the message names, or have one made by `prelude keys create`."
+    default_remedy = "Use a key with the scope that the message names, or create one with `prelude keys create`."
 
 
 class VersionUnavailable(PreludeError):
@@ -220,7 +220,7 @@ class PreconditionFailed(PreludeError):
     status = 412
     code = "precondition_failed"
     family = "validation"
-    default_remedy = "GET the task again, decide anew, and send its new ETag."
+    default_remedy = "GET the task again, decide again, and send its new ETag."
 
 
 class UnknownJob(PreludeError):
@@ -229,7 +229,7 @@ class UnknownJob(PreludeError):
     status = 404
     code = "unknown_job"
     family = "validation"
-    default_remedy = "GET /training/jobs lists the jobs; of those that are over only the newest are kept."
+    default_remedy = "GET /training/jobs lists the jobs; of those that have ended, only the newest are kept."
 
 
 class JobRuns(PreludeError):
@@ -310,7 +310,7 @@ class RequestTimedOut(PreludeError):
     status = 504
     code = "request_timed_out"
     family = "incomplete_generation"
-    default_remedy = "Ask for fewer new tokens, or raise PRELUDE_REQUEST_TIMEOUT."
+    default_remedy = "Request fewer new tokens, or raise PRELUDE_REQUEST_TIMEOUT."
 
 
 class GenerationFailed(PreludeError):
@@ -338,7 +338,7 @@ class StoreFull(StoreError):
 
     status = 507
     code = "store_full"
-    default_remedy = "Make room where PRELUDE_STORE lies (or delete tasks and versions), then send it again."
+    default_remedy = "Free space where PRELUDE_STORE is (or delete tasks and versions), then send it again."
 
 
 class StoreTimeout(StoreError):
@@ -346,7 +346,7 @@ class StoreTimeout(StoreError):
 
     status = 503
     code = "store_timeout"
-    default_remedy = "Check that the store answers; look whether the change was made, then send it again."
+    default_remedy = "Check that the store answers and whether the change was made, then send it again."
 
 
 class InvalidTrainingData(PreludeError):

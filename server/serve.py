@@ -216,7 +216,7 @@ def check_exposure(settings: Settings, address: str) -> None:
     if not settings.allow_anonymous:
         raise ConfigurationError(
             f"Without API keys, everybody who reaches {address} could use, replace and delete every task.",
-            remedy="Ask for keys: `prelude keys create --file keys.json --name me --scope admin`, then "
+            remedy="Create keys: `prelude keys create --file keys.json --name me --scope admin`, then "
             "PRELUDE_API_KEYS_FILE=keys.json. Or let everybody in: PRELUDE_ALLOW_ANONYMOUS=1.",
         )
     log.warning("no API keys: everybody who reaches %s may use, replace and delete every task", address)
@@ -316,7 +316,10 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether to go on: an engine that has failed for good ends the process."""
         if self._worker.has_failed and not self.status:
-            log.error("the engine has failed for good: the process ends with %d, to be started again", ENGINE_FAILED)
+            log.error(
+                "the engine has failed for good: the process ends with %d, so that its supervisor restarts it",
+                ENGINE_FAILED,
+            )
             self.status, self.should_exit = ENGINE_FAILED, True
             self._end_after(LATEST_SECONDS)
         return await super().on_tick(counter)

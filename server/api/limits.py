@@ -59,10 +59,10 @@ class FormDisk:
                 remedy="Send less, or raise PRELUDE_FORM_DISK.",
             )
         if self._taken.total() + more > self._most:
-            raise Overloaded(f"The files of all forms under way would take more than {self._most:,} bytes on disk.")
+            raise Overloaded(f"The files of all forms in flight would take more than {self._most:,} bytes on disk.")
         share = self._most if key is None else self._most // (len({*self._taken, key}) + 1)
         if self._taken[key] + more > share:
-            raise Overloaded(f"The files of this key's forms under way would take more than {share:,} bytes on disk.")
+            raise Overloaded(f"The files of this key's forms in flight would take more than {share:,} bytes on disk.")
 
     def take(self, key: str | None, more: int, whole: int) -> None:
         """Count more bytes of a form.
@@ -149,9 +149,9 @@ class BodyLimit:
         """Count what has come of a body; refuse it if all of them would hold too much."""
         if more > 0 and self._held + more > self._memory:
             raise Overloaded(
-                f"The bodies of all requests under way would hold more than {self._memory:,} bytes.",
+                f"The bodies of all requests in flight would hold more than {self._memory:,} bytes.",
                 remedy="Send the request again after the seconds in Retry-After, or in parts: bodies up to "
-                f"{FREE_BYTES:,} bytes are always taken.",
+                f"{FREE_BYTES:,} bytes are always accepted.",
             )
         self._held += more
 

@@ -82,7 +82,9 @@ def _check_ready(worker: EngineWorker) -> None:
 async def metrics(request: Request, metrics: MetricsDep, executors: ExecutorsDep) -> Response:
     """Metrics of requests, tokens, caches and changes, for Prometheus."""
     if not may_see(request, None):
-        raise Forbidden("The key is for some tasks, and the metrics name all.", remedy="Use a key without patterns.")
+        raise Forbidden(
+            "The key is for some tasks only, and the metrics name all tasks.", remedy="Use a key without patterns."
+        )
     return Response(await metrics.scrape(executors.scrapes), media_type=CONTENT_TYPE)
 
 

@@ -27,57 +27,59 @@ def evaluate(
     references: Annotated[
         Path | None,
         typer.Option(
-            help='Several right answers for each row: JSONL, line by line {"references": ["…", …]}. '
-            "Default: X.references.jsonl beside X.jsonl, if it is there."
+            help='Several right answers for each row: JSONL, each line {"references": ["…", …]}. Default: '
+            "X.references.jsonl beside X.jsonl, if it exists."
         ),
     ] = None,
     baselines: Annotated[
         str,
         typer.Option(
-            help="Who answers the same rows beside it, with commas between them: zero-shot (the frozen model in the "
-            "task's template), instruction (told what to do, in a chat), 4-shot (or another number: instruction and "
-            "examples), @2 (a version in the store)."
+            help="Baselines for the same rows, separated by commas: zero-shot (the frozen model in the task's "
+            "template), instruction (in a chat), 4-shot (or another number: instruction and examples), @2 "
+            "(a version in the store)."
         ),
     ] = "",
     instruction: Annotated[
-        str | None, typer.Option(help="What baselines are told. Default: `instruction` of meta.json beside the data.")
+        str | None,
+        typer.Option(help="The instruction of the baselines. Default: `instruction` of meta.json beside the data."),
     ] = None,
     shots_data: Annotated[
-        Path | None, typer.Option(help="Where examples come from. Default: train.jsonl beside the data.")
+        Path | None, typer.Option(help="File of the examples. Default: train.jsonl beside the data.")
     ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="File of a text that holds {input} once, to be asked too: what the soft prompt was distilled from, or "
-            "is to replace. Says on how many rows both choose the same label."
+            help="File of a text that contains {input} once: the teacher of the soft prompt, or a text that it "
+            "shall replace. The report says on how many rows both choose the same label."
         ),
     ] = None,
-    teacher_chat: Annotated[bool, typer.Option("--teacher-chat", help="Send that text as a user message.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    teacher_chat: Annotated[
+        bool, typer.Option("--teacher-chat", help="Send the teacher's text as a user message.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only this many rows from the beginning.")] = None,
     compare: Annotated[
-        tuple[int, int] | None, typer.Option(help="Say whether the second of two versions in the store is better.")
+        tuple[int, int] | None, typer.Option(help="Compare two versions in the store: is the second better?")
     ] = None,
     soft_prompt: Annotated[
         Path | None, typer.Option(help="A PEFT directory to evaluate as TASK, instead of the inbox's.")
     ] = None,
-    json_line: Annotated[
-        bool, typer.Option("--json", help="Print the figures again, last, as a line of JSON.")
-    ] = False,
+    json_line: Annotated[bool, typer.Option("--json", help="Print the report as a last line of JSON too.")] = False,
     card: Annotated[
         bool,
         typer.Option(
             "--card",
-            help="Write README.md into the task's directory, and the figures into the metrics of its manifest.json: "
-            "a server that watches it then publishes a new version, with the same answers.",
+            help="Write README.md into the task's directory, and the figures into the metrics of its "
+            "manifest.json. A server that watches the directory then publishes a new version, with the same "
+            "answers.",
         ),
     ] = False,
 ) -> None:
-    """Measure a task on a data file through the served path: every row is an ordinary request to the engine.
+    """Evaluate a task on a data file with the serving engine: each row is an ordinary request.
 
-    Where there are labels: accuracy and macro-F1, by scoring the labels as `choices` does and by what is generated.
-    Else: exact match, ROUGE-L, BLEU and perplexity. All with 95 % intervals, with the template and the generation
-    defaults of TASK's manifest; decoding is greedy unless the manifest says otherwise. Without --card nothing is
-    written: neither to the inbox nor to the store.
+    With labels: accuracy and macro-F1, both of the likeliest label, as `choices` scores it, and of the generated text.
+    Without: exact match, ROUGE-L, BLEU and perplexity. All with 95 % intervals, and with the template and generation
+    defaults of TASK's manifest; decoding is greedy unless the manifest sets another. Only --card writes anything, to
+    the inbox or the store.
     """
     configure_logging("warning")
     with errors_as_sentences():
@@ -100,7 +102,7 @@ def evaluate(
             check_card(directory)
         if (compare or "@" in task) and (soft_prompt or card):
             raise ConfigurationError(
-                "Versions are read from the store; --soft-prompt and --card are about a directory.",
+                "Versions are read from the store; --soft-prompt and --card need a directory.",
                 remedy="Evaluate the directory by itself, or pull the version with `prelude prompts pull`.",
             )
         engine = load_engine(settings)

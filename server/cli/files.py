@@ -138,7 +138,7 @@ def unpack(archive: Path, directory: Path) -> None:
         with zipfile.ZipFile(archive) as opened:
             entries = [entry for entry in opened.infolist() if entry.filename in FILES]
             if sum(entry.file_size for entry in entries) > MAX_PULLED_BYTES:
-                raise InvalidSoftPrompt("The download unfolds to more than any soft prompt has.")
+                raise InvalidSoftPrompt("The unpacked download is larger than any soft prompt.")
             for entry in entries:
                 with opened.open(entry) as source, (directory / entry.filename).open("xb") as target:
                     shutil.copyfileobj(source, target)

@@ -26,7 +26,7 @@ OVER = tuple(ENDED)
 app = typer.Typer(
     name="jobs",
     no_args_is_help=True,
-    help="Follow, cancel and forget the training jobs of a running server; `prelude train --url` queues one.\n\n"
+    help="Follow, cancel and delete the training jobs of a running server; `prelude train --url` queues one.\n\n"
     "The server is the one at --url or PRELUDE_URL, and a key with the scope publish goes into PRELUDE_API_KEY.",
     epilog="Exit status: 0 done, 2 refused, or the job failed (the reason and what to do about it are on stderr).",
 )
@@ -51,14 +51,14 @@ def list_jobs(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, key: Ke
 
 @app.command(epilog=examples("prelude jobs follow my_task", "prelude jobs follow 20261127t093005123-0a1b2c3d4e5f"))
 def follow(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
-    """Show how far a job has come until it is over, and what it came to."""
+    """Show a job's progress until it ends, then its result."""
     with connected(url, key) as client:
         follow_to_its_end(client, find_job(client, job))
 
 
 @app.command(epilog=examples("prelude jobs cancel my_task"))
 def cancel(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
-    """End a job; nothing is published."""
+    """Cancel a job; nothing is published."""
     with connected(url, key) as client:
         from server.cli.bars import standing
 
@@ -73,7 +73,7 @@ def cancel(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None
 
 @app.command(epilog=examples("prelude jobs log my_task"))
 def log(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
-    """Print the end of what a job's process has printed."""
+    """Print the end of the output of a job's process."""
     with connected(url, key) as client:
         for line in client.job_log(find_job(client, job)["id"]).splitlines():
             typer.echo(printable(line))
@@ -81,7 +81,7 @@ def log(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -
 
 @app.command(epilog=examples("prelude jobs delete my_task"))
 def delete(job: JobArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
-    """Forget a job that is over, with its record; what it has published stays."""
+    """Delete a job that has ended, with its record; its published version stays."""
     with connected(url, key) as client:
         found = find_job(client, job)
         client.delete_job(found["id"])
@@ -171,7 +171,7 @@ def tell_end(job: Job, url: str) -> None:
     if job["state"] != "succeeded":
         failure = job.get("error")
         if failure is None:
-            raise PreludeError("The job was cancelled.", remedy="Send it again, if it was not meant to be.")
+            raise PreludeError("The job was cancelled.", remedy="Send it again to restart it.")
         raise PreludeError(failure["error"], remedy=failure["remedy"])
     name, metrics = f"{job['task']}@{job.get('version')}", job.get("metrics", {})
     score = in_words(metrics.get("validation_exact_match"), metrics.get("validation_loss"))

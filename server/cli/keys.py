@@ -14,8 +14,8 @@ from server.keys.key import ApiKey, Scope
 from server.settings import Settings
 
 app = typer.Typer(
-    help="API keys: who may use, publish and delete tasks. The file holds hashes, not keys. "
-    "Start a server with it: prelude serve --api-keys-file keys.json. A running one follows it within a second.",
+    help="Manage API keys, which decide who may use, publish and delete tasks. The file contains hashes, not keys. "
+    "Start a server with it: prelude serve --api-keys-file keys.json. A running server rereads it within a second.",
     no_args_is_help=True,
 )
 
@@ -26,25 +26,25 @@ FileOption = Annotated[
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Option(help="Whom or what the key is for: ci, ada's laptop.")],
+    name: Annotated[str, typer.Option(help="The user or program of the key: ci, ada's laptop.")],
     scope: Annotated[
         list[Scope],
         typer.Option(
-            help="What it may do, repeatable. generate: answers. publish: upload, activate, roll back, share traffic, "
+            help="What it may do; repeatable. generate: answers. publish: upload, activate, roll back, share traffic, "
             "download, delete, train, evaluate. metrics: read /metrics. admin: everything.",
         ),
     ],
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only tasks of this name, repeatable; * stands for anything: 'team-a-*'.", show_default=False
+            help="Limit the key to tasks of this name; repeatable; * matches anything: 'team-a-*'.", show_default=False
         ),
     ] = None,
     file: FileOption = None,
 ) -> None:
-    """Make a key and print it, once: the file keeps only what tells it.
+    """Create a key and print it once; the file keeps only a hash.
 
-    Standard output is the key alone, so that it can be piped to where it is kept:
+    Standard output is the key alone, so that you can redirect it to a file:
 
     prelude keys create --file keys.json --name ci --scope publish --tasks 'team-a-*' > ci.key
     """
@@ -58,7 +58,7 @@ def create(
 
 @app.command(name="list")
 def list_keys(file: FileOption = None) -> None:
-    """Show the keys of a file: id, name, what each may do, since when."""
+    """List the keys of a file: id, name, scopes, tasks, and when each was created."""
     with errors_as_sentences():
         from server.cli.tables import console, print_keys
 
@@ -72,10 +72,10 @@ def list_keys(file: FileOption = None) -> None:
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `prelude keys list` shows it.")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id from `prelude keys list`.")],
     file: FileOption = None,
 ) -> None:
-    """Take a key out of the file: within a second running servers refuse it."""
+    """Remove a key from the file; running servers refuse it within a second."""
     with errors_as_sentences():
         path = _file(file)
         key = revoke_key(path, key_id)

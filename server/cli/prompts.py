@@ -25,7 +25,7 @@ app = typer.Typer(
     name="prompts",
     no_args_is_help=True,
     help="List, publish and change the soft prompts of a running server.\n\n"
-    "They take effect on the next request; requests in flight finish on the version that they began with. "
+    "Changes take effect on the next request; requests in flight finish on the version that they started with. "
     "The server is the one at --url or PRELUDE_URL, and a key goes into PRELUDE_API_KEY.",
     epilog="Exit status: 0 done, 2 refused (the reason and what to do about it are on stderr).",
 )
@@ -33,7 +33,9 @@ app = typer.Typer(
 IfMatchOption = Annotated[
     str | None,
     typer.Option(
-        "--if-match", metavar="STATE", help="Only if the task is still in this state, as `list TASK` showed it; * any."
+        "--if-match",
+        metavar="STATE",
+        help="Refuse unless the task is in this state, as `list TASK` shows it; * accepts any.",
     ),
 ]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Name of a task.")]
@@ -92,19 +94,19 @@ def push(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A PEFT directory, a .zip of one, or org/name@revision on the hub.")
     ],
-    task: Annotated[str | None, typer.Option(help="Name to publish under. Default: what SOURCE is called.")] = None,
+    task: Annotated[str | None, typer.Option(help="Name to publish under. Default: the name of SOURCE.")] = None,
     no_activate: Annotated[
-        bool, typer.Option("--no-activate", help="Keep it beside the live version; only TASK@N reaches it.")
+        bool, typer.Option("--no-activate", help="Stage it: only requests for TASK@N reach it.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the server check it, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the server validate it without a change.")] = False,
     if_match: IfMatchOption = None,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
     """Publish a soft prompt as a new version of a task.
 
-    SOURCE is a directory as save_pretrained or `prelude train` write it; if there is none, a repository on the hub.
-    Its manifest.json says how the task is asked: input_template, system_message (ignore, refuse, template), generation.
+    SOURCE is a directory as save_pretrained or `prelude train` writes it, otherwise a repository on the hub.
+    Its manifest.json sets input_template, system_message (ignore, refuse, template) and generation defaults.
     """
     with connected(url, key) as client:
         from server.cli.files import find_upload
@@ -141,7 +143,7 @@ def push(
 def pull(
     reference: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task's live version, or version N.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write. Default: ./TASK.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the soft prompt in that directory.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a soft prompt in that directory.")] = False,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
@@ -174,7 +176,7 @@ def activate(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Let a version answer its task's requests, alone."""
+    """Make a version the only live one of its task."""
     with connected(url, key) as client:
         task, named = split_version(reference)
         if (named is None) == (number is None):
@@ -190,7 +192,7 @@ def activate(
 def rollback(
     task: TaskArgument, if_match: IfMatchOption = None, url: UrlOption = DEFAULT_URL, key: KeyOption = None
 ) -> None:
-    """Return to what was live before; twice in a row goes back twice."""
+    """Restore what was live before; two in a row go back two steps."""
     with connected(url, key) as client:
         _echo_live(client.roll_back(_whole(task), expect=if_match))
 
@@ -207,7 +209,7 @@ def traffic(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Let several versions share a task's requests: a canary. `activate` ends it."""
+    """Divide a task's requests among several versions: a canary. `activate` ends it."""
     with connected(url, key) as client:
         _echo_live(client.set_traffic(_whole(task), _parse_weights(weights), expect=if_match))
 
@@ -225,7 +227,7 @@ def delete(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Delete a task with all its versions, or one version that is not live. There is no way back."""
+    """Delete a task with all its versions, or one version that is not live. This cannot be undone."""
     with connected(url, key) as client:
         task, number = split_version(reference)
         if not yes:
@@ -252,13 +254,13 @@ def diff(
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
 ) -> None:
-    """Show what differs between two soft prompts: manifest, config, and numbers, virtual token by virtual token.
+    """Show the differences between two soft prompts: manifest, config, and numbers, by virtual token.
 
-    Under which name and when they were published does not count.
+    The name and the time of a publish do not count.
 
-    A directory is written with a slash, so that it cannot be taken for a task.
+    Write a directory with a slash, to distinguish it from a task.
 
-    Exit status as of diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.
+    Exit status, as for diff: 0 if they are identical, 1 if they differ, 2 if they cannot be compared.
     """
     with connected(url, key) as client:
         from server.cli.diff import compare
@@ -344,7 +346,7 @@ def _confirm_delete(listed: VersionList, reference: str, number: int | None, if_
     from server.cli.tables import live_sentence
 
     if not sys.stdin.isatty():
-        raise ConfigurationError(f"{reference} is not deleted without being asked for.", remedy="Give --yes.")
+        raise ConfigurationError(f"{reference} is only deleted after a confirmation.", remedy="Confirm with --yes.")
     count = len(listed["versions"])
     what = reference if number is not None else f"{reference} with {count} version{'s' if count != 1 else ''}"
     typer.confirm(f"{live_sentence(listed)}. Delete {what} for good?", abort=True)

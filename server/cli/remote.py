@@ -34,7 +34,7 @@ REMEDIES: dict[type[PreludeError], str] = {
     NothingToRollBackTo: "`prelude prompts list TASK` lists the versions; activate the one that you want.",
     JobRuns: "Cancel it first: `prelude jobs cancel`.",
     UnknownJob: "`prelude jobs list` lists the training jobs.",
-    PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide anew, and give its new state.",
+    PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide again, and give its new state.",
 }
 """What to do here where the server speaks of requests."""
 
@@ -42,7 +42,7 @@ UrlOption = Annotated[str, typer.Option("--url", envvar="PRELUDE_URL", help="Add
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        "--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key; in the variable nobody else sees it."
+        "--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key; the variable hides it from other users."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answe
     from server.train.files import TaskFiles, TaskRows
 
 ABANDONED_SECONDS = 30 * 24 * 3600.0
-"""A run that was broken off so long ago is not gone on with."""
+"""Interrupted runs older than this are not resumed."""
 
 
 def train(
@@ -59,9 +59,9 @@ def train(
 ) -> None:
     """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory.
 
-    Run again after it was broken off, it goes on where it was.
+    The same command resumes a run that was interrupted.
 
-    With --url a running server does it, and publishes what it learned.
+    With --url, a running server trains, and publishes the result.
     """
     configure_logging("warning")
     with errors_as_sentences():
@@ -105,7 +105,7 @@ def train(
         refuse("for training on this machine", "Leave it out, or leave out --url.", out=out, fresh=fresh)
         if activate and activate_at_least is not None:
             raise ConfigurationError(
-                "--activate is for any result, --activate-at-least for a good one.", remedy="Give one of them."
+                "--activate and --activate-at-least exclude each other.", remedy="Give one of them."
             )
         bound = {"metric": "validation_exact_match", "at_least": activate_at_least}
         train_there(files, config, activate if activate_at_least is None else bound, url, key, detach=detach)

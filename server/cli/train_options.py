@@ -11,53 +11,62 @@ from server.soft_prompts.manifest import SystemMessage
 from server.train.config import LARGEST_BATCH, MOST_STEPS
 
 LEARNING = "Learning"
-START = "First values"
+START = "Initial values"
 DISTILLING = "Distillation: learn from a long text instead of from targets"
 ABOUT = "About the task"
-REMOTE = "On a running server, beside what it serves"
+REMOTE = "On a running server, beside its live traffic"
 
 Task = Annotated[str, typer.Argument(help="Name of the task; the soft prompt is written to prompts/TASK.")]
 Data = Annotated[
     list[Path],
-    typer.Option(help='JSONL, each line {"input": "…", "target": "…"}. Once for each task of a multitask one.'),
+    typer.Option(
+        help='JSONL, each line {"input": "…", "target": "…"}. For a multitask soft prompt, repeat it for each task.'
+    ),
 ]
 Validation = Annotated[
     list[Path] | None,
-    typer.Option(help="The same for held-out rows: they choose the best state. Default: a tenth of the rows."),
+    typer.Option(help="The same for held-out rows, which choose the best state. Default: a tenth of the rows."),
 ]
 Method = Annotated[
     str,
     typer.Option(
-        help="prompt_tuning; p_tuning; prefix_tuning, which learns more, in a file 20 times as large; or "
-        "multitask_prompt_tuning.",
+        help="prompt_tuning; p_tuning; prefix_tuning, which has more parameters in a file 20 times as large; "
+        "or multitask_prompt_tuning.",
         rich_help_panel=LEARNING,
     ),
 ]
 NumVirtualTokens = Annotated[
-    int, typer.Option(min=1, help="Learned vectors; 20 to 100 is usual.", rich_help_panel=LEARNING)
+    int, typer.Option(min=1, help="Number of learned vectors, usually 20 to 100.", rich_help_panel=LEARNING)
 ]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Optimiser steps.", rich_help_panel=LEARNING)]
-BatchSize = Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Rows of a step.", rich_help_panel=LEARNING)]
+BatchSize = Annotated[int, typer.Option(min=1, max=LARGEST_BATCH, help="Rows per step.", rich_help_panel=LEARNING)]
 Lr = Annotated[
     str,
     typer.Option(help="Peak learning rate; auto tries a few for some steps each.", rich_help_panel=LEARNING),
 ]
 Optimizer = Annotated[str, typer.Option(help="adamw or adafactor.", rich_help_panel=LEARNING)]
 Evaluations = Annotated[
-    int, typer.Option(min=1, help="Measurements on the validation rows on the way.", rich_help_panel=LEARNING)
+    int,
+    typer.Option(min=1, help="Number of evaluations on the validation rows during training.", rich_help_panel=LEARNING),
 ]
 Patience = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Stop after so many measurements that are no better than the best.", rich_help_panel=LEARNING
+        min=1, help="Stop after this many consecutive evaluations without improvement.", rich_help_panel=LEARNING
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same soft prompt.", rich_help_panel=LEARNING)]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Seed; with the same seed, the same machine trains the same soft prompt.", rich_help_panel=LEARNING
+    ),
+]
 Init = Annotated[
     str,
     typer.Option(
-        help="labels, vocab (sampled), text, soft_prompt (another one), teacher (its own keys and values), random; "
-        "auto is teacher for prefix tuning with one, else labels where there are some, else vocab.",
+        help="Initial values: labels, vocab (sampled), text, soft_prompt (another one), teacher (its own "
+        "keys and values), or random. auto is teacher for prefix tuning with a teacher, otherwise "
+        "labels if there are any, otherwise vocab.",
         rich_help_panel=START,
     ),
 ]
@@ -65,34 +74,35 @@ InitText = Annotated[str | None, typer.Option(help="The text for --init text.", 
 InitFrom = Annotated[
     Path | None,
     typer.Option(
-        help="A PEFT directory for --init soft_prompt; with --url a task there, or TASK@N.", rich_help_panel=START
+        help="A PEFT directory for --init soft_prompt; with --url a task of that server, or TASK@N.",
+        rich_help_panel=START,
     ),
 ]
 Teacher = Annotated[
     Path | None,
     typer.Option(
-        help="File of a long text that holds {input} once: instructions, examples. The soft prompt learns to have "
-        "its effect; rows need no targets.",
+        help="File of a long text that contains {input} once: instructions, examples. The soft prompt learns "
+        "to have the same effect; rows need no targets.",
         rich_help_panel=DISTILLING,
     ),
 ]
 TeacherChat = Annotated[
-    bool, typer.Option("--teacher-chat", help="Send that text as a user message.", rich_help_panel=DISTILLING)
+    bool, typer.Option("--teacher-chat", help="Send the teacher's text as a user message.", rich_help_panel=DISTILLING)
 ]
 Label = Annotated[
     list[str] | None,
     typer.Option(
-        help="Once for each label: learn what the teacher thinks of these, not what it answers.",
+        help="Repeat for each label: learn the teacher's probability of these labels instead of its answers.",
         rich_help_panel=DISTILLING,
     ),
 ]
 InputTemplate = Annotated[
-    str, typer.Option(help="What the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
+    str, typer.Option(help="The text that the model reads; {input} is the row's input.", rich_help_panel=ABOUT)
 ]
 SystemMessages = Annotated[
     SystemMessage | None,
     typer.Option(
-        help="What the task does with the system message of a chat; template needs {system} in --input-template. "
+        help="How the task treats the system message of a chat; template needs {system} in --input-template. "
         "Default: ignore.",
         rich_help_panel=ABOUT,
     ),
@@ -101,14 +111,14 @@ Description = Annotated[
     str | None, typer.Option(help="One line about the task, shown by GET /prompts.", rich_help_panel=ABOUT)
 ]
 Licence = Annotated[str | None, typer.Option(help="Licence of the data, kept in the manifest.", rich_help_panel=ABOUT)]
-Out = Annotated[Path | None, typer.Option(help="Directory to write instead of prompts/TASK.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, even if the same run was broken off before.")]
+Out = Annotated[Path | None, typer.Option(help="Directory to write to instead of prompts/TASK.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, even if the same run was interrupted before.")]
 Url = Annotated[
     str | None,
     typer.Option(
         show_default=False,
-        help="Address of the server; PRELUDE_URL does not count here. What is learned becomes a version of TASK there, "
-        "and nothing is written here.",
+        help="Address of a server that trains; PRELUDE_URL does not apply here. The result becomes a version "
+        "of TASK there, and nothing is written here.",
         rich_help_panel=REMOTE,
     ),
 ]
@@ -117,25 +127,28 @@ Key = Annotated[
     typer.Option(
         envvar="PRELUDE_API_KEY",
         show_default=False,
-        help="API key; in the variable nobody else sees it.",
+        help="API key; the variable hides it from other users of this machine.",
         rich_help_panel=REMOTE,
     ),
 ]
 Activate = Annotated[
     bool,
-    typer.Option(
-        "--activate", help="Let it answer TASK as soon as it is there; else it is staged.", rich_help_panel=REMOTE
-    ),
+    typer.Option("--activate", help="Make the result live at once; otherwise it is staged.", rich_help_panel=REMOTE),
 ]
 ActivateAtLeast = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="The same, if it is right on this share of the validation rows.", rich_help_panel=REMOTE
+        min=0,
+        max=1,
+        help="Make the result live if it is right on at least this share of the validation rows.",
+        rich_help_panel=REMOTE,
     ),
 ]
 Detach = Annotated[
     bool,
     typer.Option(
-        "--detach", help="Print the job's id and do not wait; `prelude jobs follow` does.", rich_help_panel=REMOTE
+        "--detach",
+        help="Print the job's id and return; `prelude jobs follow` waits for the job.",
+        rich_help_panel=REMOTE,
     ),
 ]

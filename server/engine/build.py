@@ -71,7 +71,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         planned.shared_bytes,
     )
     if "graphs" in settings.optimisations and model.spec.state_width and engine.runner.varlen is not None:
-        log.info("decoding goes on without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
+        log.info("decoding runs without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
     elif "graphs" in settings.optimisations:
         engine.runner.graphs = capture(model, engine.kv_cache, engine.runner.varlen, engine.scheduler.max_running)
     if steps is not None:

@@ -21,9 +21,9 @@ def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, mo
     inputs, new = len(request.input_ids), request.sampling.max_new_tokens
     label = max(map(len, request.labels), default=0)
     if not inputs:
-        raise EmptyInput("The input holds no token.")
+        raise EmptyInput("The input contains no token.")
     if not all(request.labels):
-        raise EmptyInput("A label holds no token.", remedy="Send at least one character in each.")
+        raise EmptyInput("A label contains no token.", remedy="Send at least one character in each.")
     _check_tokens(request, model)
     limit = model.spec.max_model_len
     needed = virtual + inputs + (label or new)

@@ -130,7 +130,7 @@ class EngineThread(threading.Thread):
             try:
                 self._engine.scheduler.drop_unused(prefix_hashes)
             except Exception:
-                log.exception("prefixes that nobody needs are kept until there is no room for them")
+                log.exception("unused prefixes stay until memory is needed")
             return []
 
         self._commands.put(drop)

@@ -125,7 +125,7 @@ class Streams:
         while self.unread > MOST_UNREAD:
             request_id, stream = max(self._streams.items(), key=lambda item: item[1].unread)
             error = RequestAborted(
-                "The client reads more slowly than the model writes, and too much waits to be read.",
+                "The client reads more slowly than the model writes, and too much output is unread.",
                 remedy="Read faster, or ask for fewer choices and log-probabilities.",
             )
             stream.end_with(Delta(request_id, None, FinishReason.FAILED, error=error))

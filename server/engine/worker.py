@@ -290,7 +290,7 @@ class EngineWorker:
                 pass
         except NotFinite as exc:
             raise InvalidSoftPrompt(
-                "The model cannot use this soft prompt: what it makes of it is not finite.",
+                "The model cannot use this soft prompt: its output is not finite.",
                 remedy="Train again with a lower learning rate or with gradient clipping, or serve in float32.",
             ) from exc
 
@@ -342,4 +342,4 @@ class EngineWorker:
 
 def timed_out(seconds: float) -> RequestTimedOut:
     """The error of a request that takes longer than any may."""
-    return RequestTimedOut(f"The request was not done after {seconds:g} s.")
+    return RequestTimedOut(f"The request was not complete after {seconds:g} s.")

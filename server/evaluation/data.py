@@ -156,7 +156,7 @@ def _read_references(
 
 def _not_line_by_line(shown: str, data: DataFile, lacking: str, number: int) -> InvalidTrainingData:
     return InvalidTrainingData(
-        f"{shown} does not go line by line with {data.path}: {lacking} has no line {number}.",
+        f"{shown} does not match {data.path} line by line: {lacking} has no line {number}.",
         remedy="Give references for every row, on the row's own line.",
     )
 

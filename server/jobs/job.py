@@ -162,7 +162,7 @@ class Job:
     spec: JobSpec
     names: DataNames
     by: str | None
-    """Id of the key that it was asked for with."""
+    """Id of the key that requested it."""
     created_at: str
     status: Status
     progress: JobProgress = field(default_factory=JobProgress)

@@ -70,7 +70,7 @@ class JobBoard:
         check_spec(spec, self._frame)
         if len(self._queue()) >= MOST_QUEUED:
             raise Overloaded(
-                f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again once one is over."
+                f"{MOST_QUEUED} jobs are waiting.", remedy="Cancel one, or send it again after one has ended."
             )
 
     def submit(
@@ -160,5 +160,5 @@ class JobBoard:
             JobRuns: it is not over.
         """
         if not self.files.job(job_id).status.state.is_over:
-            raise JobRuns(f"The training job {job_id} is not over.")
+            raise JobRuns(f"The training job {job_id} has not ended.")
         self.files.remove(job_id)

@@ -102,7 +102,7 @@ class JobRunner:
                 if self._holds_lock() or self._adopt():
                     self._turn()
             except Exception:
-                log.exception("training jobs cannot be looked after")
+                log.exception("training jobs cannot be managed")
                 self._stop.wait(BUG_SECONDS)
             self._changed.wait(LOOK_SECONDS)
             self._changed.clear()
@@ -138,7 +138,7 @@ class JobRunner:
                     job = self._files.job(job_id)
                     end_left_behind(job.status)
                     self._files.folder(job_id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
-                    log.info("training job %s goes on where it was", job_id)
+                    log.info("training job %s resumes from its checkpoint", job_id)
         return True
 
     def _turn(self) -> None:
@@ -169,7 +169,7 @@ class JobRunner:
             self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
         except Exception as exc:
             if not isinstance(exc, OSError):
-                log.exception("training job %s cannot be looked after", job_id)
+                log.exception("training job %s cannot be managed", job_id)
             else:
                 log.warning("training job %s has to wait, its folder cannot be written: %s", job_id, exc)
             self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
@@ -207,7 +207,7 @@ class JobRunner:
             self._follow(running)
         except Exception as exc:
             if not isinstance(exc, UnknownJob):
-                log.exception("training job %s cannot be looked after", running.job.id)
+                log.exception("training job %s cannot be managed", running.job.id)
             why = (
                 "Its folder is gone or cannot be read" if isinstance(exc, UnknownJob) else f"The server failed: {exc!r}"
             )
@@ -246,7 +246,7 @@ class JobRunner:
         if why is None:
             return None
         remedy = "Send the job again with a key that may publish this task."
-        return Forbidden(f"{why} It asked for this job, so nothing is published.", remedy=remedy)
+        return Forbidden(f"{why} The job used this key, so nothing is published.", remedy=remedy)
 
     def _was_killed(self, job: Job, folder: JobFolder, signal: int) -> None:
         """Queue it again, at its old place, unless it never comes any further."""
@@ -316,7 +316,7 @@ class JobRunner:
             except OSError as exc:
                 if folder.path.is_dir():
                     if self._left_alone.get(job_id, 0.0) < time.monotonic():
-                        log.warning("how training job %s ended cannot be written down yet: %s", job_id, exc)
+                        log.warning("the end of training job %s cannot be recorded yet: %s", job_id, exc)
                         self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
                     continue
             self._unwritten.pop(job_id)
@@ -338,7 +338,7 @@ def _why(folder: JobFolder, code: int | None) -> Failure:
     """Why a process ended that was not killed."""
     if code == FULL:
         full = StoreFull(
-            "No space is left where PRELUDE_JOBS_DIR lies.", remedy="Make room, or delete jobs, then send it again."
+            "No space is left where PRELUDE_JOBS_DIR is.", remedy="Make room, or delete jobs, then send it again."
         )
         return Failure(full.message, full.code, full.remedy)
     if code == REFUSED:

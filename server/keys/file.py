@@ -122,7 +122,7 @@ def revoke_key(path: Path, key_id: str) -> ApiKey:
         if not revoked:
             raise ConfigurationError(  # without what was given: it may be a whole key
                 f"{path} has no key of that id.",
-                remedy="Give an id as `prelude keys list` shows it: what stands between a key's two underscores.",
+                remedy="Give an id from `prelude keys list`: the part of a key between its two underscores.",
             )
         return (key for key in keys if key.id != key_id)
 
@@ -141,7 +141,7 @@ def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_n
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigurationError(
-            f"{draft} exists: somebody else is changing the keys.",
+            f"{draft} exists: another process is changing the keys.",
             remedy="Try again. If no other `prelude keys` runs, remove that file.",
         ) from None
     except OSError as exc:

@@ -69,15 +69,15 @@ class ApiKey(BaseModel):
     @classmethod
     def _some_and_no_duplicates(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if values == ():
-            raise ValueError("at least one is needed")
+            raise ValueError("at least one is required")
         if values is not None and len(set(values)) < len(values):
-            raise ValueError("the same comes twice")
+            raise ValueError("it contains a duplicate")
         return values
 
     @model_validator(mode="after")
     def _admin_is_for_all_tasks(self) -> Self:
         if Scope.ADMIN in self.scopes and self.tasks is not None:
-            raise ValueError("a key with the scope admin is for all tasks; leave its task patterns out")
+            raise ValueError("a key with the scope admin is for all tasks; leave out its task patterns")
         return self
 
     def may(self, scope: Scope) -> bool:

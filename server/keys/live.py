@@ -44,7 +44,7 @@ class ApiKeys:
         self._keys = self._read()
         if not self._keys:
             raise ConfigurationError(
-                f"The keys file {path} holds no key, so nobody could do anything.", remedy=how_to_make_a_key(path)
+                f"The keys file {path} holds no key, so every request would be refused.", remedy=how_to_make_a_key(path)
             )
 
     def find(self, presented: str) -> ApiKey | None:

@@ -175,7 +175,7 @@ def _check_room(item: NewVersion, task: TaskState) -> None:
     if item.version not in task.versions and len(task.versions) >= MAX_VERSIONS:
         raise InvalidRequest(
             f"Task {item.task!r} has {len(task.versions):,} versions; at most {MAX_VERSIONS:,} are kept.",
-            remedy="Delete versions that nobody needs, then publish it again.",
+            remedy="Delete versions that you no longer need, then publish it again.",
         )
 
 

@@ -93,7 +93,7 @@ class Inbox:
             try:
                 self._look(None if is_full else changes, SETTLE_SECONDS)
             except Exception:
-                log.exception("the inbox cannot be looked at")
+                log.exception("the inbox cannot be read")
                 self._stop.wait(BUG_SECONDS)  # a bug of ours, which need not be told five times a second
             if is_full:
                 spent = time.thread_time() - began

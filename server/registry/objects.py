@@ -95,7 +95,7 @@ def open_objects(url: str) -> Objects:
         from server.registry.remote import RemoteObjects
     except ImportError as exc:
         raise StoreError(
-            f"PRELUDE_STORE is {scheme}:…, and obstore, which speaks to it, cannot be imported: {exc}.",
+            f"PRELUDE_STORE is {scheme}:…, and obstore, which accesses it, cannot be imported: {exc}.",
             remedy='Install it with `pip install "prelude-server[store]"`.',
         ) from exc
     return RemoteObjects(url)

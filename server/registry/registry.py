@@ -213,7 +213,7 @@ class Registry(LiveMap):
                     if len(events) < EVENTS_AT_ONCE:
                         return
             except Behind as exc:
-                log.warning("%s The store is loaded anew.", exc)
+                log.warning("%s The store is loaded again.", exc)
                 state = self._store.load()
                 with self._changing:
                     if state.last_event > self._state.last_event:
@@ -318,7 +318,9 @@ class Registry(LiveMap):
                     break
                 won = self._store.events_after(self._state.last_event)
                 if not won:
-                    raise StoreError(f"The store refuses event {event.number} and does not show who has it.")
+                    raise StoreError(
+                        f"The store refuses event {event.number} and does not show which event has its number."
+                    )
                 self._apply(won)
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event, live
@@ -337,7 +339,7 @@ class Registry(LiveMap):
         try:
             self._store.remove_blobs(contents)
         except StoreError as exc:
-            log.warning("blobs that nobody needs are left for later: %s", exc)
+            log.warning("unused blobs are removed later: %s", exc)
 
     def _check_free(self, name: str) -> None:
         check_task_name(name)

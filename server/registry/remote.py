@@ -128,7 +128,7 @@ def _check_url(url: str) -> None:
         scheme = url.partition(":")[0]
         raise StoreError(
             f"PRELUDE_STORE is not {scheme}://BUCKET/PREFIX.",
-            remedy="Name a bucket and a prefix and nothing else; credentials and endpoint come from the environment.",
+            remedy="Name only a bucket and a prefix; credentials and endpoint come from the environment.",
         )
 
 

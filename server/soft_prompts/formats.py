@@ -172,7 +172,7 @@ def _multitask_rows(
     # The unfolded rows, and the larger of the two factors: its rank may exceed n, where it buys nothing.
     if cols[0] * max(shape[0], cols[2]) * shape[1] * 4 > MAX_MULTITASK_BYTES:
         raise InvalidSoftPrompt(
-            f"{cols[0]} tasks of {shape[0]} virtual tokens unfold to more than {MAX_MULTITASK_BYTES} bytes.",
+            f"{cols[0]} tasks of {shape[0]} virtual tokens take more than {MAX_MULTITASK_BYTES} bytes when unpacked.",
             remedy="Publish fewer tasks at a time.",
         )
     check_declared(config, MULTITASK, shape[0], model)

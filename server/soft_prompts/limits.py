@@ -47,7 +47,7 @@ def check_manifest(manifest: Manifest, rows: int = 1) -> None:
         if held > limit:
             raise InvalidSoftPrompt(
                 f"{MANIFEST_NAME} has {held:,} {what}; at most {limit:,} are taken.",
-                remedy="Keep in it what people and requests need, and the rest beside it.",
+                remedy="Keep in it what people and requests need, and the rest in another file.",
             )
 
 

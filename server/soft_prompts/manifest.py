@@ -90,7 +90,7 @@ class GenerationDefaults(_Part):
         if not is_own:
             if wanted > room > 0:  # where there is no room at all, the input is what is too long
                 raise InputTooLong(
-                    f"{least} is {wanted:,}, but behind the input the context has room for {room:,} new tokens.",
+                    f"{least} is {wanted:,}, but after the input the context has room for {room:,} new tokens.",
                     remedy=f"Lower {least}, or shorten the input.",
                     param=least,
                 )
@@ -171,7 +171,7 @@ class Manifest(_Part):
         except ValidationError as exc:
             raise InvalidSoftPrompt(
                 f"manifest.json does not fit: {first_problems(exc)}.",
-                remedy="Mend or leave out the fields that it names.",
+                remedy="Correct or leave out the fields that it names.",
             ) from exc
         try:
             manifest.to_json().encode()

@@ -251,7 +251,7 @@ def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] |
     """
     if len(training.rows) < 2:
         raise InvalidTrainingData(
-            f"{training.path}, line {training.rows[0].line}: the only row, and a soft prompt would learn it by heart.",
+            f"{training.path}, line {training.rows[0].line}: the only row, and a soft prompt would memorise it.",
             remedy="Give more rows; some hundreds are usual.",
         )
     for row in validation.rows if labels else ():

@@ -51,7 +51,7 @@ def initial_values(
             found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
         except InvalidSoftPrompt as exc:
             raise InvalidTrainingData(
-                f"{config.init_from} cannot be begun with: {exc.message}",
+                f"{config.init_from} cannot be the start: {exc.message}",
                 remedy="Name the PEFT directory of a soft prompt for this model.",
             ) from exc
         for note in found.notes:

@@ -72,6 +72,6 @@ def find_learning_rate(
     if not math.isfinite(best.loss):
         raise InvalidTrainingData(
             f"The loss is finite with none of {', '.join(f'{one.learning_rate:g}' for one in tried)} as learning rate.",
-            remedy="Look at the data; or name a smaller learning rate.",
+            remedy="Check the data, or choose a smaller learning rate.",
         )
     return best.learning_rate

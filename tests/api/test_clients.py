@@ -78,7 +78,7 @@ def test_errors_are_the_clients_own_classes(server: LiveServer, client: Inferenc
         client.text_generation("hello", max_new_tokens=10_000)
     with pytest.raises(ValidationError, match="no task 'clients-nobody'"):
         client.text_generation("hello", adapter_id="clients-nobody")
-    with pytest.raises(ValidationError, match="watermark is not offered"):
+    with pytest.raises(ValidationError, match="watermark is not supported"):
         client.text_generation("hello", watermark=True)
     with pytest.raises(ValidationError, match="empty"):
         list(client.text_generation("", stream=True))

@@ -84,7 +84,7 @@ def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_
         body = {"model": "tiny-llama", "prompt": "hello", "max_tokens": 100, "ignore_eos": True}
         if route == "/generate":
             response = server.generate("hello", max_new_tokens=100, ignore_eos_token=True)
-            assert_error(response, 504, "request_timed_out", "not done after 0.4 s")
+            assert_error(response, 504, "request_timed_out", "not complete after 0.4 s")
         else:
             response = server.client.post(route, json=body)
             assert response.status_code == 504
@@ -201,6 +201,6 @@ def test_a_request_that_waits_for_the_store_ends_in_time_and_holds_up_no_other_t
                 late = server.client.post(path, json={"model": "cold", "prompt": "hello", "max_tokens": 1})
             else:
                 late = server.generate("hello", "cold", path)
-            assert_error(late, 504, "request_timed_out", "not done after 2 s")
+            assert_error(late, 504, "request_timed_out", "not complete after 2 s")
             assert server.generate("hello", "warm", max_new_tokens=1).status_code == 200
         wait_until(lambda: server.generate("hello", "cold", max_new_tokens=1).status_code == 200)

@@ -144,7 +144,7 @@ def test_a_download_that_would_fill_the_disk_is_not_unpacked(tmp_path: Path, mon
     archive.write_bytes(zip_of(CONTENT))
     monkeypatch.setattr(files, "MAX_PULLED_BYTES", 10)
     (tmp_path / "out").mkdir()
-    with pytest.raises(InvalidSoftPrompt, match="more than any soft prompt"):
+    with pytest.raises(InvalidSoftPrompt, match="larger than any soft prompt"):
         unpack(archive, tmp_path / "out")
     assert read(tmp_path / "out") == {}
 

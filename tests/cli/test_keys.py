@@ -115,7 +115,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, file: l
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--scope", "admin", "--tasks", "a"], "leave its task patterns out"),
+        (["--scope", "admin", "--tasks", "a"], "leave out its task patterns"),
         (["--scope", "publish", "--tasks", "Team A"], "tasks 1: this is no task's name"),
         (["--scope", "publish", "--name", "two\nlines"], "name: a key is called by 1 to 100 characters on one line"),
         (["--scope", "publish", "--name", ""], "name: a key is called by 1 to 100 characters on one line"),

@@ -337,7 +337,10 @@ def test_a_version_has_to_be_named_once_to_be_activated() -> None:
 
 def test_nothing_is_deleted_without_being_asked_for(server: LiveServer) -> None:
     server.publish_random("careful")
-    assert refused(prompts("delete", "careful")) == ("careful is not deleted without being asked for.", "Give --yes.")
+    assert refused(prompts("delete", "careful")) == (
+        "careful is only deleted after a confirmation.",
+        "Confirm with --yes.",
+    )
     assert live(server, "careful") == 1
 
 

@@ -203,6 +203,6 @@ def test_labels_that_can_never_fit_are_refused(tiny: FrozenModel) -> None:
     engine = make_engine(tiny)
     with pytest.raises(InputTooLong, match="124 of the longest label"):
         engine.check(request("r", INPUT, labels=[(1,), (1,) * 124]), None)
-    with pytest.raises(EmptyInput, match="label holds no token"):
+    with pytest.raises(EmptyInput, match="label contains no token"):
         engine.check(request("r", INPUT, labels=[(1,), ()]), None)
     assert not engine.has_work

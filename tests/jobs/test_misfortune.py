@@ -148,7 +148,7 @@ def test_a_full_disk_ends_the_job_in_words_and_stops_no_other(
     with running(stubbed(settings, tiny32, f"sys.exit({FULL})")) as yard:
         error = yard.ended(yard.submit(spec())).status.error
     assert error is not None
-    assert (error.code, error.error) == (StoreFull.code, "No space is left where PRELUDE_JOBS_DIR lies.")
+    assert (error.code, error.error) == (StoreFull.code, "No space is left where PRELUDE_JOBS_DIR is.")
 
     write, full = JobFolder.write_status, {"": True}
 

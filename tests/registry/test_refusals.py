@@ -239,7 +239,7 @@ def test_a_store_that_says_taken_and_shows_nothing_is_an_error_and_no_endless_lo
     get = shelf.objects.get
     shelf.objects.before_create = steal
     shelf.objects.get = lambda key: None if key == "events/000000000005.json" else get(key)  # type: ignore[method-assign]
-    with pytest.raises(StoreError, match="does not show who has it"):
+    with pytest.raises(StoreError, match="does not show which event has its number"):
         registry.activate("a", 1)
     assert snapshot(registry) == before
 

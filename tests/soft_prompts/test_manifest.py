@@ -171,7 +171,7 @@ def test_more_tokens_at_least_than_at_most_are_refused_by_the_request_s_own_name
 
 def test_more_tokens_at_least_than_there_is_room_for_are_refused() -> None:
     task = GenerationDefaults(max_new_tokens=50)
-    with pytest.raises(InputTooLong, match="is 21, but behind the input the context has room for 20 new") as refused:
+    with pytest.raises(InputTooLong, match="is 21, but after the input the context has room for 20 new") as refused:
         task.sampling_params({"min_new_tokens": 21}, room=20, seed=0)
     assert refused.value.param == "min_new_tokens"
     assert task.sampling_params({"min_new_tokens": 20}, room=20, seed=0).min_new_tokens == 20

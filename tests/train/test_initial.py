@@ -85,7 +85,7 @@ def test_prefix_tuning_begins_with_the_keys_and_values_of_real_tokens(tiny32: Fr
 
 
 def test_a_start_that_is_no_soft_prompt_is_named(tiny32: FrozenModel, tmp_path: Path) -> None:
-    with pytest.raises(InvalidTrainingData, match=r"^other cannot be begun with: .* Name the PEFT directory"):
+    with pytest.raises(InvalidTrainingData, match=r"^other cannot be the start: .* Name the PEFT directory"):
         initial(tiny32, "soft_prompt", start=tmp_path, init_from="other")
 
 

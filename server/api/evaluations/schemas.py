@@ -31,7 +31,9 @@ class EvaluationRequest(RequestBody):
         description="Some of zero-shot, instruction, 4-shot, @2. In a form, with commas.",
         max_length=16,
     )
-    instruction: Text | None = Field(None, description="What baselines are told.", min_length=1, max_length=10_000)
+    instruction: Text | None = Field(
+        None, description="The instruction of the baselines.", min_length=1, max_length=10_000
+    )
     teacher: Text | None = Field(
         None,
         description="A text that holds {input} once, to be asked too: what the soft prompt was distilled from, or is "
@@ -40,7 +42,7 @@ class EvaluationRequest(RequestBody):
         max_length=100_000,
     )
     teacher_chat: bool | None = Field(None, description="Send that text as a user message.")
-    limit: int | None = Field(None, description="Only the first so many rows.", ge=1)
+    limit: int | None = Field(None, description="Evaluate only this many rows from the beginning.", ge=1)
     compare: list[int] | None = Field(
         None, description="Two versions: whether the second is better. In a form: 2,3.", min_length=2, max_length=2
     )

@@ -52,9 +52,7 @@ class Followers:
             Overloaded: as many follow as may.
         """
         if sum(watch.followers for watch in self._watches.values()) >= MOST_FOLLOWERS:
-            raise Overloaded(
-                f"{MOST_FOLLOWERS} clients follow jobs already.", remedy="Ask for the job itself now and then."
-            )
+            raise Overloaded(f"{MOST_FOLLOWERS} clients follow jobs already.", remedy="Poll the job itself instead.")
 
     async def events(self, jobs: Jobs, job_id: str, last: int) -> Events:
         """The record's lines after the last one, numbered; state and progress on each change; at the end the whole job.

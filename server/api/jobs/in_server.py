@@ -118,7 +118,7 @@ class InServerBody(BaseModel):
     created_at: str
     started_at: str | None = None
     ended_at: str | None = None
-    by: str | None = Field(None, description="Id of the key that asked for it.")
+    by: str | None = Field(None, description="Id of the key that requested it.")
     progress: Progress
     error: ErrorBody | None = Field(None, description="Why it failed or was aborted.")
 
@@ -264,7 +264,7 @@ class InServerJobs(Jobs, Generic[W]):
         if keys is None or job.by is None:
             return
         if (why := keys.why_not(job.by, [Scope.PUBLISH], [job.task])) is not None:
-            raise Forbidden(f"{why} It asked for this {self.noun}, so it has ended.")
+            raise Forbidden(f"{why} The {self.noun} used this key, so it has ended.")
 
     def _end(self, job: InServerJob[W], state: JobState, error: PreludeError | None = None) -> None:
         job.end(state, error)

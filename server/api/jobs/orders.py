@@ -108,7 +108,7 @@ def find_files(order: Order[F], names: Sequence[str], data_dir: Path | None) -> 
     for field in names:
         name, upload = getattr(order.fields, field), order.uploads.get(field)
         if name is not None and upload is not None:
-            raise InvalidRequest(f"{field} is uploaded, and named as well.", remedy="Do one of both.", param=field)
+            raise InvalidRequest(f"{field} is both uploaded and named.", remedy="Do only one of them.", param=field)
         if name is not None:
             found[field] = GivenFile(resolve_data(name, data_dir), name)
         elif upload is not None:

@@ -24,7 +24,7 @@ class Idle:
 
 def _not_offered(value: Any) -> None:
     if value is not None:
-        raise ValueError("not offered by this server; leave it out")
+        raise ValueError("not supported by this server; leave it out")
 
 
 def _only(*idle: Any) -> BeforeValidator:
@@ -33,7 +33,7 @@ def _only(*idle: Any) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if value is not None and not any(type(value) is type(one) and value == one for one in idle):
-            raise ValueError(f"not offered by this server, which takes only {named}; leave it out")
+            raise ValueError(f"not supported by this server, which takes only {named}; leave it out")
         return value
 
     return BeforeValidator(check)

@@ -38,7 +38,7 @@ def _text_of(part: Any) -> str:
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise ValueError('a part must be {"type": "text", "text": …}')
     if kind != "text":
-        raise ValueError(f"parts of type {kind[:80]!r} are not offered: the model reads text only")
+        raise ValueError(f"parts of type {kind[:80]!r} are not supported: the model reads text only")
     text = part.get("text")
     given = {name for name, value in part.items() if value is not None}
     if not isinstance(text, str) or given - CACHE_HINTS != {"type", "text"}:
@@ -64,7 +64,7 @@ class Message(BaseModel):
     content: Content = Field(
         description='A text, or a list of {"type": "text", "text": …}; null, of the assistant, is an empty text.'
     )
-    name: Text | None = Field(None, max_length=64, description="Who speaks, for templates that tell it.")
+    name: Text | None = Field(None, max_length=64, description="The speaker's name, for templates that use it.")
     audio: NotOffered = None
     function_call: NotOffered = None
     refusal: NoText = None

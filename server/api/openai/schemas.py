@@ -55,7 +55,7 @@ class _Body(RequestBody):
 class StreamOptions(_Body):
     """`stream_options`."""
 
-    include_usage: bool | None = Field(None, description="A last chunk without choices tells the token counts.")
+    include_usage: bool | None = Field(None, description="A last chunk without choices reports the token counts.")
     include_obfuscation: bool | None = Field(None, description="Has no effect: chunks are not padded.")
 
 
@@ -86,11 +86,21 @@ class SamplingBody(_Body):
     )
     top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
     top_k: int | None = Field(None, ge=-1, description="Sample from the k most likely tokens; 0 and -1 keep all.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Keep tokens with this share of the best one's.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Over 0: less of what was said.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Over 0: less of what was said often.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Keep tokens with at least this share of the likeliest one's probability."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0, tokens of the output become less likely."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0, frequent tokens of the output become less likely."
+    )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, allow_inf_nan=False, description="Over 1: less of what input and output hold."
+        None,
+        ge=0.01,
+        le=100,
+        allow_inf_nan=False,
+        description="Above 1, tokens of input and output become less likely.",
     )
     logit_bias: LogitBias | None = Field(None, description="Token ids, and -100 to 100 to add to their logits.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="Makes sampling repeatable.")
@@ -99,16 +109,16 @@ class SamplingBody(_Body):
     include_stop_str_in_output: bool | None = Field(
         None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
     )
-    min_tokens: int | None = Field(None, ge=0, description="The text does not end before so many tokens.")
-    ignore_eos: bool | None = Field(None, description="Go on past the end-of-sequence token.")
+    min_tokens: int | None = Field(None, ge=0, description="Minimum number of new tokens.")
+    ignore_eos: bool | None = Field(None, description="Continue after the end-of-sequence token.")
     skip_special_tokens: bool | None = Field(None, description="False writes special tokens by their names.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What the text must match.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     prompt_logprobs: int | None = Field(
-        None, ge=0, le=20, description="Log-probabilities of the input's tokens, and so many of the most likely there."
+        None, ge=0, le=20, description="Log-probabilities of the input's tokens and of this many likely alternatives."
     )
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
+    user: str | None = Field(None, max_length=512, description="The user's id; a user stays on one side of a canary.")
     metadata: dict[str, str | None] | None = Field(None, description="Has no effect.")
     prompt_cache_key: str | None = Field(None, description="Has no effect.")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Has no effect.")
@@ -171,14 +181,19 @@ class CompletionBody(SamplingBody):
         ),
     ] = Field(description="A text, a list of texts, token ids, or a list of lists of token ids.")
     max_tokens: int | None = Field(
-        None, ge=0, description="Most tokens to generate; 0 only looks at the input. Default: the task's own, else 128."
+        None,
+        ge=0,
+        description="Maximum number of new tokens; 0 only evaluates the input. Default: the task's own, else 128.",
     )
     best_of: int | None = Field(
-        None, ge=1, le=MAX_CHOICES, description="Generate so many and answer the n of the highest mean log-probability."
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate this many texts and return the n with the highest mean log-probability.",
     )
     echo: bool | None = Field(None, description="Begin the answer with the input.")
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="Log-probabilities of the tokens, and so many of the most likely in their place."
+        None, ge=0, le=20, description="Log-probabilities of the tokens and of this many likely alternatives."
     )
     suffix: NoText = None
 
@@ -242,11 +257,9 @@ class ChatBody(SamplingBody):
         }
     )
 
-    messages: list[Message] = Field(
-        min_length=1, fail_fast=True, description="The conversation, as far as it has come."
-    )
+    messages: list[Message] = Field(min_length=1, fail_fast=True, description="The conversation so far.")
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="Most tokens to generate. Default: the task's own, else 128."
+        None, ge=1, description="Maximum number of new tokens. Default: the task's own, else 128."
     )
     max_tokens: int | None = Field(None, ge=1, description="The same, by its older name.")
     add_generation_prompt: bool | None = Field(
@@ -256,7 +269,7 @@ class ChatBody(SamplingBody):
         None, description="Continue the last message instead of answering it; excludes add_generation_prompt."
     )
     logprobs: bool | None = Field(None, description="Answer the log-probability of every token.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Also so many of the most likely in its place.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Also for this many likely alternatives.")
     response_format: ResponseFormat | None = Field(None, description="What the answer must match.")
     modalities: OnlyText = None
     audio: NotOffered = None

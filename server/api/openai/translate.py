@@ -148,7 +148,7 @@ def prepare_all(
         )
     if body.new_tokens == 0 and choices > 1:
         raise InvalidRequest(
-            "Of texts without a token there is only one.", remedy="Send n 1 with max_tokens 0.", param="n"
+            "With max_tokens 0 all texts are the same.", remedy="Send n 1 with max_tokens 0.", param="n"
         )
     manifest = target.manifest
     fields = _sampling_fields(worker, body)

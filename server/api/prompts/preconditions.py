@@ -30,7 +30,7 @@ async def _expected(
         raise InvalidRequest("If-Match and If-None-Match exclude each other.", remedy="Send one of them.")
     if if_none_match is not None:
         if if_none_match.strip() != "*":
-            raise InvalidRequest(f"If-None-Match is {if_none_match[:80]!r}.", remedy="Only * is taken.")
+            raise InvalidRequest(f"If-None-Match is {if_none_match[:80]!r}.", remedy="Only * is accepted.")
         return "none"
     if if_match is None:
         return None

@@ -63,7 +63,7 @@ async def list_prompts(
     request: Request,
     registry: RegistryDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Entries of a page.")] = 100,
-    after: Annotated[str | None, Query(description="Start behind this task: `next` of the page before.")] = None,
+    after: Annotated[str | None, Query(description="Start after this task: `next` of the previous page.")] = None,
 ) -> PromptList:
     """All tasks by name, with what is broken in the inbox."""
     tasks = {task.name: task for task in registry.tasks()}
@@ -114,7 +114,7 @@ async def put_prompt(
     settings: SettingsDep,
     expected: ExpectedDep,
     key_id: KeyIdDep,
-    activate: Annotated[bool, Query(description="false stages it: only requests for task@version get it.")] = True,
+    activate: Annotated[bool, Query(description="false stages it: only requests for task@version reach it.")] = True,
     dry_run: Annotated[bool, Query(description="true validates it as a publish would, and changes nothing.")] = False,
 ) -> PublishReply:
     """Publish a soft prompt under a task's name; the next request is served by it, those in flight finish on theirs."""

@@ -93,7 +93,7 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> list[str]:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ZIP_ENTRIES:
-                raise InvalidSoftPrompt(f"The zip has {len(entries)} entries; at most {MAX_ZIP_ENTRIES} are taken.")
+                raise InvalidSoftPrompt(f"The zip has {len(entries)} entries; at most {MAX_ZIP_ENTRIES} are accepted.")
             for entry in entries:
                 _check_entry(entry)
             files = {entry: _path(entry.filename) for entry in entries if entry.filename[-1:] not in ("/", "\\")}
@@ -146,7 +146,7 @@ def _check_directory(source: IO[bytes]) -> None:
     is_zip64 = tail[at - 20 : at - 16] == b"PK\x06\x07"
     if is_zip64 or entries > MAX_ZIP_ENTRIES or directory_bytes > MAX_DIRECTORY_BYTES:
         raise InvalidSoftPrompt(
-            f"The zip has {entries} entries or more; at most {MAX_ZIP_ENTRIES} are taken.",
+            f"The zip has {entries} entries or more; at most {MAX_ZIP_ENTRIES} are accepted.",
             remedy="Zip only the files of the soft prompt.",
         )
 
@@ -155,7 +155,7 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     """Refuse entries that point outside, are links, or are encrypted; none of them has a place in a soft prompt."""
     path = _path(entry.filename)
     if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
-        raise InvalidSoftPrompt(f"The zip has an entry that leads outside: {entry.filename[:100]!r}.")
+        raise InvalidSoftPrompt(f"The zip has an entry outside its folder: {entry.filename[:100]!r}.")
     if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise InvalidSoftPrompt(
             f"The zip has a link or a device: {entry.filename[:100]!r}.", remedy="Zip the files themselves."
@@ -174,4 +174,4 @@ def _new(directory: Path, name: str) -> Path:
 
 
 def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge("The files of the soft prompt unfold to more than the server takes.")
+    return PayloadTooLarge("The unpacked files of the soft prompt exceed the server's limit.")

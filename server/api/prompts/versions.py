@@ -58,7 +58,7 @@ async def list_versions(
     response: Response,
     limit: Annotated[int, Query(ge=1, le=PAGE, description="Entries of a page.")] = PAGE,
     before: Annotated[
-        int | None, Query(ge=1, description="Only versions older than this one: `next` of the page before.")
+        int | None, Query(ge=1, description="Only versions older than this one: `next` of the previous page.")
     ] = None,
 ) -> VersionList:
     """A task's versions, newest first, a page of them."""

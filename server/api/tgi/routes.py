@@ -213,7 +213,7 @@ def _refuse_to_stream(body: GenerateBody) -> None:
     for name, is_whole in whole.items():
         if is_whole:
             what = "a list of texts" if name == "inputs" else name.removeprefix("parameters.")
-            raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Ask /generate without stream.")
+            raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Send it to /generate without stream.")
 
 
 SAME_NAMES = (

@@ -72,22 +72,30 @@ class GenerateParameters(_Strict):
     adapter_id: str | None = Field(None, description="The task; the same as ?task=.")
     do_sample: bool | None = Field(None, description="false is greedy; true samples at temperature 1 unless given.")
     max_new_tokens: int | None = Field(
-        None, ge=1, description="Most tokens to generate; 128 unless the task says else."
+        None, ge=1, description="Maximum number of new tokens. Default: the task's own, else 128."
     )
-    min_new_tokens: int | None = Field(None, ge=0, description="The text does not end before so many tokens.")
+    min_new_tokens: int | None = Field(None, ge=0, description="Minimum number of new tokens.")
     temperature: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy; anything else samples."
     )
     top_k: int | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
     top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Sample from tokens with this share of the best one's.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Sample from tokens with at least this share of the likeliest one's probability."
+    )
     typical_p: float | None = Field(None, gt=0, le=1, description="Sample from the most typical tokens that reach p.")
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, allow_inf_nan=False, description="Over 1 makes tokens that occurred less likely."
+        None,
+        ge=0.01,
+        le=100,
+        allow_inf_nan=False,
+        description="Above 1, tokens of input and output become less likely.",
     )
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Over 0: less of what the output holds.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0, tokens of the output become less likely."
+    )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Over 0: less of what the output holds, the more often the less."
+        None, ge=-2, le=2, description="Above 0, frequent tokens of the output become less likely."
     )
     seed: int | None = Field(None, ge=0, lt=2**64, description="Makes sampling repeatable.")
     stop: list[Annotated[Text, Field(min_length=1, max_length=256)]] | None = Field(
@@ -99,13 +107,13 @@ class GenerateParameters(_Strict):
     include_stop_str_in_output: bool | None = Field(
         None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
     )
-    ignore_eos_token: bool | None = Field(None, description="Go on past the end-of-sequence token.")
+    ignore_eos_token: bool | None = Field(None, description="Continue after the end-of-sequence token.")
     grammar: GrammarBody | None = Field(None, description="What the text must match.")
     best_of: int | None = Field(
         None,
         ge=1,
         le=MAX_BEST_OF,
-        description="Generate so many and answer the one of the highest mean log-probability.",
+        description="Generate this many texts and return the one with the highest mean log-probability.",
     )
     choices: list[Annotated[Text, Field(min_length=1, max_length=1024)]] | None = Field(
         None,
@@ -116,14 +124,14 @@ class GenerateParameters(_Strict):
     length_normalized: bool | None = Field(
         None, description="With choices: compare mean log-probabilities of their tokens instead of sums."
     )
-    truncate: int | None = Field(None, ge=1, description="Keep only the last so many input tokens.")
-    return_full_text: bool | None = Field(None, description="Put `inputs` in front of the generated text.")
-    details: bool | None = Field(None, description="Answer finish reason, token counts and every token.")
+    truncate: int | None = Field(None, ge=1, description="Keep only this many input tokens, the last ones.")
+    return_full_text: bool | None = Field(None, description="Prepend `inputs` to the generated text.")
+    details: bool | None = Field(None, description="Report finish reason, token counts and every token.")
     decoder_input_details: bool | None = Field(
         None, description="Details with the input's tokens and their log-probabilities; not in a stream."
     )
     top_n_tokens: int | None = Field(
-        None, ge=0, le=MAX_TOP_TOKENS, description="Details with so many of the most likely tokens in each place."
+        None, ge=0, le=MAX_TOP_TOKENS, description="Details with this many of the most likely tokens at each position."
     )
     watermark: bool | None = Field(None, description="Only false.")
 
@@ -131,7 +139,7 @@ class GenerateParameters(_Strict):
     @classmethod
     def _not_offered(cls, value: bool | None) -> bool | None:
         if value:
-            raise ValueError("watermark is not offered by this server; leave it out")
+            raise ValueError("watermark is not supported by this server; leave it out")
         return value
 
     @field_validator("choices")
@@ -181,10 +189,10 @@ class GenerateBody(_Strict):
         Discriminator(
             _kind_of_inputs, custom_error_type="no_text", custom_error_message="must be a text or a list of texts"
         ),
-    ] = Field(description="The text, or a list of texts; the task's input_template is put around each.")
+    ] = Field(description="The text, or a list of texts; the task's input_template is applied to each.")
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
     stream: bool | None = Field(None, description="Answer as server-sent events, one per token.")
-    user: str | None = Field(None, max_length=512, description="Who asks; in a canary one user stays on one side.")
+    user: str | None = Field(None, max_length=512, description="The user's id; a user stays on one side of a canary.")
 
     @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)
     @classmethod
@@ -258,7 +266,7 @@ class TokenizeBody(_Strict):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Win a prize now!"}]})
 
-    inputs: Text = Field(description="A text, taken as it is: no template is put around it.")
+    inputs: Text = Field(description="A text, without any template.")
 
 
 class TokenizedBody(BaseModel):

@@ -127,7 +127,9 @@ def attend_flat_row(
     if dropout:
         unknown.append("dropout")
     if layout is None:
-        raise UnsupportedModel("The model does not hand its forward's keywords to the attention, so no layout arrives.")
+        raise UnsupportedModel(
+            "The model does not hand its forward's keywords to the attention, so the engine's layout does not reach it."
+        )
     if unknown:
         raise UnsupportedModel(f"The model's attention uses {', '.join(unknown)}, which the engine does not implement.")
     sinks = None if s_aux is None else s_aux.detach().reshape(query.shape[1])

@@ -169,7 +169,7 @@ def capture(
         graphs = DecodeGraphs(model, kv_cache, attention, max_sequences, record or CudaRecorder(model.device))
     except Exception as exc:  # noqa: BLE001 - whatever a model does that a graph cannot hold, it can do eagerly
         reason = next(iter(str(exc).splitlines()), "") or type(exc).__name__
-        log.warning("decoding goes on without CUDA graphs, because they cannot be captured: %s", reason)
+        log.warning("decoding runs without CUDA graphs, because they cannot be captured: %s", reason)
         return None
     log.info("captured CUDA graphs for decoding %s sequences", ", ".join(map(str, graphs.buckets)))
     return graphs

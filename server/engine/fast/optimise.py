@@ -74,7 +74,7 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
         log.warning("the kernels cannot be kept in %s: %s", cache_dir, exc.strerror or exc)
         return use_kernels(None)
     except Exception:  # noqa: BLE001 - numba unpickles a file that may hold anything, say half of itself
-        log.warning("the kernels in %s cannot be read; they are compiled anew", cache_dir)
+        log.warning("the kernels in %s cannot be read; they are compiled again", cache_dir)
         shutil.rmtree(cache_dir, ignore_errors=True)
         return use_kernels(None)
     return kernels
@@ -144,7 +144,10 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
 
     # Twice, so that there is never more than one layer too many in memory.
     if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
-        log.info("the layers of %s are not what they look like; they stay as transformers wrote them", model.spec.name)
+        log.info(
+            "the layers of %s do not behave like the Llama family's; they stay as transformers wrote them",
+            model.spec.name,
+        )
         return False
     for index in range(len(layers)):
         layers[index] = fused(index)

@@ -104,7 +104,7 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
     if is_empty:
-        raise ConfigurationError(f"The tokenizer of {location} knows no token of a text.", remedy=REMEDY)
+        raise ConfigurationError(f"The tokenizer of {location} has no token for any text.", remedy=REMEDY)
     return module, tokenizer
 
 
@@ -140,7 +140,7 @@ def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigurationError(
-            f"The weights of {location} lack {len(missing)} that its configuration asks for: {_some(missing)}.",
+            f"The weights of {location} lack {len(missing)} tensors of its configuration: {_some(missing)}.",
             remedy=REMEDY,
         )
     unused = sorted(info["unexpected_keys"])
@@ -169,7 +169,7 @@ def check_files(directory: Path) -> dict[str, Stored]:
         with as_sentence(f"{template} is not UTF-8"):
             template.read_text(encoding="utf-8")
     if not isinstance(found[CONFIG].get("model_type"), str):
-        raise ConfigurationError(f"{directory / CONFIG} says no model_type.", remedy=REMEDY)
+        raise ConfigurationError(f"{directory / CONFIG} has no model_type.", remedy=REMEDY)
     if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):
         raise ConfigurationError(f"{directory} holds no tokenizer (tokenizer.json).", remedy=REMEDY)
     weights: dict[str, Stored] = {}

@@ -60,7 +60,7 @@ def render_chat(
         if any(encoder.control_ids(content) for content in written):
             raise InvalidRequest(
                 "The messages hold a special token of the model, and its chat template does not show where they stand.",
-                remedy="Leave it out, or let whoever runs the server set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
+                remedy="Leave it out, or let the server's operator set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
                 param="messages",
             ) from None
         return TemplatedText(text)

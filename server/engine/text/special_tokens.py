@@ -116,7 +116,7 @@ class InputEncoder:
         if bad or passed != [token_id for token_id, _, _ in own]:
             raise InvalidRequest(
                 "The text holds a special token of the model that cannot be read as text.",
-                remedy="Leave it out, or let whoever runs the server set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
+                remedy="Leave it out, or let the server's operator set PRELUDE_SPECIAL_TOKENS_IN_INPUT=control.",
             )
         return ids
 

@@ -84,7 +84,7 @@ def test_refusals_are_told_in_the_servers_words(client: InferenceClient) -> None
     weather: Any = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
     for status, words, options in (
         (404, "The model `hf-nobody` does not exist", {"model": "hf-nobody"}),
-        (400, "tools: not offered", {"model": FROZEN, "tools": [weather]}),
+        (400, "tools: not supported", {"model": FROZEN, "tools": [weather]}),
         (400, "tokens", {"model": FROZEN, "max_tokens": 10_000}),
     ):
         with pytest.raises(HfHubHTTPError, match=words) as caught:

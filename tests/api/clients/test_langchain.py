@@ -172,5 +172,5 @@ def test_refusals_are_classes_that_programs_catch(chat: Chat, text: Text, connec
         text("langchain-nobody", **connections).invoke("hello")
     with pytest.raises(ContextOverflowError):
         chat(**connections).invoke("x" * 500)
-    with pytest.raises(openai.BadRequestError, match="tools: not offered"):
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         chat(**connections).bind_tools([Review]).invoke("hello")

@@ -231,7 +231,7 @@ def test_min_tokens_beyond_the_room_that_is_left_are_refused(server: LiveServer)
         post(server, COMPLETIONS, prompt=text, min_tokens=11),
         400,
         "input_too_long",
-        "min_tokens is too large. min_tokens is 11, but behind the input the context has room for 10 new tokens.",
+        "min_tokens is too large. min_tokens is 11, but after the input the context has room for 10 new tokens.",
     )
     assert error["param"] == "min_tokens"
     assert post(server, COMPLETIONS, prompt=text, min_tokens=10).json()["usage"]["completion_tokens"] == 10

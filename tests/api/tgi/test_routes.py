@@ -180,7 +180,7 @@ def test_a_number_that_is_not_finite_is_refused(server: LiveServer, name: str, n
 
 
 def test_what_is_not_offered_is_refused_by_name(server: LiveServer) -> None:
-    assert_error(server.generate(watermark=True), 422, "invalid_request", "watermark is not offered")
+    assert_error(server.generate(watermark=True), 422, "invalid_request", "watermark is not supported")
 
 
 def test_neutral_values_change_nothing(server: LiveServer) -> None:

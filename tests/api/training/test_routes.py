@@ -251,7 +251,7 @@ def test_a_body_that_is_neither_json_nor_a_whole_form_is_refused(site: Site) -> 
     files = {"data": ("a", GOOD), "more": ("b", GOOD)}
     assert_error(site.request("POST", data={"spec": "{}"}, files=files), 422, "invalid_request", "'more'")
     both = site.upload({"data": GOOD}, data="good.jsonl")
-    assert_error(both, 422, "invalid_request", "named as well")
+    assert_error(both, 422, "invalid_request", "both uploaded and named")
     form = site.live.client.build_request("POST", "/", data={"spec": "{}"}, files={"data": ("a", GOOD)})
     cut = form.read()[:-20]
     headers = {"Content-Type": form.headers["content-type"]}

@@ -175,7 +175,7 @@ def test_what_cannot_be_captured_is_said_in_one_line_and_runs_eagerly(caplog: py
     with caplog.at_level(logging.INFO):
         assert capture(model, engine.kv_cache, reference_varlen_attn, 2, record) is None
     assert caplog.messages == [
-        "decoding goes on without CUDA graphs, because they cannot be captured: "
+        "decoding runs without CUDA graphs, because they cannot be captured: "
         "operation not permitted when stream is capturing"
     ]
 

@@ -206,7 +206,7 @@ def test_kept_kernels_that_cannot_be_read_are_compiled_anew(tmp_path: Path) -> N
     assert indices, "nothing was kept"
     for index in indices:
         index.write_bytes(index.read_bytes()[:-20])
-    assert "they are compiled anew" in start()
+    assert "they are compiled again" in start()
     assert not any(map(Path.exists, indices)), "the next start would find them again"
 
 

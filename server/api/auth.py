@@ -21,16 +21,13 @@ from starlette.types import Scope as ASGIScope
 from server.api.bodies import BoundedRequest
 from server.api.deadline import in_time
 from server.api.openai.errors import MODELS, OPENAI_ERRORS
-from server.api.schemas import ErrorBody
+from server.api.schemas import responses
 from server.api.telemetry.record import record_of
 from server.errors import Forbidden, Unauthorized, UnknownTask
 from server.keys.key import ApiKey, Scope
 from server.keys.live import ApiKeys
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorBody, "description": "The server wants a key, and there is none or a wrong one."},
-    403: {"model": ErrorBody, "description": "The key lacks the scope, or is not for this task."},
-}
+ERRORS = responses(401, 403)
 
 # It only tells OpenAPI: FastAPI would ask it after the body, and answers in words of its own.
 _bearer = HTTPBearer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 
@@ -17,34 +17,13 @@ from server.settings import Settings
 from server.soft_prompts.names import TASK_NAME
 
 
-async def _worker(request: Request) -> EngineWorker:
-    worker: EngineWorker = request.app.state.worker
-    return worker
+def _of_app(name: str) -> Any:
+    """A dependency on what the app's state has under a name."""
 
+    async def get(request: Request) -> Any:
+        return getattr(request.app.state, name)
 
-async def _registry(request: Request) -> Registry:
-    registry: Registry = request.app.state.registry
-    return registry
-
-
-async def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
-async def _metrics(request: Request) -> Metrics:
-    metrics: Metrics = request.app.state.metrics
-    return metrics
-
-
-async def _board(request: Request) -> JobBoard:
-    board: JobBoard = request.app.state.jobs
-    return board
-
-
-async def _executors(request: Request) -> Executors:
-    executors: Executors = request.app.state.executors
-    return executors
+    return Depends(get)
 
 
 async def _key_id(request: Request) -> str | None:
@@ -71,12 +50,12 @@ async def known_query(request: Request) -> None:
             raise InvalidRequest(f"The query parameter {name} comes twice.", remedy="Give it once.")
 
 
-WorkerDep = Annotated[EngineWorker, Depends(_worker)]
-RegistryDep = Annotated[Registry, Depends(_registry)]
-SettingsDep = Annotated[Settings, Depends(_settings)]
-BoardDep = Annotated[JobBoard, Depends(_board)]
-ExecutorsDep = Annotated[Executors, Depends(_executors)]
-MetricsDep = Annotated[Metrics, Depends(_metrics)]
+WorkerDep = Annotated[EngineWorker, _of_app("worker")]
+RegistryDep = Annotated[Registry, _of_app("registry")]
+SettingsDep = Annotated[Settings, _of_app("settings")]
+BoardDep = Annotated[JobBoard, _of_app("jobs")]
+ExecutorsDep = Annotated[Executors, _of_app("executors")]
+MetricsDep = Annotated[Metrics, _of_app("metrics")]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]
 
 # The pattern only tells OpenAPI: FastAPI would refuse what does not match in words of its own.

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 
 from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
 from server.api.auth import Reads, Scrapes, may_see
 from server.api.deps import ExecutorsDep, MetricsDep, RegistryDep, SettingsDep, WorkerDep
-from server.api.schemas import ErrorBody, Health, Info, Live, PrefixInfo, Ready
+from server.api.schemas import Health, Info, Live, PrefixInfo, Ready, responses
 from server.api.telemetry.metrics import CONTENT_TYPE
 from server.api.tgi.schemas import MAX_BEST_OF, MAX_INPUTS, MAX_STOP
 from server.engine.worker import EngineWorker
 from server.errors import Forbidden, PreludeError, ServerDraining
 
-NOT_READY: dict[int | str, dict[str, Any]] = {
-    500: {"model": ErrorBody, "description": "The engine does not run."},
-    503: {"model": ErrorBody, "description": "The server is shutting down."},
-}
+NOT_READY = responses(503, on_500="The engine does not run.")
 
-NOT_ALIVE: dict[int | str, dict[str, Any]] = {500: {"model": ErrorBody, "description": "The engine has failed."}}
+NOT_ALIVE = responses(on_500="The engine has failed.")
 
 router = APIRouter(tags=["operations"])
 

@@ -103,6 +103,28 @@ def error_body(error: PreludeError) -> dict[str, str]:
     return body.model_dump()
 
 
+Responses = dict[int | str, dict[str, Any]]
+"""Replies of a route beside the usual one, by status, for the OpenAPI document."""
+
+
+_ERRORS = {
+    400: "The body cannot be read as JSON text.",
+    401: "The server wants a key, and there is none or a wrong one.",
+    403: "The key lacks the scope, or is not for this task.",
+    404: "No such task or version.",
+    413: "The body is too large.",
+    500: "The engine could not finish the request.",
+    503: "The server is shutting down.",
+}
+
+
+def responses(*usual: int, model: type[BaseModel] = ErrorBody, **others: str) -> Responses:
+    """The errors of a route: statuses with their usual meaning, and others as `on_409="It is not done."`."""
+    texts = {status: _ERRORS[status] for status in usual}
+    texts |= {int(name.removeprefix("on_")): text for name, text in others.items()}
+    return {status: {"model": model, "description": text} for status, text in sorted(texts.items())}
+
+
 class ActivateBody(RequestBody):
     """POST /prompts/{task}/activate."""
 

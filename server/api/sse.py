@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.auth import why_no_longer
 from server.api.deadline import seconds_left
-from server.api.schemas import error_body
+from server.api.schemas import Responses, error_body
 from server.errors import PreludeError, RequestAborted, Unauthorized
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ KEY_SECONDS = 2.0
 READ_SECONDS = 2.0
 """How long a client may take to read why its stream ends."""
 
-OR_STREAM: dict[int | str, dict[str, Any]] = {
+OR_STREAM: Responses = {
     200: {
         "description": "The reply; with `stream: true` the same as server-sent events.",
         "content": {"text/event-stream": {}},

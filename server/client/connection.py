@@ -36,12 +36,9 @@ OnSent = Callable[[int], None]
 """Told how many more bytes of an upload have been sent."""
 
 
-class ServerUnreachable(PreludeError):
+class ServerUnreachable(PreludeError, code="server_unreachable", status=503, family="overloaded"):
     """No server answers at the address, or what answers is not one."""
 
-    status = 503
-    code = "server_unreachable"
-    family = "overloaded"
     default_remedy = "Start a server with `prelude serve`, or name another one with --url or PRELUDE_URL."
 
 

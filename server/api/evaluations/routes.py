@@ -15,19 +15,19 @@ from server.api.jobs.in_server import InServerJob, InServerJobs, accept
 from server.api.jobs.kind import job_router
 from server.api.jobs.orders import read_order
 from server.api.jobs.routes import MISSING, JobId
-from server.api.schemas import ErrorBody
+from server.api.schemas import responses
 from server.errors import EvaluationNotDone, UnknownEvaluation
 
-START_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The body cannot be read."},
-    404: {"model": ErrorBody, "description": "No such task or version."},
-    413: {"model": ErrorBody, "description": "The upload is too large."},
-    422: {"model": ErrorBody, "description": "A field or a row does not fit; a row by its file and line."},
-    429: {"model": ErrorBody, "description": "Too many evaluations wait already."},
-    500: {"model": ErrorBody, "description": "The files cannot be kept, or what measures text is not installed."},
-    503: {"model": ErrorBody, "description": "The server is shutting down, or the version cannot be served."},
-    507: {"model": ErrorBody, "description": "There is no room for the files."},
-}
+START_ERRORS = responses(
+    404,
+    on_400="The body cannot be read.",
+    on_413="The upload is too large.",
+    on_422="A field or a row does not fit; a row by its file and line.",
+    on_429="Too many evaluations wait already.",
+    on_500="The files cannot be kept, or what measures text is not installed.",
+    on_503="The server is shutting down, or the version cannot be served.",
+    on_507="There is no room for the files.",
+)
 
 
 router = job_router("/evaluations", "evaluations")
@@ -79,7 +79,7 @@ async def start_evaluation(request: Request, response: Response, registry: Regis
     response_class=Response,
     responses={
         200: {"content": {"text/markdown": {}}, "description": "The card."},
-        409: {"model": ErrorBody, "description": "It is not done."},
+        **responses(on_409="It is not done."),
         **MISSING,
     },
 )

@@ -9,20 +9,17 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from server.api.auth import may_see
 from server.api.jobs.followers import Followers
 from server.api.jobs.kind import Jobs, job_router
-from server.api.schemas import ErrorBody
+from server.api.schemas import Responses, responses
 from server.api.sse import NumberedStream
 from server.errors import InvalidRequest
 
-MISSING: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "No such job."},
-    422: {"model": ErrorBody, "description": "A parameter does not fit."},
-    429: {"model": ErrorBody, "description": "Too much waits; Retry-After says when to come back."},
-}
-NOT_OVER: dict[str, Any] = {"model": ErrorBody, "description": "The job is not over."}
-EVENTS: dict[int | str, dict[str, Any]] = {
-    **MISSING,
-    200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}},
-}
+MISSING = responses(
+    on_404="No such job.",
+    on_422="A parameter does not fit.",
+    on_429="Too much waits; Retry-After says when to come back.",
+)
+NOT_OVER = responses(on_409="The job is not over.")
+EVENTS: Responses = MISSING | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
 
 JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
 
@@ -77,7 +74,7 @@ def common_routes(kind: type[Jobs]) -> APIRouter:
         await jobs.cancel(job.id)
         return jobs.show(await jobs.find(request, job.id))
 
-    @router.delete("/{job}", status_code=204, responses={**MISSING, 409: NOT_OVER}, name=f"delete_{one}")
+    @router.delete("/{job}", status_code=204, responses=MISSING | NOT_OVER, name=f"delete_{one}")
     async def delete_job(request: Request, job: Any = found) -> None:
         """Forget a job that is over, with its record; what it has published stays.
 

@@ -19,20 +19,24 @@ from server.api.openai.schemas import CompletionBody
 from server.api.openai.stream import OPENAI, Body, chunks
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
 from server.api.outputs import Choice, collect_all, merge
+from server.api.schemas import responses
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.contracts import Delta, Scored, Token
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, InvalidRequest
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    **REFUSALS,
-    **MISSING,
-    413: {"model": OpenAIErrorBody, "description": "The body is too large."},
-    429: {"model": OpenAIErrorBody, "description": "Too much is waiting; Retry-After says when to try again."},
-    500: {"model": OpenAIErrorBody, "description": "The engine could not finish the request."},
-    503: {"model": OpenAIErrorBody, "description": "The server is shutting down, or cannot read the version."},
-    504: {"model": OpenAIErrorBody, "description": "The request took longer than the server lets any take."},
-}
+ERRORS = (
+    REFUSALS
+    | MISSING
+    | responses(
+        413,
+        500,
+        model=OpenAIErrorBody,
+        on_429="Too much is waiting; Retry-After says when to try again.",
+        on_503="The server is shutting down, or cannot read the version.",
+        on_504="The request took longer than the server lets any take.",
+    )
+)
 
 router = APIRouter(
     tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from server.api.error_format import ErrorFormat
 from server.api.openai.schemas import ChatBody, CompletionBody
+from server.api.schemas import responses
 from server.errors import InputTooLong, InvalidRequest, InvalidTaskName, PreludeError, Unauthorized, UnknownTask
 
 PREFIX = "/v1"
@@ -50,16 +51,16 @@ class OpenAIErrorBody(BaseModel):
     error: OpenAIError
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": OpenAIErrorBody, "description": "A field or a parameter does not fit."},
-    401: {"model": OpenAIErrorBody, "description": "The server wants a key, and there is none or a wrong one."},
-    403: {"model": OpenAIErrorBody, "description": "The key lacks the scope, or is not for this task."},
-    # FastAPI would describe an answer of its own.
-    422: {"model": OpenAIErrorBody, "description": "Not used: what does not fit is 400 here."},
-}
+REFUSALS = responses(
+    401,
+    403,
+    model=OpenAIErrorBody,
+    on_400="A field or a parameter does not fit.",
+    on_422="Not used: what does not fit is 400 here.",  # without it, FastAPI describes an answer of its own
+)
 """What every route may refuse, for /openapi.json."""
 
-MISSING: dict[int | str, dict[str, Any]] = {404: {"model": OpenAIErrorBody, "description": "No such task or version."}}
+MISSING = responses(404, model=OpenAIErrorBody)
 
 
 def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ParamSpec, TypeVar
 
+from fastapi import Depends
+
+from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep
+from server.api.prompts.preconditions import ExpectedDep
 from server.errors import StoreTimeout
 from server.executors import Executors
+from server.registry.commands import Expected
+from server.registry.registry import Registry
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,3 +40,25 @@ async def in_time(
         if not limit.expired():
             raise
         raise StoreTimeout(f"The change was not made within {seconds:.0f} seconds.") from exc
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a task: by whose key, and what the task must be for it."""
+
+    registry: Registry
+    executors: Executors
+    expected: Expected
+    key_id: str | None
+
+    async def make(self, change: Callable[..., T], *args: Any, seconds: float | None = None, **options: Any) -> T:
+        """As `in_time`, for one of the registry's changes."""
+        about = {"by": self.key_id, "expected": self.expected, **options}
+        return await in_time(seconds or CHANGE_SECONDS, self.executors, change, *args, **about)
+
+
+async def _change(registry: RegistryDep, executors: ExecutorsDep, expected: ExpectedDep, key_id: KeyIdDep) -> Change:
+    return Change(registry, executors, expected, key_id)
+
+
+ChangeDep = Annotated[Change, Depends(_change)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
-from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, SettingsDep, TaskName, known_query
-from server.api.prompts.changes import CHANGE_SECONDS, PUBLISH_SECONDS, in_time
-from server.api.prompts.preconditions import ExpectedDep, set_etag
+from server.api.deps import RegistryDep, SettingsDep, TaskName, known_query
+from server.api.prompts.changes import PUBLISH_SECONDS, ChangeDep, in_time
+from server.api.prompts.preconditions import set_etag
 from server.api.prompts.uploads import unpacked_upload
-from server.api.schemas import ErrorBody
+from server.api.schemas import Responses, responses
 from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.registry.registry import Registry
 from server.registry.snapshot_views import Task
@@ -22,29 +22,23 @@ from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "No such task."},
-    422: {"model": ErrorBody, "description": "The name or a parameter does not fit."},
-}
-CHANGE_ERRORS: dict[int | str, dict[str, Any]] = {
-    **ERRORS,
-    412: {"model": ErrorBody, "description": "The task is not what If-Match or If-None-Match expects."},
-    429: {"model": ErrorBody, "description": "Too many changes are waiting; Retry-After says when to come back."},
-    500: {"model": ErrorBody, "description": "The store could not be written."},
-    503: {"model": ErrorBody, "description": "The store does not answer in time, or a version cannot be served."},
-    507: {"model": ErrorBody, "description": "The store has no space left."},
-}
-PUBLISH_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS = responses(on_404="No such task.", on_422="The name or a parameter does not fit.")
+CHANGE_ERRORS = ERRORS | responses(
+    on_412="The task is not what If-Match or If-None-Match expects.",
+    on_429="Too many changes are waiting; Retry-After says when to come back.",
+    on_500="The store could not be written.",
+    on_503="The store does not answer in time, or a version cannot be served.",
+    on_507="The store has no space left.",
+)
+PUBLISH_ERRORS: Responses = {
+    **{status: CHANGE_ERRORS[status] for status in (412, 429, 500, 503, 507)},
     200: {"model": PublishReply, "description": "The content was live already, or it was a dry run; nothing changed."},
-    400: {"model": ErrorBody, "description": "The body is not a multipart form."},
-    409: {"model": ErrorBody, "description": "The soft prompt was trained on another frozen model."},
-    412: CHANGE_ERRORS[412],
-    413: {"model": ErrorBody, "description": "The upload is too large."},
-    422: {"model": ErrorBody, "description": "The files are not a soft prompt for this model."},
-    429: CHANGE_ERRORS[429],
-    500: CHANGE_ERRORS[500],
-    503: CHANGE_ERRORS[503],
-    507: CHANGE_ERRORS[507],
+    **responses(
+        on_400="The body is not a multipart form.",
+        on_409="The soft prompt was trained on another frozen model.",
+        on_413="The upload is too large.",
+        on_422="The files are not a soft prompt for this model.",
+    ),
 }
 
 router = APIRouter(
@@ -54,8 +48,6 @@ router = APIRouter(
 
 @router.get(
     "",
-    response_model=PromptList,
-    response_model_exclude_none=True,
     responses={422: ERRORS[422]},
     dependencies=[Reads],
 )
@@ -75,8 +67,6 @@ async def list_prompts(
 
 @router.get(
     "/{task}",
-    response_model=PromptDetail,
-    response_model_exclude_none=True,
     responses=ERRORS,
     dependencies=[Reads],
 )
@@ -96,8 +86,6 @@ async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) 
 @router.put(
     "/{task}",
     status_code=201,
-    response_model=PublishReply,
-    response_model_exclude_none=True,
     responses=PUBLISH_ERRORS,
     dependencies=[Publishes],
 )
@@ -109,11 +97,8 @@ async def put_prompt(
     ],
     request: Request,
     response: Response,
-    registry: RegistryDep,
-    executors: ExecutorsDep,
+    change: ChangeDep,
     settings: SettingsDep,
-    expected: ExpectedDep,
-    key_id: KeyIdDep,
     activate: Annotated[bool, Query(description="false stages it: only requests for task@version reach it.")] = True,
     dry_run: Annotated[bool, Query(description="true validates it as a publish would, and changes nothing.")] = False,
 ) -> PublishReply:
@@ -121,20 +106,12 @@ async def put_prompt(
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
-    soft_prompts, ignored = await in_time(PUBLISH_SECONDS, executors, _validate, task, files, registry, settings)
+    registry = change.registry
+    soft_prompts, ignored = await in_time(PUBLISH_SECONDS, change.executors, _validate, task, files, registry, settings)
     for name in names_of(task, soft_prompts):
         allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
-    published = await in_time(
-        PUBLISH_SECONDS,
-        executors,
-        registry.publish,
-        task,
-        soft_prompts,
-        "api",
-        by=key_id,
-        activate=activate,
-        expected=expected,
-        dry_run=dry_run,
+    published = await change.make(
+        registry.publish, task, soft_prompts, "api", activate=activate, dry_run=dry_run, seconds=PUBLISH_SECONDS
     )
     if not published.created:
         response.status_code = 200
@@ -156,11 +133,9 @@ async def put_prompt(
 
 
 @router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS, dependencies=[Publishes])
-async def delete_prompt(
-    task: TaskName, registry: RegistryDep, executors: ExecutorsDep, expected: ExpectedDep, key_id: KeyIdDep
-) -> None:
+async def delete_prompt(task: TaskName, change: ChangeDep) -> None:
     """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
-    await in_time(CHANGE_SECONDS, executors, registry.delete, task, by=key_id, expected=expected)
+    await change.make(change.registry.delete, task)
 
 
 def _validate(

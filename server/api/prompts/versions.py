@@ -10,12 +10,12 @@ from fastapi import APIRouter, Body, Depends, Path, Query, Response
 from pydantic import BeforeValidator, PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
-from server.api.deps import ExecutorsDep, KeyIdDep, RegistryDep, TaskName, known_query
+from server.api.deps import ExecutorsDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
-from server.api.prompts.changes import CHANGE_SECONDS, in_time
-from server.api.prompts.preconditions import ExpectedDep, set_etag
+from server.api.prompts.changes import CHANGE_SECONDS, ChangeDep, in_time
+from server.api.prompts.preconditions import set_etag
 from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
-from server.api.schemas import ActivateBody, ErrorBody
+from server.api.schemas import ActivateBody, responses
 from server.contracts import ModelSpec
 from server.errors import VersionUnavailable
 from server.registry.events import VersionContent, seconds_of
@@ -27,13 +27,9 @@ from server.soft_prompts.archive import zip_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import without_nulls
 
-UNAVAILABLE: dict[str, Any] = {"model": ErrorBody, "description": "The version cannot be read or served."}
-ACTIVATE_ERRORS: dict[int | str, dict[str, Any]] = {**CHANGE_ERRORS, 503: UNAVAILABLE}
-BODY_ERRORS: dict[int | str, dict[str, Any]] = {
-    **ACTIVATE_ERRORS,
-    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-}
+UNAVAILABLE = responses(on_503="The version cannot be read or served.")
+ACTIVATE_ERRORS = CHANGE_ERRORS | UNAVAILABLE
+BODY_ERRORS = ACTIVATE_ERRORS | responses(400, 413)
 
 router = APIRouter(
     prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
@@ -47,8 +43,6 @@ Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=
 
 @router.get(
     "/versions",
-    response_model=VersionList,
-    response_model_exclude_none=True,
     responses=ERRORS,
     dependencies=[Reads],
 )
@@ -67,51 +61,35 @@ async def list_versions(
 
 @router.post(
     "/activate",
-    response_model=VersionList,
-    response_model_exclude_none=True,
     responses=BODY_ERRORS,
     dependencies=[Publishes],
 )
 async def activate(
     task: TaskName,
     body: ActivateBody,
-    registry: RegistryDep,
-    executors: ExecutorsDep,
-    expected: ExpectedDep,
-    key_id: KeyIdDep,
+    change: ChangeDep,
     response: Response,
 ) -> VersionList:
     """Let one version answer, alone; ends a canary."""
-    changed = await in_time(
-        CHANGE_SECONDS, executors, registry.activate, task, body.version, by=key_id, expected=expected
-    )
-    return _versions(registry, changed, response)
+    return _versions(change.registry, await change.make(change.registry.activate, task, body.version), response)
 
 
 @router.post(
     "/rollback",
-    response_model=VersionList,
-    response_model_exclude_none=True,
-    responses={**ACTIVATE_ERRORS, 409: {"model": ErrorBody, "description": "Nothing answered before."}},
+    responses=ACTIVATE_ERRORS | responses(on_409="Nothing answered before."),
     dependencies=[Publishes],
 )
 async def roll_back(
     task: TaskName,
-    registry: RegistryDep,
-    executors: ExecutorsDep,
-    expected: ExpectedDep,
-    key_id: KeyIdDep,
+    change: ChangeDep,
     response: Response,
 ) -> VersionList:
     """Let what answered before answer again; twice in a row goes back twice."""
-    changed = await in_time(CHANGE_SECONDS, executors, registry.roll_back, task, by=key_id, expected=expected)
-    return _versions(registry, changed, response)
+    return _versions(change.registry, await change.make(change.registry.roll_back, task), response)
 
 
 @router.put(
     "/traffic",
-    response_model=VersionList,
-    response_model_exclude_none=True,
     responses=BODY_ERRORS,
     dependencies=[Publishes],
 )
@@ -122,18 +100,11 @@ async def set_traffic(
         BeforeValidator(without_nulls, json_schema_input_type=dict[PositiveInt, StrictInt | None]),
         Body(description="Shares of 100 by version.", examples=[{"1": 90, "2": 10}], max_length=100),
     ],
-    registry: RegistryDep,
-    executors: ExecutorsDep,
-    expected: ExpectedDep,
-    key_id: KeyIdDep,
+    change: ChangeDep,
     response: Response,
 ) -> VersionList:
     """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
-    return _versions(
-        registry,
-        await in_time(CHANGE_SECONDS, executors, registry.set_traffic, task, weights, by=key_id, expected=expected),
-        response,
-    )
+    return _versions(change.registry, await change.make(change.registry.set_traffic, task, weights), response)
 
 
 @router.get(
@@ -143,7 +114,7 @@ async def set_traffic(
         200: {"content": {"application/zip": {}}, "description": "A PEFT directory."},
         **ERRORS,
         429: CHANGE_ERRORS[429],
-        503: UNAVAILABLE,
+        **UNAVAILABLE,
     },
     dependencies=[Publishes],
 )
@@ -169,19 +140,16 @@ async def download(task: TaskName, version: Number, registry: RegistryDep, execu
 @router.delete(
     "/versions/{version}",
     status_code=204,
-    responses={**CHANGE_ERRORS, 409: {"model": ErrorBody, "description": "The version is live."}},
+    responses=CHANGE_ERRORS | responses(on_409="The version is live."),
     dependencies=[Publishes],
 )
 async def delete_version(
     task: TaskName,
     version: Number,
-    registry: RegistryDep,
-    executors: ExecutorsDep,
-    expected: ExpectedDep,
-    key_id: KeyIdDep,
+    change: ChangeDep,
 ) -> None:
     """Delete a version that does not answer."""
-    await in_time(CHANGE_SECONDS, executors, registry.delete_version, task, version, by=key_id, expected=expected)
+    await change.make(change.registry.delete_version, task, version)
 
 
 def _zip(content: VersionContent, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,7 +21,7 @@ from server.api.generation import (
     run,
 )
 from server.api.outputs import collect_all
-from server.api.schemas import ErrorBody
+from server.api.schemas import responses
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.api.telemetry.observation import Observation
 from server.api.tgi.replies import events, reply_of
@@ -40,16 +39,16 @@ from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.registry.registry import Registry
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The body cannot be read as JSON text."},
-    404: {"model": ErrorBody, "description": "No such task or version."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    422: {"model": ErrorBody, "description": "A field does not fit, or the request can never fit the context."},
-    429: {"model": ErrorBody, "description": "Too much is waiting already; Retry-After says when to come back."},
-    500: {"model": ErrorBody, "description": "The engine could not finish the request."},
-    503: {"model": ErrorBody, "description": "The server is shutting down."},
-    504: {"model": ErrorBody, "description": "The request took too long."},
-}
+ERRORS = responses(
+    400,
+    404,
+    413,
+    500,
+    503,
+    on_422="A field does not fit, or the request can never fit the context.",
+    on_429="Too much is waiting already; Retry-After says when to come back.",
+    on_504="The request took too long.",
+)
 
 router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
 

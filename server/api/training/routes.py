@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 from typing_extensions import override
@@ -14,7 +13,7 @@ from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep
 from server.api.jobs.kind import Jobs, Line, News, job_router
 from server.api.jobs.orders import read_order
 from server.api.jobs.routes import MISSING, JobId
-from server.api.schemas import ErrorBody
+from server.api.schemas import Responses, responses
 from server.api.sse import unless_disconnected
 from server.api.training.job_requests import FILES, find_start, parse_body, submit
 from server.api.training.schemas import JOBS, job_body, request_body
@@ -27,17 +26,17 @@ from server.replies import JobBody, JobList
 LOG_BYTES = 2**16
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 
-REFUSED: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The form cannot be read."},
-    404: {"model": ErrorBody, "description": "There is no such task to begin with."},
-    413: {"model": ErrorBody, "description": "The data is too large."},
-    422: {"model": ErrorBody, "description": "A field, the task's name or the data does not fit."},
-    429: {"model": ErrorBody, "description": "Too many jobs are waiting."},
-    500: {"model": ErrorBody, "description": "The job could not be written."},
-    503: {"model": ErrorBody, "description": "The server is shutting down, or what to begin with cannot be served."},
-    507: {"model": ErrorBody, "description": "There is no space left to keep it."},
-}
-LOG: dict[int | str, dict[str, Any]] = {**MISSING, 200: {"description": "Text.", "content": {"text/plain": {}}}}
+REFUSED = responses(
+    on_400="The form cannot be read.",
+    on_404="There is no such task to begin with.",
+    on_413="The data is too large.",
+    on_422="A field, the task's name or the data does not fit.",
+    on_429="Too many jobs are waiting.",
+    on_500="The job could not be written.",
+    on_503="The server is shutting down, or what to begin with cannot be served.",
+    on_507="There is no space left to keep it.",
+)
+LOG: Responses = {**MISSING, 200: {"description": "Text.", "content": {"text/plain": {}}}}
 
 router = job_router(JOBS, "training")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -16,11 +17,14 @@ from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationE
 
 from server.errors import StoreError
 from server.registry.about import ManifestSummary, ManifestText, compact_json
-from server.soft_prompts.manifest import Manifest
+from server.soft_prompts.manifest import Manifest, check_pairs
+from server.soft_prompts.names import TASK_NAME
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import first_problems
 
 Source = Literal["api", "inbox"]
+
+BLOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Traffic = tuple[tuple[int, int], ...]
 """Who answers: (version, weight) by version, weights summing to 100. One pair usually, more in a canary; () nobody."""
@@ -236,14 +240,32 @@ class Event(_Strict):
             StoreError: it is not one, or it is of a kind that only a newer Prelude knows.
         """
         try:
-            fields = json.loads(data)
+            text = data.decode()  # strictly: json.loads lets halves of surrogate pairs through
+            fields = json.loads(text)
+            check_pairs(text, fields)
             _share_manifest(fields)
-            return _EVENT.validate_python(fields)
+            event = _EVENT.validate_python(fields)
+            _check_names(event.change)
+            return event
         except ValidationError as exc:
             problem = first_problems(exc)
             raise StoreError(f"The store's event {name} cannot be read: {problem}.", remedy=_UNREADABLE) from exc
         except (ValueError, RecursionError) as exc:
             raise StoreError(f"The store's event {name} cannot be read: {exc}.", remedy=_UNREADABLE) from exc
+
+
+def _check_names(change: Change) -> None:
+    """Refuse names that this server gives no task and no blob, so nothing could be done about them.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for task in tasks_of(change):
+        if not TASK_NAME.fullmatch(task):
+            raise ValueError(f"{task[:80]!r} is no name of a task")
+    for item in change.published if isinstance(change, Publish) else ():
+        if not BLOB_NAME.fullmatch(item.content.blob):
+            raise ValueError(f"{item.content.blob[:80]!r} is no name of a blob")
 
 
 _UNREADABLE = "Restore it from a backup of the store, or run the version of Prelude that wrote it."

@@ -13,7 +13,7 @@ from typing import Any
 
 from server.errors import StoreError
 from server.registry.about import ManifestSummary, ManifestText
-from server.registry.events import Event, NewVersion, Publish, VersionContent
+from server.registry.events import BLOB_NAME, Event, NewVersion, Publish, VersionContent
 from server.soft_prompts.names import TASK_NAME
 
 MAX_TASKS = 1000
@@ -83,9 +83,9 @@ def _made_out(number: int, fields: Any, problem: str) -> Entry:
             source, by = fields.get("source"), fields.get("by")
             return Event(
                 number,
-                at=fields["at"] if isinstance(fields.get("at"), str) else "",
+                at=_word(fields.get("at")),
                 source="inbox" if source == "inbox" else "api",
-                by=by if isinstance(by, str) else None,
+                by=_word(by) or None,
                 change=Publish(tuple(filter(None, versions)), activate=change.get("activate") is not False),
             )
     named = change.get("tasks", [change.get("task")])
@@ -102,18 +102,23 @@ def _version(item: Any, number: int, problem: str) -> NewVersion | None:
         return None
     content = item.get("content")
     text = {
-        name: content[name] if isinstance(content, dict) and isinstance(content.get(name), str) else ""
+        name: _word(content.get(name)) if isinstance(content, dict) else ""
         for name in ("digest", "prefix_hash", "peft_type", "blob")
     }
     manifest = UnreadableText("{}")
     manifest.problem = problem
     unknown = f"unreadable-{number}-{item['task']}-{item['version']}"
-    digest, blob = text["digest"] or unknown, text["blob"] or unknown
+    digest, blob = text["digest"] or unknown, text["blob"] if BLOB_NAME.fullmatch(text["blob"]) else unknown
     return NewVersion(
         item["task"],
         item["version"],
         VersionContent(digest, text["prefix_hash"] or unknown, text["peft_type"], (0, 0), 0, blob, manifest),
     )
+
+
+def _word(value: Any) -> str:
+    """A text that can be shown and written down; empty for anything else."""
+    return value if isinstance(value, str) and value.isprintable() else ""
 
 
 def _is_task(name: Any) -> bool:

@@ -228,7 +228,17 @@ def _filled(template: str, name: str, value: str) -> Iterator[tuple[str, bool]]:
         yield after, False
 
 
-_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+_HALF_A_PAIR = re.compile("[\\ud800-\\udfff]")
+
+
+def check_pairs(text: str, value: Any) -> None:
+    """Refuse JSON that escapes half a surrogate pair, as text and as its value: nobody can write it down again.
+
+    Raises:
+        ValueError: says so.
+    """
+    if "\\ud" in text.lower() and _HALF_A_PAIR.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it holds half of a surrogate pair")
 
 
 def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
@@ -244,8 +254,7 @@ def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_without_twins)
         _check_depth(value)
-        if "\\ud" in text.lower() and _HALF_A_PAIR.search(json.dumps(value, ensure_ascii=False)):
-            raise ValueError("it holds half of a surrogate pair")
+        check_pairs(text, value)
     except (ValueError, RecursionError) as exc:
         raise InvalidSoftPrompt(f"{name} is not valid JSON: {exc}.", remedy=remedy) from exc
     if not isinstance(value, dict):

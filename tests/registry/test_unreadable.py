@@ -44,6 +44,12 @@ VERSIONS = {
     "a fact about versions": lambda event: event["change"]["published"][0].update(reviewed=True),
     "a fact about publishes": lambda event: event["change"].update(reviewed=True),
     "a fact about events": lambda event: event.update(shiny=1),
+    "half a surrogate pair": of_manifest(description="\ud800"),
+    "half a surrogate pair in a name": of_manifest(**{"\udfff": 1}),
+    "half a surrogate pair in who did it": lambda event: event.update(by="\ud800"),
+    "half a surrogate pair in a peft type": of_content(peft_type="\ud800"),
+    "a blob elsewhere": lambda event: event["change"]["published"][0]["content"].update(blob="../../x", shape=[1]),
+    "only a blob elsewhere": lambda event: event["change"]["published"][0]["content"].update(blob="../../x"),
 }
 
 
@@ -99,6 +105,8 @@ EVENTS: dict[str, tuple[Callable[[Fields], object], str]] = {
     "another version number": (lambda event: event["change"]["published"][0].update(version="v4"), "a"),
     "a kind without a task": (lambda event: event.update(change={"kind": "pause"}), WHOLE_STORE),
     "no change": (lambda event: event.pop("change"), WHOLE_STORE),
+    "a name of another form": (lambda event: event["change"]["published"][0].update(task="A name"), WHOLE_STORE),
+    "half a surrogate pair": (lambda event: event["change"]["published"][0].update(task="\ud800"), WHOLE_STORE),
     "what does not follow": (lambda event: event.update(change={"kind": "activate", "task": "a", "version": 7}), "a"),
 }
 

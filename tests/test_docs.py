@@ -101,6 +101,20 @@ def test_links_between_documents_lead_somewhere() -> None:
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
+def python_files() -> list[str]:
+    """Paths of all Python files of the project, each with a slash in front."""
+    folders = ("server", "tests", "benchmarks", "examples", "deploy")
+    return [f"/{path.relative_to(ROOT).as_posix()}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/decisions.md", "docs/models.md"])
+def test_every_python_file_that_a_page_names_exists(page: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)`", read(page))
+    existing = python_files()
+    assert named
+    assert [name for name in named if "NAME" not in name and not any(p.endswith(f"/{name}") for p in existing)] == []
+
+
 def prose_lines(page: str) -> Iterator[tuple[int, str]]:
     """Numbered lines of a page, without tables, blocks of code and pictures, which cannot be broken."""
     in_block = False

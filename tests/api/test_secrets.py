@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from server.cli.logs import Form, formatter
 from server.keys import live as live_keys
 from server.keys.file import add_key
 from server.keys.key import Scope
-from tests.api.live import as_form, live_server
+from tests.api.live import LiveServer, as_form, live_server
 from tests.support import random_soft_prompt
 
 TEXT = "my-very-own-words"
 TOKEN = "hf_my-very-own-token"
 CLIENTS = ("httpx", "httpcore")
+
+
+MISSPELT: dict[str, Any] = {TEXT: 1}
+"""A field that there is not."""
 
 
 def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
@@ -32,49 +37,18 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
     limited = add_key(path, "team", [Scope.GENERATE], ["team-*"])[1]
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(live_keys, "LOOK_SECONDS", 0.0)
-    statuses: list[int] = []
-    misspelt: dict[str, Any] = {TEXT: 1}
     with live_server(tmp_path, api_keys_file=path, log_level="debug") as live:
-
-        def send(key: str | None = text, inputs: Any = TEXT, query: str = "", **parameters: Any) -> None:
-            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-            body = {"inputs": inputs, "parameters": {"max_new_tokens": 3, **parameters}}
-            statuses.extend(
-                live.client.post(route + query, json=body, headers=headers).status_code
-                for route in ("/generate", "/generate_stream")
-            )
-
         good = {"Authorization": f"Bearer {text}"}
         soft_prompt = random_soft_prompt(live.model.spec, manifest={"input_template": TEXT + " {input}"})
         files = as_form(live.files(soft_prompt))
-        statuses.append(live.client.put("/prompts/mood", files=files, headers=good).status_code)
-        send()
-        send(query="?task=mood")
-        send(stop=[TEXT])
-        send(None)
-        send(TOKEN)
-        send(text + "0")
-        send(limited)
-        send(query="?task=nobody")
-        send(inputs=[TEXT])
-        send(inputs=TEXT * 10_000)
-        send(temperature=TEXT)
-        send(**misspelt)
-        asked: dict[str, dict[str, Any]] = {
-            "/v1/completions": {"prompt": TEXT},
-            "/v1/chat/completions": {"messages": [_message(TEXT)]},
-        }
-        for route, body in asked.items():
-            extras: list[dict[str, Any]] = [{}, {"stream": True}, {"stop": [3]}, {"model": TEXT}, misspelt]
-            for more in extras:
-                content = {"model": "mood", "max_tokens": 3, **body, **more}
-                statuses.append(live.client.post(route, json=content, headers=good).status_code)
+        statuses = [live.client.put("/prompts/mood", files=files, headers=good).status_code]
+        statuses += [*_native_requests(live, text, limited), *_openai_requests(live, good)]
         broken = {"Content-Type": "application/json", **good}
         statuses.append(live.client.post("/generate", content=f'{{"inputs": "{TEXT}', headers=broken).status_code)
         form = as_form({"adapter_config.json": b"{" + TEXT.encode(), "adapter_model.safetensors": TEXT.encode()})
         statuses.append(live.client.put("/prompts/mood", files=form, headers=good).status_code)
         live.model.fail_after = 0
-        send()
+        statuses += _send(live, text)
         path.write_text(f'{{"keys": "{text}"}}')
         live.client.get("/info", headers=good)
         monkeypatch.setattr(live.registry, "resolve", None)  # what nobody expected
@@ -94,6 +68,40 @@ def test_neither_keys_nor_texts_are_logged_through_good_and_bad_requests(
     seen = ours + "\n".join(written) + "".join(capfd.readouterr())
     for hidden in (text, text.split("_")[2], limited, TOKEN, TEXT):
         assert hidden not in seen
+
+
+def _send(live: LiveServer, key: str | None, inputs: Any = TEXT, query: str = "", **parameters: Any) -> Iterator[int]:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    body = {"inputs": inputs, "parameters": {"max_new_tokens": 3, **parameters}}
+    for route in ("/generate", "/generate_stream"):
+        yield live.client.post(route + query, json=body, headers=headers).status_code
+
+
+def _native_requests(live: LiveServer, text: str, limited: str) -> Iterator[int]:
+    """Statuses of good and bad requests to /generate, with the text wherever a request can hold one."""
+    yield from _send(live, text)
+    yield from _send(live, text, query="?task=mood")
+    yield from _send(live, text, stop=[TEXT])
+    for key in (None, TOKEN, text + "0", limited):
+        yield from _send(live, key)
+    yield from _send(live, text, query="?task=nobody")
+    yield from _send(live, text, [TEXT])
+    yield from _send(live, text, TEXT * 10_000)
+    yield from _send(live, text, temperature=TEXT)
+    yield from _send(live, text, **MISSPELT)
+
+
+def _openai_requests(live: LiveServer, headers: dict[str, str]) -> Iterator[int]:
+    """Statuses of good and bad requests under /v1, likewise."""
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": TEXT},
+        "/v1/chat/completions": {"messages": [_message(TEXT)]},
+    }
+    extras: list[dict[str, Any]] = [{}, {"stream": True}, {"stop": [3]}, {"model": TEXT}, MISSPELT]
+    for route, body in asked.items():
+        for more in extras:
+            content = {"model": "mood", "max_tokens": 3, **body, **more}
+            yield live.client.post(route, json=content, headers=headers).status_code
 
 
 def _message(text: str) -> dict[str, str]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import torch
 
 from server.engine.kernels.library import Kernels, use_kernels
+from server.engine.model.frozen import FrozenModel
+from server.engine.worker import EngineWorker
 from server.settings import Settings
+from tests.support import (
+    make_engine,
+    tiny_model,
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def lfm2() -> FrozenModel:
+    return tiny_model("lfm2")
+
+
+@pytest.fixture
+async def worker(tiny: FrozenModel) -> AsyncIterator[EngineWorker]:
+    worker = EngineWorker(make_engine(tiny))
+    worker.start()
+    yield worker
+    await worker.stop()

@@ -6,7 +6,9 @@ import pytest
 
 from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
+from server.soft_prompts.formats import save_soft_prompt
 from tests.jobs.support import Yard, make_yard, save_tiny_model
+from tests.support import random_soft_prompt
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,11 @@ def settings(model_directory: Path, tmp_path: Path) -> Settings:
 @pytest.fixture
 def yard(settings: Settings, tiny32: FrozenModel) -> Yard:
     return make_yard(settings, tiny32)
+
+
+@pytest.fixture
+def result(tiny32: FrozenModel, tmp_path: Path) -> str:
+    """Code that leaves a result at once."""
+    saved = tmp_path / "saved"
+    save_soft_prompt(saved, random_soft_prompt(tiny32.spec), tiny32.spec)
+    return f"shutil.copytree({str(saved)!r}, folder / 'result')\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,3 +102,32 @@ def running(yard: Yard) -> Iterator[Yard]:
         yield yard
     finally:
         yard.runner.stop()
+
+
+SLEEP = "time.sleep(600)"
+
+
+def stubbed(settings: Settings, model: FrozenModel, code: str = SLEEP, registry: Registry | None = None) -> Yard:
+    """A yard whose processes do this instead of training; `folder` is the job's."""
+
+    def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
+        head = f"import pathlib, shutil, sys, time; folder = pathlib.Path({str(folder.path)!r})\n"
+        return subprocess.Popen([sys.executable, "-S", "-c", head + code])
+
+    return make_yard(settings, model, registry, start)
+
+
+@contextmanager
+def by_hand(yard: Yard) -> Iterator[Yard]:
+    """Let the runner take its turns by hand until the block ends."""
+    assert yard.runner._adopt()
+    yield yard
+    yard.runner._interrupt()
+    assert yard.runner._lock is not None
+    yard.runner._lock.close()
+
+
+def finished(yard: Yard) -> None:
+    """Wait until that process has ended by itself."""
+    assert yard.runner._running is not None
+    assert yard.runner._running[1].wait(30) == 0

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,56 +20,15 @@ from server.jobs.job_queue import JobBoard
 from server.jobs.launcher import Child
 from server.jobs.main import FULL, _is_full
 from server.jobs.runner import JobRunner
-from server.keys import live
-from server.keys.file import add_key, revoke_key
-from server.keys.key import Scope
-from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
-from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
+from server.soft_prompts.formats import load_soft_prompts
 from tests.api.live import wait_until
 from tests.api.telemetry.logged import logged
-from tests.jobs.support import LEARNS, ROWS, Yard, make_yard, running, spec
+from tests.jobs.support import LEARNS, ROWS, SLEEP, by_hand, finished, running, spec, stubbed
 from tests.registry.fakes import MemoryObjects
-from tests.support import random_soft_prompt
 from tests.train.rows import write_rows
-
-SLEEP = "time.sleep(600)"
-
-
-def stubbed(settings: Settings, model: FrozenModel, code: str = SLEEP, registry: Registry | None = None) -> Yard:
-    """A yard whose processes do this instead of training; `folder` is the job's."""
-
-    def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
-        head = f"import pathlib, shutil, sys, time; folder = pathlib.Path({str(folder.path)!r})\n"
-        return subprocess.Popen([sys.executable, "-S", "-c", head + code])
-
-    return make_yard(settings, model, registry, start)
-
-
-@pytest.fixture
-def result(tiny32: FrozenModel, tmp_path: Path) -> str:
-    """Code that leaves a result at once."""
-    saved = tmp_path / "saved"
-    save_soft_prompt(saved, random_soft_prompt(tiny32.spec), tiny32.spec)
-    return f"shutil.copytree({str(saved)!r}, folder / 'result')\n"
-
-
-@contextmanager
-def by_hand(yard: Yard) -> Iterator[Yard]:
-    """Let the runner take its turns by hand until the block ends."""
-    assert yard.runner._adopt()
-    yield yard
-    yard.runner._interrupt()
-    assert yard.runner._lock is not None
-    yard.runner._lock.close()
-
-
-def finished(yard: Yard) -> None:
-    """Wait until that process has ended by itself."""
-    assert yard.runner._running is not None
-    assert yard.runner._running[1].wait(30) == 0
 
 
 def _status_is_a_folder(path: Path) -> None:
@@ -271,61 +227,6 @@ def test_a_job_ends_once_in_whatever_phase_its_server_is_shut_down(
     if not is_cancelled:
         assert list(registry.task("mood").versions) == [1]
         assert second.board.job(job.id).status.restarts == (phase != "waiting")
-
-
-@pytest.fixture
-def keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(live, "LOOK_SECONDS", 0.0)
-    add_key(tmp_path / "keys.json", "admin", [Scope.ADMIN], None)
-    return tmp_path / "keys.json"
-
-
-@pytest.mark.parametrize("when", ["before it starts", "while it runs", "before it publishes"])
-def test_a_job_of_a_revoked_key_ends_with_a_sentence_and_publishes_nothing(
-    settings: Settings, tiny32: FrozenModel, result: str, keys_file: Path, when: str
-) -> None:
-    yard = stubbed(settings, tiny32, SLEEP if when == "while it runs" else result)
-    key, _ = add_key(keys_file, "team", [Scope.PUBLISH], ["mo*"])
-    yard.board.keys = ApiKeys(keys_file)
-    job = yard.submit(spec(), by=key.id)
-    with by_hand(yard):
-        if when != "before it starts":
-            yard.runner._turn()
-        if when == "before it publishes":
-            finished(yard)
-        revoke_key(keys_file, key.id)
-        yard.runner._turn()
-        assert yard.runner._running is None
-    ended = yard.board.job(job.id)
-    assert ended.status.state == JobState.FAILED
-    assert ended.status.error is not None
-    assert ended.status.error.code == "forbidden"
-    assert ended.status.error.error.startswith(f"The key {key.id} was revoked.")
-    assert yard.registry.num_tasks == 0
-
-
-@pytest.mark.parametrize(
-    ("scopes", "tasks", "part"),
-    [([Scope.GENERATE], None, "no longer has the scope publish"), ([Scope.PUBLISH], ["x"], "no longer for the task")],
-)
-def test_a_job_whose_key_lost_what_it_needs_publishes_nothing(
-    settings: Settings,
-    tiny32: FrozenModel,
-    result: str,
-    keys_file: Path,
-    scopes: list[Scope],
-    tasks: list[str] | None,
-    part: str,
-) -> None:
-    yard = stubbed(settings, tiny32, result)
-    key, _ = add_key(keys_file, "team", scopes, tasks)  # as an operator has left it in the meantime
-    yard.board.keys = ApiKeys(keys_file)
-    job = yard.submit(spec(), by=key.id)
-    with running(yard):
-        ended = yard.ended(job)
-    assert ended.status.error is not None
-    assert part in ended.status.error.error
-    assert yard.registry.num_tasks == 0
 
 
 def test_states_are_read_again_only_once_they_have_changed(settings: Settings, tiny32: FrozenModel) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from server.errors import StoreError
+from server.registry.registry import Registry
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -80,3 +81,9 @@ class NotingEngine:
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
         self.dropped += prefix_hashes
+
+
+def with_engine(registry: Registry) -> NotingEngine:
+    engine = NotingEngine()
+    registry.connect(engine)
+    return engine

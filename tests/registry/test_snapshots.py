@@ -31,11 +31,6 @@ def _short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "PRUNE_SECONDS", 0.0)
 
 
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf()
-
-
 def change(registry: Registry, dice: random.Random) -> None:
     """One change of any kind, or none."""
     task = dice.choice("abc")

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 
-from tests.api.live import LiveServer
+from tests.api.live import (
+    LiveServer,
+)
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -78,3 +80,16 @@ def reasons(chunks: list[Body]) -> list[tuple[int, str]]:
     """Which choices of a stream ended, and why, in the order of their ends."""
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     return [(choice["index"], choice["finish_reason"]) for choice in choices if choice["finish_reason"] is not None]
+
+
+RENDERED = "<user>hello\n<assistant>"
+
+
+def engine_ids(server: LiveServer, model: str, count: int) -> list[int]:
+    """The token ids that a greedy answer consists of."""
+    task = None if model == FROZEN else model
+    reply = server.generate("hello", task, max_new_tokens=count, ignore_eos_token=True, details=True)
+    return [token["id"] for token in reply.json()["details"]["tokens"]]
+
+
+ROUTES = (COMPLETIONS, CHAT)

@@ -15,32 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention.cached_rows import Span
-from server.engine.attention.compiled_rows import POSITIONS_FOR_THREADS, CompiledAttention, CompiledRows
+from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.library import Kernels
-from server.engine.kernels.units import BLOCK, QUERIES
-from server.engine.memory.slots import Slot
+from server.engine.kernels.units import BLOCK
+from tests.engine.attention.heads import ALL_HEADS
 from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, same
 
-ALL_HEADS = [
-    Heads(1, 3, 8, torch.float32),
-    Heads(3, 2, 64, torch.bfloat16),
-    Heads(2, 2, 12, torch.bfloat16),
-    Heads(4, 1, 96, torch.bfloat16),
-    Heads(8, 2, 4, torch.float32),
-]
 FEW_HEADS = ALL_HEADS[:3]
 WINDOWS = [None, 1, 2, 63, 64, 65, 1000]
 DECODES = [(length - 1, 1) for length in (*range(1, 20), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 300)]
 CHUNKS = [(start, count) for start in (0, 1, 15, 63, 64, 65, 100) for count in (2, 15, 16, 17, 63, 64, 65)]
 CHUNKS += [(0, 200), (128, 128), (250, 3), (0, 3), (190, 2)]
-
-
-@pytest.fixture(params=ALL_HEADS, ids=lambda heads: "-".join(map(str, heads)).replace("torch.", ""))
-def heads(request: pytest.FixtureRequest) -> Heads:
-    found: Heads = request.param
-    return found
 
 
 def rows_of(heads: Heads, shares: list[tuple[int, int]], seed: int = 0) -> list[Row]:
@@ -312,60 +298,3 @@ def test_inputs_that_the_loops_would_misread_never_reach_them(kernels: Kernels) 
     with pytest.raises(AssertionError):
         layout.attend(LAYER, *fewer_heads, rules)
     layout.attend(LAYER, *good, rules)
-
-
-def test_layers_may_differ_in_query_heads(kernels: Kernels) -> None:
-    heads, rules = ALL_HEADS[2], AttentionRules(0.3)
-    rows = [Row.random(heads, 0, 20)]
-    pool = Pool(rows, heads)
-    layout = CompiledRows(CompiledAttention(pool.kv_cache, kernels), pool.spans)
-    query, key, value = hand_over(rows, heads, "plain")
-    every = layout.attend(LAYER, query, key, value, rules)
-    second = layout.attend(LAYER, query[::2], key, value, rules)
-    assert same([second], [every[:, ::2]])
-
-
-def test_what_the_loops_cannot_do_is_left_to_torch(kernels: Kernels) -> None:
-    plain, capped = AttentionRules(0.1), AttentionRules(0.1, softcap=5.0)
-    heads = Heads(1, 1, 8, torch.float32)
-    kv_cache = Pool([Row.random(heads, 0, 1)], heads).kv_cache
-    assert CompiledAttention.over(kv_cache, [plain, plain], kernels) is not None
-    assert CompiledAttention.over(kv_cache, [plain, capped], kernels) is None
-    assert CompiledAttention.over(kv_cache, [plain], None) is None
-    odd = heads._replace(dim=10)
-    assert CompiledAttention.over(Pool([Row.random(odd, 0, 1)], odd).kv_cache, [plain], kernels) is None
-
-
-@pytest.mark.parametrize(
-    ("shares", "threads"),
-    [
-        ([(POSITIONS_FOR_THREADS - 1, 1)], 1),
-        ([(POSITIONS_FOR_THREADS, 1)], 2),
-        ([(9, 1)] * 51, 1),
-        ([(9, 1)] * 52, 2),
-        ([(0, 2)], 2),
-    ],
-    ids=str,
-)
-def test_threads_are_woken_for_much_work_only(
-    shares: list[tuple[int, int]], threads: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    heads = ALL_HEADS[1]
-    attention = CompiledAttention(Pool([Row.random(heads, 0, 1)], heads).kv_cache, kernels)
-    work = attention.plan([Span(Slot(1024, 0), start, count) for start, count in shares])
-    assert work.threads == threads
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_each_unit_of_a_step_is_planned_once(threads: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    heads = ALL_HEADS[1]
-    attention = CompiledAttention(Pool([Row.random(heads, 0, 1)], heads).kv_cache, kernels)
-    spans = [Span(Slot(1024, 0), 600, 1), Span(Slot(1024, 1024), 60, 70)]
-    work = attention.plan(spans)
-    blocks, queries = -(-130 // BLOCK), -(-70 // QUERIES)
-    assert sorted(map(tuple, work.spread)) == [(1, h, b) for h in range(2) for b in range(blocks)]
-    decoding = [(0, -1, -1)] if threads == 1 else [(0, 0, -1), (0, 1, -1)]
-    assert sorted(map(tuple, work.attend)) == decoding + [(1, h, q) for h in range(2) for q in range(queries)]
-    assert (work.blocks, work.tokens) == (blocks, 71)

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.contracts import FinishReason, GenerationRequest
-from server.engine.attention.interface import ATTENTION_NAME, StateSlice, register_attention
+from server.engine.attention.interface import StateSlice
 from server.engine.build import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.fast.optimise import _try_out
@@ -27,29 +26,23 @@ from server.engine.model.hybrids import ShortConvolution
 from server.errors import InvalidSoftPrompt, UnsupportedModel
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt, check_shape
+from tests.engine.hybrid_models import hybrid
 from tests.engine.optimised import engine_for
 from tests.engine.varlen_reference import reference_varlen_attn
 from tests.support import (
     HYBRIDS,
     RecordingModel,
-    byte_tokenizer,
     logits_of_requests,
     make_engine,
     random_soft_prompt,
     request,
     run_engine,
-    skip_unless_served,
     tiny_model,
 )
 
 INPUT = (72, 101, 108, 108, 111)
 LENGTHS = {"short": 1, "of two": 2, "medium": 9, "long": 40}
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
-
-
-@pytest.fixture(scope="module")
-def lfm2() -> FrozenModel:
-    return tiny_model("lfm2")
 
 
 def own(model: FrozenModel, ids: Sequence[int], soft_prompt: SoftPrompt | None) -> torch.Tensor:
@@ -126,18 +119,6 @@ def test_convolutions_of_any_length_and_with_a_bias_are_the_models_own(fields: d
     model = RecordingModel(hybrid(**fields))
     refuse_inexact(model)
     assert_answers(make_engine(model, max_batch_tokens=9), model, work_of(model))
-
-
-def hybrid(**fields: Any) -> FrozenModel:
-    skip_unless_served("lfm2")
-    register_attention()
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("lfm2", **(HYBRIDS["lfm2"] | fields))
-    module = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.3)
-    return FrozenModel(module.eval(), byte_tokenizer(), name="hybrid", max_model_len=128)
 
 
 def test_attention_for_cuda_and_compiled_attention_serve_states_too(kernels: Kernels) -> None:
@@ -309,29 +290,12 @@ def test_a_soft_prompt_of_keys_and_values_is_refused_with_the_reason(lfm2: Froze
     check_shape("PROMPT_TUNING", (5, lfm2.spec.hidden_size), lfm2.spec, 100)
 
 
-def test_a_gated_delta_rule_has_a_state_of_its_last_inputs_and_a_matrix_for_each_head() -> None:
-    convolved, matrix = 3 * (2 * 2 * 8 + 4 * 6), 4 * 8 * 6
-    assert tiny_model("qwen3_5_text").spec.state_width == 2 * (convolved + matrix), "two layers"
-
-
 def test_a_model_is_prepared_once_however_often_it_is_looked_at(lfm2: FrozenModel) -> None:
     again = FrozenModel(lfm2.module, lfm2.tokenizer, name=lfm2.spec.name, max_model_len=128)
     assert again.spec == lfm2.spec
     parts = [part for part in lfm2.module.modules() if isinstance(part, ShortConvolution)]
     assert len(parts) == 2
     assert not any(isinstance(part.own, ShortConvolution) for part in parts)
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"layer_types": ["conv"] * 3}, "does not have a layer with attention"),
-        ({"conv_L_cache": 1}, "does not have a convolution over more than one token"),
-    ],
-)
-def test_a_hybrid_without_attention_or_without_states_is_refused(fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UnsupportedModel, match=reason):
-        hybrid(**fields)
 
 
 def test_a_version_of_transformers_whose_layers_do_not_get_the_layout_is_refused(
@@ -345,12 +309,6 @@ def test_a_version_of_transformers_whose_layers_do_not_get_the_layout_is_refused
     with pytest.raises(UnsupportedModel, match=rf"In transformers {transformers.__version__}, lfm2 does not") as caught:
         tiny_model("lfm2")
     assert "Update transformers" in caught.value.remedy
-
-
-def test_a_hybrid_of_which_all_layers_have_attention_is_served_as_any_model() -> None:
-    model = hybrid(layer_types=["full_attention"] * 3)
-    refuse_inexact(model)
-    assert (model.spec.state_width, model.spec.num_kv_layers) == (0, 3)
 
 
 @pytest.mark.parametrize("architecture", HYBRIDS)

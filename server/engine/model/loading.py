@@ -159,6 +159,12 @@ def check_files(directory: Path) -> dict[str, Stored]:
     """
     with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
         names = {path.name for path in directory.iterdir()}
+        odd = sorted(name for name in names if _is_no_file(directory / name))
+    if odd:  # whoever opens a pipe waits for its writer, without a word
+        raise ConfigurationError(
+            f"{directory} holds what is neither a file nor a directory: {_some(odd)}.",
+            remedy="Put the model's files in its place.",
+        )
     if CONFIG not in names:
         raise ConfigurationError(
             f"{directory} holds no {CONFIG}, so it is not a model's directory.",
@@ -185,6 +191,11 @@ def check_files(directory: Path) -> dict[str, Stored]:
             remedy=REMEDY,
         )
     return weights
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device, or a link to one."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _object_in(path: Path) -> dict[str, Any]:

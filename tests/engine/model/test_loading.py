@@ -121,7 +121,17 @@ def second(name: str) -> bool:
     return "layers.1.mlp.up" in name
 
 
+def pipe(name: str) -> Break:
+    def breaks(directory: Path) -> None:
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+
+    return breaks
+
+
 BROKEN: dict[str, tuple[Break, str]] = {
+    "a pipe for a config": (pipe(CONFIG), "neither a file nor a directory: config.json"),
+    "a pipe for weights": (pipe(WEIGHTS), "neither a file nor a directory: model.safetensors"),
     "empty": (drop(CONFIG, WEIGHTS, TOKENIZER, "tokenizer_config.json", "generation_config.json"), "no config.json"),
     "no weights": (drop(WEIGHTS), "no weights"),
     "weights cut": (cut(WEIGHTS, 5000), "model.safetensors is cut"),

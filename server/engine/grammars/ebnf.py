@@ -34,7 +34,13 @@ def lark_of(text: str) -> str:
     if _LARK.search(text):
         return text
     names = _names(text)
-    return gbnf_to_lark(_PARTS.sub(lambda part: _gbnf(part, names), text))
+    gbnf = _PARTS.sub(lambda part: _gbnf(part, names), text)
+    try:
+        return gbnf_to_lark(gbnf)
+    except RecursionError as exc:
+        raise ValueError("it is nested too deeply") from exc
+    except IndexError as exc:
+        raise ValueError("it ends within a text or a class of characters") from exc
 
 
 def _names(text: str) -> dict[str, str]:

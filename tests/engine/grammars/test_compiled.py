@@ -206,6 +206,8 @@ def test_tokens_beyond_the_tokenizers_vocabulary_are_never_allowed(grammars: Gra
         (Grammar(GrammarKind.LARK, "start: missing"), "Lark grammar cannot be used"),
         (Grammar(GrammarKind.EBNF, 'answer ::= "a"'), "EBNF grammar cannot be used: .*root"),
         (Grammar(GrammarKind.EBNF, 'root ::= "a'), "EBNF grammar cannot be used"),
+        (Grammar(GrammarKind.EBNF, 'root ::= "a\\'), "EBNF grammar cannot be used: it ends within a text"),
+        (Grammar(GrammarKind.EBNF, "root ::= " + "(" * 5000), "EBNF grammar cannot be used: it is nested too deeply"),
         (Grammar(GrammarKind.EBNF, 'root ::= "a" start'), "EBNF grammar cannot be used: Rule 'start' is not defined"),
         (Grammar(GrammarKind.REGEX, r"[^\s\S]"), "No text can match it"),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "#"}'), "No text can match it"),

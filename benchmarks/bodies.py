@@ -52,6 +52,8 @@ MOST_LAG_MS = 100.0
 MOST_MEMORY = 3
 NOISE_BYTES = 8 * 2**20
 """What a request may add whatever its body is: caches that are filled once, threads' stacks."""
+ENGINE_BYTES = 512 * 2**20
+"""What a step of the engine may take beside, however small the body that it answers: logits of all scored tokens."""
 FORM_BYTES = 24 * 2**20
 REPLY_SECONDS = 60.0
 """A thousand inputs take longer; what is measured has been seen by then, and the client leaves."""
@@ -177,6 +179,8 @@ def started(folder: Path) -> Iterator[tuple[int, int]]:
 def is_over(case: Case, cost: Cost) -> bool:
     """Whether a case misses the target."""
     allowed = MOST_MEMORY * (case.limit or case.size) + NOISE_BYTES
+    if cost.status in (200, UNANSWERED):
+        allowed += ENGINE_BYTES
     return cost.lag_ms > MOST_LAG_MS or cost.grown > allowed or 500 <= cost.status < UNANSWERED
 
 

@@ -49,7 +49,7 @@ class Bounds:
 
 TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=3 * 2**19, characters=5 * 2**19)
 """For bodies that bring texts, token ids or a schema."""
-ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=2**19, characters=5 * 2**17)
+ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=3 * 2**17, characters=5 * 2**17)
 """For bodies that ask for a job."""
 
 MAX_NAME = 512

@@ -119,6 +119,8 @@ async def prepare(
     if not text:
         raise EmptyInput("The text is empty.")
     manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
+    if wanted.truncate is None:
+        refuse_too_long(worker, text)  # before a template makes a second text of it
     input_ids = await encode_text(worker, manifest.render(text), wanted.truncate)
     defaults, sampling = manifest.generation, wanted.sampling
     if wanted.sample and not defaults.temperature:
@@ -215,7 +217,7 @@ async def encode_text(
     never fit is refused, or cut, before.
 
     Raises:
-        InputTooLong: the text can never fit, however it is tokenised.
+        InputTooLong: the text does not fit the context.
         InvalidRequest: a user's text in a template cannot be told from a special token.
     """
     whole = TemplatedText(text) if isinstance(text, str) else text
@@ -225,7 +227,11 @@ async def encode_text(
         whole = worker.text.length_bound.end_of(whole)
     encode = partial(worker.text.encode, whole, add_special_tokens=add_special_tokens)
     ids = await worker.threads.run(encode) if len(whole.text) > LONG_TEXT else encode()
-    return ids if truncate is None else ids[-truncate:]
+    if truncate is not None:
+        return ids[-truncate:]
+    if len(ids) > worker.model.max_model_len:  # the texts after it are not even tokenised
+        raise InputTooLong(f"The input has {len(ids):,} tokens; the context holds {worker.model.max_model_len:,}.")
+    return ids
 
 
 def refuse_too_long(worker: EngineWorker, text: str) -> None:

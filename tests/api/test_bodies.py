@@ -28,6 +28,7 @@ from server.api.bodies import MAX_DIGITS, MAX_NAME, ORDERS, TEXTS, misfit, neare
 from server.api.forms import MAX_FIELD_BYTES, MAX_FORM_PARTS, read_form
 from server.api.jobs.table import KINDS
 from server.api.limits import MAX_JSON_BYTES, json_limit
+from server.contracts import TemplatedText
 from server.errors import InvalidRequest, PayloadTooLarge, PreludeError
 from tests.api.live import LiveServer, assert_error
 from tests.soak import Soak
@@ -201,6 +202,22 @@ def test_very_many_token_ids_are_refused_before_they_become_text(server: LiveSer
     body = {"model": "tiny-llama", "prompt": [7] * 100_000, "echo": True, "max_tokens": 1}
     reply = server.client.post("/v1/completions", json=body)
     assert_error(reply, 400, "input_too_long", "100,000 tokens")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_no_text_is_tokenised_after_one_that_is_too_long(server: LiveServer, path: str) -> None:
+    texts = ["short", "ab " * server.worker.model.max_model_len, "never read"]
+    encode, read = server.worker.text.encode, []
+
+    def noted(text: TemplatedText, **options: bool) -> list[int]:
+        read.append(text.text)
+        return encode(text, **options)
+
+    with mock.patch.object(server.worker.text, "encode", noted):
+        asked = {"inputs": texts} if path == "/generate" else {"prompt": texts, "model": server.worker.model.name}
+        response = server.client.post(path, json=asked)
+    assert_error(response, 400 if path == "/v1/completions" else 422, "input_too_long")
+    assert "never read" not in read
 
 
 def test_a_grammar_has_a_length(server: LiveServer) -> None:

@@ -33,6 +33,12 @@ def test_the_embedded_models_tokens_joined_are_the_text(smollm2: FrozenModel, te
     assert any(len(smollm2.text.tokens.text_of(token_id)) > 3 for token_id in ids)
 
 
+def test_texts_share_the_numbers_of_their_tokens(smollm2: FrozenModel) -> None:
+    first, second = (smollm2.text.encode("Hello, world! Tell me a story.") for _ in range(2))
+    assert max(first) > 256, "Python shares smaller ones anyway"
+    assert all(one is other for one, other in zip(first, second, strict=True))
+
+
 def test_the_byte_level_alphabet_is_the_tokenizers_own() -> None:
     alphabet = byte_level_alphabet()
     assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())

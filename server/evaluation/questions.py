@@ -96,8 +96,9 @@ class Questions:
         for row in data.rows:  # before they are tokenised, which takes long
             if not host.text.length_bound.can_fit(row.input, row.target):
                 raise InvalidTrainingData(
-                    f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
-                    remedy="Shorten or leave out the row.",
+                    f"{data.name}, line {row.line}: {len(row.input) + len(row.target):,} characters "
+                    "can never fit the context.",
+                    remedy="Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
                 )
         names = {label.strip() for label in self.labels}
         for row in data.rows:

@@ -207,8 +207,9 @@ def check_lengths(
         go_on()
         if not can_fit(row.input, row.target):
             raise InvalidTrainingData(
-                f"{data.path}, line {row.line}: {len(row.input) + len(row.target):,} characters can never fit.",
-                remedy="Shorten or leave out the row.",
+                f"{data.path}, line {row.line}: {len(row.input) + len(row.target):,} characters "
+                "can never fit the context.",
+                remedy="Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
             )
         text = manifest.render(row.input)
         if num_virtual_tokens + len(text.text.encode()) + len(row.target.encode()) + FRAME > max_model_len:

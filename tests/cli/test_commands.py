@@ -308,7 +308,7 @@ def test_an_unknown_option_is_refused(workplace: Path) -> None:
         (["train"], ['{"input": "…", "target": "…"}', "prompts/TASK", "labels, vocab (sampled)", "auto tries"]),
         (
             ["eval"],
-            ["served path", "--baselines", "--compare", "--card", "--soft-prompt", "--limit", "--json", "greedy"],
+            ["serving engine", "--baselines", "--compare", "--card", "--soft-prompt", "--limit", "--json", "greedy"],
         ),
     ],
 )

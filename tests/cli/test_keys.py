@@ -119,7 +119,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, file: l
         (["--scope", "publish", "--tasks", "Team A"], "tasks 1: this is no task's name"),
         (["--scope", "publish", "--name", "two\nlines"], "name: a key is called by 1 to 100 characters on one line"),
         (["--scope", "publish", "--name", ""], "name: a key is called by 1 to 100 characters on one line"),
-        (["--scope", "publish", "--scope", "publish"], "comes twice"),
+        (["--scope", "publish", "--scope", "publish"], "it contains a duplicate"),
         (["--scope", "everything"], "'everything' is not one of"),
         ([], "--scope"),
     ],

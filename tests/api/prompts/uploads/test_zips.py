@@ -38,7 +38,7 @@ from tests.api.prompts.uploads.support import CONFIG, LIVE, MANIFEST, TENSORS, r
 def test_a_zip_entry_that_leads_outside_is_refused(server: LiveServer, good: Files, name: str) -> None:
     info = zipfile.ZipInfo("placeholder")
     info.filename = name  # ZipInfo itself would mend some of them
-    refused(server, {"f.zip": zip_file([*good.items(), (info, b"{}")])}, "leads outside")
+    refused(server, {"f.zip": zip_file([*good.items(), (info, b"{}")])}, "outside its folder")
 
 
 def test_a_zip_with_a_link_is_refused(server: LiveServer, good: Files) -> None:

@@ -21,7 +21,8 @@ PIECE = 2**14
 """Characters that are looked at in one go."""
 KEEP_ASCII = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 """Normalizers that leave a text of ASCII as it is."""
-WHITE_SPACE = b" \t\n\v\f\r"
+WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001)))).encode()
+"""Every byte of a white-space character, in UTF-8."""
 ROUNDING = 1e-6
 
 

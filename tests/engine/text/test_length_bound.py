@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -41,6 +41,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=TEXT | TEXT.map(lambda text: f"  {text}<x>   {text}"))
+@example(text="  \x85\u3000\u2028<x>\xa0")
 def test_no_text_has_fewer_tokens_than_the_bound(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     bound = LengthBound(tokenizer, 10**6)

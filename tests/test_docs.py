@@ -95,10 +95,18 @@ def test_the_architecture_page_draws_every_module_and_no_other() -> None:
     assert len(drawn) == len(modules)
 
 
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", read(page)):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", read(page)):
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), f"{page} links to {path}"
+            assert not anchor or anchor in headings(target), f"{page} links to {path}#{anchor}"
 
 
 def python_files() -> list[str]:

@@ -94,14 +94,12 @@ def _shares_of_bytes(backend: Tokenizer) -> npt.NDArray[np.float64] | None:
         return None
     byte_of = {character: byte[0] for character, byte in byte_level_alphabet().items()}
     longest = np.full(256, np.inf)  # a byte without a token of its own is skipped, or fused with its neighbours
-    vocabulary = sorted(backend.get_vocab(with_added_tokens=False), key=len)
-    for token in vocabulary:
-        if len(token) == 1 and token in byte_of:
-            longest[byte_of[token]] = 1
-    for token in vocabulary:
-        for character in set(token) & byte_of.keys():
-            byte = byte_of[character]
-            longest[byte] = max(longest[byte], len(token))
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    missing = byte_of.keys() & vocabulary.keys()
+    for token in sorted(vocabulary, key=len, reverse=True):  # the first one that holds a byte is the longest
+        found = missing.intersection(token)
+        longest[[byte_of[character] for character in found]] = len(token)
+        missing -= found
     for added in backend.get_added_tokens_decoder().values():
         content = added.content.encode()
         longest[list(content)] = np.maximum(longest[list(content)], len(content))

@@ -113,7 +113,6 @@ class Executors:
     """
 
     def __init__(self) -> None:
-        """Start no thread yet."""
         self.changes = Executor("changes", "changes of tasks", threads=6, most_waiting=32)
         self.jobs = Executor("training-jobs", "requests for training jobs", threads=4, most_waiting=128)
         self.in_server = Executor("in-server-jobs", "jobs in the server and their rows", threads=2, most_waiting=64)

@@ -54,7 +54,6 @@ class SecurityHeaders:
     """Tells browsers what they may do with a reply; pure ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Wrap an app."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,6 @@ class HeadAsGet:
     """Has HEAD answered as GET would be, up to the first byte of the body; pure ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Wrap an app."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -43,7 +43,6 @@ class RunningClock:
     """
 
     def __init__(self) -> None:
-        """It stands at 0."""
         self._looked = (0.0, time.monotonic())
 
     def now(self) -> float:

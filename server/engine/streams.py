@@ -70,7 +70,6 @@ class Streams:
     """
 
     def __init__(self) -> None:
-        """There are none."""
         self.unread = 0
         self._streams: dict[str, Stream] = {}
         self._idle = asyncio.Event()

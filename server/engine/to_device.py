@@ -47,7 +47,6 @@ class Download:
     """Small tensors on their way to the host, all by one copy."""
 
     def __init__(self) -> None:
-        """Nothing is asked for yet."""
         self._tensors: list[torch.Tensor] = []
         self._arrays: list[np.ndarray] | None = None
 

@@ -29,7 +29,6 @@ class OwnEngine:
     """An engine as a Host."""
 
     def __init__(self, engine: Engine) -> None:
-        """Nobody else may step it."""
         self.engine = engine
 
     @property

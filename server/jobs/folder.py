@@ -152,7 +152,6 @@ class JobsFolder:
     """All jobs."""
 
     def __init__(self, root: Path) -> None:
-        """It need not be there yet."""
         self.root = root
         self._states = States(root)
         self._unreadable: set[str] = set()

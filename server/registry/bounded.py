@@ -19,7 +19,6 @@ class BoundedLock:
     """A lock for changes; whoever holds it may wait for the store."""
 
     def __init__(self) -> None:
-        """Nobody holds it."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:

@@ -54,7 +54,6 @@ class Inbox:
     """Keeps a registry in line with a directory; `scan` once, or from `start` to `stop` on a thread."""
 
     def __init__(self, directory: Path, registry: Registry) -> None:
-        """Nothing is read yet."""
         self._folder = Folder(directory)
         self._registry = registry
         self._inbox_id = f"{socket.gethostname()}:{directory.absolute()}"

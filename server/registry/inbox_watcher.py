@@ -31,7 +31,6 @@ class Folder:
     """A directory of directories, its entries."""
 
     def __init__(self, path: Path) -> None:
-        """It need not be there yet."""
         self.path = path
         self._root: tuple[int, int] | None = None  # device and inode of the directory that was listed
         self._changed_at: tuple[int, int] | None = None  # by the file system's clock, when it was listed

@@ -46,7 +46,6 @@ class Registry(LiveMap):
     """
 
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
-        """As LiveMap."""
         super().__init__(store, model, max_virtual_tokens, host_memory)
         self._changing = BoundedLock()
         self._syncing = BoundedLock()  # of several who look at once, one reads and warms; readers need neither

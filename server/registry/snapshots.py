@@ -51,7 +51,6 @@ class Snapshots:
     """The snapshots of a store."""
 
     def __init__(self, objects: Objects) -> None:
-        """Nothing is read yet."""
         self._objects = objects
         self._checked: set[int] = set()
 

@@ -17,7 +17,6 @@ class Syncer:
     """Calls `registry.sync` on a thread, from `start` to `stop`; a store that is away for a while is asked again."""
 
     def __init__(self, registry: Registry, seconds: float) -> None:
-        """Nothing runs yet."""
         self._registry = registry
         self._seconds = seconds
         self._compact_failure: type[Exception] | None = None  # kind of error that is already logged

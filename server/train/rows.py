@@ -27,7 +27,6 @@ class Rows(Sequence[Row]):
     __slots__ = ("_inputs", "_lines", "_targets")
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
-        """Copy rows."""
         self._inputs: list[str] = []
         self._targets: list[str] = []
         self._lines = array("L")

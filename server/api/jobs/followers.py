@@ -41,7 +41,6 @@ class Followers:
     """Everybody who follows a job. Only for the event loop's thread."""
 
     def __init__(self, worker: EngineWorker) -> None:
-        """Nobody does yet."""
         self._worker = worker
         self._watches: dict[tuple[str, str], _Watch] = {}
 

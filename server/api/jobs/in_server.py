@@ -130,7 +130,6 @@ class InServerJobs(Jobs, Generic[W]):
     words: ClassVar = {JobState.QUEUED: "waiting", JobState.SUCCEEDED: "done"}
 
     def __init__(self, site: Site) -> None:
-        """None yet."""
         super().__init__(site)
         self._jobs: dict[str, InServerJob[W]] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -84,7 +84,6 @@ class Jobs(ABC):
     outlives_server: ClassVar[bool]
 
     def __init__(self, site: Site) -> None:
-        """The jobs of this server."""
         self._site = site
 
     @classmethod

@@ -34,7 +34,6 @@ class Access:
     """The outermost layer."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap an app."""
         self._app = app
         self._metrics = metrics
 

@@ -22,7 +22,6 @@ class Gauges(Collector):
     """Reads the worker and the registry."""
 
     def __init__(self, worker: EngineWorker, registry: Registry, board: JobBoard | None) -> None:
-        """Nothing is read yet."""
         self._board = board
         self._worker = worker
         self._registry = registry

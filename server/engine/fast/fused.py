@@ -50,7 +50,6 @@ class FusedRotary(nn.Module):
     """A model's own rotary embedding, in the form that `FusedLayer` takes it; made once a step."""
 
     def __init__(self, rotary: nn.Module, operators: Operators) -> None:
-        """Wrap the model's."""
         super().__init__()
         self.rotary = rotary
         self._dtype = operators.rotary_dtype

@@ -67,7 +67,6 @@ class CompiledOperators(Operators):
     rotary_dtype = torch.float32
 
     def __init__(self, kernels: Kernels) -> None:
-        """Use these kernels."""
         self._kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -31,7 +31,6 @@ class GrammarQueue:
     """For the event loop; what it waits for runs in other processes, and in threads of its own that only wait too."""
 
     def __init__(self, grammars: Grammars) -> None:
-        """Nobody waits."""
         self._grammars = grammars
         self._threads = Executor("grammars", "grammars", threads=SHORT + LONG, most_waiting=SHORT + LONG)
         self._pending: dict[str, asyncio.Task[None]] = {}
@@ -136,7 +135,6 @@ class Turns:
     """A number of places; those who wait for one are served in turn of their owners."""
 
     def __init__(self, slots: int) -> None:
-        """All places are free."""
         self._free = slots
         self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()
 

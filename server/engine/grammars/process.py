@@ -196,7 +196,6 @@ class Texts:
     """The texts of one grammar that are under way."""
 
     def __init__(self, channel: socket.socket, compiled: llguidance.LLMatcher, shared: int) -> None:
-        """None has begun."""
         self._channel = channel
         self._compiled = compiled
         self._shared = shared

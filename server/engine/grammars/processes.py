@@ -114,7 +114,6 @@ class GrammarProcesses:
     """
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
-        """Start nothing yet."""
         self._backend = backend
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids

@@ -40,7 +40,6 @@ class Walk:
     """
 
     def __init__(self, walks: RequestWalks, number: int) -> None:
-        """Start at its beginning."""
         self.of_request = walks
         self.number = number
         self.is_waiting = False
@@ -58,7 +57,6 @@ class RequestWalks:
     """The texts of one request, which share its budget of time."""
 
     def __init__(self, compiled: Compiled) -> None:
-        """None has begun."""
         self.compiled = compiled
         self.walks: list[Walk] = []
         self.seconds = 0.0
@@ -86,7 +84,6 @@ class Walks:
     """All texts under way; for the engine's thread alone."""
 
     def __init__(self, grammars: Grammars) -> None:
-        """Nobody is under way."""
         self._grammars = grammars
         self._numbers = itertools.count(1)
         self._requests: dict[str, RequestWalks] = {}

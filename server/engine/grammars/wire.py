@@ -80,7 +80,6 @@ class GrammarReplies:
     """Cuts a stream of bytes into frames."""
 
     def __init__(self) -> None:
-        """Nothing has come yet."""
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[GrammarReply]:

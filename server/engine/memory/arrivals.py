@@ -135,7 +135,6 @@ class StagedCopy(HostCopy):
     """A prefix that is copied to a CUDA device."""
 
     def __init__(self, soft_prompt: SoftPrompt, model: ModelSpec, piece_bytes: int, staging: Staging) -> None:
-        """Take the memory for it on the device."""
         super().__init__(soft_prompt, model, piece_bytes)
         self._staging = staging
         staging.begin()
@@ -183,7 +182,6 @@ class Arrivals:
     """
 
     def __init__(self, prefixes: PrefixCache, start: Start) -> None:
-        """None is on its way."""
         self._prefixes = prefixes
         self._start = start
         self._on_its_way: tuple[str, Copying] | None = None

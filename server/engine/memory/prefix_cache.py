@@ -23,7 +23,6 @@ class PrefixCache:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        """An empty cache."""
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
         self.hits = 0

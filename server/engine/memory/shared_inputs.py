@@ -16,7 +16,6 @@ class SharedInputs:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        """There is none."""
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
         self._bytes: dict[str, int] = {}

@@ -42,7 +42,6 @@ class RecurrentLayer(nn.Module):
     state_slice: StateSlice
 
     def __init__(self, own: Any) -> None:
-        """Take transformers' module."""
         super().__init__()
         self.own = own
 

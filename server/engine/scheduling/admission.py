@@ -34,7 +34,6 @@ class Admission:
     """What is in flight, by task and by key."""
 
     def __init__(self, limits: Limits) -> None:
-        """Nothing is in flight."""
         self._limits = limits
         self._in_flight = 0
         self._in_background = 0

@@ -31,7 +31,6 @@ class Running:
     """How many sequences run, by queue and by key."""
 
     def __init__(self, sequences: Iterable[Sequence] = ()) -> None:
-        """Count these."""
         self.by_queue: Counter[Queue] = Counter(sequence.request.queue for sequence in sequences)
         self.by_key: Counter[str | None] = Counter()
         for (_, key), count in self.by_queue.items():
@@ -59,7 +58,6 @@ class FairQueue:
     """Keys, and a key's queues, with equally many running take turns; a queue is first in, first out, but see above."""
 
     def __init__(self) -> None:
-        """An empty queue."""
         self._keys: OrderedDict[str | None, OrderedDict[Queue, _Waiting]] = OrderedDict()
         """In turn. In each of a key's queues, those that have begun are in front."""
         self._by_request: dict[str, set[Sequence]] = {}

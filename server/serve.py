@@ -21,7 +21,7 @@ import psutil
 import uvicorn
 from tqdm import tqdm
 
-from server.api.app import Service, create_app
+from server.api.app import create_app
 from server.api.browsers import is_loopback
 from server.api.connection import bounded_protocol
 from server.contracts import GenerationRequest, SamplingParams
@@ -39,6 +39,7 @@ from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
+from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

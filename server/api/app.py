@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -39,6 +39,7 @@ from server.jobs.job_queue import JobBoard
 from server.keys.live import ApiKeys
 from server.long_work import Lane
 from server.registry.registry import Registry
+from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -55,16 +56,6 @@ MOST_CHECKS = 8
 
 STOP_SECONDS = 3.5
 """How long the services and the engine's thread may take to end; a thread that hangs in a store is left behind."""
-
-
-class Service(Protocol):
-    """What runs beside the app on a thread of its own: the inbox's watcher, the store's."""
-
-    def start(self) -> None:
-        """Begin."""
-
-    def stop(self) -> None:
-        """End, and wait until it has ended."""
 
 
 class App(FastAPI):

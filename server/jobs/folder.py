@@ -29,7 +29,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -54,70 +54,20 @@ _SPEC = TypeAdapter(JobSpec)
 _STATUS = TypeAdapter(Status)
 
 
-@dataclass(frozen=True)
 class JobFolder:
-    """The files of one job."""
+    """The files of one job, by the names that they have above.
 
-    path: Path
+    `publishing` is made before `cancel` is looked for, and `cancel` is made before `publishing` is looked for: of a
+    cancellation and a publish at the same time, at least one sees the other.
+    """
 
-    @property
-    def data(self) -> Path:
-        """Rows to train on."""
-        return self.path / "data.jsonl"
-
-    @property
-    def validation(self) -> Path:
-        """Rows to measure on, if they were given."""
-        return self.path / "validation.jsonl"
-
-    @property
-    def start(self) -> Path:
-        """The soft prompt to begin with, if there is one: a PEFT directory."""
-        return self.path / "start"
-
-    @property
-    def order(self) -> Path:
-        """Settings for the process."""
-        return self.path / "order.json"
-
-    @property
-    def record(self) -> Path:
-        """What happened, a line each."""
-        return self.path / "record.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """What the process printed."""
-        return self.path / "log.txt"
-
-    @property
-    def checkpoint(self) -> Path:
-        """What a run goes on from."""
-        return self.path / "checkpoint"
-
-    @property
-    def result(self) -> Path:
-        """The PEFT directory."""
-        return self.path / "result"
-
-    @property
-    def failure(self) -> Path:
-        """Why the process gave up."""
-        return self.path / "failure.json"
-
-    @property
-    def cancel(self) -> Path:
-        """There if somebody wants the job to end."""
-        return self.path / "cancel"
-
-    @property
-    def publishing(self) -> Path:
-        """There once the result is being published.
-
-        It is made before `cancel` is looked for, and `cancel` is made before it is looked for: of a cancellation and a
-        publish at the same time, at least one sees the other.
-        """
-        return self.path / "publishing"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data, self.validation = path / "data.jsonl", path / "validation.jsonl"
+        self.start, self.checkpoint, self.result = path / "start", path / "checkpoint", path / "result"
+        self.order, self.failure = path / "order.json", path / "failure.json"
+        self.record, self.log = path / "record.jsonl", path / "log.txt"
+        self.cancel, self.publishing = path / "cancel", path / "publishing"
 
     @property
     def has_result(self) -> bool:

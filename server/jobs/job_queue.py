@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 from server.contracts import ModelSpec
@@ -49,16 +48,6 @@ class JobBoard:
         self.keys: ApiKeys | None = None
         self._frame = Frame(model, settings.max_virtual_tokens, encode, can_fit)
         self._checking = threading.Lock()  # a big data file takes memory; one at a time
-
-    @contextmanager
-    def draft(self) -> Iterator[JobFolder]:
-        """A folder to put a job's data into; gone afterwards, unless it was submitted.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        with self.files.draft() as folder:
-            yield folder
 
     def check(self, spec: JobSpec) -> None:
         """Refuse what can be refused without its data.
@@ -127,14 +116,6 @@ class JobBoard:
         """The places of the jobs that wait; 1 is the next one."""
         waiting = [job_id for job_id, state in self.files.states().items() if state == JobState.QUEUED]
         return {job_id: place for place, job_id in enumerate(waiting, 1)}
-
-    def folder(self, job_id: str) -> JobFolder:
-        """The files of one of them.
-
-        Raises:
-            UnknownJob: there is none of that id.
-        """
-        return self.files.folder(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Ask for a job's end; one that is over stays as it is. What is not being published yet never will be.

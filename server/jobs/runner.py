@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +31,7 @@ from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
 from server.keys.key import Scope
 from server.registry.registry import Registry
+from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class _Running(NamedTuple):
     child: Child
 
 
-class JobRunner:
+class JobRunner(Service):
     """Looks after the jobs of a board."""
 
     def __init__(self, settings: Settings, registry: Registry, board: JobBoard, start: Start = start_child) -> None:
@@ -71,6 +71,7 @@ class JobRunner:
             board: the jobs, and the keys that they were asked for with.
             start: starts a job's process.
         """
+        super().__init__("jobs", STOP_SECONDS)
         self._start_child = start
         self._settings = settings
         self._registry = registry
@@ -82,19 +83,12 @@ class JobRunner:
         self._left_alone: dict[str, float] = {}
         """Jobs that could not be looked after, and until when they are not looked at again."""
         self._lock: IO[bytes] | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
-
-    def start(self) -> None:
-        """Run jobs from now on."""
-        self._thread.start()
 
     def stop(self) -> None:
         """Run no more. The process of a job is ended, and goes on from its checkpoint when a server starts again."""
         self._stop.set()
         self._changed.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_SECONDS)
+        super().stop()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from server.registry.inbox_entry import Files, InboxEntry, Missing, Read, Settli
 from server.registry.inbox_watcher import Folder
 from server.registry.registry import Registry
 from server.registry.state import StoredVersion
+from server.service import Service
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, TENSOR_FILE, load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of
@@ -50,18 +50,17 @@ BUG_SECONDS = 30.0
 STOP_SECONDS = 0.8
 
 
-class Inbox:
+class Inbox(Service):
     """Keeps a registry in line with a directory; `scan` once, or from `start` to `stop` on a thread."""
 
     def __init__(self, directory: Path, registry: Registry) -> None:
+        super().__init__("inbox", STOP_SECONDS)
         self._folder = Folder(directory)
         self._registry = registry
         self._inbox_id = f"{socket.gethostname()}:{directory.absolute()}"
         self._entries: dict[str, InboxEntry] = {}
         self._is_first_look = True
         self._retire_fails = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
 
     def scan(self, on_entry: Callable[[str], None] = lambda name: None, settle_seconds: float = SETTLE_SECONDS) -> None:
         """Publish every new or changed entry, and retire what was removed, also while no server ran.
@@ -69,16 +68,6 @@ class Inbox:
         A broken entry is logged and reported, and the others are served.
         """
         self._look(None, settle_seconds, on_entry)
-
-    def start(self) -> None:
-        """Watch from now on."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Watch no more. A publish that waits for the engine is not waited for: it is whole or it is nothing."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         next_full_look = 0.0

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 from server.errors import PreludeError
 from server.registry.registry import Registry
+from server.service import Service
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 0.8
 
 
-class Syncer:
+class Syncer(Service):
     """Calls `registry.sync` on a thread, from `start` to `stop`; a store that is away for a while is asked again."""
 
     def __init__(self, registry: Registry, seconds: float) -> None:
+        super().__init__("sync", STOP_SECONDS)
         self._registry = registry
         self._seconds = seconds
         self._compact_failure: type[Exception] | None = None  # kind of error that is already logged
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
-
-    def start(self) -> None:
-        """Look from now on."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Look no more; a store that does not answer is not waited for."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         failure: type[Exception] | None = None  # kind of error that is already logged

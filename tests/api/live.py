@@ -22,7 +22,7 @@ import httpx
 import torch
 import uvicorn
 
-from server.api.app import Service, create_app
+from server.api.app import create_app
 from server.api.connection import bounded_protocol
 from server.engine.attention.interface import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
@@ -39,6 +39,7 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
 from server.serve import limits, open_keys
+from server.service import Service
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt

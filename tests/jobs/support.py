@@ -61,7 +61,7 @@ class Yard:
     def submit(self, asked: JobSpec, rows: Sequence[tuple[str, str]] = ROWS, by: str | None = None) -> Job:
         """Queue a job whose validation rows are its training rows."""
         self.board.check(asked)
-        with self.board.draft() as draft:
+        with self.board.files.draft() as draft:
             write_rows(draft.data, rows)
             write_rows(draft.validation, MOODS)
             return self.board.submit(draft, asked, DataNames("rows.jsonl", "held.jsonl"), by)
@@ -77,12 +77,12 @@ class Yard:
 
     def steps(self, job: Job) -> list[int]:
         """Those in its record."""
-        lines = read_lines(self.board.folder(job.id).record)[0]
+        lines = read_lines(self.board.files.folder(job.id).record)[0]
         return [line["step"] for line in lines if line["event"] == "step"]
 
     def files(self, job: Job) -> JobFolder:
         """Its folder."""
-        return self.board.folder(job.id)
+        return self.board.files.folder(job.id)
 
 
 def make_yard(

@@ -208,7 +208,7 @@ def test_a_job_ends_once_in_whatever_phase_its_server_is_shut_down(
             objects.fails = lambda action, key: action == "create"
             first.runner._stop.set()
             first.runner._turn()
-            assert first.board.folder(job.id).publishing.exists()
+            assert first.board.files.folder(job.id).publishing.exists()
             objects.fails = lambda action, key: False
         assert first.state(job) == (JobState.QUEUED if phase == "waiting" else JobState.RUNNING)
         if is_cancelled:
@@ -264,7 +264,7 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
         nonlocal looks
         looks += 1
 
-    with board.draft() as draft:
+    with board.files.draft() as draft:
         write_rows(draft.data, [*ROWS, (" " * 60_000 + "x", "yes")])
         with pytest.raises(InvalidTrainingData, match=r"rows.jsonl, line 21: 60,004 characters can never fit"):
             board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)
@@ -282,7 +282,7 @@ def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: F
         if looks == 10:
             raise RequestAborted("The client went away.")
 
-    with board.draft() as draft:
+    with board.files.draft() as draft:
         write_rows(draft.data, ROWS)
         with pytest.raises(RequestAborted):
             board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)

@@ -90,7 +90,7 @@ def submit(
         raise InvalidTrainingData(
             "There is no data to train on.", remedy="Upload a JSONL file as `data`, or name one of PRELUDE_DATA_DIR."
         )
-    with board.draft() as draft:
+    with board.files.draft() as draft:
         room = MAX_DATA_BYTES - data.copy(draft.data)
         if validation is not None:
             validation.copy(draft.validation, room)

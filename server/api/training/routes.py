@@ -75,7 +75,7 @@ class TrainingJobs(Jobs):
     async def news(self, job_id: str, offset: int | None) -> News:
         def look() -> News:
             job = self._site.board.files.job(job_id)  # before its record: what it recorded before its end is read
-            record = self._site.board.folder(job_id).record
+            record = self._site.board.files.folder(job_id).record
             since = last_line_end(record) if offset is None else offset
             lines, until = read_lines(record, since)
             return News(job, since, until, lines)
@@ -84,7 +84,7 @@ class TrainingJobs(Jobs):
 
     @override
     async def read(self, job_id: str, offset: int, most: int) -> tuple[Sequence[Line], int]:
-        record = self._site.board.folder(job_id).record
+        record = self._site.board.files.folder(job_id).record
         return await self._site.executors.jobs.run(read_lines, record, offset, most)
 
     async def log(self, job_id: str) -> bytes:
@@ -92,7 +92,7 @@ class TrainingJobs(Jobs):
 
         def read() -> bytes:
             try:
-                with self._site.board.folder(job_id).log.open("rb") as file:
+                with self._site.board.files.folder(job_id).log.open("rb") as file:
                     file.seek(max(0, file.seek(0, 2) - LOG_BYTES))
                     return file.read()
             except FileNotFoundError:  # it has not begun yet

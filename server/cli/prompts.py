@@ -45,9 +45,7 @@ ReferenceArgument = Annotated[str, typer.Argument(metavar="TASK@N", help="A vers
 @app.command(
     name="list",
     epilog=examples(
-        "prelude prompts list",
-        "prelude prompts list sms_spam",
-        "prelude prompts list --json | jq -r '.prompts[].task'",
+        "prelude prompts list", "prelude prompts list sms_spam", "prelude prompts list --json | jq -r '.prompts[].task'"
     ),
 )
 def list_prompts(
@@ -71,10 +69,7 @@ def list_prompts(
 
 
 @app.command(
-    epilog=examples(
-        "prelude prompts versions sms_spam",
-        "prelude prompts versions sms_spam --json | jq .live",
-    )
+    epilog=examples("prelude prompts versions sms_spam", "prelude prompts versions sms_spam --json | jq .live")
 )
 def versions(
     task: TaskArgument, as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, key: KeyOption = None
@@ -134,12 +129,7 @@ def push(
                 _echo_live(client.versions(made["task"]))
 
 
-@app.command(
-    epilog=examples(
-        "prelude prompts pull sms_spam",
-        "prelude prompts pull sms_spam@2 --out second",
-    )
-)
+@app.command(epilog=examples("prelude prompts pull sms_spam", "prelude prompts pull sms_spam@2 --out second"))
 def pull(
     reference: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task's live version, or version N.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write. Default: ./TASK.")] = None,
@@ -164,10 +154,7 @@ def pull(
 
 
 @app.command(
-    epilog=examples(
-        "prelude prompts activate sms_spam@3",
-        "prelude prompts activate sms_spam 3 --if-match 42",
-    )
+    epilog=examples("prelude prompts activate sms_spam@3", "prelude prompts activate sms_spam 3 --if-match 42")
 )
 def activate(
     reference: ReferenceArgument,
@@ -184,11 +171,7 @@ def activate(
         _echo_live(client.activate(task, named or number or 0, expect=if_match))
 
 
-@app.command(
-    epilog=examples(
-        "prelude prompts rollback sms_spam",
-    )
-)
+@app.command(epilog=examples("prelude prompts rollback sms_spam"))
 def rollback(
     task: TaskArgument, if_match: IfMatchOption = None, url: UrlOption = DEFAULT_URL, key: KeyOption = None
 ) -> None:
@@ -197,11 +180,7 @@ def rollback(
         _echo_live(client.roll_back(_whole(task), expect=if_match))
 
 
-@app.command(
-    epilog=examples(
-        "prelude prompts traffic sms_spam 3=90 4=10",
-    )
-)
+@app.command(epilog=examples("prelude prompts traffic sms_spam 3=90 4=10"))
 def traffic(
     task: TaskArgument,
     weights: Annotated[list[str], typer.Argument(metavar="N=PERCENT", help="Shares that sum to 100.")],
@@ -214,12 +193,7 @@ def traffic(
         _echo_live(client.set_traffic(_whole(task), _parse_weights(weights), expect=if_match))
 
 
-@app.command(
-    epilog=examples(
-        "prelude prompts delete sms_spam@2",
-        "prelude prompts delete sms_spam --yes",
-    )
-)
+@app.command(epilog=examples("prelude prompts delete sms_spam@2", "prelude prompts delete sms_spam --yes"))
 def delete(
     reference: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task with all its versions, or version N.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -242,10 +216,7 @@ def delete(
 
 
 @app.command(
-    epilog=examples(
-        "prelude prompts diff sms_spam@2 sms_spam@3",
-        "prelude prompts diff sms_spam ./checkpoint",
-    )
+    epilog=examples("prelude prompts diff sms_spam@2 sms_spam@3", "prelude prompts diff sms_spam ./checkpoint")
 )
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="TASK for its live version, TASK@N, or a directory: ./DIR.")],

@@ -71,7 +71,7 @@ class TemplatedText:
         return TemplatedText(preamble + self.text, ((0, len(preamble)), *moved) if preamble else tuple(moved))
 
     def last(self, characters: int) -> TemplatedText:
-        """Its end, of at most so many characters."""
+        """Its end, of at most `characters` characters."""
         cut = max(0, len(self.text) - characters)
         spans = ((max(0, start - cut), stop - cut) for start, stop in self.user_spans if stop > cut)
         return TemplatedText(self.text[cut:], tuple(spans))
@@ -115,7 +115,7 @@ MAX_SCHEMA_DEPTH = 124
 """Objects and lists within each other in a JSON schema: the 128 of llguidance's parser, less what it puts around."""
 
 TOO_DEEP = f"it is nested more than {MAX_SCHEMA_DEPTH} deep"
-"""Why a JSON schema cannot be used, whoever finds out first."""
+"""Why a JSON schema cannot be used; several checks report it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class SamplingParams:
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
     top_logprobs: int = 0
-    """With `logprobs`: also those of so many of the most likely tokens."""
+    """With `logprobs`: also those of this many likely tokens."""
     grammar: Grammar | None = None
 
     @property
@@ -201,7 +201,7 @@ class GenerationRequest:
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
     input_top_logprobs: int = 0
-    """With `input_logprobs`: also those of so many of the most likely tokens in each place; at least `top_logprobs`."""
+    """With `input_logprobs`: also those of this many likely tokens at each position; at least `top_logprobs`."""
     continues_text: bool = True
     """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
     is_background: bool = False

@@ -12,7 +12,7 @@ UPLOAD_INSTEAD = "Name a file inside PRELUDE_DATA_DIR, or upload it."
 def resolve_data(name: str, data_dir: Path | None) -> Path:
     """The file that a request means by a name.
 
-    Whoever sends the name is not trusted: neither `..` nor an absolute path nor a link leads out of the folder, and a
+    The name is not trusted: neither `..` nor an absolute path nor a link leads out of the folder, and a
     refusal does not tell what lies outside.
 
     Raises:

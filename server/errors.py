@@ -65,7 +65,7 @@ class PreludeError(Exception):
         self.message = message
         self.remedy = remedy or self.default_remedy
         self.param = param
-        """The request's field that is at fault, where there is one and whoever raises this knows its name."""
+        """The request's field that is at fault, where there is one and its name is known."""
 
     def at(self, location: str) -> Self:
         """The same error, of one part of what was sent."""

@@ -1,4 +1,4 @@
-"""Threads for what would hold up the event loop, one bounded pool for each kind of work.
+"""Threads for work that would block the event loop, one bounded pool for each kind of work.
 
 A store that does not answer holds the threads that wait for it, so changes of tasks never share a pool with requests
 for an answer. Each pool bounds its threads and the work that may wait for one. Threads are daemons, which

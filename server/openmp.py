@@ -1,6 +1,6 @@
 """How OpenMP's threads wait, what oneDNN keeps, and how CUDA's memory is cut: set before torch is loaded.
 
-A matrix product is shared out to threads that meet at its end. GNU's OpenMP lets whoever is early spin for some
+A matrix product is shared out to threads that meet at its end. GNU's OpenMP lets an early thread spin for some
 milliseconds before it sleeps. That is right on a machine with nothing else to do. But where another program, or this
 server's own event loop, has taken a core, the early thread spins on the core that the late one needs, at each of the
 hundreds of meetings of a step: beside one busy program two cores gave a third of the tokens that they give with short
@@ -30,7 +30,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 """Names of one setting, the newest first."""
 
 OF_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Whoever sets one of these has chosen."""
+"""Variables by which a user chooses how threads wait."""
 
 
 def share_cores() -> None:

@@ -50,7 +50,7 @@ CLOSE_SECONDS = 3
 MANY_FILES = 65_536
 
 BACKGROUND_SHARE = 4
-"""Evaluations may have one part in so many of the answers in flight that live requests may have."""
+"""Evaluations may have 1 / this of the answers in flight that live requests may have."""
 
 SAME_SIGNAL_SECONDS = 1.0
 
@@ -62,7 +62,7 @@ LATEST_SECONDS = 9.0
 
 
 def serve(settings: Settings) -> None:
-    """Run a server until it is told to stop.
+    """Run a server until it is stopped.
 
     Raises:
         ConfigurationError, StoreError: it cannot start.
@@ -224,7 +224,7 @@ def check_exposure(settings: Settings, address: str) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address; whoever connects is answered once the server is ready.
+    """Take an address; connections are answered once the server is ready.
 
     Raises:
         ConfigurationError: somebody else has it, or it is not one of this machine's.
@@ -326,7 +326,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _end_after(self, seconds: float) -> None:
-        """End the process after so long, whatever hangs by then."""
+        """End the process after that time, even if something hangs."""
         if self._latest_end is None:
             self._latest_end = threading.Timer(seconds, self._end_late)
             self._latest_end.daemon = True

@@ -66,7 +66,7 @@ class App(FastAPI):
 
         Args:
             metrics: what requests are counted in.
-            origins: of pages whose browsers are told that they may read replies.
+            origins: of pages that may read replies in a browser (CORS).
             options: of FastAPI.
         """
         super().__init__(**options)

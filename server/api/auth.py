@@ -155,7 +155,7 @@ def why_no_longer(scope: ASGIScope) -> str | None:
 
 
 def may_see(request: Request, task: str | None) -> bool:
-    """Whether lists may show a task, a broken entry of the inbox, or (None) the frozen model to whoever asks."""
+    """Whether lists may show a task, a broken entry of the inbox, or (None) the frozen model to this key."""
     key = _key_of(request)
     if task is None:
         return key is None or key.tasks is None

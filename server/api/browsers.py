@@ -5,7 +5,7 @@ still POST a rollback (CSRF); and a page whose own name is made to point to 127.
 answer as well (DNS rebinding). Browsers tell both: where a request comes from, and by which name it reached us.
 Programs send no such headers and are not troubled. With keys there is nothing to steal: no page has one.
 
-Pages of origins that the settings name may do what the server's own may. Their browsers are told so by CORS headers,
+Pages of origins that the settings name may do what the server's own may. CORS headers tell their browsers,
 without which they would keep the reply from the page.
 """
 

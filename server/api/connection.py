@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 2**16
 HEADER_SECONDS = 20.0
 """From the connection, or the last reply on it, until a request's headers have come."""
 BODY_SECONDS, BODY_RATE = 20.0, 2**14
-"""A body may take so many seconds, and one more for each so many bytes that have come."""
+"""Seconds that a body may take, and bytes received that add one more second."""
 STALLED_SECONDS = 60.0
 """How long a client may take nothing of what is left for it."""
 MAX_PIPELINED = 16
@@ -36,7 +36,7 @@ class Connections:
     """Makes the protocol of each connection to one server, and keeps their number within what files allow.
 
     Beyond it the one gives way that has waited longest without a request: a stranger who opens many finds that they
-    replace one another, while the store, the jobs and whoever sends a request still get their files.
+    replace one another, while the store, the jobs and other requests still get their files.
     """
 
     def __init__(self, most: int | None = None) -> None:

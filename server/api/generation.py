@@ -47,7 +47,7 @@ class Prepared:
 
 
 def location_of(field: str, number: int, count: int) -> str | None:
-    """Where one of so many texts stands in the body; None if there is but one, which need not be told."""
+    """The position of a text in the body's list, for errors; None if it is the only text."""
     return f"{field}.{number}" if count > 1 else None
 
 
@@ -69,7 +69,7 @@ class GenerationOptions:
     Attributes:
         sampling: the fields of SamplingParams that the request sets itself.
         sample: it asks for sampling and leaves the temperature to the task; 1 if that is greedy.
-        truncate: keep only the last so many input tokens.
+        truncate: keep only this many input tokens, the last ones.
         n: choices to generate.
         input_logprobs: report how likely the input's tokens are.
         labels: texts to score instead of generating any.

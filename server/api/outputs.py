@@ -54,7 +54,7 @@ async def collect(deltas: AsyncIterator[Delta], num_choices: int = 1) -> list[Ch
 async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int = 1) -> list[list[Choice]]:
     """All choices of several requests that run at once, in their order.
 
-    If one fails, or whoever waits is cancelled, the others are aborted: nobody would read them.
+    If one fails, or the waiting task is cancelled, the others are aborted: nobody would read them.
     """
     running = [asyncio.ensure_future(collect(deltas, num_choices)) for deltas in requests]
     try:

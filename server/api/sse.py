@@ -61,7 +61,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
     is_answer = True
-    """Whether it answers a request that may take only so long; then it is cut off if the client does not read it."""
+    """Whether its request has a deadline; at the deadline, a stream that the client does not read is cut off."""
 
     def __init__(
         self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str], dialect: Dialect = NATIVE

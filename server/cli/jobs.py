@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at
 
 LOOK_SECONDS = 1.0
 AWAY_SECONDS = 120.0
-"""How long a server may be away, as it is when it is started anew; its jobs go on with it."""
+"""How long a server may be away, for example while it restarts; it then resumes its jobs."""
 ENDED = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
 OVER = tuple(ENDED)
 
@@ -118,7 +118,7 @@ def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
 
 
 def follow_to_its_end(client: PreludeClient, job: Job) -> None:
-    """Show a job until it is over, and say what it came to.
+    """Show a job until it has ended, then its result.
 
     Raises:
         PreludeError: it failed or was cancelled, or its server has been away for too long.

@@ -55,7 +55,7 @@ def examples(*commands: str) -> str:
 
 @contextmanager
 def connected(url: str, key: str | None) -> Iterator[PreludeClient]:
-    """A client of the server, whose refusals are told as the shell's user can act on them."""
+    """A client of the server; its refusals get remedies that a user of the shell can follow."""
     from server.client import PreludeClient
 
     with errors_as_sentences():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a command loads only what it prints
     from server.keys.key import ApiKey
 
 UNLIMITED = 1_000_000
-"""Width of a table that goes into a pipe: whoever reads it there wants whole lines."""
+"""Width of a table that goes into a pipe, where readers need whole lines."""
 NONE = "–"
 DIFFERENCE = "max |a-b|"
 
@@ -99,7 +99,7 @@ def _metrics(metrics: Mapping[str, object]) -> str:
 
 
 def print_jobs(jobs: Sequence[Job], out: Console) -> None:
-    """Training jobs, newest first: how far each has come, or what it came to."""
+    """Training jobs, newest first: each one's progress or result."""
     if not jobs:
         out.print("No training jobs yet: send one with `prelude train --url`.")
         return

@@ -146,7 +146,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
             )
     except KeyboardInterrupt:
         typer.echo(
-            "Broken off. The same command goes on from the last checkpoint; with --fresh it begins anew.", err=True
+            "Interrupted. The same command resumes from the last checkpoint; with --fresh it starts over.", err=True
         )
         raise
     before = measured_before(directory)
@@ -210,7 +210,7 @@ def read_rows(files: TaskFiles, config: TrainingConfig) -> TaskRows:
 
 
 def drop_old(checkpoints: Path) -> None:
-    """Forget runs that were broken off long ago."""
+    """Remove runs that were interrupted long ago."""
     for folder in checkpoints.glob("*"):
         if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ MOST_UNREAD = 1_000_000
 
 
 class Stream:
-    """The deltas of one request, on their way to whoever waits for them."""
+    """The deltas of one request, on their way to the waiting front end."""
 
     def __init__(self, streams: Streams, on_end: Callable[[], None]) -> None:
         """Nothing has come.
@@ -114,7 +114,7 @@ class Streams:
                 stream.put(Delta(request_id, None, FinishReason.FAILED, error=error))
 
     async def idle_within(self, seconds: float) -> bool:
-        """Wait until there is no stream; False if there is one after so long."""
+        """Wait until there is no stream; False if there still is one after that time."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()

@@ -295,7 +295,7 @@ class EngineWorker:
             ) from exc
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, let what runs finish for so long, then abort what is left."""
+        """Take nothing new, let running requests finish for this long, then abort the others."""
         self.draining = True
         if await self._streams.idle_within(seconds):
             return

@@ -26,7 +26,7 @@ MOST_LABELS = 32
 
 WAYS = {
     ZERO_SHOT: "the frozen model continues the input in the task's own template, without the virtual tokens",
-    INSTRUCTION: "the frozen model is told what to do: the instruction, an empty line and the input, as a chat",
+    INSTRUCTION: "the frozen model reads the instruction, an empty line and the input, as a chat",
     TEACHER: "the frozen model continues the long text that the soft prompt stands for",
 }
 

@@ -34,7 +34,7 @@ class EvaluationData:
 
     Attributes:
         name: how errors and reports call it.
-        rows: its rows, the first so many if there is a limit.
+        rows: its rows, up to the limit if there is one.
         references: for each row the texts that are right; its target where no references were given.
         sha256: hash of the whole file.
         labels: the file's distinct targets, where they look like classes.
@@ -70,7 +70,7 @@ def read_evaluation_data(
         path: the data.
         references: other references than those beside it.
         references_name: what to call these.
-        limit: only the first so many rows.
+        limit: read at most this many rows.
         name: what to call it instead of by its path, which may be nobody's business.
         inside: no link may lead what lies beside it out of this folder.
         go_on: called before each line; what it raises ends the reading.
@@ -122,7 +122,7 @@ def called(path: Path, name: str | None, read: Callable[[], T]) -> T:
 def _read_references(
     path: Path, data: DataFile, limit: int | None, name: str | None, go_on: Callable[[], None]
 ) -> dict[int, tuple[str, ...]]:
-    """Line number -> references, of the first so many rows.
+    """Line number -> references, of the first rows up to the limit.
 
     Raises:
         InvalidTrainingData: the file does not go line by line with the data.

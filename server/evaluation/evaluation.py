@@ -104,7 +104,7 @@ class Evaluation:
         return metrics.written(answers, system, questions.data, go_on)
 
     def _agreement(self, answers: Mapping[str, Answers], other: str) -> Statistic:
-        """Share of the rows of which the first and another choose the same label."""
+        """Share of the rows for which the first and another system choose the same label."""
         pairs = zip(answers[self.systems[0].name], answers[other], strict=True)
         return metrics.share([one.chosen == two.chosen for one, two in pairs])
 
@@ -142,7 +142,7 @@ def prepare(
         subject: what is evaluated, and its name.
         others: other versions, and their names.
         wanted: baselines.
-        instruction: for the baselines that are told in words; else what the data's folder says.
+        instruction: of the baselines; by default that of the data's folder.
         shots: training data for k-shot.
         teacher: a text of one's own, to be asked too.
         version: the subject's number, if it has one.

@@ -1,6 +1,6 @@
 """Asking the engine that serves, without being in anybody's way: what `POST /evaluations` does.
 
-Rows wait in a queue of their own, so the engine gives live tasks their turns, and only so many are under way at once
+Rows wait in a queue of their own, so the engine gives live tasks their turns, and only a few are in flight at a time
 that what the server takes before it refuses (`engine/scheduling/admission.py`) is left to those who use it.
 """
 
@@ -24,7 +24,7 @@ from server.train.rows import Row
 ROWS_AT_ONCE = 32
 LABELS_AT_ONCE = 64
 SHARE = 4
-"""An evaluation takes at most one part in so many of what the server, a task or a key may have in flight."""
+"""An evaluation takes at most 1 / this of what the server, a task or a key may have in flight."""
 AGAIN_SECONDS = 0.5
 """After how long a row that was refused because too much waits is tried again."""
 

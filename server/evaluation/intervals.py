@@ -1,4 +1,4 @@
-"""How sure a figure is: rows are drawn again with replacement, and the figure is computed anew each time.
+"""How sure a figure is: rows are drawn again with replacement, and the figure is computed again each time.
 
 A figure is a function of sums over rows, also BLEU and macro-F1, which are no means: so a thousand resamples are one
 matrix product. The same draws serve every figure, so of two systems on the same rows the difference can be
@@ -50,7 +50,7 @@ class Statistic:
 
 
 class Bootstrap:
-    """Resamples of so many rows, the same for everything that is asked of it."""
+    """Resamples of a number of rows, the same ones for every statistic."""
 
     def __init__(self, num_rows: int, resamples: int = RESAMPLES, seed: int = SEED) -> None:
         """Draw them: `[resamples, rows]`, how often each row is in each."""

@@ -66,7 +66,7 @@ class RowRequest:
 
 
 class Questions:
-    """How the rows of one data file are asked, whoever answers.
+    """The rows of one data file as requests, for any system.
 
     Attributes:
         data: the rows.

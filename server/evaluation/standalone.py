@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 256
 """Rows that the engine has been given and has not answered: more than ever run, so that it never waits for the next."""
 
 OnRow = Callable[[str], None]
-"""Is told the system's name whenever it has answered a row."""
+"""Called with the system's name whenever it has answered a row."""
 
 
 class OwnEngine:

@@ -37,7 +37,7 @@ _VERSION = re.compile(r"@?([1-9][0-9]{0,9})")
 
 
 class Host(Protocol):
-    """What an evaluation asks of the engine that it runs on, be it its own or the one that serves."""
+    """What an evaluation needs of its engine, be it its own or the one that serves."""
 
     @property
     def model(self) -> ModelSpec:
@@ -123,7 +123,7 @@ class System:
     Attributes:
         name: as reports call it.
         soft_prompt: None is the frozen model alone.
-        template: what an input is put into, for whoever is not asked in a chat.
+        template: what an input is put into, for systems that do not use a chat.
         preamble: plain text before the template: instruction and examples.
         chat: the text is a user message, and goes through the chat template.
         longest: new tokens that the frozen model alone gets.
@@ -278,7 +278,7 @@ def few_shot_text(instruction: str | None, examples: Sequence[Row]) -> str:
 def draw_examples(
     shots: DataFile, data: EvaluationData, count: int, labels: Sequence[str] | None, seed: int
 ) -> list[Row]:
-    """So many rows of the training data, in a random order, as even over the labels as can be.
+    """A number of rows of the training data, in random order, as even over the labels as possible.
 
     A row whose input is evaluated is left out: its answer would be given away.
 

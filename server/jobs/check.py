@@ -62,7 +62,7 @@ def check_data(
     """Read all rows as the run will; `go_on` is called before each, and what it raises ends the check.
 
     Raises:
-        InvalidTrainingData: names file and line, by the names that whoever sent them knows.
+        InvalidTrainingData: names file and line, by the names that the client used.
     """
     config = spec.config
     held = folder.validation if folder.validation.exists() else None

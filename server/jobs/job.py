@@ -105,7 +105,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True)
 class DataNames:
-    """What the data files are called by whoever sent or named them."""
+    """The data files' names, as the client sent them."""
 
     data: str
     validation: str | None = None
@@ -113,7 +113,7 @@ class DataNames:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed, as every error is told."""
+    """Why a job failed, in the form of every error."""
 
     error: str
     code: str

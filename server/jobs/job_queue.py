@@ -30,7 +30,7 @@ class JobBoard:
 
     Attributes:
         files: where they lie.
-        changed: set whenever there is something for whoever runs them to look at.
+        changed: set whenever there is news for the runner.
         keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
     """
 

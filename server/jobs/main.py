@@ -179,7 +179,7 @@ def step_back() -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process once its parent is gone: nobody would take the result, and the next server trains anew."""
+    """End this process once its parent is gone: nobody would take the result, and the next server resumes the job."""
 
     def watch() -> None:
         while os.getppid() == parent:

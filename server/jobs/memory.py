@@ -1,6 +1,6 @@
 """Whether a second copy of the frozen model fits beside the server.
 
-On a CPU the weights are a file that is mapped: whoever else maps it shares the pages. On CUDA each process has a copy
+On a CPU the weights are a mapped file: all processes that map it share the pages. On CUDA each process has a copy
 of its own. The server has taken all that it will ever need before a job can begin (`build.take_all`), so what is free
 then is a job's to take.
 """

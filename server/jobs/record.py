@@ -1,4 +1,4 @@
-"""A job's record: one JSON line for each thing that happened, appended by its process, read by whoever asks.
+"""A job's record: one JSON line for each event, appended by its process, read by followers.
 
     {"event": "phase", "phase": "loading", "at": "…"}
     {"event": "tried", "learning_rate": 0.02, "loss": 1.3}
@@ -91,7 +91,7 @@ class Recorder:
 
 
 def read_lines(path: Path, offset: int = 0, most: int = -1) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a record from an offset on, in at most so many bytes, and where the next ones begin."""
+    """The whole lines of a record from an offset on, in at most `most` bytes, and the offset of the next ones."""
     try:
         with path.open("rb") as file:
             file.seek(offset)

@@ -43,7 +43,7 @@ BUG_SECONDS = 30.0
 MOST_DEATHS = 3
 """How often in a row a process may be killed without coming further than the one before."""
 KEPT = 100
-"""Jobs that are over, of which the newest are kept."""
+"""Number of ended jobs that are kept, the newest ones."""
 PUBLISH_WAITS = (1.0, 5.0, 30.0)
 """Seconds between attempts to publish while the store refuses: a result may be hours of work."""
 

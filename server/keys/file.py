@@ -131,7 +131,7 @@ def revoke_key(path: Path, key_id: str) -> ApiKey:
 
 
 def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_new: bool = False) -> None:
-    """Replace the file in one step: whoever reads it sees the old keys or the new ones.
+    """Replace the file in one step: a reader sees the old keys or the new ones.
 
     The draft beside it is also the lock: two changes at once could otherwise bring a revoked key back.
     """

@@ -1,6 +1,6 @@
 """What a key is: an id, the hash of a secret, and what its holder may do.
 
-A key as people hold it is `prelude_<id>_<secret>`, and the secret is 256 random bits. Whoever reads a hash cannot get
+A key as people hold it is `prelude_<id>_<secret>`, and the secret is 256 random bits. A reader of a hash cannot get
 to its secret: there is nothing to guess, unlike with a password, so one plain SHA-256 is enough, and it costs a request
 a microsecond where a slow hash would cost it a tenth of a second.
 """

@@ -16,7 +16,7 @@ WAIT_SECONDS = 60.0
 
 
 class BoundedLock:
-    """A lock for changes; whoever holds it may wait for the store."""
+    """A lock for changes; its holder may wait for the store."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -193,7 +193,7 @@ class Inbox(Service):
         return Read(read.files, type(exc), may_pass=isinstance(exc, OSError) or exc.status >= 500)
 
     def _miss(self, name: str, seconds: float) -> None:
-        """Retire the tasks of an entry that is gone for so long."""
+        """Retire the tasks of an entry that has been gone long enough."""
         entry, now = self._entries[name], time.monotonic()
         state = entry.miss(now)
         if now - state.since < seconds:

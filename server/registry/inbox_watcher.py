@@ -58,7 +58,7 @@ class Folder:
         return list(self._listed)
 
     def signature(self, name: str) -> Signature:
-        """Of what can be seen of an entry's files; whoever reads them finds out why that is not all."""
+        """Of the files of an entry that can be seen; reading them shows why that is not all."""
         found = []
         with contextlib.suppress(OSError), os.scandir(self.path / name) as files:
             for file in files:

@@ -1,7 +1,7 @@
 """The live map: task -> who answers -> soft prompt, and what of it is in memory.
 
 Readers look up one dictionary, on any thread, without a lock. It is replaced by one assignment when events are taken
-over, so a reader sees a task before or after a change and never in between, and whoever holds a soft prompt keeps the
+over, so a reader sees a task before or after a change and never in between, and a holder of a soft prompt keeps the
 immutable value. `registry.py` says how it comes to events.
 """
 
@@ -35,7 +35,7 @@ HOST_MEMORY = 2**30
 
 
 class PrefixHolder(Protocol):
-    """What the registry asks of an engine; it knows no more of it."""
+    """What the registry needs of an engine."""
 
     def warm(self, soft_prompts: Sequence[SoftPrompt]) -> None:
         """Compute their prefixes, so that the first request does not pay; raises if one cannot be computed."""
@@ -202,7 +202,7 @@ class LiveMap:
         return contents
 
     def _replace(self, state: RegistryState) -> None:
-        """Take over a state that was loaded anew, because the events between were removed."""
+        """Take over a state that was loaded again, because the events between were removed."""
         before = self._state
         self._state = state
         kept = {v.content.blob for task in state.tasks.values() for v in task.versions.values()}

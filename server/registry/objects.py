@@ -1,6 +1,6 @@
 """The lowest layer of the store: a flat, durable place for objects, each written once and whole, or not at all.
 
-`create` is create-if-absent and has exactly one winner, whoever else writes at the same time: other threads, other
+`create` is create-if-absent and has exactly one winner, even if others write at the same time: other threads, other
 processes, other machines. What it has answered True for survives a loss of power. A folder does this by itself
 (`LocalObjects`); a bucket needs the extra `store` (`remote.RemoteObjects`). Everything else about the store, what its
 objects mean and which belong together, is built on these five operations.

@@ -2,8 +2,8 @@
 
 Credentials and endpoint are those of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …, as each cloud's own tools
 read them); obstore reads them. Create-if-absent is the cloud's conditional write (`If-None-Match: *`), which has one
-winner. A write that is sent again after a lost reply finds its own object and answers False: whoever needs to know
-compares the content.
+winner. A write that is sent again after a lost reply finds its own object and answers False: a caller that needs to
+know compares the content.
 """
 
 from __future__ import annotations

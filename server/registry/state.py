@@ -163,7 +163,7 @@ class RegistryState:
         return state
 
     def count(self) -> None:
-        """Count the digests and prefixes of all versions anew."""
+        """Count the digests and prefixes of all versions again."""
         contents = [version.content for task in self.tasks.values() for version in task.versions.values()]
         self.digests = Counter(content.digest for content in contents)
         self.prefixes = Counter(content.prefix_hash for content in contents)

@@ -56,7 +56,7 @@ _EVENT_NAME = re.compile(r"\d{12}\.json")
 
 
 class Behind(Exception):
-    """This server has not looked at the store for so long that it must load it anew."""
+    """This server has not read the store for so long that it must load it again."""
 
 
 class Store:
@@ -150,7 +150,7 @@ class Store:
             self._remove_events(self.snapshots.prune())
 
     def _remove_events(self, cut: int | None) -> None:
-        """In order, so that those that are left are the end of the log, wherever this is broken off."""
+        """In order, so that the events left are the end of the log, even if this is interrupted."""
         if cut is not None:
             names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
             for name in [name for name in names if name <= _event_name(cut)][:MOST_REMOVED]:

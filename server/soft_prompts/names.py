@@ -61,7 +61,7 @@ def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
 
 
 def _worth_comparing(name: str, known: list[str]) -> list[str]:
-    """Those that begin or end as it does: ten thousand comparisons would hold up everybody for a third of a second."""
+    """Those that begin or end as it does: ten thousand comparisons would delay everybody by a third of a second."""
     if len(known) <= 2 * REACH:
         return known
     found: set[str] = set()

@@ -98,7 +98,7 @@ class TensorFile:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a file to read it; a pipe in its place would keep whoever reads waiting for ever.
+    """Open a file to read it; a pipe in its place would block the reader for ever.
 
     What it is decides, not what it is called, and a link counts as what it leads to.
 

@@ -32,7 +32,7 @@ class TrainingCheckpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: TrainingCheckpoint) -> None:
-    """Write it beside the last one, then in its place: whoever is killed in between finds the last one."""
+    """Write it beside the last one, then in its place: a process that is killed in between leaves the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     state = checkpoint.optimizer["state"]
     tensors = {f"parameters/{name}": tensor for name, tensor in checkpoint.parameters.items()}

@@ -52,7 +52,7 @@ class TrainingConfig:
     evaluations: int = Field(default=10, ge=1)
     """How often the validation rows are measured on the way; the best of these states is kept."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many measurements in a row that are no better than the best; none never stops early."""
+    """Stop after this many consecutive evaluations without improvement; `None` disables early stopping."""
     teacher_template: str | None = None
     """Distil: learn the frozen model's own distributions behind this long text, which holds {input} once, instead of
     the targets of rows, which then need none."""

@@ -34,7 +34,7 @@ KEPT_TOKENS = 64
 """Of each of the teacher's distributions the likeliest tokens that are kept; the others count together."""
 TEACHER_BATCH = 16
 COMPARED = 64
-"""Of so many rows the teacher's texts are compared for what they begin with."""
+"""Rows whose teacher's texts are compared to find their common beginning."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run is given: files, and the rows that are in them. Free of torch, so whatever is wrong is told at once."""
+"""What a run is given: files, and the rows that are in them. Free of torch, so that faults are reported at once."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def initial_values(
         InvalidTrainingData: what the way needs is missing.
     """
     if config.init == "soft_prompt":
-        assert start is not None, "asked for by whoever read the configuration"
+        assert start is not None, "the reader of the configuration has requested it"
         try:
             found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
         except InvalidSoftPrompt as exc:

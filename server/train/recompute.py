@@ -16,8 +16,8 @@ from server.train.data import Example
 SHARE = 0.5
 """Of the free memory, what activations may take."""
 KEPT_PER_NUMBER = 3
-"""Of each number that goes into or comes out of a matrix product, about so many are kept for the backward pass: itself,
-and what norms, rotary embeddings, gates and the softmax make of it."""
+"""Numbers that are kept for the backward pass, for each number that enters or leaves a matrix product: itself, and what
+norms, rotary embeddings, gates and the softmax compute from it."""
 
 
 def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> bool:

@@ -24,7 +24,7 @@ class TeacherForcedScore:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What a step tells whoever watches."""
+    """What a step reports to observers."""
 
     step: int
     loss: float

@@ -52,7 +52,7 @@ def train_task(
         on_step: called after each step of training; what it raises ends the run.
         rows: the files' rows, if they have been read already.
         checkpoint: a folder to go on from, if a run of the same data and configuration has left something there.
-        fresh: do not go on, but begin anew.
+        fresh: start over instead of resuming.
         on_tried: called after each learning rate that was tried.
         on_sweep_step: called after each step of that search.
         on_taught: called for each row that a teacher has been asked about.
@@ -83,7 +83,7 @@ def train_task(
 
 
 def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: TaskRows) -> str:
-    """Names a run: only a checkpoint of the same model, data and configuration is gone on from."""
+    """Names a run: only a checkpoint of the same model, data and configuration is resumed."""
     said = {
         "fingerprint": model.spec.fingerprint,
         "dtype": model.spec.dtype,

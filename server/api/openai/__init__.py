@@ -1,1 +1,1 @@
-"""OpenAI's words for what this server does: a translation, of which the engine knows nothing."""
+"""OpenAI's API, as a translation that the engine does not know."""

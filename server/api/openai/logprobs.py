@@ -1,6 +1,6 @@
 """Log-probabilities in OpenAI's two forms.
 
-Every token that was generated is told, also the one that ended the text, so there are as many as the usage counts. A
+Every generated token is reported, also the one that ended the text, so there are as many as the usage counts. A
 token that is a part of a character reads U+FFFD; a chat's `bytes` are exact.
 """
 
@@ -27,7 +27,7 @@ def completion_logprobs(
         words: for the tokens' texts.
         tokens: those of the text, in order.
         offsets: where in the text each begins.
-        top: how many of the most likely tokens were asked for; the token itself is told beside them.
+        top: how many of the most likely tokens were requested; the token itself is added.
     """
     return {
         "tokens": [words.text_of(token.id) for token in tokens],
@@ -80,7 +80,7 @@ def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
 
 
 def _by_text(words: TokenTexts, token: Token | Scored, top: int) -> dict[str, float] | None:
-    """The most likely tokens by their texts; of two that read alike, the likelier one is told."""
+    """The most likely tokens by their texts; of two with the same text, the likelier one."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}

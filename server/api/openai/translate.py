@@ -134,7 +134,7 @@ def prepare_all(
         inputs: token ids.
         body: what is asked.
         choices: texts to generate for each input.
-        echoed_logprobs: report the log-probabilities of the input too, and so many of the most likely in each place.
+        echoed_logprobs: report the log-probabilities of the input too, with this many likely tokens at each position.
         continues_text: what is generated continues the input, also of a task.
 
     Raises:
@@ -185,7 +185,7 @@ def prepare_all(
 def start_all(
     request: Request, worker: EngineWorker, prepared: Sequence[Prepared], choices: int
 ) -> list[AsyncGenerator[Delta]]:
-    """Their deltas, of so many choices each; each request begins when its first one is asked for."""
+    """Their deltas; each request starts when its first delta is requested."""
     running = [(one, run(worker, one, Observation.of(request, one))) for one in prepared]
     return [deltas if one.request.n == choices else _repeated(deltas, choices) for one, deltas in running]
 

@@ -29,7 +29,7 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1
 LOAD_BUCKETS = (*MILLISECONDS, 1, 2.5, 5, 10, 30)
 
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
-"""Those that are told apart: a client may send any word."""
+"""Methods that have a label of their own: a client may send any word."""
 
 
 class Metrics:

@@ -66,7 +66,7 @@ class Observation:
         self._metrics.ended(record.task, record.version, outcome, usage, self.seconds)
 
     def _total(self, outcome: RequestOutcome) -> Usage:
-        """What all choices took together: they share the input, of which the first one tells how it was met."""
+        """What all choices took together: they share the input, and the first one reports how it was computed."""
         if outcome is RequestOutcome.REFUSED:
             return Usage(0, 0, 0)
         told = self._usage or Usage(0, 0, 0)

@@ -154,7 +154,7 @@ class CompiledAttention:
         return reversed(range(-(-span.count // QUERIES)))
 
     def _scratch_for(self, blocks: int) -> tuple[int, int]:
-        """Addresses of room for so many blocks of keys and of values; kept, because new memory costs time."""
+        """Addresses of memory for this many blocks of keys and values; reused, because new memory costs time."""
         size = blocks * self._kv_heads * BLOCK * self._dim
         if 2 * size > len(self._scratch):
             self._scratch = _floats(2 * size)

@@ -43,7 +43,7 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionRules:
-    """What a layer asks of its attention beside causality."""
+    """What a layer requires of its attention beside causality."""
 
     scaling: float
     sliding_window: int | None = None

@@ -75,7 +75,7 @@ class DecodeGraphs:
             self._replays[bucket] = record(self._forward(bucket))
 
     def takes(self, rows: int) -> bool:
-        """Whether a batch of so many fits into the largest bucket."""
+        """Whether a batch of this size fits into the largest bucket."""
         return rows <= self.buckets[-1]
 
     def run(self, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> torch.Tensor:

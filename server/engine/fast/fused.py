@@ -83,7 +83,7 @@ class FusedLayer(nn.Module):
         Args:
             layer: transformers'.
             index: its place in the model.
-            rules: what it asks of the attention beside causality.
+            rules: what it requires of the attention beside causality.
             head_dim: numbers per head.
             operators: norm, rotary embedding and gate.
             pack: see `FrozenLinear`.

@@ -43,7 +43,7 @@ class Operators:
             x: `[tokens, all_heads, dim]`.
             cos: `[tokens, dim]`.
             sin: `[tokens, dim]`, its first half negated.
-            num_rotated: so many heads are turned, the others stay as they are.
+            num_rotated: number of heads to rotate, the first ones; the others stay as they are.
         """
         heads = x[:, :num_rotated]
         swapped = torch.cat(heads.chunk(2, dim=-1)[::-1], dim=-1)

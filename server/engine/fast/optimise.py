@@ -54,7 +54,7 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
     Args:
         model: what they are for.
         parts: they are made if "compiled" is among them.
-        cache_dir: where they are kept, if it can be written to; what cannot be read there is made anew.
+        cache_dir: where they are kept, if it can be written to; what cannot be read there is compiled again.
     """
     if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
         return None

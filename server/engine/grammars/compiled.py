@@ -79,7 +79,7 @@ class Attempt:
         process.begin(grammar)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done; waits at most so long. The grammar is then among those that can be held.
+        """Whether it is done; waits at most this long. The grammar is then among those that can be held.
 
         Raises:
             InvalidRequest: it cannot be used; says why.
@@ -192,7 +192,7 @@ class Grammars:
         return error
 
     def discard(self, compiled: Compiled, error: InvalidRequest | None = None) -> None:
-        """End a grammar's process, whoever uses it; with an error, refuse it for a while."""
+        """End a grammar's process for all its users; with an error, refuse it for a while."""
         with self._lock:
             if self._compiled.get(compiled.key) is compiled:
                 del self._compiled[compiled.key]
@@ -225,7 +225,7 @@ class Grammars:
         """End those that nobody uses, the longest unused first, as far as there are too many or they hold too much.
 
         Args:
-            spared: as many stay in any case; whoever has just compiled one is about to hold it.
+            spared: as many stay in any case; a grammar that was just compiled is about to be held.
         """
         with self._lock:
             idle = [compiled for compiled in self._compiled.values() if not compiled.users]

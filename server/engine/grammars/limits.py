@@ -13,7 +13,7 @@ COMPILE_WALL_SECONDS = 1.9
 MASK_SECONDS = 1.0
 """Of a processor, to take one token of one text and find the next one's mask."""
 REQUEST_SECONDS, TOKEN_SECONDS = 5.0, 0.005
-"""Of a processor, for all masks of a request: so much at once, and so much more for each token that it has got."""
+"""Processor time for all masks of a request: an initial amount, and an additional amount for each token."""
 STALLED_SECONDS = 60.0
 """By the clock, until an answer that does not come is given up: on a machine so busy the limits above may not bite."""
 

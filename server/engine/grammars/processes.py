@@ -71,7 +71,7 @@ class GrammarProcess:
         return not self._unsent
 
     def receive(self, seconds: float = 0.0) -> list[GrammarReply]:
-        """What it has answered; waits at most so long for anything. The last frame of one that has ended is ENDED."""
+        """What it has answered; waits at most this long. The last frame of one that has ended is ENDED."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(1000 * seconds):

@@ -23,7 +23,7 @@ from server.errors import GenerationFailed, InvalidRequest, PreludeError
 STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
 """How long a step waits for grammars in all; and one in which nobody else can run, because commands come in between."""
 SLOW_SECONDS = 0.005
-"""Of a processor: whoever takes more for a token is slow."""
+"""Processor time: a grammar that takes more for a token is slow."""
 COSTLY_SECONDS, COSTLY_TOKEN_SECONDS = 0.25, 0.001
 """Of a processor: a request that takes more than this, and for each of its tokens, is slow from then on."""
 AT_ONCE = 2

@@ -1,10 +1,10 @@
-"""numba's compiler, for functions that are made anew for each shape of numbers, and its cache for them.
+"""numba's compiler, for functions that are created for each shape of numbers, and its cache for them.
 
 numba knows a kept function by its name, its code and what it refers to. Ours refer to one another, and as numba writes
 them down, those are others in every process: it would find nothing again. So a function is named after its shape, which
 is then all that it is known by; that its code is the same, the name of the directory says (`use_kernels`).
 
-In memory too no two may have one name: what tells numba's own names apart is a count that each process begins anew.
+In memory too, no two may have one name: numba numbers its own names, and each process starts from zero.
 """
 
 from __future__ import annotations

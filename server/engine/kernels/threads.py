@@ -4,7 +4,7 @@ Between two matrix products a loop must begin within microseconds, so it runs on
 awake for the next product: a second pool would put two threads onto every core, of which one always sleeps when it is
 needed. numba's own threads are such a pool.
 
-A loop is a compiled function that takes units of work from a counter until there are none. Whoever comes first takes
+A loop is a compiled function that takes units of work from a counter until there are none. The first thread takes
 the next: if one thread is late, because its core is busy with something else, the others do its share.
 """
 
@@ -33,7 +33,7 @@ class Loop:
         self._team = team()
 
     def __call__(self, units: int, threads: int, *arguments: int) -> None:
-        """Do so many units of work, on at most so many threads, the caller's among them.
+        """Do a number of units of work, on at most a number of threads, the caller's included.
 
         Args:
             units: of work.

@@ -38,7 +38,7 @@ def lanes(width: int) -> int:
 
 
 class _Code:
-    """What the two loops have in common, for vectors of so many numbers."""
+    """What the two loops have in common, for vectors of one length."""
 
     def __init__(self, context: Any, builder: Any, width: int) -> None:
         self._context, self.builder = context, builder

@@ -121,7 +121,7 @@ def largest_batch(model: FrozenModel, slot: Slot, running: int, tokens: int) -> 
 
 
 def decodes(model: FrozenModel, slot: Slot, count: int, rules: SamplingParams) -> Batch:
-    """So many sequences that each compute the last position of the longest context."""
+    """A number of sequences that each compute the last position of the longest context."""
     if not count:
         return []
     sequence = _sequence(model, rules)

@@ -16,7 +16,7 @@ from server.errors import InsufficientMemory
 MiB = 2**20
 
 UNMEASURED_SHARE = 0.5
-"""Of the free memory, what 'auto' takes for the KV cache at most where nobody knows what a step takes."""
+"""Of the free memory, the most that 'auto' takes for the KV cache where the largest step was not measured."""
 
 SLACK = 1 / 32
 """Of the free memory, what an allocator's rounding and fragments may take where the largest step was measured."""

@@ -38,7 +38,7 @@ class SharedInputs:
         self.num_bytes += num_bytes
 
     def made(self, request_id: str, choices: int) -> None:
-        """The copy is there, and so many choices wait with it."""
+        """The copy is there, and this many choices wait with it."""
         self._waiting[request_id] = choices
 
     def release_share(self, request_id: str) -> None:

@@ -60,7 +60,7 @@ class SlotAllocator:
         return frozenset(self._used)
 
     def slot_length(self, positions: int) -> int:
-        """The shortest slot that holds so many positions; at most `max_model_len` may be asked for."""
+        """The shortest slot that holds this many positions, at most `max_model_len`."""
         return next(length for length in self.slot_lengths if length >= positions)
 
     def can_allocate(self, positions: int) -> bool:
@@ -68,7 +68,7 @@ class SlotAllocator:
         return bool(self._free_slabs) or self._slab_with_room(self.slot_length(positions)) is not None
 
     def allocate(self, positions: int) -> Slot | None:
-        """A slot for so many positions, or None if there is no room now."""
+        """A slot for this many positions, or None if there is no room now."""
         length = self.slot_length(positions)
         index = self._slab_with_room(length)
         if index is None:

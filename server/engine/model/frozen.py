@@ -48,7 +48,7 @@ class FrozenModel:
         tokenizer: its tokenizer.
         text: texts to token ids and back; safe from any thread.
         eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
-        attention_rules: what each layer asks of its attention.
+        attention_rules: what each layer requires of its attention.
         kernels: compiled code that may be used with it; see `optimise.py`.
         keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
     """

@@ -199,7 +199,7 @@ def kinds_with_states(text_config: PretrainedConfig) -> set[str]:
 def prepare_layers(module: PreTrainedModel) -> Layers:
     """Replace the layers of a model that keep a recurrent state, if it has some; its weights stay as they are.
 
-    Layers with attention are numbered anew, so that the KV cache has none for the others.
+    Layers with attention are renumbered, so that the KV cache has none for the others.
 
     Raises:
         UnsupportedModel: no layer has attention, or a convolution has no state.

@@ -20,7 +20,7 @@ IN_A_ROW = 8
 """Choices that go on with what has begun, until a request of the same queue may begin before the next one."""
 
 _Waiting = OrderedDict[Sequence, None]
-"""Ordered, and whoever is in the middle of it is found at once."""
+"""Ordered; a member in the middle is found in constant time."""
 
 
 def _nobody(sequence: Sequence) -> bool:

@@ -29,7 +29,7 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download
 
 RESERVED_SHARE = 4
-"""One place more for every so many, for tasks of which fewer run than their share."""
+"""Sequences for each of which one more slot is reserved, for tasks below their fair share."""
 
 NO_SLOT = Slot(sys.maxsize, sys.maxsize)
 """Comes after every slot."""

@@ -14,7 +14,7 @@ from server.engine.text.token_texts import TokenTexts
 log = logging.getLogger(__name__)
 
 MOST_PENDING = 16
-"""Tokens that a stream may hold back before it begins anew, up to three more where a character is not complete."""
+"""Tokens that a stream may hold back before it starts again, up to three more where a character is not complete."""
 
 
 class Decoder:
@@ -22,7 +22,7 @@ class Decoder:
 
     A byte-level text is its tokens' bytes in UTF-8, so this reads their bytes. All other decoders are tokenizers'
     DecodeStream, which decodes all that it holds back at each step, and holds back what ends in U+FFFD: it takes that
-    for half of a character. So here a stream begins anew once it holds back what no later token changes:
+    for half of a character. So here a stream starts again once it holds back what no later token changes:
 
     - whole characters, which are given out as soon as they are certain;
     - bytes that no character begins with, which are U+FFFD;
@@ -73,7 +73,7 @@ class Decoder:
         try:
             text = self._stream.step(self._texts.backend, token_id)
         except Exception:  # tokenizers raises nothing narrower
-            log.debug("this decoder cannot be streamed here; it begins anew", exc_info=True)
+            log.debug("this decoder cannot be streamed here; it starts again", exc_info=True)
             return self._flush()
         if text:
             added = text[len(self._early) :]
@@ -122,7 +122,7 @@ class Detokenizer:
         self._text = ""
         """That of the held tokens."""
         self._passed = 0
-        """A stop string that ends among so many of its characters came too early to count."""
+        """A stop string that ends within this many of its first characters comes too early to count."""
 
     def push(self, token: Token, *, is_last: bool = False, is_text: bool = True) -> tuple[list[Token], bool]:
         """Tokens whose texts are now certain, with their texts and offsets, and whether a stop string ends the text.
@@ -182,7 +182,7 @@ class Detokenizer:
         return certain
 
     def _cut(self, length: int) -> list[Token]:
-        """All held tokens, with so many characters among them."""
+        """All tokens that were held back, with this many characters."""
         tokens: list[Token] = []
         for token in self._held:
             tokens.append(token._replace(text=token.text[:length]))

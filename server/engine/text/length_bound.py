@@ -47,7 +47,7 @@ class LengthBound:
         self._only_ascii = backend.normalizer is not None
 
     def least_tokens(self, *texts: str) -> int:
-        """At least so many tokens do these texts have together; the count stops soon after what the context holds."""
+        """A lower bound on the tokens of these texts together; counting stops soon after the context's size."""
         total = 0.0
         for text in texts:
             for share, _ in self._shares_of(text, range(0, len(text), PIECE)):

@@ -46,6 +46,7 @@ import psutil
 import torch
 from load import Load, Measured, resident, started, varied
 from peers import Call, Prelude, Workload
+from task_choice import ZIPF_EXPONENT, Choice
 from task_store import NUM_VIRTUAL_TOKENS, SPEC, make_store, task_name
 from tasks_plot import draw
 from tqdm import tqdm
@@ -53,39 +54,12 @@ from tqdm import tqdm
 from server.engine.build import free_memory
 
 COUNTS = (8, 64, 512, 2000, 10_000)
-ZIPF_EXPONENT = 1.1
 OUTPUT_TOKENS = 16
 WARM_UP_SECONDS = 1.0
 ASKING_AT_ONCE = 64
 SERVER_BYTES = 1_500_000_000
 """What a server takes beside prefixes, generously."""
 MB = 1e6
-
-
-class Choice:
-    """Which task a request is for, by number from 1."""
-
-    def __init__(self, name: str, count: int) -> None:
-        """`uniform` or `zipf`, of so many tasks."""
-        exponent = ZIPF_EXPONENT if name == "zipf" else 0.0
-        self._tasks = range(1, count + 1)
-        self._weights = list(itertools.accumulate(1 / rank**exponent for rank in self._tasks))
-
-    def draw(self, dice: random.Random) -> int:
-        """One task."""
-        return dice.choices(self._tasks, cum_weights=self._weights)[0]
-
-    def latest(self, capacity: int, dice: random.Random) -> list[int]:
-        """The last so many different tasks of an endless row of requests, the one of the last request at the end.
-
-        That is what a cache holds that drops the least recently used. The row is drawn from its end backwards.
-        """
-        if capacity == len(self._tasks):
-            return list(self._tasks)
-        found: dict[int, None] = {}
-        while len(found) < capacity:
-            found.setdefault(self.draw(dice))
-        return list(reversed(found))
 
 
 class ManyTasks(Prelude):

@@ -78,15 +78,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.bars": {"client", "train"},
     "cli.tables": BOTTOM | {"client", "keys", "cli.bars", "cli.errors", "cli.files", "cli.diff"},
     "cli.remote": BOTTOM | {"client", "cli.errors"},
-    "cli.prompts": COMMAND | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.remote", "cli.tables"},
+    "cli.references": BOTTOM | {"soft_prompts", "client", "cli.diff", "cli.errors", "cli.files", "cli.tables"},
+    "cli.prompts": COMMAND
+    | {"soft_prompts", "client", "cli.files", "cli.diff", "cli.references", "cli.remote", "cli.tables"},
     "cli.jobs": COMMAND | {"client", "cli.bars", "cli.remote", "cli.tables"},
     "cli.keys": COMMAND | {"keys", "cli.tables"},
     "cli.train_options": {"soft_prompts", "train"},
     "cli.train": COMMAND
-    | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.train_options"},
+    | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.options", "cli.train_options"},
     "cli.task_source": BOTTOM | {"soft_prompts", "registry"},
     "cli.scores": {"cli.errors", "evaluation"},
-    "cli.evaluate": COMMAND | {"engine", "evaluation", "cli.task_source", "cli.files", "cli.scores", "cli.tables"},
+    "cli.evaluate_options": set(),
+    "cli.evaluate": COMMAND
+    | {
+        "soft_prompts",
+        "engine",
+        "evaluation",
+        "cli.evaluate_options",
+        "cli.files",
+        "cli.options",
+        "cli.scores",
+        "cli.tables",
+        "cli.task_source",
+    },
     "cli.main": COMMAND
     | {"serve", "openmp", "cli.options", "cli.prompts", "cli.jobs", "cli.keys", "cli.train", "cli.evaluate"},
 }

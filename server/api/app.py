@@ -139,6 +139,19 @@ def create_app(
     app.state.followers = Followers(worker)
     app.state.job_checks = Lane(executors.jobs, "training jobs", MOST_CHECKS)
     app.state.started = int(time.time())
+    _limit_requests(app, settings, keys)
+    install_error_handlers(app, FORMATS)
+    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
+        app.include_router(module.router)
+    for kind in KINDS:
+        app.include_router(kind.router)
+        app.include_router(common_routes(kind))
+    app.router.routes.extend(pages.ROUTES)
+    return app
+
+
+def _limit_requests(app: App, settings: Settings, keys: ApiKeys | None) -> None:
+    """Refuse bodies that are too large, and what foreign pages may not send."""
     app.add_middleware(
         BodyLimit,
         max_upload_bytes=settings.max_upload_bytes,
@@ -152,11 +165,3 @@ def create_app(
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=settings.origins, formats=FORMATS)
     elif hosts is not None:
         app.add_middleware(OwnPagesOnly, hosts=hosts, origins=frozenset({"*"}), formats=FORMATS)
-    install_error_handlers(app, FORMATS)
-    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
-        app.include_router(module.router)
-    for kind in KINDS:
-        app.include_router(kind.router)
-        app.include_router(common_routes(kind))
-    app.router.routes.extend(pages.ROUTES)
-    return app

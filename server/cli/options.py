@@ -1,16 +1,19 @@
-"""Options of `prelude serve` made of the settings themselves, so that the two can never differ."""
+"""Options of commands, made of a class: of the settings for `prelude serve`, so that the two can never differ."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from server.settings import ENV_PREFIX, Settings
+
+Options = TypeVar("Options")
 
 
 def _help(name: str, field: FieldInfo) -> str:
@@ -39,8 +42,35 @@ def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
         for name, field in Settings.model_fields.items()
     ]
 
-    def run(**options: Any) -> None:
-        command(**options)
+    return _with_signature(command, parameters)
+
+
+def with_options_of(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Give a command one option per field of a dataclass; it takes them all as one value."""
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(options)  # type: ignore[arg-type]
+    ]
+
+    def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
+        run = _with_signature(lambda **given: command(options(**given)), parameters)
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _with_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """A command as typer sees it: with these parameters."""
+
+    def run(**given: Any) -> None:
+        command(**given)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

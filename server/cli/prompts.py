@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.cli.errors import printable
+from server.cli.references import confirm_delete, content_of, download, echo_live, only_live, parse_weights, whole_task
 from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
-from server.errors import ConfigurationError, InvalidTaskName
+from server.errors import InvalidTaskName
 from server.soft_prompts.names import split_version
 
 if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
-    from server.cli.diff import ComparedSoftPrompt
-    from server.client import PreludeClient, VersionList
+    pass
 
-_SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
 
 app = typer.Typer(
     name="prompts",
@@ -126,7 +122,7 @@ def push(
             typer.echo(printable(note), err=True)
         if not dry_run:
             for made in pushed["tasks"]:
-                _echo_live(client.versions(made["task"]))
+                echo_live(client.versions(made["task"]))
 
 
 @app.command(epilog=examples("prelude prompts pull sms_spam", "prelude prompts pull sms_spam@2 --out second"))
@@ -147,9 +143,9 @@ def pull(
         task, number = split_version(reference)
         directory = out or Path(task)
         check_target(directory, force=force)
-        number = number or _only_live(client.versions(task))
+        number = number or only_live(client.versions(task))
         with new_directory(directory) as filled:
-            _download(client, task, number, filled)
+            download(client, task, number, filled)
         typer.echo(f"{directory}: {task}@{number}")
 
 
@@ -168,7 +164,7 @@ def activate(
         task, named = split_version(reference)
         if (named is None) == (number is None):
             raise InvalidTaskName("Which version?", remedy=f"Name one: {task}@3.")
-        _echo_live(client.activate(task, named or number or 0, expect=if_match))
+        echo_live(client.activate(task, named or number or 0, expect=if_match))
 
 
 @app.command(epilog=examples("prelude prompts rollback sms_spam"))
@@ -177,7 +173,7 @@ def rollback(
 ) -> None:
     """Restore what was live before; two in a row go back two steps."""
     with connected(url, key) as client:
-        _echo_live(client.roll_back(_whole(task), expect=if_match))
+        echo_live(client.roll_back(whole_task(task), expect=if_match))
 
 
 @app.command(epilog=examples("prelude prompts traffic sms_spam 3=90 4=10"))
@@ -190,7 +186,7 @@ def traffic(
 ) -> None:
     """Divide a task's requests among several versions: a canary. `activate` ends it."""
     with connected(url, key) as client:
-        _echo_live(client.set_traffic(_whole(task), _parse_weights(weights), expect=if_match))
+        echo_live(client.set_traffic(whole_task(task), parse_weights(weights), expect=if_match))
 
 
 @app.command(epilog=examples("prelude prompts delete sms_spam@2", "prelude prompts delete sms_spam --yes"))
@@ -205,14 +201,14 @@ def delete(
     with connected(url, key) as client:
         task, number = split_version(reference)
         if not yes:
-            if_match = _confirm_delete(client.versions(task), reference, number, if_match)
+            if_match = confirm_delete(client.versions(task), reference, number, if_match)
         if number is None:
             client.delete(task, expect=if_match)
             typer.echo(f"{task}: deleted; nothing answers for it any more")
         else:
             client.delete_version(task, number, expect=if_match)
             typer.echo(f"{reference}: deleted")
-            _echo_live(client.versions(task))
+            echo_live(client.versions(task))
 
 
 @app.command(
@@ -237,7 +233,7 @@ def diff(
         from server.cli.diff import compare
         from server.cli.tables import console, print_comparison, print_json
 
-        comparison = compare(_content(client, a), _content(client, b))
+        comparison = compare(content_of(client, a), content_of(client, b))
         if as_json:
             print_json(comparison.as_dict())
         else:
@@ -250,88 +246,8 @@ def _print_versions(task: str, as_json: bool, url: str, key: str | None) -> None
     with connected(url, key) as client:
         from server.cli.tables import console, print_json, print_versions
 
-        listed = client.versions(_whole(task))
+        listed = client.versions(whole_task(task))
         if as_json:
             print_json(listed)
         else:
             print_versions(listed, console())
-
-
-def _whole(reference: str) -> str:
-    """The name of a task, where a version cannot be meant.
-
-    Raises:
-        InvalidTaskName: a version is named.
-    """
-    task, number = split_version(reference)
-    if number is not None:
-        raise InvalidTaskName(f"{reference} is one version.", remedy=f"Name the task: {task}.")
-    return task
-
-
-def _echo_live(listed: VersionList) -> None:
-    from server.cli.tables import live_sentence
-
-    typer.echo(printable(live_sentence(listed)))
-
-
-def _only_live(listed: VersionList) -> int:
-    """The version that answers, if it is one.
-
-    Raises:
-        InvalidTaskName: none does, or several do.
-    """
-    from server.cli.tables import live_sentence
-
-    live = listed.get("live")
-    if live is None or len(listed.get("traffic", {})) > 1:
-        raise InvalidTaskName(f"{live_sentence(listed)}.", remedy=f"Name one: {listed['task']}@N.")
-    return live
-
-
-def _download(client: PreludeClient, task: str, number: int, directory: Path) -> None:
-    from server.cli.files import unpack
-
-    with tempfile.TemporaryDirectory(prefix="prelude-pull-") as folder:
-        archive = Path(folder, "download.zip")
-        client.download(task, number, archive)
-        unpack(archive, directory)
-
-
-def _content(client: PreludeClient, side: str) -> ComparedSoftPrompt:
-    """One side of a diff; what has a slash is a directory."""
-    from server.cli.diff import read_content
-    from server.cli.files import local_path
-
-    if "/" in side or side in (".", ".."):
-        return read_content(local_path(side), side)
-    task, number = split_version(side)
-    number = number or _only_live(client.versions(task))
-    with tempfile.TemporaryDirectory(prefix="prelude-diff-") as folder:
-        _download(client, task, number, Path(folder))
-        return read_content(Path(folder), f"{task}@{number}")
-
-
-def _confirm_delete(listed: VersionList, reference: str, number: int | None, if_match: str | None) -> str | None:
-    """Ask, and answer the state that the user has decided on; not on a terminal nobody can be asked."""
-    from server.cli.tables import live_sentence
-
-    if not sys.stdin.isatty():
-        raise ConfigurationError(f"{reference} is only deleted after a confirmation.", remedy="Confirm with --yes.")
-    count = len(listed["versions"])
-    what = reference if number is not None else f"{reference} with {count} version{'s' if count != 1 else ''}"
-    typer.confirm(f"{live_sentence(listed)}. Delete {what} for good?", abort=True)
-    return if_match or listed.get("etag")
-
-
-def _parse_weights(shares: list[str]) -> dict[int, int]:
-    remedy = "Write each version once, 100 in all: 3=90 4=10."
-    weights: dict[int, int] = {}
-    for share in shares:
-        match = _SHARE.fullmatch(share)
-        if match is None or int(match[1]) in weights:
-            raise ConfigurationError(f"{share[:80]!r} is not a share.", remedy=remedy)
-        weights[int(match[1])] = int(match[2])
-    if sum(weights.values()) != 100:
-        raise ConfigurationError(f"The shares sum to {sum(weights.values())}.", remedy=remedy)
-    return weights

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from server.cli import train_options as options
 from server.cli.errors import errors_as_sentences, printable
 from server.cli.files import read_text
 from server.cli.jobs import send
 from server.cli.logs import configure_logging
+from server.cli.options import with_options_of
+from server.cli.train_options import TrainOptions
 from server.errors import ConfigurationError
 from server.settings import Settings
 from server.train.config import TrainingConfig
@@ -26,37 +27,8 @@ ABANDONED_SECONDS = 30 * 24 * 3600.0
 """Interrupted runs older than this are not resumed."""
 
 
-def train(
-    task: options.Task,
-    data: options.Data,
-    validation: options.Validation = None,
-    method: options.Method = "prompt_tuning",
-    num_virtual_tokens: options.NumVirtualTokens = 20,
-    steps: options.Steps = 600,
-    batch_size: options.BatchSize = 16,
-    lr: options.Lr = "auto",
-    optimizer: options.Optimizer = "adamw",
-    evaluations: options.Evaluations = 10,
-    patience: options.Patience = None,
-    seed: options.Seed = 0,
-    init: options.Init = "auto",
-    init_text: options.InitText = None,
-    init_from: options.InitFrom = None,
-    teacher: options.Teacher = None,
-    teacher_chat: options.TeacherChat = False,
-    label: options.Label = None,
-    input_template: options.InputTemplate = "{input}\\n",
-    system_message: options.SystemMessages = None,
-    description: options.Description = None,
-    licence: options.Licence = None,
-    out: options.Out = None,
-    fresh: options.Fresh = False,
-    url: options.Url = None,
-    key: options.Key = None,
-    activate: options.Activate = False,
-    activate_at_least: options.ActivateAtLeast = None,
-    detach: options.Detach = False,
-) -> None:
+@with_options_of(TrainOptions)
+def train(options: TrainOptions) -> None:
     """Train a soft prompt for TASK on the frozen model, with a progress bar, and write it as a PEFT directory.
 
     The same command resumes a run that was interrupted.
@@ -66,49 +38,67 @@ def train(
     configure_logging("warning")
     with errors_as_sentences():
         from server.soft_prompts.names import check_task_name
-        from server.train.files import TaskFiles
 
-        check_task_name(task)
+        check_task_name(options.task)
         settings = Settings.load()
-        config = make_config(
-            method=method,
-            num_virtual_tokens=num_virtual_tokens,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=lr,
-            optimizer=optimizer,
-            evaluations=min(evaluations, steps),
-            patience=patience,
-            seed=seed,
-            init=init,
-            init_text=init_text,
-            init_from=None if init_from is None else str(init_from),
-            teacher_template=None if teacher is None else read_text(teacher),
-            teacher_chat=teacher_chat,
-            labels=tuple(label) if label else None,
-        )
-        files = TaskFiles(
-            task=task,
-            training=data[0] if len(data) == 1 else tuple(data),
-            validation=None if not validation else validation[0] if len(validation) == 1 else tuple(validation),
-            input_template=input_template.replace("\\n", "\n").replace("\\t", "\t"),
-            system_message=system_message,
-            description=description,
-            licence=licence,
-            max_virtual_tokens=settings.max_virtual_tokens,
-        )
-        if url is None:
-            for_jobs = {"activate": activate, "activate-at-least": activate_at_least is not None, "detach": detach}
-            refuse("for a job of a server", "Name the server with --url.", **for_jobs)
-            learn(files, config, out or settings.prompts_dir / task, settings, fresh=fresh)
+        config, files = config_of(options), files_of(options, settings)
+        at_least = options.activate_at_least
+        if options.url is None:
+            for_jobs = {"activate": options.activate, "activate-at-least": at_least is not None}
+            refuse("for a job of a server", "Name the server with --url.", **for_jobs, detach=options.detach)
+            learn(files, config, options.out or settings.prompts_dir / options.task, settings, fresh=options.fresh)
             return
-        refuse("for training on this machine", "Leave it out, or leave out --url.", out=out, fresh=fresh)
-        if activate and activate_at_least is not None:
+        here = {"out": options.out, "fresh": options.fresh}
+        refuse("for training on this machine", "Leave it out, or leave out --url.", **here)
+        if options.activate and at_least is not None:
             raise ConfigurationError(
                 "--activate and --activate-at-least exclude each other.", remedy="Give one of them."
             )
-        bound = {"metric": "validation_exact_match", "at_least": activate_at_least}
-        train_there(files, config, activate if activate_at_least is None else bound, url, key, detach=detach)
+        bound = {"metric": "validation_exact_match", "at_least": at_least}
+        activate = options.activate if at_least is None else bound
+        train_there(files, config, activate, options.url, options.key, detach=options.detach)
+
+
+def config_of(options: TrainOptions) -> TrainingConfig:
+    """The hyperparameters that the options say.
+
+    Raises:
+        ConfigurationError: names the options that do not fit.
+    """
+    return make_config(
+        method=options.method,
+        num_virtual_tokens=options.num_virtual_tokens,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.lr,
+        optimizer=options.optimizer,
+        evaluations=min(options.evaluations, options.steps),
+        patience=options.patience,
+        seed=options.seed,
+        init=options.init,
+        init_text=options.init_text,
+        init_from=None if options.init_from is None else str(options.init_from),
+        teacher_template=None if options.teacher is None else read_text(options.teacher),
+        teacher_chat=options.teacher_chat,
+        labels=tuple(options.label) if options.label else None,
+    )
+
+
+def files_of(options: TrainOptions, settings: Settings) -> TaskFiles:
+    """The task's files, and what is written about it."""
+    from server.train.files import TaskFiles
+
+    data, validation = options.data, options.validation
+    return TaskFiles(
+        task=options.task,
+        training=data[0] if len(data) == 1 else tuple(data),
+        validation=None if not validation else validation[0] if len(validation) == 1 else tuple(validation),
+        input_template=options.input_template.replace("\\n", "\n").replace("\\t", "\t"),
+        system_message=options.system_message,
+        description=options.description,
+        licence=options.licence,
+        max_virtual_tokens=settings.max_virtual_tokens,
+    )
 
 
 def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: Settings, *, fresh: bool) -> None:

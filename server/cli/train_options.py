@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -105,3 +106,38 @@ ActivateAtLeast = Annotated[
 Detach = Annotated[
     bool, _remote("--detach", help="Print the job's id and return; `prelude jobs follow` waits for the job.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of `prelude train`, in the order of --help."""
+
+    task: Task
+    data: Data
+    validation: Validation = None
+    method: Method = "prompt_tuning"
+    num_virtual_tokens: NumVirtualTokens = 20
+    steps: Steps = 600
+    batch_size: BatchSize = 16
+    lr: Lr = "auto"
+    optimizer: Optimizer = "adamw"
+    evaluations: Evaluations = 10
+    patience: Patience = None
+    seed: Seed = 0
+    init: Init = "auto"
+    init_text: InitText = None
+    init_from: InitFrom = None
+    teacher: Teacher = None
+    teacher_chat: TeacherChat = False
+    label: Label = None
+    input_template: InputTemplate = "{input}\\n"
+    system_message: SystemMessages = None
+    description: Description = None
+    licence: Licence = None
+    out: Out = None
+    fresh: Fresh = False
+    url: Url = None
+    key: Key = None
+    activate: Activate = False
+    activate_at_least: ActivateAtLeast = None
+    detach: Detach = False

@@ -152,8 +152,7 @@ def prepare(
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.
     """
-    name, soft_prompt = subject
-    manifest = soft_prompt.manifest
+    manifest = subject[1].manifest
     labels = manifest.labels or data.labels or ()
     if bounds is not None:
         bounds.check_rows(data, len(labels))
@@ -175,8 +174,24 @@ def prepare(
         else []
     )
     asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
-    is_told = any(one.preamble for one in alone)
-    about = EvaluationSubject(
+    instruction = (instruction or data.instruction) if any(one.preamble for one in alone) else None
+    about = _subject(host, data, subject, version, labels, instruction)
+    evaluation = Evaluation(about, (*asked, *alone), questions)
+    if bounds is not None:
+        bounds.check_reading(data, evaluation.systems)
+    return evaluation.checked(go_on)
+
+
+def _subject(
+    host: Host,
+    data: EvaluationData,
+    subject: tuple[str, SoftPrompt],
+    version: int | None,
+    labels: Sequence[str],
+    instruction: str | None,
+) -> EvaluationSubject:
+    name, soft_prompt = subject
+    return EvaluationSubject(
         task=name.partition("@")[0],
         version=version,
         name=name,
@@ -187,13 +202,9 @@ def prepare(
         data_sha256=data.sha256,
         rows=len(data.rows),
         labels=tuple(labels),
-        instruction=(instruction or data.instruction) if is_told else None,
+        instruction=instruction,
         known_from=_known_from(soft_prompt, data.sha256),
     )
-    evaluation = Evaluation(about, (*asked, *alone), questions)
-    if bounds is not None:
-        bounds.check_reading(data, evaluation.systems)
-    return evaluation.checked(go_on)
 
 
 def _known_from(soft_prompt: SoftPrompt, sha256: str) -> str | None:

@@ -232,20 +232,7 @@ def baselines(
             )
         _check_chat(host, INSTRUCTION)
         found.append(System(INSTRUCTION, preamble=f"{instruction}\n\n", chat=True, longest=longest))
-    for count in wanted.shots:
-        if shots is None:
-            raise InvalidRequest(
-                f"The baseline {count}-shot needs training data to draw examples from.",
-                remedy="Name it with --shots-data (over HTTP: send it as `shots`).",
-                param="shots",
-            )
-        examples = draw_examples(shots, data, count, labels, seed)
-        stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
-        preamble = few_shot_text(instruction, examples)
-        if not host.text.length_bound.can_fit(preamble):
-            raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
-        template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
-        found.append(System(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop))
+    found += [_few_shot(count, data, host, instruction, shots, labels, seed, longest) for count in wanted.shots]
     if teacher is not None:
         if teacher.chat:
             _check_chat(host, TEACHER)
@@ -253,6 +240,32 @@ def baselines(
             raise InvalidRequest("The teacher's text does not fit the context.", remedy="Shorten it.", param="teacher")
         found.append(System(TEACHER, template=_template_of(teacher), chat=teacher.chat, longest=longest))
     return found
+
+
+def _few_shot(
+    count: int,
+    data: EvaluationData,
+    host: Host,
+    instruction: str | None,
+    shots: DataFile | None,
+    labels: Sequence[str] | None,
+    seed: int,
+    longest: int,
+) -> System:
+    """The frozen model after `count` examples; see `baselines`."""
+    if shots is None:
+        raise InvalidRequest(
+            f"The baseline {count}-shot needs training data to draw examples from.",
+            remedy="Name it with --shots-data (over HTTP: send it as `shots`).",
+            param="shots",
+        )
+    examples = draw_examples(shots, data, count, labels, seed)
+    stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
+    preamble = few_shot_text(instruction, examples)
+    if not host.text.length_bound.can_fit(preamble):
+        raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
+    template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
+    return System(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop)
 
 
 def _longest_target(data: EvaluationData, host: Host, go_on: Callable[[], None]) -> int:

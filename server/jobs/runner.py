@@ -9,7 +9,6 @@ No job stops another: one whose folder cannot be read or written is over as far 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -20,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from server.errors import Forbidden, PreludeError, StoreFull, UnknownJob
+from server.errors import Forbidden, PreludeError, UnknownJob
 from server.jobs.check import as_told
+from server.jobs.failures import broken, failure_of
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
 from server.jobs.job_queue import JobBoard
 from server.jobs.launcher import Child, end_child, end_left_behind, identify, start_child
-from server.jobs.main import FULL, REFUSED
 from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
 from server.keys.key import Scope
@@ -189,7 +188,7 @@ class JobRunner(Service):
         try:
             child = self._start_child(folder, self._settings)
         except (OSError, ValueError, subprocess.SubprocessError) as exc:
-            self._end(job, JobState.FAILED, error=_broken(f"Its process cannot be started: {exc}."))
+            self._end(job, JobState.FAILED, error=broken(f"Its process cannot be started: {exc}."))
             return
         job = replace(job, status=replace(status, pid=child.pid, created=identify(child)))
         self._running = _Running(job, child)
@@ -207,7 +206,7 @@ class JobRunner(Service):
             )
             end_child(running.child)
             self._running = None
-            self._end(running.job, JobState.FAILED, error=_broken(f"{why}, so its process was ended."))
+            self._end(running.job, JobState.FAILED, error=broken(f"{why}, so its process was ended."))
 
     def _follow(self, running: _Running) -> None:
         job = self._files.job(running.job.id)
@@ -227,7 +226,7 @@ class JobRunner(Service):
         elif code is not None and code < 0:
             self._was_killed(job, self._files.folder(job.id), -code)
         else:
-            self._end(job, JobState.FAILED, error=_why(self._files.folder(job.id), code))
+            self._end(job, JobState.FAILED, error=failure_of(self._files.folder(job.id), code))
 
     def _refused(self, job: Job) -> Failure | None:
         """Why a job may not run or publish any more: it may do what the key may that asked for it."""
@@ -249,7 +248,7 @@ class JobRunner(Service):
         log.warning("the process of training job %s was killed by signal %d", job.id, signal)
         if deaths > MOST_DEATHS:
             error = f"Its process was killed {deaths} times by signal {signal} without coming further."
-            self._end(job, JobState.FAILED, error=_broken(error))
+            self._end(job, JobState.FAILED, error=broken(error))
             return
         status = replace(job.status, state=JobState.QUEUED, pid=None, recorded=recorded, deaths=deaths)
         folder.write_status(status)
@@ -279,7 +278,7 @@ class JobRunner(Service):
                 return
             except Exception as exc:
                 log.exception("the result of training job %s cannot be published", job.id)
-                self._end(job, JobState.FAILED, error=_broken(f"Its result cannot be published: {exc!r}."))
+                self._end(job, JobState.FAILED, error=broken(f"Its result cannot be published: {exc!r}."))
                 return
             log.info("training job %s: %s@%d, live: %s", job.id, job.spec.task, outcome.version, outcome.live)
             ended = replace(job.status, version=outcome.version, live=outcome.live, metrics=outcome.metrics)
@@ -326,24 +325,3 @@ class JobRunner(Service):
         end_child(child)
         with self._apart(job.id):
             self._files.folder(job.id).write_status(replace(job.status, state=JobState.QUEUED, pid=None))
-
-
-def _why(folder: JobFolder, code: int | None) -> Failure:
-    """Why a process ended that was not killed."""
-    if code == FULL:
-        full = StoreFull(
-            "No space is left where PRELUDE_JOBS_DIR is.", remedy="Make room, or delete jobs, then send it again."
-        )
-        return Failure(full.message, full.code, full.remedy)
-    if code == REFUSED:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return Failure(**json.loads(folder.failure.read_bytes()))
-    return _broken(f"Its process ended with {code}.")
-
-
-def _broken(message: str) -> Failure:
-    return Failure(
-        message,
-        PreludeError.code,
-        "Its log (`prelude jobs log`, GET /training/jobs/{job}/log) tells more.",
-    )

@@ -102,22 +102,14 @@ class Registry(LiveMap):
             if dry_run:
                 return Published(created=False, live=False, tasks=planned.versions, etag=planned.etag)
             contents = self._put_blobs(soft_prompts)
-            try:
-                _, live = self._change(plan, source, by)
-            except (PreconditionFailed, StoreFull):  # after any other error there may be an event that names them
-                self._remove(contents)
-                raise
+            live = self._change_with(contents, plan, source, by)
         blobs = {item.content.blob for item in planned.versions}
         unused = [content for content in contents if content.blob not in blobs]
         self._remove(unused)
         for soft_prompt in soft_prompts:
             self.host.put(soft_prompt)
-        return Published(
-            created=len(unused) < len(contents),
-            live=activate or contents[0] in unused,
-            tasks=planned.versions,
-            etag=live[names[0]].etag,
-        )
+        created, is_live = len(unused) < len(contents), activate or contents[0] in unused
+        return Published(created=created, live=is_live, tasks=planned.versions, etag=live[names[0]].etag)
 
     def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let one version answer, alone; ends a canary.
@@ -295,6 +287,16 @@ class Registry(LiveMap):
             going_live = self._going_live(ahead)
         self._engine.warm([result_of(self.host.fetch(content)) for content in going_live])
         return self._change(plan, "api", by)[1][name]
+
+    def _change_with(
+        self, contents: Sequence[VersionContent], plan: Callable[[], Change | None], source: Source, by: str | None
+    ) -> Mapping[str, Task]:
+        """The live map after a change that needs new blobs; they go where no event can name them."""
+        try:
+            return self._change(plan, source, by)[1]
+        except (PreconditionFailed, StoreFull):  # after any other error there may be an event that names them
+            self._remove(contents)
+            raise
 
     def _change(
         self, plan: Callable[[], Change | None], source: Source, by: str | None

@@ -141,15 +141,7 @@ def prepare_all(
         InvalidRequest: the request is too large, contradicts itself, or names tokens that there are not.
         InputTooLong: more tokens are asked for at least than there is room for.
     """
-    if len(inputs) * choices > MAX_CHOICES:
-        raise InvalidRequest(
-            f"{len(inputs)} inputs with {choices} texts each are more than {MAX_CHOICES} choices.",
-            remedy="Send several requests.",
-        )
-    if body.new_tokens == 0 and choices > 1:
-        raise InvalidRequest(
-            "With max_tokens 0 all texts are the same.", remedy="Send n 1 with max_tokens 0.", param="n"
-        )
+    _check_choices(len(inputs), choices, body)
     manifest = target.manifest
     fields = _sampling_fields(worker, body)
     if "temperature" not in fields and _asks_for_sampling(body, choices) and not manifest.generation.temperature:
@@ -180,6 +172,23 @@ def prepare_all(
         )
         prepared.append(Prepared(request, target.resolved, target.soft_prompt, location))
     return prepared
+
+
+def _check_choices(inputs: int, choices: int, body: CompletionBody | ChatBody) -> None:
+    """Refuse more choices than one request may have, and the same text several times.
+
+    Raises:
+        InvalidRequest: names the limit.
+    """
+    if inputs * choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{inputs} inputs with {choices} texts each are more than {MAX_CHOICES} choices.",
+            remedy="Send several requests.",
+        )
+    if body.new_tokens == 0 and choices > 1:
+        raise InvalidRequest(
+            "With max_tokens 0 all texts are the same.", remedy="Send n 1 with max_tokens 0.", param="n"
+        )
 
 
 def start_all(

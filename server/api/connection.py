@@ -8,15 +8,12 @@ half of the connection after its request, and sends chunks to clients of HTTP/1.
 from __future__ import annotations
 
 import asyncio
-import json
 import select
 from typing import Any
 
-from server.api.schemas import error_body
+from server.api.raw_replies import BETWEEN, MAX_HEADER_BYTES, MAX_URL_BYTES, closing_reply, too_many_bytes, unreadable
 from server.errors import InvalidRequest, Overloaded, PreludeError
 
-MAX_HEADER_BYTES = 2**16
-"""Of a request's line and headers together; also of a chunked body between two pieces, and of its trailer."""
 HEADER_SECONDS = 20.0
 """From the connection, or the last reply on it, until a request's headers have come."""
 BODY_SECONDS, BODY_RATE = 20.0, 2**14
@@ -126,19 +123,11 @@ else:
             try:
                 self._parse(data)
             except httptools.HttpParserError as exc:
-                error = InvalidRequest(
-                    f"The bytes on this connection are not a valid HTTP request: {str(exc) or type(exc).__name__}.",
-                    remedy="Send plain HTTP, version 1.1, to this port: no TLS, no HTTP/2.",
-                )
-                self._refuse(b"400 Bad Request", error)
+                self._refuse(*unreadable(exc, len(self.url)))
             if self._is_in_headers or (self._is_in_body and not self._body_came):
                 self._num_bytes += len(data)
                 if self._num_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                    what = "headers" if self._is_in_headers else "lines between the body's pieces"
-                    error = InvalidRequest(
-                        f"The {what} have more than {MAX_HEADER_BYTES:,} bytes.", remedy="Send less."
-                    )
-                    self._refuse(b"431 Request Header Fields Too Large", error)
+                    self._refuse(*too_many_bytes("headers" if self._is_in_headers else BETWEEN))
             else:
                 self._num_bytes = 0
 
@@ -170,6 +159,12 @@ else:
                 raise httptools.HttpParserError("too many requests wait for a reply")
             super().on_message_begin()
             self._num_bytes, self._is_in_headers = 0, True
+
+        def on_url(self, url: bytes) -> None:
+            """A part of a request's URL has come."""
+            super().on_url(url)
+            if len(self.url) > MAX_URL_BYTES:
+                raise httptools.HttpParserError("the URL is too long")
 
         def on_header(self, name: bytes, value: bytes) -> None:
             """A header, or a field of a trailer, of which nothing is believed."""
@@ -321,9 +316,7 @@ else:
             if is_answering and (self.cycle.response_started or self.pipeline):
                 self._abort()  # whatever were written now would be part of another reply
                 return
-            body = json.dumps(error_body(error)).encode()
-            head = b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-type: application/json\r\n"
-            self.transport.write(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+            self.transport.write(closing_reply(status, error))
             self.transport.close()
             if self.transport.get_write_buffer_size():
                 self.pause_writing_since()

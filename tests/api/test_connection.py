@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from server.api import connection
-from server.api.connection import MAX_HEADER_BYTES, Connections, most_connections
+from server.api.connection import Connections, most_connections
+from server.api.raw_replies import MAX_HEADER_BYTES, MAX_URL_BYTES
 from server.keys.file import add_key
 from server.keys.key import Scope
 from tests.api.live import LiveServer, live_server, wait_until
@@ -31,8 +32,17 @@ from tests.api.raw import PIECE, answer, post, talk
 )
 def test_headers_that_do_not_end_are_cut_off(server: LiveServer, start: bytes, piece: bytes) -> None:
     received = answer(server, start, piece, 4 * MAX_HEADER_BYTES // PIECE)
-    assert not received or received.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+    assert not received or received.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400", b"HTTP/1.1 414"))
     assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health?", "/generate?task=", "/"])
+def test_a_long_url_is_refused_before_it_is_taken_apart(server: LiveServer, path: str) -> None:
+    url = f"{server.url}{path}{'%4%&' * (MAX_URL_BYTES // 4)}"
+    reply = httpx.get(url)
+    assert reply.status_code == 414, reply.text
+    assert reply.json()["error"] == "The URL has more than 8,192 bytes."
+    assert httpx.get(f"{server.url}/health?{'a' * (MAX_URL_BYTES - 100)}").status_code == 200
 
 
 def test_headers_that_end_within_the_limit_are_read(server: LiveServer) -> None:

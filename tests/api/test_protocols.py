@@ -9,8 +9,9 @@ import httpx
 import pytest
 import uvicorn
 
-from server.api.connection import MAX_HEADER_BYTES, bounded_protocol
+from server.api.connection import bounded_protocol
 from server.api.head import HeadAsGet
+from server.api.raw_replies import MAX_HEADER_BYTES
 from tests.api.live import LiveServer, serving
 from tests.api.raw import PIECE, answer, post, talk
 

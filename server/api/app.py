@@ -37,7 +37,6 @@ from server.engine.worker import EngineWorker
 from server.executors import Executors
 from server.jobs.job_queue import JobBoard
 from server.keys.live import ApiKeys
-from server.long_work import Lane
 from server.registry.registry import Registry
 from server.service import Service
 from server.settings import Settings
@@ -50,9 +49,6 @@ FORMATS = ErrorFormats(TGI_ERRORS, (OPENAI_ERRORS, sagemaker.INVOCATION_ERRORS, 
 DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few learned vectors in front of the input.
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
 
-
-MOST_CHECKS = 8
-"""Training jobs that may wait until their data is checked."""
 
 STOP_SECONDS = 3.5
 """How long the services and the engine's thread may take to end; a thread that hangs in a store is left behind."""
@@ -137,7 +133,6 @@ def create_app(
     app.state.site = site = Site(settings, worker, executors, board, keys)
     app.state.kinds = {kind.router.prefix: kind(site) for kind in KINDS}
     app.state.followers = Followers(worker)
-    app.state.job_checks = Lane(executors.jobs, "training jobs", MOST_CHECKS)
     app.state.started = int(time.time())
     _limit_requests(app, settings, keys)
     install_error_handlers(app, FORMATS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from server.api.bodies import Body
 from server.api.evaluations.schemas import FILES, EvaluationRequest
-from server.api.evaluations.work import EvaluationWork, keep_files
+from server.api.evaluations.work import EvaluationWork
 from server.api.generation import find_soft_prompt
 from server.api.jobs.kind import Site
-from server.api.jobs.orders import Order, find_files
+from server.api.jobs.orders import Order, find_files, keep_uploads
 from server.errors import InvalidRequest
 from server.evaluation.systems import RequestedBaselines
 from server.registry.registry import Registry
@@ -56,5 +56,7 @@ async def make_work(
     subject = await find_soft_prompt(registry, task if version is None else f"{task}@{version}", key_id or "")
     numbers = [number for number in dict.fromkeys(others) if number != subject[0].version]
     against = [await find_soft_prompt(registry, f"{task}@{number}", "") for number in numbers]
-    files = await site.executors.in_server.run(lambda: keep_files(find_files(order, FILES, site.settings.data_dir)))
-    return EvaluationWork(request, wanted, files, (subject, *against), site, key_id)
+    files, folder = await site.executors.in_server.run(
+        lambda: keep_uploads(find_files(order, FILES, site.settings.data_dir))
+    )
+    return EvaluationWork(request, wanted, files, folder, (subject, *against), site, key_id)

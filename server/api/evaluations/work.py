@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import PurePosixPath
+from tempfile import TemporaryDirectory
 
 from server.api.evaluations.schemas import EvaluationRequest
-from server.api.files import upload_not_kept
 from server.api.jobs.kind import Site
 from server.api.jobs.orders import GivenFile
 from server.data_dir import resolve_data
@@ -32,49 +29,6 @@ GoOn = Callable[[], None]
 Version = tuple[Resolved, SoftPrompt]
 
 
-class KeptFile(NamedTuple):
-    """A data file: where it lies, and what the client calls it."""
-
-    path: Path
-    name: str
-
-
-class KeptFiles(NamedTuple):
-    """The files of an evaluation by their fields, and the folder of those that were uploaded."""
-
-    by_field: Mapping[str, KeptFile]
-    folder: Path | None
-
-    def discard(self) -> None:
-        """Remove what was uploaded."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def keep_files(given: Mapping[str, GivenFile]) -> KeptFiles:
-    """Copy uploads to a folder of their own; named files stay where they are.
-
-    Raises:
-        StoreError: the server has no place for the files.
-        PayloadTooLarge: a file is too large.
-    """
-    kept, folder = {}, None
-    try:
-        for field, file in given.items():
-            if isinstance(file.source, Path):
-                kept[field] = KeptFile(file.source, file.name)
-                continue
-            folder = folder or Path(tempfile.mkdtemp(prefix="prelude-evaluation-"))
-            kept[field] = KeptFile(folder / f"{field}.jsonl", file.name)
-            file.copy(kept[field].path)
-    except BaseException as exc:
-        KeptFiles({}, folder).discard()
-        if isinstance(exc, OSError):
-            raise upload_not_kept(exc) from exc
-        raise
-    return KeptFiles(kept, folder)
-
-
 @dataclass
 class EvaluationWork:
     """One evaluation, and what it comes to.
@@ -82,7 +36,7 @@ class EvaluationWork:
     Attributes:
         request: what was asked for.
         wanted: its baselines.
-        files: until it is prepared.
+        files: by their fields; uploads lie in `folder` until it is prepared.
         versions: the version that it is about, then those that it is compared with; none after its end.
         key_id: the key that asked for it.
         rows: how many there are; 0 until they are read.
@@ -92,7 +46,8 @@ class EvaluationWork:
 
     request: EvaluationRequest
     wanted: RequestedBaselines
-    files: KeptFiles
+    files: Mapping[str, GivenFile]
+    folder: TemporaryDirectory[str]
     versions: tuple[Version, ...]
     site: Site
     key_id: str | None
@@ -105,7 +60,7 @@ class EvaluationWork:
     def __post_init__(self) -> None:
         """Keep what is shown of it also after its end."""
         self.task, self.version = self.versions[0][0].task, self.versions[0][0].version
-        self.data = self.files.by_field["data"].name
+        self.data = self.files["data"].name
         alone = self.wanted.names(teacher=self.request.teacher is not None)
         self.systems = [*(_named(*version)[0] for version in self.versions), *alone]
         settings = self.site.settings
@@ -134,7 +89,7 @@ class EvaluationWork:
             go_on=go_on,
         )
         self.rows, self.total = len(self.evaluation.rows), self.evaluation.num_questions
-        self.files.discard()
+        self.folder.cleanup()
 
     async def run(self, on_piece: GoOn) -> None:
         """Ask all rows, and report.
@@ -151,12 +106,12 @@ class EvaluationWork:
 
     def let_go(self) -> None:
         """Free rows, soft prompts and files."""
-        self.files.discard()
+        self.folder.cleanup()
         self.versions, self.evaluation = (), None
 
     def _read(self, go_on: GoOn) -> tuple[EvaluationData, DataFile | None]:
         """The rows, and the training data if examples are wanted: by default train.jsonl beside a named file."""
-        request, files, data_dir = self.request, self.files.by_field, self.site.settings.data_dir
+        request, files, data_dir = self.request, self.files, self.site.settings.data_dir
         source, references, shots = files["data"], files.get("references"), files.get("shots")
         data = read_evaluation_data(
             source.path,
@@ -171,7 +126,7 @@ class EvaluationWork:
             return data, None
         if shots is None and request.data is not None:
             beside = str(PurePosixPath(request.data).with_name(TRAINING))
-            shots = KeptFile(resolve_data(beside, data_dir), beside)
+            shots = GivenFile(resolve_data(beside, data_dir), beside)
         return data, None if shots is None else read_rows(shots.path, shots.name, go_on)
 
     def _command(self) -> str:

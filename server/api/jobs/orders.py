@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
@@ -14,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from server.api.auth import allow_task, authorise
 from server.api.bodies import Body, misfit, read_body
-from server.api.files import copy_within
+from server.api.files import copy_within, upload_not_kept
 from server.api.limits import MAX_DATA_BYTES
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, PayloadTooLarge
@@ -82,6 +83,12 @@ class GivenFile:
     source: UploadFile | Path
     name: str
 
+    @property
+    def path(self) -> Path:
+        """Where it lies, if it is no upload."""
+        assert isinstance(self.source, Path), "an upload is kept first"
+        return self.source
+
     def copy(self, target: Path, room: int = MAX_DATA_BYTES) -> int:
         """Write the content to `target`; returns its number of bytes.
 
@@ -114,6 +121,28 @@ def find_files(order: Order[F], names: Sequence[str], data_dir: Path | None) -> 
         elif upload is not None:
             found[field] = GivenFile(upload, _shown_name(upload, field))
     return found
+
+
+def keep_uploads(files: Mapping[str, GivenFile]) -> tuple[dict[str, GivenFile], TemporaryDirectory[str]]:
+    """The same files with a path each, and the folder that uploads were copied to; the job removes it in the end.
+
+    Raises:
+        StoreError: the server has no place for the files.
+        PayloadTooLarge: a file is too large.
+    """
+    with ExitStack() as undo:
+        try:
+            folder = TemporaryDirectory(prefix="prelude-job-", ignore_cleanup_errors=True)
+            undo.callback(folder.cleanup)
+            kept = dict(files)
+            for field, file in files.items():
+                if isinstance(file.source, UploadFile):
+                    kept[field] = GivenFile(Path(folder.name) / f"{field}.jsonl", file.name)
+                    file.copy(kept[field].path)
+        except OSError as exc:
+            raise upload_not_kept(exc) from exc
+        undo.pop_all()
+    return kept, folder
 
 
 def _shown_name(upload: UploadFile, field: str) -> str:

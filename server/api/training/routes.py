@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from typing_extensions import override
 
 from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep
-from server.api.jobs.kind import Jobs, Line, News, job_router
+from server.api.jobs.kind import Jobs, Line, News, Site, job_router
 from server.api.jobs.orders import read_order
 from server.api.jobs.routes import MISSING, JobId
 from server.api.schemas import Responses, responses
@@ -24,6 +24,8 @@ from server.long_work import Lane
 from server.replies import JobBody, JobList
 
 LOG_BYTES = 2**16
+MOST_CHECKS = 8
+"""Jobs that may wait until their data is checked."""
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 
 REFUSED = responses(
@@ -46,6 +48,10 @@ class TrainingJobs(Jobs):
 
     router, word, noun, unknown, outlives_server = router, "job", "training job", UnknownJob, True
     body, listing = JobBody, JobList
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.checks = Lane(site.executors.jobs, "training jobs", MOST_CHECKS)
 
     @override
     def show(self, job: Job, *, with_result: bool = True) -> JobBody:
@@ -120,9 +126,9 @@ async def create_job(
     """Queue a training job, once its data has been found good. What it learns becomes a version of its task."""
     async with read_order(request, FILES, parse_body) as order:
         start = await find_start(request, order.fields.spec, registry, key_id)
-        checks: Lane = request.app.state.job_checks
+        jobs: TrainingJobs = TrainingJobs.of(request)
         work = partial(submit, board, order, settings.data_dir, key_id, start)
-        job = await unless_disconnected(request, checks.run(work))
+        job = await unless_disconnected(request, jobs.checks.run(work))
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)
 

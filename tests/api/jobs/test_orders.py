@@ -40,7 +40,7 @@ def test_a_file_is_named_or_uploaded_and_not_both(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n")
     named = EvaluationRequest(task="mood", data="rows.jsonl")
     assert find_files(Order(named, {}), FILES, tmp_path)["data"].path == tmp_path / "rows.jsonl"
-    with pytest.raises(InvalidRequest, match="uploaded, and named"):
+    with pytest.raises(InvalidRequest, match="both uploaded and named"):
         find_files(Order(named, {"data": upload()}), FILES, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Words that every layer shares: what is asked of the engine and what comes back, free of torch and of HTTP."""
+"""Dataclasses that all layers share: requests of the engine and their results, free of torch and of HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data files that a request names: inside PRELUDE_DATA_DIR, and nowhere else."""
+"""Data files that a request names, inside PRELUDE_DATA_DIR only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there, also after a loss of power."""
+"""Durable writes: files are complete or absent, even after a loss of power."""
 
 from __future__ import annotations
 

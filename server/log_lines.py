@@ -1,4 +1,4 @@
-"""What others have named or sent, such as a folder's name, in a log: it can begin no entry of its own."""
+"""Foreign text in the log, such as a folder's name: it cannot begin an entry of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work on a thread that ends when nobody waits for it any more: it asks between its pieces."""
+"""Long work on a thread that ends when nobody waits for it any more: it checks between its pieces."""
 
 from __future__ import annotations
 

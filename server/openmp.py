@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait, what oneDNN keeps, and how CUDA's memory is cut: set before torch is loaded.
+"""How OpenMP's threads wait, what oneDNN keeps, and how CUDA's memory is allocated: set before torch is loaded.
 
 A matrix product is shared out to threads that meet at its end. GNU's OpenMP lets an early thread spin for some
 milliseconds before it sleeps. That is right on a machine with nothing else to do. But where another program, or this

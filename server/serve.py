@@ -1,4 +1,4 @@
-"""`prelude serve`: load, publish the inbox, listen; on SIGTERM finish what runs, then end with 0."""
+"""`prelude serve`: load, publish the inbox, listen; on SIGTERM finish running requests, then end with 0."""
 
 from __future__ import annotations
 

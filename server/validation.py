@@ -1,4 +1,4 @@
-"""What all readers of JSON share: fields that are null, and one sentence for what pydantic finds wrong."""
+"""What all readers of JSON share: null fields, and one sentence for pydantic's errors."""
 
 from __future__ import annotations
 

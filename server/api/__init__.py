@@ -1,1 +1,1 @@
-"""The edge: HTTP in, HTTP out. Nothing here imports torch; nothing behind it knows of HTTP."""
+"""The edge: HTTP in, HTTP out. Nothing here imports torch, and no other part knows HTTP."""

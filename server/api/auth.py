@@ -1,4 +1,4 @@
-"""Who may do what: the key of a request, its scopes and its tasks, asked before the body is read.
+"""Authorisation: a request's key, its scopes and its tasks, checked before the body is read.
 
     router = APIRouter(route_class=GuardedRoute, dependencies=[Publishes])
 

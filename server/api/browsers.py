@@ -1,4 +1,4 @@
-"""What a page of somebody else must not make a user's browser do to a server that asks for no key.
+"""Protection against foreign web pages, for servers that require no key.
 
 A browser on this machine reaches loopback for any page that is open in it. It may not read the answer, but a form can
 still POST a rollback (CSRF); and a page whose own name is made to point to 127.0.0.1 after it was loaded can read the

@@ -1,4 +1,4 @@
-"""How connections are read: uvicorn's own protocol, with limits on bytes, time and number before anybody is known.
+"""Reading connections: uvicorn's protocol, with limits on bytes, time and number before a request is known.
 
 httptools, which parses for uvicorn, keeps a header until its end has come, however long it is. uvicorn waits without a
 limit for the rest of a request, takes the trailer of a chunked body for headers, hangs up on a client that closes its

@@ -1,4 +1,4 @@
-"""How long a request for an answer may take, from its arrival to its last byte: PRELUDE_REQUEST_TIMEOUT.
+"""The deadline of a request for an answer, from its arrival to its last byte: PRELUDE_REQUEST_TIMEOUT.
 
 The engine's worker ends a request in time by itself. Here is what it does not see: a soft prompt that the store does
 not give, a text that waits for a thread, a client that does not read its stream.

@@ -1,4 +1,4 @@
-"""What endpoints ask for, as `Annotated` aliases."""
+"""Dependencies of endpoints, as `Annotated` aliases."""
 
 from __future__ import annotations
 

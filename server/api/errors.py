@@ -1,4 +1,4 @@
-"""One place that turns errors into replies: our own tree, FastAPI's validation, and whatever nobody expected.
+"""Turns errors into replies: our own tree, FastAPI's validation, and unexpected errors.
 
 The path of a request says in which of the front ends' formats (`error_format.py`).
 """

@@ -1,4 +1,4 @@
-"""Keeping what was uploaded: copies within a bound, and the error where there is no place for them."""
+"""Copies of uploaded files within a limit, and the error if there is no space for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads multipart forms on threads: files go to disk as they arrive, and what else there is has bounds.
+"""Reads multipart forms on threads: files go to disk as they arrive, and everything else is bounded.
 
 Starlette's own reader parses on the event loop, hops to a thread for each piece of a file between two line breaks, and
 takes a body that breaks off for the whole: a soft prompt would go live without its template.

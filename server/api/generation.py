@@ -1,4 +1,4 @@
-"""From a front end's words to a request of the engine: which soft prompt, which text, which sampling rules."""
+"""Turns a front end's request into a request of the engine: soft prompt, text and sampling parameters."""
 
 from __future__ import annotations
 

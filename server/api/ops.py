@@ -1,4 +1,4 @@
-"""For operators: is it alive, is it ready, what is it, how is it doing."""
+"""Routes for operators: health, readiness, information and metrics."""
 
 from __future__ import annotations
 

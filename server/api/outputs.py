@@ -1,4 +1,4 @@
-"""What comes back of requests: deltas put together into choices, of one request or of several that run at once."""
+"""Collects deltas into choices, of one request or of several that run at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/docs: Swagger UI over /openapi.json. Whatever the page needs comes from this server, so it works offline."""
+"""/docs: Swagger UI over /openapi.json. All its files come from this server, so it works offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /invocations, by which Amazon SageMaker generates.
+"""POST /invocations, the route of Amazon SageMaker.
 
 The other half of its contract, GET /ping, is one of the probes in `ops.py`.
 """

@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has gone, also while it only waits."""
+"""Server-sent events, and noticing that a client has disconnected, even while it only waits."""
 
 from __future__ import annotations
 

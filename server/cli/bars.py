@@ -1,4 +1,4 @@
-"""Progress bars of training, whether it runs here or is a job of a server that is watched from here."""
+"""Progress bars of training, here or on a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two soft prompts: their manifests, their configs, and their tensors, virtual token by token."""
+"""The differences between two soft prompts: manifests, configs, and tensors by virtual token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command shows of an error: a sentence and its remedy, never a traceback.
+"""How a command shows an error: a sentence and its remedy, never a traceback.
 
 Messages quote servers and files, which must not be able to steer the terminal.
 """

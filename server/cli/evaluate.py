@@ -1,4 +1,4 @@
-"""`prelude eval`: how good a task's answers are, and whether a version is better than another."""
+"""`prelude eval`: evaluates a task, and compares versions."""
 
 from __future__ import annotations
 

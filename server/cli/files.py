@@ -1,4 +1,4 @@
-"""Soft prompts as files of the one who types: found in a directory, a zip or on the hub, and written as a directory."""
+"""Soft prompts as files of the user: found in a directory, a zip or on the hub, and written as a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prelude keys`: make, list and revoke API keys in the file that a server reads them from."""
+"""`prelude keys`: creates, lists and revokes API keys in the file that a server reads."""
 
 from __future__ import annotations
 

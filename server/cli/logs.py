@@ -1,4 +1,4 @@
-"""The log of a command, on standard error: for people, or as JSON for what collects logs.
+"""The log of a command, on standard error: for people, or as JSON for log collectors.
 
 Modules log through the standard library. structlog renders what they and the libraries say, with what is bound to the
 request that it was said for.

@@ -1,4 +1,4 @@
-"""The command line: every command builds its settings, hands them to the part that does the work, and prints.
+"""The command line: every command builds its settings, calls the part that does the work, and prints.
 
 What loads torch is imported by the commands that need it, so that --help answers at once.
 """

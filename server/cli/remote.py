@@ -1,4 +1,4 @@
-"""What commands share that ask a running server: its address and key, its refusals in the shell's words, uploads."""
+"""What commands for a running server share: its address and key, its refusals as sentences, uploads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `prelude eval` prints: one line for each system, with intervals, and what the differences say."""
+"""What `prelude eval` prints: one line for each system, with intervals, and the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, which a pipe gets whole and without colours, and JSON for programs.
+"""Printing: tables for people, complete and without colours in a pipe, and JSON for programs.
 
 Everything that a server or a file says is shown as text: neither its brackets nor its control characters mean anything.
 """

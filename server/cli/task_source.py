@@ -1,4 +1,4 @@
-"""Where `prelude eval` finds soft prompts: as a server that starts now would serve them, or as the store keeps them."""
+"""Where `prelude eval` finds soft prompts: in the inbox, as a server would serve them, or in the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prelude train`: from a data file to a PEFT directory."""
+"""`prelude train`: trains a soft prompt from a data file, and writes a PEFT directory."""
 
 from __future__ import annotations
 

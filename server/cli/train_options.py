@@ -1,4 +1,4 @@
-"""What `prelude train` can be told: each option's kind, help and place in --help. The command is in train.py."""
+"""Options of `prelude train`: each option's type, help and place in --help. The command is in train.py."""
 
 from __future__ import annotations
 

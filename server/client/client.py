@@ -1,4 +1,4 @@
-"""The routes as methods: soft prompts and their versions, and the training jobs that make them."""
+"""The routes as methods: soft prompts and their versions, and training jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way to a server and back: requests with their key and their patience, failures as our own errors."""
+"""Connections to a server: requests with their key and timeout, failures as our own errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the settings to an engine: how much memory the KV cache gets, told before it is taken."""
+"""Builds an engine from the settings, and plans its memory before it is allocated."""
 
 from __future__ import annotations
 

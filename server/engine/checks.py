@@ -1,4 +1,4 @@
-"""What is refused of a request before it is accepted, because it could never run."""
+"""Refuses requests that could never run, before they are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of a step for which a device had no memory: less to prefill, and the decodes as they are.
+"""What remains of a step that the device had no memory for: fewer tokens to prefill, and the same decodes.
 
 A step's memory grows with the tokens that it prefills; a decode adds one. So decodes stay, prefills are cut to half
 their tokens, and if that is still too much, the largest of them has to go.

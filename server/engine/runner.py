@@ -1,4 +1,4 @@
-"""One batch through the model: its layout, the forward, the logits, and what is chosen by them."""
+"""Runs one batch through the model: its layout, the forward, the logits, and sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine has answered and nobody has read yet, by request; only for the event loop's thread."""
+"""Results of the engine that have not been read yet, by request; only for the event loop's thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small arrays to where the model is, and back, without making the host wait for the device more than it must.
+"""Copies small arrays to the model's device and back, while the host waits for the device as little as possible.
 
 A plain `torch.tensor(…, device="cuda")` waits until everything queued before it has run. From pinned memory a copy is
 queued like any other work; torch keeps that memory until the copy is done. On the way back the host has to wait, so all

@@ -1,4 +1,4 @@
-"""From asyncio into the one engine thread and back.
+"""Connects asyncio with the engine's thread.
 
 Results cross to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its
 own end, an abort, a step that failed, or an engine that is lost.

@@ -1,1 +1,1 @@
-"""How good a task's answers are: asked through the served path, against baselines, with intervals."""
+"""How good a task's answers are: from the serving engine, against baselines, with intervals."""

@@ -1,4 +1,4 @@
-"""How much an evaluation beside live traffic may be: its memory, its time, its share of the engine."""
+"""Limits of an evaluation beside live traffic: its memory, its time, its share of the engine."""
 
 from __future__ import annotations
 

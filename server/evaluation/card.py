@@ -1,4 +1,4 @@
-"""The card: what a soft prompt is, how good it is and how that was found out, as Markdown for its directory.
+"""The card: what a soft prompt is, how good it is and how that was measured, as Markdown for its directory.
 
 In a README.md the card stands between two marks. What people write around them stays when it is written again.
 """

@@ -1,4 +1,4 @@
-"""What is evaluated on: rows, the references that an answer is compared with, and what their folder says of them.
+"""Data of an evaluation: rows, the references of their answers, and what their folder declares.
 
 Beside `test.jsonl` may lie `test.references.jsonl`, whose line n is `{"references": ["…", …]}` for line n of the data,
 and `meta.json`, whose `instruction` says in words what the task is. Both are found by themselves.

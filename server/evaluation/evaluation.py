@@ -1,4 +1,4 @@
-"""One evaluation: who is asked what, and the report on their answers. Who runs the requests is not its business.
+"""One evaluation: requests for each system, and the report on the answers. Its caller runs the requests.
 
 `prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`in_server.py`).
 Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.

@@ -1,4 +1,4 @@
-"""How sure a figure is: rows are drawn again with replacement, and the figure is computed again each time.
+"""Confidence intervals by the bootstrap: rows are drawn with replacement, and the figure is computed again.
 
 A figure is a function of sums over rows, also BLEU and macro-F1, which are no means: so a thousand resamples are one
 matrix product. The same draws serve every figure, so of two systems on the same rows the difference can be

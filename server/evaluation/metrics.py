@@ -1,4 +1,4 @@
-"""What is measured, by the kind of a task; every figure as sums over rows, so that it can be resampled.
+"""Metrics for each kind of task, every one as sums over rows, so that it can be resampled.
 
 A classification is measured by choosing between its labels (the model cannot fail by form) and by what is generated
 (as a client that does not choose gets it). Where text is written: exact match, ROUGE-L, BLEU, and perplexity.

@@ -1,4 +1,4 @@
-"""From a row to requests of the engine, and from what comes back to an answer.
+"""Turns a row into requests of the engine, and their results into an answer.
 
 Every row is asked by ordinary requests: one that generates, and some that score given texts, which are the labels of a
 classification, or the target where text is written.

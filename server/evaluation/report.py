@@ -1,4 +1,4 @@
-"""What an evaluation came to: figures with intervals, differences on the same rows, and a verdict in words."""
+"""The report of an evaluation: figures with intervals, differences on the same rows, and a verdict in words."""
 
 from __future__ import annotations
 

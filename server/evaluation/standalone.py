@@ -1,4 +1,4 @@
-"""Asking an engine that nobody else uses: what `prelude eval` does."""
+"""Runs an evaluation on an engine of its own: `prelude eval`."""
 
 from __future__ import annotations
 

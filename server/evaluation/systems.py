@@ -1,4 +1,4 @@
-"""Who is asked: a soft prompt, or the frozen model alone in one of the ways in which it can be asked without one.
+"""The systems that answer: a soft prompt, or the frozen model alone, as one of the baselines.
 
 Every system reads the same rows. What a row's input becomes on the way to the model is all that they differ in:
 

@@ -1,1 +1,1 @@
-"""Training beside serving: jobs that lie in folders, run one at a time in a process of their own, and publish."""
+"""Training beside serving: jobs in folders, which run one at a time in their own process, and publish."""

@@ -1,4 +1,4 @@
-"""What is refused before anything is queued: a job that fails after an hour's wait costs an hour."""
+"""Checks before a job is queued: a job that fails after an hour's wait costs an hour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs as folders: everything that is known of them is there, so a server that was killed finds them again.
+"""Jobs as folders, which hold everything about them, so a server that was killed finds them again.
 
     PRELUDE_JOBS_DIR/
       20261125t101500123-9f3a1c2b7d10/

@@ -1,4 +1,4 @@
-"""What a training job is: what was asked for, how far it has come, how it ended. Free of torch and of HTTP."""
+"""A training job: its request, its progress and its end. Free of torch and of HTTP."""
 
 from __future__ import annotations
 

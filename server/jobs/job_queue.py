@@ -1,4 +1,4 @@
-"""The jobs of a server as everybody sees them: adding, looking, cancelling, from any thread. `runner.py` runs them."""
+"""A server's jobs: adding, listing, cancelling, from any thread. `runner.py` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting a job's process, and ending it: also one that a server has left behind which was killed."""
+"""Starts a job's process, and ends it, even one that a killed server has left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's own process: `python -m server.jobs.main FOLDER` trains what the folder says, and leaves the result there.
+"""A job's process: `python -m server.jobs.main FOLDER` trains what the folder specifies, and writes the result there.
 
 It takes only what the server leaves of the cores, is the first to go where memory is short, and ends with its parent.
 Exit status: 0 the result is there; 2 the job cannot be done, failure.json says why; 3 the disk is full, so nothing can

@@ -1,4 +1,4 @@
-"""From a job's result to a version of its task: through the one publish path, as an upload goes."""
+"""Publishes a job's result as a version of its task, on the same path as an upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs jobs, one at a time in the order of their making, from `start` to `stop` on a thread.
+"""Runs jobs, one at a time in the order of creation, from `start` to `stop` on a thread.
 
 What it knows is in the folders (`folder.py`): a server that starts finds the jobs of the one before, and one whose
 process was killed goes on from its checkpoint. Of servers that share a folder the one that holds its lock runs jobs.

@@ -1,4 +1,4 @@
-"""The keys file: JSON that holds no key, only what tells one.
+"""The keys file: JSON with hashes of keys, never a key.
 
 `{"keys": [{"id": "4f0c9a1e", "name": "ci", "sha256": "…", "scopes": ["publish"], "tasks": ["team-a-*"],
 "created_at": "2026-11-24T09:00:00Z"}]}`; a key without `tasks` is for all.

@@ -1,4 +1,4 @@
-"""What a key is: an id, the hash of a secret, and what its holder may do.
+"""An API key: an id, the hash of a secret, and its scopes and tasks.
 
 A key as people hold it is `prelude_<id>_<secret>`, and the secret is 256 random bits. A reader of a hash cannot get
 to its secret: there is nothing to guess, unlike with a password, so one plain SHA-256 is enough, and it costs a request

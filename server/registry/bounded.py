@@ -1,4 +1,4 @@
-"""Waiting for a store that does not answer: for a bounded time, then a 503 that says so."""
+"""Waits for a store that does not answer, for a bounded time, then raises a 503 with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a wish to the one event that grants it, or the reason why not: pure functions of the state.
+"""Turns a command into its one event, or into the error that refuses it: pure functions of the state.
 
 A plan is made again whenever another server's event came first, so what it checks holds at the very number of the event
 that it leads to. None means that everything is so already.

@@ -1,4 +1,4 @@
-"""One event per change: what is written when something is published, activated, rolled back, shared or deleted.
+"""Events, one per change: publish, activate, roll back, traffic, delete, retire.
 
 Events say what was done; `state.py` says what that means.
 """

@@ -1,4 +1,4 @@
-"""The inbox: PEFT directories that people put into `prompts/`, published through the one publish path.
+"""The inbox: PEFT directories in `prompts/`, published on the same path as uploads.
 
 An entry is published on first sight and whenever its content has changed since, once it has been left alone for a
 moment: a directory that is being copied is not read before it is whole. What was deleted through the API, or replaced

@@ -1,4 +1,4 @@
-"""The inbox as the file system shows it: which directories are in it, whether one was written to, when to look again.
+"""The inbox in the file system: which directories it has, whether one has changed, when to look again.
 
 The file system is asked to tell of changes, without being relied on: network file systems tell nothing, a system can
 run out of watches, and what happens while a watch is set up is not told either.

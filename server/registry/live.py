@@ -1,4 +1,4 @@
-"""The live map: task -> who answers -> soft prompt, and what of it is in memory.
+"""The live map: task -> live version -> soft prompt, and which of them are in memory.
 
 Readers look up one dictionary, on any thread, without a lock. It is replaced by one assignment when events are taken
 over, so a reader sees a task before or after a change and never in between, and a holder of a soft prompt keeps the

@@ -1,4 +1,4 @@
-"""Contents of versions as this server can serve them: read from the store, and judged by its frozen model."""
+"""Contents of versions as this server can serve them: read from the store, and checked for its frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lowest layer of the store: a flat, durable place for objects, each written once and whole, or not at all.
+"""The lowest layer of the store: a flat, durable place for objects, each written once, completely or not at all.
 
 `create` is create-if-absent and has exactly one winner, even if others write at the same time: other threads, other
 processes, other machines. What it has answered True for survives a loss of power. A folder does this by itself

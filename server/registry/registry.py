@@ -1,4 +1,4 @@
-"""How the live map changes: by what is asked of this server, and by what others on the same store have done.
+"""Changes of the live map: by requests to this server, and by other servers on the same store.
 
 A change is: validate everything -> warm -> blob -> event -> one assignment; it is durable before it is visible, and
 visible before it is acknowledged. A change never reaches a request in flight.

@@ -1,4 +1,4 @@
-"""Objects in a bucket: S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage, by obstore.
+"""Objects in a bucket, through obstore: S3 and compatible services, Google Cloud Storage, Azure Blob Storage.
 
 Credentials and endpoint are those of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …, as each cloud's own tools
 read them); obstore reads them. Create-if-absent is the cloud's conditional write (`If-None-Match: *`), which has one

@@ -1,4 +1,4 @@
-"""What obstore's errors mean, in a sentence, with a remedy.
+"""obstore's errors as sentences with a remedy.
 
 obstore has a few classes and a long text: a line for people, what the service answered, and a dump of Rust structures.
 The class alone says little (a missing bucket, wrong credentials and a refused connection are all GenericError when

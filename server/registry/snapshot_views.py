@@ -1,4 +1,4 @@
-"""What the registry shows of its state: immutable snapshots, replaced by the next change."""
+"""What lists show of the registry's state: immutable snapshots, replaced by the next change."""
 
 from __future__ import annotations
 

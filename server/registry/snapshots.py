@@ -1,4 +1,4 @@
-"""The fold of the events so far, written down: a start reads one of them and the events after it, not the whole log.
+"""Snapshots of the fold: a start reads the newest one and the events after it, not the whole log.
 
     snapshots/000000001000.json.gz   the state at event 1000, create-if-absent, never rewritten
 

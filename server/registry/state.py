@@ -1,4 +1,4 @@
-"""The fold of the events, which is the registry's whole state, and the only place that says what an event means.
+"""The fold of the events: the registry's whole state, and the only place that defines what an event means.
 
 What answers a task's requests now is the top of its history, so rolling back is taking the top off. Version numbers
 come from the fold and are never used twice, also not after a delete; a deleted task leaves behind what must not be

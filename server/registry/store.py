@@ -1,4 +1,4 @@
-"""Blobs, events and snapshots in a place for objects: what the registry keeps, and the rule that makes it safe.
+"""Blobs, events and snapshots in a place for objects, and the order of writes that keeps them safe.
 
     blobs/<digest>-<nonce>.safetensors   one per version: tensor, with peft_type and manifest; never rewritten
     events/000000000042.json             create-if-absent: of two writers exactly one wins a number

@@ -1,4 +1,4 @@
-"""Several servers on one store: each looks, every PRELUDE_SYNC_SECONDS, whether the others have changed something."""
+"""Several servers on one store: each looks for changes of the others every PRELUDE_SYNC_SECONDS."""
 
 from __future__ import annotations
 

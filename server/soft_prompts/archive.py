@@ -1,4 +1,4 @@
-"""A soft prompt as a zip: unpacked, `PeftModel.from_pretrained` loads it; as it is, a server takes it back."""
+"""A soft prompt as a zip, which `PeftModel.from_pretrained` loads after unpacking, and which an upload accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` declares, held against the frozen model: nothing that it says is ignored in silence.
+"""Checks `adapter_config.json` against the frozen model: nothing that it declares is ignored silently.
 
 A key either contradicts what would be served, and the soft prompt is refused; or it only says how the numbers came
 about; or it is reported in a note, which the publisher reads.

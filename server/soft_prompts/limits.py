@@ -1,4 +1,4 @@
-"""How much a manifest may hold. Only a publish checks it: what a store holds already is read, however large."""
+"""Limits of a manifest. Only a publish checks them: what a store already holds is read, however large."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest: what a soft prompt says about itself beside its numbers.
+"""The manifest: what a soft prompt declares about itself beside its numbers.
 
 Everything in it is optional, because a PEFT directory has none. Four fields change answers (`input_template`,
 `system_message`, `generation`, `labels`) and are therefore part of a version's identity; the others are for people.

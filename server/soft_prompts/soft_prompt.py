@@ -1,4 +1,4 @@
-"""The soft prompt: an immutable value with two identities, and the rules that it must keep.
+"""The soft prompt: an immutable value with two hashes, and the rules that it must satisfy.
 
 Its `prefix_hash` identifies the numbers (the key of everything the engine caches); its `digest` identifies the numbers
 and what else changes answers (the key of a version's content). Neither depends on a name, so no cache can go stale.

@@ -1,4 +1,4 @@
-"""A safetensors file, judged by its header and then read piece by piece.
+"""A safetensors file, checked by its header and then read piece by piece.
 
 It is read, never mapped: a mapped file that somebody rewrites at that moment (the inbox is a folder for people) ends
 the whole process with SIGBUS. Nothing is allocated for what the header claims before the file's size bears it out.

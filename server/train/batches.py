@@ -1,4 +1,4 @@
-"""Which rows a step reads: shuffled by seed, long ones with others of their length, known from the step's number alone.
+"""The rows of a step: shuffled by seed, long ones with others of their length, determined by the step's number alone.
 
 So a run that goes on where it was stopped reads what it would have read, and nothing of it has to be kept.
 """

@@ -1,4 +1,4 @@
-"""A run's state in a folder, from which it goes on: one safetensors file, replaced whole, and nothing is unpickled."""
+"""A run's state in a folder, from which it resumes: one safetensors file, replaced whole; nothing is unpickled."""
 
 from __future__ import annotations
 

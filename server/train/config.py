@@ -1,4 +1,4 @@
-"""What a training run can be told: the same fields for `prelude train`, a training job and the manifest.
+"""Options of a training run: the same fields for `prelude train`, a training job and the manifest.
 
 The defaults are meant to work unseen: the learning rate is looked for by a short sweep, training stops once the
 validation rows get no better, and the first virtual tokens are what Lester et al. 2021 found to be best.

@@ -1,4 +1,4 @@
-"""Distillation: what the frozen model says behind a long text, as lessons for a few virtual tokens.
+"""Distillation: targets from the frozen model after a long text, for a few virtual tokens.
 
 The idea is prompt compression (Askell et al. 2021, Snell et al. 2022, Mu et al. 2023): instructions and worked examples
 are read once by the teacher, the frozen model itself, and a soft prompt learns to have the same effect. Rows need no

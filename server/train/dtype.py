@@ -1,4 +1,4 @@
-"""In what numbers to train, where nobody says: in those that this machine multiplies fastest.
+"""The dtype of training where none is set: the one that this machine multiplies fastest.
 
 Serving reads every weight for each token that it writes, so there bfloat16, which is half as much to read, is worth it
 wherever it is native. Training multiplies whole batches, and some CPUs that know bfloat16 do that more slowly than in

@@ -1,4 +1,4 @@
-"""What a run is given: files, and the rows that are in them. Free of torch, so that faults are reported at once."""
+"""The files and rows of a run. Free of torch, so that faults are reported at once."""
 
 from __future__ import annotations
 

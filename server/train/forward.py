@@ -1,4 +1,4 @@
-"""One forward of the frozen model over a batch of rows behind what is learned.
+"""One forward of the frozen model over a batch of rows with the learned prefix.
 
 Rows travel as one flat row through the same modules and the same attention function as in serving; there is no padding
 outside the attention and no mask. What is trained is therefore what is served.

@@ -1,4 +1,4 @@
-"""Where learning starts: at real tokens, because random vectors lie off the model's manifold.
+"""Initial values: those of real tokens, because random vectors lie off the model's manifold.
 
 Lester et al. 2021, section 3.2: random initialisation is worst on small models; class labels and sampled vocabulary are
 best. The vocabulary is sampled from its most common tokens, which are the first of a BPE vocabulary. Another task's

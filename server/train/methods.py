@@ -1,4 +1,4 @@
-"""What is learned, and what of it stands before a row: the parameters of each method, and the prefix they make.
+"""Methods of training: their parameters, and the prefix that these make.
 
 A method holds parameters in float32. `virtual_tokens` makes input embeddings of them, or `key_values` a prefix of keys
 and values; exactly one of the two is what the model sees. `saved` is what PEFT would save.

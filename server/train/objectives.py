@@ -1,4 +1,4 @@
-"""What is learned from: targets, or the frozen model's own distributions behind a longer text (distillation).
+"""Objectives: targets, or the frozen model's own distributions after a longer text (distillation).
 
 A lesson is what stays together in a batch: one row with its target, or one row with all labels.
 """

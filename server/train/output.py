@@ -1,4 +1,4 @@
-"""What a run leaves: a PEFT directory, and beside it the course of the run as figures and as a picture."""
+"""The files that a run writes: a PEFT directory, and the course of the run as figures and as a picture."""
 
 from __future__ import annotations
 

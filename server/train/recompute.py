@@ -1,4 +1,4 @@
-"""Activations that are computed twice instead of being kept, where they would not fit (Chen et al. 2016)."""
+"""Activation checkpointing: computes activations twice where they would not fit (Chen et al. 2016)."""
 
 from __future__ import annotations
 

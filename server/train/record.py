@@ -1,4 +1,4 @@
-"""What a run says of itself: after each step, at each measurement, and at its end."""
+"""The history of a run: each step, each evaluation, and its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training run, from files to a PEFT directory: what `prelude train` does, without the terminal."""
+"""One training run, from files to a PEFT directory: `prelude train` without the terminal."""
 
 from __future__ import annotations
 

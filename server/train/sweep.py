@@ -1,4 +1,4 @@
-"""The learning rate, looked for: a few steps at each of some peaks, and the one whose loss got lowest.
+"""The search for a learning rate: a few steps at each of several peaks, and the one with the lowest loss.
 
 A soft prompt's vectors are few and free, so good peaks are a hundred times those of weights and differ between models
 and methods by more than between tasks. The loss that counts is measured on validation rows; where it is not finite any

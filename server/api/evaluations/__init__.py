@@ -1,1 +1,1 @@
-"""Evaluations over HTTP: asked of the engine that serves, beside everybody else."""
+"""Evaluations over HTTP, on the serving engine, beside live requests."""

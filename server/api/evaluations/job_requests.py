@@ -1,4 +1,4 @@
-"""From a body to an evaluation that can be prepared."""
+"""Turns a body into an evaluation that can be prepared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sent and answered under /evaluations."""
+"""Bodies and replies under /evaluations."""
 
 from __future__ import annotations
 

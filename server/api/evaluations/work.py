@@ -1,4 +1,4 @@
-"""What an evaluation does as a job: its files are read, checked and tokenised on a thread, then its rows are asked."""
+"""An evaluation's work as a job: files are read, checked and tokenised on a thread, then its rows run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What jobs of every kind share over HTTP: reading what is asked for, the routes, and following a job."""
+"""What jobs of every kind share over HTTP: reading the request, common routes, and following a job."""

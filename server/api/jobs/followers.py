@@ -1,4 +1,4 @@
-"""Following jobs: one task looks at a job, however many clients follow it."""
+"""Following jobs: one task watches a job, however many clients follow it."""
 
 from __future__ import annotations
 

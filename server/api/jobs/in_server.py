@@ -1,4 +1,4 @@
-"""Jobs that run in the server, beside live traffic, and are kept in memory: one runs, the others wait their turn."""
+"""Jobs that run in the server, beside live traffic, and are kept in memory: one runs, the others wait."""
 
 from __future__ import annotations
 

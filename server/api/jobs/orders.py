@@ -1,4 +1,4 @@
-"""Reads what a job is asked for with: fields, and files that come with a form or lie in PRELUDE_DATA_DIR."""
+"""Reads the request for a job: fields, and files of a form or in PRELUDE_DATA_DIR."""
 
 from __future__ import annotations
 

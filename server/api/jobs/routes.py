@@ -1,4 +1,4 @@
-"""The routes that jobs of every kind have: list, look, follow, cancel, delete. Each kind adds how to ask for one."""
+"""The routes of every kind of job: list, show, follow, cancel, delete. Each kind adds its own POST."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of fields that several of OpenAI's bodies have."""
+"""Types of fields that several of OpenAI's bodies share."""
 
 from __future__ import annotations
 

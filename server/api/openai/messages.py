@@ -1,4 +1,4 @@
-"""The messages of a chat, and the text that the model reads of them.
+"""The messages of a chat, and the text that the model reads.
 
 A message may have fields that we do not know: clients append the answers of other servers, and of libraries, to their
 history, and what these add beside the text asks for nothing. What asks the model to read more than text is refused.

@@ -1,4 +1,4 @@
-"""GET /v1/models: the frozen model and every live task, as they are at this moment."""
+"""GET /v1/models: the frozen model and every live task."""
 
 from __future__ import annotations
 

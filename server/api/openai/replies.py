@@ -1,4 +1,4 @@
-"""Parts that replies of both kinds have, and the models that describe replies in /openapi.json."""
+"""Parts that replies of both kinds share, and the models that describe them in /openapi.json."""
 
 from __future__ import annotations
 

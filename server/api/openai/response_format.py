@@ -1,4 +1,4 @@
-"""`response_format`: the form that the answer of a chat must have."""
+"""`response_format`: the form that a chat's answer must have."""
 
 from __future__ import annotations
 

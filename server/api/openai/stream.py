@@ -1,4 +1,4 @@
-"""Chunks of a stream: one head, choices as they grow, the token counts at the end if they were asked for."""
+"""Chunks of a stream: one head, choices as they grow, and the token counts at the end if requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From OpenAI's words to requests of the engine: who answers, and by which rules tokens are chosen."""
+"""Turns OpenAI's bodies into requests of the engine: which version answers, and how tokens are sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of tasks, on threads of their own and in bounded time."""
+"""Changes of tasks, on their own threads and within a time limit."""
 
 from __future__ import annotations
 

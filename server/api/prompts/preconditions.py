@@ -1,4 +1,4 @@
-"""Changes only if nobody was faster: `If-Match` with a task's ETag, which is the number of its last event."""
+"""`If-Match` and `If-None-Match`, with a task's ETag: the number of its last event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Soft prompts over HTTP: list, look at, publish, delete. Their versions are in `versions.py`."""
+"""Soft prompts over HTTP: list, show, publish, delete. Their versions are in `versions.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an upload to a PEFT directory: named files, or one zip of them, copied with a running limit on their size.
+"""Turns an upload into a PEFT directory: named files, or one zip of them, copied within a size limit.
 
 A zip is never trusted: only the files of a soft prompt are taken out, under fixed names, and bytes are counted as they
 unfold, because the sizes in its directory may lie. The limit on what all files unfold to is the limit on an upload, so

@@ -1,4 +1,4 @@
-"""A task's versions over HTTP: list, activate, roll back, share traffic, download, delete."""
+"""A task's versions over HTTP: list, activate, roll back, divide traffic, download, delete."""
 
 from __future__ import annotations
 

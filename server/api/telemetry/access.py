@@ -1,4 +1,4 @@
-"""Around the whole app: an id for every request, one line in the log, a count. Pure ASGI, so streams pass untouched.
+"""Around the whole app: a request's id, its line in the log, its count. Pure ASGI, so streams pass untouched.
 
 The id is the client's `X-Request-Id`, or a new one. It is on every reply, errors included, and in every line that is
 logged on behalf of the request: whatever logs finds it in the context that the request's asyncio task carries along.

@@ -1,4 +1,4 @@
-"""What others count anyway, read when somebody looks: queues, caches, the registry.
+"""Values that other parts count anyway, read at each scrape: queues, caches, the registry.
 
 It is read on a thread of its own while the engine goes on, so figures of one look need not belong to one moment.
 """

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: what requests add to as they go. What is only read when somebody looks is in `gauges.py`.
+"""Metrics for Prometheus that requests add to. Values that are only read at a scrape are in `gauges.py`.
 
 Each app has a registry of its own. Observing costs about a microsecond, on the event loop; the engine knows nothing of
 it. Time between tokens has no label: the tasks of a batch share its steps, so it is the same for all of them.

@@ -1,4 +1,4 @@
-"""What is noted of a request while the engine answers it. Nothing that is sent passes through here."""
+"""Observes a request while the engine answers it. No reply passes through here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is noted of a request while it is served: by its handler, for its line in the log and for the metrics."""
+"""The record of a request while it is served: by its handler, for its line in the log and the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tasks and versions the metrics tell apart: as many as were asked for, however many there are.
+"""The tasks and versions that have a label of their own in metrics, at most a fixed number.
 
 Every value of a label is a series that Prometheus keeps. So the first tasks that are asked get a place each, and the
 others share one; a task that is deleted gives its place back. Of a task, versions that answer have values of their own,

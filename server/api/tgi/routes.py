@@ -1,4 +1,4 @@
-"""The native routes, in text-generation-inference's words, with the task in the query."""
+"""The native routes, as text-generation-inference defines them, with the task in the query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of the native routes, by text-generation-inference's names. Unknown fields are errors, as everywhere."""
+"""Bodies of the native routes, with text-generation-inference's names. Unknown fields are errors."""
 
 from __future__ import annotations
 

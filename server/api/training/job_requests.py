@@ -1,4 +1,4 @@
-"""From a body to a training job that waits."""
+"""Turns a body into a training job that waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training as a kind of job: its folders are read and written on threads, and a process of its own trains."""
+"""Training as a kind of job: threads read and write its folders, and a process of its own trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout of a serving step on a CPU, with attention by compiled loops; what those do, `kernels/attention.py` says.
+"""The layout of a serving step on a CPU, with attention by compiled loops (`kernels/attention.py`).
 
 Here is which sequence is how much work, and where its numbers lie. Each sequence is work of its own, wherever its slot
 lies, and its length is its own too: no neighbour changes a bit of its answer.

@@ -1,4 +1,4 @@
-"""Our attention function, registered with transformers, and the layouts that tell it whose token is whose.
+"""Our attention function, registered with transformers, and the interface of layouts.
 
 All tokens of a step travel through the model as one flat row `[1, tokens]`. The model's own layers never learn where
 one sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout

@@ -1,4 +1,4 @@
-"""Recurrent states in serving: one of a fixed size for each sequence that runs, beside its keys and values.
+"""Recurrent states in serving: one of a fixed size for each running sequence, beside its keys and values.
 
 Layers that have no attention, or not only attention, keep a state in place of a token's keys and values: the last
 inputs of a short convolution, the matrix of a linear attention. The states of all such layers of a sequence are one row

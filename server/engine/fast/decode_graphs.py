@@ -1,4 +1,4 @@
-"""Steps in which everybody decodes one token, replayed as CUDA graphs: one launch instead of some hundred.
+"""Steps in which every sequence decodes one token, replayed as CUDA graphs: one launch instead of hundreds.
 
 A graph repeats exactly the work that was captured, on the same memory, so there is one for each of a few batch sizes
 (buckets), and a batch is filled up to the next one. Rows that only fill up are token 0 of a sequence of length one

@@ -1,4 +1,4 @@
-"""A matrix product with frozen weights, which are laid out once in the way that the CPU's library wants to read them.
+"""A matrix product with frozen weights, packed once in the layout that the CPU's library prefers.
 
 oneDNN multiplies by weights in blocks that suit the processor's vector units. Given a plain matrix it rearranges it, or
 reads it badly, at every call; a frozen model can have that done once. What is packed gives no gradient, so training

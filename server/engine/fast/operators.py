@@ -1,4 +1,4 @@
-"""The small work of a layer between its matrix products: norm, rotary embedding, gate.
+"""The small operations of a layer between its matrix products: norm, rotary embedding, gate.
 
 As torch's operators, on any device and in any dtype; or as compiled loops (`kernels/`), which on a CPU save the
 microseconds that each of torch's operators costs, and the waking of its threads.

@@ -1,4 +1,4 @@
-"""Whose grammar is compiled next: few at a time, in turn of those who ask, and none holds up the others for long.
+"""The order of compiling grammars: a few at a time, clients take turns, and no grammar delays others for long.
 
 A usual grammar takes milliseconds. `SHORT` are compiled at a time, for `SHORT_SECONDS` each. One that needs longer
 makes room for the next: it continues beside it, or, where `LONG` do already, starts again in its turn among those.

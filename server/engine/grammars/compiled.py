@@ -1,4 +1,4 @@
-"""Grammars for generated text: each compiled once, in a process of its own, and kept for the next who asks.
+"""Grammars for generated text: each compiled once, in its own process, and kept for later requests.
 
 Which tokens may come next says llguidance, which runs in those processes only (`process.py`). A grammar that
 takes more than it may (`limits.py`) ends with its process, and is refused at once if it comes again soon.

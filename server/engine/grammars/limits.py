@@ -1,4 +1,4 @@
-"""How much of anything a grammar may take. Each number is part of a message to the client that exceeds it."""
+"""Limits of a grammar. Each number is part of the message to a client that exceeds it."""
 
 from __future__ import annotations
 

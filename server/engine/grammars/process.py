@@ -1,4 +1,4 @@
-"""Where llguidance runs: `python -m server.engine.grammars.process DESCRIPTOR`, and one fork of it for each grammar.
+"""The process that runs llguidance: `python -m server.engine.grammars.process DESCRIPTOR`, and a fork per grammar.
 
 No request can be trusted to give llguidance a grammar that it comes to an end with, in any time, memory or stack. So
 the server's own process never calls it. This process reads the tokenizer once and then only forks; a fork compiles one

@@ -1,4 +1,4 @@
-"""The processes that run llguidance, as the server sees them: making one, hearing from it, ending it."""
+"""The server's side of the processes that run llguidance: starting, receiving, ending."""
 
 from __future__ import annotations
 

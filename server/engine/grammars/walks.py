@@ -1,4 +1,4 @@
-"""The engine's side of grammars: texts under way, each with the tokens that may come next.
+"""The engine's side of grammars: texts in generation, each with the tokens that may come next.
 
 After a token is drawn, its text waits until the grammar's process has taken it. That is a fraction of a millisecond for
 a usual grammar, so the engine waits for it, but at most `STEP_SECONDS` in a step. Texts whose answer has not come by

@@ -1,4 +1,4 @@
-"""What a server and a grammar's process say to each other, as bytes on a socket."""
+"""Messages between a server and a grammar's process, as bytes on a socket."""
 
 from __future__ import annotations
 

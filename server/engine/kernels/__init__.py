@@ -1,4 +1,4 @@
-"""Machine code for what torch does badly on a CPU, made by numba at the start: it needs no C++ compiler.
+"""Machine code for operations that torch does slowly on a CPU, compiled by numba: it needs no C++ compiler.
 
     library.py     the loops, compiled when they are first asked for
     units.py       sizes of units of work, which those who call the loops know too

@@ -1,4 +1,4 @@
-"""Numbers in compiled code: float32 to calculate with, float32 or bfloat16 as stored, and e to the power of one.
+"""Arithmetic in compiled code: float32 to compute with, float32 or bfloat16 as stored, and the exponential.
 
 numpy knows no bfloat16, so it is stored as uint16: the upper half of a float32's bits. Not a number stays not a number:
 who meets one must notice.

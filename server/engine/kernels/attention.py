@@ -1,4 +1,4 @@
-"""Attention of a step, compiled: every sequence over what it has filled, wherever its slot lies.
+"""Attention of a step, compiled: every sequence over its filled positions, wherever its slot lies.
 
 Torch's attention wants a batch of equal lengths in neighbouring slots, reads up to the longest and masks the rest. Here
 every sequence is work of its own, so its result cannot depend on any other. There are two kinds:

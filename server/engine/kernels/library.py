@@ -1,4 +1,4 @@
-"""The compiled loops, and where their machine code is kept."""
+"""The compiled loops, and the folder that keeps their machine code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small work of a layer between its matrix products, compiled: norm, rotary embedding, gate; and the best token.
+"""The small operations between a layer's matrix products, compiled: norm, rotary embedding, gate; and the best token.
 
 The innermost loops run over numbers that lie side by side, so that they become vector instructions. They compute in
 float32, whatever is stored.

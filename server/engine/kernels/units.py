@@ -1,4 +1,4 @@
-"""Sizes of units of work and forms of numbers, as compiled loops and those who call them know them."""
+"""Sizes of units of work and forms of numbers, shared by compiled loops and their callers."""
 
 from __future__ import annotations
 

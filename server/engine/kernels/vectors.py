@@ -1,4 +1,4 @@
-"""Vector instructions that numba does not make on its own, written as LLVM's: the same on every processor.
+"""Vector instructions that numba does not emit, written as LLVM's: the same on every processor.
 
 A compiler turns a plain loop into vector code if it can prove enough, and keeps sums in memory where it cannot. The two
 inner loops of attention are too important to leave to that. Here they are spelled out: sums stay in registers, and a

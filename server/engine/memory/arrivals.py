@@ -1,4 +1,4 @@
-"""Prefixes on their way to the device: of soft prompts that are keys and values already.
+"""Copies KV prefixes to the device in pieces, beside the steps.
 
 Such a prefix can take a GiB. Copying it at once would keep everybody from decoding for a quarter of a second, so one
 piece is copied beside each step, and one prefix at a time. Sequences wait for it as they do for a prefix that another

@@ -1,4 +1,4 @@
-"""Where keys and values live: one pool of positions, cut into slots (`slots.py`), one slot per sequence."""
+"""Keys and values: one pool of positions, divided into slots (`slots.py`), one slot per sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What steps take on a CUDA device, measured by running the largest one before the rest of the memory is shared out.
+"""Measures what steps take on a CUDA device: runs the largest one before the rest of the memory is divided.
 
 The largest step has as many tokens as a step may have, at the end of the longest context. All of them are scored, and
 as many rows as are worked on at once are drawn under all rules together. Its rows all write to one slot, which nobody

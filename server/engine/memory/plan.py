@@ -1,4 +1,4 @@
-"""How a device's free memory is shared out: a pure function from sizes to a plan, so that it can be tested with any.
+"""Divides a device's free memory: a pure function from sizes to a plan, so that it can be tested with any.
 
 A plan counts everything that a server will ever take beside the weights: the KV cache, computed prefixes, copies of
 shared inputs, the largest step and the captured graphs. Where the largest step was not measured (on a CPU), `auto`

@@ -1,4 +1,4 @@
-"""Copies of what a request's first choice has computed of the input, until its other choices have slots of their own.
+"""Copies of the input that a request's first choice has computed, until its other choices have slots.
 
 A request that will make one reserves its bytes before it begins, so all copies together stay within a budget. A single
 request may exceed it: there is nobody else's copy then.

@@ -1,4 +1,4 @@
-"""Which models the engine can serve exactly, found out at start: by the config, then by two tokens sent through.
+"""Which models the engine can serve exactly, decided at start: by the config, then with two tokens.
 
 What cannot be served is refused with the reason; a wrong answer must never come out silently.
 """

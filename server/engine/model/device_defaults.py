@@ -1,4 +1,4 @@
-"""Settings that nobody has set, as a CUDA device wants them: it serves more at once than a CPU.
+"""Defaults of settings on CUDA, which serves more at a time than a CPU.
 
 Defaults in `server/settings.py` are those of CPUs. What a user has set is never changed.
 """

@@ -1,4 +1,4 @@
-"""Which device serves, and in which numbers; or why a GPU cannot be used, in the words of torch and of its driver."""
+"""Chooses the device and the dtype, or says why a GPU cannot be used, quoting torch and its driver."""
 
 from __future__ import annotations
 

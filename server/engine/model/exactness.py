@@ -1,4 +1,4 @@
-"""Whether a loaded model answers through the engine as it does by itself: if not, it is refused at start.
+"""Compares a loaded model's logits through the engine with its own; a model that differs is refused at start.
 
 A config shows much, but not everything: a model may ignore positions, look ahead, or need token ids beside embeddings.
 So a few tokens are sent both ways once, when the model is loaded.

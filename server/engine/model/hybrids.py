@@ -1,4 +1,4 @@
-"""Models of which some layers have no attention: what is put in the place of those layers' own forward.
+"""Models with layers without attention, and the modules that replace those layers' forward.
 
 The model's own forward would run such a layer over the flat row as if it were one sequence. Ours does the layer's
 matrix products over all tokens, and asks the layout for each sequence's state (`attention.RecurrentLayout`). Without a

@@ -1,4 +1,4 @@
-"""Whatever goes wrong while libraries read a model, as one sentence with what to do about it."""
+"""Errors of libraries that read a model, as one sentence with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model's files to its modules and its tokenizer, or one sentence about what is wrong with them.
+"""Loads a model's modules and tokenizer from its files, or says in one sentence what is wrong with them.
 
 The files are checked before transformers reads them: it makes up weights that are missing, leaves out settings that it
 cannot read, and asks on the terminal whether it may run code that lies beside the weights.

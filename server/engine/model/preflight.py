@@ -1,4 +1,4 @@
-"""What is known before any weight is loaded: whether packages that read the checkpoint are there, and whether it fits.
+"""Checks before any weight is loaded: whether the needed packages are installed, and whether the weights fit.
 
 Where the system has no memory left, Linux kills a process without a word, and CUDA fails only after minutes of loading.
 """

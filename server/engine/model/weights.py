@@ -1,4 +1,4 @@
-"""From `PRELUDE_MODEL` to a directory that transformers loads fast and offline.
+"""Resolves `PRELUDE_MODEL` to a directory that transformers loads fast and offline.
 
 A GGUF file is de-quantised once, to float32: those are the canonical weights of the model (a soft prompt is trained on
 them, the fingerprint is theirs), and the copy in the cache directory loads in a second where the GGUF takes thirteen.

@@ -1,4 +1,4 @@
-"""What rules make of logits: penalties, biases and filters, each for all rows at once.
+"""Applies penalties, biases and filters to logits, each for all rows at once.
 
 Rows have rules of their own, but a device pays for each operator and each upload, not for rows. So the host lists what
 every row's rules change, and uploads the lists of all rows together. The order is transformers': penalties, biases,

@@ -1,4 +1,4 @@
-"""Which rows of a step have logits that somebody wants, and for what: the next token, or how likely a given one was."""
+"""The rows of a step whose logits are needed: for the next token, or to score a given one."""
 
 from __future__ import annotations
 

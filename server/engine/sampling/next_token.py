@@ -1,4 +1,4 @@
-"""What sampling answers for each row of logits."""
+"""The result of sampling for each row of logits."""
 
 from __future__ import annotations
 

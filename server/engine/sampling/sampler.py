@@ -1,4 +1,4 @@
-"""The next token of every row that has logits, each row under its own rules.
+"""Samples the next token of every row of logits, each row by its own parameters.
 
 A batch of plain greedy rows costs one argmax over logits as the model gives them. What the rules make of the others is
 in `filters.py`. A draw is one uniform number from the sequence's own generator, looked up in the row's cumulative

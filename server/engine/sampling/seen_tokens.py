@@ -1,4 +1,4 @@
-"""Which tokens a sequence has seen, and what penalties take off each: as arrays that grow in place."""
+"""The tokens that a sequence has seen, and the penalty of each, as arrays that grow in place."""
 
 from __future__ import annotations
 

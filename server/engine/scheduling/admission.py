@@ -1,4 +1,4 @@
-"""How much is accepted: what is over a limit is refused at once, with the advice to come back, instead of waiting long.
+"""Admission: a request above a limit is refused at once, with the time to retry, instead of waiting long.
 
 Counted are choices, because each takes a slot: a request of eight texts weighs as much as eight requests.
 """

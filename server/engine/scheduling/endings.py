@@ -1,4 +1,4 @@
-"""Why a text ends: by a token that comes, or because it cannot go on."""
+"""Why a text ends: by a token, or because it cannot continue."""
 
 from __future__ import annotations
 

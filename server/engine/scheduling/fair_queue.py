@@ -1,4 +1,4 @@
-"""Waiting sequences in queues, one for each task and key: a flood in one queue holds up no other.
+"""Waiting sequences in queues, one for each task and key: a flood in one queue delays no other.
 
 A free place goes to the key with the fewest running sequences, and of its queues to the one with the fewest; a key that
 asks many tasks gets no more places than one that asks one task. Without keys all queues count as one key's.

@@ -1,4 +1,4 @@
-"""How much of a step each key takes: no key's texts and inputs make the steps of the others much longer.
+"""Each key's share of a step: no key's texts and inputs make the steps of others much longer.
 
 A key that runs alone may fill a step. Beside other keys, a key may take as much of a step as they take together, plus a
 sixteenth of the step's token budget. Its texts then take turns, and its inputs get at least half of what it may take.

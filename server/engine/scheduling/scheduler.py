@@ -1,4 +1,4 @@
-"""Who runs in the next step: admission. How much of the step each sequence takes is `fair_steps.py`'s to say.
+"""Which sequences run in the next step. `fair_steps.py` decides how much of the step each one takes.
 
 A sequence is admitted when a slot is free for all that it may need; if none is, no later one overtakes it. A free place
 goes to the key with the fewest running sequences, and of its tasks to the one with the fewest. One place in five is

@@ -1,4 +1,4 @@
-"""One choice of a request in flight: what it began with, where it stands."""
+"""One choice of a request in flight: its input, its state and its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the model wants a chat to be written down, and which parts of the result are the messages'.
+"""Renders a chat in the model's template, and finds the parts of the result that are messages.
 
 A chat template is a program that may do anything with a message. So it runs twice, the second time on messages that
 hold a secret name each: what it writes around the names is its own, and the messages stand where the names stand.

@@ -1,4 +1,4 @@
-"""Choosing one of several texts by how likely the frozen model finds each behind the input: the way to classify.
+"""Chooses one of several texts by its probability after the input, for classification.
 
 Every label is scored whole, so it does not matter that two begin alike or differ in length. Only if one label is the
 beginning of another would it always win: then the end of the sequence is scored with all of them, as `prelude train`

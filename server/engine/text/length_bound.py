@@ -1,4 +1,4 @@
-"""How few tokens a text can have, found from its bytes alone.
+"""A lower bound on the tokens of a text, found from its bytes alone.
 
 To tokenise a text takes a hundred bytes of memory for each token and lets no other thread run. So a text that can never
 fit the context is refused, or cut, before it is tokenised.

@@ -1,4 +1,4 @@
-"""What a tokenizer consists of, which the tokenizers library tells only in its serialised form."""
+"""The parts of a tokenizer, which the tokenizers library shows only in its serialised form."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -36,7 +38,13 @@ def load_engine(settings: Settings) -> Engine:
     """
     model = FrozenModel.load(settings)
     kernels = load_kernels(model, settings.optimisations, settings.cache_dir / "kernels")
-    optimise(model, settings.optimisations, kernels)
+    try:
+        optimise(model, settings.optimisations, kernels)
+    except torch.OutOfMemoryError as exc:
+        raise InsufficientMemory(
+            f"{model.device} holds the weights of {model.spec.name} and has no memory to join those of a layer.",
+            remedy="Free memory on the device, or choose a smaller model or a quantised checkpoint.",
+        ) from exc
     return build_engine(settings, model)
 
 
@@ -62,9 +70,11 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
     )
     planned = plan_memory(settings, model.spec, free_memory(model.device), steps)
     log.info("%s", planned)
+    with _still_free("the KV cache", planned.granted, model.device):
+        kv_cache = KVCache(model.spec, planned.num_slabs, max_sequences=most)
     engine = Engine(
         model,
-        KVCache(model.spec, planned.num_slabs, max_sequences=most),
+        kv_cache,
         PrefixCache(planned.prefix_bytes),
         settings.max_sequences,
         settings.max_batch_tokens,
@@ -88,12 +98,23 @@ def take_all(device: torch.device, num_bytes: int) -> None:
         InsufficientMemory: somebody else has it already.
     """
     release_unused()  # what the captures' warm-up leaves behind belongs to a stream that nobody uses again
-    try:
+    with _still_free("steps, prefixes and copies of inputs", num_bytes, device):
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def _still_free(purpose: str, num_bytes: int, device: torch.device) -> Iterator[None]:
+    """Take what was free when it was planned.
+
+    Raises:
+        InsufficientMemory: somebody else has it already.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError as exc:
         raise InsufficientMemory(
-            f"{num_bytes / MiB:,.0f} MiB for steps, prefixes and copies of inputs are no longer free on {device}: "
-            "another process takes memory there.",
+            f"{num_bytes / MiB:,.0f} MiB for {purpose} are no longer free on {device}: another process takes memory "
+            "there.",
             remedy="Start the server again once the other process has what it needs, or lower PRELUDE_KV_MEMORY.",
         ) from exc
 

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from server.engine.model.frozen import FrozenModel
 from server.engine.model.preflight import free_memory
+from server.engine.out_of_memory import release_unused
 from server.train.config import TrainingConfig
 from server.train.data import Example
 
@@ -29,6 +30,7 @@ def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Ex
         examples: of the largest step.
     """
     if config.recompute == "auto":
+        release_unused()  # of an earlier run
         return _activation_bytes(model, config, examples) > SHARE * free_memory(model.device)
     return config.recompute
 

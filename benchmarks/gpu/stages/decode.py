@@ -84,7 +84,7 @@ def _worst_step(run: Run, engine: Engine, planned: float) -> None:
     run.check(
         run.rehearse or peak - before <= planned, f"the worst step takes {peak - before:.2f} GB, not {planned:.2f}"
     )
-    left = free_memory(device) / GB
+    left = free_memory(device, with_cache=True) / GB
     run.note(free_after_worst_step_gb=left)
     reserved_for_later = (engine.prefixes.budget_bytes - engine.prefixes.num_bytes) / GB
     run.check(

@@ -175,10 +175,11 @@ def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
 
     Args:
         device: the device.
-        with_cache: whether files that a container's system has cached count as free.
+        with_cache: whether caches count as free: on CUDA what torch's allocator has reserved and nobody uses, which may
+            lie in pieces between weights; on a CPU the files that a container's system has cached.
     """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if with_cache else 0
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(int(psutil.virtual_memory().available), _container_headroom(with_cache=with_cache))
 

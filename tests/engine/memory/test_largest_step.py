@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from server.contracts import SamplingParams
+from server.engine import build
 from server.engine.build import take_all
 from server.engine.engine import Engine
 from server.engine.memory import largest_step
@@ -17,6 +18,7 @@ from server.engine.model.frozen import FrozenModel
 from server.engine.sampling import sampler
 from server.engine.sampling.logit_rows import LogitRows
 from server.errors import InsufficientMemory
+from server.settings import Settings
 from tests.support import make_engine
 
 CPU = torch.device("cpu")
@@ -136,6 +138,20 @@ def test_what_steps_need_later_is_taken_at_the_start_or_the_start_ends(monkeypat
     assert taken == [1000]
     with pytest.raises(InsufficientMemory, match="another process"):
         take_all(torch.device("cuda:0"), 1001)
+
+
+@pytest.mark.parametrize("place", ["KVCache", "optimise"])
+def test_memory_that_runs_out_while_an_engine_is_built_is_a_sentence(
+    place: str, tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FrozenModel, "load", lambda _: tiny)
+    monkeypatch.setattr(build, place, too_much)
+    with pytest.raises(InsufficientMemory) as caught:
+        build.load_engine(Settings(optimise="none", max_sequences=2, max_batch_tokens=32))
+    assert caught.value.remedy
 
 
 def test_a_prefix_cache_makes_room_before_a_prefix_is_made() -> None:

@@ -23,9 +23,9 @@ class ModelSpec:
     dtype: str
     device: str
     num_attention_heads: int | None = None
-    """Of queries; None where nobody has asked the model."""
+    """Heads of queries; None if it is unknown."""
     num_attention_layers: int | None = None
-    """Layers that keep keys and values, where not all do."""
+    """Layers that keep keys and values, if not all do."""
     state_width: int = 0
     """Numbers of the recurrent state that each sequence has beside its keys and values; 0 in pure attention models."""
 
@@ -42,7 +42,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class TemplatedText:
-    """A text for the model that holds users' texts, and where they stand in it.
+    """A text for the model that contains users' texts, and their positions in it.
 
     Attributes:
         text: all of it; the template's own part may hold special tokens.
@@ -55,7 +55,7 @@ class TemplatedText:
 
     @classmethod
     def of(cls, *parts: tuple[str, bool]) -> TemplatedText:
-        """From parts in order, each with whether a user wrote it."""
+        """A text from its parts in order, each with whether a user wrote it."""
         spans, at = [], 0
         for part, is_user in parts:
             if is_user and part:
@@ -64,7 +64,7 @@ class TemplatedText:
         return cls("".join(part for part, _ in parts), tuple(spans))
 
     def behind(self, preamble: str) -> TemplatedText:
-        """The same after a text that a user wrote too; a raw text stays raw."""
+        """This text after another text of a user; a raw text stays raw."""
         if not self.user_spans:
             return TemplatedText(preamble + self.text)
         moved = [(start + len(preamble), stop + len(preamble)) for start, stop in self.user_spans]
@@ -78,7 +78,7 @@ class TemplatedText:
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the first three are text-generation-inference's words."""
+    """Why a sequence ended; the first three are text-generation-inference's reasons."""
 
     LENGTH = "length"
     EOS_TOKEN = "eos_token"  # noqa: S105
@@ -91,10 +91,10 @@ COLDEST = 1e-5
 
 
 class ChatEnd(StrEnum):
-    """Where the text that the model reads of a chat ends."""
+    """Where the text of a chat that the model reads ends."""
 
     ANSWER = "answer"
-    """Where the model's own message begins."""
+    """At the beginning of the model's message."""
     CONTINUE = "continue"
     """Within the last message, which the model continues."""
     TURN = "turn"
@@ -102,7 +102,7 @@ class ChatEnd(StrEnum):
 
 
 class GrammarKind(StrEnum):
-    """How the source of a grammar is to be read."""
+    """The language of a grammar's source."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -120,7 +120,7 @@ TOO_DEEP = f"it is nested more than {MAX_SCHEMA_DEPTH} deep"
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What the generated text must match, whatever the model would like to say."""
+    """A grammar that the generated text must match."""
 
     kind: GrammarKind
     source: str
@@ -134,14 +134,14 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. The defaults are greedy decoding of 128 tokens."""
+    """How tokens are sampled. The defaults are greedy decoding of 128 tokens."""
 
     max_new_tokens: int = 128
-    """0 generates nothing: the input is only looked at, for its log-probabilities."""
+    """0 generates nothing: the input is only evaluated, for its log-probabilities."""
     min_new_tokens: int = 0
-    """End-of-sequence tokens are not eligible before this many tokens; a grammar knows better when to end."""
+    """End-of-sequence tokens are not eligible before this many tokens; a grammar may end earlier."""
     temperature: float = 0.0
-    """0 is greedy; otherwise logits are divided by it before tokens are left out."""
+    """0 is greedy; otherwise logits are divided by it, before the filters."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -153,20 +153,20 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """CTRL's penalty (Keskar et al. 2019) over input and output tokens; 1 is off. Virtual tokens have no id."""
     presence_penalty: float = 0.0
-    """Taken off the logits of tokens that the output holds; 0 is off."""
+    """Subtracted from the logits of tokens in the output; 0 is off."""
     frequency_penalty: float = 0.0
-    """Taken off the logits of tokens as often as the output holds them; 0 is off."""
+    """Subtracted from the logits of tokens once for each occurrence in the output; 0 is off."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids, and what is added to their logits."""
+    """Token ids, and the numbers that are added to their logits."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these that appears in it; one that ends within `min_new_tokens` is passed."""
+    """The text ends before the first of these in it; one that ends within `min_new_tokens` does not count."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end a generation as end-of-sequence tokens do, also where those are ignored."""
+    """Tokens that end a generation like end-of-sequence tokens, even if those are ignored."""
     include_stop: bool = False
-    """What ends the text, a stop string or a token, is a part of it."""
+    """Whether the stop string or stop token is a part of the text."""
     show_special: bool = False
-    """Special tokens are text, by their names."""
+    """Whether special tokens appear in the text, by their names."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
@@ -176,17 +176,17 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """True where the most likely token is taken; so cold that logits would leave a float's range is greedy too."""
+        """Whether the most likely token is taken; a temperature too low for a float's range is greedy too."""
         return self.temperature < COLDEST
 
 
 Queue = tuple[str | None, str | None]
-"""A task and a key: requests that share both wait for each other; queues that share the key share its places."""
+"""A task and a key: requests that share both wait for each other; queues that share the key share its slots."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One accepted request, translated: token ids in, rules for what comes out, and the queue it waits in.
+    """One accepted request: token ids, sampling parameters, and the queue that it waits in.
 
     It has one or more choices, which share the input: `n` texts that are sampled apart, or the labels to be scored.
     """
@@ -196,22 +196,22 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     task: str | None = None
     key_id: str | None = None
-    """Whose request it is, where keys are asked for: a key may be given a share of the server."""
+    """The id of the request's key, if keys are required: a key may have a limited share of the server."""
     n: int = 1
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
     input_top_logprobs: int = 0
     """With `input_logprobs`: also those of this many likely tokens at each position; at least `top_logprobs`."""
     continues_text: bool = True
-    """What is generated continues the input; else it begins as training tokenises targets, apart from the input."""
+    """Whether the text continues the input; otherwise it begins like a target of training, tokenised apart."""
     is_background: bool = False
-    """The server asks it for itself, beside live requests: it has a share of its own, and takes none of theirs."""
+    """Whether the server itself sends it, beside live requests: such requests have a separate share."""
     labels: tuple[tuple[int, ...], ...] = ()
     """Token ids of continuations. Nothing is generated then; each is a choice, whose log-probabilities are reported."""
 
     @property
     def num_choices(self) -> int:
-        """How many choices it has."""
+        """Number of its choices."""
         return len(self.labels) or self.n
 
     @property
@@ -222,7 +222,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token that was or could have been, and its log-probability under the model's own distribution."""
+    """A token, chosen or not, and its log-probability in the model's own distribution."""
 
     id: int
     logprob: float
@@ -230,13 +230,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A token that was given, not generated, as the model saw it come."""
+    """An input token, with the log-probability that the model assigned to it."""
 
     id: int
     logprob: float | None
-    """None for the first token of all, before which there is nothing that has an id."""
+    """None for the first token, which no token with an id precedes."""
     top: tuple[Candidate, ...] = ()
-    """The most likely tokens in its place."""
+    """The most likely tokens at its position."""
     rank: int | None = None
     """How many tokens were as likely or likelier, itself included; known of the input's tokens only."""
 
@@ -246,13 +246,13 @@ class Token(NamedTuple):
 
     id: int
     text: str = ""
-    """What it adds to the text: nothing for a special token that is not shown, nor for what a stop string took away."""
+    """What it adds to the text: nothing for a hidden special token, or if a stop string removed it."""
     offset: int = 0
     """Characters of the generated text before it, counted as if no stop string had come."""
     logprob: float | None = None
     special: bool = False
     top: tuple[Candidate, ...] = ()
-    """The most likely tokens in its place, if they were asked for."""
+    """The most likely tokens at its position, if requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ class Usage:
     input_tokens: int
     output_tokens: int
     cached_tokens: int = 0
-    """Virtual tokens whose keys and values were known already."""
+    """Virtual tokens whose keys and values were cached."""
     queued_seconds: float = 0.0
     """From the acceptance of the request to its first step."""
 
@@ -281,10 +281,10 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: Exception | None = None
-    """Set with FAILED: what the one who waits is to be told."""
+    """Set with FAILED: the error for the client."""
     index: int = 0
-    """Which choice of the request."""
+    """Number of the choice in its request."""
     scored: tuple[Scored, ...] = ()
-    """Once, with the first Delta of a choice whose given tokens were to be scored: the input's, or the label's."""
+    """Set once, with the first delta of a choice that scores given tokens: the input's, or the label's."""
     is_last: bool = True
     """With `finish_reason`: whether the whole request has ended. ABORTED and FAILED end it, whatever its choices."""

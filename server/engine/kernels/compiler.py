@@ -1,8 +1,9 @@
 """numba's compiler, for functions that are created for each shape of numbers, and its cache for them.
 
-numba knows a kept function by its name, its code and what it refers to. Ours refer to one another, and as numba writes
-them down, those are others in every process: it would find nothing again. So a function is named after its shape, which
-is then all that it is known by; that its code is the same, the name of the directory says (`use_kernels`).
+numba identifies a cached function by its name, its code and the objects that it refers to. Our loops close over one
+another, and those closures pickle differently in every process, so the on-disk cache would never hit. A function is
+therefore identified by its name alone, which contains its shape; the name of the directory stands for its code
+(`use_kernels`).
 
 In memory too, no two may have one name: numba numbers its own names, and each process starts from zero.
 """

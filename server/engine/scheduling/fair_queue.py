@@ -1,10 +1,10 @@
 """Waiting sequences in queues, one for each task and key: a flood in one queue delays no other.
 
-A free place goes to the key with the fewest running sequences, and of its queues to the one with the fewest; a key that
-asks many tasks gets no more places than one that asks one task. Without keys all queues count as one key's.
+A free slot goes to the key with the fewest running sequences, and of its queues to the one with the fewest; a key that
+asks many tasks gets no more slots than one that asks one task. Without keys all queues count as one key's.
 
-Within a queue, siblings of a request that has begun go first, because each of them holds a copy of its input. After
-eight in a row, a request may begin that has fewer choices than wait before it, so that a request of very many choices
+Within a queue, siblings of a request that has started go first, because each of them holds a copy of its input. After
+eight in a row, a request may start that has fewer choices than wait before it, so that a request of very many choices
 does not hold up the small ones after it.
 """
 
@@ -17,7 +17,7 @@ from server.contracts import Queue
 from server.engine.scheduling.sequence import Sequence
 
 IN_A_ROW = 8
-"""Choices that go on with what has begun, until a request of the same queue may begin before the next one."""
+"""Siblings in a row, after which a request of the same queue may start before the next one."""
 
 _Waiting = OrderedDict[Sequence, None]
 """Ordered; a member in the middle is found in constant time."""

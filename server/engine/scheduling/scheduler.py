@@ -1,6 +1,6 @@
 """Which sequences run in the next step. `fair_steps.py` decides how much of the step each one takes.
 
-A sequence is admitted when a slot is free for all that it may need; if none is, no later one overtakes it. A free place
+A sequence is admitted when a slot is free for all that it may need; if none is, no later one overtakes it. A free slot
 goes to the key with the fewest running sequences, and of its tasks to the one with the fewest. One place in five is
 reserved for tasks below their fair share, half of these for keys below theirs, so that nobody waits for long answers.
 """

@@ -82,7 +82,7 @@ class Sequence:
         self.num_known = self._num_given + len(self.output_ids)
         """Positions whose token is known, computed or not."""
         self.needs_next_token = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
-        """Whether it is to go on behind its given tokens."""
+        """Whether generation continues after the given tokens."""
         self.targets: tuple[int, ...] = ()
         """The given tokens that are to be scored."""
         self.first_target = self.num_virtual_tokens

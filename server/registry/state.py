@@ -1,7 +1,7 @@
 """The fold of the events: the registry's whole state, and the only place that defines what an event means.
 
-What answers a task's requests now is the top of its history, so rolling back is taking the top off. Version numbers
-come from the fold and are never used twice, also not after a delete; a deleted task leaves behind what must not be
+The top of a task's history answers its requests, so a rollback removes the top. Version numbers
+come from the fold and are never reused, not even after a delete; a deleted task leaves behind what must not be
 forgotten: its last number, and which contents the inboxes have already published.
 """
 
@@ -31,12 +31,12 @@ from server.registry.events import (
 from server.registry.unreadable import Entry, Unreadable, UnreadableText
 
 WHOLE_STORE = ".store"
-"""Stands for all tasks; no task and no entry of the inbox is called so."""
+"""Stands for all tasks; no task and no entry of the inbox can have this name."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """A version of a task as the events tell it."""
+    """A version of a task, as its events describe it."""
 
     task: str
     number: int
@@ -48,14 +48,14 @@ class StoredVersion:
 
 @dataclass
 class TaskState:
-    """What the events say about one task.
+    """The state of one task.
 
     Attributes:
-        versions: by number, those that are not deleted.
-        history: who answered, oldest first; the last entry answers now.
+        versions: those that are not deleted, by number.
+        history: the live versions over time, oldest first; the last entry is live now.
         last_version: highest number ever given.
         last_event: number of the last event that changed the task: its ETag.
-        inbox: by place, what the inbox there last published under this name, so that a restart of its server does not
+        inbox: the identity of what each inbox last published under this name, so that a restart does not
             publish it again; the latest last.
     """
 
@@ -67,23 +67,23 @@ class TaskState:
 
     @property
     def traffic(self) -> Traffic:
-        """Who answers now; () if nobody does."""
+        """The versions that are live now; () if there is none."""
         return self.history[-1] if self.history else ()
 
     @property
     def live_alone(self) -> StoredVersion | None:
-        """The version that answers everything, or None in a canary or if nobody answers."""
+        """The only live version; None in a canary, or if there is none."""
         return self.versions[self.traffic[0][0]] if len(self.traffic) == 1 else None
 
     @property
     def before(self) -> Traffic:
-        """Who answered before those who answer now; () if nobody else did."""
+        """What was live before the current traffic; () if nothing else was."""
         return next((traffic for traffic in reversed(self.history) if traffic not in ((), self.traffic)), ())
 
     def inbox_identity(self, inbox: str | None) -> str | None:
-        """The identity of what the inbox at this place last published under this name; None if it holds nothing.
+        """The identity of what an inbox last published under this name; None if it holds nothing.
 
-        A container has another host's name each time that it starts, so a place that is new here is taken for the
+        A container has another host's name at each start, so an inbox that is new here is taken for the
         latest one of the same path.
         """
         own = self.inbox.get(inbox or "")
@@ -92,12 +92,12 @@ class TaskState:
         return next((held for known, held in reversed(self.inbox.items()) if _path(known) == _path(inbox)), None)
 
     def note_inbox(self, inbox: str | None, identity: str) -> None:
-        """The inbox at this place holds this content."""
+        """Record that an inbox holds this content."""
         self.inbox.pop(inbox or "", None)
         self.inbox[inbox or ""] = identity
 
     def release_inbox(self, inbox: str | None) -> None:
-        """The inbox at this place holds it no more; if no other inbox does, what came from there stops answering."""
+        """Record that an inbox no longer holds it; if no other inbox does, a live version from there is retired."""
         identity, live = self.inbox_identity(inbox), self.live_alone
         self.inbox = {
             known: held for known, held in self.inbox.items() if held != identity or _path(known) != _path(inbox)
@@ -107,12 +107,12 @@ class TaskState:
             self.let_answer(())
 
     def let_answer(self, traffic: Traffic) -> None:
-        """Put these on top of the history."""
+        """Put this traffic on top of the history."""
         if traffic != self.traffic:
             self.history.append(traffic)
 
     def go_back(self) -> None:
-        """Take what answers now off the history, down to what was different and answered something."""
+        """Remove entries from the top of the history, down to different traffic with a live version."""
         now = self.traffic
         while self.history and self.history[-1] in ((), now):
             self.history.pop()
@@ -124,17 +124,17 @@ class TaskState:
 
 
 class RegistryState:
-    """The fold of all events: every task that ever was. An event that does not follow changes nothing.
+    """The fold of all events: every task that ever existed. An event that contradicts the state changes nothing.
 
     Attributes:
         tasks: by name.
-        last_event: number of the last event that was taken.
-        digests: digest -> versions that have it.
-        prefixes: prefix hash -> versions that have it.
+        last_event: number of the last event that was applied.
+        digests: digest -> number of versions that have it.
+        prefixes: prefix hash -> number of versions that have it.
         first_version: number of a new task's first version.
-        is_whole: whether everything that was taken could be read; only then may it become a snapshot.
+        is_whole: whether all events could be read; only then may it become a snapshot.
         deleted: blobs of versions that the events of the start deleted.
-        problems: task -> why its last change has no effect here; WHOLE_STORE where the task cannot be made out.
+        problems: task -> why its last change has no effect here; WHOLE_STORE if the task is unknown.
     """
 
     def __init__(self, events: Iterable[Entry] = ()) -> None:
@@ -150,13 +150,13 @@ class RegistryState:
         self.take_all(events)
 
     def take_all(self, events: Iterable[Entry]) -> None:
-        """Take the events of a start; `deleted` are the blobs of versions that they deleted."""
+        """Apply the events of a start, and collect in `deleted` the blobs of versions that they deleted."""
         for event in events:
             _, removed = self.take(event)
             self.deleted.update(version.content.blob for version in removed)
 
     def copy(self) -> RegistryState:
-        """Another state of the same, which later events do not change."""
+        """A copy, which later events do not change."""
         state = RegistryState()
         state.tasks = {name: _copy(task) for name, task in self.tasks.items()}
         state.last_event, state.first_version, state.is_whole = self.last_event, self.first_version, self.is_whole
@@ -169,7 +169,7 @@ class RegistryState:
         self.prefixes = Counter(content.prefix_hash for content in contents)
 
     def take(self, entry: Entry) -> tuple[set[str], list[StoredVersion]]:
-        """Take one more event; one that cannot be read, or does not follow, leaves a note and changes nothing else.
+        """Apply an event; if it cannot be read, or contradicts the state, record the problem and change nothing else.
 
         Returns:
             As `apply`.
@@ -191,13 +191,13 @@ class RegistryState:
         return set(entry.tasks or ()), []
 
     def apply(self, event: Event) -> tuple[set[str], list[StoredVersion]]:
-        """Take one more event.
+        """Apply one more event.
 
         Returns:
             The tasks that it changed, and the versions that it removed.
 
         Raises:
-            StoreError: it does not follow from the events before it.
+            StoreError: it contradicts the events before it.
         """
         try:
             removed = self._change(event)
@@ -218,7 +218,7 @@ class RegistryState:
         return touched, removed
 
     def ahead(self, events: Sequence[Entry]) -> RegistryState:
-        """The tasks that these events are about, as they will be once they are taken; this state stays as it is."""
+        """The tasks of these events, as they will be after the events; this state does not change."""
         state = RegistryState()
         changes = [event.change for event in events if isinstance(event, Event)]
         for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
@@ -228,7 +228,7 @@ class RegistryState:
         return state
 
     def next_version(self, task: str) -> int:
-        """The number that the next publish under this name gets."""
+        """The number of the next version under this name."""
         return self.tasks[task].last_version + 1 if task in self.tasks else self.first_version
 
     def _change(self, event: Event) -> list[StoredVersion]:

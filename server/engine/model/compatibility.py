@@ -77,6 +77,11 @@ class _AttentionProbe:
                 f"Keys of {self._kind} have {key.shape[2]} numbers per head and values {value.shape[2]}; the engine "
                 "keeps them in one tensor."
             )
+        if rules.sliding_window is not None and rules.sliding_window < 1:
+            raise UnsupportedModel(
+                f"The sliding window of {self._kind} has {rules.sliding_window} tokens, so no token sees itself.",
+                remedy="Correct sliding_window in config.json: a number of tokens, or null for none.",
+            )
         self.calls[layer] += 1
         self.shapes[layer] = (key.shape[0], key.shape[2])
         self.rules[layer] = rules

@@ -83,7 +83,7 @@ class FrozenModel:
         self.spec = ModelSpec(
             name=name,
             fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
-            hidden_size=text_config.hidden_size,
+            hidden_size=weights.shape[1],  # a few models widen their embeddings afterwards
             num_hidden_layers=text_config.num_hidden_layers,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,

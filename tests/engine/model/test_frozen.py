@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from server.engine.attention.interface import (
     register_attention,
 )
 from server.engine.model.compatibility import refuse_unsupported
+from server.engine.model.exactness import own_logits, refuse_inexact
 from server.engine.model.frozen import FrozenModel, weights_hash
 from server.errors import UnsupportedModel
+from tests.engine.tiny_families import tiny_family
 from tests.support import (
     EOS,
     TINY,
@@ -82,6 +85,31 @@ def test_what_cannot_be_served_is_refused_by_its_config(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         refuse_unsupported(AutoConfig.for_model(model_type, **fields))
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_in_which_no_token_sees_itself_is_refused(window: int) -> None:
+    with pytest.raises(UnsupportedModel, match=f"has {window} tokens") as caught:
+        FrozenModel(tiny_family("mistral", sliding_window=window), byte_tokenizer(), name="none", max_model_len=64)
+    assert "null" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("opt", {"word_embed_proj_dim": 32}), ("electra", {"embedding_size": 32, "is_decoder": True})],
+)
+def test_a_soft_prompt_is_as_wide_as_the_embeddings_of_a_model_that_widens_them(
+    family: str, fields: dict[str, Any]
+) -> None:
+    model = FrozenModel(tiny_family(family, **fields), byte_tokenizer(), name=family, max_model_len=64)
+    refuse_inexact(model)
+    assert (model.spec.hidden_size, model.module.config.hidden_size) == (32, 64)
+    soft_prompt = random_soft_prompt(model.spec, 5)
+    [outcome] = run_engine(make_engine(model), [(request("r", [1, 2, 3], max_new_tokens=3), soft_prompt)]).values()
+    with torch.inference_mode():
+        inputs = torch.cat([soft_prompt.tensor, model.embed(torch.tensor([1, 2, 3]))])
+        own = own_logits(model.module, inputs_embeds=inputs)
+    assert outcome.token_ids[0] == int(own[-1].argmax())
 
 
 def test_a_model_whose_attention_computes_in_another_dtype_is_refused() -> None:

@@ -14,7 +14,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where a disk or a quota is full."""
 
 
-def not_kept(exc: OSError, what: str, where: str) -> StoreError:
+def not_stored(exc: OSError, what: str, where: str) -> StoreError:
     """The error for what the server has no place for: "The upload", "its temporary folder (TMPDIR)"."""
     full = exc.errno in NO_SPACE
     return (StoreFull if full else StoreError)(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.durable import not_kept, replace_file
+from server.durable import not_stored, replace_file
 from server.errors import StoreError, StoreFull
 
 
@@ -49,7 +49,7 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     [(errno.ENOSPC, StoreFull, "Make room"), (errno.EDQUOT, StoreFull, "Make room"), (errno.EACCES, StoreError, "may")],
 )
 def test_what_there_is_no_place_for_says_what_and_where(number: int, kind: type[StoreError], part: str) -> None:
-    error = not_kept(OSError(number, "the system's words"), "The upload", "the folder X")
+    error = not_stored(OSError(number, "the system's words"), "The upload", "the folder X")
     assert type(error) is kind
     assert error.message == "The upload cannot be kept: the system's words."
     assert part in error.remedy

@@ -17,7 +17,7 @@ from starlette.routing import Match
 
 from server.api.bodies import UNKNOWN, nearest
 from server.api.error_format import ErrorFormats, Location
-from server.api.files import upload_not_kept
+from server.api.files import upload_not_stored
 from server.errors import InvalidRequest, Overloaded, PreludeError, StoreError, Unauthorized, VersionUnavailable
 from server.validation import MOST_PROBLEMS, listed
 
@@ -66,7 +66,7 @@ def install_error_handlers(app: FastAPI, formats: ErrorFormats) -> None:
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         cause = error.__cause__
         if isinstance(cause, OSError):  # no room for an upload's files, which are spooled to disk as they arrive
-            cause = upload_not_kept(cause)
+            cause = upload_not_stored(cause)
         if isinstance(cause, PreludeError):  # raised while FastAPI read the body
             return _reply(request, cause, headers=_headers(cause))
         if error.status_code in (404, 405):

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from server.durable import not_kept
+from server.durable import not_stored
 from server.errors import PreludeError
 
 CHUNK = 2**18
 
-upload_not_kept = partial(not_kept, what="The upload", where="its temporary folder (TMPDIR)")
+upload_not_stored = partial(not_stored, what="The upload", where="its temporary folder (TMPDIR)")
 """The error for an upload that the server has no place for."""
 
 

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.files import upload_not_kept
+from server.api.files import upload_not_stored
 from server.errors import InvalidRequest, PayloadTooLarge
 
 MAX_FORM_PARTS = 16
@@ -61,7 +61,7 @@ async def read_form(request: Request) -> FormData:
         if isinstance(exc, FormParserError):
             raise HTTPException(400, f"The form cannot be read: {str(exc)[:200].rstrip('.')}") from exc
         if isinstance(exc, OSError):
-            raise upload_not_kept(exc) from exc
+            raise upload_not_stored(exc) from exc
         raise
     return FormData(parts.items)
 

@@ -137,7 +137,7 @@ def follow_to_its_end(client: PreludeClient, job: Job) -> None:
         typer.echo(f"The job goes on. To see it again: prelude jobs follow {named}", err=True)
         typer.echo(f"To end it: prelude jobs cancel {named}", err=True)
         raise
-    tell_end(job, client.url)
+    print_end(job, client.url)
 
 
 def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
@@ -160,7 +160,7 @@ def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
         time.sleep(LOOK_SECONDS)
 
 
-def tell_end(job: Job, url: str) -> None:
+def print_end(job: Job, url: str) -> None:
     """What a job came to.
 
     Raises:

@@ -18,15 +18,15 @@ class EvaluationBounds:
 
     Attributes:
         rows: that are asked.
-        held: characters of rows and references, which are in memory until it ends.
-        read: characters that all systems read; each is tokenised before anything runs.
+        stored_characters: of rows and references, which are in memory until it ends.
+        read_characters: that all systems read; each is tokenised before anything runs.
         cells: rows times labels, from which figures are resampled.
         labels_at_once: labels that one request scores.
     """
 
     rows: int = 20_000
-    held: int = 32 * 2**20
-    read: int = 256 * 2**20
+    stored_characters: int = 32 * 2**20
+    read_characters: int = 256 * 2**20
     cells: int = 4_000_000
     labels_at_once: int = 64
 
@@ -39,8 +39,10 @@ class EvaluationBounds:
         rows = len(data.rows)
         _refuse_over(data, f"{rows:,} rows", rows, self.rows)
         _refuse_over(data, f"{rows:,} rows of {num_labels:,} labels", rows * num_labels, self.cells)
-        held = _characters(data) + sum(len(text) for several in data.references for text in several)
-        _refuse_over(data, f"{held:,} characters of rows and references", held, self.held)
+        stored_characters = _characters(data) + sum(len(text) for several in data.references for text in several)
+        _refuse_over(
+            data, f"{stored_characters:,} characters of rows and references", stored_characters, self.stored_characters
+        )
 
     def check_reading(self, data: EvaluationData, systems: Sequence[System]) -> None:
         """Refuse what takes too long to tokenise.
@@ -51,7 +53,9 @@ class EvaluationBounds:
         own = _characters(data)
         around = sum(len(one.preamble) + len(one.template.input_template or "") for one in systems)
         read = len(systems) * own + len(data.rows) * around
-        _refuse_over(data, f"{read:,} characters to read, instructions and examples included,", read, self.read)
+        _refuse_over(
+            data, f"{read:,} characters to read, instructions and examples included,", read, self.read_characters
+        )
 
 
 def _characters(data: EvaluationData) -> int:

@@ -91,7 +91,7 @@ def in_their_words(text: str, folder: JobFolder, names: DataNames) -> str:
     return text.replace(str(folder.validation), names.validation or "the validation rows")
 
 
-def as_told(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
+def as_failure(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
     """An error for a job's record."""
     return {
         "error": in_their_words(exc.message, folder, names),

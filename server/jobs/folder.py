@@ -36,7 +36,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from server.durable import not_kept, replace_file, sync
+from server.durable import not_stored, replace_file, sync
 from server.errors import UnknownJob
 from server.jobs.job import JOB_ID, DataNames, Job, JobSpec, JobState, Status, new_job_id, now
 from server.jobs.record import read_progress
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 ABANDONED_SECONDS = 24 * 3600.0
 """A draft that is so old is nobody's any more."""
 
-job_not_kept = partial(not_kept, what="The training job", where="the folder PRELUDE_JOBS_DIR")
+job_not_kept = partial(not_stored, what="The training job", where="the folder PRELUDE_JOBS_DIR")
 """The error for a job that the server has no place for."""
 
 _SPEC = TypeAdapter(JobSpec)

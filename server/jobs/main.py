@@ -68,10 +68,10 @@ def _try(folder: JobFolder, job: Job, settings: Settings) -> int:
         with contextlib.closing(Recorder(folder.record, job.spec.config)) as recorder:
             run(folder, job, recorder, settings)
     except PreludeError as exc:
-        from server.jobs.check import as_told
+        from server.jobs.check import as_failure
 
         log.error("%s", exc)
-        write_json(folder.failure, as_told(exc, folder, job.names))
+        write_json(folder.failure, as_failure(exc, folder, job.names))
         return REFUSED
     return DONE
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from server.errors import Forbidden, PreludeError, UnknownJob
-from server.jobs.check import as_told
+from server.jobs.check import as_failure
 from server.jobs.failures import broken, failure_of
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
@@ -274,7 +274,7 @@ class JobRunner(Service):
                     if self._stop.wait(wait):
                         return  # the next server does it
                     continue
-                self._end(job, JobState.FAILED, error=Failure(**as_told(exc, folder, job.names)))
+                self._end(job, JobState.FAILED, error=Failure(**as_failure(exc, folder, job.names)))
                 return
             except Exception as exc:
                 log.exception("the result of training job %s cannot be published", job.id)

@@ -139,7 +139,7 @@ def test_labels_of_a_file_steer_no_terminal() -> None:
 def test_what_misses_its_bound_is_staged_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     done: dict[str, Any] = JOB | {"state": "succeeded", "version": 1, "metrics": {"validation_exact_match": 0.5}}
     done |= {"spec": {"activate": {"metric": "validation_exact_match", "at_least": 0.9}}}
-    jobs.tell_end(done, "http://there")  # type: ignore[arg-type]
+    jobs.print_end(done, "http://there")  # type: ignore[arg-type]
     said = capsys.readouterr().out
     assert "50.0%, loss not finite; staged because it did not keep to its bound;" in said
     assert said.endswith("prelude prompts activate mood@1 --url http://there\n")

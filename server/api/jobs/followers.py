@@ -31,7 +31,7 @@ class _Watch:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake all followers."""
         self.changed.set()
         self.changed = asyncio.Event()
@@ -116,17 +116,17 @@ class Followers:
                     raise
                 except PreludeError as exc:
                     watch.error = exc
-                    watch.tell()
+                    watch.notify()
                     return
                 offset = news.until
                 if watch.news is None or news.lines or news.job != watch.news.job:
                     watch.news = news
-                    watch.tell()
+                    watch.notify()
                 if news.job.state.is_over:
                     return
             if self._worker.draining and jobs.outlives_server:
                 watch.error = ServerDraining("The server is shutting down; the job resumes when it is back.")
-                watch.tell()
+                watch.notify()
                 return
             await asyncio.sleep(LOOK_SECONDS)
 

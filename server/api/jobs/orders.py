@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from server.api.auth import allow_task, authorise
 from server.api.bodies import Body, misfit, read_body
-from server.api.files import copy_within, upload_not_kept
+from server.api.files import copy_within, upload_not_stored
 from server.api.limits import MAX_DATA_BYTES
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, PayloadTooLarge
@@ -140,7 +140,7 @@ def keep_uploads(files: Mapping[str, GivenFile]) -> tuple[dict[str, GivenFile], 
                     kept[field] = GivenFile(Path(folder.name) / f"{field}.jsonl", file.name)
                     file.copy(kept[field].path)
         except OSError as exc:
-            raise upload_not_kept(exc) from exc
+            raise upload_not_stored(exc) from exc
         undo.pop_all()
     return kept, folder
 

@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 
 from fastapi import UploadFile
 
-from server.api.files import copy_within, upload_not_kept
+from server.api.files import copy_within, upload_not_stored
 from server.errors import InvalidSoftPrompt, PayloadTooLarge
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, PICKLE_FILES, TENSOR_FILE
@@ -59,7 +59,7 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unp
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:
             yield Unpacked(Path(folder), unpack_upload(files, Path(folder), max_bytes))
     except OSError as exc:
-        raise upload_not_kept(exc) from exc
+        raise upload_not_stored(exc) from exc
 
 
 def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> list[str]:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-import torch
-
-from server.contracts import GenerationRequest, ModelSpec
 from server.engine.engine import Engine
-from server.engine.text.model_text import ModelText
 from server.errors import GenerationFailed
 from server.evaluation.evaluation import Evaluation
 from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
 from server.evaluation.systems import System
-from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.rows import Row
 
 ROWS_AT_ONCE = 256
@@ -30,24 +25,8 @@ class OwnEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-
-    @property
-    def model(self) -> ModelSpec:
-        """What may be known of the frozen model."""
-        return self.engine.model.spec
-
-    @property
-    def text(self) -> ModelText:
-        """The model's texts and tokens."""
-        return self.engine.model.text
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`."""
-        return self.engine.model.embeddings_of(token_ids)
-
-    def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Refuse what can never run."""
-        self.engine.check(request, soft_prompt)
+        self.model, self.text = engine.model.spec, engine.model.text
+        self.embeddings_of, self.check = engine.model.embeddings_of, engine.check
 
 
 def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:

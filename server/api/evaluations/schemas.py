@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.jobs.in_server import InServerBody
+from server.api.jobs.orders import FILE, both_bodies
 from server.api.schemas import RequestBody, Text
 
 FILES = ("data", "references", "shots")
@@ -49,20 +50,14 @@ class EvaluationRequest(RequestBody):
 
 
 def request_body() -> dict[str, Any]:
-    """The body for OpenAPI, which cannot be derived: a field may be a file or the name of one."""
+    """For OpenAPI: the body in both of its forms; a field may be a file or the name of one."""
     schema = EvaluationRequest.model_json_schema()
-    form = {**schema["properties"]}
-    for name in FILES:
-        form[name] = {"type": "string", "format": "binary", "description": form[name]["description"]}
-    for name in ("baselines", "compare"):
-        form[name] = {"type": "string", "description": form[name]["description"]}
-    whole = {"type": "object", "additionalProperties": False, "properties": form, "required": ["task", "data"]}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": whole}},
-        }
+    text = {name: {"type": "string"} for name in ("baselines", "compare")} | dict.fromkeys(FILES, FILE)
+    form = {
+        name: {**text[name], "description": field["description"]} if name in text else field
+        for name, field in schema["properties"].items()
     }
+    return both_bodies(schema, form, ["task", "data"])
 
 
 class EvaluationBody(InServerBody):

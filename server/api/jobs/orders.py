@@ -7,7 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -23,6 +23,17 @@ from server.keys.key import Scope
 
 MAX_FILE_NAME = 100
 """Characters of an uploaded file's name that errors and results show."""
+
+
+FILE = {"type": "string", "format": "binary"}
+"""The schema of a form's file."""
+
+
+def both_bodies(schema: Mapping[str, Any], form: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """For OpenAPI: a body that is JSON of this schema, or a form of these fields."""
+    whole = {"type": "object", "required": required, "additionalProperties": False, "properties": form}
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": whole}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class _Fields(Protocol):

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_json
 
 from server.api.error_format import ErrorFormat
+from server.api.jobs.orders import FILE, both_bodies
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
 from server.replies import JobBody, reply
 from server.validation import without_nulls
@@ -89,42 +90,25 @@ def job_body(job: Job) -> JobBody:
 
 
 def request_body() -> dict[str, Any]:
-    """For OpenAPI: the body in both of its forms, which FastAPI cannot tell of one route."""
+    """For OpenAPI: the body in both of its forms, which FastAPI cannot derive for one route."""
     whole = _REQUEST.json_schema()
-    spec = _with_nulls(_inlined(whole, whole.pop("$defs", {})))
-    file = {"type": "string", "format": "binary"}
     form = {
-        "type": "object",
-        "required": ["spec"],
-        "additionalProperties": False,
-        "properties": {
-            "spec": {"type": "string", "description": "The same as the JSON body, as text."},
-            "data": {**file, "description": 'JSONL, each line {"input": "…", "target": "…"}.'},
-            "validation": {**file, "description": "The same, to measure on."},
-        },
+        "spec": {"type": "string", "description": "The same as the JSON body, as text."},
+        "data": {**FILE, "description": 'JSONL, each line {"input": "…", "target": "…"}.'},
+        "validation": {**FILE, "description": "The same, to measure on."},
     }
-    content = {"application/json": {"schema": spec}, "multipart/form-data": {"schema": form}}
-    return {"requestBody": {"required": True, "content": content}}
+    return both_bodies(_as_read(whole, whole.pop("$defs", {})), form, ["spec"])
 
 
-def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references: in OpenAPI they would have to lie elsewhere."""
+def _as_read(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references, in which fields that may be left out may also be null; see `parse_request`."""
     if isinstance(schema, list):
-        return [_inlined(item, definitions) for item in schema]
+        return [_as_read(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {name: _inlined(value, definitions) for name, value in schema.items()}
-
-
-def _with_nulls(schema: Any) -> Any:
-    """A schema in which fields of objects may be null, if they may be left out; see `parse_request`."""
-    if isinstance(schema, list):
-        return [_with_nulls(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {name: _with_nulls(value) for name, value in schema.items()}
+        return _as_read(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    found = {name: _as_read(value, definitions) for name, value in schema.items()}
     if "properties" in schema:
         required = schema.get("required", ())
         found["properties"] = {

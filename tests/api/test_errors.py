@@ -40,17 +40,24 @@ async def _get(app: FastAPI, path: str) -> httpx.Response:
         return await client.get(path)
 
 
+@pytest.fixture(scope="module")
+def failing(server: LiveServer) -> FastAPI:
+    """The app with a route per error that raises it."""
+    app = _app(server)
+    classes = {cls.__name__: cls for cls in _tree()}
+
+    @app.get("/fails/{name}")
+    async def fails(name: str) -> None:
+        raise classes[name]("It went wrong.", remedy="Do better.")
+
+    return app
+
+
 @pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
 async def test_every_error_of_the_tree_leaves_with_its_status_and_remedy(
-    server: LiveServer, cls: type[PreludeError]
+    failing: FastAPI, cls: type[PreludeError]
 ) -> None:
-    app = _app(server)
-
-    @app.get("/fails")
-    async def fails() -> None:
-        raise cls("It went wrong.", remedy="Do better.")
-
-    body = assert_error(await _get(app, "/fails"), cls.status, cls.code, "It went wrong.")
+    body = assert_error(await _get(failing, f"/fails/{cls.__name__}"), cls.status, cls.code, "It went wrong.")
     assert body["remedy"] == "Do better."
     assert body["error_type"] in FAMILIES
     assert error_body(cls("x"))["remedy"] == cls.default_remedy

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.api.openai.errors import OPENAI_ERRORS, openai_error
@@ -22,19 +23,26 @@ from tests.api.test_errors import _tree
 from tests.support import random_soft_prompt
 
 
+@pytest.fixture(scope="module")
+def failing(server: LiveServer) -> FastAPI:
+    """The app with a route per error that raises it."""
+    app = create_app(server.settings, server.worker, server.registry)
+    classes = {cls.__name__: cls for cls in _tree()}
+
+    @app.get("/v1/fails/{name}")
+    async def fails(name: str) -> None:
+        raise classes[name]("It went wrong.", remedy="Do better.", param="n")
+
+    return app
+
+
 @pytest.mark.parametrize("cls", list(_tree()), ids=lambda cls: cls.__name__)
 async def test_every_error_of_the_tree_is_rendered_by_the_one_handler(
-    server: LiveServer, cls: type[PreludeError]
+    failing: FastAPI, cls: type[PreludeError]
 ) -> None:
-    app = create_app(server.settings, server.worker, server.registry)
-
-    @app.get("/v1/fails")
-    async def fails() -> None:
-        raise cls("It went wrong.", remedy="Do better.", param="n")
-
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app=failing, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        response = await client.get("/v1/fails")
+        response = await client.get(f"/v1/fails/{cls.__name__}")
     is_validation = issubclass(cls, tuple(c for c in _tree() if c.code == "invalid_request"))
     error = assert_openai_error(response, 400 if is_validation else cls.status, cls.code)
     opening = "n is too large. " if cls is InputTooLong else ""

@@ -12,6 +12,8 @@ from tests.api.live import LiveServer, assert_openai_error
 from tests.api.openai.support import CHAT, COMPLETIONS, ROUTES, Body, post
 
 NO_SCHEMAS: list[Any] = [False, True, 3, 1.5, [], [{}]]
+BRIEF: Body = {"max_tokens": 16}
+"""Enough to see a difference; the default is eight times as many."""
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -25,16 +27,17 @@ def test_an_unknown_field_is_refused_by_name_with_the_nearest(server: LiveServer
 @pytest.mark.parametrize("path", ROUTES)
 def test_null_counts_as_left_out_whatever_the_field_is_called(chatty: LiveServer, path: str) -> None:
     model = ChatBody if path == CHAT else CompletionBody
-    required = {"model", "messages", "prompt"}
+    kept = {"model", "messages", "prompt", *BRIEF}
     nulls: Body = dict.fromkeys([*model.offered(), "tools", "suffix", "adapter_source", "zzzzz"])
-    body = {name: value for name, value in nulls.items() if name not in required}
+    body = BRIEF | {name: value for name, value in nulls.items() if name not in kept}
     reply = post(chatty, path, **body)
     assert reply.status_code == 200, reply.text
-    assert reply.json()["choices"] == post(chatty, path).json()["choices"]
+    assert reply.json()["choices"] == post(chatty, path, **BRIEF).json()["choices"]
+    assert post(chatty, path, max_tokens=None).json()["usage"]["completion_tokens"] == 128
     for field in ("logit_bias", "metadata"):
-        assert post(chatty, path, **{field: {"5": None}}).json()["choices"] == reply.json()["choices"]
+        assert post(chatty, path, **BRIEF, **{field: {"5": None}}).json()["choices"] == reply.json()["choices"]
     for field, inner in (("stream_options", {"zzzzz": None}), ("structured_outputs", {"regex": "ab", "zzzzz": None})):
-        assert post(chatty, path, stream=True, **{field: inner}).status_code == 200
+        assert post(chatty, path, stream=True, **BRIEF, **{field: inner}).status_code == 200
     assert_openai_error(post(chatty, path, **body, zzzz=1), 400, "invalid_request", "unknown field zzzz.")
 
 
@@ -58,16 +61,16 @@ NOTHING: list[tuple[str, Body]] = [
 
 @pytest.mark.parametrize(("path", "body"), NOTHING)
 def test_a_value_that_asks_for_nothing_changes_nothing(chatty: LiveServer, path: str, body: Body) -> None:
-    response = post(chatty, path, **body)
+    response = post(chatty, path, **BRIEF, **body)
     assert response.status_code == 200, response.text
-    assert response.json()["choices"] == post(chatty, path).json()["choices"]
+    assert response.json()["choices"] == post(chatty, path, **BRIEF).json()["choices"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_streams_obfuscation_can_be_asked_for_or_not(chatty: LiveServer, path: str) -> None:
     for wanted in (True, False, None):
         options = {"include_usage": True, "include_obfuscation": wanted}
-        assert post(chatty, path, stream=True, stream_options=options).status_code == 200
+        assert post(chatty, path, stream=True, stream_options=options, **BRIEF).status_code == 200
 
 
 NOT_OFFERED: dict[str, list[Any]] = {

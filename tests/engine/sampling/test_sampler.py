@@ -25,14 +25,11 @@ from server.engine.text.token_texts import TokenTexts
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
 
 NO_EOS: frozenset[int] = frozenset()
+TEXTS = TokenTexts(byte_tokenizer().backend_tokenizer)
 
 
 def sequence(seed: int = 0, input_ids: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Sequence:
-    return Sequence(
-        request("r", input_ids, seed=seed, **sampling),
-        None,
-        Detokenizer(TokenTexts(byte_tokenizer().backend_tokenizer)),
-    )
+    return Sequence(request("r", input_ids, seed=seed, **sampling), None, Detokenizer(TEXTS))
 
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:

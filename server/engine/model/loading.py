@@ -34,11 +34,13 @@ from server.engine.attention.interface import ATTENTION_NAME, register_attention
 from server.engine.model.compatibility import refuse_unsupported
 from server.engine.model.load_errors import REMEDY, as_sentence, refusing_own_choice
 from server.engine.model.preflight import (
+    FLOATS,
     Stored,
     auto_class,
     made,
     quantisation,
     refuse_missing_packages,
+    refuse_other_sizes,
     refuse_too_large,
     unpack,
 )
@@ -85,6 +87,8 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
         as_sentence(f"The weights of {location} cannot be loaded"),
         refusing_own_choice(config.model_type),
     ):
+        if weights:
+            refuse_other_sizes(location, weights.values(), config)
         if unpack(config) or (not weights and quantisation(config) is None):
             weights = made(config)
         refuse_too_large(location, weights.values(), quantisation(config), device, dtype)
@@ -183,11 +187,11 @@ def check_files(directory: Path) -> dict[str, Stored]:
         with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
             weights |= _tensors_of(directory / shard)
     # Masks and the like may be whole numbers.
-    whole = [name for name, stored in weights.items() if stored.dtype[0] in "IU" and name.endswith("weight")]
-    if whole and "quantization_config" not in found[CONFIG]:
+    odd = [name for name, stored in weights.items() if stored.dtype not in FLOATS and name.endswith("weight")]
+    if odd and "quantization_config" not in found[CONFIG]:
         raise ConfigurationError(
-            f"{directory} holds {len(whole)} weights as whole numbers, and {CONFIG} has no quantization_config: "
-            f"{_some(whole)}.",
+            f"{directory} holds {len(odd)} weights as whole numbers or in 8 bits and fewer, and {CONFIG} has no "
+            f"quantization_config: {_some(odd)}.",
             remedy=REMEDY,
         )
     return weights

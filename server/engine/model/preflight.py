@@ -13,13 +13,15 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.quantizers import AutoHfQuantizer
 
-from server.errors import InsufficientMemory, UnsupportedModel
+from server.errors import ConfigurationError, InsufficientMemory, UnsupportedModel
 
 GiB = 2**30
 
@@ -52,6 +54,9 @@ UNPACKED = "compressed-tensors"
 HALF_BYTE = "mxfp4"
 """The `quant_method` whose blocks of bytes hold two numbers each."""
 
+MADE_UP = 2**26
+"""Numbers that transformers may make up beyond what a checkpoint holds, before what is missing is refused by name."""
+
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 """Bytes of a number by safetensors' name of its dtype; others have one."""
@@ -75,16 +80,20 @@ def auto_class(config: PretrainedConfig) -> Any:
 def made(config: PretrainedConfig) -> dict[str, Stored]:
     """The weights that a model of a config has, which is made without memory for them."""
     with torch.device("meta"):
-        module = auto_class(config).from_config(config)
+        module = auto_class(config).from_config(config, attn_implementation="eager")
     return {name: Stored("F32", parameter.numel()) for name, parameter in module.named_parameters()}
+
+
+def _quantisation_fields(config: PretrainedConfig) -> dict[str, Any] | None:
+    found: Any = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
     """The `quant_method` of a checkpoint; None where it is not quantised."""
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+    fields = _quantisation_fields(config)
+    if fields is None:
         return None
-    fields: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
         return "bitsandbytes"
     return str(fields.get("quant_method"))
@@ -99,7 +108,7 @@ def unpack(config: PretrainedConfig) -> bool:
 
 
 def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
-    """Refuse a quantised checkpoint whose packages are not installed.
+    """Refuse a quantised checkpoint whose method transformers does not know, or whose packages are not installed.
 
     Raises:
         UnsupportedModel: names them.
@@ -112,6 +121,33 @@ def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
             f"installed: {', '.join(missing)}.",
             remedy=f"Install what is missing where Prelude runs (pip install {' '.join(missing)}), or choose a "
             "checkpoint that is not quantised.",
+        )
+    fields = _quantisation_fields(config)
+    if fields is not None and not AutoHfQuantizer.supports_quant_method(fields):
+        raise UnsupportedModel(
+            f"The weights of {location} are quantised with {method}, which transformers {transformers.__version__} "
+            "cannot read: it would take the quantised numbers for the weights.",
+            remedy="Choose a checkpoint that is not quantised, or one with a method that docs/models.md lists.",
+        )
+
+
+def refuse_other_sizes(location: str, weights: Iterable[Stored], config: PretrainedConfig) -> None:
+    """Refuse a config that asks for far more numbers than a checkpoint holds.
+
+    transformers would make up all that is missing before it says so, in memory and time without bound.
+
+    Raises:
+        ConfigurationError: names both.
+    """
+    quantised = quantisation(config) is not None
+    # Quantised numbers take a bit each at least, and may be packed into whole numbers of any size.
+    held = sum(one.numbers * (8 * SIZES.get(one.dtype, 1) if quantised else 1) for one in weights)
+    asked = sum(one.numbers for one in made(config).values())
+    if asked > 2 * held + MADE_UP:
+        raise ConfigurationError(
+            f"The weights of {location} cannot be loaded: their shapes are not those that config.json asks for, which "
+            f"hold {asked:,} numbers in all; the files hold {held:,}.",
+            remedy="Download or convert the model again, or let PRELUDE_MODEL name another one.",
         )
 
 

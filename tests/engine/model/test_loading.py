@@ -142,6 +142,17 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "other weights": (tensors(lambda name, old: old if "norm" in name else None), "lack "),
     "a weight of another shape": (tensors(lambda name, old: old[:4].clone() if second(name) else old), "shapes"),
     "weights that are whole numbers": (tensors(lambda name, old: old.int() if second(name) else old), "whole numbers"),
+    "weights in 8 bits": (
+        tensors(lambda name, old: old.to(torch.float8_e4m3fn) if second(name) else old),
+        "8 bits and fewer, and config.json has no quantization_config",
+    ),
+    "a quantisation that nobody knows": (
+        change(quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"}),
+        "quantised with modelopt, which transformers",
+    ),
+    "heads that are far too wide": (change(head_dim=10**7), "shapes .*numbers in all"),
+    "layers that are far too wide": (change(intermediate_size=10**8), "shapes .*numbers in all"),
+    "a vocabulary that is far too large": (change(vocab_size=10**8), "shapes .*numbers in all"),
     "weights that are NaN": (tensors(lambda name, old: old * torch.nan if second(name) else old), "not finite"),
     "a shard missing": (sharded(missing=True), "lacks 1 of the 2 files"),
     "a shard outside": (sharded({"weight_map": {"a": "../x.safetensors"}}), "lacks 1 of the 1 files"),

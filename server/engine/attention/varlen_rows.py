@@ -151,7 +151,8 @@ def _why_not(model: ModelSpec, rules: Sequence[AttentionRules]) -> str | None:
 def operator_arguments() -> set[str]:
     """Names of the arguments of torch's flash attention; none where torch has no such operator."""
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{OPERATOR}")  # noqa: SLF001 - torch has no other way to ask
-    return {argument.name for schema in schemas for argument in schema.arguments}
+    # Beside the overload that is called there is one for quantised numbers.
+    return {argument.name for schema in schemas if not schema.overload_name for argument in schema.arguments}
 
 
 class Part:

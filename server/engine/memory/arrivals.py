@@ -194,6 +194,7 @@ class Arrivals:
             try:
                 self._on_its_way = prefix_hash, self._start(soft_prompt)
             except (RuntimeError, PreludeError) as exc:
+                _refuse_to_hide(exc)
                 self._failed[prefix_hash] = _as_sentence(exc)
             self.advance()
             self.settle()
@@ -208,6 +209,7 @@ class Arrivals:
             try:
                 has_copied = copying.advance()
             except (RuntimeError, PreludeError) as exc:
+                _refuse_to_hide(exc)
                 self.cancel(prefix_hash)
                 self._failed[prefix_hash] = _as_sentence(exc)
                 return
@@ -256,6 +258,12 @@ def _check_finite(piece: torch.Tensor) -> None:
     extremes = torch.stack(torch.aminmax(piece))
     if not bool(at_least_float32(extremes).isfinite().all()):
         raise NotFinite("The keys and values of this soft prompt are not finite.")
+
+
+def _refuse_to_hide(exc: Exception) -> None:
+    """Raise again what may have taken the device's context: the engine then sees whether it can take a step."""
+    if isinstance(exc, torch.AcceleratorError):
+        raise exc
 
 
 def _as_sentence(exc: Exception) -> PreludeError:

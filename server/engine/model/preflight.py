@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from server.errors import ConfigurationError, InsufficientMemory, UnsupportedModel
 
@@ -123,7 +123,7 @@ def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
             "checkpoint that is not quantised.",
         )
     fields = _quantisation_fields(config)
-    if fields is not None and not AutoHfQuantizer.supports_quant_method(fields):
+    if fields is not None and not AutoHfQuantizer.supports_quant_method(fields):  # type: ignore[no-untyped-call]
         raise UnsupportedModel(
             f"The weights of {location} are quantised with {method}, which transformers {transformers.__version__} "
             "cannot read: it would take the quantised numbers for the weights.",

@@ -229,23 +229,31 @@ def test_a_model_with_sinks_answers_the_same_by_either_layout() -> None:
 
 
 COMMON = "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k"
+OF_ALL = f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None"
+SINCE_2_5 = (
+    f"{OF_ALL}, SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, "
+    "Tensor? alibi_slopes=None"
+)
+SINCE_2_12 = f"{SINCE_2_5}, Tensor? block_table=None, int? num_splits=None"
+QUANTISED = SINCE_2_5.replace(" *,", " Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, *,")
 SCHEMAS = {
-    "2.4": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None",
-    "2.11": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
-    "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None",
-    "2.13": f"{COMMON}, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
-    "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None, "
-    "Tensor? block_table=None, int? num_splits=None",
+    "2.4": [f"aten::{OPERATOR}({OF_ALL})"],
+    "2.9": [f"aten::{OPERATOR}({SINCE_2_5})"],
+    "2.10": [f"aten::{OPERATOR}({SINCE_2_5})"],
+    "2.11": [f"aten::{OPERATOR}({SINCE_2_5})", f"aten::{OPERATOR}.quantized({QUANTISED})"],
+    "2.12": [f"aten::{OPERATOR}({SINCE_2_12})", f"aten::{OPERATOR}.quantized({QUANTISED})"],
+    "2.13": [f"aten::{OPERATOR}({SINCE_2_12})", f"aten::{OPERATOR}.quantized({QUANTISED})"],
+    "patched": [f"aten::{OPERATOR}({OF_ALL})", f"aten::{OPERATOR}.quantized({QUANTISED})"],
 }
-"""Arguments of the operator by version of torch, as in their native_functions.yaml."""
+"""Overloads of the operator by version of torch, as in their native_functions.yaml."""
 
 
-@pytest.mark.parametrize(("version", "takes"), [("2.4", False), ("2.11", True), ("2.13", True)])
+@pytest.mark.parametrize(("version", "takes"), [(version, version not in ("2.4", "patched")) for version in SCHEMAS])
 def test_the_operator_s_schema_decides_and_the_log_says_why_not(
     version: str, takes: bool, tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    schema = torch._C.parse_schema(f"aten::{OPERATOR}({SCHEMAS[version]}) -> Tensor")
-    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: [schema])
+    schemas = [torch._C.parse_schema(f"{schema} -> Tensor") for schema in SCHEMAS[version]]
+    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: schemas)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     spec = dataclasses.replace(tiny.spec, device="cuda:0", dtype="bfloat16", head_dim=64)
     with caplog.at_level("INFO"):

@@ -232,6 +232,29 @@ def test_a_copy_that_fails_ends_only_those_who_wait_for_it(
     assert run_engine(engine, [(request("again", [1], "task", max_new_tokens=2), soft_prompt)])["again"].token_ids
 
 
+@pytest.mark.parametrize("at_start", [True, False])
+def test_an_error_that_may_have_taken_the_device_is_not_hidden_as_one_request_s(
+    tiny: FrozenModel, at_start: bool
+) -> None:
+    """Otherwise an engine that is idle afterwards would be healthy, and fail the next request."""
+    engine = make_engine(tiny)
+
+    def begin(soft_prompt: SoftPrompt) -> FakeCopy:
+        if at_start:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        broken = BrokenCopy(soft_prompt, tiny.spec, 0)
+        broken.error = torch.AcceleratorError, "CUDA error: an illegal memory access was encountered"
+        return broken
+
+    copies = Copies(engine, begin)
+    engine.add(request("r", [1], "task", max_new_tokens=2), random_kv_prompt(tiny.spec))
+    with pytest.raises(torch.AcceleratorError):
+        run(engine)
+    assert [delta.request_id for delta in engine.fail_all("it broke")] == ["r"]
+    nothing_is_left(engine)
+    assert not copies.alive
+
+
 def test_keys_that_are_not_finite_are_not_kept(tiny: FrozenModel) -> None:
     engine = make_engine(tiny)
     tensor = random_kv_prompt(tiny.spec).tensor.clone()

@@ -17,26 +17,20 @@
     ├── UnknownTask                    no task (or version) has this name
     ├── VersionUnavailable             the version exists, but cannot be read or served by this model
     ├── VersionInUse                   the version is live, so it cannot be deleted
-    ├── NothingToRollBackTo            nothing was live before what is live now
-    ├── PreconditionFailed             the task has changed since the client looked at it
-    ├── UnknownJob                     no training job has this id
-    ├── JobRuns                        the training job has not ended, so it cannot be deleted
-    ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
-    │   └── UnsupportedPeftType        they are an adapter of a kind that is not served
-    ├── BaseModelMismatch              the soft prompt was trained on another frozen model
-    ├── PayloadTooLarge                the body is larger than the server takes
-    ├── Overloaded                     too many requests wait, in all, of this key or of this task
-    ├── ServerDraining                 the server is shutting down and accepts nothing new
-    ├── RequestAborted                 the request was cancelled before its end
-    ├── RequestTimedOut                the request took longer than the server allows
-    ├── GenerationFailed               the engine could not finish an accepted request
-    │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
-    ├── StoreError                     the store cannot be read or written
-    │   ├── StoreFull                  there is no space left
-    │   └── StoreTimeout               it does not answer in time
-    └── InvalidTrainingData            a data file cannot be trained on or evaluated
+    ├── NothingToRollBackTo no earlier live version exists ├── PreconditionFailed the task has changed since the client
+    looked at it ├── UnknownJob no training job has this id ├── JobRuns the training job has not ended, so it cannot be
+    deleted ├── InvalidSoftPrompt the uploaded files are not a soft prompt for this model │ └── UnsupportedPeftType they
+    are an adapter of a kind that is not served ├── BaseModelMismatch the soft prompt was trained on another frozen
+    model ├── PayloadTooLarge the body is larger than the server takes ├── Overloaded too many requests wait, in all, of
+    this key or of this task ├── ServerDraining the server is shutting down and accepts nothing new ├── RequestAborted
+    the request was cancelled before its end ├── RequestTimedOut the request took longer than the server allows ├──
+    GenerationFailed the engine could not finish an accepted request │ └── NotFinite the model's output is NaN or
+    infinite for this soft prompt and input ├── StoreError the store cannot be read or written │ ├── StoreFull there is
+    no space left │ └── StoreTimeout it does not answer in time └── InvalidTrainingData a data file cannot be trained on
+    or evaluated
 
-`assert` is for our bugs; these classes are for everything a user, a file or a machine can do wrong. Each class
+An `assert` guards against our own bugs. These classes are for everything that a user, a file or a machine can do wrong.
+Each class
 carries what any front end needs: `status` (HTTP), `code` (stable, one per class), `family` (the `error_type` that
 text-generation-inference clients know) and `remedy` (what to do about it). An instance may give a closer remedy.
 """
@@ -55,7 +49,10 @@ class PreludeError(Exception):
     default_remedy: ClassVar[str] = "Retry; if it happens again, report it with the server's log."
 
     def __init_subclass__(cls, *, code: str, status: int | None = None, family: str | None = None) -> None:
-        """Set what the class statement says. The family follows from the status: below 500 it is `validation`."""
+        """Store the keyword arguments of the class statement.
+
+        The default family is `validation` for a status below 500.
+        """
         cls.code = code
         cls.status = cls.status if status is None else status
         cls.family = family or ("validation" if cls.status < 500 else cls.family)
@@ -68,7 +65,7 @@ class PreludeError(Exception):
         """The request's field that is at fault, where there is one and its name is known."""
 
     def at(self, location: str) -> Self:
-        """The same error, of one part of what was sent."""
+        """The same error, with the location of the part of the request that it concerns."""
         return type(self)(f"{location}: {self.message}", remedy=self.remedy, param=self.param)
 
     def __str__(self) -> str:
@@ -141,7 +138,7 @@ class UnknownTask(PreludeError, code="unknown_task", status=404):
     default_remedy = "GET /prompts lists the tasks."
 
     near: tuple[str, ...] | None = None
-    """Where nobody published a task of that name, those that may have been meant; the message has them too."""
+    """Similar names of existing tasks, if the task does not exist; also in the message."""
 
 
 class UnknownEvaluation(PreludeError, code="unknown_evaluation", status=404):
@@ -193,7 +190,7 @@ class PreconditionFailed(PreludeError, code="precondition_failed", status=412):
 
 
 class UnknownJob(PreludeError, code="unknown_job", status=404):
-    """No training job has this id, or none that the key is for."""
+    """No training job has this id, or the key may not see it."""
 
     default_remedy = "GET /training/jobs lists the jobs; of those that have ended, only the newest are kept."
 

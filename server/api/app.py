@@ -44,18 +44,19 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 FORMATS = ErrorFormats(TGI_ERRORS, (OPENAI_ERRORS, sagemaker.INVOCATION_ERRORS, JOB_ERRORS))
-"""How each front end writes errors down; text-generation-inference's way is everybody else's too."""
+"""The error format of each front end; all other routes use text-generation-inference's format."""
 
 DESCRIPTION = """One frozen LLM in memory; each task is a soft prompt, a few learned vectors in front of the input.
 Name the task in a request; publish, replace and delete soft prompts while the server runs."""
 
 
 STOP_SECONDS = 3.5
-"""How long the services and the engine's thread may take to end; a thread that hangs in a store is left behind."""
+"""Time limit for stopping the services and the engine's thread. A thread that hangs (for example in a store) is
+abandoned."""
 
 
 class App(FastAPI):
-    """FastAPI, with layers around all of it: also around the reply to an error that nobody expected."""
+    """FastAPI with middleware around the whole app, including the replies to unexpected errors."""
 
     def __init__(self, metrics: Metrics, origins: frozenset[str], **options: Any) -> None:
         """An app without routes.
@@ -78,7 +79,7 @@ class App(FastAPI):
 
 
 async def _within(seconds: float, ending: Sequence[Awaitable[None]]) -> None:
-    """Wait for what ends, but not for ever."""
+    """Wait for the given awaitables, but only for a limited time."""
     _, late = await asyncio.wait([asyncio.ensure_future(one) for one in ending], timeout=seconds)
     for task in late:
         task.cancel()
@@ -96,7 +97,8 @@ def create_app(
 ) -> FastAPI:
     """Put the routes together. The engine's thread and the services live as long as the app.
 
-    Training jobs are run by one of the services; jobs of a board of the app's own wait for a server that runs them.
+    One of the services runs training jobs. Without `board`, the app makes one whose jobs stay queued, because no
+    service runs them.
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 

@@ -29,7 +29,8 @@ from server.keys.live import ApiKeys
 
 ERRORS = responses(401, 403)
 
-# It only tells OpenAPI: FastAPI would ask it after the body, and answers in words of its own.
+# Declared only for the OpenAPI document. If FastAPI enforced it, the check would come after the body, with FastAPI's
+# own error message.
 _bearer = HTTPBearer(
     scheme_name="API key",
     bearerFormat="prelude_ID_SECRET",
@@ -55,8 +56,9 @@ Scrapes = Security(_check, scopes=[Scope.METRICS])
 class GuardedRoute(APIRoute):
     """Asks for the key before FastAPI reads the body, and has it read within bounds.
 
-    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. They ask
-    again, so the key must still be valid when a long upload is over.
+    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. FastAPI's
+    dependencies check the key a second time after the body has been read, so a key that was revoked during a long
+    upload is refused.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -133,7 +135,10 @@ def allow_task(request: Request, task: str | None) -> None:
 
 @dataclass
 class _Needed:
-    """What a request was allowed by: while it runs, its key must not lose it."""
+    """The scopes and tasks that a request needed.
+
+    If its key loses one of them while the request runs, the request ends.
+    """
 
     scopes: set[Scope] = field(default_factory=set)
     tasks: set[str] = field(default_factory=set)
@@ -164,7 +169,7 @@ def may_see(request: Request, task: str | None) -> bool:
 
 @contextmanager
 def _discreet(request: Request) -> Iterator[None]:
-    """Keep names that the key is not for out of a 404: the nearest tasks, which are meant as a help, may be others'."""
+    """Remove tasks that the key may not see from the suggestions in a 404."""
     try:
         yield
     except UnknownTask as exc:

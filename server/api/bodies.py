@@ -1,7 +1,7 @@
 """Reads the bodies of requests: JSON, or a form of fields and files. All routes read theirs here.
 
 What holds up the event loop or fills memory is refused before it is read: by a body's size (`limits.py`), the number of
-its values and names, the length of a name. That bounds the time of validation, and the errors that it can find.
+its values and names, the length of a name. This limits how long validation takes and how many errors it can report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.errors import InvalidRequest, PayloadTooLarge
 FORM, JSON = "multipart/form-data", "application/json"
 KINDS = ("bool", "int", "float", "str")
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-"""Errors whose last name is one that a client has made up."""
+"""pydantic error types whose location ends with a field name that the client invented."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Bounds:
     """Of a JSON body, its texts and names not counted.
 
     Attributes:
-        values: commas, colons and opening brackets, which are at least as many as its values.
+        values: number of commas, colons and opening brackets: an upper bound on the number of values.
         containers: lists and objects.
         names: of all objects together. An unknown one costs an error, some microseconds and a kilobyte.
         wide_bytes: of a body with characters beyond U+FFFF: a text that holds one takes four bytes for each character.
@@ -62,7 +62,7 @@ _TEXT = re.compile(rb'"[^"]*+"')
 _REST_OF_ESCAPE = re.compile(rb"\\*+.?", re.DOTALL)
 _BELOW_FOUR_BYTES = bytes(range(0xF0))
 _LATIN = bytes(range(0xC4))
-"""What the characters up to U+00FF begin and continue with in UTF-8."""
+"""The bytes with which characters up to U+00FF are encoded in UTF-8."""
 _CONTINUATION = bytes(range(0x80, 0xC0))
 _ESCAPE_BEYOND_LATIN = re.compile(rb"\\u(?!00)")
 _AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
@@ -120,7 +120,9 @@ class Body:
 
 
 async def read_body(request: Request, files: Sequence[str]) -> Body:
-    """JSON, or a form in which no field comes twice and only some are files. `request.close` closes these.
+    """Read a JSON body, or a form in which no field occurs twice and only the fields in `files` may be files.
+
+    `request.close` closes the files.
 
     Args:
         request: one whose body was not read yet.
@@ -263,18 +265,18 @@ def _characters(body: bytes) -> int:
 
 
 def _has_long_number(body: bytes) -> bool:
-    """Whether there are more digits in a row than a number may have, be it in a text."""
+    """Whether the body contains a longer run of digits than a number may have. Digits inside strings count too."""
     digits = b"0" * (MAX_DIGITS + 1)
     return len(body) > MAX_DIGITS and any(digits in piece.translate(_AS_ZERO) for piece in _pieces(body, MAX_DIGITS))
 
 
 def _pieces(body: bytes, overlap: int) -> Iterator[bytes]:
-    """A body piece by piece, as a copy of it would be memory that the body's size does not allow for."""
+    """The body in pieces: a whole copy would take memory that the limits do not allow for."""
     return (body[at : at + PIECE + overlap] for at in range(0, len(body), PIECE))
 
 
 def _check_names(value: Any) -> None:
-    """Refuse a name that is too long: errors quote names, and each quotation is a copy."""
+    """Refuse a field name that is too long: error messages quote names, and each quotation copies the name."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -311,9 +313,10 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def misfit(exc: ValidationError) -> RequestValidationError:
-    """A field's error, told as FastAPI tells those of the bodies that it reads itself.
+    """Convert a pydantic ValidationError into the error that FastAPI raises for bodies that it validates itself.
 
-    Of a field that may be of several kinds pydantic tells what each would have wanted, under names of its own for them.
+    For a field with a union type, pydantic reports one error for each member, and puts its own name for the member into
+    the location; these names are removed.
     """
     told: dict[tuple[int | str, ...], dict[str, Any]] = {}
     for problem in exc.errors(include_url=False):

@@ -1,8 +1,8 @@
 """Reading connections: uvicorn's protocol, with limits on bytes, time and number before a request is known.
 
 httptools, which parses for uvicorn, keeps a header until its end has come, however long it is. uvicorn waits without a
-limit for the rest of a request, takes the trailer of a chunked body for headers, hangs up on a client that closes its
-half of the connection after its request, and sends chunks to clients of HTTP/1.0, which do not know them.
+limit for the rest of a request, takes the trailer of a chunked body for headers, closes the connection if a client
+shuts down its sending side after its request, and sends chunks to clients of HTTP/1.0, which do not know them.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from server.api.raw_replies import BETWEEN, MAX_HEADER_BYTES, MAX_URL_BYTES, clo
 from server.errors import InvalidRequest, Overloaded, PreludeError
 
 HEADER_SECONDS = 20.0
-"""From the connection, or the last reply on it, until a request's headers have come."""
+"""Seconds within which a request's headers must be complete, counted from the connection or the previous reply."""
 BODY_SECONDS, BODY_RATE = 20.0, 2**14
 """Seconds that a body may take, and bytes received that add one more second."""
 STALLED_SECONDS = 60.0
-"""How long a client may take nothing of what is left for it."""
+"""Seconds for which a client may read nothing of the data that is waiting to be sent to it."""
 MAX_PIPELINED = 16
 """Requests on one connection that wait for the reply to the one before."""
 LOOKS = (0.02, 0.1, 0.5, 2.0)
-"""Seconds after a client's last word at which to look whether it has gone."""
+"""Times, in seconds after the client's last byte, at which to check whether it has disconnected."""
 
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-"""What a client that waits reads over, and the system of one that has gone answers with a reset."""
+"""Bytes sent to find out whether a client is still there: a waiting client ignores them; the system of a client that
+has gone answers with a reset."""
 
 
 class Connections:
     """Makes the protocol of each connection to one server, and keeps their number within what files allow.
 
-    Beyond it the one gives way that has waited longest without a request: a stranger who opens many finds that they
-    replace one another, while the store, the jobs and other requests still get their files.
+    If there are too many connections, the one that has waited longest for a request is closed. A client that opens many
+    connections therefore only replaces its own, and enough file descriptors are left for the store, jobs and other
+    requests.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -50,7 +52,7 @@ class Connections:
         return BoundedHttp(self, *args, **options)
 
     def waits(self, protocol: Any) -> None:
-        """A connection begins to wait for a request."""
+        """Note that a connection is waiting for a request."""
         self._waiting.pop(protocol, None)
         self._waiting[protocol] = None
 
@@ -167,13 +169,13 @@ else:
                 raise httptools.HttpParserError("the URL is too long")
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            """A header, or a field of a trailer, of which nothing is believed."""
+            """Called for each header, and for each field of a trailer; trailer fields are ignored."""
             if self._is_in_headers:
                 super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             """A request's headers have ended."""
-            if self.parser.should_upgrade():  # it is read again without its wish, see `_parse`
+            if self.parser.should_upgrade():  # the request is parsed again without its upgrade header, see `_parse`
                 return
             self._is_in_headers, self._is_in_body = False, True
             self._num_bytes = self._num_body_bytes = 0
@@ -306,7 +308,7 @@ else:
                 return
             poll = select.poll()
             poll.register(self.transport.get_extra_info("socket").fileno(), 0)
-            if poll.poll(0):  # an error or a hang-up; what can be read or written was not asked for
+            if poll.poll(0):  # only errors and hang-ups are polled for, not readability or writability
                 self._abort()
             elif number < len(LOOKS):
                 self.loop.call_later(LOOKS[number], self._look, cycle, number + 1)

@@ -1,7 +1,7 @@
 """The deadline of a request for an answer, from its arrival to its last byte: PRELUDE_REQUEST_TIMEOUT.
 
-The engine's worker ends a request in time by itself. Here is what it does not see: a soft prompt that the store does
-not give, a text that waits for a thread, a client that does not read its stream.
+The engine's worker ends a request in time by itself. This module covers the time outside the engine: waiting for the
+store, waiting for a tokeniser thread, and a client that does not read its stream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from server.api.telemetry.record import record_of
 from server.engine.worker import EngineWorker, timed_out
 
 GRACE_SECONDS = 0.5
-"""So much later than the worker, whose error says more and may still be sent."""
+"""This deadline comes a little after the worker's, because the worker's error is more specific and may still be
+sent."""
 
 
 def seconds_spent(request: Request) -> float:

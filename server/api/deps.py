@@ -18,7 +18,7 @@ from server.soft_prompts.names import TASK_NAME
 
 
 def _of_app(name: str) -> Any:
-    """A dependency on what the app's state has under a name."""
+    """A dependency that returns the named attribute of `app.state`."""
 
     async def get(request: Request) -> Any:
         return getattr(request.app.state, name)

@@ -23,7 +23,7 @@ def own_status(error: PreludeError, status: int | None = None) -> int:
 
 
 def own_location(location: Location) -> Location:
-    """The location of a problem in a body, as pydantic names it."""
+    """The default: the location of a problem exactly as pydantic reports it."""
     return location
 
 
@@ -33,11 +33,13 @@ class ErrorFormat:
 
     Attributes:
         prefix: the path above those routes; "" is above all.
-        body: an error as JSON.
-        status: its status; the second argument where it is not the error's own.
+        body: function that renders an error as JSON.
+        status: function that gives the HTTP status; the second argument is the status to use if it differs from the
+            error's own.
         fields: of a path, the fields that its body may have: an unknown field may be a misspelt one of them.
         union_fields: fields of several kinds, such as a text or a list: pydantic names the kind in the location too.
-        location: of a problem in a body, without words of ours.
+        location: function that maps pydantic's location to the client's view of the body, without the names of our own
+            types.
     """
 
     prefix: str = ""

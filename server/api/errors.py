@@ -1,6 +1,6 @@
 """Turns errors into replies: our own tree, FastAPI's validation, and unexpected errors.
 
-The path of a request says in which of the front ends' formats (`error_format.py`).
+The request's path decides which front end's error format applies (`error_format.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BROKEN_BODY = "Send the whole body again, as JSON or as a multipart form; /docs 
 ROUTES = "See /docs for the routes, and check the address before them."
 
 METHODS = ("GET", "POST", "PUT", "DELETE")
-"""Those that any of the routes has."""
+"""HTTP methods that at least one route accepts."""
 
 
 def install_error_handlers(app: FastAPI, formats: ErrorFormats) -> None:
@@ -44,7 +44,7 @@ def install_error_handlers(app: FastAPI, formats: ErrorFormats) -> None:
 
     @app.exception_handler(PreludeError)
     async def _ours(request: Request, error: PreludeError) -> JSONResponse:
-        if isinstance(error, StoreError | VersionUnavailable):  # the operator's to mend, so it is told here too
+        if isinstance(error, StoreError | VersionUnavailable):  # the operator must fix this, so it is logged as well
             log.error("%s %s: %s", request.method, request.url.path, error)
         return _reply(request, error, headers=_headers(error))
 
@@ -88,7 +88,7 @@ def _headers(error: PreludeError) -> Mapping[str, str] | None:
 
 
 def _methods(request: Request) -> list[str]:
-    """The methods of a path: of several routes that share it, each knows only its own."""
+    """All methods of a path; several routes may share the path, and each knows only its own methods."""
     scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
     routes = request.app.routes
     methods = [
@@ -115,7 +115,7 @@ def _problem(item: Mapping[str, Any], location: Location, known: Sequence[str]) 
     if item["type"] in UNKNOWN:
         near = _nearest_field(field, str(location[-1]), known)
         return f"unknown field {field}" + (f" (did you mean {near}?)" if near else "")
-    if field.partition(".")[0] == "files":  # FastAPI names a class of ours
+    if field.partition(".")[0] == "files":  # FastAPI's message contains the name of one of our classes
         return f"{field}: must be a file of a multipart form, sent with a file name"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic names classes of ours
         if field == "body":

@@ -12,7 +12,7 @@ from server.errors import PreludeError
 CHUNK = 2**18
 
 upload_not_stored = partial(not_stored, what="The upload", where="its temporary folder (TMPDIR)")
-"""The error for an upload that the server has no place for."""
+"""The error for an upload that cannot be stored (no disk space)."""
 
 
 def copy_within(source: IO[bytes], target: Path, room: int, too_large: PreludeError) -> int:

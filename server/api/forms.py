@@ -1,7 +1,7 @@
 """Reads multipart forms on threads: files go to disk as they arrive, and everything else is bounded.
 
 Starlette's own reader parses on the event loop, hops to a thread for each piece of a file between two line breaks, and
-takes a body that breaks off for the whole: a soft prompt would go live without its template.
+treats a truncated body as complete, so a soft prompt could go live without its manifest.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class _Parts:
 
 
 def _text(raw: bytes | bytearray) -> str:
-    """As UTF-8; what is not UTF-8 is taken for Latin-1, as browsers sent it once."""
+    """Decode as UTF-8, else as Latin-1, which old browsers sent."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

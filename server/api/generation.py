@@ -25,7 +25,8 @@ LONG_TEXT = 4096
 """Characters beyond which a text is tokenised on another thread than the event loop's."""
 
 FETCH_SECONDS = 60.0
-"""How long a request waits for the store; a soft prompt that comes later is there for the next one."""
+"""How long a request waits for its soft prompt to be read from the store. The read goes on after that, so a later
+request may find it in memory."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class GenerationOptions:
 
     Attributes:
         sampling: the fields of SamplingParams that the request sets itself.
-        sample: it asks for sampling and leaves the temperature to the task; 1 if that is greedy.
+        sample: the request asks for sampling without a temperature: the task's temperature applies, or 1 if the task
+            decodes greedily.
         truncate: keep only this many input tokens, the last ones.
         n: choices to generate.
         input_logprobs: report how likely the input's tokens are.
@@ -101,7 +103,7 @@ async def prepare(
         registry: where tasks are looked up.
         task: `task` or `task@version`; None is the frozen model alone.
         text: the user's text, before the task's template.
-        user: who asks, for a canary: the same user stays on the same side.
+        user: a value that identifies the user; in a canary, all requests with the same value go to the same version.
         key_id: the key that it was asked with.
         wanted: everything else.
         location: where the text stands in the body, if there are several.
@@ -142,14 +144,14 @@ async def prepare(
 
 
 class Observer(Protocol):
-    """Sees what a request is answered, and changes nothing of it."""
+    """Observes the deltas of a request without changing them."""
 
     @property
     def seconds(self) -> float:
         """Time since the HTTP request came."""
 
     def take(self, delta: Delta) -> None:
-        """A step has added this."""
+        """Called with each delta."""
 
     def fail(self, error: BaseException) -> None:
         """The request has ended by an error, or its client has left."""
@@ -183,7 +185,8 @@ async def _encode_labels(
 async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:
     """What a task's name stands for, and its soft prompt; from the store if it is not in memory, off the event loop.
 
-    If the version is deleted while it is read, the name is looked up again: it may stand for another by now.
+    If the version is deleted while its blob is being read, the task's name is resolved again, because another version
+        may be live by then.
 
     Raises:
         UnknownTask, InvalidTaskName.
@@ -195,7 +198,7 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
         if soft_prompt is not None:
             return resolved, soft_prompt
         try:
-            # Others may wait for the same future: whoever hangs up must not cancel it for them.
+            # Other requests may wait for the same future, so one client's disconnect must not cancel it.
             fetched = asyncio.shield(asyncio.wrap_future(registry.fetch(resolved)))
             return resolved, await asyncio.wait_for(fetched, FETCH_SECONDS)
         except TimeoutError as exc:

@@ -1,4 +1,4 @@
-"""HEAD wherever GET is: the same status and headers, and no body (RFC 9110, section 9.3.2)."""
+"""Answers HEAD like GET, without the body (RFC 9110, section 9.3.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeadAsGet:
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await send(message)
-                # The reply ends here, also a stream that would go on: its handler learns that nobody reads it.
+                # The reply ends here, even if it is a stream; its handler is told that the client has disconnected.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         asked = {**scope, "method": "GET"}  # a copy: whoever sends the reply goes by the scope's own method

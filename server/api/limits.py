@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import Overloaded, PayloadTooLarge
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Of bodies that bring texts or token ids, and all others but these:"""
+"""Limit of JSON bodies, except those named by the constants below."""
 MAX_ORDER_BYTES = 2**20
 """Of bodies that ask for a job."""
 MULTIPART_OVERHEAD = 64 * 2**10
@@ -26,7 +26,8 @@ MAX_DATA_BYTES = 256 * 2**20
 """Files of a job."""
 
 FREE_BYTES = 2**16
-"""Of each body, which are never held against what all bodies may hold: ordinary requests pass beside large ones."""
+"""The first this many bytes of each body do not count towards the limit on all bodies together, so ordinary requests
+pass while large ones are in progress."""
 FORM_BYTES = 2**20
 """Of a form, which are kept in memory at most; its files lie on the disk."""
 
@@ -36,8 +37,8 @@ _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 class FormDisk:
     """What the files of all forms under way take on disk together, and how much of it each key takes.
 
-    A key may take half of it while no other key has a form under way, a third beside one other, and so on, so that a
-    part is left for the next key. Without keys, one client may take all of it.
+    While one API key has forms in progress, it may use half of the space; with two keys, each may use a third, and so
+    on, so some space is always left for another key. On a server without keys, one client may use all of it.
     """
 
     def __init__(self, most: int) -> None:
@@ -85,7 +86,7 @@ class BodyLimit:
     """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed.
 
     What the bodies of all requests under way hold in memory has a limit too, and what the files of forms take on disk;
-    a body that would exceed one gets 429. A body counts until its request has been answered, as far as it has come.
+    a body that would exceed one gets 429. The received bytes of a body count until its request has been answered.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class BodyLimit:
         return asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]
 
     def _limit(self, asked: str, is_form: bool) -> tuple[int, str]:
-        """Most bytes of a request's body, and what to do about more."""
+        """The size limit of a request's body, and the remedy that the error names."""
         if _UPLOAD.fullmatch(asked):
             most = self._max_upload_bytes + MULTIPART_OVERHEAD
             return most, "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
@@ -174,7 +175,7 @@ class BodyLimit:
 
 
 def json_limit(asked: str, job_paths: Sequence[str]) -> int:
-    """Most bytes of the JSON of a request, which is given as its method and path."""
+    """The largest JSON body that a route accepts, by method and path."""
     path = asked.partition(" ")[2] + "/"
     return MAX_ORDER_BYTES if path.startswith(tuple(f"{one}/" for one in job_paths)) else MAX_JSON_BYTES
 

@@ -85,7 +85,7 @@ async def metrics(request: Request, metrics: MetricsDep, executors: ExecutorsDep
 
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])
 async def info(request: Request, worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
-    """The frozen model and the server's limits; tasks are counted that the key is for."""
+    """The frozen model and the server's limits. The number of tasks includes only those that the key may see."""
     model, prefixes = worker.model, worker.prefixes
     return Info(
         model=model.name,

@@ -68,12 +68,12 @@ async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tup
 
     If one fails the others are aborted; closing the iterator aborts all.
     """
-    if len(requests) == 1:  # the usual stream need not go through a second queue and task
+    if len(requests) == 1:  # a stream of a single request, the usual case, needs no second queue and task
         async with aclosing(requests[0]) as deltas:
             async for delta in deltas:
                 yield 0, delta
         return
-    # No more than one waits of each: what is not read stays where it is counted, with the engine's worker.
+    # At most one delta of each request waits here; the rest stay in the worker's streams, which limit unread deltas.
     arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue(len(requests))
 
     async def pump(number: int, deltas: AsyncIterator[Delta]) -> None:

@@ -1,4 +1,4 @@
-"""Replies to bytes that never become a request, and the limits that they name."""
+"""Replies to input that cannot be parsed as a request, and the limits that they quote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from server.api.schemas import error_body
 from server.errors import InvalidRequest, PreludeError
 
 MAX_HEADER_BYTES = 2**16
-"""Of a request's line and headers together; also of a chunked body between two pieces, and of its trailer."""
+"""Size limit of the request line and headers together. It also applies to the chunk headers and the trailer of a
+chunked body."""
 MAX_URL_BYTES = 2**13
 """Of a request's path and query, which are taken apart on the event loop before a key is asked for."""
 BETWEEN = "lines between the body's pieces"

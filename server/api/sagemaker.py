@@ -23,7 +23,7 @@ from server.api.tgi.schemas import GenerateBody, GenerateReply
 INVOCATIONS = "/invocations"
 
 _KINDS = {"inputs": GenerateBody, "messages": ChatBody, "prompt": CompletionBody}
-"""Bodies by the field that only they have."""
+"""Maps the field that identifies a kind of body to that body's schema."""
 
 
 def _kind_of(body: Any) -> str | None:
@@ -60,7 +60,7 @@ router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Ge
     responses=tgi.ERRORS | OR_STREAM,
 )
 async def invoke(body: Body, request: Request, worker: WorkerDep, registry: RegistryDep, key_id: KeyIdDep) -> Response:
-    """What SageMaker sends: a body of `/`, of /v1/chat/completions or of /v1/completions, answered as there.
+    """Accepts the bodies of `/`, `/v1/chat/completions` and `/v1/completions` and replies as those routes do.
 
     SageMaker passes no query on, so the task is `parameters.adapter_id`, or `model`.
     """

@@ -25,7 +25,7 @@ from server.errors import InvalidRequest, PreludeError
 
 
 def is_text(value: str) -> str:
-    """Refuse half of a surrogate pair, which JSON may hold and nobody can write."""
+    """Refuse lone surrogates, which JSON allows but UTF-8 cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError as exc:
@@ -34,7 +34,7 @@ def is_text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(is_text)]
-"""What can be written as UTF-8; JSON may hold strings that cannot."""
+"""A string that can be encoded as UTF-8. JSON may contain strings that cannot (lone surrogates)."""
 
 
 MAX_GRAMMAR_CHARACTERS = 2**18
@@ -58,7 +58,7 @@ def schema_text(schema: Any) -> str:
     """A JSON schema as text, if it is not one already.
 
     Raises:
-        InvalidRequest: it can be read, but not be written again.
+        InvalidRequest: the schema was parsed but cannot be serialised again.
     """
     try:
         return schema if isinstance(schema, str) else json.dumps(schema)
@@ -160,7 +160,7 @@ class PrefixInfo(BaseModel):
 
 
 class Info(BaseModel):
-    """/info: our names first, then those of text-generation-inference that say something else."""
+    """/info: Prelude's fields first, then text-generation-inference's fields that they do not cover."""
 
     model_config = ConfigDict(protected_namespaces=())
 

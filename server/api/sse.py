@@ -24,7 +24,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 KEY_SECONDS = 2.0
-"""How often to see whether the key of a request that takes long still allows it."""
+"""How often a long request's key is checked again."""
 READ_SECONDS = 2.0
 """How long a client may take to read why its stream ends."""
 
@@ -39,7 +39,7 @@ OR_STREAM: Responses = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a front end's events look."""
+    """The event format of a front end."""
 
     field: bytes = b"data:"
     """What a line begins with."""
@@ -61,7 +61,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
     is_answer = True
-    """Whether its request has a deadline; at the deadline, a stream that the client does not read is cut off."""
+    """Whether the request has a deadline, at which an unread stream is cut off."""
 
     def __init__(
         self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str], dialect: Dialect = NATIVE
@@ -130,9 +130,10 @@ class EventStream(Response):
 
 
 class NumberedStream(EventStream):
-    """An `id` in front of each event that has one, which a client that lost the connection names in Last-Event-ID.
+    """A stream with event ids.
 
-    An event without anything in it is a comment: proxies end connections on which nothing comes.
+    A client that reconnects sends the last id as Last-Event-ID. An empty event is sent as a comment, to keep proxies
+    from closing an idle connection.
     """
 
     is_answer = False
@@ -169,7 +170,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 
 async def _revoked(scope: Scope) -> Unauthorized:
-    """Return the error for a client whose key no longer allows its request, as soon as that is so."""
+    """Wait until the request's key no longer allows the request, then return the error."""
     while True:
         if (why := why_no_longer(scope)) is not None:
             return Unauthorized(why)

@@ -17,10 +17,10 @@ class EvaluationBounds:
     """Bounds of one evaluation.
 
     Attributes:
-        rows: that are asked.
+        rows: maximum number of rows.
         stored_characters: of rows and references, which are in memory until it ends.
         read_characters: that all systems read; each is tokenised before anything runs.
-        cells: rows times labels, from which figures are resampled.
+        cells: maximum of rows times labels (the size of the matrix that is resampled).
         labels_at_once: labels that one request scores.
     """
 

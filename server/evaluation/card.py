@@ -22,7 +22,7 @@ CARD_FILE = "README.md"
 BEGIN, END = "<!-- prelude eval: card -->", "<!-- prelude eval: end of card -->"
 LONG_VALUE = 200
 MOST_LABELS = 32
-"""Labels of which a card has a table; with more nobody would read it."""
+"""A card has a table of labels only if there are at most this many."""
 
 WAYS = {
     ZERO_SHOT: "the frozen model continues the input in the task's own template, without the virtual tokens",
@@ -37,7 +37,7 @@ def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
     Args:
         report: what was measured.
         soft_prompt: for what it says about itself.
-        command: what measures it again.
+        command: the command that reproduces the measurement.
     """
     manifest = soft_prompt.manifest
     parts = [f"# {report.about.task}", *_about(report, soft_prompt), "## Measured", *_measured(report)]
@@ -50,7 +50,7 @@ def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
 
 
 def write_card(directory: Path, card: str) -> Path:
-    """Put a card into a directory's README.md: a new one, or between the marks of the one that is there.
+    """Write the card to a directory's README.md: create the file, or replace the part between the marks.
 
     Raises:
         ConfigurationError: there is a README.md that somebody wrote by hand, or the file cannot be written.

@@ -1,7 +1,7 @@
 """Data of an evaluation: rows, the references of their answers, and what their folder declares.
 
 Beside `test.jsonl` may lie `test.references.jsonl`, whose line n is `{"references": ["…", …]}` for line n of the data,
-and `meta.json`, whose `instruction` says in words what the task is. Both are found by themselves.
+and `meta.json`, whose `instruction` says in words what the task is. Both files are used automatically.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFERENCE_LINE = 'Each line must be a JSON object with a list of strings: {"refe
 MOST_REFERENCES, MOST_REFERENCE_CHARACTERS = 100, 100_000
 """Of a row; an answer is compared with each, word by word."""
 MOST_BLANK_LINES = 1000
-"""After the last row's line."""
+"""Maximum number of blank lines after the last row."""
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class EvaluationData:
     """A data file, ready to be asked.
 
     Attributes:
-        name: how errors and reports call it.
+        name: its name in errors and reports.
         rows: its rows, up to the limit if there is one.
         references: for each row the texts that are right; its target where no references were given.
         sha256: hash of the whole file.
@@ -71,8 +71,8 @@ def read_evaluation_data(
         references: other references than those beside it.
         references_name: what to call these.
         limit: read at most this many rows.
-        name: what to call it instead of by its path, which may be nobody's business.
-        inside: no link may lead what lies beside it out of this folder.
+        name: the name for errors and reports, if the path is not to be shown.
+        inside: files beside the data are read only if they lie in this folder, symbolic links resolved.
         go_on: called before each line; what it raises ends the reading.
 
     Raises:
@@ -95,7 +95,7 @@ def read_evaluation_data(
 
 
 def _may_read(path: Path, inside: Path | None) -> bool:
-    """Whether a file is there, in the folder that it seems to be in."""
+    """Whether the file exists and, with links resolved, lies in the expected folder."""
     return path.exists() and (inside is None or path.resolve().is_relative_to(inside.resolve()))
 
 
@@ -110,7 +110,7 @@ def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = l
 
 
 def called(path: Path, name: str | None, read: Callable[[], T]) -> T:
-    """What `read` answers; if it refuses, the file is called by the name that the user knows it by."""
+    """Call `read`; in its errors, replace the file's path by the name that the user gave."""
     try:
         return read()
     except InvalidTrainingData as exc:
@@ -182,7 +182,7 @@ def _parse(shown: str, number: int, line: bytes) -> tuple[str, ...]:
 
 
 def _instruction(meta: Path) -> str | None:
-    """The folder's instruction; another program's meta.json is none of ours and says nothing."""
+    """The instruction from the folder's meta.json; None if that file is missing or has another format."""
     try:
         value: Any = json.loads(meta.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

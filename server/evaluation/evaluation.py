@@ -1,7 +1,7 @@
 """One evaluation: requests for each system, and the report on the answers. Its caller runs the requests.
 
 `prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`in_server.py`).
-Both go from `prepare` over `Evaluation.ask` to `Evaluation.report`.
+Both call `prepare`, then `Evaluation.ask` for each row, then `Evaluation.report`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Evaluation:
         return len(self.rows) * len(self.systems)
 
     def checked(self, go_on: Callable[[], None]) -> Evaluation:
-        """Refuse what can never run, before anything does; answers what is to run.
+        """Refuse rows that can never run, before any request is sent; return the evaluation to run.
 
         Raises:
             InvalidTrainingData: a row does not fit the context; names file and line.
@@ -69,7 +69,7 @@ class Evaluation:
     def report(
         self, answers: Mapping[str, Answers], seconds: Mapping[str, float], go_on: Callable[[], None] = lambda: None
     ) -> Report:
-        """What all answers come to.
+        """Build the report from all answers.
 
         Args:
             answers: of each system, by its name, in the order of the rows.
@@ -109,7 +109,7 @@ class Evaluation:
         return metrics.share([one.chosen == two.chosen for one, two in pairs])
 
     def _by_label(self, answers: Answers) -> dict[str, tuple[int, int]]:
-        """(chosen rightly, rows) of every label that is some row's."""
+        """For each label that occurs in the data: (rows classified correctly, rows)."""
         chosen: dict[str, list[int | None]] = {}
         for answer, row in zip(answers, self.rows, strict=True):
             chosen.setdefault(row.target.strip(), []).append(answer.chosen)
@@ -146,7 +146,7 @@ def prepare(
         shots: training data for k-shot.
         teacher: a text of one's own, to be asked too.
         version: the subject's number, if it has one.
-        bounds: how much it may be; anything, if there are none.
+        bounds: resource limits; None is no limit.
         go_on: called between pieces of the work; what it raises ends it.
 
     Raises:

@@ -24,13 +24,13 @@ from server.train.rows import Row
 ROWS_AT_ONCE = 32
 LABELS_AT_ONCE = 64
 SHARE = 4
-"""An evaluation takes at most 1 / this of what the server, a task or a key may have in flight."""
+"""An evaluation uses at most one part in this number of each in-flight limit (server, task, key)."""
 AGAIN_SECONDS = 0.5
 """After how long a row that was refused because too much waits is tried again."""
 
 
 def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
-    """How many rows may be under way, given what may be in flight."""
+    """The number of rows to run at once, derived from the server's limits on requests in flight."""
     least = min((limit for limit in limits if limit is not None), default=None)
     return ROWS_AT_ONCE if least is None else max(1, min(ROWS_AT_ONCE, least // SHARE // choices_per_row))
 
@@ -83,7 +83,7 @@ async def _ask_all(
     asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(at_once, len(evaluation.rows)))]
     try:
         await asyncio.gather(*asking)
-    finally:  # the first failure ends the others, and so does whoever cancels this
+    finally:  # the first failure, or a cancellation of this coroutine, cancels the others
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -105,7 +105,7 @@ async def _ask(
 
 
 async def _finish(worker: EngineWorker, asked: RowRequest) -> None:
-    """One request to its end; while the server takes no more, it waits until it does."""
+    """Run one request to its end; while the server is overloaded, wait and send it again."""
     while True:
         try:
             async with aclosing(worker.generate(asked.request, asked.soft_prompt)) as deltas:

@@ -1,8 +1,8 @@
 """Confidence intervals by the bootstrap: rows are drawn with replacement, and the figure is computed again.
 
-A figure is a function of sums over rows, also BLEU and macro-F1, which are no means: so a thousand resamples are one
-matrix product. The same draws serve every figure, so of two systems on the same rows the difference can be
-resampled too: that is the paired bootstrap, and what most rows have in common cancels out of it.
+Every metric is a function of sums over rows (even BLEU and macro-F1, which are not means), so a thousand resamples are
+one matrix product. The same draws serve every figure, so of two systems on the same rows the difference can be
+resampled too: this is the paired bootstrap, in which variation that both systems share cancels out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESAMPLES = 1000
 SEED = 0
 PERCENTILES = (2.5, 97.5)
 DRAWN_AT_ONCE = 2**22
-"""Drawn rows that are counted in one go: what bounds the memory that it takes."""
+"""Number of drawn rows that are counted at once; limits memory."""
 
 
 @dataclass(frozen=True)

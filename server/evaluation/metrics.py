@@ -1,7 +1,8 @@
 """Metrics for each kind of task, every one as sums over rows, so that it can be resampled.
 
-A classification is measured by choosing between its labels (the model cannot fail by form) and by what is generated
-(as a client that does not choose gets it). Where text is written: exact match, ROUGE-L, BLEU, and perplexity.
+A classification is measured in two ways: by the likeliest label (the form of the answer cannot be wrong) and by the
+generated text (what a client gets that sends no `choices`). Other tasks are measured by exact match, ROUGE-L, BLEU and
+perplexity.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Statistics = dict[Metric, Statistic]
 def classification(
     answers: Sequence[Answer], system: System, data: EvaluationData, labels: Sequence[str]
 ) -> Statistics:
-    """Accuracy and macro-F1, by choosing and by what was generated."""
+    """Accuracy and macro-F1, by the likeliest label and by the generated text."""
     targets = [_index(labels, row.target, lenient=False) for row in data.rows]
     chosen = [answer.chosen for answer in answers]
     texts = [shown_text(answer.text, system, data) for answer in answers]
@@ -126,7 +127,7 @@ def macro_f1(targets: Sequence[int | None], predicted: Sequence[int | None], num
 def rouge_l(
     texts: Sequence[str], references: Sequence[Sequence[str]], go_on: Callable[[], None] = lambda: None
 ) -> Statistic:
-    """ROUGE-L's F-measure with stemming (Lin 2004), of a row the best over its references."""
+    """ROUGE-L's F-measure with stemming (Lin 2004); for each row, the best over its references."""
     scorer = _rouge_scorer()
     best = []
     for text, several in zip(texts, references, strict=True):

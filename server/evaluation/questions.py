@@ -22,7 +22,7 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.rows import Row
 
 QUEUE = "(evaluation)"
-"""The queue that rows wait in. No task can be called so, so live tasks each have a turn of their own beside it."""
+"""Name of the queue for evaluation rows. It is not a valid task name, so it takes its turn like one more task."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Questions:
             data: the rows.
             labels: the classes, if there are any.
             host: the engine that will be asked.
-            labels_at_once: how many labels one request may score; a row takes several where there are more.
+            labels_at_once: number of labels that one request may score; with more labels, a row needs several requests.
 
         Raises:
             InvalidRequest: two labels are the same to the model.
@@ -111,11 +111,11 @@ class Questions:
 
     @property
     def choices_per_row(self) -> int:
-        """How much of the engine one row takes at once: what is generated, and what is scored in one request."""
+        """Choices that one row occupies at a time: one that generates, plus the labels scored in one request."""
         return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
     def checked(self, system: System, go_on: Callable[[], None]) -> System:
-        """Refuse rows that can never be asked, before any of them is; answers the system as it is to be asked.
+        """Refuse rows that do not fit the context before any request is sent; return the system to use.
 
         Raises:
             InvalidTrainingData: names file and line.
@@ -180,7 +180,7 @@ class Questions:
         return tuple(RowRequest(row, request, prefix) for request in (generated, *scored))
 
     def answer(self, generated: RowRequest, *scored: RowRequest) -> Answer:
-        """What the requests of a row were answered with."""
+        """Combine the results of a row's requests into an answer."""
         text = "".join(generated.text)
         given = [part.scored[index] for part in scored for index in range(part.request.num_choices)]
         if self.labels:
@@ -191,16 +191,16 @@ class Questions:
         return Answer(text, loss=loss, tokens=len(given[0]))
 
     def _target_ids(self, row: Row) -> LabelIds:
-        """A row's target as training teaches it: with the token that ends it."""
+        """Token ids of the row's target followed by the end token, as in training."""
         end = self._host.text.end_token_id
         ids = self._host.text.encode(row.target, add_special_tokens=False)
         return (*ids, *(() if end is None else (end,)))
 
 
 def shown_text(text: str, system: System, data: EvaluationData) -> str:
-    """An answer as it is compared: without white space around it; of the frozen model alone its first line.
+    """Prepare an answer for comparison: strip white space.
 
-    That is the first that is not blank, and only where every target is one line.
+    For the frozen model alone, keep only the first non-blank line, if every target is a single line.
     """
     text = text.strip()
     if system.is_lenient and data.is_single_line:
@@ -209,9 +209,9 @@ def shown_text(text: str, system: System, data: EvaluationData) -> str:
 
 
 def is_same(text: str, target: str, *, lenient: bool) -> bool:
-    """Whether an answer counts as a target: exactly; if lenient, but for case and what stands around it.
+    """Whether an answer equals a target.
 
-    That is ASCII punctuation and white space, around either of the two; inside them both count.
+    If `lenient`, case is ignored, and so are ASCII punctuation and white space at either end of both.
     """
     if not lenient:
         return text.strip() == target.strip()

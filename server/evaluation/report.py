@@ -26,9 +26,10 @@ class EvaluationSubject:
     labels: tuple[str, ...]
     """The classes; empty where text is written."""
     instruction: str | None = None
-    """What the baselines were told, if one was told anything."""
+    """The instruction that baselines used, if any."""
     known_from: str | None = None
-    """`training` or `validation`, if the rows are the very file that the soft prompt learned or was chosen by."""
+    """`training` or `validation` if the evaluated file is the one that the soft prompt was trained on or selected
+    with."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Report:
     Attributes:
         about: what was evaluated.
         scores: by system; the first is what the evaluation is about.
-        differences: of each other system, by how much the first is above it on the same rows.
+        differences: for each other system, the first system's advantage on the same rows.
         by_label: (rightly chosen, rows) of the first, in a classification.
         agreement: of each other system, the share of rows of which it chooses the same label as the first.
     """
@@ -59,7 +60,7 @@ class Report:
 
     @property
     def main(self) -> Metric:
-        """The figure that decides which of two is better."""
+        """The metric that decides the verdict."""
         return ACCURACY if self.about.labels else ROUGE_L
 
     @property
@@ -68,7 +69,7 @@ class Report:
         return tuple(self.scores[self.about.name].figures)
 
     def verdict(self, other: str, metric: Metric | None = None) -> str:
-        """Whether what was evaluated is `better` or `worse` than another system, or `no difference shown`.
+        """`better`, `worse` or `no difference shown`: the evaluated system compared with another.
 
         A difference counts as shown if its 95 % interval leaves out 0.
         """
@@ -107,7 +108,7 @@ class Report:
 
     @property
     def warning(self) -> str | None:
-        """What makes the figures worth little, if anything does."""
+        """A warning if the figures are unreliable (for example, measured on the training data), else None."""
         if self.about.known_from is None:
             return None
         how = "learned from" if self.about.known_from == "training" else "was chosen by"
@@ -136,7 +137,7 @@ class Report:
 
 
 def _plainly(one: str, other: str) -> tuple[str, str]:
-    """Two systems as one speaks of them: of two versions of a task their numbers say it."""
+    """Short names of two systems for a sentence; two versions of one task are called by their numbers."""
     (task, _, version), (other_task, _, other_version) = one.partition("@"), other.partition("@")
     if version and other_version and task == other_task:
         return f"version {version}", other_version

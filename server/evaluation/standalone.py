@@ -14,14 +14,14 @@ from server.evaluation.systems import System
 from server.train.rows import Row
 
 ROWS_AT_ONCE = 256
-"""Rows that the engine has been given and has not answered: more than ever run, so that it never waits for the next."""
+"""Number of rows in the engine at a time: more than can run at once, so that the engine always has work."""
 
 OnRow = Callable[[str], None]
 """Called with the system's name whenever it has answered a row."""
 
 
 class OwnEngine:
-    """An engine as a Host."""
+    """Adapts an `Engine` to the `Host` protocol."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

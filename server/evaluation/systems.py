@@ -1,11 +1,11 @@
 """The systems that answer: a soft prompt, or the frozen model alone, as one of the baselines.
 
-Every system reads the same rows. What a row's input becomes on the way to the model is all that they differ in:
+Every system gets the same rows. The systems differ only in the text that they build from a row's input:
 
     zero-shot     the task's own template without virtual tokens: what the soft prompt adds
     instruction   the instruction, an empty line and the input, as a chat: what most people would try first
-    k-shot        the instruction and k examples from the training data, as plain text: the best that a hard prompt does
-    teacher       a text of one's own around the input: what a soft prompt was distilled from, or is to replace
+    k-shot the instruction and k examples from the training data, as plain text: the strongest text prompt teacher a
+    text of one's own around the input: what a soft prompt was distilled from, or is to replace
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from server.train.rows import Row
 ZERO_SHOT, INSTRUCTION, TEACHER = "zero-shot", "instruction", "teacher"
 MOST_SHOTS = 256
 BASELINE_SLACK = 8
-"""New tokens that the frozen model alone gets beyond the longest target."""
+"""Number of new tokens that baselines may generate beyond the longest target."""
 
 _SHOTS = re.compile(r"([1-9][0-9]{0,2})-shot")
 _VERSION = re.compile(r"@?([1-9][0-9]{0,9})")
 
 
 class Host(Protocol):
-    """What an evaluation needs of its engine, be it its own or the one that serves."""
+    """The interface that an evaluation needs from its engine (its own, or the server's)."""
 
     @property
     def model(self) -> ModelSpec:
@@ -105,7 +105,7 @@ class RequestedBaselines:
 
 @dataclass(frozen=True)
 class TeacherText:
-    """A text around the input.
+    """The teacher's text, with a place for the input.
 
     Attributes:
         template: holds `{input}` once.
@@ -118,7 +118,7 @@ class TeacherText:
 
 @dataclass(frozen=True)
 class System:
-    """Somebody who answers rows: a soft prompt, or the frozen model alone.
+    """A system under evaluation: a soft prompt, or the frozen model alone.
 
     Attributes:
         name: as reports call it.
@@ -159,7 +159,7 @@ class System:
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 
     def sharing(self, rows: Sequence[Row], host: Host) -> System:
-        """The same, with the words that all rows begin with computed once instead of in every row."""
+        """A copy of this system in which the common beginning of all rows is computed once, as a soft prompt."""
         if self.soft_prompt is not None or len(rows) == 1:
             return self
         return self.after(common_start(tuple(self.read(row, host)) for row in rows), host)
@@ -171,9 +171,9 @@ class System:
         return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.embeddings_of(start)))
 
     def sampling(self, row: Row, input_ids: Sequence[int], host: Host) -> SamplingParams:
-        """How it answers a row: a soft prompt as it is served, the frozen model alone greedily.
+        """The sampling parameters for a row: a soft prompt's own, or greedy decoding for the frozen model alone.
 
-        If a task samples and names no seed, a row's seed is its line number, so that the figures can be had again.
+        If a task samples without a seed, the line number is the seed, so that the evaluation can be reproduced.
         """
         if self.soft_prompt is None:
             return SamplingParams(max_new_tokens=self.longest, stop=self.stop)
@@ -203,7 +203,7 @@ def baselines(
 
     Args:
         wanted: which ways.
-        data: the rows; who is asked in words gets as many new tokens as the longest target, and a few more.
+        data: the rows; baselines may generate as many tokens as the longest target has, plus a few.
         host: for its tokenizer.
         manifest: the task's, for its template.
         instruction: what to do, instead of what the data's folder says.

@@ -18,7 +18,7 @@ from server.train.files import TaskFiles, read_task
 
 @dataclass(frozen=True)
 class Frame:
-    """What a server can train for."""
+    """Facts about the server and its model that a job's specification is checked against."""
 
     model: ModelSpec
     max_virtual_tokens: int
@@ -59,7 +59,9 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
 def check_data(
     spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame, go_on: Callable[[], None] = lambda: None
 ) -> None:
-    """Read all rows as the run will; `go_on` is called before each, and what it raises ends the check.
+    """Read all rows as the run will.
+
+    `go_on` is called before each row; if it raises, the check stops with that error.
 
     Raises:
         InvalidTrainingData: names file and line, by the names that the client used.
@@ -92,7 +94,7 @@ def in_their_words(text: str, folder: JobFolder, names: DataNames) -> str:
 
 
 def as_failure(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
-    """An error for a job's record."""
+    """Convert an error into the form that a job stores (`Failure`)."""
     return {
         "error": in_their_words(exc.message, folder, names),
         "code": exc.code,

@@ -12,7 +12,7 @@ from server.jobs.main import FULL, REFUSED
 
 
 def failure_of(folder: JobFolder, code: int | None) -> Failure:
-    """Why a process ended that was not killed."""
+    """The failure of a job whose process exited by itself with an error."""
     if code == FULL:
         full = StoreFull(
             "No space is left where PRELUDE_JOBS_DIR is.", remedy="Make room, or delete jobs, then send it again."
@@ -25,7 +25,7 @@ def failure_of(folder: JobFolder, code: int | None) -> Failure:
 
 
 def broken(message: str) -> Failure:
-    """The failure of a job that ended without a word of its own."""
+    """The failure of a job that reported no reason itself."""
     return Failure(
         message,
         PreludeError.code,

@@ -3,19 +3,17 @@
     PRELUDE_JOBS_DIR/
       20261125t101500123-9f3a1c2b7d10/
         spec.json                    what was asked for, by whom; written once
-        data.jsonl  validation.jsonl copies: what is changed elsewhere meanwhile changes no run
-        start/                       the soft prompt to initialise from, if any (also a copy)
-        status.json                  replaced whole, by the server that runs jobs
-        cancel                       there if somebody wants it to end
-        publishing                   there once its result is being published, and it is too late to cancel it
-        order.json                   settings for its process, written whenever one is started
-        record.jsonl  log.txt        what its process says of itself
-        checkpoint/  result/         what it goes on from; the PEFT directory
-        failure.json                 why its process gave up
+        data.jsonl validation.jsonl copies, so that later changes of the originals do not affect the run start/ the soft
+        prompt to initialise from, if any (also a copy) status.json replaced whole, by the server that runs jobs cancel
+        exists if a client has cancelled the job publishing exists from the moment when the result is being published;
+        the job can then no longer be cancelled order.json settings for its process, written whenever one is started
+        record.jsonl log.txt what its process says of itself checkpoint/ result/ what a restarted process resumes from;
+        the resulting PEFT directory failure.json why its process gave up
       .lock                          held by the server that runs the jobs of this folder
 
-A job is made under another name and renamed: it is whole, or it is not there. Any server may look, add and cancel; only
-the one that holds the lock runs, so servers that share a folder run one job at a time between them.
+A job's folder is created under a temporary name and then renamed, so it is either complete or absent. Any server may
+look, add and cancel; only the one that holds the lock runs, so servers that share a folder run one job at a time
+between them.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from server.jobs.states import STATUS, States, job_ids
 log = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 24 * 3600.0
-"""A draft that is so old is nobody's any more."""
+"""Age after which a draft is removed as abandoned."""
 
 job_not_kept = partial(not_stored, what="The training job", where="the folder PRELUDE_JOBS_DIR")
 """The error for a job that the server has no place for."""
@@ -57,8 +55,8 @@ _STATUS = TypeAdapter(Status)
 class JobFolder:
     """The files of one job, by the names that they have above.
 
-    `publishing` is made before `cancel` is looked for, and `cancel` is made before `publishing` is looked for: of a
-    cancellation and a publish at the same time, at least one sees the other.
+    A publish creates `publishing` before it checks for `cancel`; a cancellation creates `cancel` before it checks for
+    `publishing`. If both happen at once, at least one sees the other.
     """
 
     def __init__(self, path: Path) -> None:
@@ -187,7 +185,7 @@ class JobsFolder:
         return found
 
     def remove(self, job_id: str) -> None:
-        """Forget a job: first it is no job any more, then its files go."""
+        """Delete a job: rename its folder first, so that it is no longer listed, then remove the files."""
         gone = self.root / f".gone-{job_id}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.root / job_id, gone)
@@ -211,7 +209,7 @@ class JobsFolder:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: whoever shares a folder there is on their own
+        except ImportError:  # Windows: on Windows, servers that share a folder are not protected from each other
             return file
         except OSError as exc:
             file.close()

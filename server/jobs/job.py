@@ -23,7 +23,7 @@ Metric = Literal["validation_exact_match", "validation_loss"]
 
 
 def now() -> str:
-    """This moment, as jobs write it down."""
+    """The current time as an ISO 8601 string."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
@@ -35,7 +35,7 @@ def new_job_id() -> str:
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class ActivateIf:
-    """A bound that a metric must keep to for the result to answer; otherwise it is staged."""
+    """A condition on a metric: if it holds, the result goes live, otherwise it is staged."""
 
     metric: Metric
     at_least: float | None = Field(default=None, allow_inf_nan=False)
@@ -53,7 +53,7 @@ class ActivateIf:
         return self
 
     def holds(self, value: object) -> bool:
-        """Whether a measured value keeps to it; what was not measured does not."""
+        """Whether the measured value satisfies the condition; a metric that was not measured does not."""
         if not isinstance(value, int | float):
             return False
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
@@ -76,8 +76,8 @@ class JobSpec:
     max_new_tokens: int = Field(default=64, ge=1, le=4096)
     """Of a teacher's answers, in distillation."""
     activate: bool | ActivateIf = False
-    """Whether the result answers as soon as it is there: always, never, or if a metric keeps to a bound. What does not
-    answer is staged, and can be activated by hand."""
+    """Whether the result goes live when it is published: true, false, or a condition on a metric. A result that does
+    not go live is staged and can be activated later."""
 
     def activates(self, metrics: dict[str, Any] | None) -> bool:
         """Whether a result of these metrics is to answer."""
@@ -87,7 +87,7 @@ class JobSpec:
 
 
 class JobState(StrEnum):
-    """How far a job has come. Only jobs that run in the server are prepared apart, and aborted when it shuts down."""
+    """The state of a job. The states `preparing` and `aborted` occur only for jobs that run in the server process."""
 
     QUEUED = "queued"
     PREPARING = "preparing"
@@ -130,12 +130,12 @@ class Status:
     restarts: int = 0
     """How often its process was started again."""
     deaths: int = 0
-    """How often its process was killed since the record last grew."""
+    """How often its process was killed without progress since the last recorded step."""
     recorded: int = 0
     """Lines of the record when it was last killed."""
     pid: int | None = None
     created: float | None = None
-    """When that process was made: a number alone may by now be somebody else's."""
+    """Creation time of the process, because the system may have given its pid to another process since."""
     error: Failure | None = None
     version: int | None = None
     live: bool = False
@@ -168,7 +168,7 @@ class Job:
     progress: JobProgress = field(default_factory=JobProgress)
     is_cancelling: bool = False
     queue_position: int | None = None
-    """1 is the next one."""
+    """Place in the queue; 1 is the next job to run."""
 
     @property
     def task(self) -> str:

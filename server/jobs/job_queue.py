@@ -31,7 +31,7 @@ class JobBoard:
     Attributes:
         files: where they lie.
         changed: set whenever there is news for the runner.
-        keys: of the server; a job ends with the key that asked for it. None where no keys are asked for.
+        keys: the server's API keys: a job ends when its key is revoked. None if the server requires no keys.
     """
 
     def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, can_fit: CanFit = always) -> None:
@@ -47,14 +47,14 @@ class JobBoard:
         self.changed = threading.Event()
         self.keys: ApiKeys | None = None
         self._frame = Frame(model, settings.max_virtual_tokens, encode, can_fit)
-        self._checking = threading.Lock()  # a big data file takes memory; one at a time
+        self._checking = threading.Lock()  # checks run one at a time, because a large data file takes much memory
 
     def check(self, spec: JobSpec) -> None:
         """Refuse what can be refused without its data.
 
         Raises:
             PreludeError: as `check_spec`.
-            Overloaded: as many jobs wait as may.
+            Overloaded: the queue is full.
         """
         check_spec(spec, self._frame)
         if len(self._queue()) >= MOST_QUEUED:
@@ -76,9 +76,9 @@ class JobBoard:
         Args:
             draft: holds the data.
             spec: what to do with it.
-            names: what its files are called outside.
+            names: the client's names for the data files.
             by: whose key asked for it.
-            start: what config.init_from names, if it names anything.
+            start: the soft prompt that `config.init_from` names, if any.
             go_on: called between pieces of the work; what it raises ends it, and nothing is queued.
 
         Raises:
@@ -113,12 +113,14 @@ class JobBoard:
         return replace(job, queue_position=self._queue().get(job_id))
 
     def _queue(self) -> dict[str, int]:
-        """The places of the jobs that wait; 1 is the next one."""
+        """Position of each waiting job in the queue; 1 is the next."""
         waiting = [job_id for job_id, state in self.files.states().items() if state == JobState.QUEUED]
         return {job_id: place for place, job_id in enumerate(waiting, 1)}
 
     def cancel(self, job_id: str) -> None:
-        """Ask for a job's end; one that is over stays as it is. What is not being published yet never will be.
+        """Cancel a job; an ended job stays as it is.
+
+        A result whose publish has not started will not be published.
 
         Raises:
             UnknownJob: there is none of that id.

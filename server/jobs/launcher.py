@@ -46,7 +46,7 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
     Args:
         folder: of the job.
         settings: the server's.
-        steps_back: whether it leaves the cores to the server whenever that wants them.
+        steps_back: whether the process runs at idle priority, so that the server gets the cores first.
 
     Raises:
         OSError: no process can be made, or the folder not be written.
@@ -58,7 +58,7 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Ctrl-C in a terminal is the server's to handle. It stays in the server's session, though: Linux shares
+            # Ctrl-C in a terminal should reach only the server. It stays in the server's session, though: Linux shares
             # cores out between sessions first (autogroup), where a low priority in one of its own would mean nothing.
             process_group=0 if os.name == "posix" else None,
         )
@@ -79,7 +79,7 @@ def write_order(folder: JobFolder, settings: Settings, parent: int, *, steps_bac
 
 
 def identify(child: Child) -> float | None:
-    """When a process was made, which tells it from a later one of the same number."""
+    """Creation time of a process; it distinguishes the process from a later one with the same pid."""
     with contextlib.suppress(psutil.Error):
         return float(psutil.Process(child.pid).create_time())
     return None

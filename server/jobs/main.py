@@ -1,8 +1,8 @@
 """A job's process: `python -m server.jobs.main FOLDER` trains what the folder specifies, and writes the result there.
 
-It takes only what the server leaves of the cores, is the first to go where memory is short, and ends with its parent.
+The process runs at idle priority, is the first that Linux kills if memory runs out, and ends when its parent ends.
 Exit status: 0 the result is there; 2 the job cannot be done, failure.json says why; 3 the disk is full, so nothing can
-say why; anything else was not meant.
+say why; any other status is a crash.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _try(folder: JobFolder, job: Job, settings: Settings) -> int:
 
 
 def _is_full(exc: Exception) -> bool:
-    """Whether an error is that of a full disk; safetensors, written in Rust, tells it in its text alone."""
+    """Whether an error means that the disk is full. safetensors reports this only in its message."""
     numbers = (exc.errno,) if isinstance(exc, OSError) else (n for n in NO_SPACE if f"(os error {n})" in str(exc))
     return any(number in NO_SPACE for number in numbers)
 
@@ -104,7 +104,7 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
 
 
 def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, model: FrozenModel) -> Trained:
-    """The one call of the trainer, and what it tells on the way."""
+    """Run the trainer and record its progress."""
     from server.train.files import TaskFiles
     from server.train.run import train_task
 
@@ -134,7 +134,7 @@ def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, m
 
 
 class _Watch:
-    """From what the trainer tells to lines of the record."""
+    """Writes the trainer's callbacks to the record."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -1,8 +1,8 @@
 """Whether a second copy of the frozen model fits beside the server.
 
 On a CPU the weights are a mapped file: all processes that map it share the pages. On CUDA each process has a copy
-of its own. The server has taken all that it will ever need before a job can begin (`build.take_all`), so what is free
-then is a job's to take.
+of its own. The server allocates all its memory at start (`build.take_all`), so a job may use all memory that is free
+when it starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from server.errors import InsufficientMemory
 from server.settings import Settings
 
 ROOM = 1.3
-"""Times the weights: they, and activations of a batch with their gradients, which `recompute` keeps small."""
+"""Factor on the size of the weights: room for the weights themselves and for a batch's activations and gradients, which
+`recompute` keeps small."""
 MiB = 2**20
 
 

@@ -26,24 +26,24 @@ class Outcome:
 
 
 class Withdrawn(Exception):
-    """Somebody wants the job to end, and said so before its result was published."""
+    """The job was cancelled before its result was published."""
 
 
 def publish_result(registry: Registry, folder: JobFolder, job: Job, check: Callable[[], None]) -> Outcome:
     """Publish what a job has learned, live if its rule holds, else staged.
 
-    A server that was killed in here does it again, so a version of this very content is taken for the one that it
-    published.
+    If the server is killed in this function, the next server calls it again. A version with the same content is
+    therefore treated as the one that this job published.
 
     Args:
         registry: takes the result.
         folder: of the job.
         job: the job.
-        check: raises if the job may not publish any more; called right before anything is.
+        check: raises if the job's key may no longer publish; called right before publishing.
 
     Raises:
         Withdrawn: the job was cancelled before anything was published.
-        PreludeError: it is not one for this model (any more), or the store refuses.
+        PreludeError: the result does not fit the frozen model, or the store cannot be written.
     """
     if not folder.publishing.exists():
         _claim(folder, check)
@@ -63,7 +63,10 @@ def publish_result(registry: Registry, folder: JobFolder, job: Job, check: Calla
 
 
 def _claim(folder: JobFolder, check: Callable[[], None]) -> None:
-    """Make it too late to cancel the job, unless somebody has cancelled it; see `JobFolder.publishing`."""
+    """Mark the job as being published, after which it cannot be cancelled.
+
+    Raises if it was cancelled first; see `JobFolder.publishing`.
+    """
     check()
     try:
         folder.publishing.touch()

@@ -4,8 +4,8 @@
     {"event": "tried", "learning_rate": 0.02, "loss": 1.3}
     {"event": "step", "step": 20, "steps": 600, "loss": 0.8, "validation": {"step": 20, "loss": …, "exact_match": …}, …}
 
-No step is in it twice: what a process repeats that began again from a checkpoint, with the same numbers, is left out.
-A line that is not whole was being written when its process was killed, or is being written now; nobody reads it.
+Each step is recorded once: steps that a restarted process repeats from its checkpoint (with the same numbers) are not
+recorded again. An incomplete last line is being written, or was when the process was killed; readers ignore it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.jobs.job import JobProgress
 from server.train.config import TrainingConfig
 
 LINES = 1000
-"""Of a long run, about as many steps are recorded, and every measurement."""
+"""About this many steps of a long run are recorded, plus every evaluation."""
 LONGEST_SILENCE = 5.0
 """Seconds after which a step is recorded in any case."""
 TAIL_BYTES = 2**16
@@ -49,7 +49,7 @@ class Recorder:
         self._write({"event": "phase", "phase": phase, "at": at})
 
     def tried(self, learning_rate: float, loss: float) -> None:
-        """A learning rate that was tried; one whose loss was not finite has none here."""
+        """Record a tried learning rate; its loss is omitted if it was not finite."""
         if learning_rate not in self._tried:
             self._write({"event": "tried", "learning_rate": learning_rate, "loss": _finite(loss)})
 
@@ -128,7 +128,7 @@ def read_progress(path: Path) -> JobProgress:
     last = next((line for line in reversed(lines) if line["event"] == "step"), None)
     if last is None:
         return JobProgress(phase)
-    is_ahead = lines[-1]["event"] != "step"  # a process that began again is not there yet
+    is_ahead = lines[-1]["event"] != "step"  # a restarted process has not reached this step yet
     left = None if is_ahead else last["seconds_left"]
     return JobProgress(phase, last["step"], last["loss"], last["tokens_per_second"], left, last["validation"])
 
@@ -145,7 +145,7 @@ def _parsed(lines: bytes) -> list[dict[str, Any]]:
 
 
 def count_steps(path: Path) -> int:
-    """Steps in a record: whether a process came further than the one before."""
+    """Number of steps in a record; shows whether a process got further than the previous one."""
     return sum(line["event"] == "step" for line in read_lines(path)[0])
 
 

@@ -1,9 +1,10 @@
 """Runs jobs, one at a time in the order of creation, from `start` to `stop` on a thread.
 
-What it knows is in the folders (`folder.py`): a server that starts finds the jobs of the one before, and one whose
-process was killed goes on from its checkpoint. Of servers that share a folder the one that holds its lock runs jobs.
+All its state is in the job folders (`folder.py`). A new server therefore finds the jobs of the previous one, and a job
+whose process was killed resumes from its checkpoint. If several servers share a folder, only the one that holds the
+lock runs jobs.
 
-No job stops another: one whose folder cannot be read or written is over as far as this server is concerned.
+A broken job does not stop the others: if a job's folder cannot be read or written, this server treats the job as ended.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LOOK_SECONDS = 0.5
 STOP_SECONDS = 5.0
 BUG_SECONDS = 30.0
 MOST_DEATHS = 3
-"""How often in a row a process may be killed without coming further than the one before."""
+"""A job fails once its process has been killed more than this many times in a row without progress."""
 KEPT = 100
 """Number of ended jobs that are kept, the newest ones."""
 PUBLISH_WAITS = (1.0, 5.0, 30.0)
@@ -59,7 +60,7 @@ class _Running(NamedTuple):
 
 
 class JobRunner(Service):
-    """Looks after the jobs of a board."""
+    """Runs the jobs of a `JobBoard`."""
 
     def __init__(self, settings: Settings, registry: Registry, board: JobBoard, start: Start = start_child) -> None:
         """Nothing runs yet.
@@ -67,7 +68,7 @@ class JobRunner(Service):
         Args:
             settings: of the server, and so of the frozen model.
             registry: where results are published.
-            board: the jobs, and the keys that they were asked for with.
+            board: the jobs, and the server's API keys, against which a job's key is checked.
             start: starts a job's process.
         """
         super().__init__("jobs", STOP_SECONDS)
@@ -78,9 +79,9 @@ class JobRunner(Service):
         self._files, self._changed = board.files, board.changed
         self._running: _Running | None = None
         self._unwritten: dict[str, Status] = {}
-        """How jobs ended whose folders cannot be written; tried again at every turn."""
+        """Final statuses that could not be written to the job's folder; the write is retried at each turn."""
         self._left_alone: dict[str, float] = {}
-        """Jobs that could not be looked after, and until when they are not looked at again."""
+        """Jobs that raised an error, with the time until which they are skipped."""
         self._lock: IO[bytes] | None = None
 
     def stop(self) -> None:
@@ -135,7 +136,7 @@ class JobRunner(Service):
         return True
 
     def _turn(self) -> None:
-        """End what is to end, then run the oldest one that waits."""
+        """End jobs that must end, then start the oldest waiting job."""
         self._write_down()
         if self._running is not None:
             self._look_at(self._running)
@@ -155,7 +156,7 @@ class JobRunner(Service):
 
     @contextlib.contextmanager
     def _apart(self, job_id: str) -> Iterator[None]:
-        """Keep what goes wrong with one job from the others: it is left alone for a while."""
+        """Contain errors of one job: log them, and skip the job for a while."""
         try:
             yield
         except UnknownJob:  # deleted a moment ago, or broken, which is logged
@@ -229,7 +230,10 @@ class JobRunner(Service):
             self._end(job, JobState.FAILED, error=failure_of(self._files.folder(job.id), code))
 
     def _refused(self, job: Job) -> Failure | None:
-        """Why a job may not run or publish any more: it may do what the key may that asked for it."""
+        """Why a job must stop, or None.
+
+        A job has the permissions of the API key that created it, so it must stop when the key loses them.
+        """
         error = self._forbidden(job)
         return None if error is None else Failure(error.message, error.code, error.remedy)
 
@@ -242,7 +246,7 @@ class JobRunner(Service):
         return Forbidden(f"{why} The job used this key, so nothing is published.", remedy=remedy)
 
     def _was_killed(self, job: Job, folder: JobFolder, signal: int) -> None:
-        """Queue it again, at its old place, unless it never comes any further."""
+        """Queue the job again at its old place, unless it makes no progress."""
         recorded = count_steps(folder.record)
         deaths = 1 if recorded > job.status.recorded else job.status.deaths + 1
         log.warning("the process of training job %s was killed by signal %d", job.id, signal)
@@ -272,7 +276,7 @@ class JobRunner(Service):
                 if exc.status >= 500 and wait is not None:
                     log.warning("the result of training job %s cannot be published yet: %s", job.id, exc)
                     if self._stop.wait(wait):
-                        return  # the next server does it
+                        return  # the server is stopping; the next one publishes the result
                     continue
                 self._end(job, JobState.FAILED, error=Failure(**as_failure(exc, folder, job.names)))
                 return
@@ -286,7 +290,10 @@ class JobRunner(Service):
             return
 
     def _end(self, job: Job, state: JobState, *, error: Failure | None = None) -> None:
-        """Nothing more comes of a job. Its files go first: the status is written even where no space was left."""
+        """Record that a job has ended.
+
+        Its data files are deleted first, so that the status can be written even on a full disk.
+        """
         if error is not None:
             log.warning("training job %s failed: %s", job.id, error.error)
         folder = JobFolder(self._files.root / job.id)
@@ -300,7 +307,10 @@ class JobRunner(Service):
         self._changed.set()
 
     def _write_down(self) -> None:
-        """Write how jobs have ended; of one whose folder is gone nothing is kept."""
+        """Write the final statuses that could not be written before.
+
+        If a job's folder no longer exists, discard its status.
+        """
         for job_id, status in list(self._unwritten.items()):
             folder = JobFolder(self._files.root / job_id)
             try:

@@ -1,4 +1,4 @@
-"""The state of every job of a folder, from memory: a status file is read again only after it was replaced."""
+"""A cache of all jobs' states: a status file is read again only after it has been replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A manifest as text, and what lists show of it: read once, when its event is taken over, and never by a request."""
+"""A manifest as JSON text, and a summary for lists.
+
+The text is parsed once, when its event is applied, and not by requests.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class ManifestSummary:
     """What is known of a manifest without reading it again.
 
     Attributes:
-        identity: differs where people wrote something else into the manifest.
+        identity: hash of the manifest without the fields that the server fills in.
         problem: why this server cannot read it; None if it can.
         description: at most MAX_DESCRIPTION characters of it.
         metrics: as JSON; None if there are none, or more than MAX_METRICS_BYTES, which only old stores hold.
@@ -73,7 +76,9 @@ class ManifestText(str):
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as an object, the same one for all who hold it at a time.
+        """The parsed manifest.
+
+        Callers that hold it at the same time share one object.
 
         Raises:
             InvalidSoftPrompt: a newer Prelude wrote it.

@@ -36,7 +36,7 @@ class BoundedLock:
 
 
 def result_of(future: Future[T]) -> T:
-    """What a future comes to.
+    """The result of a future, within WAIT_SECONDS.
 
     Raises:
         StoreTimeout: not within WAIT_SECONDS.

@@ -1,7 +1,7 @@
 """Turns a command into its one event, or into the error that refuses it: pure functions of the state.
 
-A plan is made again whenever another server's event came first, so what it checks holds at the very number of the event
-that it leads to. None means that everything is so already.
+If another server's event wins the number, the plan is made again, so its checks hold for exactly the state that
+precedes the event. None means that nothing needs to change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from server.registry.state import RegistryState, TaskState
 from server.soft_prompts.names import check_task_name, unknown_task
 
 Expected = int | Literal["any", "none"] | None
-"""What a client believes of a task: the number of its last event, that it exists, that it does not, or nothing."""
+"""The precondition that a client sets for a task: the number of its last event, that it exists, that it does not exist,
+or none."""
 
 
 MAX_VERSIONS = 1000
@@ -37,12 +38,12 @@ MAX_VERSIONS = 1000
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """Where contents are, or would be.
+    """The outcome of planning a publish: the versions that the contents have or will get.
 
     Attributes:
         versions: one of each content, with the content that it has.
-        change: what makes it so; None if everything is so already.
-        etag: the first task's until then, 0 if there is none.
+        change: the change to record; None if nothing needs to change.
+        etag: the first task's ETag before the change; 0 if the task does not exist.
     """
 
     versions: tuple[NewVersion, ...]
@@ -59,7 +60,10 @@ def publish(
     is_broken: Callable[[VersionContent], bool],
     by: str | None = None,
 ) -> PublishPlan:
-    """New versions; what answers already, alone, stays the version that it is, unless it cannot be served."""
+    """Plan new versions.
+
+    A content that is already the task's only live version gets no new version, unless that version cannot be served.
+    """
     for name, _ in items:
         check_expected(state, name, expected)
     versions = tuple(_new_version(state, name, content, is_broken) for name, content in items)
@@ -96,7 +100,7 @@ def set_traffic(state: RegistryState, name: str, weights: Mapping[int, int], exp
 
 
 def roll_back(state: RegistryState, name: str, expected: Expected) -> RollBack:
-    """What answered before."""
+    """Plan a rollback: the previously live versions answer again."""
     task = existing(state, name, expected)
     if not task.before:
         raise NothingToRollBackTo(f"Nothing that still exists answered for {name!r} before.")
@@ -140,7 +144,7 @@ def existing(state: RegistryState, name: str, expected: Expected = None) -> Task
 
 
 def check_expected(state: RegistryState, name: str, expected: Expected) -> None:
-    """Refuse a change that rests on what is no longer so.
+    """Refuse a change whose precondition does not hold.
 
     Raises:
         PreconditionFailed: says what is so.

@@ -27,7 +27,8 @@ Source = Literal["api", "inbox"]
 BLOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Traffic = tuple[tuple[int, int], ...]
-"""Who answers: (version, weight) by version, weights summing to 100. One pair usually, more in a canary; () nobody."""
+"""The live versions: pairs (version, weight), sorted by version, with weights that sum to 100. Usually one pair,
+several in a canary, none if no version is live."""
 
 
 def _as_text(value: Any) -> ManifestText:
@@ -86,7 +87,10 @@ class VersionContent(_Strict):
 
     @property
     def identity(self) -> str:
-        """Digest and what people wrote into the manifest: what differs here is worth a new version."""
+        """The identity of a content: digest plus manifest.
+
+        A content with a different identity becomes a new version.
+        """
         return f"{self.digest} {self.about.identity}"
 
     def parse_manifest(self) -> Manifest:
@@ -144,7 +148,7 @@ class NewVersion(_Strict):
 class Publish(_Strict):
     """New versions, one or all rows of a multitask soft prompt; `activate` also lets them answer.
 
-    A version that exists already is only marked as what the inbox holds.
+    If the version exists already, the event only records that the inbox contains it.
     """
 
     published: tuple[NewVersion, ...]
@@ -197,7 +201,7 @@ class Delete(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Retire(_Strict):
-    """The inbox at `by` no longer holds these tasks: what came from it stops answering; its versions stay."""
+    """The inbox at `by` no longer contains these tasks. Versions that came from it stop answering, but are kept."""
 
     tasks: tuple[str, ...]
     kind: Literal["retire"] = "retire"
@@ -215,7 +219,8 @@ KINDS = ("publish", "activate", "traffic", "rollback", "delete_version", "delete
 class Event(_Strict):
     """One atomic change: which, when, from where, and by whom (a key's id, or an inbox's place).
 
-    A `nonce` makes it another one than that of a server which does the same at the same moment; old events have none.
+    The `nonce` distinguishes events of two servers that make the same change at the same moment. Events of older
+    versions have none.
     """
 
     number: int
@@ -255,7 +260,7 @@ class Event(_Strict):
 
 
 def _check_names(change: Change) -> None:
-    """Refuse names that this server gives no task and no blob, so nothing could be done about them.
+    """Refuse names that this server would never give to a task or a blob, because no command could address them.
 
     Raises:
         ValueError: names the first one.

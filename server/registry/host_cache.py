@@ -26,12 +26,12 @@ class HostCache:
     """Soft prompts by digest.
 
     Attributes:
-        budget_bytes: what may stay; a soft prompt that a sequence still holds lives on outside of it.
+        budget_bytes: the limit. A dropped soft prompt that a sequence still uses stays in memory and does not count.
         num_bytes: what is kept now.
         hits: requests that found theirs.
         loads: soft prompts that were read from the store.
         failures: those that could not be read, or not be used.
-        on_load: told of each that was read how many seconds it took, on the thread that read it.
+        on_load: called with the seconds that each read took, on the reading thread.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class HostCache:
         Args:
             budget_bytes: what may stay.
             load: reads a content, or raises.
-            is_wanted: whether a version with this digest exists; what was deleted while it was loaded is not kept.
+            is_wanted: tells whether a version with this digest exists; a content whose version was deleted during the
+                load is not cached.
         """
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
@@ -85,7 +86,7 @@ class HostCache:
             loading = self._loading.get(content.blob)
             if loading is None:
                 loading = self._loading[content.blob] = Future()
-                loading.set_running_or_notify_cancel()  # who hangs up cannot cancel it for the others
+                loading.set_running_or_notify_cancel()  # one client's disconnect must not cancel the shared future
                 self._waiting.append((content, loading))
                 self._start_loader()
             return loading
@@ -113,7 +114,10 @@ class HostCache:
             self.num_bytes -= self._sizes.pop(digest)
 
     def _start_loader(self) -> None:
-        """One more, if there may be; a store that does not answer must not keep the process from ending: a daemon."""
+        """Start another loader thread if the limit allows.
+
+        It is a daemon, so a store that does not answer cannot keep the process alive.
+        """
         if self._num_loaders < LOADERS:
             threading.Thread(target=self._load_all, name="soft-prompts", daemon=True).start()
             self._num_loaders += 1
@@ -133,7 +137,7 @@ class HostCache:
         try:
             soft_prompt = self._load(content)
             self.put(soft_prompt)
-        except Exception as exc:  # noqa: BLE001 - whoever waits raises it
+        except Exception as exc:  # noqa: BLE001 - the waiting request raises it
             self._end(content, failures=1)
             loading.set_exception(exc)
         else:

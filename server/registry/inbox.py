@@ -1,10 +1,10 @@
 """The inbox: PEFT directories in `prompts/`, published on the same path as uploads.
 
 An entry is published on first sight and whenever its content has changed since, once it has been left alone for a
-moment: a directory that is being copied is not read before it is whole. What was deleted through the API, or replaced
-by an upload, does not come back from a directory that stays as it is, only from one that is changed, or removed and put
-there again. A directory that is removed retires its tasks if what answers came from it. The store, which lies in the
-inbox by default, is not watched.
+moment: a directory that is being copied is not read before it is whole. If a task was deleted through the API or
+replaced by an upload, an unchanged directory does not bring it back. It is published again only after the directory is
+changed, or removed and put back. When a directory is removed, its tasks are retired if their live version came from it.
+The store, which lies in the inbox by default, is not watched.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from server.soft_prompts.names import check_task_name, names_of
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.5
-"""How long nobody must have written to an entry before it is read. Its tasks retire once it is gone for twice as long,
-because replacing a directory removes it for a moment."""
+"""An entry is read once its files have not changed for this long. Its tasks are retired once it has been missing for
+twice this time, because replacing a directory removes it for a moment."""
 
 LOOK_SECONDS = 1.0
 """How often every file is looked at, whether or not the file system tells of changes; some never do."""
 
 LOOK_SHARE = 0.01
-"""Of a core's time, what looking at every file may take: with very many entries it is done less often."""
+"""The largest share of one core's time that full scans may take; with very many entries, scans become less frequent."""
 
 FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
 COMPANIONS = ("README.md", "metrics.json", "loss.svg", "teacher.txt")
-"""What `prelude train`, or who publishes, lays beside them for people."""
+"""Files for people that `prelude train`, or a user, puts beside the soft prompt's files."""
 MOST_UNUSED = 10
 
 BUG_SECONDS = 30.0
@@ -82,7 +82,7 @@ class Inbox(Service):
                 self._look(None if is_full else changes, SETTLE_SECONDS)
             except Exception:
                 log.exception("the inbox cannot be read")
-                self._stop.wait(BUG_SECONDS)  # a bug of ours, which need not be told five times a second
+                self._stop.wait(BUG_SECONDS)  # a bug in Prelude; logged once, not at every scan
             if is_full:
                 spent = time.thread_time() - began
                 next_full_look = time.monotonic() + max(LOOK_SECONDS, spent / LOOK_SHARE)
@@ -93,7 +93,7 @@ class Inbox(Service):
         settle_seconds: float,
         on_entry: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """Look at these entries and at those of which something is expected, or (None) at all."""
+        """Check these entries and all open ones; None checks every entry."""
         names = self._folder.entries(anew=changed is None or bool(changed))
         if names is None:  # that is not how people remove an entry: how long one is gone counts from its return
             for entry in self._entries.values():
@@ -132,7 +132,7 @@ class Inbox(Service):
     def _read(self, name: str, entry: InboxEntry, state: Settling | Read) -> None:
         """Publish an entry; the list of soft prompts says why it cannot be."""
         path = self._folder.path / name
-        # What was said of other files was not said of these.
+        # The error that was reported for the previous files does not apply to these.
         entry.state = read = Read(state.files, state.failure if isinstance(state, Read) else None)
         try:
             entry.state = self._publish(path, entry, read.files) if any(path.iterdir()) else Read(read.files)
@@ -208,7 +208,10 @@ class Inbox(Service):
                 other.state = replace(other.state, may_pass=True)  # a clash may be over
 
     def _retire_unheld(self) -> bool:
-        """Retire what this very inbox published and no longer holds; what could not be read may hold it still."""
+        """Retire tasks that this inbox published and no longer contains.
+
+        Unreadable entries may still contain them, so their tasks are left alone.
+        """
         held = {task for entry in self._entries.values() for task in entry.tasks}
         unread = [name for name, entry in self._entries.items() if not entry.tasks]
         return self._retire(

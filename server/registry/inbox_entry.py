@@ -69,7 +69,7 @@ class InboxEntry:
 
     Attributes:
         state: what was last seen of it.
-        tasks: what it was published as: task -> identity of the content.
+        tasks: the tasks that were published from it: task -> identity of the content.
         is_put_back: whether it was missing since it was last published.
     """
 
@@ -79,7 +79,7 @@ class InboxEntry:
 
     @property
     def is_open(self) -> bool:
-        """Whether something is expected of it soon, so that it is looked at more often than the others."""
+        """Whether the entry is about to change state, so that it is checked more often."""
         return not isinstance(self.state, Read)
 
     def miss(self, now: float) -> Missing:
@@ -98,7 +98,7 @@ class InboxEntry:
 
 
 def changed(state: Present, files: Files) -> Settling | Read:
-    """The state after one whose files are others now."""
+    """The state that follows when an entry's files have changed."""
     last = state if isinstance(state, Read) else state.last if isinstance(state, Settling) else None
     is_again = last is not None and last.files.signature == files.signature
     return replace(last, files=files) if last is not None and is_again else Settling(files, last)

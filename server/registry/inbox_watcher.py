@@ -39,8 +39,8 @@ class Folder:
     def entries(self, *, anew: bool = True) -> list[str] | None:
         """Their names, sorted; None if the folder is not there. It is listed if it seems to have changed, or `anew`.
 
-        A folder that is emptied by hand is the one that was listed before. Another one with nothing at all in it is
-        more likely the place where the folder is not mounted now.
+        If the folder is empty and has the same inode as before, somebody has emptied it. If it is empty and has another
+        inode, it is probably an unmounted mount point.
         """
         try:
             stat = self.path.stat()
@@ -58,7 +58,10 @@ class Folder:
         return list(self._listed)
 
     def signature(self, name: str) -> Signature:
-        """Of the files of an entry that can be seen; reading them shows why that is not all."""
+        """The signature of the visible files of an entry.
+
+        If some files cannot be listed, reading the entry reports why.
+        """
         found = []
         with contextlib.suppress(OSError), os.scandir(self.path / name) as files:
             for file in files:
@@ -105,7 +108,7 @@ class Folder:
 
 
 def _is_entry(item: os.DirEntry[str]) -> bool:
-    """Whether it is a directory, or a link that may lead to one again."""
+    """Whether the name is a directory, or a symbolic link (whose target may come back)."""
     if item.name.startswith(".") or item.name == "lost+found":
         return False
     try:

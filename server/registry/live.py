@@ -2,7 +2,7 @@
 
 Readers look up one dictionary, on any thread, without a lock. It is replaced by one assignment when events are taken
 over, so a reader sees a task before or after a change and never in between, and a holder of a soft prompt keeps the
-immutable value. `registry.py` says how it comes to events.
+immutable value. `registry.py` creates and receives the events.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class LiveMap:
 
         Args:
             reference: the name that a request gives.
-            key: who asks: in a canary the same key is always on the same side.
+            key: a value that identifies the client (not an API key): in a canary, the same value always resolves to the
+                same version.
 
         Raises:
             InvalidTaskName: it is not a task's name.
@@ -148,13 +149,13 @@ class LiveMap:
         return len(self._tasks)
 
     def answering(self, name: str) -> frozenset[int] | None:
-        """Versions that answer a task, none if it is staged or retired; None if there is no such task."""
+        """Live versions of a task; empty if all are staged or the task is retired; None if there is no such task."""
         task = self._tasks.get(name)
         return None if task is None else frozenset(number for number, _ in task.traffic)
 
     def is_referenced(self, prefix_hash: str) -> bool:
         """Whether a version has these numbers, or one is about to."""
-        # In this order: a publish lets go of what it holds only once its version is in the state.
+        # The order of these two checks matters: a publish releases its hold only after its version is in the state.
         return prefix_hash in self._held or prefix_hash in self._state.prefixes
 
     @property
@@ -213,7 +214,7 @@ class LiveMap:
         _log_new(before.problems, state.problems)
 
     def _drop(self, contents: Sequence[VersionContent]) -> None:
-        """Forget, in all memory, contents of versions that are gone, as far as no other version has them."""
+        """Drop the contents of removed versions from all caches, unless another version has the same content."""
         for content in contents:
             self._contents.forget(content)
             if content.digest not in self._state.digests:
@@ -232,7 +233,7 @@ class LiveMap:
 
     @contextmanager
     def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:
-        """Keep prefixes from being dropped while the version that needs them is on its way."""
+        """Protect prefixes from being dropped while the version that needs them is being published."""
         hashes = list(prefix_hashes)
         with self._holding:
             self._held.update(hashes)

@@ -65,7 +65,7 @@ class Contents:
         return soft_prompt
 
     def require_fit(self, content: VersionContent) -> None:
-        """Refuse to let a content answer that this server cannot serve, whatever the store holds of it.
+        """Refuse a content that this server cannot serve, without reading its blob.
 
         Raises:
             VersionUnavailable: a newer Prelude wrote it, or it does not fit the frozen model.
@@ -76,7 +76,7 @@ class Contents:
             raise _unavailable(exc) from exc
 
     def check_all(self, contents: Iterable[VersionContent], deleted: Collection[str] = ()) -> None:
-        """Find out at start what cannot be served, by what events say and which blobs there are.
+        """At start, find the versions that cannot be served, from the events and the list of blobs.
 
         Args:
             contents: of all versions.
@@ -134,7 +134,10 @@ _NEWER = "Run the version of Prelude that wrote it, or activate another version.
 
 
 def _key(content: VersionContent) -> str:
-    """Of a version's content: blobs have names of their own, but what a newer Prelude wrote need not keep to that."""
+    """The cache key of a version's content.
+
+    A blob's name alone would do, but a newer Prelude may share blobs between versions.
+    """
     return f"{content.blob} {content.about.identity}"
 
 

@@ -28,8 +28,9 @@ ABANDONED_SECONDS = 24 * 3600.0
 
 FOR_DELETES, FOR_CHANGES = ".reserve", ".reserve-changes"
 RESERVE_BYTES = 2**15
-"""Kept free twice. On a full disk the event of a delete, which brings space back, needs some space first; and a few
-changes that write nothing but an event, such as a rollback, must not use up what deletes need."""
+"""Size of each of two reserve files. On a full disk, even a delete must first write an event. A change that writes only
+an event (such as a rollback) may use the space of `.reserve-changes`; a delete may use both, so such changes cannot use
+up the space that deletes need."""
 
 _TEMPORARY = ".tmp-"
 _KEY = re.compile(rf"(?:{'|'.join(FOLDERS)})/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -67,13 +68,13 @@ class Objects(Protocol):
 
 @runtime_checkable
 class Reserved(Protocol):
-    """A place that keeps some space for what brings space back."""
+    """An object store that reserves disk space for changes that free space."""
 
     def release(self, reserve: str) -> None:
         """Give the space of one reserve free, if it is kept."""
 
     def reserve(self) -> str | None:
-        """Keep all of it again; answers why it cannot."""
+        """Fill all reserves again. Returns the error that prevents it, or None."""
 
 
 def open_objects(url: str) -> Objects:
@@ -153,7 +154,8 @@ class LocalObjects:
         with _refusals(f"write {key}"):
             created = _link_whole(path, data)
         try:
-            # Also where another writer was first: it may not have come this far, and its object is now relied on.
+            # Sync the directory even if another writer created the object: that writer may not have synced yet, and
+            # this server now relies on the object.
             sync(path.parent)
         except OSError as exc:  # never StoreFull, which promises that nothing has changed
             raise StoreError(f"The store cannot make {key} durable: {exc.strerror or exc}.") from exc
@@ -209,7 +211,7 @@ def _refusals(action: str, remedy: str | None = None) -> Iterator[None]:
 
 
 def _link_whole(path: Path, data: bytes) -> bool:
-    """Let a name stand for a synced file, in one step; False if it stands for one already."""
+    """Link the synced file to its final name atomically; False if the name exists."""
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
     # The umask decides who may read it, as with any file: a shared store may be written by several users.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -31,7 +31,7 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 EVENTS_AT_ONCE = 64
-"""Other servers' events that are taken over in one go: all contents that they let answer are held at once."""
+"""Maximum number of other servers' events applied at once, which limits how many soft prompts are in memory."""
 
 WARMERS = 4
 WARM_SECONDS = 10.0
@@ -41,8 +41,8 @@ WARM_SECONDS = 10.0
 class Registry(LiveMap):
     """Tasks and their versions for one frozen model: the live map, and all that can be done to it.
 
-    Changes come from any thread, and are made one at a time. Each starts with a look at what other servers have changed
-    meanwhile, so that neither a refusal nor "it is so already" rests on what was so once.
+    Changes come from any thread, and are made one at a time. Before each change the registry reads the other servers'
+    events, so that neither a refusal nor "nothing to change" is based on an outdated state.
     """
 
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
@@ -187,7 +187,7 @@ class Registry(LiveMap):
             )
 
     def from_inbox(self, by: str) -> dict[str, str]:
-        """Tasks that the inbox at this very place holds as far as the store knows, with the contents' identities."""
+        """Tasks that the inbox at this place contains according to the store, with their contents' identities."""
         with self._changing:
             return {name: task.inbox[by] for name, task in self._state.tasks.items() if by in task.inbox}
 
@@ -225,7 +225,7 @@ class Registry(LiveMap):
             return self._state.copy()
 
     def _take_over(self, events: Sequence[Entry]) -> None:
-        """Take over other servers' events, as far as no change of our own has met them meanwhile."""
+        """Apply other servers' events, except those that a change on this server has applied in the meantime."""
 
         def news() -> list[Entry]:
             return [event for event in events if event.number > self._state.last_event]
@@ -274,9 +274,9 @@ class Registry(LiveMap):
     def _let_answer(
         self, name: str, versions: Collection[int], plan: Callable[[], Change | None], by: str | None
     ) -> Task:
-        """Warm what a plan lets answer, and make the change; what is refused is refused before the work.
+        """Warm the versions that the planned change makes live, then make the change. All checks come first.
 
-        Versions that the plan names must be ones that this server can read, also where they answer already.
+        This server must be able to serve every version that the plan names, even one that is live already.
         """
         self.sync()
         with self._changing:
@@ -291,7 +291,7 @@ class Registry(LiveMap):
     def _change_with(
         self, contents: Sequence[VersionContent], plan: Callable[[], Change | None], source: Source, by: str | None
     ) -> Mapping[str, Task]:
-        """The live map after a change that needs new blobs; they go where no event can name them."""
+        """Make a change that needs new blobs and return the new live map; without an event the blobs are removed."""
         try:
             return self._change(plan, source, by)[1]
         except (PreconditionFailed, StoreFull):  # after any other error there may be an event that names them
@@ -301,7 +301,7 @@ class Registry(LiveMap):
     def _change(
         self, plan: Callable[[], Change | None], source: Source, by: str | None
     ) -> tuple[Event | None, Mapping[str, Task]]:
-        """Append the event of a plan; a loser of the race for its number reads what won, and plans again.
+        """Append the planned event. If another server has taken its number, apply its events and plan again.
 
         Returns:
             The event, or None if there was nothing to change, and the live map as it left it.
@@ -336,7 +336,7 @@ class Registry(LiveMap):
         return contents_of(soft_prompts, blobs)
 
     def _remove(self, contents: Sequence[VersionContent]) -> None:
-        """Remove blobs that no event names, or none any more; what the store refuses is left as garbage."""
+        """Remove blobs that no version uses. A blob that the store does not delete is collected as garbage later."""
         try:
             self._store.remove_blobs(contents)
         except StoreError as exc:

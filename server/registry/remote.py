@@ -37,7 +37,7 @@ class RemoteObjects:
     """Objects under a bucket's prefix, which several servers may share."""
 
     def __init__(self, url: str) -> None:
-        """Open a bucket that exists, and see that it answers and refuses to overwrite.
+        """Open an existing bucket, and check that it responds and honours conditional writes.
 
         Raises:
             StoreError: the message says which of bucket, credentials, endpoint or network it is.

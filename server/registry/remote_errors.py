@@ -119,7 +119,7 @@ def refusal(url: str, action: str, exc: Exception) -> StoreError:
 
 
 def is_bucket_missing(exc: Exception) -> bool:
-    """Whether it is the bucket that is not found, and not an object in it."""
+    """Whether the error means that the bucket (not an object) does not exist."""
     return re.search(_NO_BUCKET.pattern, str(exc)) is not None
 
 

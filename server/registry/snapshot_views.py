@@ -34,7 +34,8 @@ class Task:
     def pick(self, key: str) -> int | None:
         """The version that answers a request with this key: the same as long as the weights are the same.
 
-        Of two versions, the one whose weight grows keeps all keys that it had: shares lie in the order of versions.
+        Each version owns a range of hash values, in the order of version numbers. If the weight of one of two versions
+            grows, it keeps all keys that it had.
         """
         if len(self.traffic) < 2:
             return self.traffic[0][0] if self.traffic else None
@@ -49,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request's task name stood for at the moment it was looked up."""
+    """The version that a task's name resolved to."""
 
     task: str
     version: int

@@ -2,8 +2,9 @@
 
     snapshots/000000001000.json.gz   the state at event 1000, create-if-absent, never rewritten
 
-Lines of JSON: what it is, then manifests, each once and before the first task that has it, then the tasks. Two
-snapshots stay at any time, and all events after the older one, so no single damaged object loses anything.
+Format: JSON lines. A header comes first, then manifests and tasks; each manifest is written once, before the first task
+that uses it. Two snapshots stay at any time, and all events after the older one, so no single damaged object loses
+anything.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 SNAPSHOT_EVENTS = 1000
-"""Events from one snapshot to the next, as far as servers that share a store agree."""
+"""Number of events between two snapshots; the same for all servers that share a store."""
 GRACE_SECONDS = 7 * 24 * 3600.0
-"""Age of a snapshot before the events up to it go: no server looks at the store that seldom."""
+"""Events are removed once a snapshot that replaces them has this age. Every server syncs far more often."""
 MOST_REMOVED = 2000
 """Objects that are removed in one go."""
 UNREADABLE = (

@@ -2,7 +2,7 @@
 
 The top of a task's history answers its requests, so a rollback removes the top. Version numbers
 come from the fold and are never reused, not even after a delete; a deleted task leaves behind what must not be
-forgotten: its last number, and which contents the inboxes have already published.
+forgotten: its highest version number, and the contents that inboxes have published under its name.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ class RegistryState:
             self.problems[name] = entry.problem
         if entry.tasks is None:
             self.first_version += 1
-        # It may have published a version of any task that it may be about, and no number is given twice.
+        # The unreadable event may have published a version of any of these tasks, so one version number is skipped for
+        # each.
         for name in self.tasks if entry.tasks is None else entry.tasks:
             task = self.tasks.setdefault(name, TaskState())
             task.last_version += 1

@@ -35,7 +35,7 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 24 * 3600.0
-"""A blob that no event names may belong to a publish that is under way; a day later it does not."""
+"""A blob that no event names may belong to a publish in progress, so it is deleted only after a day."""
 
 READERS = 16
 """Events that are read at once when a server starts: an object store answers each in tens of milliseconds."""
@@ -47,11 +47,12 @@ RETRY_EVENTS = 100
 """Events after which a snapshot that could not be written is tried again."""
 
 REACH_SECONDS = 6 * 3600.0
-"""For how long nothing new need mean that there is nothing new; much shorter than events outlive their snapshot."""
+"""How long an empty list of later events is trusted. Must be much shorter than the time for which events are kept after
+the snapshot that replaces them."""
 
 TENSOR_NAME = "prompt_embeddings"
 _IN_EVENT = "manifest_in_event"
-"""Marks a blob whose event has more of the manifest than the blob itself."""
+"""Metadata key of blobs that hold only a part of the manifest; the event holds the whole manifest."""
 _EVENT_NAME = re.compile(r"\d{12}\.json")
 
 
@@ -101,7 +102,7 @@ class Store:
         names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
         names = [name for name in names if name > _event_name(after)]
         last = int(names[-1].partition(".")[0]) if names else after
-        # A list that is made while others write may lack one before the last.
+        # A listing made while another server writes may lack an event although it contains a later one.
         gap = next((n for n, name in enumerate(names, after + 1) if name != _event_name(n)), None)
         if gap is not None and self._objects.get(_event_key(gap)) is None:
             raise _missing(gap)
@@ -109,7 +110,9 @@ class Store:
             return list(readers.map(self._read_event, range(after + 1, last + 1)))
 
     def events_after(self, number: int, most: int | None = None) -> list[Entry]:
-        """Events that came since, in order, the first `most` of them; one look at the store if there is none.
+        """The first `most` events after `number`, in order.
+
+        If there are none, this costs one request to the store.
 
         Raises:
             StoreError: the store cannot be read.
@@ -129,7 +132,7 @@ class Store:
         """Write a snapshot if it is time to, and remove what old ones make superfluous.
 
         Args:
-            state: what makes a copy of the state, as of this event or a later one.
+            state: function that copies the state at `last_event` or later.
             last_event: the last event that was taken.
 
         Raises:
@@ -157,7 +160,9 @@ class Store:
                 self._objects.delete(f"events/{name}")
 
     def _check_reach(self, number: int) -> None:
-        """Find out whether "no later event" means that there is none, or that all up to a snapshot were removed.
+        """An empty list of later events can mean that there are none, or that they were removed after a snapshot.
+
+        Find out which.
 
         Events stay for GRACE_SECONDS after the snapshot that replaces them, so this is asked far more often than that.
 

@@ -39,7 +39,7 @@ class Syncer(Service):
                 self._compact()
 
     def _compact(self) -> None:
-        """Keep the event log short; if that fails it is only longer."""
+        """Compact the event log. A failure is harmless: the log only stays longer."""
         try:
             self._registry.compact()
         except Exception as exc:

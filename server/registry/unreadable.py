@@ -1,7 +1,7 @@
 """Events that this server cannot read, because a newer Prelude wrote them or a disk damaged them.
 
-One of them must not keep a server from starting, nor change anything for the tasks that it does not name. What can be
-made out is kept: which tasks it is about, and which versions it publishes, so that no number is given twice.
+One of them must not keep a server from starting, nor change anything for the tasks that it does not name. The readable
+parts are kept (its tasks, and the versions that it publishes), so that no version number is used twice.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _made_out(number: int, fields: Any, problem: str) -> Entry:
 
 
 def _version(item: Any, number: int, problem: str) -> NewVersion | None:
-    """A version of which only its task and its number need be readable."""
+    """Parse a version; only its task and its number must be readable."""
     if not isinstance(item, dict) or not _is_task(item.get("task")) or not isinstance(item.get("version"), int):
         return None
     content = item.get("content")

@@ -1,6 +1,6 @@
 """The rows of a step: shuffled by seed, long ones with others of their length, determined by the step's number alone.
 
-So a run that goes on where it was stopped reads what it would have read, and nothing of it has to be kept.
+A resumed run therefore reads the same rows, and a checkpoint need not store the order.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import torch
 MOST_BUCKETED = 8
 """Batches that are sorted by length together: attention pads rows to the longest of a batch."""
 LONG = 128
-"""Mean length from which that is done. Below, attention is a few percent of a step, and length often tells one label
-from another: batches of one label each teach worse than mixed ones."""
+"""Rows are grouped by length only from this mean length on. Below it, attention takes only a few percent of a step; and
+because labels often differ in length, grouping would produce batches of one label, which train worse than mixed
+ones."""
 
 
 class Batches:
-    """Endless batches of rows that are dealt once before any is dealt again."""
+    """An endless sequence of batches; every row is used once before any row is used again."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         """Rows are known by their lengths; a batch holds `batch_size` of them."""
         self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
-        # A bucket is a stretch of the deal, never longer than the file: sorted, its twins would meet in one batch.
+        # A bucket is a section of the shuffled order, at most one epoch long; otherwise the two copies of a row would
+        # be sorted next to each other into one batch.
         long = sum(lengths) >= LONG * len(lengths)
         self._bucketed = max(1, min(MOST_BUCKETED, len(lengths) // batch_size)) if long else 1
         self._epochs: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """Options of a training run: the same fields for `prelude train`, a training job and the manifest.
 
-The defaults are meant to work unseen: the learning rate is looked for by a short sweep, training stops once the
-validation rows get no better, and the first virtual tokens are what Lester et al. 2021 found to be best.
+The defaults should work without tuning: a short search finds the learning rate, training stops when the validation
+score no longer improves, and the initial values follow Lester et al. 2021.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Method = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt
 Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "teacher", "random"]
 
 SHOWN = 200
-"""Characters of a template that an error repeats."""
+"""Number of characters of a template that an error message quotes."""
 PLACE = f"Write {INPUT_FIELD} where the row's input belongs."
 MOST_STEPS, LARGEST_BATCH = 10_000_000, 4096
 HIGHEST_LEARNING_RATE = 1e6
-"""Beyond it a step leaves the range of float32, and nothing could be learned long before."""
+"""The largest learning rate. Above it a step would exceed the range of float32; training fails at much lower rates."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -42,15 +42,16 @@ class TrainingConfig:
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     init: Init = "auto"
-    """First values. auto: of prefix tuning with a teacher the teacher's own, else class labels where there are some,
-    else sampled vocabulary."""
+    """Initial values. `auto` takes the teacher's keys and values for prefix tuning with a teacher; otherwise the
+    labels' tokens if there are labels; otherwise sampled vocabulary."""
     init_text: str | None = None
     """The text for init text."""
     init_from: str | None = None
-    """What init soft_prompt begins with (SPoT, Vu et al. 2022): of the command a PEFT directory, of a job a task."""
+    """The soft prompt that `init=soft_prompt` starts from (SPoT, Vu et al. 2022): a PEFT directory for the command, a
+    task for a job."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     evaluations: int = Field(default=10, ge=1)
-    """How often the validation rows are measured on the way; the best of these states is kept."""
+    """Number of evaluations on the validation rows during the run; the best of the evaluated states is kept."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many consecutive evaluations without improvement; `None` disables early stopping."""
     teacher_template: str | None = None
@@ -59,18 +60,18 @@ class TrainingConfig:
     teacher_chat: bool = False
     """Send the teacher's text as a user message, through the chat template."""
     labels: tuple[str, ...] | None = None
-    """Distil what the teacher thinks of these labels, instead of what it answers."""
+    """Distil the teacher's probabilities of these labels instead of its generated answers."""
     recompute: Literal["auto"] | bool = "auto"
     """Compute activations again in the backward pass: a third slower, in a fraction of the memory."""
 
     @property
     def peft_type(self) -> str:
-        """What is learned, as far as it decides whether a model can be given it."""
+        """The PEFT type of the result; decides whether the model supports it."""
         return "PREFIX_TUNING" if self.method == "prefix_tuning" else "PROMPT_TUNING"
 
     @property
     def may_begin_as_teacher(self) -> bool:
-        """Whether first values are the teacher's own, if it can be had."""
+        """Whether initial values come from the teacher where possible."""
         is_auto = self.init == "auto" and self.teacher_template is not None and self.method == "prefix_tuning"
         return is_auto or self.init == "teacher"
 
@@ -81,7 +82,7 @@ class TrainingConfig:
 
 @plain_dataclass(frozen=True)
 class Contradiction:
-    """Why what is asked for cannot be: the field that is wrong, as a job's specification calls it, and the remedy."""
+    """A contradiction in a configuration: the field, by its name in a job's specification, and the remedy."""
 
     field: str
     message: str
@@ -91,7 +92,7 @@ class Contradiction:
 def contradiction(
     config: TrainingConfig, input_template: str, system_message: SystemMessage | None = None
 ) -> Contradiction | None:
-    """The first thing in which what is asked for contradicts itself, whatever the data and the model."""
+    """Return the first contradiction in the configuration, or None. Independent of data and model."""
     if input_template.count(INPUT_FIELD) != 1:
         shown = input_template[:SHOWN]
         message = f"The input template {shown!r} does not hold {INPUT_FIELD} exactly once."

@@ -26,12 +26,12 @@ if TYPE_CHECKING:  # torch is not needed to read and check rows
 MAX_ROWS = 500_000
 MAX_LINE_BYTES = 2**20
 READ_BYTES = 2**20
-"""What is read of a file at a time. Each read lets go of Python's lock and takes it back at once, and a thread that
-waits for it begins to wait anew: with 8 KiB a file of empty lines kept the event loop waiting for a second."""
+"""What is read of a file at a time. Each read releases Python's GIL and takes it back at once, which restarts the wait
+of other threads: with 8 KiB reads, a file of empty lines blocked the event loop for a second."""
 MAX_ROWS_BYTES = 512 * 2**20
 """Memory that a file's rows may take; a text with one character beyond Latin-1 takes twice or four times its length."""
 REPEATED = 3
-"""As often targets must occur, on average, to be taken for labels."""
+"""Targets are treated as labels if each occurs at least this often on average."""
 FRAME = 8
 """Special tokens that a tokenizer may put around a text, at most."""
 
@@ -44,7 +44,7 @@ class Encode(Protocol):
 
 
 class CanFit(Protocol):
-    """Whether texts may fit the context together, found without tokenising them."""
+    """Quick check, without tokenising, whether the texts together can fit the context."""
 
     def __call__(self, *texts: str) -> bool:
         """False for texts that can never fit."""
@@ -88,7 +88,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
 
     Args:
         path: of the file.
-        need_targets: distillation does without, and reads none; a dash stands for one that is missing.
+        need_targets: whether targets are required. Distillation ignores them; a missing target is stored as a dash.
         go_on: called before each line; what it raises ends the reading.
 
     Raises:
@@ -189,7 +189,9 @@ def check_lengths(
     can_fit: CanFit = always,
     go_on: Callable[[], None] = lambda: None,
 ) -> None:
-    """Refuse rows that `encode_examples` would, without the model; a token is at least a byte, so few are tokenised.
+    """Refuse the rows that `encode_examples` would refuse, without the model.
+
+    A token covers at least one byte, so only long rows need to be tokenised.
 
     Args:
         data: the rows.
@@ -245,7 +247,7 @@ def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0)
 
 
 def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] | None) -> None:
-    """Refuse what could be trained on but would teach nothing, or could not be measured.
+    """Refuse data that would train but teach nothing, or that cannot be evaluated.
 
     Raises:
         InvalidTrainingData: there is one row only, or a label to be measured on that no row teaches.
@@ -269,6 +271,6 @@ def labels_of(rows: Sequence[Row], most: int = 100) -> tuple[str, ...] | None:
     targets: set[str] = set()
     for row in rows:
         targets.add(row.target)
-        if len(targets) > most:  # half a million need not be sorted, which lets no other thread run
+        if len(targets) > most:  # sorting half a million values would hold the GIL, and is not needed
             return None
     return tuple(sorted(targets))

@@ -2,7 +2,7 @@
 
 The idea is prompt compression (Askell et al. 2021, Snell et al. 2022, Mu et al. 2023): instructions and worked examples
 are read once by the teacher, the frozen model itself, and a soft prompt learns to have the same effect. Rows need no
-targets. What all of the teacher's texts begin with is computed once, as keys and values.
+targets. The common beginning of the teacher's texts is computed once and kept as keys and values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from server.train.methods import KeyValues, join_key_values
 from server.train.objectives import Lesson, TokenShares, split_labels
 
 ANSWERING = 16
-"""Of the teacher's answers as many are written at once."""
+"""Number of the teacher's answers that are generated at once."""
 KEPT_TOKENS = 64
-"""Of each of the teacher's distributions the likeliest tokens that are kept; the others count together."""
+"""Number of likeliest tokens kept of each of the teacher's distributions; the rest is summed."""
 TEACHER_BATCH = 16
 COMPARED = 64
 """Rows whose teacher's texts are compared to find their common beginning."""
@@ -70,11 +70,11 @@ def distilled_lessons(
     max_new_tokens: int,
     on_row: Callable[[], None] = lambda: None,
 ) -> list[Lesson]:
-    """What the teacher thinks, of each row of a file.
+    """Run the teacher on each row and return its distributions as lessons.
 
     Args:
         model: teacher and student.
-        config: holds the teacher's text, and the labels if those are what counts.
+        config: contains the teacher's text and, if labels are distilled, the labels.
         data: rows; their targets are not looked at.
         students: of each row the token ids that the student reads behind the virtual tokens.
         max_new_tokens: of the teacher's answers.
@@ -114,8 +114,8 @@ def distilled_lessons(
 def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -> KeyValues | None:
     """The teacher's own keys and values of what stands last before an input: a student that hardly has to learn.
 
-    Each of these tokens has read the whole text before it, and stands as far before the input as in the teacher's text:
-    keys know their positions, so the text begins at a negative one. The very first token is kept too, because a model
+    Each of these tokens has attended to the whole text before it and keeps its distance to the input. Keys contain
+    their positions, so the text starts at a negative position. The very first token is kept too, because a model
     attends to it from anywhere (attention sinks, Xiao et al. 2024).
 
     Args:
@@ -124,7 +124,7 @@ def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -
         data: rows to put into it: what all of its texts begin with is what can be kept.
 
     Returns:
-        None if init is left to us and this cannot be had.
+        None if `init` is `auto` and the teacher's keys and values cannot be used.
 
     Raises:
         InvalidTrainingData: it is asked for and cannot be had.

@@ -1,7 +1,7 @@
 """The dtype of training where none is set: the one that this machine multiplies fastest.
 
-Serving reads every weight for each token that it writes, so there bfloat16, which is half as much to read, is worth it
-wherever it is native. Training multiplies whole batches, and some CPUs that know bfloat16 do that more slowly than in
+Serving reads every weight once per generated token, so bfloat16, which halves the bytes to read, pays off wherever the
+CPU supports it. Training multiplies whole batches, and some CPUs that know bfloat16 do that more slowly than in
 float32: an Intel Xeon without AMX at 0.54 of the speed (benchmarks/RESULTS.md).
 """
 
@@ -17,10 +17,11 @@ from server.engine.model.devices import choose_device, choose_dtype
 from server.settings import Settings
 
 ROWS, FED, MADE = 512, 512, 1024
-"""Of the product that is timed: some hundred microseconds."""
+"""Side length of the matrices whose product is timed (a few hundred microseconds)."""
 ROUNDS = 9
 CLEARLY = 1.25
-"""By how much float32 must be faster: near 1 two runs of the same command could choose differently."""
+"""float32 is chosen only if it is faster by this factor; with a factor near 1, two runs of the same command could
+choose differently."""
 
 
 def training_settings(settings: Settings, seconds: Callable[[torch.dtype], float] | None = None) -> Settings:

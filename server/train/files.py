@@ -20,7 +20,7 @@ class TaskFiles:
     training: Path | tuple[Path, ...]
     """Several only for multitask prompt tuning: one for each task."""
     validation: Path | tuple[Path, ...] | None = None
-    """As many; None holds out a tenth of the rows."""
+    """The validation files, one for each training file; None holds out a tenth of the rows."""
     input_template: str = "{input}\n"
     system_message: SystemMessage | None = None
     """What the task does with a chat's system message; None leaves it to the manifest's default."""
@@ -30,7 +30,8 @@ class TaskFiles:
     max_new_tokens: int = 64
     """Of a teacher's answers, in distillation."""
     start: Path | None = None
-    """The PEFT directory that config.init_from names, where that is not its path."""
+    """The PEFT directory to start from, if it is not the path in `config.init_from` (in a job, it is the folder's
+    copy)."""
 
     @property
     def input_manifest(self) -> Manifest:
@@ -44,7 +45,7 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The rows of each task: one, but for multitask prompt tuning.
+    """The rows of each task; only multitask prompt tuning has more than one task.
 
     Attributes:
         training: to learn from.
@@ -61,7 +62,7 @@ def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None
     """Read and check all rows; `go_on` is called before each line, and what it raises ends the reading.
 
     Raises:
-        InvalidTrainingData: what is asked for contradicts itself, or a row or a file is not what it must be.
+        InvalidTrainingData: the options contradict each other, or a file or row is invalid.
     """
     check_kind(files, config)
     need = config.teacher_template is None

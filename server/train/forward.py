@@ -21,7 +21,7 @@ from server.train.methods import KeyValues, LearnedPrefix
 def target_logits(
     model: FrozenModel, prefix: LearnedPrefix | None, examples: Sequence[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model expects where the targets stand, behind what is learned; without a prefix, behind nothing.
+    """Logits at the target positions, with the learned prefix before each row; without a prefix if there is none.
 
     Returns:
         Logits `[target tokens, vocab_size]`, at least in float32, and the targets themselves.
@@ -44,7 +44,7 @@ def rows_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, behind given virtual tokens `[n, hidden_size]`, or keys and values before all rows.
 
-    Virtual tokens of all rows are computed once; several, one tensor for each row, stand in each row.
+    Virtual tokens that all rows share are computed once. If each row has its own tensor, they are repeated in each row.
     """
     fed = [example.fed_ids for example in examples]
     lengths = [len(ids) for ids in fed]

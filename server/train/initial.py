@@ -43,7 +43,7 @@ def initial_values(
         Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
 
     Raises:
-        InvalidTrainingData: what the way needs is missing.
+        InvalidTrainingData: the configured method of initialisation lacks its input (no labels, no text, ...).
     """
     if config.init == "soft_prompt":
         assert start is not None, "the reader of the configuration has requested it"

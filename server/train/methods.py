@@ -1,7 +1,7 @@
 """Methods of training: their parameters, and the prefix that these make.
 
-A method holds parameters in float32. `virtual_tokens` makes input embeddings of them, or `key_values` a prefix of keys
-and values; exactly one of the two is what the model sees. `saved` is what PEFT would save.
+A method holds parameters in float32. A method implements either `virtual_tokens`, which returns input embeddings, or
+`key_values`, which returns a KV prefix. `saved` is what PEFT would save.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PromptTuning(LearnedPrefix):
 class PTuning(LearnedPrefix):
     """P-tuning (Liu et al. 2021): an MLP makes the virtual tokens of embeddings of its own.
 
-    Its output is added to them, as Razdaibiedina et al. 2023 do: so they begin as given, and not where a random network
-    puts them. Only their sum is kept.
+    The network's output is added to the embeddings (Razdaibiedina et al. 2023), so training starts at the given values
+    and not at those of a random network. Only their sum is kept.
     """
 
     peft_type = "P_TUNING"
@@ -90,7 +90,8 @@ class MultitaskPromptTuning(LearnedPrefix):
     def __init__(self, initial: torch.Tensor, num_tasks: int, rank: int = 1) -> None:
         super().__init__()
         self.prompt_embeddings = nn.Parameter(initial.clone())
-        # All tasks begin at the shared vectors: ones of rank one, and the other ranks as good as nothing.
+        # Initially every task's matrix is (almost) all ones: rank one is ones, and the other ranks are near zero, so
+        # all tasks start at the shared vectors.
         self.cols = nn.Parameter(torch.full((num_tasks, initial.shape[0], rank), 1.0 / rank))
         self.rows = nn.Parameter(torch.ones(num_tasks, rank, initial.shape[1]))
 

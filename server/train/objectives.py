@@ -17,7 +17,7 @@ from server.train.data import Example
 
 @dataclass(frozen=True, slots=True)
 class TokenShares:
-    """What a teacher thinks of the tokens in the places of a target: the likeliest ones, and all others together."""
+    """The teacher's probabilities at each position of a target: the likeliest tokens, and the sum of the rest."""
 
     ids: torch.Tensor
     """`[target tokens, kept]`."""
@@ -42,7 +42,7 @@ class Lesson:
 
 
 class Objective(Protocol):
-    """What is minimised, and what counts as right."""
+    """An objective: the loss to minimise, and which answers count as correct."""
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor, lessons: Sequence[Lesson]) -> torch.Tensor:
         """Losses in nats, one dimension, whose mean is minimised.
@@ -67,7 +67,7 @@ class Targets:
         return F.cross_entropy(logits, targets, reduction="none")
 
     def hits(self, logits: torch.Tensor, targets: torch.Tensor, lessons: Sequence[Lesson]) -> int:
-        """Rows whose every target token is the likeliest: what greedy decoding answers with the target."""
+        """Number of rows in which every target token is the likeliest one: greedy decoding produces the target."""
         same = logits.argmax(dim=-1) == targets
         lengths = [len(lesson.examples[0].target_ids) for lesson in lessons]
         return sum(bool(row.all()) for row in torch.split(same, lengths))
@@ -124,6 +124,6 @@ def split_labels(logprobs: torch.Tensor, lessons: Sequence[Lesson]) -> list[torc
 
 
 def _rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """Log-probability `[tokens]` of all tokens that are not among those given `[tokens, kept]`."""
+    """Log-probability `[tokens]` of all tokens except the given ones `[tokens, kept]`."""
     share = logprobs.exp().sum(dim=-1).clamp(max=1 - 1e-6)
     return torch.log1p(-share)

@@ -30,11 +30,11 @@ class Trained:
     result: TrainingResult
     manifest: Manifest
     checkpoint: Path | None = None
-    """What the run went on from; of no use once this is written."""
+    """The checkpoint folder; can be deleted once the result is written."""
 
     @property
     def soft_prompt(self) -> SoftPrompt:
-        """The soft prompt, its manifest with both of its identities; of several tasks what they share."""
+        """The soft prompt with its manifest, completed with both hashes; for several tasks, the shared part."""
         kind = "PROMPT_TUNING" if self.peft_type == MULTITASK else self.peft_type
         unnamed = SoftPrompt(kind, self.result.prompt_embeddings, self.manifest)
         identities = {"digest": unnamed.digest, "prefix_hash": unnamed.prefix_hash}
@@ -42,7 +42,7 @@ class Trained:
 
 
 def check_writable(directory: Path) -> None:
-    """Refuse a directory that `write_task` could not write, before the hours of training and not after them.
+    """Check before training that `write_task` will be able to write the directory.
 
     Raises:
         ConfigurationError: it, or what it would be made in, cannot be written to.
@@ -59,7 +59,7 @@ def check_writable(directory: Path) -> None:
 
 
 def write_task(directory: Path, trained: Trained, model: ModelSpec) -> None:
-    """Write the PEFT directory beside its place, then move its files in, durably and the tensor last."""
+    """Write the PEFT directory's files to a temporary directory, then move them in durably, the tensor last."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory.parent))
     try:

@@ -17,8 +17,8 @@ from server.train.data import Example
 SHARE = 0.5
 """Of the free memory, what activations may take."""
 KEPT_PER_NUMBER = 3
-"""Numbers that are kept for the backward pass, for each number that enters or leaves a matrix product: itself, and what
-norms, rotary embeddings, gates and the softmax compute from it."""
+"""Estimate of the values kept for the backward pass per value that enters or leaves a matrix product: the value itself
+and what norms, rotary embeddings, gates and softmax derive from it."""
 
 
 def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> bool:
@@ -37,7 +37,7 @@ def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Ex
 
 @contextlib.contextmanager
 def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
-    """Within it, layers forget what they computed and do it again in the backward pass, if that is to be."""
+    """Context manager: if `enabled`, layers recompute their activations in the backward pass."""
     layers = [layer for layer in model.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not wanted or not layers:
         yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 TELLING_MATCHES = 0.1
-"""The share of rows that some measurement must answer exactly for exact matches to be more than chance."""
+"""If no evaluation reaches this share of exact matches, exact match is treated as chance."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Measured:
 def best_of(history: Sequence[Measured]) -> int:
     """The place of the best measurement: the earliest of equals.
 
-    Exact match decides, and loss between equals, where it says something: labels, calls, queries. A text can be written
-    in many right ways and is hardly ever met word for word: there exact match is chance, and the loss alone decides.
+    For labels, calls and queries, exact match decides, and the loss decides ties. A free text is hardly ever reproduced
+    word for word, so there exact match is mostly chance, and the loss alone decides.
     """
     is_told_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
 
@@ -63,7 +63,7 @@ class TrainingResult:
     tensors: dict[str, torch.Tensor]
     """By PEFT's names, in float32."""
     step: int
-    """After which it was the best."""
+    """The step after which the state was best."""
     validation: TeacherForcedScore
     history: tuple[Measured, ...] = ()
 

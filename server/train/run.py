@@ -51,7 +51,8 @@ def train_task(
         config: hyperparameters.
         on_step: called after each step of training; what it raises ends the run.
         rows: the files' rows, if they have been read already.
-        checkpoint: a folder to go on from, if a run of the same data and configuration has left something there.
+        checkpoint: folder for checkpoints; the run resumes from one of the same data and configuration, if there is
+            one.
         fresh: start over instead of resuming.
         on_tried: called after each learning rate that was tried.
         on_sweep_step: called after each step of that search.
@@ -83,7 +84,7 @@ def train_task(
 
 
 def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: TaskRows) -> str:
-    """Names a run: only a checkpoint of the same model, data and configuration is resumed."""
+    """A key from model, data and configuration; a checkpoint is resumed only by a run with the same key."""
     said = {
         "fingerprint": model.spec.fingerprint,
         "dtype": model.spec.dtype,
@@ -99,7 +100,7 @@ def run_key(model: FrozenModel, files: TaskFiles, config: TrainingConfig, rows: 
 
 
 def _content_of(directory: Path) -> list[str]:
-    """What lies in a directory, by content: another soft prompt under the same name is another beginning."""
+    """Hashes of a PEFT directory's files, so that another soft prompt in the same directory makes another run."""
     found = sorted(file for file in directory.glob("adapter_*") if file.is_file())
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in found]
 
@@ -127,7 +128,7 @@ def _learning_rate(
     on_tried: Callable[[Tried], None],
     peaks: Sequence[float] | None,
 ) -> float:
-    """The one that is asked for, or found; a run that goes on uses the one it began with."""
+    """The configured learning rate, or the result of the search; a resumed run reuses the rate it found."""
     if config.learning_rate != "auto":
         return config.learning_rate
     known = None if folder is None else folder / "learning_rate"
@@ -185,5 +186,5 @@ def _manifest(
 
 
 def _hashes(files: Sequence[DataFile]) -> str | list[str]:
-    """Which data it was."""
+    """The sha256 of the data files."""
     return files[0].sha256 if len(files) == 1 else [data.sha256 for data in files]

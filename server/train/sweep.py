@@ -1,8 +1,8 @@
 """The search for a learning rate: a few steps at each of several peaks, and the one with the lowest loss.
 
 A soft prompt's vectors are few and free, so good peaks are a hundred times those of weights and differ between models
-and methods by more than between tasks. The loss that counts is measured on validation rows; where it is not finite any
-more, the peak is out.
+and methods by more than between tasks. Peaks are compared by their validation loss; a peak whose loss is not finite is
+discarded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from server.train.trainer import TrainingProblem, train
 PEAKS = {"prompt_tuning": (5e-3, 2e-2, 8e-2), "prefix_tuning": (2e-3, 8e-3, 3e-2)}
 PEAKS |= {"p_tuning": (3e-4, 1e-3, 3e-3), "multitask_prompt_tuning": PEAKS["prompt_tuning"]}
 BEGUN_AS_TEACHER = (3e-4, 1e-3, 3e-3)
-"""Hardly anything is left to learn there, and much to lose."""
+"""Learning rates for a prefix that starts as its teacher's: low, because it is already good."""
 SHARE = 0.05
-"""Of all steps, what each peak gets."""
+"""Share of the run's steps that each peak is tried for."""
 FEWEST, MOST = 10, 60
 MEASURED_ROWS = 64
 
@@ -42,7 +42,7 @@ def find_learning_rate(
     on_tried: Callable[[Tried], None],
     peaks: Sequence[float] | None = None,
 ) -> float:
-    """Try the peaks that are usual for the method; the prefix is left as it was.
+    """Try the method's default peaks and return the best; the prefix is reset afterwards.
 
     Args:
         work: what is to be learned.

@@ -55,10 +55,10 @@ def train(
         config: hyperparameters.
         learning_rate: the peak.
         on_step: called after each step; what it raises ends the run.
-        checkpoint: a folder to go on from, if a run has left something there, and to leave something in.
+        checkpoint: folder for checkpoints: the run resumes from one if it exists, and writes its own there.
 
     Raises:
-        InvalidTrainingData: the loss is not finite any more; what was trained until then is lost with it.
+        InvalidTrainingData: the loss became NaN or infinite; the training so far is lost.
     """
     run = _Run(work, config, learning_rate)
     if checkpoint is not None and (kept := load_checkpoint(checkpoint)) is not None:
@@ -74,7 +74,7 @@ def train(
 
 
 class _Run:
-    """One run between two steps."""
+    """The state of a run between two steps."""
 
     def __init__(self, work: TrainingProblem, config: TrainingConfig, learning_rate: float) -> None:
         self._work, self._config = work, config
@@ -97,7 +97,7 @@ class _Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is no step left, or nothing to be had of more of them."""
+        """Whether all steps are done, or early stopping ends the run."""
         return self._step >= self._config.steps or self._is_stuck
 
     @property

@@ -1,8 +1,9 @@
 """Copies KV prefixes to the device in pieces, beside the steps.
 
 Such a prefix can take a GiB. Copying it at once would keep everybody from decoding for a quarter of a second, so one
-piece is copied beside each step, and one prefix at a time. Sequences wait for it as they do for a prefix that another
-sequence computes. On CUDA the pieces go through pinned memory on a stream of their own.
+piece is copied beside each step, and one prefix at a time. Sequences that need the prefix wait until it is copied, just
+as they wait for a prefix that another sequence is computing. On CUDA the pieces go through pinned memory on a stream of
+their own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Copying(Protocol):
 
     @property
     def has_arrived(self) -> bool:
-        """Whether all of it is copied, or will be before anything that the device is asked for after `settle`."""
+        """Whether all pieces are copied, or queued so that work submitted after `settle` runs after them."""
         ...
 
     def advance(self) -> bool:
@@ -53,7 +54,10 @@ class Copying(Protocol):
         ...
 
     def settle(self) -> None:
-        """Let the device use the prefix, or its memory, only after what has been copied; called once, at the end."""
+        """Make the device wait for all copies made so far before it uses the prefix or reuses its memory.
+
+        Called once, after the last piece.
+        """
         ...
 
 
@@ -160,7 +164,7 @@ Start = Callable[[SoftPrompt], Copying]
 
 
 def copies_to(model: ModelSpec) -> Start:
-    """What begins to copy prefixes to where the model is."""
+    """A function that starts the copy of a KV prefix to the model's device."""
     device = torch.device(model.device)
     if device.type != "cuda":
         return lambda soft_prompt: HostCopy(soft_prompt, model, PIECE_BYTES["cpu"])
@@ -178,7 +182,7 @@ def copies_to(model: ModelSpec) -> Start:
 class Arrivals:
     """At most one prefix on its way into the cache, for sequences that wait for it.
 
-    Until it has arrived, its memory counts beside the cache's budget.
+    Until it is in the cache, its memory does not count towards the cache's budget.
     """
 
     def __init__(self, prefixes: PrefixCache, start: Start) -> None:
@@ -188,7 +192,10 @@ class Arrivals:
         self._failed: dict[str, PreludeError] = {}
 
     def bring(self, soft_prompt: SoftPrompt) -> bool:
-        """Whether a prefix is in the cache; if it is not, begins to copy it, unless another one is on its way."""
+        """Return whether the prefix is in the cache.
+
+        If it is not and no other prefix is being copied, start copying it.
+        """
         prefix_hash = soft_prompt.prefix_hash
         if prefix_hash not in self._prefixes and self._on_its_way is None and prefix_hash not in self._failed:
             try:
@@ -236,7 +243,7 @@ class Arrivals:
             copying.settle()
 
     def take_failed(self) -> dict[str, PreludeError]:
-        """Why prefixes could not be copied since the last call, by their hashes."""
+        """The errors of prefixes that could not be copied, by prefix hash; clears them."""
         failed, self._failed = self._failed, {}
         return failed
 

@@ -16,7 +16,7 @@ from server.engine.memory.state_pool import StatePool, bytes_per_state
 
 
 class Computed(NamedTuple):
-    """A copy of what is computed of a sequence's first positions.
+    """A copy of the keys and values (and recurrent state) of a sequence's first positions.
 
     Attributes:
         states: their keys and values `[layers, 2, n, kv_heads, head_dim]`.
@@ -28,7 +28,7 @@ class Computed(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What it takes."""
+        """Its size in bytes."""
         return self.states.nbytes + (0 if self.recurrent is None else self.recurrent.nbytes)
 
     @property
@@ -52,8 +52,9 @@ class KVCache:
 
     Attributes:
         states: `[layers, 2, positions, kv_heads, head_dim]`, keys at index 0 and values at 1.
-        allocator: which positions belong to whom.
-        scratch: the last position, which is in no slot: what only fills up a batch is written there, read by nobody.
+        allocator: allocates slots to sequences.
+        scratch: the last position of the pool, which belongs to no slot: padding rows of a batch write their keys and
+            values there, and nothing reads them.
         recurrent: the recurrent states of those who own slots, in models that have one.
     """
 
@@ -70,7 +71,7 @@ class KVCache:
             model: whose keys and values it holds.
             num_slabs: how many sequences of the longest context it holds.
             shortest_slot: positions of the shortest slot.
-            max_sequences: most that have a recurrent state at once; by default as many as there can be slots.
+            max_sequences: maximum number of sequences with a recurrent state; by default, the maximum number of slots.
         """
         self.allocator = SlotAllocator(num_slabs, model.max_model_len, shortest_slot)
         self.scratch = self.allocator.num_positions
@@ -97,7 +98,7 @@ class KVCache:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Take back what a sequence owned."""
+        """Release a sequence's slot and recurrent state."""
         self.allocator.release(slot)
         if self.recurrent is not None:
             self.recurrent.release(slot)

@@ -1,8 +1,8 @@
 """Measures what steps take on a CUDA device: runs the largest one before the rest of the memory is divided.
 
-The largest step has as many tokens as a step may have, at the end of the longest context. All of them are scored, and
-as many rows as are worked on at once are drawn under all rules together. Its rows all write to one slot, which nobody
-reads afterwards.
+The largest step has as many tokens as a step may have, at the end of the longest context. Log-probabilities are
+computed for all tokens, and as many rows as the sampler handles at once are sampled with every sampling rule switched
+on. Its rows all write to one slot, which nobody reads afterwards.
 """
 
 from __future__ import annotations
@@ -83,20 +83,20 @@ def _measure(model: FrozenModel, max_sequences: int, max_batch_tokens: int, long
     largest = peak(model.device, lambda: engine.rehearse(largest_batch(model, slot, running, max_batch_tokens)))
     bucket = buckets(running)[-1]
     decoding = peak(model.device, lambda: engine.rehearse(decodes(model, slot, bucket, SamplingParams())))
-    logits = bucket * model.spec.vocab_size * model.dtype.itemsize  # of the smaller buckets, all together
+    logits = bucket * model.spec.vocab_size * model.dtype.itemsize  # output logits of all smaller buckets together
     prefix = bytes_of(model.spec, longest_prefix)
     return Steps(largest, decoding + logits + WORKSPACES, prefix)
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes that work takes on a CUDA device beyond what it leaves behind."""
+    """Peak bytes that the given work allocates temporarily on a CUDA device."""
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 def largest_batch(model: FrozenModel, slot: Slot, running: int, tokens: int) -> Batch:
-    """A step that leaves no token of its budget unused, and whose every token has logits that are worked on.
+    """A batch that uses the whole token budget and computes logits for every token.
 
     Args:
         model: whose step.

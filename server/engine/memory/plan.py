@@ -16,13 +16,14 @@ from server.errors import InsufficientMemory
 MiB = 2**20
 
 UNMEASURED_SHARE = 0.5
-"""Of the free memory, the most that 'auto' takes for the KV cache where the largest step was not measured."""
+"""The largest share of the free memory that 'auto' gives to the KV cache if the largest step was not measured."""
 
 SLACK = 1 / 32
-"""Of the free memory, what an allocator's rounding and fragments may take where the largest step was measured."""
+"""Share of the free memory that is set aside for rounding and fragmentation in the allocator, if the largest step was
+measured."""
 
 PREFIX_SHARE = 0.25
-"""Of the KV cache, what prefixes may take where nothing else is said."""
+"""Default budget of the prefix cache, as a share of the KV cache."""
 
 SHARED_SHARE = 8
 """By default, copies of shared inputs may take the KV cache's bytes divided by this."""
@@ -49,7 +50,7 @@ class MemoryDemand:
 
     Attributes:
         sequences: that are to run at once.
-        running: the most that do, with the places that are reserved.
+        running: maximum number of running sequences, including reserved slots.
         max_model_len: positions of the longest context.
         slab_length: positions of a slab, which holds one sequence of it.
         position_bytes: keys and values of one position.
@@ -169,7 +170,7 @@ def _fits(wanted: MemoryDemand, slabs: int, free: int) -> bool:
 
 
 def _most(holds: Callable[[int], bool]) -> int:
-    """The largest number for which something holds that holds for all smaller ones too; 0 if it holds for none."""
+    """The largest number that satisfies a monotonic predicate (binary search); 0 if none does."""
     least, beyond = 0, 1
     while holds(beyond):
         least, beyond = beyond, 2 * beyond

@@ -16,7 +16,7 @@ class PrefixCache:
     """Prefixes within a memory budget, least recently used out first; the newest always stays.
 
     Attributes:
-        hits: sequences that found their prefix, also those that waited for another one to compute it.
+        hits: sequences whose prefix was cached, including those that waited for another sequence to compute it.
         misses: sequences that did not, and had to compute it.
         computed: prefixes that were put in.
         evicted: those that had to go again for want of memory.
@@ -31,7 +31,8 @@ class PrefixCache:
         self.evicted = 0
         self._prefixes: OrderedDict[str, Computed] = OrderedDict()
         self._awaited: set[str] = set()
-        """Those that nobody has got yet of those who missed them."""
+        """Prefixes that were put in for a waiting sequence which has not read them yet; that first read counts as a
+        miss."""
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -68,7 +69,7 @@ class PrefixCache:
     def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> None:
         """Keep a prefix and drop the least recently used ones beyond the budget.
 
-        `is_awaited` says that the sequence that missed it will still get it, which is then a miss.
+        `is_awaited`: a sequence is still waiting for this prefix, so its later `get` counts as a miss, not as a hit.
         """
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self.make_room(prefix.num_bytes)

@@ -1,7 +1,7 @@
 """Copies of the input that a request's first choice has computed, until its other choices have slots.
 
-A request that will make one reserves its bytes before it begins, so all copies together stay within a budget. A single
-request may exceed it: there is nobody else's copy then.
+A request reserves the bytes of its copy before it starts, so all copies together stay within the budget. One copy alone
+may exceed the budget, if no other copy exists.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SharedInputs:
                 self.release(request_id)
 
     def release_unmade(self, request_id: str) -> None:
-        """The first choice has ended; without a copy made there will be none."""
+        """The first choice has ended: if it has made no copy, release the reservation."""
         if request_id not in self._waiting:
             self.release(request_id)
 

@@ -1,9 +1,9 @@
 """Slots: the positions of the pool that a sequence owns, from its admission to its end.
 
-A slot is contiguous and reserved for everything that its sequence may need (virtual tokens, input, new tokens), so
-nothing is ever preempted. Slots come in lengths 256, 512, … up to the longest context. The pool is cut into slabs of
-that longest length, and a slab takes slots of one length as long as any of them is in use; this way any mix of lengths
-shares the memory, and neighbouring slots of one length are read as a batch without gathering.
+A slot is contiguous, and long enough for everything that its sequence may need (virtual tokens, input, new tokens), so
+no sequence is ever preempted. Slots come in lengths 256, 512, … up to the longest context. The pool is cut into slabs
+of that longest length, and all slots of a slab have one length, until the slab is empty again; this way any mix of
+lengths shares the memory, and neighbouring slots of one length are read as a batch without gathering.
 
     pool      |----------- slab 0 -----------|----------- slab 1 -----------|--- slab 2 …
     slots     | 256 | 256 |     |     | …    |    512     |            | …  |   free
@@ -64,7 +64,7 @@ class SlotAllocator:
         return next(length for length in self.slot_lengths if length >= positions)
 
     def can_allocate(self, positions: int) -> bool:
-        """True if `allocate` would answer a slot."""
+        """True if `allocate` would return a slot."""
         return bool(self._free_slabs) or self._slab_with_room(self.slot_length(positions)) is not None
 
     def allocate(self, positions: int) -> Slot | None:

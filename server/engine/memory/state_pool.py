@@ -55,7 +55,7 @@ class StatePool:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Run a step: what it computes becomes the state if it succeeds, and is forgotten at once if it raises."""
+        """Context manager around a step: new states are stored if the step succeeds and discarded if it raises."""
         try:
             yield
             for state_slice, rows, states in self._computed:
@@ -81,7 +81,7 @@ class StatePool:
 
 
 def state_dtype(model: ModelSpec) -> torch.dtype:
-    """What states are kept in: they add up over a whole sequence, so never in fewer bits than float32."""
+    """The dtype of recurrent states: at least float32, because rounding errors would accumulate over a sequence."""
     return torch.float64 if model.dtype == "float64" else torch.float32
 
 

@@ -1,6 +1,6 @@
 """Admission: a request above a limit is refused at once, with the time to retry, instead of waiting long.
 
-Counted are choices, because each takes a slot: a request of eight texts weighs as much as eight requests.
+The unit is the choice, because each choice takes a slot: a request with eight choices counts as much as eight requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Limits:
     per_key: int | None = None
     """The same, of one API key."""
     background: int | None = None
-    """Choices of requests that the server asks for itself, such as an evaluation's."""
+    """Choices of background requests, which the server makes itself (for example in an evaluation)."""
     request_timeout: float | None = None
     """Seconds that a request may take, waiting included."""
 
@@ -67,7 +67,7 @@ class Admission:
             leave()
 
     def _check(self, request: GenerationRequest, choices: int) -> None:
-        """Refuse a live request that is over a limit; what runs in the background takes none of its room."""
+        """Refuse a live request that exceeds a limit. Background requests do not count towards these limits."""
         task, key = request.task, request.key_id
         self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
         self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
@@ -91,6 +91,7 @@ class Admission:
 
     @staticmethod
     def _refuse_over(where: str, now: int, more: int, limit: int | None) -> None:
-        # A request of more choices than the limit would never be taken; alone it is let in.
+        # A request with more choices than the limit could never be admitted, so it is admitted if nothing else is in
+        # flight.
         if limit is not None and now and now + more > limit:
             raise Overloaded(f"{now} answers are {where}, and the server takes {limit}.")

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-    """Why a token that comes next ends a text by itself, if it does."""
+    """The finish reason if this token itself ends the text (end token, stop token id), else None."""
     params = sequence.sampling
     if token_id in eos_token_ids and (sequence.walk is not None or not params.ignore_eos):
         return FinishReason.EOS_TOKEN

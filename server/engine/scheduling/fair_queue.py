@@ -42,7 +42,10 @@ class Running:
         self.by_key[sequence.request.key_id] += 1
 
     def queues_at_share(self, capacity: int) -> set[Queue]:
-        """Queues that run their share of the capacity: keys share these equally, and so do the queues of a key."""
+        """Queues that already run their fair share of `capacity`.
+
+        The capacity is divided equally among the keys, and each key's part equally among its queues.
+        """
         if not self.by_key:
             return set()
         queues = Counter(key for _, key in self.by_queue)
@@ -55,13 +58,17 @@ class Running:
 
 
 class FairQueue:
-    """Keys, and a key's queues, with equally many running take turns; a queue is first in, first out, but see above."""
+    """Queues by API key and task.
+
+    Keys with equally many running sequences take turns, and so do the queues of one key. Within a queue the order is
+    first in, first out, with the exceptions described in the module's docstring.
+    """
 
     def __init__(self) -> None:
         self._keys: OrderedDict[str | None, OrderedDict[Queue, _Waiting]] = OrderedDict()
-        """In turn. In each of a key's queues, those that have begun are in front."""
+        """Queues by key, in the order of their turns. In each queue, siblings of started requests are in front."""
         self._by_request: dict[str, set[Sequence]] = {}
-        self._in_a_row: Counter[Queue] = Counter()  # those taken since one that had not begun
+        self._in_a_row: Counter[Queue] = Counter()  # siblings taken since the last new request, by queue
         self._length = 0
 
     def __len__(self) -> int:
@@ -95,7 +102,7 @@ class FairQueue:
             running: who runs; nobody by default.
             skipped_queues: queues to pass over.
             skipped_keys: keys to pass over.
-            must_skip: of a queue's first sequence, whether to pass over the queue.
+            must_skip: predicate on the first sequence of a queue; if true, the queue is passed over.
         """
         running = running or Running()
         best: Sequence | None = None
@@ -118,7 +125,7 @@ class FairQueue:
         skipped_queues: Container[Queue],
         must_skip: Callable[[Sequence], bool],
     ) -> Sequence | None:
-        """The same of one key."""
+        """The head of one key's queues; see `head`."""
         best: Sequence | None = None
         fewest = 0
         for queue, waiting in queues.items():
@@ -143,7 +150,7 @@ class FairQueue:
         self._remove(sequence)
 
     def remove(self, request_id: str) -> list[Sequence]:
-        """Remove what waits of a request, and answer it, in the order of its choices."""
+        """Remove a request's waiting sequences and return them, in the order of its choices."""
         found = sorted(self._by_request.get(request_id, ()), key=lambda sequence: sequence.index)
         for sequence in found:
             self._remove(sequence)
@@ -168,7 +175,11 @@ class FairQueue:
         return self._keys[sequence.request.key_id][sequence.request.queue]
 
     def _first(self, queue: Queue, waiting: _Waiting) -> Sequence:
-        """The next one of a queue: at times the first one that has not begun, if it is small beside what has."""
+        """The next sequence of a queue: usually the first.
+
+        After `IN_A_ROW` siblings, it is the first sequence of a request that has not started, if that request has no
+        more choices than siblings wait before it.
+        """
         first = next(iter(waiting))
         if self._in_a_row[queue] < IN_A_ROW:
             return first

@@ -1,8 +1,9 @@
 """Each key's share of a step: no key's texts and inputs make the steps of others much longer.
 
-A key that runs alone may fill a step. Beside other keys, a key may take as much of a step as they take together, plus a
-sixteenth of the step's token budget. Its texts then take turns, and its inputs get at least half of what it may take.
-So a key with many texts, long inputs or costly rules gets about as much time as the others, not a multiple of it.
+A key that runs alone may fill a step. If several API keys are active, each may take as many tokens of a step as all the
+others together, plus one sixteenth of the token budget. A key at this limit decodes its sequences in turns, and at
+least half of its share goes to prefills. A key with many sequences, long inputs or expensive sampling therefore gets
+about as much time as each other key, not several times as much.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from server.engine.scheduling.sequence import Sequence
 
 STEP_PARTS = 16
-"""Beside others, a key may take the token budget divided by this, and as much as the others take."""
+"""A key that is not alone may take what all other keys take together, plus the token budget divided by this number."""
 
 RULES_COST = 3
-"""What a row costs whose token is chosen by rules, such as a draw or log-probabilities, in rows that take the best."""
+"""Cost of a decoding row that needs sampling or log-probabilities, relative to a greedy row (1)."""
 
 
 @dataclass
@@ -80,7 +81,7 @@ class FairSteps:
         return self._fill(decoding, filling, limits)
 
     def _take_turns(self, demand: _Demand, limit: int) -> list[Sequence]:
-        """Those of a key's decoding sequences that fit into a limit; those come first that decoded longest ago."""
+        """As many of the key's decoding sequences as fit within the limit, least recently decoded first."""
         if demand.rows <= limit:
             return demand.decoding
         chosen = []

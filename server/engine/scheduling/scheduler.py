@@ -1,8 +1,9 @@
 """Which sequences run in the next step. `fair_steps.py` decides how much of the step each one takes.
 
-A sequence is admitted when a slot is free for all that it may need; if none is, no later one overtakes it. A free slot
-goes to the key with the fewest running sequences, and of its tasks to the one with the fewest. One place in five is
-reserved for tasks below their fair share, half of these for keys below theirs, so that nobody waits for long answers.
+A sequence is admitted when a slot is free that is long enough for all its positions. If no such slot is free, no later
+sequence overtakes it. A free slot goes to the key with the fewest running sequences, and of its tasks to the one with
+the fewest. One slot in five is reserved for tasks that have less than their fair share of slots, and half of those for
+API keys that do, so short requests do not wait for long answers.
 """
 
 from __future__ import annotations
@@ -29,22 +30,21 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download
 
 RESERVED_SHARE = 4
-"""Sequences for each of which one more slot is reserved, for tasks below their fair share."""
-
+"""One extra slot is reserved for every this many of `max_sequences`, for tasks below their fair share."""
 NO_SLOT = Slot(sys.maxsize, sys.maxsize)
-"""Comes after every slot."""
+"""Sort key of prefilling sequences: after every real slot."""
 
 
 class Scheduler:
-    """The queues of an engine, and the slots and prefixes of those who run.
+    """The waiting queue, and the slots and prefixes of running sequences.
 
     Attributes:
         waiting: accepted, not yet admitted.
         running: admitted, in the order of admission; each owns a slot.
-        max_running: most that run at once, with the places that are kept.
+        max_running: maximum number of running sequences, reserved slots included.
         shared: copies of inputs that choices share and wait with.
-        arrivals: prefixes of keys and values that are copied to the device.
-        is_wanted: whether a prefix may outlive the last sequence that uses it: not if its version was deleted.
+        arrivals: KV prefixes on their way to the device.
+        is_wanted: whether any version still needs a prefix. If none does, it is dropped with its last sequence.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Scheduler:
         """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
 
         The slot is zeroed first if NaN may be in it: its next owner masks what lies behind its own end, but 0 * NaN is
-        NaN. A token that could be chosen vouches for every position before it, because it attends to all of them; a
-        sequence that ends in the middle of its prefill has nobody to vouch for it.
+        NaN. Once a token has been drawn from finite logits, all earlier positions are known to be finite, because that
+        token attended to all of them. A sequence that ends during its prefill has no such proof, so its slot is zeroed.
         """
         if sequence.slot is None:
             self._let_go_of_copy(sequence)
@@ -129,7 +129,7 @@ class Scheduler:
         self._leave(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """Take all choices of a request out, wherever they are, and answer them; none if it has ended already."""
+        """Remove all choices of a request and return them; empty if the request has ended."""
         waiting = self.waiting.remove(request_id)
         for sequence in waiting:
             self._leave(sequence)
@@ -140,7 +140,7 @@ class Scheduler:
         return running + waiting
 
     def waiting_for(self, prefix_hash: str) -> list[Sequence]:
-        """Those that wait and would begin with this prefix."""
+        """Waiting sequences that will start from this prefix."""
         return [
             sequence
             for sequence in self.waiting
@@ -148,7 +148,7 @@ class Scheduler:
         ]
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
-        """Forget those of these prefixes that nobody wants or uses; those in use go with their last user."""
+        """Drop prefixes that no version needs any more; one in use is dropped when its last sequence ends."""
         for prefix_hash in prefix_hashes:
             if prefix_hash not in self._users and not self.is_wanted(prefix_hash):
                 self._prefixes.drop(prefix_hash)
@@ -221,11 +221,11 @@ class Scheduler:
                 return
             copied = self._copied_bytes(sequence)
             if copied and not self.shared.has_room(copied):
-                # From here on only what has begun goes on, and what makes no copy; the others begin in turn later.
+                # From here on, admit only siblings of started requests, and requests that need no copy of their input.
                 must_skip = _makes_copy
                 continue
             if self._waits_for_prefix(sequence):
-                # It waits for a prefill of another one or for a copy, not for room: no other queue waits with it.
+                # It waits for its prefix, not for a slot, so sequences of other queues may still be admitted.
                 skipped_queues.add(sequence.request.queue)
                 continue
             slot = self._kv_cache.allocate(sequence.max_positions)
@@ -244,8 +244,8 @@ class Scheduler:
     def _skipped_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
         """Keys that get no place now.
 
-        These are keys whose sequences have a full step's tokens to compute, and keys with their share of the places
-        where only those places are left that are reserved for others.
+        A key is skipped if its running sequences already have a full step's tokens to compute, or if only reserved
+        slots are left and the key already has its fair share.
         """
         skipped = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
         reserved_for_keys = (self.max_running - self._max_sequences) // 2
@@ -268,7 +268,7 @@ class Scheduler:
         return soft_prompt.prefix_hash in self._computing
 
     def _attach_prefix(self, sequence: Sequence) -> None:
-        """Copy in what is known of it; if its prefix is not, this sequence is the one that computes it."""
+        """Copy the shared input or the cached prefix into the slot, or mark the sequence as computing it."""
         if sequence.shared is not None:
             self._kv_cache.copy_in(_slot(sequence), sequence.shared)
             sequence.num_computed = sequence.num_finite = sequence.num_input
@@ -286,7 +286,7 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_virtual_tokens
 
     def _copied_bytes(self, sequence: Sequence) -> int:
-        """What the copy takes that a sequence makes for its request's other choices; 0 if it makes none."""
+        """Bytes of the copy of its input that this sequence will make for its siblings; 0 if it makes none."""
         return bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
 
     def _let_go_of_copy(self, sequence: Sequence) -> None:
@@ -317,7 +317,7 @@ def most_running(max_sequences: int, max_batch_tokens: int) -> int:
 
 
 def _makes_copy(sequence: Sequence) -> bool:
-    """Whether other choices of its request will begin behind a copy of the input that it computes."""
+    """Whether other choices of the request will start from a copy of this sequence's computed input."""
     if sequence.shared is not None or sequence.label_ids:
         return False
     return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
@@ -336,7 +336,7 @@ def _nobody(sequence: Sequence) -> bool:
 
 
 def _work(sequence: Sequence) -> int:
-    """What a sequence adds to the next steps: tokens to compute, and the first draws of those that share its input."""
+    """The work that a sequence adds to the next steps: tokens to compute, plus one first draw for each sibling."""
     return sequence.num_pending + len(sequence.siblings)
 
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class Sequence:
     """A choice from admission to its end; most requests have one.
 
-    It holds the immutable soft prompt that it began with; that reference is all the pinning there is. Its positions
-    are, in this order: virtual tokens, given tokens, output tokens. Given are the input, and of a label to be scored
-    all tokens but the last, which is only predicted.
+    A sequence keeps a reference to the soft prompt it started with. That reference alone keeps the soft prompt in
+    memory; nothing else pins it. Its positions
+    are, in this order: virtual tokens, given tokens, output tokens. The given tokens are the input and, if a label is
+    scored, all tokens of the label except the last one: that one is only predicted, never fed to the model.
     """
 
     request: GenerationRequest
@@ -38,7 +39,8 @@ class Sequence:
     index: int = 0
     """Which choice of its request."""
     label_ids: tuple[int, ...] = ()
-    """Tokens behind the input whose log-probabilities are all that is wanted of it."""
+    """Tokens of a label to score. Such a sequence generates nothing; only the log-probabilities of these tokens are
+    reported."""
     walk: Walk | None = None
     """Which tokens its grammar allows next."""
     siblings: list[Sequence] = field(default_factory=list)
@@ -49,19 +51,21 @@ class Sequence:
     num_computed: int = 0
     """Positions whose keys and values are in the slot."""
     num_finite: int = 0
-    """Positions whose keys and values are known to be finite: those before a token that could be chosen."""
+    """Positions whose keys and values are known to be finite. A position is known to be finite once a later token has
+    been drawn from finite logits."""
     cached_tokens: int = 0
-    """Virtual tokens whose keys and values were known when it began."""
+    """Virtual tokens whose keys and values were copied from the prefix cache at admission."""
     accepted_at: float = field(default_factory=time.monotonic)
     queued_seconds: float = 0.0
-    """From then until it had a slot."""
+    """Seconds from acceptance (`accepted_at`) to admission."""
     output_ids: list[int] = field(default_factory=list)
     decoded_in: int = 0
-    """The last step that it decoded in while its key had to share; `FairSteps` lets texts of such a key take turns."""
+    """The last step in which this sequence decoded while its API key was limited to a share of the step. `FairSteps`
+    uses it to let the key's sequences take turns."""
     has_ended: bool = False
     """Whether its last Delta was made."""
     error: Exception | None = None
-    """What its own rules raised when its next token was chosen."""
+    """The error that the sequence's sampling rules raised in the last step, if any."""
     scored: list[Scored] = field(default_factory=list)
     """Given tokens whose log-probabilities are known; they go out with the first Delta."""
 
@@ -80,7 +84,7 @@ class Sequence:
         """Positions that it shares with its request's other choices."""
         self._num_given = self.num_virtual_tokens + len(self.given_ids)
         self.num_known = self._num_given + len(self.output_ids)
-        """Positions whose token is known, computed or not."""
+        """Number of positions whose token is known, whether or not the model has processed them yet."""
         self.needs_next_token = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
         """Whether generation continues after the given tokens."""
         self.targets: tuple[int, ...] = ()
@@ -93,7 +97,7 @@ class Sequence:
             self.scored = [Scored(self.request.input_ids[0], None)]
             self.targets = self.request.input_ids[1:]
         self.is_plain = is_plain(self.sampling)
-        """Whether the best token is taken as it is, as long as `min_new_tokens` allows."""
+        """Whether decoding is plain greedy; the end token still loses until `min_new_tokens` is reached."""
         self.is_greedy = self.sampling.is_greedy
         """Whether its tokens are not drawn."""
 
@@ -136,7 +140,7 @@ class Sequence:
         )
 
     def scored_positions(self, span: Span) -> range:
-        """Of a step's share, the positions whose rows say how likely the next of `targets` was."""
+        """The positions in this span whose logits give the probability of the next token of `targets`."""
         first = max(span.start, self.first_target)
         return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
 
@@ -184,7 +188,11 @@ class Sequence:
 
 
 def _mass(share: float) -> float:
-    """A share as what the probabilities before a token are compared with: at 1 nothing reaches it, and 0 is more."""
+    """The threshold that the cumulative probability before a token is compared with.
+
+    A share of 1 or more becomes infinity (no filter); 0 becomes the smallest positive number, so the likeliest token
+    always remains.
+    """
     return max(share, math.ulp(0.0)) if share < 1.0 else math.inf
 
 
@@ -197,6 +205,6 @@ def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether rules ask for the best token by the model's own logits, and for nothing about it."""
+    """Whether the request is plain greedy decoding: no rule changes the logits, and no log-probability is reported."""
     is_changed = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
     return params.is_greedy and not (is_changed or params.logprobs or params.logit_bias or params.grammar)

@@ -32,14 +32,14 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
 
     running = threads.submit(work, go_on)
     ended = asyncio.wrap_future(running)
+    # Looked at in any case: a caller that is cancelled twice does not wait for the end of the work.
+    ended.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         await asyncio.wait({ended})
     except asyncio.CancelledError:
         is_cancelled.set()
         if not running.cancel():
             await asyncio.wait({ended}, timeout=PIECE_SECONDS)
-        if ended.done() and not ended.cancelled():
-            ended.exception()  # somebody has looked at it
         raise
     return ended.result()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,36 @@ def test_work_whose_caller_is_cancelled_ends_before_the_caller_does() -> None:
         assert ended.is_set()
 
     asyncio.run(asyncio.wait_for(cancel(), 20))
+
+
+def test_work_whose_caller_is_cancelled_twice_leaves_no_error_behind() -> None:
+    begun, released, ended = threading.Event(), threading.Event(), threading.Event()
+    unseen: list[str] = []
+
+    def work(go_on: GoOn) -> None:
+        begun.set()
+        released.wait(10)
+        try:
+            go_on()
+        finally:
+            ended.set()
+
+    async def cancel() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context["message"]))
+        running = asyncio.ensure_future(run_long(executor(), work))
+        await asyncio.to_thread(begun.wait, 10)
+        running.cancel()
+        await asyncio.sleep(0.05)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        released.set()
+        await asyncio.to_thread(ended.wait, 10)
+        await asyncio.sleep(0.05)
+        gc.collect()
+
+    asyncio.run(asyncio.wait_for(cancel(), 20))
+    assert not unseen
 
 
 def test_a_lane_does_one_thing_at_a_time_and_refuses_what_may_not_wait() -> None:

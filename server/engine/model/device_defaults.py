@@ -45,15 +45,24 @@ def max_model_len(settings: Settings, config: PretrainedConfig, dtype: torch.dty
     if not device.startswith("cuda") or "max_model_len" in settings.model_fields_set:
         return settings.max_model_len
     text = config.get_text_config()
-    own = getattr(text, "max_position_embeddings", None) or settings.max_model_len
-    heads = getattr(text, "num_attention_heads", None) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or -(-text.hidden_size // heads)
-    position = text.num_hidden_layers * 2 * kv_heads * head_dim * dtype.itemsize
+    own = longest_context(text) or settings.max_model_len
+    try:
+        heads = getattr(text, "num_attention_heads", None) or 1
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or -(-text.hidden_size // heads)
+        position = int(text.num_hidden_layers * 2 * kv_heads * head_dim * dtype.itemsize)
+    except Exception:  # noqa: BLE001 - some configs have them for each layer, or not at all, and raise anything
+        return min(own, settings.max_model_len)
     length = 1 << (own - 1).bit_length()  # of a slab, which is cut in halves
     while length > settings.max_model_len and SLOTS_OF_LONGEST * length * position > free // 2:
         length //= 2
     return int(min(own, length))
+
+
+def longest_context(text_config: PretrainedConfig) -> int | None:
+    """Positions that a model was made for; None where its config does not say, or says 0 or -1 for any number."""
+    own = getattr(text_config, "max_position_embeddings", None)
+    return own if isinstance(own, int) and own > 0 else None
 
 
 def filled_in(settings: Settings, model: ModelSpec, free: int) -> Settings:

@@ -75,7 +75,7 @@ class FrozenModel:
         text_config = module.config.get_text_config()
         layers = prepare_layers(module)
         kv_heads, head_dim, self.attention_rules = probe_attention(module, layers.num_attention_layers)
-        limit = getattr(text_config, "max_position_embeddings", None) or max_model_len
+        limit = device_defaults.longest_context(text_config) or max_model_len
         weights = module.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor), "an embedding layer has a weight"
         _refuse_other_rows(module, weights.shape[0])

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
+from server.engine.attention.interface import ATTENTION_NAME
 from server.engine.model.device_defaults import filled_in, max_model_len
 from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
+from tests.support import byte_tokenizer, tiny_module
 
 GiB = 2**30
 LLAMA = LlamaConfig(
@@ -58,6 +60,24 @@ def test_the_longest_context_is_the_model_s_own_as_memory_allows(
     device: str, options: dict[str, Any], free: int, expected: int
 ) -> None:
     assert max_model_len(Settings(**options), LLAMA, torch.bfloat16, device, free) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma4_unified", "gemma4_unified_text", "blt"])
+def test_a_config_without_one_size_for_all_heads_does_not_end_the_start_by_a_traceback(family: str) -> None:
+    """Whether the engine can serve such a model is found out from its layers."""
+    try:
+        config = AutoConfig.for_model(family)
+    except ValueError:
+        pytest.skip("not in this version of transformers")
+    assert 1 <= max_model_len(Settings(), config, torch.bfloat16, "cuda:0", 100 * GiB) <= 2048
+
+
+@pytest.mark.parametrize("own", [0, -1, -4])
+def test_a_context_of_no_positions_is_one_that_the_config_does_not_name(own: int) -> None:
+    module = tiny_module(dtype=torch.float32, attention=ATTENTION_NAME)
+    module.config.max_position_embeddings = own
+    assert FrozenModel(module, byte_tokenizer(), name="tiny", max_model_len=64).spec.max_model_len == 64
+    assert max_model_len(Settings(), module.config, torch.bfloat16, "cuda:0", 100 * GiB) == 2048
 
 
 def test_a_setting_from_the_environment_counts_as_set(tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:

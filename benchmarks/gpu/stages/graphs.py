@@ -21,6 +21,7 @@ from server.engine.engine import Engine
 from server.engine.fast.decode_graphs import CudaRecorder, DecodeGraphs, Forward, capture
 from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
+from server.engine.out_of_memory import release_unused
 from tests.engine.varlen_reference import reference_varlen_attn
 from tests.support import TINY, byte_tokenizer, make_engine, tiny_module
 
@@ -122,9 +123,16 @@ def _churn(device: torch.device, dice: random.Random) -> None:
 
 
 def _failing_capture(run: Run, device: torch.device) -> None:
-    """A forward that waits for the device cannot be captured; afterwards all must work as before."""
+    """A forward that waits for the device cannot be captured; a server then takes eager steps, which must be right.
+
+    It neither captures again nor draws numbers on the device: after such a capture torch's own generator there raises.
+    """
     engine = _engine("llama", {"fused"}, device)
     assert engine.runner.varlen is not None
+    engine.kv_cache.states.normal_()
+    eager = DecodeGraphs(engine.model, engine.kv_cache, engine.runner.varlen, SEQUENCES, _eagerly)
+    row = [1, 2, 3, 4], [4, 9, 0, 30], [64, 0, 32, 96]
+    expected = eager.run(*row).clone()
 
     def waits(*args: Any, **others: Any) -> torch.Tensor:
         out: torch.Tensor = engine.runner.varlen(*args, **others)  # type: ignore[misc]
@@ -139,6 +147,11 @@ def _failing_capture(run: Run, device: torch.device) -> None:
         run.check(int(block.sum()) == 2**20, "memory is wrong after a capture that failed")
     else:
         run.skip("a capture that fails")
-    difference = _largest_difference(engine, device, 5)
-    run.note(after_a_failed_capture_replays_differ_by=difference)
-    run.check(difference <= LARGEST_DIFFERENCE, "replays differ after a capture that failed")
+    release_unused()
+    dice = random.Random(0)
+    difference = 0.0
+    for _ in range(5):
+        _churn(device, dice)
+        difference = max(difference, float((eager.run(*row) - expected).abs().max().nan_to_num(nan=float("inf"))))
+    run.note(after_a_failed_capture_steps_differ_by=difference)
+    run.check(difference <= LARGEST_DIFFERENCE, "eager steps differ after a capture that failed")

@@ -17,22 +17,28 @@
     ├── UnknownTask                    no task (or version) has this name
     ├── VersionUnavailable             the version exists, but cannot be read or served by this model
     ├── VersionInUse                   the version is live, so it cannot be deleted
-    ├── NothingToRollBackTo no earlier live version exists ├── PreconditionFailed the task has changed since the client
-    looked at it ├── UnknownJob no training job has this id ├── JobRuns the training job has not ended, so it cannot be
-    deleted ├── InvalidSoftPrompt the uploaded files are not a soft prompt for this model │ └── UnsupportedPeftType they
-    are an adapter of a kind that is not served ├── BaseModelMismatch the soft prompt was trained on another frozen
-    model ├── PayloadTooLarge the body is larger than the server takes ├── Overloaded too many requests wait, in all, of
-    this key or of this task ├── ServerDraining the server is shutting down and accepts nothing new ├── RequestAborted
-    the request was cancelled before its end ├── RequestTimedOut the request took longer than the server allows ├──
-    GenerationFailed the engine could not finish an accepted request │ └── NotFinite the model's output is NaN or
-    infinite for this soft prompt and input ├── StoreError the store cannot be read or written │ ├── StoreFull there is
-    no space left │ └── StoreTimeout it does not answer in time └── InvalidTrainingData a data file cannot be trained on
-    or evaluated
+    ├── NothingToRollBackTo            no earlier live version exists
+    ├── PreconditionFailed             the task has changed since the client looked at it
+    ├── UnknownJob                     no training job has this id
+    ├── JobRuns                        the training job has not ended, so it cannot be deleted
+    ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
+    │   └── UnsupportedPeftType        they are an adapter of a kind that is not served
+    ├── BaseModelMismatch              the soft prompt was trained on another frozen model
+    ├── PayloadTooLarge                the body is larger than the server takes
+    ├── Overloaded                     too many requests are waiting: in total, for this key or for this task
+    ├── ServerDraining                 the server is shutting down and accepts nothing new
+    ├── RequestAborted                 the request was cancelled before its end
+    ├── RequestTimedOut                the request took longer than the server allows
+    ├── GenerationFailed               the engine could not finish an accepted request
+    │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
+    ├── StoreError                     the store cannot be read or written
+    │   ├── StoreFull                  there is no space left
+    │   └── StoreTimeout               it does not answer in time
+    └── InvalidTrainingData            a data file cannot be trained on or evaluated
 
 An `assert` guards against our own bugs. These classes are for everything that a user, a file or a machine can do wrong.
-Each class
-carries what any front end needs: `status` (HTTP), `code` (stable, one per class), `family` (the `error_type` that
-text-generation-inference clients know) and `remedy` (what to do about it). An instance may give a closer remedy.
+Each class carries what any front end needs: `status` (HTTP), `code` (stable, one per class), `family` (the `error_type`
+that text-generation-inference clients know) and `remedy` (what to do about it). An instance may give a closer remedy.
 """
 
 from __future__ import annotations

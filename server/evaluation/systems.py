@@ -4,8 +4,8 @@ Every system gets the same rows. The systems differ only in the text that they b
 
     zero-shot     the task's own template without virtual tokens: what the soft prompt adds
     instruction   the instruction, an empty line and the input, as a chat: what most people would try first
-    k-shot the instruction and k examples from the training data, as plain text: the strongest text prompt teacher a
-    text of one's own around the input: what a soft prompt was distilled from, or is to replace
+    k-shot        the instruction and k examples from the training data, as plain text: the strongest text prompt
+    teacher       the user's text around the input: what a soft prompt was distilled from, or is to replace
 """
 
 from __future__ import annotations

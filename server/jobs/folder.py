@@ -3,12 +3,15 @@
     PRELUDE_JOBS_DIR/
       20261125t101500123-9f3a1c2b7d10/
         spec.json                    what was asked for, by whom; written once
-        data.jsonl validation.jsonl copies, so that later changes of the originals do not affect the run start/ the soft
-        prompt to initialise from, if any (also a copy) status.json replaced whole, by the server that runs jobs cancel
-        exists if a client has cancelled the job publishing exists from the moment when the result is being published;
-        the job can then no longer be cancelled order.json settings for its process, written whenever one is started
-        record.jsonl log.txt what its process says of itself checkpoint/ result/ what a restarted process resumes from;
-        the resulting PEFT directory failure.json why its process gave up
+        data.jsonl  validation.jsonl copies, so that later changes of the originals do not affect the run
+        start/                       the soft prompt to initialise from, if any (also a copy)
+        status.json                  replaced whole, by the server that runs jobs
+        cancel                       exists if a client has cancelled the job
+        publishing                   exists once the result is being published; the job can then not be cancelled
+        order.json                   settings for its process, written whenever one is started
+        record.jsonl  log.txt        the run's progress; the output of its process
+        checkpoint/  result/         what a restarted process resumes from; the resulting PEFT directory
+        failure.json                 why its process gave up
       .lock                          held by the server that runs the jobs of this folder
 
 A job's folder is created under a temporary name and then renamed, so it is either complete or absent. Any server may

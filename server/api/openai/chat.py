@@ -29,13 +29,13 @@ router = APIRouter(
 
 @dataclass(frozen=True)
 class _Form:
-    """How the choices of a request are to be written down."""
+    """Renders the choices of a request as parts of replies and chunks."""
 
     worker: EngineWorker
     body: ChatBody
 
     def choice(self, choice: Choice) -> Body:
-        """A choice that has ended."""
+        """Render a choice that has ended."""
         assert choice.finish_reason is not None, "the request has ended"
         return {
             "index": choice.index,
@@ -45,7 +45,7 @@ class _Form:
         }
 
     def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
-        """What a delta adds to a stream: the role first, then text, then why it ended."""
+        """Render a delta as chunk choices: the role first, then text, then the finish reason."""
         choice = choices[delta.index]
         found: list[Body] = []
         if len(choice.tokens) <= 1:
@@ -80,7 +80,7 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     running = start_all(request, worker, [prepared], n)
     if body.stream:
         deltas = merge(running)
-        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         choices = [[Choice(index) for index in range(n)]]
         head = target.head("chat.completion.chunk", worker)

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts or token ids as they are, without any template."""
+"""POST /v1/completions: continues texts or token ids without any template."""
 
 from __future__ import annotations
 
@@ -45,15 +45,22 @@ router = APIRouter(
 
 @dataclass(frozen=True)
 class _Form:
-    """How the choices of a request are to be written down."""
+    """Renders the choices of a request as parts of replies and chunks."""
 
     worker: EngineWorker
     body: CompletionBody
     texts: Sequence[str]
-    """What `echo` puts in front; empty without it."""
+    """The input texts that `echo` puts before the output; empty texts without `echo`."""
 
     def choice(self, number: int, choices: Sequence[Choice], at: int, index: int) -> Body:
-        """A choice that has ended, the one at this place of the request with this number."""
+        """Render a choice that has ended.
+
+        Args:
+            number: index of the input.
+            choices: all choices of that input.
+            at: the choice to render, as an index into `choices`.
+            index: the choice's index in the reply.
+        """
         choice = choices[at]
         assert choice.finish_reason is not None, "the request has ended"
         return {
@@ -65,7 +72,7 @@ class _Form:
         }
 
     def chunk(self, number: int, choices: Sequence[Choice], delta: Delta) -> list[Body]:
-        """What a delta adds to a stream; nothing where it leaves the text open."""
+        """Render a delta as chunk choices; empty if it adds nothing that the client sees."""
         choice = choices[delta.index]
         tokens = [] if delta.token is None else [delta.token]
         begins = len(choice.tokens) <= 1
@@ -93,7 +100,10 @@ class _Form:
 
 
 def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
-    """The input's tokens, which all choices share and the engine tells once: with the first delta of the first one."""
+    """The input's tokens, which all choices share.
+
+    The engine reports them once: with the first choice's first delta.
+    """
     return choices[0].scored
 
 
@@ -112,7 +122,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     running = start_all(request, worker, prepared, body.generated)
     if body.stream:
         deltas = merge(running)
-        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         choices = [[Choice(index) for index in range(body.generated)] for _ in running]
         return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
@@ -121,7 +131,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
 
 
 def _answered(form: _Form, requests: Sequence[Sequence[Choice]]) -> list[Body]:
-    """The choices that are answered, the best ones first where more were generated."""
+    """The choices of the reply; if `best_of` generated more than `n`, only the best `n`, best first."""
     n = form.body.n or 1
     answered = []
     for number, choices in enumerate(requests):
@@ -136,7 +146,7 @@ async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str]
     """The texts to echo, and token ids of all inputs.
 
     Raises:
-        InvalidRequest: an id is not one of the model's.
+        InvalidRequest: a token id is outside the model's vocabulary.
         EmptyInput: a text is empty.
         InputTooLong: a text can never fit.
     """

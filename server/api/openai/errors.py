@@ -1,7 +1,7 @@
-"""The error tree as OpenAI's clients know errors: `{"error": {"message", "type", "param", "code"}}`.
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
 
-Statuses are those that OpenAI's libraries make classes of. They take 400 for a request that breaks a rule, where we
-say 422; a few codes are theirs, because programs look for them.
+Statuses are the ones that OpenAI's client libraries map to exception classes. OpenAI uses 400 for an invalid request
+where Prelude's other routes use 422. A few codes are OpenAI's, because programs look for them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _CODES: dict[type[PreludeError], str] = {
     UnknownTask: "model_not_found",
 }
 _TOO_LONG = "Input tokens exceed the configured limit. "
-"""Of these words of OpenAI's LangChain and litellm make a class of their own: the input is to be shortened. So they are
-for an input that does not fit; where too many tokens are asked for, LangChain still goes by the code."""
+"""LangChain and litellm recognise this sentence of OpenAI's and raise a class of their own: shorten the input. It is
+therefore used only if the input does not fit. If too many new tokens are requested, LangChain still recognises the
+code."""
 
 _CALLED = {"max_new_tokens": "max_tokens"}
-"""Fields that the engine calls otherwise than OpenAI."""
+"""Maps the engine's name of a field to OpenAI's name, where they differ."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -37,7 +38,7 @@ _FIELDS = {f"{PREFIX}/completions": CompletionBody.offered(), f"{PREFIX}/chat/co
 
 
 class OpenAIError(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str = Field(description="What was wrong, and what to do about it.")
     type: str = Field(description="Its kind, such as invalid_request_error.")
@@ -56,22 +57,22 @@ REFUSALS = responses(
     403,
     model=OpenAIErrorBody,
     on_400="A field or a parameter does not fit.",
-    on_422="Not used: what does not fit is 400 here.",  # without it, FastAPI describes an answer of its own
+    on_422="Not used: what does not fit is 400 here.",  # otherwise FastAPI documents its own 422 reply
 )
-"""What every route may refuse, for /openapi.json."""
+"""The error replies that every route can return, for /openapi.json."""
 
 MISSING = responses(404, model=OpenAIErrorBody)
 
 
 def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:
-    """The error for a model that there is not, in the words of OpenAI's API, where tasks are models.
+    """The error for an unknown model, in the wording of OpenAI's API, where tasks are models.
 
-    The message repeats only what the request says. What may have been meant is in the remedy, which `auth.py` replaces
-    for keys that are not for all tasks.
+    The message repeats only what the request contains. The remedy suggests similar names; `auth.py` replaces it for
+    keys that are restricted to some tasks.
     """
     hint = ""
     if isinstance(why, UnknownTask):
-        if why.near is None:  # the task is there, but not that version of it
+        if why.near is None:  # the task exists, but not this version
             hint = f"{why} "
         elif why.near:
             hint = f"Did you mean {', '.join(why.near)}? "
@@ -79,18 +80,18 @@ def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:
 
 
 def openai_fields(path: str) -> list[str]:
-    """Fields that the body of a request to a path may have; none if the path takes no such body."""
+    """The fields that a body sent to this path may have; empty if the path takes no OpenAI body."""
     return _FIELDS.get(path, [])
 
 
 def openai_status(error: PreludeError, status: int | None = None) -> int:
-    """The status of an error; `status` where it is not the error's own."""
+    """The HTTP status of an error; `status` overrides the error's own."""
     status = status or error.status
     return 400 if status == 422 and isinstance(error, InvalidRequest) else status
 
 
 def openai_error(error: PreludeError) -> dict[str, Any]:
-    """An error as JSON, the same in replies and in streams."""
+    """Render an error as JSON, for replies and streams alike."""
     default = "invalid_request_error" if error.status < 500 else "server_error"
     param = _CALLED.get(error.param or "", error.param)
     opening = ""
@@ -98,7 +99,7 @@ def openai_error(error: PreludeError) -> dict[str, Any]:
         opening = _TOO_LONG if param is None else f"{param} is too large. "
     message = f"{opening}{error}"
     body = OpenAIError(
-        message=message.encode("utf-8", "backslashreplace").decode(),  # it may quote half a surrogate pair
+        message=message.encode("utf-8", "backslashreplace").decode(),  # it may quote a lone surrogate
         type=_TYPES.get(error.status, default),
         param=param or ("model" if isinstance(error, UnknownTask) else None),
         code=next((code for cls, code in _CODES.items() if isinstance(error, cls)), error.code),

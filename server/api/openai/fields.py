@@ -19,7 +19,7 @@ _ID = re.compile(r"[0-9]{1,9}")
 
 
 class Idle:
-    """Marks a field of OpenAI's whose only values are those that ask for nothing."""
+    """Marks an OpenAI field that accepts only values without effect."""
 
 
 def _not_offered(value: Any) -> None:
@@ -28,7 +28,7 @@ def _not_offered(value: Any) -> None:
 
 
 def _only(*idle: Any) -> BeforeValidator:
-    """Refuses all values but these, in one sentence."""
+    """A validator that refuses all other values with a one-sentence error."""
     named = " or ".join(json.dumps(value) for value in idle)
 
     def check(value: Any) -> Any:
@@ -51,7 +51,7 @@ def _are_ids(biases: dict[str, float]) -> dict[str, float]:
 
 
 def _is_schema(value: Any) -> Any:
-    """What the union itself would refuse in words of its own, a sentence for each of its members."""
+    """Refuse other types here: pydantic's union would report one error for each of its members."""
     if not isinstance(value, dict | str):
         raise ValueError("must be a JSON schema, as an object or as text")
     return is_text(value) if isinstance(value, str) else value
@@ -62,7 +62,7 @@ Schema = Annotated[dict[str, Any] | str, BeforeValidator(_is_schema)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 NotOffered = Annotated[None, BeforeValidator(_not_offered), Field(description="Not offered."), Idle]
-"""A field of OpenAI's that does something there and could do nothing here."""
+"""An OpenAI field that has an effect there and cannot have one here."""
 
 NoList = Annotated[
     Annotated[list[Any], Field(max_length=0)] | None,
@@ -85,7 +85,7 @@ NoTool = Annotated[
 NoReasoning = Annotated[Literal["none"] | None, _only("none"), Field(description="Only none."), Idle]
 UsualVerbosity = Annotated[Literal["medium"] | None, _only("medium"), Field(description="Only medium."), Idle]
 OnlyText = Annotated[list[Literal["text"]] | None, _only(["text"]), Field(description="Only text."), Idle]
-"""What these fields may hold asks for what is done anyway."""
+"""The only accepted value requests what the server does anyway."""
 
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]],

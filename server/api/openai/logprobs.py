@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two forms.
 
-Every generated token is reported, also the one that ended the text, so there are as many as the usage counts. A
-token that is a part of a character reads U+FFFD; a chat's `bytes` are exact.
+Every generated token is reported, including the token that ended the text, so their number equals the usage count. The
+text of a token that is only a part of a character is U+FFFD; a chat's `bytes` are exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from server.contracts import Candidate, Scored, Token
 from server.engine.text.token_texts import TokenTexts
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON does not know."""
+"""Stands for minus infinity, which JSON cannot represent."""
 
 _REPLACEMENT = "\ufffd".encode()
 
@@ -21,12 +21,12 @@ _REPLACEMENT = "\ufffd".encode()
 def completion_logprobs(
     words: TokenTexts, tokens: Sequence[Token | Scored], offsets: Sequence[int], top: int
 ) -> dict[str, Any]:
-    """`logprobs` of a completion's choice.
+    """`logprobs` of one choice of a completion.
 
     Args:
-        words: for the tokens' texts.
-        tokens: those of the text, in order.
-        offsets: where in the text each begins.
+        words: gives the tokens' texts.
+        tokens: the tokens of the text, in order.
+        offsets: where each token begins in the text, in characters.
         top: how many of the most likely tokens were requested; the token itself is added.
     """
     return {
@@ -38,7 +38,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(words: TokenTexts, tokens: Sequence[Token], top: int) -> dict[str, Any]:
-    """`logprobs` of a chat's choice."""
+    """`logprobs` of one choice of a chat."""
     content = []
     for token in tokens:
         others = [_entry(words, candidate.id, candidate.logprob) for candidate in token.top[:top]]
@@ -49,7 +49,8 @@ def chat_logprobs(words: TokenTexts, tokens: Sequence[Token], top: int) -> dict[
 def prompt_logprobs(words: TokenTexts, given: Sequence[Scored], top: int | None) -> dict[str, Any]:
     """vLLM's `prompt_logprobs`, a field with an object for each input token; no field if `top` is None.
 
-    The first token's object is null. The others hold the token itself and `top` of the most likely ones, by their ids.
+    The first token's object is null. Each other object contains, by id, the token itself and the `top` most likely
+    tokens.
     """
     if top is None:
         return {}
@@ -57,17 +58,17 @@ def prompt_logprobs(words: TokenTexts, given: Sequence[Scored], top: int | None)
 
 
 def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
-    """Where in a text tokens begin that it was made into, in characters.
+    """The offsets, in characters, at which the tokens of a text begin.
 
-    A token may begin within a character. What the text does not show, such as a BOS that the tokenizer adds, has no
-    width, and neither has the space that some tokenizers put before the first word.
+    A token may begin within a character. Tokens that the text does not show, such as a BOS that the tokenizer adds,
+    have no width; nor has the space that some tokenizers put before the first word.
     """
     data = text.encode()
     at = characters = counted = 0
     offsets = []
     for piece in pieces:
         while data.startswith(_REPLACEMENT, at) and not data.startswith(piece, at):
-            at += len(_REPLACEMENT)  # bytes of earlier tokens that were no character
+            at += len(_REPLACEMENT)  # bytes of earlier tokens that formed no character
         characters += sum(byte & 0xC0 != 0x80 for byte in data[counted:at])
         counted = at
         inside = at < len(data) and data[at] & 0xC0 == 0x80
@@ -80,7 +81,7 @@ def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
 
 
 def _by_text(words: TokenTexts, token: Token | Scored, top: int) -> dict[str, float] | None:
-    """The most likely tokens by their texts; of two with the same text, the likelier one."""
+    """Log-probabilities by token text; of two tokens with the same text, the likelier one is reported."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}

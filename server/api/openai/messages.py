@@ -1,7 +1,7 @@
-"""The messages of a chat, and the text that the model reads.
+"""Converts the messages of a chat into the text that the model reads.
 
-A message may have fields that we do not know: clients append the answers of other servers, and of libraries, to their
-history, and what these add beside the text asks for nothing. What asks the model to read more than text is refused.
+A message may have unknown fields: clients append replies of other servers and libraries to their history, and the extra
+fields of such replies request nothing. Content other than text is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from server.errors import EmptyInput, InvalidRequest
 from server.soft_prompts.manifest import Manifest
 
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
-"""What clients add to parts of a text for servers that keep what is before it."""
+"""Fields that clients add to text parts as hints for prompt caching."""
 
 SYSTEM_MESSAGE = "Prelude-System-Message"
-"""The header that says what became of the chat's system message, where the model did not read it."""
+"""Reply header: the chat's system message was ignored."""
 
 
 def _joined(content: Any) -> Any:
-    """A list of text parts as one text, a line each."""
+    """Join a list of text parts with newlines."""
     if not isinstance(content, list):
         return content
     return "\n".join(_text_of(part) for part in content)
@@ -47,7 +47,7 @@ def _text_of(part: Any) -> str:
 
 
 def _plain(part: Any) -> Any:
-    """A text part without what its author added to it, such as annotations."""
+    """A text part without extra fields such as annotations."""
     is_text = isinstance(part, dict) and part.get("type") == "text"
     return {name: part[name] for name in ("type", "text") if name in part} if is_text else part
 
@@ -56,7 +56,10 @@ Content = Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | 
 
 
 class Message(BaseModel):
-    """One message; what a reply of this server holds may be sent back as it is. Unknown fields have no effect."""
+    """One message.
+
+    The `message` of a reply of this server can be sent back unchanged. Unknown fields have no effect.
+    """
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -83,12 +86,12 @@ class Message(BaseModel):
 
 @dataclass(frozen=True)
 class ChatText:
-    """What the model reads of a chat.
+    """The text of a chat for the model.
 
     Attributes:
-        text: what the messages come to.
-        add_special_tokens: whether the tokenizer is to add its own; a chat template writes them itself.
-        headers: what the reply says of how the messages were read.
+        text: the rendered messages.
+        add_special_tokens: whether the tokenizer adds special tokens; a chat template writes its own.
+        headers: reply headers that report how the messages were read.
     """
 
     text: TemplatedText
@@ -99,16 +102,16 @@ class ChatText:
 def chat_text(
     worker: EngineWorker, manifest: Manifest, messages: Sequence[Message], end: ChatEnd = ChatEnd.ANSWER
 ) -> ChatText:
-    """The text that a chat comes to, up to its `end`.
+    """Render a chat as text, up to its `end`.
 
-    A task that brings an `input_template` was trained on single inputs in it, so it takes one message of the user and
-    no other template; elsewhere the model's own chat template is used. The manifest's `system_message` says what
-    becomes of system messages.
+    A task with an `input_template` was trained on single inputs, so it takes one user message and applies only that
+    template. All other tasks use the model's chat template. The manifest's `system_message` determines how system
+    messages are handled.
 
     Raises:
-        InvalidRequest: the task takes one message, or no system message, or has no chat to end elsewhere; or the model
-            has no template, or it refuses these messages.
-        EmptyInput: the one message is empty, or the one to be continued.
+        InvalidRequest: the task takes only one message, refuses system messages or does not support this `end`; or the
+            model has no chat template, or the template refuses these messages.
+        EmptyInput: the task's only message, or the message to continue, is empty.
     """
     if end is not ChatEnd.ANSWER:
         _check_end(end, messages, manifest)
@@ -141,7 +144,7 @@ def chat_text(
 
 
 def _check_end(end: ChatEnd, messages: Sequence[Message], manifest: Manifest) -> None:
-    """Refuse a chat that cannot end there."""
+    """Refuse a chat that does not support this `end`."""
     if manifest.input_template is not None:
         raise InvalidRequest(
             "This task has an input_template, which takes one message of the user. It has no message to continue, and "
@@ -167,7 +170,7 @@ def _check_end(end: ChatEnd, messages: Sequence[Message], manifest: Manifest) ->
 
 
 def _turn(role: str, message: Message) -> dict[str, str]:
-    """A message in the words of chat templates."""
+    """A message as chat templates expect it."""
     turn = {"role": role, "content": message.content}
     return turn if message.name is None else {**turn, "name": message.name}
 

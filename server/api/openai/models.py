@@ -25,7 +25,7 @@ router = APIRouter(
 
 
 class ModelCard(BaseModel):
-    """Something that `model` may name."""
+    """A value that `model` accepts."""
 
     id: str
     object: Literal["model"] = "model"
@@ -45,7 +45,7 @@ class ModelList(BaseModel):
 
 @router.get("")
 async def list_models(request: Request, worker: WorkerDep, registry: RegistryDep) -> ModelList:
-    """The frozen model and every live task; those that the key is for."""
+    """The frozen model and every live task, as far as the key may use them."""
     cards = [_frozen(request, worker)] if may_see(request, None) else []
     for task in registry.tasks():
         live = task.live
@@ -56,7 +56,7 @@ async def list_models(request: Request, worker: WorkerDep, registry: RegistryDep
 
 @router.get("/{model:path}", responses=MISSING)
 async def get_model(model: str, request: Request, worker: WorkerDep, registry: RegistryDep) -> ModelCard:
-    """One of them, or one version of a task: task@version."""
+    """The frozen model, a task, or one version of a task: task@version."""
     name = task_of(model, worker)
     allow_task(request, name)
     if name is None:
@@ -77,6 +77,6 @@ def _frozen(request: Request, worker: EngineWorker) -> ModelCard:
 
 
 def _card(worker: EngineWorker, name: str, root: str, at: str) -> ModelCard:
-    created = seconds_of(at) or 0  # a time that is not one must not take the whole list along
+    created = seconds_of(at) or 0  # an unreadable time must not fail the whole list
     spec = worker.model
     return ModelCard(id=name, created=created, root=root, parent=spec.name, max_model_len=spec.max_model_len)

@@ -1,4 +1,4 @@
-"""Parts that replies of both kinds share, and the models that describe them in /openapi.json."""
+"""The parts that completion and chat replies share, and the models that describe both in /openapi.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UsageBody(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """A list each, with one item per token."""
+    """Lists with one item per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description="null for the first token of an echoed input.")
@@ -37,7 +37,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class PromptToken(BaseModel):
-    """A token in a place of the input."""
+    """A candidate token at a position of the input."""
 
     logprob: float
     rank: int = Field(description="How many tokens were as likely or likelier, itself included.")
@@ -97,7 +97,7 @@ class ChatLogprobs(BaseModel):
 
 
 class ReplyMessage(BaseModel):
-    """What the model says."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -105,7 +105,7 @@ class ReplyMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One choice of a chat."""
 
     index: int
     message: ReplyMessage
@@ -122,13 +122,13 @@ class ChatReply(_Reply):
 
 
 def usage_of(requests: Sequence[Sequence[Choice]]) -> dict[str, Any]:
-    """Token counts of requests that have ended; the choices of one share their input, which counts once."""
+    """Token counts of requests that have ended. The choices of a request share its input, which counts once."""
     given = cached = generated = 0
     for choices in requests:
         usages = [choice.usage for choice in choices if choice.usage is not None]
         assert usages, "the last delta of a choice carries its usage"
         given += usages[0].virtual_tokens + usages[0].input_tokens
-        cached += min(usage.cached_tokens for usage in usages)  # one of them may have computed them for the others
+        cached += min(usage.cached_tokens for usage in usages)  # one choice may have computed the prefix for the others
         generated += sum(usage.output_tokens for usage in usages)
     return {
         "prompt_tokens": given,

@@ -1,4 +1,4 @@
-"""`response_format`: the form that a chat's answer must have."""
+"""`response_format`: a format that the answer to a chat must match."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JsonSchema(RequestBody):
 
 
 class ResponseFormat(RequestBody):
-    """`response_format`: OpenAI's, and text-generation-inference's, into which huggingface_hub turns the other."""
+    """`response_format` in OpenAI's form, or in text-generation-inference's, to which huggingface_hub converts it."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,7 +58,7 @@ class ResponseFormat(RequestBody):
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """What the answer must match; None if anything goes."""
+        """The JSON schema that the answer must match; None if any text is allowed."""
         if self.type == "text":
             return None
         if self.json_schema is not None:
@@ -70,7 +70,7 @@ class ResponseFormat(RequestBody):
 
 
 def _check_named_schema(value: dict[str, Any]) -> None:
-    """Refuse what is not text-generation-inference's {name, schema}."""
+    """Refuse a value that is not text-generation-inference's {name, schema}."""
     known = [field.alias or name for name, field in JsonSchema.model_fields.items()]
     unknown = next((name for name, item in value.items() if name not in known and item is not None), None)
     if unknown is not None:

@@ -1,8 +1,8 @@
 """Bodies of /v1/completions and /v1/chat/completions.
 
-A field is either offered, or one of OpenAI's that has no effect here and is let through, or an error: a client that
-asks for a tool must not get an answer as if it had not. Even there, values that ask for nothing are let through: null,
-which counts as left out everywhere, or an empty list of tools.
+A field is supported, or accepted without effect, or an error: a client that requests a tool must not get an answer as
+if it had not. Even unsupported fields accept values that request nothing: null, which always means that the field is
+left out, or an empty list of tools.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from server.api.schemas import RequestBody, Text
 from server.contracts import ChatEnd
 
 MAX_CHOICES = 128
-"""Most choices of one request: inputs times what is asked of each."""
+"""Maximum number of choices of one request: inputs times texts for each input."""
 
 
 class _Body(RequestBody):
@@ -48,7 +48,7 @@ class _Body(RequestBody):
 
     @classmethod
     def offered(cls) -> list[str]:
-        """Names of the fields that may ask for something."""
+        """Names of the fields that can have an effect."""
         return [name for name, field in cls.model_fields.items() if Idle not in field.metadata]
 
 
@@ -60,7 +60,7 @@ class StreamOptions(_Body):
 
 
 class StructuredOutputs(_Body):
-    """`structured_outputs`, vLLM's way to ask for a form; one of them."""
+    """`structured_outputs`: vLLM's way to constrain the output. Exactly one field must be set."""
 
     json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     regex: Text | None = Field(None, description="A regular expression that the whole text matches.")
@@ -77,7 +77,7 @@ class StructuredOutputs(_Body):
 
 
 class SamplingBody(_Body):
-    """What both kinds of request have: who answers, how tokens are chosen, how the answer is sent."""
+    """The fields that completions and chats share: the model, sampling, and how the reply is sent."""
 
     model: str = Field(description="A task, task@version, or the frozen model's name.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Texts for each input; 1.")
@@ -156,7 +156,7 @@ def _kind_of_input(value: Any) -> str | None:
 
 
 class CompletionBody(SamplingBody):
-    """Body of /v1/completions. The text is taken as it is: no template is put around it."""
+    """Body of /v1/completions. The text is used unchanged, without a template."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -168,7 +168,7 @@ class CompletionBody(SamplingBody):
         }
     )
 
-    # Told apart by their first item: to try one after the other would collect an error for each of a million ids.
+    # The first item decides the type. Trying each member of the union would collect an error for each of a million ids.
     prompt: Annotated[
         Annotated[Text, Tag("text")]
         | Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("texts")]
@@ -209,7 +209,7 @@ class CompletionBody(SamplingBody):
 
     @property
     def generated(self) -> int:
-        """Texts that are generated for each input."""
+        """Number of texts to generate for each input."""
         return self.best_of or self.n or 1
 
     @property
@@ -224,7 +224,7 @@ class CompletionBody(SamplingBody):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log-probabilities are needed, be it only to tell which text is best."""
+        """Whether log-probabilities are needed, for the reply or to rank the texts of `best_of`."""
         return self.logprobs is not None or self.generated > (self.n or 1)
 
     @property
@@ -324,14 +324,14 @@ class ChatBody(SamplingBody):
 
     @property
     def end(self) -> ChatEnd:
-        """Where what the model reads ends."""
+        """Where the rendered chat ends."""
         if self.continue_final_message:
             return ChatEnd.CONTINUE
         return ChatEnd.TURN if self.add_generation_prompt is False else ChatEnd.ANSWER
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log-probabilities are asked for."""
+        """Whether the request asks for log-probabilities."""
         return bool(self.logprobs)
 
     @property

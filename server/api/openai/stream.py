@@ -1,4 +1,4 @@
-"""Chunks of a stream: one head, choices as they grow, and the token counts at the end if requested."""
+"""The chunks of a stream: a common head, a choice's new text, and at the end the token counts if requested."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ async def chunks(
     head: Mapping[str, Any],
     include_usage: bool,
 ) -> AsyncGenerator[Body]:
-    """The chunks of a stream.
+    """Yield the chunks of a stream.
 
     Args:
-        first: the first delta, which was awaited before the status went out.
-        deltas: what follows, with the number of the request; closed at the end, however that comes.
-        requests: their choices, empty at first; they are filled here.
-        render: from a request's number, its choices, one of which has taken a delta over, and the delta, to choices of
-            chunks.
+        first: the first delta, which was awaited before the status was sent.
+        deltas: the further deltas, each with its request's number; always closed at the end.
+        requests: the choices of each request; initially empty, filled here.
+        render: turns a request's number, its choices (which already include the delta) and the delta into chunk
+            choices.
         head: fields that every chunk has.
-        include_usage: end with a chunk of token counts; the others then say null.
+        include_usage: end with a chunk of token counts; `usage` is null in all other chunks.
     """
     more = {"usage": None} if include_usage else {}
     async with aclosing(deltas):

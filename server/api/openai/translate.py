@@ -1,4 +1,4 @@
-"""Turns OpenAI's bodies into requests of the engine: which version answers, and how tokens are sampled."""
+"""Translates OpenAI bodies into engine requests: the version that answers, and the sampling parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAME = (
     *("temperature", "top_p", "min_p", "ignore_eos"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
-"""Fields that are called the same here and there."""
+"""Fields that have the same name in OpenAI's bodies and in SamplingParams."""
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
@@ -44,24 +44,24 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers a request: what its `model` stood for when it came."""
+    """What a request's `model` referred to when the request arrived."""
 
     id: str
     model: str
-    """As the request names it."""
+    """The model's name as the request gave it."""
     resolved: Resolved | None
     soft_prompt: SoftPrompt | None
     key_id: str | None = None
-    """Whose request it is."""
+    """The API key of the request."""
 
     @property
     def manifest(self) -> Manifest:
-        """What the soft prompt says about itself; nothing for the frozen model alone."""
+        """The soft prompt's manifest; an empty one for the frozen model alone."""
         return Manifest() if self.soft_prompt is None else self.soft_prompt.manifest
 
     def head(self, kind: str, worker: EngineWorker) -> dict[str, Any]:
-        """The fields with which every reply and chunk begins."""
-        # What decides an answer beside the request: the model's weights, and what the version adds.
+        """The first fields of every reply and chunk."""
+        # Besides the request, an answer depends on the model's weights and on the version's content.
         digest = "" if self.resolved is None else f"_{self.resolved.content.digest[:12]}"
         return {
             "id": self.id,
@@ -73,19 +73,19 @@ class Target:
 
 
 def task_of(model: str, worker: EngineWorker) -> str | None:
-    """The task, or task@version, that `model` names; None for the frozen model, whose name no task may have."""
+    """The task, or task@version, that `model` names; None for the frozen model. No task can have the model's name."""
     return None if model == worker.model.name else model
 
 
 async def find_target(
     request: Request, worker: EngineWorker, registry: Registry, body: SamplingBody, kind: str
 ) -> Target:
-    """Who is to answer.
+    """Find what `model` refers to.
 
     Raises:
-        UnknownTask: there is no such model, nor could there be.
-        Forbidden: the key is not for it.
-        VersionUnavailable: it cannot be read, or not be served by this model.
+        UnknownTask: there is no such model, or the name is not valid.
+        Forbidden: the key may not use it.
+        VersionUnavailable: the version cannot be read, or this model cannot serve it.
     """
     task = task_of(body.model, worker)
     request_id = f"{kind}-{uuid.uuid4().hex}"
@@ -106,13 +106,14 @@ async def encode_all(
     """Token ids of several texts.
 
     Raises:
-        InputTooLong: one can never fit.
+        InputTooLong: a text can never fit the context.
     """
     ids = []
     for number, text in enumerate(texts):
         with locating_errors(location_of("prompt", number, len(texts))):
             ids.append(await encode_text(worker, text, add_special_tokens=add_special_tokens))
-        await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
+        # A hundred short texts take as long as a long text, which would be encoded on another thread.
+        await asyncio.sleep(0)
     return ids
 
 
@@ -126,20 +127,20 @@ def prepare_all(
     echoed_logprobs: int | None = None,
     continues_text: bool = False,
 ) -> list[Prepared]:
-    """The engine's requests, one for each input.
+    """Build the engine's requests, one for each input.
 
     Args:
         worker: for the model's limits.
-        target: who answers.
+        target: what `model` refers to.
         inputs: token ids.
-        body: what is asked.
-        choices: texts to generate for each input.
+        body: the request's body.
+        choices: number of texts to generate for each input.
         echoed_logprobs: report the log-probabilities of the input too, with this many likely tokens at each position.
-        continues_text: what is generated continues the input, also of a task.
+        continues_text: the output continues the input text, even for a task.
 
     Raises:
-        InvalidRequest: the request is too large, contradicts itself, or names tokens that there are not.
-        InputTooLong: more tokens are asked for at least than there is room for.
+        InvalidRequest: the request is too large, contradicts itself, or names unknown tokens.
+        InputTooLong: the minimum number of new tokens does not fit the context.
     """
     _check_choices(len(inputs), choices, body)
     manifest = target.manifest
@@ -175,10 +176,10 @@ def prepare_all(
 
 
 def _check_choices(inputs: int, choices: int, body: CompletionBody | ChatBody) -> None:
-    """Refuse more choices than one request may have, and the same text several times.
+    """Refuse more choices than one request may have, and several texts if all would be the same.
 
     Raises:
-        InvalidRequest: names the limit.
+        InvalidRequest: either is the case; the error names the limit.
     """
     if inputs * choices > MAX_CHOICES:
         raise InvalidRequest(
@@ -194,13 +195,13 @@ def _check_choices(inputs: int, choices: int, body: CompletionBody | ChatBody) -
 def start_all(
     request: Request, worker: EngineWorker, prepared: Sequence[Prepared], choices: int
 ) -> list[AsyncGenerator[Delta]]:
-    """Their deltas; each request starts when its first delta is requested."""
+    """The deltas of each request; a request starts when its first delta is requested."""
     running = [(one, run(worker, one, Observation.of(request, one))) for one in prepared]
     return [deltas if one.request.n == choices else _repeated(deltas, choices) for one, deltas in running]
 
 
 async def _repeated(deltas: AsyncGenerator[Delta], choices: int) -> AsyncGenerator[Delta]:
-    """The deltas of a greedy text as those of several choices: they are all the same, so it is computed once."""
+    """Repeat the deltas of a greedy text for several choices: all are the same, so the text is computed once."""
     async with aclosing(deltas):
         async for delta in deltas:
             for index in range(choices):
@@ -233,9 +234,9 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
 
 
 def _asks_for_sampling(body: SamplingBody, choices: int) -> bool:
-    """Whether the request asks for sampling without saying at which temperature.
+    """Whether the request asks for sampling but gives no temperature.
 
-    Clients send OpenAI's neutral values (top_p 1, n 1) unasked; those ask for nothing.
+    Clients send OpenAI's neutral values (top_p 1, n 1) by default; these do not ask for sampling.
     """
     narrowed = (body.top_p or 1) < 1 or (body.top_k or 0) > 0 or (body.min_p or 0) > 0
     return narrowed or choices > 1
@@ -252,7 +253,7 @@ def _biases(worker: EngineWorker, biases: dict[str, float]) -> tuple[tuple[int, 
 
 
 def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
-    """What the text must match, by either of the two ways to ask for it."""
+    """The grammar that the text must match, from `structured_outputs` or `response_format`."""
     form = body.structured_outputs
     if form is not None:
         if form.regex is not None:

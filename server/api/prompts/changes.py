@@ -1,4 +1,4 @@
-"""Changes of tasks, on their own threads and within a time limit."""
+"""Runs changes of tasks on their own threads and within a time limit."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ PUBLISH_SECONDS = 300.0
 async def in_time(
     seconds: float, executors: Executors, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """What a change returns.
+    """Run a change and return its result.
 
     Raises:
-        StoreTimeout: it took longer. One that waits for a thread is never made; one that runs may still come about.
-        Overloaded: too many changes wait.
+        StoreTimeout: the time limit has passed. A change that still waits for a thread is never made; a running change
+            may still succeed.
+        Overloaded: too many changes are waiting.
     """
     try:
         async with asyncio.timeout(seconds) as limit:
@@ -44,7 +45,7 @@ async def in_time(
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a task: by whose key, and what the task must be for it."""
+    """Makes a change of a task, with the request's key and the state that the task must be in."""
 
     registry: Registry
     executors: Executors
@@ -52,7 +53,7 @@ class Change:
     key_id: str | None
 
     async def make(self, change: Callable[..., T], *args: Any, seconds: float | None = None, **options: Any) -> T:
-        """As `in_time`, for one of the registry's changes."""
+        """Run one of the registry's changes with `in_time`."""
         about = {"by": self.key_id, "expected": self.expected, **options}
         return await in_time(seconds or CHANGE_SECONDS, self.executors, change, *args, **about)
 

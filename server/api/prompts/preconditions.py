@@ -18,7 +18,7 @@ async def _expected(
     if_match: Annotated[str | None, Header(description='"*", or the ETag that the task must still have.')] = None,
     if_none_match: Annotated[str | None, Header(description='"*": the task must not exist yet.')] = None,
 ) -> Expected:
-    """What the client believes of the task.
+    """The state that the client expects of the task.
 
     Raises:
         InvalidRequest: the header is neither * nor one ETag of a task.
@@ -48,5 +48,5 @@ ExpectedDep = Annotated[Expected, Depends(_expected)]
 
 
 def set_etag(response: Response, event: int) -> None:
-    """Tell the client what If-Match of its next change is to hold."""
+    """Set the reply's ETag, which the client sends as If-Match of its next change."""
     response.headers["ETag"] = f'"{event}"'

@@ -57,7 +57,7 @@ async def list_prompts(
     limit: Annotated[int, Query(ge=1, le=1000, description="Entries of a page.")] = 100,
     after: Annotated[str | None, Query(description="Start after this task: `next` of the previous page.")] = None,
 ) -> PromptList:
-    """All tasks by name, with what is broken in the inbox."""
+    """All tasks by name, including entries of the inbox that are broken."""
     tasks = {task.name: task for task in registry.tasks()}
     errors = registry.errors
     names = sorted(name for name in {*tasks, *errors} if (after is None or name > after) and may_see(request, name))
@@ -71,7 +71,7 @@ async def list_prompts(
     dependencies=[Reads],
 )
 async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) -> PromptDetail:
-    """One task: who answers, its versions, and the manifest. The ETag is what If-Match of a change takes."""
+    """One task: its live version, all versions, and the manifest. A change accepts the ETag as If-Match."""
     found = registry.task(task)
     set_etag(response, found.etag)
     shown = found.live or found.versions[max(found.versions)]
@@ -102,14 +102,18 @@ async def put_prompt(
     activate: Annotated[bool, Query(description="false stages it: only requests for task@version reach it.")] = True,
     dry_run: Annotated[bool, Query(description="true validates it as a publish would, and changes nothing.")] = False,
 ) -> PublishReply:
-    """Publish a soft prompt under a task's name; the next request is served by it, those in flight finish on theirs."""
+    """Publish a soft prompt for a task.
+
+    The next request uses it; requests in flight finish with the previous version.
+    """
     unknown = sorted(set(await request.form()) - {"files"})
     if unknown:
         raise InvalidRequest(f"Unknown form field {unknown[0][:80]!r}.", remedy="Send the files in the field `files`.")
     registry = change.registry
     soft_prompts, ignored = await in_time(PUBLISH_SECONDS, change.executors, _validate, task, files, registry, settings)
     for name in names_of(task, soft_prompts):
-        allow_task(request, name)  # the key is for `task`; the rows of a multitask soft prompt have names of their own
+        # The route has checked the key for `task` only; a multitask soft prompt has one task name for each row.
+        allow_task(request, name)
     published = await change.make(
         registry.publish, task, soft_prompts, "api", activate=activate, dry_run=dry_run, seconds=PUBLISH_SECONDS
     )
@@ -134,14 +138,14 @@ async def put_prompt(
 
 @router.delete("/{task}", status_code=204, responses=CHANGE_ERRORS, dependencies=[Publishes])
 async def delete_prompt(task: TaskName, change: ChangeDep) -> None:
-    """Delete a task and all its versions; requests in flight finish, then nothing of it is left."""
+    """Delete a task and all its versions. Requests in flight finish first, then nothing of the task remains."""
     await change.make(change.registry.delete, task)
 
 
 def _validate(
     task: str, files: list[UploadFile], registry: Registry, settings: Settings
 ) -> tuple[list[SoftPrompt], list[str]]:
-    """From the form's files to soft prompts, and the names of files that were not taken; all are gone afterwards."""
+    """The soft prompts in the form's files, and the names of ignored files. Temporary copies are removed."""
     check_task_name(task)
     if not files:
         raise InvalidSoftPrompt("The form has no files.")
@@ -167,5 +171,5 @@ def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
 
 
 def shares(task: Task) -> dict[str, int] | None:
-    """Who answers by weight, in a canary; None where it is one version, or none."""
+    """The traffic share of each version in a canary; None if at most one version is live."""
     return {str(version): share for version, share in task.traffic} if len(task.traffic) > 1 else None

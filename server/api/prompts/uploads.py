@@ -1,9 +1,10 @@
-"""Turns an upload into a PEFT directory: named files, or one zip of them, copied within a size limit.
+"""Turns an upload (the files, or one zip of them) into a PEFT directory, within a size limit.
 
-A zip is never trusted: only the files of a soft prompt are taken out, under fixed names, and bytes are counted as they
-unfold, because the sizes in its directory may lie. The limit on what all files unfold to is the limit on an upload, so
-a limit on their ratio would add nothing but refusals: a bomb costs no more than an honest upload of that size, entries
-that share their bytes are counted as often as they are taken, and real soft prompts that began as zeros pack 1000:1.
+A zip is never trusted: only the files of a soft prompt are extracted, under fixed names, and bytes are counted during
+extraction, because the sizes in the zip's directory may be false. All extracted files together may have the size of an
+upload. A limit on the compression ratio would only add wrong refusals: a zip bomb costs no more than an honest upload
+of that size, entries that share bytes are counted each time they are extracted, and a real soft prompt that was
+initialised with zeros compresses 1000:1.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ ACCEPTED_FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
 MAX_ZIP_ENTRIES = 64
 MAX_DIRECTORY_BYTES = 2**18
 END_RECORD_REACH = 2**16 + 22 + 20
-"""Bytes at a zip's end that hold its end record: the longest comment, the record, and zip64's pointer before it."""
+"""Bytes at a zip's end that contain its end record: the longest comment, the record, and zip64's locator before it."""
 BROKEN_ZIP = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
     *(EOFError, ArithmeticError, LookupError, RuntimeError, ValueError),
 )
-"""What zipfile raises on a zip that is damaged or forged: it documents only the first."""
+"""Exceptions that zipfile raises for damaged or forged zips; it documents only the first."""
 MAKE_PLAIN = "Make a plain zip of the files."
 
 
 class Unpacked(NamedTuple):
-    """A directory with the files of a soft prompt, and the names of the files that were sent and not taken."""
+    """A directory with the files of a soft prompt, and the names of the ignored files of the upload."""
 
     directory: Path
     ignored: list[str]
@@ -49,7 +50,7 @@ class Unpacked(NamedTuple):
 
 @contextmanager
 def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unpacked]:
-    """An upload's files in a temporary directory, which is gone afterwards, however that ends.
+    """Context manager: an upload's files in a temporary directory, which is always removed at the end.
 
     Raises:
         StoreError: the temporary directory cannot be written or read.
@@ -63,11 +64,11 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unp
 
 
 def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> list[str]:
-    """Write the files of a soft prompt into a directory; answers the names of those that were not taken.
+    """Write the files of a soft prompt into a directory; returns the names of ignored files.
 
     Raises:
-        InvalidSoftPrompt: a file has no place in a soft prompt, comes twice, or the zip is unsafe or broken.
-        PayloadTooLarge: the files unfold to more than `max_bytes`.
+        InvalidSoftPrompt: a file does not belong to a soft prompt or occurs twice, or the zip is unsafe or broken.
+        PayloadTooLarge: the extracted files exceed `max_bytes`.
     """
     names = [_path(file.filename or "").name for file in files]
     if len(files) == 1 and names[0].lower().endswith(".zip"):
@@ -105,21 +106,23 @@ def _unzip(source: IO[bytes], directory: Path, max_bytes: int) -> list[str]:
                 with archive.open(entry) as file:
                     max_bytes -= copy_within(file, _new(directory, path.name), max_bytes, _too_large())
     except (*BROKEN_ZIP, OSError) as exc:
-        if isinstance(exc, OSError) and exc.errno != errno.EINVAL:  # which is a seek to where no file can have bytes
+        # EINVAL is a seek to an offset that no file can have.
+        if isinstance(exc, OSError) and exc.errno != errno.EINVAL:
             raise
         raise InvalidSoftPrompt(f"The zip cannot be read: {str(exc)[:200]}.", remedy=MAKE_PLAIN) from exc
     return ignored
 
 
 def _path(name: str) -> PurePosixPath:
-    """A file's path, whether its name was written with slashes or, on Windows, with backslashes."""
+    """A file's path; Windows may write its name with backslashes."""
     return PurePosixPath(name.replace("\\", "/"))
 
 
 def _check_folders(paths: Sequence[PurePosixPath]) -> None:
-    """Refuse files of two soft prompts: a config and a tensor of different folders need not belong together."""
+    """Refuse files from different folders: a config and a tensor may then belong to different soft prompts."""
     folders = sorted({str(path.parent) for path in paths})
-    if len(folders) > 1 and len({path.name for path in paths}) == len(paths):  # else one comes twice, which is clearer
+    # Otherwise a file occurs twice, and that error is clearer.
+    if len(folders) > 1 and len({path.name for path in paths}) == len(paths):
         raise InvalidSoftPrompt(
             f"The zip has files of a soft prompt in {folders[0][:100]!r} and in {folders[1][:100]!r}.",
             remedy="Zip the files of one soft prompt, in one folder.",
@@ -127,9 +130,9 @@ def _check_folders(paths: Sequence[PurePosixPath]) -> None:
 
 
 def _leave_out(name: str, directory: Path) -> str:
-    """Take note of a file that is not used."""
+    """The name to report for a file that is not used."""
     if name in PICKLE_FILES:
-        (directory / name).touch()  # formats.py says what is wrong with it where it is all that there is
+        (directory / name).touch()  # formats.py explains the problem if there is no other tensor file
     return name[:100]
 
 
@@ -152,7 +155,7 @@ def _check_directory(source: IO[bytes]) -> None:
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
-    """Refuse entries that point outside, are links, or are encrypted; none of them has a place in a soft prompt."""
+    """Refuse entries that point outside the zip, are links or devices, are encrypted, or use a rare compression."""
     path = _path(entry.filename)
     if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
         raise InvalidSoftPrompt(f"The zip has an entry outside its folder: {entry.filename[:100]!r}.")

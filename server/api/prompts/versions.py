@@ -36,7 +36,7 @@ router = APIRouter(
 )
 
 PAGE = 100
-"""Versions of a page, with their metrics and descriptions."""
+"""Maximum number of versions on a page."""
 
 Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=[1])]
 
@@ -70,7 +70,7 @@ async def activate(
     change: ChangeDep,
     response: Response,
 ) -> VersionList:
-    """Let one version answer, alone; ends a canary."""
+    """Make one version the only live version; ends a canary."""
     return _versions(change.registry, await change.make(change.registry.activate, task, body.version), response)
 
 
@@ -84,7 +84,7 @@ async def roll_back(
     change: ChangeDep,
     response: Response,
 ) -> VersionList:
-    """Let what answered before answer again; twice in a row goes back twice."""
+    """Restore the previously live version or canary; a second rollback goes back one more."""
     return _versions(change.registry, await change.make(change.registry.roll_back, task), response)
 
 
@@ -103,7 +103,10 @@ async def set_traffic(
     change: ChangeDep,
     response: Response,
 ) -> VersionList:
-    """Let versions answer by weight, until one is activated: a canary. A request's `user` stays on one side."""
+    """Divide the traffic between versions by weight, until one is activated: a canary.
+
+    A `user` stays with one version.
+    """
     return _versions(change.registry, await change.make(change.registry.set_traffic, task, weights), response)
 
 
@@ -119,7 +122,7 @@ async def set_traffic(
     dependencies=[Publishes],
 )
 async def download(task: TaskName, version: Number, registry: RegistryDep, executors: ExecutorsDep) -> Response:
-    """A version as a zip that `PeftModel.from_pretrained` loads once unpacked, and that PUT takes back."""
+    """A version as a zip that PUT accepts; `PeftModel.from_pretrained` loads the unpacked zip."""
     found, soft_prompt = await find_soft_prompt(registry, f"{task}@{version}", "")
     about = {
         "task": task,
@@ -130,7 +133,8 @@ async def download(task: TaskName, version: Number, registry: RegistryDep, execu
         "num_virtual_tokens": soft_prompt.num_virtual_tokens,
         "hidden_size": registry.model.hidden_size,
     }
-    if found.content.about.problem is not None:  # another version of the same numbers may be in memory
+    # Another version with the same tensor may be in memory, so reading it did not fail.
+    if found.content.about.problem is not None:
         raise VersionUnavailable(f"This server cannot read the version: {found.content.about.problem}")
     data = await in_time(CHANGE_SECONDS, executors, _zip, found.content, soft_prompt, about, registry.model)
     headers = {"Content-Disposition": f'attachment; filename="{task}-{version}.zip"', "ETag": f'"{soft_prompt.digest}"'}
@@ -148,12 +152,12 @@ async def delete_version(
     version: Number,
     change: ChangeDep,
 ) -> None:
-    """Delete a version that does not answer."""
+    """Delete a version that is not live."""
     await change.make(change.registry.delete_version, task, version)
 
 
 def _zip(content: VersionContent, soft_prompt: SoftPrompt, about: dict[str, Any], model: ModelSpec) -> bytes:
-    """A version's zip; its manifest is its own, where several versions of one digest differ in what they say."""
+    """A version's zip, with the version's own manifest: versions with the same digest may have different manifests."""
     manifest = content.parse_manifest().model_copy(update=about)
     return zip_soft_prompt(replace(soft_prompt, manifest=manifest), model)
 

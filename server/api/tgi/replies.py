@@ -1,4 +1,4 @@
-"""Choices as text-generation-inference's replies and events."""
+"""Renders choices as text-generation-inference's replies and events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.engine.text.choice_scoring import judge
 from server.engine.worker import EngineWorker
 
 IN_STREAMS = {"finish_reason", "generated_tokens", "input_length", "prompt_tokens", "virtual_tokens", "seed"}
-"""Details that the last event of a stream carries."""
+"""Fields of `details` in a stream's last event."""
 
 
 def reply_of(
@@ -32,7 +32,8 @@ def reply_of(
     front = text if parameters.return_full_text else ""
     if parameters.choices is not None:
         return _chosen(choices, parameters)
-    best, *others = sorted(choices, key=lambda choice: -choice.mean_logprob)  # stable: of equals the first
+    # The sort is stable: of equal choices, the first wins.
+    best, *others = sorted(choices, key=lambda choice: -choice.mean_logprob)
     reply = GenerateReply(generated_text=front + best.text)
     if parameters.wants_details:
         prefill = _prefill(choices, worker)
@@ -79,7 +80,7 @@ async def events(
 def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> GenerateReply:
     labels = parameters.choices or []
     judged = judge(labels, [choice.scored for choice in choices], length_normalized=bool(parameters.length_normalized))
-    best = max(judged, key=lambda label: label.probability)  # of equals the first
+    best = max(judged, key=lambda label: label.probability)  # of equal labels, the first wins
     bodies = [
         ChoiceBody(text=it.text, probability=it.probability, logprob=it.logprob, tokens=it.num_tokens) for it in judged
     ]
@@ -87,7 +88,7 @@ def _chosen(choices: Sequence[Choice], parameters: GenerateParameters) -> Genera
 
 
 def _prefill(choices: Sequence[Choice], worker: EngineWorker) -> list[InputTokenBody]:
-    """The input's tokens, which all choices share and the engine tells once: with the first one."""
+    """The input's tokens, which all choices share; the engine reports them once, with the first choice."""
     return [
         InputTokenBody(id=scored.id, text=worker.text.tokens.text_of(scored.id), logprob=scored.logprob)
         for scored in choices[0].scored
@@ -144,7 +145,7 @@ def _seed(prepared: Prepared) -> int | None:
 
 
 def _token(token: Token, worker: EngineWorker) -> TokenBody:
-    """A special token is none of the text, and reads as its name."""
+    """Render a token. A special token is not part of the text; its `text` is its name."""
     text = worker.text.tokens.text_of(token.id) if token.special else token.text
     return TokenBody(id=token.id, text=text, logprob=token.logprob, special=token.special)
 

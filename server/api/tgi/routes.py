@@ -67,7 +67,7 @@ async def generate_list(
     key_id: KeyIdDep,
     task: str | None = TaskQuery,
 ) -> Response:
-    """The same as /generate, for clients that know only the server's address; the reply is always a list."""
+    """The same as /generate, for clients that are given only the server's address; the reply is always a list."""
     if isinstance(body.inputs, str) and not body.stream:
         body = body.model_copy(update={"inputs": [body.inputs]})
     return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
@@ -139,11 +139,12 @@ async def _answer(
             )
         _refuse_equal_texts(one, parameters)
         prepared.append(one)
-        await asyncio.sleep(0)  # a hundred short texts are as long as one that would not be encoded on this thread
+        # A hundred short texts take as long as a long text, which would be encoded on another thread.
+        await asyncio.sleep(0)
     headers = _common(item.headers(worker) for item in prepared)
     if stream:
         deltas = run(worker, prepared[0], Observation.of(request, prepared[0]))
-        # The first token is awaited before the status goes out, so that a refusal is still a 4xx.
+        # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         return EventStream(events(first, deltas, body, prepared[0], worker), headers)
     running = [run(worker, item, Observation.of(request, item)) for item in prepared]
@@ -167,7 +168,7 @@ async def _replies(
 
 
 def _common(headers: Iterable[dict[str, str]]) -> dict[str, str]:
-    """What is true of all answers: in a canary the texts of a list may go to different versions."""
+    """The headers that are the same for all texts: in a canary, different versions may answer the texts of a list."""
     first, *others = headers
     return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
 
@@ -219,11 +220,11 @@ SAME_NAMES = (
     *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
-"""Parameters that SamplingParams calls the same."""
+"""Parameters that have the same name in SamplingParams."""
 
 
 def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
-    """A request's parameters in the engine's words."""
+    """Translate a request's parameters into the engine's names."""
     fields = {name: getattr(parameters, name) for name in SAME_NAMES if getattr(parameters, name) is not None}
     best_of = parameters.best_of or 1
     if parameters.stop is not None:
@@ -250,8 +251,9 @@ def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
 
 
 def _wants_sampling(parameters: GenerateParameters) -> bool:
-    """Whether the request asks for sampling without saying at which temperature."""
-    # Clients send neutral values of the newer ones unasked; top_k and top_p have always asked by being there.
+    """Whether the request asks for sampling but gives no temperature."""
+    # Clients send neutral values of the newer parameters by default, so these count only if they are not neutral; top_k
+    # and top_p count whenever they are set.
     newer = (parameters.min_p or 0.0) > 0 or (parameters.typical_p or 1.0) < 1
     asked = parameters.do_sample or parameters.top_k is not None or parameters.top_p is not None or newer
     return bool(asked) and parameters.do_sample is not False and parameters.temperature is None

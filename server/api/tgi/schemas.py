@@ -22,15 +22,15 @@ MAX_INPUTS = 128
 MAX_BEST_OF = 64
 MAX_CHOICES = 128
 MAX_GENERATED = 128
-"""Most texts that one request generates: its inputs times `best_of`."""
+"""Maximum number of texts that one request generates: its inputs times `best_of`."""
 MAX_SCORED = 2048
-"""Most labels that one request scores: its inputs times `choices`."""
+"""Maximum number of labels that one request scores: its inputs times `choices`."""
 MAX_STOP = 16
 MAX_STOP_IDS = 128
 MAX_TOP_TOKENS = 20
 
 NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate")
-"""Parameters that mean something where labels are scored; all others say how to generate."""
+"""Parameters that are allowed together with `choices`; all others concern generation."""
 
 
 class _Strict(RequestBody):
@@ -38,7 +38,7 @@ class _Strict(RequestBody):
 
 
 class GrammarBody(_Strict):
-    """What the generated text must match."""
+    """A grammar that the generated text must match."""
 
     type: Literal["json", "json_schema", "regex", "lark", "ebnf"]
     value: Any = Field(
@@ -59,7 +59,7 @@ class GrammarBody(_Strict):
 
     @property
     def grammar(self) -> Grammar:
-        """For the engine."""
+        """The grammar in the engine's form."""
         if self.type in ("regex", "lark", "ebnf"):
             return grammar_of(GrammarKind(self.type), str(self.value))
         schema = self.value["schema"] if self.type == "json_schema" else self.value
@@ -67,7 +67,10 @@ class GrammarBody(_Strict):
 
 
 class GenerateParameters(_Strict):
-    """Parameters by text-generation-inference's names; those that are null take the task's default, then greedy."""
+    """Parameters by text-generation-inference's names.
+
+    A null parameter takes the task's default, then greedy decoding.
+    """
 
     adapter_id: str | None = Field(None, description="The task; the same as ?task=.")
     do_sample: bool | None = Field(None, description="false is greedy; true samples at temperature 1 unless given.")
@@ -201,7 +204,7 @@ class GenerateBody(_Strict):
 
 
 class TokenBody(BaseModel):
-    """One generated token. Joined, the texts of those that are not special are the generated text."""
+    """One generated token. The generated text is the concatenation of all tokens that are not special."""
 
     id: int
     text: str
@@ -210,7 +213,7 @@ class TokenBody(BaseModel):
 
 
 class InputTokenBody(BaseModel):
-    """One token of the input; nothing is known of how likely the first one was."""
+    """One token of the input. The first token has no log-probability."""
 
     id: int
     text: str
@@ -230,7 +233,7 @@ class SequenceBody(BaseModel):
 
 
 class DetailsBody(BaseModel):
-    """What `details: true` adds."""
+    """The `details` of a reply."""
 
     finish_reason: str = Field(description="length, eos_token or stop_sequence.")
     generated_tokens: int
@@ -270,7 +273,7 @@ class TokenizeBody(_Strict):
 
 
 class TokenizedBody(BaseModel):
-    """One token of a text, and the characters that it stands for."""
+    """One token of a text, and the range of characters that it covers."""
 
     id: int
     text: str

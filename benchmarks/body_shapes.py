@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.api.bodies import ORDERS, TEXTS, Bounds
+from server.api.body_sizes import MAX_JSON_BYTES, MAX_ORDER_BYTES, json_limit
 from server.api.jobs.table import KINDS
-from server.api.limits import MAX_JSON_BYTES, MAX_ORDER_BYTES, json_limit
 
 JOB_PATHS = [kind.router.prefix for kind in KINDS]
 

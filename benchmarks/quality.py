@@ -46,10 +46,10 @@ from server.train.config import TrainingConfig
 from server.train.data import encode_examples, labels_of, read_data
 from server.train.dtype import training_settings
 from server.train.initial import initial_values
+from server.train.learning_rate import Tried, find_learning_rate
 from server.train.methods import LearnedPrefix, build_prefix
 from server.train.objectives import Lesson, Targets
 from server.train.record import TrainingProgress
-from server.train.sweep import Tried, find_learning_rate
 from server.train.trainer import TrainingProblem, train
 
 TASKS = ("rotten_tomatoes", "e2e_nlg")

@@ -24,22 +24,22 @@ from tqdm import tqdm
 from server.api.app import create_app
 from server.api.browsers import is_loopback
 from server.api.connection import bounded_protocol
+from server.background_service import Service
 from server.contracts import GenerationRequest, SamplingParams
+from server.engine.admission_control import Limits
 from server.engine.build import load_engine
 from server.engine.engine import Engine
 from server.engine.model.device_defaults import as_served
-from server.engine.scheduling.admission import Limits
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
 from server.jobs.job_queue import JobBoard
-from server.jobs.runner import JobRunner
+from server.jobs.supervisor import JobRunner
 from server.keys.live import ApiKeys
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
-from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import httpx
 
 START_SECONDS = 90
 COMMAND = "from server.cli.main import app\napp()"
-PRELOADED = ["server.cli.main", "server.serve", "server.train.run", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["server.cli.main", "server.serve", "server.train.train_task", "transformers.models.llama.modeling_llama"]
 """What a server imports. Forks share it; to import it again takes each process six seconds of a core."""
 
 

@@ -13,7 +13,7 @@ import server
 ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
-BOTTOM = {"contracts", "errors", "replies", "service", "settings", "validation"}
+BOTTOM = {"contracts", "errors", "replies", "background_service", "settings", "validation"}
 BELOW_CLI = BOTTOM | {
     "soft_prompts",
     "registry",
@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "executors": {"errors"},
     "log_lines": set(),
     "validation": set(),
-    "service": set(),
+    "background_service": set(),
     "replies": {"validation"},
     "long_work": {"errors", "executors"},
     "soft_prompts": BOTTOM,

@@ -15,15 +15,15 @@ from starlette.types import ASGIApp
 
 from server import __version__
 from server.api import ops, pages, sagemaker
+from server.api.body_sizes import BodyLimit
 from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.error_format import ErrorFormats
 from server.api.errors import install_error_handlers
-from server.api.head import HeadAsGet
+from server.api.head_method import HeadAsGet
 from server.api.jobs.followers import Followers
 from server.api.jobs.kind import Site
 from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS
-from server.api.limits import BodyLimit
 from server.api.openai import chat, completions, models
 from server.api.openai.errors import OPENAI_ERRORS
 from server.api.prompts import routes as prompts
@@ -33,12 +33,12 @@ from server.api.telemetry.metrics import Metrics
 from server.api.tgi import routes as tgi
 from server.api.tgi.schemas import TGI_ERRORS
 from server.api.training.schemas import JOB_ERRORS
+from server.background_service import Service
 from server.engine.worker import EngineWorker
 from server.executors import Executors
 from server.jobs.job_queue import JobBoard
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
-from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Reads the bodies of requests: JSON, or a form of fields and files. All routes read theirs here.
 
-What holds up the event loop or fills memory is refused before it is read: by a body's size (`limits.py`), the number of
-its values and names, the length of a name. This limits how long validation takes and how many errors it can report.
+What holds up the event loop or fills memory is refused before it is read: by a body's size (`body_sizes.py`), the
+number of its values and names, the length of a name. This limits how long validation takes and how many errors it can
+report.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from server.engine.text.choice_scoring import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, UnknownToken, VersionUnavailable
 from server.registry.registry import Registry
-from server.registry.snapshot_views import Resolved
+from server.registry.task_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 

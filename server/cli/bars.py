@@ -9,8 +9,8 @@ if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answe
     from tqdm import tqdm
 
     from server.client import Job
+    from server.train.learning_rate import Tried
     from server.train.record import TeacherForcedScore, TrainingProgress
-    from server.train.sweep import Tried
 
 
 def describe(score: TeacherForcedScore) -> str:

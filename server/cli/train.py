@@ -21,7 +21,7 @@ from server.settings import Settings
 from server.train.config import TrainingConfig
 
 if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
-    from server.train.files import TaskFiles, TaskRows
+    from server.train.inputs import TaskFiles, TaskRows
 
 ABANDONED_SECONDS = 30 * 24 * 3600.0
 """Interrupted runs older than this are not resumed."""
@@ -86,7 +86,7 @@ def config_of(options: TrainOptions) -> TrainingConfig:
 
 def files_of(options: TrainOptions, settings: Settings) -> TaskFiles:
     """The task's files, and what is written about it."""
-    from server.train.files import TaskFiles
+    from server.train.inputs import TaskFiles
 
     data, validation = options.data, options.validation
     return TaskFiles(
@@ -113,7 +113,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     from server.engine.model.frozen import FrozenModel
     from server.train.dtype import training_settings
     from server.train.output import check_writable, write_task
-    from server.train.run import train_task
+    from server.train.train_task import train_task
 
     check_writable(directory)
     checkpoints = settings.cache_dir.expanduser() / "training" / files.task
@@ -183,7 +183,7 @@ def refuse(purpose: str, remedy: str, **given: object) -> None:
 
 def read_rows(files: TaskFiles, config: TrainingConfig) -> TaskRows:
     """Read and check all rows; tell what was read, and what is odd about it."""
-    from server.train.files import read_task
+    from server.train.inputs import read_task
 
     rows, is_distilled = read_task(files, config), config.teacher_template is not None
     for training, validation, labels in zip(rows.training, rows.validation, rows.labels, strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, SamplingParams, Token
 from server.engine.attention.cached_rows import Span
-from server.engine.checks import check_request
+from server.engine.check_request import check_request
 from server.engine.grammars.compiled import Compiled, Grammars
 from server.engine.grammars.walks import Walk, Walks
 from server.engine.memory.kv_cache import KVCache

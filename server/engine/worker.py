@@ -19,15 +19,15 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 import torch
 
 from server.contracts import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
+from server.engine.admission_control import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.engine_thread import TICK_SECONDS, EngineThread
 from server.engine.grammars.compile_queue import GrammarQueue
 from server.engine.memory.prefix_cache import PrefixCache
 from server.engine.memory.shared_inputs import SharedInputs
 from server.engine.memory.slots import SlotAllocator
-from server.engine.scheduling.admission import Admission, Limits
-from server.engine.streams import Stream, Streams
 from server.engine.text.model_text import ModelText
+from server.engine.unread_deltas import Stream, Streams
 from server.errors import (
     GenerationFailed,
     InvalidSoftPrompt,

@@ -1,6 +1,6 @@
 """One evaluation: requests for each system, and the report on the answers. Its caller runs the requests.
 
-`prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`in_server.py`).
+`prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`beside_traffic.py`).
 Both call `prepare`, then `Evaluation.ask` for each row, then `Evaluation.report`.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from server.evaluation import metrics
 from server.evaluation import systems as ways
-from server.evaluation.bounds import EvaluationBounds
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
 from server.evaluation.questions import Answer, Questions, RowRequest
 from server.evaluation.report import EvaluationSubject, Report, SystemScore
+from server.evaluation.resource_limits import EvaluationBounds
 from server.evaluation.systems import Host, RequestedBaselines, System, TeacherText
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile

@@ -13,7 +13,7 @@ from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_size
 from server.train.config import contradiction
 from server.train.data import CanFit, Encode, check_lengths
-from server.train.files import TaskFiles, read_task
+from server.train.inputs import TaskFiles, read_task
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 from server.errors import PreludeError, StoreFull
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure
-from server.jobs.main import FULL, REFUSED
+from server.jobs.process_main import FULL, REFUSED
 
 
 def failure_of(folder: JobFolder, code: int | None) -> Failure:

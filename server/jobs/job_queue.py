@@ -1,4 +1,4 @@
-"""A server's jobs: adding, listing, cancelling, from any thread. `runner.py` runs them."""
+"""A server's jobs: adding, listing, cancelling, from any thread. `supervisor.py` runs them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
     write_order(folder, settings, os.getpid(), steps_back=steps_back)
     with folder.log.open("ab") as output:
         return subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-m", "server.jobs.main", str(folder.path)],
+            [sys.executable, "-m", "server.jobs.process_main", str(folder.path)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -18,13 +18,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from server.background_service import Service
 from server.errors import InvalidTaskName, PreludeError, UnknownTask
 from server.registry.events import content_of
 from server.registry.inbox_entry import Files, InboxEntry, Missing, Read, Settling, Unseen, changed
 from server.registry.inbox_watcher import Folder
 from server.registry.registry import Registry
 from server.registry.state import StoredVersion
-from server.service import Service
 from server.soft_prompts.declared import CONFIG_FILE
 from server.soft_prompts.formats import MANIFEST_FILE, TENSOR_FILE, load_soft_prompts
 from server.soft_prompts.names import check_task_name, names_of

@@ -93,7 +93,7 @@ def open_objects(url: str) -> Objects:
     if scheme not in ("s3", "gs", "az"):
         raise StoreError(f"PRELUDE_STORE is of an unknown kind, {scheme!r}.", remedy=_USE_A_URL)
     try:
-        from server.registry.remote import RemoteObjects
+        from server.registry.bucket import RemoteObjects
     except ImportError as exc:
         raise StoreError(
             f"PRELUDE_STORE is {scheme}:…, and obstore, which accesses it, cannot be imported: {exc}.",

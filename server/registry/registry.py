@@ -20,10 +20,10 @@ from server.registry import commands as plans
 from server.registry.bounded import BoundedLock, result_of
 from server.registry.commands import Expected, PublishPlan
 from server.registry.events import Change, Event, Publish, Retire, Source, VersionContent, content_of, contents_of
-from server.registry.live import HOST_MEMORY, LiveMap
-from server.registry.snapshot_views import Published, Task
+from server.registry.live_map import HOST_MEMORY, LiveMap
 from server.registry.state import RegistryState
 from server.registry.store import Behind, Store
+from server.registry.task_views import Published, Task
 from server.registry.unreadable import Entry
 from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt

@@ -2,7 +2,7 @@
 
     blobs/<digest>-<nonce>.safetensors   one per version: tensor, with peft_type and manifest; never rewritten
     events/000000000042.json             create-if-absent: of two writers exactly one wins a number
-    snapshots/000000001000.json.gz       the state at an event, so that those before it can go (`snapshots.py`)
+    snapshots/000000001000.json.gz       the state at an event, so that those before it can go (`log_snapshots.py`)
 
 A blob is whole and durable before an event names it, and an event is whole and durable before anybody hears of the
 change. A blob that no event names is garbage: its publisher lost, or was killed between the two.
@@ -25,8 +25,8 @@ from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
 from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent, content_of
+from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
-from server.registry.snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.state import RegistryState
 from server.registry.unreadable import Entry, read_event
 from server.soft_prompts.manifest import Manifest

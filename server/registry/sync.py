@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from server.background_service import Service
 from server.errors import PreludeError
 from server.registry.registry import Registry
-from server.service import Service
 
 log = logging.getLogger(__name__)
 

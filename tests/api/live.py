@@ -24,6 +24,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.connection import bounded_protocol
+from server.background_service import Service
 from server.engine.attention.interface import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
 from server.engine.model.frozen import FrozenModel
@@ -31,15 +32,14 @@ from server.engine.worker import EngineWorker
 from server.jobs.folder import JobFolder
 from server.jobs.job_queue import JobBoard
 from server.jobs.launcher import Child, write_order
-from server.jobs.main import main
-from server.jobs.runner import JobRunner
+from server.jobs.process_main import main
+from server.jobs.supervisor import JobRunner
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
 from server.serve import limits, open_keys
-from server.service import Service
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt

@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 
 from server.api import bodies
 from server.api.bodies import MAX_DIGITS, MAX_NAME, ORDERS, TEXTS, misfit, nearest, parse_json
+from server.api.body_sizes import MAX_JSON_BYTES, json_limit
 from server.api.jobs.table import KINDS
-from server.api.limits import MAX_JSON_BYTES, json_limit
 from server.contracts import TemplatedText
 from server.errors import InvalidRequest, PreludeError
 from tests.api.live import LiveServer, assert_error

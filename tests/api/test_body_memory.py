@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.limits import FORM_BYTES, FREE_BYTES, BodyLimit
+from server.api.body_sizes import FORM_BYTES, FREE_BYTES, BodyLimit
 from server.errors import Overloaded, PayloadTooLarge
 from tests.api.body_limits import DISK, HUGE, MEMORY
 from tests.api.live import LiveServer

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from server.api.connection import bounded_protocol
-from server.api.head import HeadAsGet
+from server.api.head_method import HeadAsGet
 from server.api.raw_replies import MAX_HEADER_BYTES
 from tests.api.live import LiveServer, serving
 from tests.api.raw import PIECE, answer, post, talk

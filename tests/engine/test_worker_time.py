@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
+from server.engine.admission_control import Limits
 from server.engine.attention.interface import Layout
 from server.engine.model.frozen import FrozenModel
-from server.engine.scheduling.admission import Limits
 from server.engine.worker import EngineWorker
 from server.errors import (
     GenerationFailed,
@@ -98,7 +98,7 @@ async def test_a_request_that_takes_too_long_leaves_its_place_also_if_nobody_rea
 async def test_what_waits_to_be_read_is_bounded_and_who_lets_most_wait_is_dropped(
     worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.streams.MOST_UNREAD", 300)
+    monkeypatch.setattr("server.engine.unread_deltas.MOST_UNREAD", 300)
     asked = [
         request("modest", [1], max_new_tokens=40, ignore_eos=True),
         request("greedy", [1], max_new_tokens=90, ignore_eos=True, n=4, temperature=1.0, logprobs=True, top_logprobs=2),

@@ -18,7 +18,7 @@ from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.jobs.job_queue import JobBoard
 from server.jobs.record import read_lines
-from server.jobs.runner import JobRunner, Start
+from server.jobs.supervisor import JobRunner, Start
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings

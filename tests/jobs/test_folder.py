@@ -13,10 +13,10 @@ import torch
 from server.engine.model.frozen import FrozenModel
 from server.engine.model.preflight import Stored
 from server.errors import InsufficientMemory, StoreError, UnknownJob
+from server.jobs.check_memory import check_room, weight_bytes
 from server.jobs.folder import JobsFolder
 from server.jobs.job import JOB_ID, ActivateIf, DataNames, JobSpec, JobState, new_job_id
-from server.jobs.main import end_with
-from server.jobs.memory import check_room, weight_bytes
+from server.jobs.process_main import end_with
 from server.jobs.record import Recorder, read_lines, read_progress
 from server.settings import Settings
 from server.train.config import TrainingConfig
@@ -167,19 +167,19 @@ def test_a_quantised_checkpoint_needs_what_it_stores(
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (directory / "config.json").write_text(json.dumps(config))
     stored = {"a.qweight": Stored("I32", 1000), "a.scales": Stored("F16", 10)}
-    monkeypatch.setattr("server.jobs.memory.check_files", lambda directory: stored)
+    monkeypatch.setattr("server.jobs.check_memory.check_files", lambda directory: stored)
     settings = Settings.load(model=str(directory), dtype="bfloat16", device="cpu")
     assert weight_bytes(settings, torch.device("cuda:0")) == 4000 + 20
 
 
 def test_a_process_ends_once_its_parent_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
-    monkeypatch.setattr("server.jobs.main.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("server.jobs.main.os._exit", lambda code: ended.set())
+    monkeypatch.setattr("server.jobs.process_main.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("server.jobs.process_main.os._exit", lambda code: ended.set())
     parent = os.getppid()
     end_with(parent)
     assert not ended.wait(0.1)
-    monkeypatch.setattr("server.jobs.main.os.getppid", lambda: 1)
+    monkeypatch.setattr("server.jobs.process_main.os.getppid", lambda: 1)
     assert ended.wait(2)
 
 

@@ -18,8 +18,8 @@ from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobState, Status
 from server.jobs.job_queue import JobBoard
 from server.jobs.launcher import Child
-from server.jobs.main import FULL, _is_full
-from server.jobs.runner import JobRunner
+from server.jobs.process_main import FULL, _is_full
+from server.jobs.supervisor import JobRunner
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings

@@ -31,8 +31,8 @@ from server.registry.events import (
     Traffic,
     VersionContent,
 )
-from server.registry.snapshot_views import Task
 from server.registry.state import RegistryState
+from server.registry.task_views import Task
 
 
 def content(digest: str) -> VersionContent:

@@ -26,7 +26,7 @@ import torch
 
 from server.contracts import ModelSpec
 from server.errors import PreludeError
-from server.registry import snapshots as snapshots_module
+from server.registry import log_snapshots as snapshots_module
 from server.registry import store as store_module
 from server.registry.objects import LocalObjects
 from server.registry.registry import Registry

@@ -55,7 +55,7 @@ def test_a_listing_is_sorted_and_of_one_folder(
     objects: Objects, open_again: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # so that it comes in pages
-    monkeypatch.setattr("server.registry.remote.PAGE", 3)
+    monkeypatch.setattr("server.registry.bucket.PAGE", 3)
     names = [f"{number:012d}.json" for number in range(1, 9)]
     for name in reversed(names):
         objects.create(f"events/{name}", b"{}")
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_made_says_where_one_could_be(tmp_path: Path) ->
 
 def test_a_bucket_without_the_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "server.registry.remote", raising=False)
+    monkeypatch.delitem(sys.modules, "server.registry.bucket", raising=False)
     with pytest.raises(StoreError, match="obstore") as caught:
         open_objects("s3://bucket/prefix")
     assert caught.value.remedy == 'Install it with `pip install "prelude-server[store]"`.'

@@ -6,8 +6,8 @@ from server.api.bodies import Body
 from server.api.evaluations.schemas import FILES, EvaluationRequest
 from server.api.evaluations.work import EvaluationWork
 from server.api.generation import find_soft_prompt
+from server.api.jobs.job_bodies import Order, find_files, keep_uploads
 from server.api.jobs.kind import Site
-from server.api.jobs.orders import Order, find_files, keep_uploads
 from server.errors import InvalidRequest
 from server.evaluation.systems import RequestedBaselines
 from server.registry.registry import Registry

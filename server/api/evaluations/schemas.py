@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.jobs.in_server import InServerBody
-from server.api.jobs.orders import FILE, both_bodies
+from server.api.jobs.in_process import InServerBody
+from server.api.jobs.job_bodies import FILE, both_bodies
 from server.api.schemas import RequestBody, Text
 
 FILES = ("data", "references", "shots")

@@ -9,17 +9,17 @@ from pathlib import PurePosixPath
 from tempfile import TemporaryDirectory
 
 from server.api.evaluations.schemas import EvaluationRequest
+from server.api.jobs.job_bodies import GivenFile
 from server.api.jobs.kind import Site
-from server.api.jobs.orders import GivenFile
 from server.data_dir import resolve_data
-from server.evaluation.bounds import EvaluationBounds
+from server.evaluation.beside_traffic import labels_at_once, rows_at_once, run_beside
 from server.evaluation.card import render_card
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import Evaluation, prepare
-from server.evaluation.in_server import labels_at_once, rows_at_once, run_beside
 from server.evaluation.report import Report
+from server.evaluation.resource_limits import EvaluationBounds
 from server.evaluation.systems import RequestedBaselines, TeacherText
-from server.registry.snapshot_views import Resolved
+from server.registry.task_views import Resolved
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 

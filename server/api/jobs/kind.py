@@ -1,7 +1,7 @@
 """The jobs of one kind, as routes and followers see them.
 
 A kind is a subclass of `Jobs` in a module that also asks for a job (POST), and a line in `table.py`. Jobs that run in
-the server subclass `InServerJobs` instead, and bring their `Work` (`in_server.py`).
+the server subclass `InServerJobs` instead, and bring their `Work` (`in_process.py`).
 """
 
 from __future__ import annotations

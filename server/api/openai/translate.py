@@ -25,7 +25,7 @@ from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, Gr
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
 from server.registry.registry import Registry
-from server.registry.snapshot_views import Resolved
+from server.registry.task_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFi
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
 from server.api.deps import RegistryDep, SettingsDep, TaskName, known_query
-from server.api.prompts.changes import PUBLISH_SECONDS, ChangeDep, in_time
+from server.api.prompts.change_threads import PUBLISH_SECONDS, ChangeDep, in_time
 from server.api.prompts.preconditions import set_etag
 from server.api.prompts.uploads import unpacked_upload
 from server.api.schemas import Responses, responses
 from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.registry.registry import Registry
-from server.registry.snapshot_views import Task
+from server.registry.task_views import Task
 from server.replies import PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion, reply
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, PositiveInt, StrictInt
 from server.api.auth import GuardedRoute, Publishes, Reads
 from server.api.deps import ExecutorsDep, RegistryDep, TaskName, known_query
 from server.api.generation import find_soft_prompt
-from server.api.prompts.changes import CHANGE_SECONDS, ChangeDep, in_time
+from server.api.prompts.change_threads import CHANGE_SECONDS, ChangeDep, in_time
 from server.api.prompts.preconditions import set_etag
 from server.api.prompts.routes import CHANGE_ERRORS, ERRORS, shares
 from server.api.schemas import ActivateBody, responses
@@ -20,10 +20,10 @@ from server.contracts import ModelSpec
 from server.errors import VersionUnavailable
 from server.registry.events import VersionContent, seconds_of
 from server.registry.registry import Registry
-from server.registry.snapshot_views import Task
 from server.registry.state import StoredVersion
+from server.registry.task_views import Task
 from server.replies import VersionBody, VersionList, reply
-from server.soft_prompts.archive import zip_soft_prompt
+from server.soft_prompts.download_zip import zip_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.validation import without_nulls
 

@@ -10,9 +10,9 @@ from fastapi import Request
 
 from server.api.auth import allow_task
 from server.api.bodies import ORDERS, Body, parse_json
+from server.api.body_sizes import MAX_DATA_BYTES
 from server.api.generation import find_soft_prompt
-from server.api.jobs.orders import Order, find_files
-from server.api.limits import MAX_DATA_BYTES
+from server.api.jobs.job_bodies import Order, find_files
 from server.api.training.schemas import JobRequest, parse_request
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.jobs.job import DataNames, Job, JobSpec

@@ -10,8 +10,8 @@ from fastapi import Request, Response
 from typing_extensions import override
 
 from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep
+from server.api.jobs.job_bodies import read_order
 from server.api.jobs.kind import Jobs, Line, News, Site, job_router
-from server.api.jobs.orders import read_order
 from server.api.jobs.routes import MISSING, JobId
 from server.api.schemas import Responses, responses
 from server.api.sse import unless_disconnected

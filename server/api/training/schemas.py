@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_json
 
 from server.api.error_format import ErrorFormat
-from server.api.jobs.orders import FILE, both_bodies
+from server.api.jobs.job_bodies import FILE, both_bodies
 from server.jobs.job import CONFIG_FIELDS, Job, JobSpec
 from server.replies import JobBody, reply
 from server.validation import without_nulls

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.jobs import in_server
+from server.api.jobs import in_process
 from tests.api.evaluations.support import MANIFEST, PAIRS, finished, jsonl, start
 from tests.api.live import LiveServer, live_server, wait_until
 
@@ -50,7 +50,7 @@ def test_a_large_evaluation_is_answered_before_it_is_prepared_and_can_be_cancell
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     slow = Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 0.2)
     began = time.monotonic()
     first, second = (start(live, jsonl(*PAIRS * 200), task="mood") for _ in range(2))
     assert time.monotonic() - began < 20, "1,200 rows take a minute to prepare"
@@ -71,8 +71,8 @@ def test_evaluations_in_preparation_count_among_those_that_may_wait(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.05)
-    monkeypatch.setattr(in_server, "MOST_WAITING", 2)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 0.05)
+    monkeypatch.setattr(in_process, "MOST_WAITING", 2)
     replies = [start(live, jsonl(*PAIRS * 50), task="mood") for _ in range(5)]
     assert [reply.status_code for reply in replies] == [202, 202, 202, 429, 429]
 
@@ -83,7 +83,7 @@ def test_what_a_client_that_has_left_asked_for_is_cancelled(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     slow = Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 60.0)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 60.0)
     files = {"data": ("test.jsonl", jsonl(*PAIRS * 200))}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/evaluations", data={"task": "mood"}, files=files, timeout=1.0)
@@ -103,7 +103,7 @@ def test_a_server_that_drains_ends_a_preparation_at_once(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     Slow(live, monkeypatch, 0.05)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.05)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 0.05)
     reply = start(live, jsonl(*PAIRS * 200), task="mood")
     asyncio.run_coroutine_threadsafe(live.worker.drain(30), live.loop).result(30)
     ended = finished(live, reply)
@@ -117,14 +117,14 @@ def test_an_evaluation_that_is_cancelled_while_the_server_drains_ends_once(
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     ends: list[str] = []
-    end = in_server.InServerJob.end
+    end = in_process.InServerJob.end
 
-    def counted(job: in_server.InServerJob[Any], *given: Any) -> None:
+    def counted(job: in_process.InServerJob[Any], *given: Any) -> None:
         ends.append(job.id)
         end(job, *given)
 
-    monkeypatch.setattr(in_server.InServerJob, "end", counted)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(in_process.InServerJob, "end", counted)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 0.2)
     if phase == "preparing":
         Slow(live, monkeypatch, 0.05)
     live.model.delay = 0.005
@@ -144,7 +144,7 @@ def test_what_is_refused_later_is_the_evaluations_error(
 ) -> None:
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
-    monkeypatch.setattr(in_server, "REPLY_SECONDS", 0.0)
+    monkeypatch.setattr(in_process, "REPLY_SECONDS", 0.0)
     Slow(live, monkeypatch, 0.05)
     ended = finished(live, start(live, jsonl(*PAIRS * 5, ("x" * 191, "no")), task="mood"))
     assert (ended["state"], ended["error"]["code"]) == ("failed", "invalid_training_data")

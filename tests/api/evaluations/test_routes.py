@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from server.api import limits
-from server.api.jobs import in_server
+from server.api import body_sizes
+from server.api.jobs import in_process
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import Scope
@@ -195,8 +195,8 @@ def test_cancelling_frees_everything_at_once(own_server: LiveServer) -> None:
 
 
 def test_one_runs_at_a_time_and_too_many_are_refused(own_server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_server, "MOST_WAITING", 1)
-    monkeypatch.setattr(in_server, "MOST_KEPT", 2)
+    monkeypatch.setattr(in_process, "MOST_WAITING", 1)
+    monkeypatch.setattr(in_process, "MOST_KEPT", 2)
     live = own_server
     live.publish_random("mood", 1, MANIFEST)
     live.model.delay = 0.005
@@ -239,7 +239,7 @@ def test_an_evaluation_takes_a_part_of_what_may_be_in_flight_and_waits_for_the_r
 def test_an_evaluation_has_bounds_and_says_which(
     server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.jobs.in_server.REPLY_SECONDS", 30.0)  # the rows may take longer to read
+    monkeypatch.setattr("server.api.jobs.in_process.REPLY_SECONDS", 30.0)  # the rows may take longer to read
     over = start(server, jsonl(*PAIRS * 4000), task=mood)
     assert_error(over, 422, "invalid_training_data", "24,000 rows are more than the server's 20,000")
     assert "limit" in over.json()["remedy"]
@@ -302,7 +302,7 @@ def test_an_evaluation_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_upload_that_is_too_large_is_refused(server: LiveServer, mood: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_DATA_BYTES", 1000)
+    monkeypatch.setattr(body_sizes, "MAX_DATA_BYTES", 1000)
     assert_error(start(server, jsonl(("x", "no")) * 50, task=mood), 413, "payload_too_large")
 
 

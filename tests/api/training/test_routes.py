@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from server.api import limits
+from server.api import body_sizes
 from server.keys.file import add_key
 from server.keys.key import Scope
 from tests.api.live import LiveServer, as_form, assert_error, live_server, wait_until
@@ -259,7 +259,7 @@ def test_a_body_that_is_neither_json_nor_a_whole_form_is_refused(site: Site) -> 
 
 
 def test_data_over_the_limit_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_DATA_BYTES", 1000)
+    monkeypatch.setattr(body_sizes, "MAX_DATA_BYTES", 1000)
     assert_error(site.upload({"data": GOOD * 10}), 413, "payload_too_large", "1,000 bytes")
 
 

@@ -304,31 +304,6 @@ def test_what_flash_attention_does_not_do_is_left_to_the_other_layout(
     assert varlen_attention(spec, rules) is (flash_attention if takes else None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "rules", "remedy"),
-    [
-        ({"dtype": "float32"}, PLAIN, "PRELUDE_DTYPE=bfloat16"),
-        ({"head_dim": 512}, PLAIN, "choose a model without it"),
-        ({}, [AttentionRules(0.1, softcap=5.0)], "choose a model without it"),
-    ],
-)
-def test_a_start_warns_that_attention_will_be_slow_and_says_what_helps(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tiny: FrozenModel,
-    changes: dict[str, Any],
-    rules: list[AttentionRules],
-    remedy: str,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    spec = dataclasses.replace(tiny.spec, **{"device": "cuda:0", "dtype": "bfloat16", "head_dim": 64, **changes})
-    log_attention(spec, rules)
-    [record] = caplog.records
-    assert record.levelname == "WARNING"
-    assert "slower" in record.message
-    assert remedy in record.message
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("only_decodes", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)

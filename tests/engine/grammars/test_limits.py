@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from server.contracts import FinishReason, Grammar, GrammarKind
+from server.engine.admission_control import Limits
 from server.engine.grammars import walks as grammar_walks
 from server.engine.grammars.compile_queue import GrammarQueue, Turns
 from server.engine.grammars.compiled import Grammars
 from server.engine.grammars.wire import GrammarState
 from server.engine.model.frozen import FrozenModel
-from server.engine.scheduling.admission import Limits
 from server.engine.worker import EngineWorker
 from server.errors import GenerationFailed, InvalidRequest, Overloaded, RequestAborted, RequestTimedOut
 from tests.api.live import wait_until

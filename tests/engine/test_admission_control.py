@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from server.contracts import GenerationRequest
-from server.engine.scheduling.admission import Admission, Limits
+from server.engine.admission_control import Admission, Limits
 from server.errors import Overloaded
 
 

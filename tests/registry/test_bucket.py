@@ -15,9 +15,9 @@ from obstore.store import from_url
 from werkzeug.wrappers import Response
 
 from server.errors import StoreError, StoreFull
-from server.registry import remote
-from server.registry.remote import RemoteObjects
-from server.registry.remote_errors import LONGEST, refusal
+from server.registry import bucket
+from server.registry.bucket import RemoteObjects
+from server.registry.bucket_errors import LONGEST, refusal
 from tests.registry.s3 import BUCKET, S3
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def refuse(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Refuse:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MAX_RETRIES", 0)
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 0)
 
 
 def check_readable(error: StoreError, url: str) -> None:
@@ -139,8 +139,8 @@ def test_http_is_allowed_only_if_the_endpoint_is_http(
         allowed.append(bool(client_options["allow_http"]))
         return from_url(url, client_options=client_options, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(remote, "from_url", noting)
-    monkeypatch.setattr(remote, "MAX_RETRIES", 0)
+    monkeypatch.setattr(bucket, "from_url", noting)
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 0)
     RemoteObjects(s3_store_url)
     assert allowed == [False, True]
     allowed.clear()
@@ -285,7 +285,7 @@ def test_a_service_that_does_not_answer_is_given_up(s3_store_url: str, s3: S3, m
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.2)
+        monkeypatch.setattr(bucket, "REQUEST_SECONDS", 0.2)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(StoreError, match="does not answer in time") as caught:

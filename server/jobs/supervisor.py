@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from server.background_service import Service
 from server.errors import Forbidden, PreludeError, UnknownJob
 from server.jobs.check import as_failure
 from server.jobs.failures import broken, failure_of
@@ -31,7 +32,6 @@ from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
 from server.keys.key import Scope
 from server.registry.registry import Registry
-from server.service import Service
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

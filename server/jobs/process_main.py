@@ -1,4 +1,4 @@
-"""A job's process: `python -m server.jobs.main FOLDER` trains what the folder specifies, and writes the result there.
+"""A job's process: `python -m server.jobs.process_main FOLDER` trains what FOLDER says and writes the result there.
 
 The process runs at idle priority, is the first that Linux kills if memory runs out, and ends when its parent ends.
 Exit status: 0 the result is there; 2 the job cannot be done, failure.json says why; 3 the disk is full, so nothing can
@@ -28,9 +28,9 @@ from server.settings import Settings
 
 if TYPE_CHECKING:  # torch must not be there before priorities and OpenMP's variables are set
     from server.engine.model.frozen import FrozenModel
+    from server.train.learning_rate import Tried
     from server.train.output import Trained
     from server.train.record import TrainingProgress
-    from server.train.sweep import Tried
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
         PreludeError: the job cannot be done.
     """
     from server.engine.model.frozen import FrozenModel
-    from server.jobs.memory import check_fits
+    from server.jobs.check_memory import check_fits
     from server.train.dtype import training_settings
     from server.train.output import write_task
 
@@ -105,8 +105,8 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
 
 def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, model: FrozenModel) -> Trained:
     """Run the trainer and record its progress."""
-    from server.train.files import TaskFiles
-    from server.train.run import train_task
+    from server.train.inputs import TaskFiles
+    from server.train.train_task import train_task
 
     watch = _Watch(recorder)
     files = TaskFiles(

@@ -15,8 +15,8 @@ from starlette.datastructures import UploadFile
 
 from server.api.auth import allow_task, authorise
 from server.api.bodies import Body, misfit, read_body
+from server.api.body_sizes import MAX_DATA_BYTES
 from server.api.files import copy_within, upload_not_stored
-from server.api.limits import MAX_DATA_BYTES
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, PayloadTooLarge
 from server.keys.key import Scope

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.body_sizes import MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
 from server.api.forms import MAX_FORM_PARTS
-from server.api.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD, BodyLimit
 from server.errors import PayloadTooLarge
 from tests.api.body_limits import DISK, HUGE, MEMORY
 from tests.api.live import MAX_UPLOAD_BYTES, LiveServer, as_form, assert_error

@@ -19,11 +19,11 @@ from server.jobs.job import JobSpec
 from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.train.config import Method
-from server.train.files import TaskFiles
+from server.train.inputs import TaskFiles
+from server.train.learning_rate import PEAKS, Tried
 from server.train.output import Trained, check_writable, write_task
 from server.train.record import TeacherForcedScore, TrainingProgress, TrainingResult
-from server.train.run import train_task
-from server.train.sweep import PEAKS, Tried
+from server.train.train_task import train_task
 from tests.peft_reference import peft_greedy
 from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import LEARNS, MOODS, TEMPLATE, write_rows

@@ -18,7 +18,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import ObjectStore, from_url
 
 from server.errors import StoreError
-from server.registry.remote_errors import is_bucket_missing, is_plain_http, refusal
+from server.registry.bucket_errors import is_bucket_missing, is_plain_http, refusal
 
 CONNECT_SECONDS = 5
 REQUEST_SECONDS = 60

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 
 from server.errors import PreludeError, StoreError
-from server.registry import snapshots as snapshots_module
+from server.registry import log_snapshots as snapshots_module
 from server.registry import store as store_module
+from server.registry.log_snapshots import GRACE_SECONDS, decode, encode
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
-from server.registry.snapshots import GRACE_SECONDS, decode, encode
 from server.registry.state import RegistryState
 from server.registry.store import Store
 from tests.registry.fakes import MemoryObjects

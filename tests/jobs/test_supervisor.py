@@ -19,15 +19,15 @@ from server.errors import JobRuns, UnknownJob
 from server.jobs.folder import JobFolder
 from server.jobs.job import ActivateIf, Job, JobState
 from server.jobs.launcher import write_order
-from server.jobs.main import main
+from server.jobs.process_main import main
 from server.jobs.record import read_lines
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
-from server.train.files import TaskFiles
+from server.train.inputs import TaskFiles
 from server.train.output import write_task
-from server.train.run import train_task
+from server.train.train_task import train_task
 from tests.api.live import wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, Yard, make_yard, running, spec
 from tests.registry.fakes import MemoryObjects
@@ -168,7 +168,7 @@ def test_a_process_that_fails_is_not_started_again(settings: Settings, tiny32: F
 def test_what_only_the_model_shows_fails_the_job_in_the_words_of_whoever_sent_it(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.jobs.main.end_with", lambda parent: None)
+    monkeypatch.setattr("server.jobs.process_main.end_with", lambda parent: None)
 
     def start(folder: JobFolder, settings: Settings) -> subprocess.Popen[bytes]:
         write_order(folder, settings, os.getpid(), steps_back=False)
@@ -234,7 +234,7 @@ def test_a_result_is_published_once_although_the_server_was_killed_in_between(
     failures = iter([True, True])
     objects.fails = lambda action, key: action == "create" and next(failures, False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.jobs.runner.PUBLISH_WAITS", (0.01, 0.01, 0.01))
+        patch.setattr("server.jobs.supervisor.PUBLISH_WAITS", (0.01, 0.01, 0.01))
         other = stubbed(settings, tiny32, "sys.exit(1)", Registry(Store(objects), tiny32.spec, 512))
         with running(other):
             assert other.ended(job).status.state == JobState.SUCCEEDED, "a store that is away for a moment"
@@ -245,7 +245,7 @@ def test_a_result_is_published_once_although_the_server_was_killed_in_between(
 def test_only_the_newest_jobs_that_are_over_are_kept(
     settings: Settings, tiny32: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.jobs.runner.KEPT", 2)
+    monkeypatch.setattr("server.jobs.supervisor.KEPT", 2)
     with running(stubbed(settings, tiny32, "sys.exit(1)")) as yard:
         jobs = [yard.submit(spec()) for _ in range(4)]
         wait_until(lambda: yard.board.files.ids() == [job.id for job in jobs[2:]], 20)

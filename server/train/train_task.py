@@ -18,13 +18,13 @@ from server.soft_prompts.soft_prompt import check_size
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, encode_examples
 from server.train.distil import distilled_lessons, teacher_states
-from server.train.files import TaskFiles, TaskRows, read_task
 from server.train.initial import initial_values
+from server.train.inputs import TaskFiles, TaskRows, read_task
+from server.train.learning_rate import BEGUN_AS_TEACHER, Tried, find_learning_rate
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
 from server.train.output import Trained
 from server.train.record import TrainingProgress, TrainingResult
-from server.train.sweep import BEGUN_AS_TEACHER, Tried, find_learning_rate
 from server.train.trainer import TrainingProblem, train
 
 Watch = Callable[[TrainingProgress], None]

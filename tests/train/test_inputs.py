@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import InvalidTrainingData
 from server.train.config import TrainingConfig
-from server.train.files import TaskFiles, read_task
+from server.train.inputs import TaskFiles, read_task
 from tests.train.rows import MOODS, write_rows
 
 
@@ -37,5 +37,5 @@ def test_a_template_for_system_messages_has_a_place_for_them(tmp_path: Path, tem
 
 
 def test_reading_rows_needs_no_torch() -> None:
-    code = "import sys, server.train.files; sys.exit('torch' in sys.modules)"
+    code = "import sys, server.train.inputs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from server.api.prompts import changes
+from server.api.prompts import change_threads
 from server.errors import StoreTimeout
 from server.registry import bounded
 from server.registry.objects import LocalObjects
@@ -25,7 +25,7 @@ def test_a_change_that_the_store_does_not_answer_is_told_so_in_time(
         return create(objects, key, data)
 
     monkeypatch.setattr(LocalObjects, "create", hang)
-    monkeypatch.setattr(changes, "CHANGE_SECONDS", 0.3)
+    monkeypatch.setattr(change_threads, "CHANGE_SECONDS", 0.3)
     monkeypatch.setattr(bounded, "WAIT_SECONDS", 0.3)
     try:
         assert_error(own_server.client.delete("/prompts/hangs"), 503, "store_timeout", "within")

@@ -10,8 +10,8 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from server.api.evaluations.schemas import FILES, EvaluationRequest
-from server.api.jobs import orders
-from server.api.jobs.orders import GivenFile, Order, find_files, keep_uploads
+from server.api.jobs import job_bodies
+from server.api.jobs.job_bodies import GivenFile, Order, find_files, keep_uploads
 from server.errors import InvalidRequest, PayloadTooLarge, StoreError, StoreFull
 
 
@@ -28,7 +28,7 @@ def upload(content: bytes = b"{}\n", name: str | None = "rows.jsonl") -> UploadF
         ("a\nb", "data.jsonl"),
         ("", "data.jsonl"),
         (None, "data.jsonl"),
-        ("x" * 500, "x" * orders.MAX_FILE_NAME),
+        ("x" * 500, "x" * job_bodies.MAX_FILE_NAME),
     ],
 )
 def test_an_upload_is_called_by_its_name_without_folders(sent: str | None, shown: str) -> None:
@@ -62,7 +62,7 @@ def test_nothing_stays_of_uploads_that_there_is_no_place_for(
     def full(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(orders, "copy_within", full)
+    monkeypatch.setattr(job_bodies, "copy_within", full)
     with pytest.raises(StoreFull if error.errno == 28 else StoreError, match="cannot be kept"):
         keep_uploads({"data": GivenFile(upload(), "a")})
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ def test_nothing_stays_of_uploads_that_are_too_large(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> int:
         raise PayloadTooLarge("It is too large.")
 
-    monkeypatch.setattr(orders, "copy_within", refuse)
+    monkeypatch.setattr(job_bodies, "copy_within", refuse)
     with pytest.raises(PayloadTooLarge):
         keep_uploads({"data": GivenFile(upload(), "a")})
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Runs an evaluation on the serving engine without delaying live requests: `POST /evaluations`.
 
 Rows wait in a queue of their own, so the engine gives live tasks their turns, and only a few are in flight at a time
-that what the server takes before it refuses (`engine/scheduling/admission.py`) is left to those who use it.
+that what the server takes before it refuses (`engine/admission_control.py`) is left to those who use it.
 """
 
 from __future__ import annotations

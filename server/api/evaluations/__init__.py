@@ -1,1 +1,1 @@
-"""Evaluations over HTTP, on the serving engine, beside live requests."""
+"""Evaluations over HTTP; they run on the serving engine, beside live requests."""

@@ -1,4 +1,4 @@
-"""Turns a body into an evaluation that can be prepared."""
+"""Turns a request body into an evaluation that is ready to be prepared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.soft_prompts.names import split_version
 
 
 def parse_body(body: Body) -> EvaluationRequest:
-    """The fields of a form or of JSON.
+    """Parse the fields of a form or of a JSON body.
 
     Raises:
         ValidationError: a field does not fit.
@@ -37,12 +37,12 @@ def parse_body(body: Body) -> EvaluationRequest:
 async def make_work(
     order: Order[EvaluationRequest], registry: Registry, site: Site, key_id: str | None
 ) -> EvaluationWork:
-    """Find the soft prompts and the files; what takes longer belongs to the evaluation itself.
+    """Find the soft prompts and files of an evaluation; slower work is left to the evaluation itself.
 
     Raises:
         UnknownTask, InvalidTaskName, VersionUnavailable.
-        InvalidRequest: versions or baselines are not what they must be, or there is no such data file.
-        StoreError: the server has no place for the files.
+        InvalidRequest: versions or baselines are invalid, or a data file does not exist.
+        StoreError: the server cannot store the files.
     """
     request = order.fields
     wanted = RequestedBaselines.parse(request.baselines or ())

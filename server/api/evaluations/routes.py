@@ -1,4 +1,4 @@
-"""Evaluations as a kind of job, and the routes that only they have."""
+"""Evaluation jobs, and the routes that only they have."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ class Evaluations(InServerJobs[EvaluationWork]):
     openapi_extra=request_body(),
 )
 async def start_evaluation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> Any:
-    """Measure a task on a data file, beside live traffic; ask `GET /evaluations/{job}` how far it is.
+    """Measure a task on a data file, beside live traffic; `GET /evaluations/{job}` reports the progress.
 
-    One evaluation is prepared at a time (its rows are read, checked and tokenised), and one runs; the others wait. What
-    is refused within a second is the reply; what is refused later is the evaluation's `error`.
+    At any time, at most one evaluation is prepared (its rows are read, checked and tokenised) and at most one runs;
+    further evaluations wait. An error within the first second is the reply; a later error becomes the evaluation's
+    `error`.
     """
 
     async def make() -> EvaluationWork:

@@ -11,13 +11,13 @@ from server.api.jobs.job_bodies import FILE, both_bodies
 from server.api.schemas import RequestBody, Text
 
 FILES = ("data", "references", "shots")
-"""Fields that are a file of the form, or the name of one in PRELUDE_DATA_DIR."""
+"""Fields that are a file of the form, or the name of a file in PRELUDE_DATA_DIR."""
 
 _NAMED = "a name inside PRELUDE_DATA_DIR; in a form also the file itself."
 
 
 class EvaluationRequest(RequestBody):
-    """POST /evaluations, as JSON or as a form."""
+    """Body of POST /evaluations, as JSON or as a form."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"task": "sms_spam", "data": "sms_spam/test.jsonl", "limit": 100}]}
@@ -50,7 +50,7 @@ class EvaluationRequest(RequestBody):
 
 
 def request_body() -> dict[str, Any]:
-    """For OpenAPI: the body in both of its forms; a field may be a file or the name of one."""
+    """Both body formats for the OpenAPI document; in the form, a field may be a file or the name of a file."""
     schema = EvaluationRequest.model_json_schema()
     text = {name: {"type": "string"} for name in ("baselines", "compare")} | dict.fromkeys(FILES, FILE)
     form = {

@@ -1,4 +1,4 @@
-"""An evaluation's work as a job: files are read, checked and tokenised on a thread, then its rows run."""
+"""The work of an evaluation job: a thread reads, checks and tokenises the files, then the engine answers the rows."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Version = tuple[Resolved, SoftPrompt]
 
 @dataclass
 class EvaluationWork:
-    """One evaluation, and what it comes to.
+    """One evaluation and its result.
 
     Attributes:
-        request: what was asked for.
-        wanted: its baselines.
-        files: by their fields; uploads lie in `folder` until it is prepared.
-        versions: the version that it is about, then those that it is compared with; none after its end.
-        key_id: the key that asked for it.
-        rows: how many there are; 0 until they are read.
+        request: the request's body.
+        wanted: the requested baselines.
+        files: data files by field; uploads are stored in `folder` until the evaluation is prepared.
+        versions: the evaluated version, then the versions it is compared with; empty after the end.
+        key_id: id of the API key that requested the evaluation.
+        rows: number of rows; 0 until they are read.
         total: rows times systems.
-        report, card: the result; None until it is there.
+        report, card: the result; None until the evaluation is done.
     """
 
     request: EvaluationRequest
@@ -58,7 +58,7 @@ class EvaluationWork:
     card: str | None = None
 
     def __post_init__(self) -> None:
-        """Keep what is shown of it also after its end."""
+        """Copy the values that are still shown after the end."""
         self.task, self.version = self.versions[0][0].task, self.versions[0][0].version
         self.data = self.files["data"].name
         alone = self.wanted.names(teacher=self.request.teacher is not None)
@@ -67,7 +67,7 @@ class EvaluationWork:
         self._limits = settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
 
     def prepare(self, go_on: GoOn) -> None:
-        """Read and check everything.
+        """Read, check and tokenise the files.
 
         Raises:
             InvalidRequest, InvalidTrainingData, ConfigurationError: what `prepare` raises.
@@ -92,7 +92,7 @@ class EvaluationWork:
         self.folder.cleanup()
 
     async def run(self, on_piece: GoOn) -> None:
-        """Ask all rows, and report.
+        """Generate the answers of all rows, and write the report.
 
         Raises:
             PreludeError: what `run_beside` raises.
@@ -110,7 +110,7 @@ class EvaluationWork:
         self.versions, self.evaluation = (), None
 
     def _read(self, go_on: GoOn) -> tuple[EvaluationData, DataFile | None]:
-        """The rows, and the training data if examples are wanted: by default train.jsonl beside a named file."""
+        """The rows, and the file that few-shot examples come from: by default train.jsonl beside a named data file."""
         request, files, data_dir = self.request, self.files, self.site.settings.data_dir
         source, references, shots = files["data"], files.get("references"), files.get("shots")
         data = read_evaluation_data(
@@ -130,7 +130,7 @@ class EvaluationWork:
         return data, None if shots is None else read_rows(shots.path, shots.name, go_on)
 
     def _command(self) -> str:
-        """What measures the same from a shell, for the card."""
+        """The shell command that repeats this evaluation, for the card."""
         request = self.request
         parts = ["prelude", "eval", request.task, "--data", self.data]
         options = {

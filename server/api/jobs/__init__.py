@@ -1,1 +1,1 @@
-"""What jobs of every kind share over HTTP: reading the request, common routes, and following a job."""
+"""The HTTP parts that all kinds of jobs share: reading the request, common routes, and following a job."""

@@ -1,4 +1,4 @@
-"""Following jobs: one task watches a job, however many clients follow it."""
+"""Follows jobs: one asyncio task polls a job on behalf of all its followers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MOST_FOLLOWERS = 64
 LOOK_SECONDS = 0.5
 SILENT_SECONDS = 15.0
 CHUNK = 2**18
-"""Bytes of a record that a follower reads at once until it has caught up."""
+"""Maximum number of record bytes that a follower reads at a time while it catches up."""
 
 Events = AsyncGenerator[Line]
 
 
 @dataclass
 class _Watch:
-    """One job that is followed."""
+    """A job with followers, and its latest news."""
 
     followers: int = 0
     news: News | None = None
@@ -38,7 +38,7 @@ class _Watch:
 
 
 class Followers:
-    """Everybody who follows a job. Only for the event loop's thread."""
+    """All followers of jobs. Only for the event loop's thread."""
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
@@ -48,18 +48,22 @@ class Followers:
         """Refuse another follower.
 
         Raises:
-            Overloaded: as many follow as may.
+            Overloaded: the maximum number of followers is reached.
         """
         if sum(watch.followers for watch in self._watches.values()) >= MOST_FOLLOWERS:
             raise Overloaded(f"{MOST_FOLLOWERS} clients follow jobs already.", remedy="Poll the job itself instead.")
 
     async def events(self, jobs: Jobs, job_id: str, last: int) -> Events:
-        """The record's lines after the last one, numbered; state and progress on each change; at the end the whole job.
+        """Yield the events of a job.
+
+        The events are: the record's numbered lines after line `last`; state and progress on each change; the whole job
+        at its end.
 
         Raises:
-            Overloaded: as `check_room`.
-            PreludeError: the job is gone.
-            ServerDraining: the server ends before the job does; a client that comes back resumes after its last event.
+            Overloaded: see `check_room`.
+            PreludeError: the job was deleted.
+            ServerDraining: the server shuts down before the job ends; a client that reconnects resumes after its last
+                event.
         """
         with self._watching(jobs, job_id) as watch:
             number, offset, at = 0, 0, time.monotonic()
@@ -106,10 +110,10 @@ class Followers:
                 del self._watches[key]
 
     async def _look(self, jobs: Jobs, job_id: str, watch: _Watch) -> None:
-        """Look at a job until it is over, on behalf of all its followers."""
+        """Poll a job until it is over, on behalf of all its followers."""
         offset: int | None = None
         while True:
-            with contextlib.suppress(Overloaded):  # the threads are busy; another look comes
+            with contextlib.suppress(Overloaded):  # the threads are busy; the next poll comes soon
                 try:
                     news = await jobs.news(job_id, offset)
                 except Overloaded:
@@ -132,13 +136,13 @@ class Followers:
 
 
 def _standing(jobs: Jobs, news: News) -> list[Line]:
-    """The events for where a job stands: followers get each when it differs from the one before."""
+    """The state and progress events of a job; a follower gets each event only if it has changed."""
     state = {"event": "state", "state": jobs.state_of(news.job)}
     return [state] if news.progress is None else [state, {"event": "progress", **news.progress}]
 
 
 async def _read(jobs: Jobs, job_id: str, offset: int, news: News) -> tuple[Sequence[Line], int]:
-    """Lines from an offset on: those of the news, or of the record until the follower has caught up with them."""
+    """Lines from an offset on: from the news, or from the record until the follower has caught up."""
     if offset == news.since:
         return news.lines, news.until
     end = news.since if offset < news.since else news.until

@@ -1,4 +1,4 @@
-"""Jobs that run in the server, beside live traffic, and are kept in memory: one runs, the others wait."""
+"""Jobs that run in the server, beside live traffic, and exist only in memory. One job runs at a time; others wait."""
 
 from __future__ import annotations
 
@@ -27,36 +27,39 @@ from server.long_work import Lane
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 8
-"""Jobs of a kind that may wait; each holds its rows."""
+"""Maximum number of waiting jobs of a kind; each occupies memory for its rows."""
 MOST_KEPT = 100
-"""Jobs of a kind that are over and can still be asked for."""
+"""Number of finished jobs of a kind that can still be read."""
 LOOK_SECONDS = 0.25
-"""How often a job looks whether the server shuts down."""
+"""How often a job checks whether the server is shutting down."""
 REPLY_SECONDS = 1.0
-"""How long POST waits for a job to be prepared: what is wrong with a small one is the reply."""
+"""How long POST waits for a job's preparation, so that an error in a small job is the reply."""
 
 GoOn = Callable[[], None]
 
 
 class Work(Protocol):
-    """What a job does. Its result stays on it after the job's end.
+    """The work of a job. It keeps the result after the job's end.
 
     Attributes:
-        task: the task that it is about.
-        total: pieces of the work; 0 until it is prepared.
+        task: the task that the job is about.
+        total: number of pieces of work; 0 until the job is prepared.
     """
 
     task: str
     total: int
 
     def prepare(self, go_on: GoOn) -> None:
-        """Read and check what it needs, on a thread; `go_on` is called between pieces, and what it raises ends it."""
+        """Read and check the input, on a thread. `go_on` is called between pieces and may raise to stop."""
 
     async def run(self, on_piece: GoOn) -> None:
-        """Do it; `on_piece` is called after each piece. Cancelling it frees all that it holds in the engine."""
+        """Do the work; `on_piece` is called after each piece.
+
+        Cancelling it frees everything that it uses in the engine.
+        """
 
     def let_go(self) -> None:
-        """Free rows and files; called once, at the job's end."""
+        """Free rows and files. Called once, at the job's end."""
 
 
 W = TypeVar("W", bound=Work)
@@ -64,12 +67,12 @@ W = TypeVar("W", bound=Work)
 
 @dataclass
 class InServerJob(Generic[W]):
-    """One job, from its acceptance until it is forgotten.
+    """One job, from its acceptance until it is deleted.
 
     Attributes:
-        by: id of the key that it was asked for with.
-        done: pieces of the work that are done.
-        prepared: set as soon as it is prepared, or over.
+        by: id of the API key that requested the job.
+        done: number of finished pieces of work.
+        prepared: set when the job is prepared or over.
     """
 
     work: W
@@ -85,30 +88,30 @@ class InServerJob(Generic[W]):
 
     @property
     def task(self) -> str:
-        """The task that it is about."""
+        """The task that the job is about."""
         return self.work.task
 
     @property
     def progress(self) -> dict[str, int]:
-        """Pieces of the work that are done, and how many there are."""
+        """The number of finished pieces of work, and the total."""
         return {"done": self.done, "total": self.work.total}
 
     def end(self, state: JobState, error: PreludeError | None = None) -> None:
-        """Nothing more comes of it, and its rows and files are let go."""
+        """End the job and free its rows and files."""
         self.state, self.error, self.ended_at = state, error, now()
         self.work.let_go()
         self.prepared.set()
 
 
 class Progress(BaseModel):
-    """Rows that were answered, of all systems, and how many that will be."""
+    """Answered rows of all systems, and the total."""
 
     done: int
     total: int
 
 
 class InServerBody(BaseModel):
-    """What every job in the server says of itself."""
+    """The fields of every job that runs in the server."""
 
     id: str
     state: str = Field(
@@ -134,16 +137,19 @@ class InServerJobs(Jobs, Generic[W]):
         self._jobs: dict[str, InServerJob[W]] = {}  # oldest first
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._arriving = 0
-        self._preparing = Lane(site.executors.in_server, f"{self.noun}s", MOST_KEPT)  # how many wait is counted here
+        # Waiting jobs are limited by `arriving`.
+        self._preparing = Lane(site.executors.in_server, f"{self.noun}s", MOST_KEPT)
         self._is_stopping = False
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Count one more while its body is read. Those count that wait, are prepared, or whose bodies are being read.
+        """Context manager that counts one more job while its body is read.
+
+        The limit counts jobs that wait, run or are prepared, and jobs whose bodies are being read.
 
         Raises:
             ServerDraining: the server is shutting down.
-            Overloaded: too many wait already.
+            Overloaded: too many jobs are waiting.
         """
         if self._site.worker.draining or self._is_stopping:
             raise ServerDraining("The server is shutting down.")
@@ -158,7 +164,7 @@ class InServerJobs(Jobs, Generic[W]):
             self._arriving -= 1
 
     def add(self, job: InServerJob[W]) -> None:
-        """Let a job that was counted as arriving be prepared, and run when it is its turn."""
+        """Start the preparation of a job that was counted by `arriving`; it runs when its turn comes."""
         self._jobs[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job))
 
@@ -184,7 +190,7 @@ class InServerJobs(Jobs, Generic[W]):
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            if not job.state.is_over:  # it had not begun, so it could not end itself
+            if not job.state.is_over:  # the job had not started, so it could not end itself
                 self._end(job, JobState.CANCELLED)
 
     @override
@@ -235,7 +241,7 @@ class InServerJobs(Jobs, Generic[W]):
             draining.cancel()
 
     def _prepare(self, job: InServerJob[W], go_on: GoOn) -> None:
-        """On a thread: prepare a job, unless the server shuts down."""
+        """Prepare a job (on a thread), unless the server shuts down."""
 
         def go_on_unless_draining() -> None:
             go_on()
@@ -246,7 +252,7 @@ class InServerJobs(Jobs, Generic[W]):
         job.work.prepare(go_on_unless_draining)
 
     async def _cancel_once_draining(self, running: asyncio.Task[None]) -> None:
-        """A server that ends waits for its clients' requests, not for a job's."""
+        """Cancel the job when the server drains: draining waits for clients' requests, not for jobs."""
         while True:
             if self._site.worker.draining:
                 running.cancel()
@@ -258,7 +264,7 @@ class InServerJobs(Jobs, Generic[W]):
         self._check_key(job)
 
     def _check_key(self, job: InServerJob[W]) -> None:
-        """Refuse to go on for a key that may not ask for this any more."""
+        """Stop the job if its key may no longer publish this task."""
         keys = self._site.keys
         if keys is None or job.by is None:
             return
@@ -276,21 +282,21 @@ class InServerJobs(Jobs, Generic[W]):
 async def accept(
     jobs: InServerJobs[W], request: Request, response: Response, by: str | None, make: Callable[[], Awaitable[W]]
 ) -> Any:
-    """Answer POST: make the work from the request's body, and let it be done when it is its turn.
+    """Handle POST: create the job from the request's body and queue it.
 
-    What is refused within a second is the reply; what is refused later is the job's `error`.
+    An error within the first second is the reply; a later error becomes the job's `error`.
 
     Raises:
-        PreludeError: what `make` and the preparation raise.
-        ServerDraining, Overloaded: no more jobs are taken.
-        RequestAborted: the client has gone, so the job is cancelled.
+        PreludeError: an error of `make` or of the preparation.
+        ServerDraining, Overloaded: the server accepts no more jobs.
+        RequestAborted: the client has disconnected, so the job is cancelled.
     """
     with jobs.arriving():
         job = InServerJob(await make(), by)
         jobs.add(job)
     try:
         await unless_disconnected(request, _prepared(job))
-    except RequestAborted:  # nobody knows its id
+    except RequestAborted:  # no client knows its id
         await jobs.cancel(job.id)
         raise
     if job.error is not None and job.started_at is None:

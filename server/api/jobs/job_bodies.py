@@ -1,4 +1,4 @@
-"""Reads the request for a job: fields, and files of a form or in PRELUDE_DATA_DIR."""
+"""Reads the request for a job: its fields, and its files, which are uploaded or in PRELUDE_DATA_DIR."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from server.errors import InvalidRequest, PayloadTooLarge
 from server.keys.key import Scope
 
 MAX_FILE_NAME = 100
-"""Characters of an uploaded file's name that errors and results show."""
+"""Number of characters of an uploaded file's name that errors and results show."""
 
 
 FILE = {"type": "string", "format": "binary"}
-"""The schema of a form's file."""
+"""The OpenAPI schema of a file in a form."""
 
 
 def both_bodies(schema: Mapping[str, Any], form: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    """For OpenAPI: a body that is JSON of this schema, or a form of these fields."""
+    """The OpenAPI description of a body that is JSON with this schema, or a form with these fields."""
     whole = {"type": "object", "required": required, "additionalProperties": False, "properties": form}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": whole}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 class _Fields(Protocol):
-    """The fields of every kind of job."""
+    """Fields that every kind of job has."""
 
     @property
     def task(self) -> str:
@@ -49,7 +49,7 @@ F = TypeVar("F", bound=_Fields)
 
 @dataclass(frozen=True)
 class Order(Generic[F]):
-    """A body: its fields, and the files that came with it."""
+    """The fields of a request for a job, and the uploaded files."""
 
     fields: F
     uploads: Mapping[str, UploadFile]
@@ -57,17 +57,17 @@ class Order(Generic[F]):
 
 @asynccontextmanager
 async def read_order(request: Request, files: Sequence[str], parse: Callable[[Body], F]) -> AsyncIterator[Order[F]]:
-    """A job that the request's key may ask for; uploaded files stay open until the block ends.
+    """Context manager: read a job that the request's key may request; uploads stay open until the block ends.
 
     Args:
-        request: one whose body was not read yet.
+        request: a request whose body has not been read yet.
         files: fields that may be files.
-        parse: makes the fields of a body; it may raise pydantic's ValidationError.
+        parse: parses the fields of a body; it may raise pydantic's ValidationError.
 
     Raises:
-        InvalidRequest, RequestValidationError: a field is missing, unknown, or does not fit.
+        InvalidRequest, RequestValidationError: a field is missing, unknown or invalid.
         HTTPException, PayloadTooLarge: the body cannot be read.
-        Unauthorized, Forbidden: the key is not for this task, or was revoked during the upload.
+        Unauthorized, Forbidden: the key may not use this task, or was revoked during the upload.
     """
     try:
         body = await read_body(request, files)
@@ -84,11 +84,11 @@ async def read_order(request: Request, files: Sequence[str], parse: Callable[[Bo
 
 @dataclass(frozen=True)
 class GivenFile:
-    """A file of a job.
+    """A data file of a job.
 
     Attributes:
         source: the upload, or the path in PRELUDE_DATA_DIR.
-        name: what errors and results call it.
+        name: the file's name in errors and results.
     """
 
     source: UploadFile | Path
@@ -96,16 +96,16 @@ class GivenFile:
 
     @property
     def path(self) -> Path:
-        """Where it lies, if it is no upload."""
+        """The file's path; only for a file that is not an upload."""
         assert isinstance(self.source, Path), "an upload is kept first"
         return self.source
 
     def copy(self, target: Path, room: int = MAX_DATA_BYTES) -> int:
-        """Write the content to `target`; returns its number of bytes.
+        """Write the content to `target` and return its size in bytes.
 
         Raises:
-            PayloadTooLarge: it has more than `room` bytes.
-            OSError: it cannot be read or written.
+            PayloadTooLarge: the content exceeds `room` bytes.
+            OSError: the file cannot be read or written.
         """
         too_large = PayloadTooLarge(
             f"The data files have more than {MAX_DATA_BYTES:,} bytes.", remedy="Take a sample of the rows."
@@ -117,10 +117,10 @@ class GivenFile:
 
 
 def find_files(order: Order[F], names: Sequence[str], data_dir: Path | None) -> dict[str, GivenFile]:
-    """The files of an order by their fields; `names` lists the fields that may be files.
+    """The files of an order by field; `names` lists the fields that may be files.
 
     Raises:
-        InvalidRequest: a file is both uploaded and named, or there is no such file in PRELUDE_DATA_DIR.
+        InvalidRequest: a file is both uploaded and named, or the named file is not in PRELUDE_DATA_DIR.
     """
     found = {}
     for field in names:
@@ -135,10 +135,10 @@ def find_files(order: Order[F], names: Sequence[str], data_dir: Path | None) -> 
 
 
 def keep_uploads(files: Mapping[str, GivenFile]) -> tuple[dict[str, GivenFile], TemporaryDirectory[str]]:
-    """The same files with a path each, and the folder that uploads were copied to; the job removes it in the end.
+    """Copy uploads to a temporary folder; returns the files, each with a path, and the folder, which the job removes.
 
     Raises:
-        StoreError: the server has no place for the files.
+        StoreError: the server cannot store the files.
         PayloadTooLarge: a file is too large.
     """
     with ExitStack() as undo:
@@ -157,6 +157,6 @@ def keep_uploads(files: Mapping[str, GivenFile]) -> tuple[dict[str, GivenFile], 
 
 
 def _shown_name(upload: UploadFile, field: str) -> str:
-    """The name that a file was sent with, without folders."""
+    """The name of an uploaded file, without folders."""
     name = PurePosixPath((upload.filename or "").replace("\\", "/")).name[:MAX_FILE_NAME]
     return name if name and name.isprintable() else f"{field}.jsonl"

@@ -1,7 +1,7 @@
 """The jobs of one kind, as routes and followers see them.
 
-A kind is a subclass of `Jobs` in a module that also asks for a job (POST), and a line in `table.py`. Jobs that run in
-the server subclass `InServerJobs` instead, and bring their `Work` (`in_process.py`).
+A kind is a subclass of `Jobs`, a POST route in the same module, and a line in `table.py`. Kinds whose jobs run in the
+server subclass `InServerJobs` instead and define their `Work` (`in_process.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """What the jobs of a server may use."""
+    """The parts of the server that jobs use."""
 
     settings: Settings
     worker: EngineWorker
@@ -38,14 +38,14 @@ class Site:
     board: JobBoard
     keys: ApiKeys | None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the one job that runs in the server."""
+    """Lock of the one in-server job that runs."""
 
 
 @dataclass(frozen=True)
 class News:
-    """A job, and what its record has grown by since the last look: from one offset to another.
+    """A job, and the lines added to its record since the last poll, between two offsets.
 
-    `progress` is what followers get whenever it changes; None if the record holds it.
+    `progress` is sent to followers whenever it changes; None if the record contains the progress.
     """
 
     job: Any
@@ -56,21 +56,21 @@ class News:
 
 
 def job_router(path: str, tag: str) -> APIRouter:
-    """A router for jobs: its routes are for keys that may publish."""
+    """A router for jobs; its routes require a key that may publish."""
     guards = [Publishes, Depends(known_query)]
     return APIRouter(prefix=path, tags=[tag], route_class=GuardedRoute, dependencies=guards)
 
 
 class Jobs(ABC):
-    """The jobs of one kind on a server. A job has at least `id`, `task` and `state`.
+    """The jobs of one kind on a server. Every job has `id`, `task` and `state`.
 
     Attributes:
-        router: has the kind's path, and the routes that only this kind has; `routes.py` adds those of every kind.
-        word: names a job in operation ids; its plural is the one field of `listing`.
-        noun: what errors call a job.
-        unknown: the error for an id that stands for no job.
-        body, listing: the models that show one job and all of them.
-        words: what clients read for a state, where it is not the state's name.
+        router: the kind's path and own routes; `routes.py` adds the common routes.
+        word: a job's name in operation ids; its plural is the only field of `listing`.
+        noun: a job's name in errors.
+        unknown: the error class for an unknown id.
+        body, listing: the reply models for one job and for all jobs.
+        words: the names that clients see for states, where they differ from the states' own.
         outlives_server: whether a job resumes after a restart.
     """
 
@@ -88,12 +88,12 @@ class Jobs(ABC):
 
     @classmethod
     def of(cls, request: Request) -> Any:
-        """The jobs of the server that has this request."""
+        """The jobs of this kind on the server that handles the request."""
         return request.app.state.kinds[cls.router.prefix]
 
     @abstractmethod
     def show(self, job: Any, *, with_result: bool = True) -> Any:
-        """A job as `body`."""
+        """Render a job as `body`."""
 
     @abstractmethod
     async def all(self) -> Sequence[Any]:
@@ -101,42 +101,42 @@ class Jobs(ABC):
 
     @abstractmethod
     async def get(self, job_id: str) -> Any:
-        """One of them; raises `unknown` if there is none of this id."""
+        """The job with this id; raises `unknown` if there is none."""
 
     @abstractmethod
     async def cancel(self, job_id: str) -> None:
-        """End a job, and wait for its end; one that is over stays as it is."""
+        """Cancel a job and wait for its end; a finished job does not change."""
 
     @abstractmethod
     async def delete(self, job_id: str) -> None:
-        """Forget a job that is over; the kind decides about one that is not."""
+        """Delete a finished job; the kind decides what happens to an unfinished job."""
 
     @abstractmethod
     async def news(self, job_id: str, offset: int | None) -> News:
-        """A job, and its record from an offset on; None is the record's end."""
+        """A job, and its record from an offset on; None means from the record's end."""
 
     async def read(self, job_id: str, offset: int, most: int) -> tuple[Sequence[Line], int]:
-        """Lines of the record from an offset on, in at most that many bytes, and where the next ones begin."""
+        """Lines of the record from an offset on, at most `most` bytes, and the offset of the next line."""
         return (), offset
 
-    async def stop(self) -> None:  # noqa: B027 - a job that outlives the server needs no end
-        """End what would not outlive the server."""
+    async def stop(self) -> None:  # noqa: B027 - jobs that outlive the server need no stop
+        """End the jobs that do not outlive the server."""
 
     async def find(self, request: Request, job_id: str) -> Any:
-        """A job that the request's key may see; of the others it does not learn that they exist."""
+        """The job with this id, if the request's key may see it; other jobs are reported as unknown."""
         job = await self.get(job_id)
         if not may_see(request, job.task):
             raise self.no_such(job_id)
         return job
 
     def no_such(self, job_id: str) -> PreludeError:
-        """The error for an id that stands for no job, or for one that the key may not see."""
+        """The error for an unknown job, or for a job that the key may not see."""
         return self.unknown(f"There is no {self.noun} {job_id[:80]!r}.")
 
     def as_json(self, job: Any) -> Any:
-        """A job as the routes answer it."""
+        """Render a job as the JSON of the routes."""
         return TypeAdapter(self.body).dump_python(self.show(job), mode="json", exclude_none=True)
 
     def state_of(self, job: Any) -> str:
-        """How far a job has come, in the words of its kind."""
+        """The name that clients see for a job's state."""
         return self.words.get(job.state, job.state.value)

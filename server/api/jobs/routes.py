@@ -1,4 +1,4 @@
-"""The routes of every kind of job: list, show, follow, cancel, delete. Each kind adds its own POST."""
+"""The routes that all kinds of jobs have: list, show, follow, cancel, delete. Each kind adds its own POST."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
 
 
 def common_routes(kind: type[Jobs]) -> APIRouter:
-    """The routes of one kind that all kinds have."""
+    """A router with the common routes for one kind of job."""
     router = job_router(kind.router.prefix, str(kind.router.tags[0]))
     one, several = kind.word, f"{kind.word}s"
     shown: dict[str, Any] = {"response_model": kind.body, "response_model_exclude_none": True}
@@ -43,14 +43,14 @@ def common_routes(kind: type[Jobs]) -> APIRouter:
         name=f"list_{several}",
     )
     async def list_jobs(request: Request) -> Any:
-        """All jobs, newest first, without results; a hundred of those that are over are kept."""
+        """All jobs, newest first, without results; the server keeps the last hundred finished jobs."""
         jobs = kind.of(request)
         mine = [jobs.show(job, with_result=False) for job in await jobs.all() if may_see(request, job.task)]
         return kind.listing(**{several: mine})
 
     @router.get("/{job}", responses=MISSING, name=f"get_{one}", **shown)
     async def get_job(request: Request, job: Any = found) -> Any:
-        """One job: how far it has come, or how it ended."""
+        """One job: its state, progress and result."""
         return kind.of(request).show(job)
 
     @router.get("/{job}/events", response_class=Response, responses=EVENTS, name=f"follow_{one}")
@@ -59,16 +59,16 @@ def common_routes(kind: type[Jobs]) -> APIRouter:
         job: Any = found,
         last_event_id: Annotated[str | None, Header(description="The id of the last event that was received.")] = None,
     ) -> Response:
-        """Everything that has happened to a job, then what happens, until it is over: server-sent events."""
+        """Past and new events of a job until it is over, as server-sent events."""
         followers: Followers = request.app.state.followers
         followers.check_room()
         return NumberedStream(followers.events(kind.of(request), job.id, _number(last_event_id)), {})
 
     @router.post("/{job}/cancel", responses=MISSING, name=f"cancel_{one}", **shown)
     async def cancel_job(request: Request, job: Any = found) -> Any:
-        """End a job; nothing is published. One that is over stays as it is.
+        """Cancel a job; nothing is published. A finished job does not change.
 
-        A reply with `cancelling: false` of a job that still runs says that its result is being published already.
+        If the reply for a running job has `cancelling: false`, its result is already being published.
         """
         jobs = kind.of(request)
         await jobs.cancel(job.id)
@@ -76,9 +76,9 @@ def common_routes(kind: type[Jobs]) -> APIRouter:
 
     @router.delete("/{job}", status_code=204, responses=MISSING | NOT_OVER, name=f"delete_{one}")
     async def delete_job(request: Request, job: Any = found) -> None:
-        """Forget a job that is over, with its record; what it has published stays.
+        """Delete a finished job and its record; versions that it has published stay.
 
-        An evaluation that is not over is cancelled instead.
+        An unfinished evaluation is cancelled instead.
         """
         await kind.of(request).delete(job.id)
 

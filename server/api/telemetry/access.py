@@ -1,7 +1,7 @@
-"""Around the whole app: a request's id, its line in the log, its count. Pure ASGI, so streams pass untouched.
+"""Middleware around the whole app: the request's id, its log line and its metrics. Pure ASGI leaves streams untouched.
 
-The id is the client's `X-Request-Id`, or a new one. It is on every reply, errors included, and in every line that is
-logged on behalf of the request: whatever logs finds it in the context that the request's asyncio task carries along.
+The id is the client's `X-Request-Id`, or a new one. It is in every reply, errors included, and in every log line
+written on behalf of the request: loggers read it from the context variables of the request's asyncio task.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 
 QUIET = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"})
-"""Asked every few seconds by machines: only their failures are worth a line above debug."""
+"""Routes that monitoring polls every few seconds; successful requests are logged at debug level only."""
 
 _ID = re.compile(r"[ -~]{1,128}")
 
 
 class Access:
-    """The outermost layer."""
+    """The outermost middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -69,26 +69,26 @@ class Access:
 
 
 def _record(headers: Headers) -> Record:
-    """A record with the client's id, if it is fit to be repeated in a header and in a log."""
+    """A record with the client's id, if the id is safe to repeat in a header and in a log."""
     given = headers.getlist(REQUEST_ID)
     return Record(given[0]) if len(given) == 1 and _ID.fullmatch(given[0]) else Record()
 
 
 def _outcome(status: int | None) -> RequestOutcome:
-    """Of a request that the engine never heard of."""
+    """The outcome of a request that never reached the engine."""
     if status is None:
         return RequestOutcome.ABORTED
     return RequestOutcome.FAILED if status == PreludeError.status else RequestOutcome.REFUSED
 
 
 def _route(scope: Scope) -> str | None:
-    """The route's path as it is documented; never the request's, in which anything may stand."""
+    """The route's path template; never the request's path, which may contain anything."""
     route = scope.get("route")
     return route.path if isinstance(route, Route) else None
 
 
 def _line(scope: Scope, record: Record, route: str | None) -> dict[str, Any]:
-    """The fields of a request's line."""
+    """The fields of a request's log line."""
     usage = record.usage
     fields = {
         "method": scope["method"],

@@ -1,6 +1,6 @@
-"""Values that other parts count anyway, read at each scrape: queues, caches, the registry.
+"""Gauges over values that other parts maintain anyway, read at each scrape: queues, caches, the registry.
 
-It is read on a thread of its own while the engine goes on, so figures of one look need not belong to one moment.
+A separate thread reads them while the engine runs, so the values of one scrape are not a consistent snapshot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.registry.registry import Registry
 
 
 class Gauges(Collector):
-    """Reads the worker and the registry."""
+    """A Prometheus collector over the worker and the registry."""
 
     def __init__(self, worker: EngineWorker, registry: Registry, board: JobBoard | None) -> None:
         self._board = board
@@ -27,7 +27,7 @@ class Gauges(Collector):
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        """All of them, as they are now."""
+        """The current values."""
         yield self._build()
         yield from self._engine()
         yield from self._prefixes()

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus that requests add to. Values that are only read at a scrape are in `gauges.py`.
+"""Prometheus metrics that requests update. Values that are only read at a scrape are in `gauges.py`.
 
-Each app has a registry of its own. Observing costs about a microsecond, on the event loop; the engine knows nothing of
-it. Time between tokens has no label: the tasks of a batch share its steps, so it is the same for all of them.
+Each app has its own Prometheus registry. An observation takes about a microsecond, on the event loop; the engine is not
+involved. The time between tokens has no task label: all tasks in a batch share its steps, so it is the same for all.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1
 LOAD_BUCKETS = (*MILLISECONDS, 1, 2.5, 5, 10, 30)
 
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
-"""Methods that have a label of their own: a client may send any word."""
+"""Methods with their own label value; a client may send any word as its method."""
 
 
 class Metrics:
-    """All that /metrics shows.
+    """All values of /metrics.
 
     Attributes:
-        registry: the metrics.
+        registry: the Prometheus registry.
         inter_token: seconds between two tokens of a choice.
-        loads: seconds that reading a soft prompt from the store took; observed on any thread.
+        loads: seconds taken to read a soft prompt from the store; observed on any thread.
     """
 
     def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int, board: JobBoard | None = None) -> None:
-        """Nothing has happened yet.
+        """Create the metrics, all zero.
 
         Args:
-            worker: whose counts are shown.
-            tasks: whose counts are shown.
-            most_tasks: tasks that have a label value of their own.
-            board: training jobs that are counted.
+            worker: the source of the engine's gauges.
+            tasks: the source of the registry's gauges.
+            most_tasks: maximum number of tasks with their own label value.
+            board: the source of the gauges of training jobs.
         """
         self.registry = CollectorRegistry()
         self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
@@ -88,13 +88,13 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def first_token(self, task: str | None, seconds: float) -> None:
-        """A request's first token has come."""
+        """Record a request's time to first token."""
         self._first_token.labels(self._labels.of(task, None)[0]).observe(seconds)
 
     def ended(
         self, task: str | None, version: int | None, outcome: RequestOutcome, usage: Usage, seconds: float
     ) -> None:
-        """A request that was handed to the engine has ended."""
+        """Record the end of a request that had reached the engine."""
         name, number = self._labels.of(task, version)
         self._requests.labels(name, number, outcome).inc()
         if outcome is RequestOutcome.REFUSED:
@@ -111,21 +111,21 @@ class Metrics:
             self._queue.labels(name).observe(usage.queued_seconds)
 
     def never_began(self, outcome: RequestOutcome) -> None:
-        """A request for an answer has ended before the engine heard of it."""
+        """Record the end of a generation request that never reached the engine."""
         self._requests.labels(UNKNOWN, "", outcome).inc()
 
     def answered(self, method: str, route: str | None, status: int | None) -> None:
-        """An HTTP request has been served; without a status nobody was there to take the reply."""
+        """Record an HTTP request; `status` is None if the client disconnected before the reply."""
         known = method if method in METHODS else OTHER
         self._http.labels(known, route or OTHER, "none" if status is None else status).inc()
 
     async def scrape(self, threads: Executor) -> bytes:
-        """All metrics as text; written on another thread, as there may be thousands of lines."""
+        """All metrics as text, rendered on another thread, because there may be thousands of lines."""
         self._labels.forget_deleted()
         return await threads.run(generate_latest, self)
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics without the time at which each series was made, which would double those of counters."""
+        """The metrics without the `_created` samples, which would double the number of lines of counters."""
         for metric in self.registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric

@@ -1,4 +1,4 @@
-"""Observes a request while the engine answers it. No reply passes through here."""
+"""Observes a request while the engine answers it; replies do not pass through this module."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from server.contracts import Delta, Usage
 
 
 class Observation:
-    """Observes one request of the engine, from when it is handed over to its end."""
+    """Observes one engine request from submission to end."""
 
     def __init__(self, metrics: Metrics, record: Record, prepared: Prepared) -> None:
-        """Begin before the engine has the request."""
+        """Start observing; called before the request is submitted."""
         self._metrics = metrics
         self._record = record
         self._prepared = prepared
-        self._last: dict[int, float] = {}  # choice -> when its last token came
+        self._last: dict[int, float] = {}  # choice -> time of its last token
         self._num_tokens = 0
         self._usage: Usage | None = None
         self._has_ended = False
@@ -29,16 +29,16 @@ class Observation:
 
     @classmethod
     def of(cls, request: Request, prepared: Prepared) -> Observation:
-        """Observe what an HTTP request asks of the engine."""
+        """The observation of an engine request that belongs to an HTTP request."""
         return cls(request.app.state.metrics, record_of(request), prepared)
 
     @property
     def seconds(self) -> float:
-        """Time since the HTTP request came."""
+        """Seconds since the HTTP request arrived."""
         return time.perf_counter() - self._record.started
 
     def take(self, delta: Delta) -> None:
-        """Note what a step added."""
+        """Record a delta."""
         if delta.token is not None:
             now = time.perf_counter()
             last = self._last.get(delta.index)
@@ -51,10 +51,10 @@ class Observation:
         if delta.usage is not None and (self._usage is None or delta.index == 0):
             self._usage = delta.usage
         if delta.finish_reason is not None and delta.is_last:
-            self._end(RequestOutcome.FINISHED)  # not when the generator is closed: by then it looks like an abort
+            self._end(RequestOutcome.FINISHED)  # not when the generator is closed, because that looks like an abort
 
     def fail(self, error: BaseException) -> None:
-        """Note how the request ended, unless it had ended before."""
+        """Record the outcome of a failed request, unless it has already ended."""
         self._end(outcome_of(error))
 
     def _end(self, outcome: RequestOutcome) -> None:
@@ -66,7 +66,7 @@ class Observation:
         self._metrics.ended(record.task, record.version, outcome, usage, self.seconds)
 
     def _total(self, outcome: RequestOutcome) -> Usage:
-        """What all choices took together: they share the input, and the first one reports how it was computed."""
+        """The usage of all choices together. They share the input, and the first choice reports its usage."""
         if outcome is RequestOutcome.REFUSED:
             return Usage(0, 0, 0)
         told = self._usage or Usage(0, 0, 0)

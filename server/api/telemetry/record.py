@@ -1,4 +1,4 @@
-"""The record of a request while it is served: by its handler, for its line in the log and the metrics."""
+"""The record of a request, which its handler fills for the log line and the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.errors import PreludeError, RequestAborted, RequestTimedOut
 
 
 class RequestOutcome(StrEnum):
-    """How a request for an answer ended."""
+    """How a generation request ended."""
 
     FINISHED = "finished"
     ABORTED = "aborted"
@@ -25,24 +25,24 @@ class RequestOutcome(StrEnum):
 
 @dataclass
 class Record:
-    """One HTTP request. Texts and keys have no place in it, so that they cannot get into the log."""
+    """One HTTP request. The record never contains texts or keys, so they cannot get into the log."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """As the client gave it, or a new one; several requests may have the same."""
+    """The client's id, or a new one; several requests may have the same id."""
     started: float = field(default_factory=time.perf_counter)
     status: int | None = None
-    """None if nothing was answered, because the client had gone."""
+    """The reply's status; None if the client disconnected before the reply."""
     generates: bool = False
-    """Whether it asks for an answer of the model."""
+    """Whether the request asks the model to generate."""
     task: str | None = None
     version: int | None = None
     outcome: RequestOutcome | None = None
-    """Of several texts, that of the first one which did not finish."""
+    """How the request ended; for several texts, the outcome of the first text that did not finish."""
     usage: Usage | None = None
-    """Of all texts and choices together."""
+    """The usage of all texts and choices together."""
 
     def add(self, outcome: RequestOutcome, usage: Usage) -> None:
-        """Note how one text of the request ended, and what it took."""
+        """Add the outcome and usage of one text of the request."""
         if self.outcome in (None, RequestOutcome.FINISHED):
             self.outcome = outcome
         so_far = self.usage or Usage(0, 0, 0)
@@ -55,7 +55,7 @@ class Record:
 
 
 def record_of(request: Request) -> Record:
-    """The request's record; a new one where no middleware has made it, as in an app of a few routes."""
+    """The request's record; a new one if no middleware has made it, for example in an app with a few routes."""
     record: Record | None = getattr(request.state, "record", None)
     if record is None:
         record = request.state.record = Record()
@@ -63,7 +63,7 @@ def record_of(request: Request) -> Record:
 
 
 def outcome_of(error: BaseException) -> RequestOutcome:
-    """What an error that ended a request means for it; what is no Exception means that nobody waits any more."""
+    """The outcome of a request that ended with this error; a BaseException means that the client is gone."""
     if isinstance(error, RequestAborted) or not isinstance(error, Exception):
         return RequestOutcome.ABORTED
     if isinstance(error, RequestTimedOut):

@@ -1,8 +1,8 @@
-"""The tasks and versions that have a label of their own in metrics, at most a fixed number.
+"""Limits the number of tasks and versions that have their own label values in metrics.
 
-Every value of a label is a series that Prometheus keeps. So the first tasks that are asked get a place each, and the
-others share one; a task that is deleted gives its place back. Of a task, versions that answer have values of their own,
-and so have the last ones that did: what is compared most is a version with the one before.
+Prometheus stores a series for each label value. Therefore only the first `most_tasks` tasks that get requests have
+their own value; all other tasks share one. A deleted task frees its value. Within a task, live versions have their own
+values, and so do the most recent former versions, because versions are usually compared with their predecessors.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 FROZEN_MODEL = "_model"
-"""Requests without a task. No task can have a name that begins like this."""
+"""Label of requests without a task. No task's name can begin with an underscore."""
 OTHER = "_other"
-"""Tasks without a place, and versions without a value."""
+"""Label of all tasks and versions without their own value."""
 UNKNOWN = "_none"
-"""Requests that were refused before it was known which task they are for."""
+"""Label of requests that were refused before their task was known."""
 
 MOST_VERSIONS = 8
-"""Values that the versions of one task have at once."""
+"""Maximum number of label values for the versions of a task."""
 
 
 class TaskLabels:
-    """Hands out label values; for one thread."""
+    """Assigns label values. Not thread-safe."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class TaskLabels:
         answering: Callable[[str], Collection[int] | None],
         forget: Callable[[str, str | None], None],
     ) -> None:
-        """No place is taken.
+        """Start without tasks.
 
         Args:
-            most_tasks: places.
-            answering: versions that answer a task; None if there is no such task.
-            forget: told of a task, or of a task and a version, whose values are no longer used.
+            most_tasks: maximum number of tasks with their own value.
+            answering: returns the live versions of a task; None if there is no such task.
+            forget: called with a task and None, or a task and a version, when their values are no longer used.
         """
         self._most_tasks = most_tasks
         self._answering = answering
@@ -43,7 +43,7 @@ class TaskLabels:
         self._places: dict[str, OrderedDict[int, None]] = {}  # task -> versions, least recently used first
 
     def of(self, task: str | None, version: int | None) -> tuple[str, str]:
-        """Values for a task and a version; "" for the version where it is none, or one of a task without a place."""
+        """Label values for a task and a version; "" for no version, or if the task has no value of its own."""
         if task is None:
             return FROZEN_MODEL, ""
         if task not in self._places and not self._take_place(task):
@@ -51,7 +51,7 @@ class TaskLabels:
         return task, "" if version is None else self._version(task, version)
 
     def forget_deleted(self) -> None:
-        """Take back the places of tasks that are gone."""
+        """Free the label values of deleted tasks."""
         for task in [task for task in self._places if self._answering(task) is None]:
             del self._places[task]
             self._forget(task, None)

@@ -1,4 +1,4 @@
-"""Turns a body into a training job that waits."""
+"""Turns a request body into a queued training job."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FILES = ("data", "validation")
 
 
 def parse_body(body: Body) -> JobRequest:
-    """The job of a JSON body, or of a form's field `spec`.
+    """Parse the job from a JSON body, or from a form's field `spec`.
 
     Raises:
         ValidationError: a field does not fit.
-        InvalidRequest: the form has no `spec`, or a field that it may not have.
+        InvalidRequest: the form has no `spec`, or an unknown field.
     """
     if body.is_json:
         return parse_request(body.value)
@@ -46,18 +46,19 @@ def parse_body(body: Body) -> JobRequest:
 
 @dataclass(frozen=True)
 class Start:
-    """The soft prompt that a job begins with, and the version that it is."""
+    """The soft prompt that a job is initialised from, and its task@version."""
 
     name: str
     soft_prompt: SoftPrompt
 
 
 async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id: str | None) -> Start | None:
-    """What a job is to begin with; the version that its name stands for now, whatever happens while the job waits.
+    """The soft prompt that a job is initialised from, if any.
+
+    The name is resolved to a version now; later changes do not affect a queued job.
 
     Raises:
-        Forbidden: the request's key is not for that task.
-        UnknownTask, InvalidTaskName, VersionUnavailable.
+        Forbidden: the request's key may not use that task. UnknownTask, InvalidTaskName, VersionUnavailable.
     """
     name = spec.config.init_from
     if name is None or spec.config.init != "soft_prompt":
@@ -75,10 +76,10 @@ def submit(
     start: Start | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Job:
-    """Copy the data, check it, and queue the job; `go_on` is called on the way, and what it raises ends it.
+    """Copy and check the data, and queue the job. `go_on` is called in between and may raise to stop.
 
     Raises:
-        PreludeError: nothing is queued then.
+        PreludeError: nothing is queued.
     """
     spec = order.fields.spec
     board.check(spec)

@@ -1,4 +1,4 @@
-"""Training as a kind of job: threads read and write its folders, and a process of its own trains."""
+"""Training jobs: threads read and write the job folders, and a separate process trains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from server.replies import JobBody, JobList
 
 LOG_BYTES = 2**16
 MOST_CHECKS = 8
-"""Jobs that may wait until their data is checked."""
+"""Maximum number of jobs that wait for the check of their data."""
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 
 REFUSED = responses(
@@ -44,7 +44,7 @@ router = job_router(JOBS, "training")
 
 
 class TrainingJobs(Jobs):
-    """The jobs of a folder, which several servers may share."""
+    """The training jobs in a folder, which several servers may share."""
 
     router, word, noun, unknown, outlives_server = router, "job", "training job", UnknownJob, True
     body, listing = JobBody, JobList
@@ -80,7 +80,8 @@ class TrainingJobs(Jobs):
     @override
     async def news(self, job_id: str, offset: int | None) -> News:
         def look() -> News:
-            job = self._site.board.files.job(job_id)  # before its record: what it recorded before its end is read
+            # Read the job before its record, so that a finished job's record is complete.
+            job = self._site.board.files.job(job_id)
             record = self._site.board.files.folder(job_id).record
             since = last_line_end(record) if offset is None else offset
             lines, until = read_lines(record, since)
@@ -94,7 +95,7 @@ class TrainingJobs(Jobs):
         return await self._site.executors.jobs.run(read_lines, record, offset, most)
 
     async def log(self, job_id: str) -> bytes:
-        """The end of what a job's process has printed."""
+        """The last part of the output of a job's process."""
 
         def read() -> bytes:
             try:
@@ -135,7 +136,7 @@ async def create_job(
 
 @router.get("/{job}/log", response_class=Response, responses=LOG)
 async def get_log(request: Request, job: JobId) -> Response:
-    """The end of what a job's process has printed."""
+    """The last part of the output of a job's process."""
     jobs: TrainingJobs = TrainingJobs.of(request)
     await jobs.find(request, job)
     return Response(await jobs.log(job), media_type="text/plain; charset=utf-8")

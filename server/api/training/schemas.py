@@ -20,16 +20,16 @@ JOBS = "/training/jobs"
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class JobRequest(JobSpec):
-    """POST /training/jobs, as a JSON body, or as the field `spec` of a form that brings the data along."""
+    """Body of POST /training/jobs: JSON, or the field `spec` of a form that also uploads the data."""
 
     data: str | None = None
     """Name of a JSONL file in PRELUDE_DATA_DIR, if none is uploaded."""
     validation: str | None = None
-    """The same for rows to measure on. Default: a tenth of the rows is held out."""
+    """The same for validation rows. Default: a tenth of the rows is held out."""
 
     @property
     def spec(self) -> JobSpec:
-        """What is asked for, without the data."""
+        """The job without its data files."""
         return JobSpec(**{field.name: getattr(self, field.name) for field in fields(JobSpec)})
 
 
@@ -37,12 +37,12 @@ _REQUEST = TypeAdapter(JobRequest)
 
 
 def parse_request(value: Any) -> JobRequest:
-    """A job from what JSON holds. Fields that are null count as left out; null never means anything else.
+    """Parse a job from a JSON value. A null field always means that the field is left out.
 
     Raises:
-        ValidationError: a field is missing, unknown, or not what it must be.
+        ValidationError: a field is missing, unknown or invalid.
     """
-    # As JSON, not as Python: strict mode then takes a list for a tuple.
+    # Validated as JSON, because pydantic's strict mode then accepts a list for a tuple.
     return _REQUEST.validate_json(to_json(_without_nulls(value), inf_nan_mode="constants"), strict=True)
 
 
@@ -60,7 +60,7 @@ _SPEC = TypeAdapter(JobSpec)
 
 
 def job_body(job: Job) -> JobBody:
-    """A job as it is shown."""
+    """Render a job as a reply."""
     status, progress = job.status, job.progress
     return reply(
         JobBody,
@@ -90,7 +90,7 @@ def job_body(job: Job) -> JobBody:
 
 
 def request_body() -> dict[str, Any]:
-    """For OpenAPI: the body in both of its forms, which FastAPI cannot derive for one route."""
+    """Both body formats for the OpenAPI document; FastAPI cannot derive two formats for one route."""
     whole = _REQUEST.json_schema()
     form = {
         "spec": {"type": "string", "description": "The same as the JSON body, as text."},
@@ -101,7 +101,7 @@ def request_body() -> dict[str, Any]:
 
 
 def _as_read(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references, in which fields that may be left out may also be null; see `parse_request`."""
+    """A schema with references resolved, in which optional fields may also be null; see `parse_request`."""
     if isinstance(schema, list):
         return [_as_read(item, definitions) for item in schema]
     if not isinstance(schema, dict):

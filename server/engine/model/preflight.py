@@ -194,16 +194,26 @@ def weight_bytes(weights: Iterable[Stored], method: str | None, device: torch.de
         device: where they are loaded to.
         dtype: that floating-point numbers are loaded in.
     """
-    unpacked = method == HALF_BYTE and device.type == "cpu"  # nothing multiplies them there, so they become `dtype`
+    becomes_plain = _becomes_plain(method, device)
     total = 0
     for stored in weights:
-        if stored.dtype in FLOATS or (stored.dtype.startswith("F8") and device.type == "cpu"):
+        if stored.dtype in FLOATS or (becomes_plain and stored.dtype.startswith("F8")):
             total += stored.numbers * dtype.itemsize
-        elif unpacked and stored.dtype == "U8":
+        elif becomes_plain and method == HALF_BYTE and stored.dtype == "U8":
             total += stored.numbers * 2 * dtype.itemsize
         else:
             total += stored.numbers * SIZES.get(stored.dtype, 1)
     return total
+
+
+def _becomes_plain(method: str | None, device: torch.device) -> bool:
+    """Whether transformers makes plain numbers of quantised ones, because nothing multiplies them on the device."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return device.type == "cpu"
+    capability = torch.cuda.get_device_capability(device)
+    if method == HALF_BYTE:
+        return capability < (7, 5) or not _is_installed("kernels")
+    return method == "fp8" and capability < (8, 9)
 
 
 def free_memory(device: torch.device, *, with_cache: bool = False) -> int:

@@ -79,6 +79,31 @@ def test_weights_take_what_they_become(dtype: str, method: str | None, device: t
     assert weight_bytes([Stored(dtype, 10)], method, device, torch.bfloat16) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "method", "capability", "has_kernels", "expected"),
+    [
+        ("F8_E4M3", "fp8", (9, 0), False, 10),
+        ("F8_E4M3", "fp8", (8, 0), True, 20),
+        ("U8", "mxfp4", (9, 0), True, 10),
+        ("U8", "mxfp4", (9, 0), False, 40),
+        ("U8", "mxfp4", (7, 0), True, 40),
+        ("U8", "bitsandbytes", (7, 0), False, 10),
+    ],
+)
+def test_what_a_gpu_does_not_multiply_takes_what_it_becomes(
+    dtype: str,
+    method: str,
+    capability: tuple[int, int],
+    has_kernels: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(preflight, "_is_installed", lambda _: has_kernels)
+    assert weight_bytes([Stored(dtype, 10)], method, CUDA, torch.bfloat16) == expected
+
+
 @pytest.mark.parametrize("stored", ["safetensors", "torch"])
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(
     stored: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

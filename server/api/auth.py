@@ -56,9 +56,8 @@ Scrapes = Security(_check, scopes=[Scope.METRICS])
 class GuardedRoute(APIRoute):
     """Asks for the key before FastAPI reads the body, and has it read within bounds.
 
-    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. FastAPI's
-    dependencies check the key a second time after the body has been read, so a key that was revoked during a long
-    upload is refused.
+    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. They check the
+    key again after the body has been read, so a key that was revoked during a long upload is refused.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -182,7 +181,7 @@ def _discreet(request: Request) -> Iterator[None]:
 
 
 def _key_of(request: Request) -> ApiKey | None:
-    key: ApiKey | None = request.state.key  # missing where nobody has asked: an error then, not an open door
+    key: ApiKey | None = request.state.key  # missing if `authorise` has not run: an error, not access
     return key
 
 

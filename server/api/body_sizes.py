@@ -47,7 +47,7 @@ class FormDisk:
         self._taken: Counter[str | None] = Counter()
 
     def check(self, key: str | None, more: int, whole: int) -> None:
-        """Refuse more bytes of a form that comes to a whole, both in bytes; that of a form that begins is all of it.
+        """Refuse a form whose files would exceed the limit: `more` bytes have come, `whole` in all.
 
         Raises:
             PayloadTooLarge: the form could not be taken even if nothing else were under way.
@@ -83,7 +83,7 @@ class FormDisk:
 
 
 class BodyLimit:
-    """Refuses bodies over a limit with 413: at once where Content-Length tells, else when the limit is passed.
+    """Refuses bodies over a limit with 413: at once if Content-Length exceeds it, else when the received bytes do.
 
     What the bodies of all requests under way hold in memory has a limit too, and what the files of forms take on disk;
     a body that would exceed one gets 429. The received bytes of a body count until its request has been answered.

@@ -3,9 +3,8 @@
 A browser on this machine reaches loopback for any page that is open in it. It may not read the answer, but a form can
 still POST a rollback (CSRF); and a page whose own name is made to point to 127.0.0.1 after it was loaded can read the
 answer as well (DNS rebinding). Browsers send headers that show both: the origin of the page, and the host name of the
-request.
-Other programs send no such headers and are not affected. A server with keys needs no such protection, because a foreign
-    page has no key.
+request. Other programs send no such headers and are not affected. A server with keys needs no such protection, because
+a foreign page has no key.
 
 Pages from the origins in `PRELUDE_CORS_ORIGINS` may do what the server's own pages may. CORS headers allow the browser
 to show the page the reply.

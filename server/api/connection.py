@@ -31,7 +31,7 @@ has gone answers with a reset."""
 
 
 class Connections:
-    """Makes the protocol of each connection to one server, and keeps their number within what files allow.
+    """Makes the protocol of each connection to one server; the limit on open files limits their number.
 
     If there are too many connections, the one that has waited longest for a request is closed. A client that opens many
     connections therefore only replaces its own, and enough file descriptors are left for the store, jobs and other
@@ -281,7 +281,7 @@ else:
             if self.transport.is_closing():
                 return
             is_answering = self.cycle is not None and not self.cycle.response_complete
-            if is_answering and (self.flow.read_paused or not self._is_in_body):  # it is we who keep the client waiting
+            if is_answering and (self.flow.read_paused or not self._is_in_body):  # the server causes the delay
                 self._expire_in(BODY_SECONDS)
                 return
             if is_answering:

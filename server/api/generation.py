@@ -186,7 +186,7 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
     """What a task's name stands for, and its soft prompt; from the store if it is not in memory, off the event loop.
 
     If the version is deleted while its blob is being read, the task's name is resolved again, because another version
-        may be live by then.
+    may be live by then.
 
     Raises:
         UnknownTask, InvalidTaskName.

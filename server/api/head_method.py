@@ -23,7 +23,7 @@ class HeadAsGet:
                 # The reply ends here, even if it is a stream; its handler is told that the client has disconnected.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        asked = {**scope, "method": "GET"}  # a copy: whoever sends the reply goes by the scope's own method
+        asked = {**scope, "method": "GET"}  # a copy: uvicorn sends the reply by the method in its own scope
         try:
             await self._app(asked, receive, send_head)
         finally:

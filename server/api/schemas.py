@@ -119,7 +119,7 @@ _ERRORS = {
 
 
 def responses(*usual: int, model: type[BaseModel] = ErrorBody, **others: str) -> Responses:
-    """The errors of a route: statuses with their usual meaning, and others as `on_409="It is not done."`."""
+    """OpenAPI's errors of a route: statuses with their usual description, or as `on_409="It is not done."`."""
     texts = {status: _ERRORS[status] for status in usual}
     texts |= {int(name.removeprefix("on_")): text for name, text in others.items()}
     return {status: {"model": model, "description": text} for status, text in sorted(texts.items())}

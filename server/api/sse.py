@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has disconnected, even while it only waits."""
+"""Server-sent events, and detection of clients that disconnect, even while they wait for the first event."""
 
 from __future__ import annotations
 

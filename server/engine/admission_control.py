@@ -42,7 +42,7 @@ class Admission:
 
     @contextmanager
     def of(self, request: GenerationRequest) -> Iterator[Callable[[], None]]:
-        """Count a request in while the block runs, or until what it yields is called: that is once it has ended.
+        """Count a request as in flight while the block runs, or until the yielded `leave` is called at its end.
 
         Raises:
             Overloaded: a limit is reached; says which.
@@ -75,7 +75,7 @@ class Admission:
             self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
 
     def _check_background(self, choices: int) -> None:
-        """Refuse a background request beyond its share, or while live requests leave no room."""
+        """Refuse a background request over the limit of background requests, or over that of all requests."""
         self._refuse_over("in flight in the background", self._in_background, choices, self._limits.background)
         self._refuse_over("in flight", self._in_flight + self._in_background, choices, self._limits.in_flight)
 

@@ -1,7 +1,7 @@
 """Runs an evaluation on the serving engine without delaying live requests: `POST /evaluations`.
 
-Rows wait in a queue of their own, so the engine gives live tasks their turns, and only a few are in flight at a time
-that what the server takes before it refuses (`engine/admission_control.py`) is left to those who use it.
+Rows wait in a queue of their own, so live tasks still get their turns. Only a few rows are in flight at a time, so an
+evaluation uses up little of the limits beyond which requests are refused (`engine/admission_control.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from server.train.rows import Row
 ROWS_AT_ONCE = 32
 LABELS_AT_ONCE = 64
 SHARE = 4
-"""An evaluation uses at most one part in this number of each in-flight limit (server, task, key)."""
+"""An evaluation uses at most 1/SHARE of each in-flight limit (server, task, key)."""
 AGAIN_SECONDS = 0.5
-"""After how long a row that was refused because too much waits is tried again."""
+"""Seconds after which a row that was refused, because too many requests wait, is sent again."""
 
 
 def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
@@ -36,7 +36,7 @@ def rows_at_once(choices_per_row: int, *limits: int | None) -> int:
 
 
 def labels_at_once(*limits: int | None) -> int:
-    """How many labels one request may score, given what may be in flight."""
+    """The number of labels that one request may score, derived from the server's limits on requests in flight."""
     least = min((limit for limit in limits if limit is not None), default=None)
     return LABELS_AT_ONCE if least is None else max(1, min(LABELS_AT_ONCE, least // SHARE))
 

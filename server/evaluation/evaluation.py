@@ -74,7 +74,7 @@ class Evaluation:
         Args:
             answers: of each system, by its name, in the order of the rows.
             seconds: how long each took.
-            go_on: called between pieces of the work; what it raises ends it.
+            go_on: called between pieces of the work; if it raises, the work ends.
         """
         found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.systems}
         bootstrap = Bootstrap(len(self.rows))
@@ -147,7 +147,7 @@ def prepare(
         teacher: a text of one's own, to be asked too.
         version: the subject's number, if it has one.
         bounds: resource limits; None is no limit.
-        go_on: called between pieces of the work; what it raises ends it.
+        go_on: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.

@@ -162,7 +162,7 @@ def _corpus_bleu(sums: Floats) -> Floats:
     """BLEU of sums `[…, counts, totals, length, reference length]`, with sacrebleu's smoothing (`exp`)."""
     counts, totals = sums[..., :BLEU_ORDER], sums[..., BLEU_ORDER : 2 * BLEU_ORDER]
     length, reference_length = sums[..., -2], sums[..., -1]
-    halvings = np.cumsum((counts == 0) & (totals > 0), axis=-1)  # of orders without a match, each counts half as much
+    halvings = np.cumsum((counts == 0) & (totals > 0), axis=-1)  # of orders without a match, each next one counts half
     smoothed = np.where(counts > 0, counts, 0.5**halvings)
     precisions = smoothed / np.maximum(totals, 1)
     brevity = np.exp(np.minimum(0.0, 1 - reference_length / np.maximum(length, 1)))

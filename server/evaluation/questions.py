@@ -22,7 +22,7 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.rows import Row
 
 QUEUE = "(evaluation)"
-"""Name of the queue for evaluation rows. It is not a valid task name, so it takes its turn like one more task."""
+"""Name of the queue for evaluation rows. No task can have this name, so the queue takes its turn like one more task."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Questions:
 
     @property
     def choices_per_row(self) -> int:
-        """Choices that one row occupies at a time: one that generates, plus the labels scored in one request."""
+        """Choices that a row has at a time: one that generates, and the labels (or target) of one request."""
         return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
     def checked(self, system: System, go_on: Callable[[], None]) -> System:
@@ -219,5 +219,5 @@ def is_same(text: str, target: str, *, lenient: bool) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Without case and what stands around it; a text of nothing else stays as it is."""
+    """Lower-cased, without punctuation and white space at its ends; a text of only these is unchanged."""
     return (text.strip(string.punctuation + string.whitespace) or text.strip()).casefold()

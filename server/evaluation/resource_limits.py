@@ -14,14 +14,15 @@ REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any nu
 
 @dataclass(frozen=True)
 class EvaluationBounds:
-    """Bounds of one evaluation.
+    """Limits of one evaluation.
 
     Attributes:
         rows: maximum number of rows.
-        stored_characters: of rows and references, which are in memory until it ends.
-        read_characters: that all systems read; each is tokenised before anything runs.
-        cells: maximum of rows times labels (the size of the matrix that is resampled).
-        labels_at_once: labels that one request scores.
+        stored_characters: maximum number of characters of rows and references, which are in memory until it ends.
+        read_characters: maximum number of characters in all systems' inputs, which are tokenised before the first
+            request.
+        cells: maximum of rows times labels: the size of the matrix that is resampled.
+        labels_at_once: maximum number of labels that one request scores.
     """
 
     rows: int = 20_000

@@ -147,7 +147,7 @@ class System:
 
     @property
     def is_lenient(self) -> bool:
-        """Whether the form of an answer is forgiven: who was not trained on it is not held to it."""
+        """Whether answers are compared leniently: those of the frozen model alone, which has not learned their form."""
         return self.soft_prompt is None
 
     def read(self, row: Row, host: Host) -> list[int]:

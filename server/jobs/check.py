@@ -1,4 +1,4 @@
-"""Checks before a job is queued: a job that fails after an hour's wait costs an hour."""
+"""Checks a job before it is queued, because a job that fails after an hour in the queue wastes that hour."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def in_their_words(text: str, folder: JobFolder, names: DataNames) -> str:
 
 
 def as_failure(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
-    """Convert an error into the form that a job stores (`Failure`)."""
+    """The fields of a `Failure`, which a job stores, for an error."""
     return {
         "error": in_their_words(exc.message, folder, names),
         "code": exc.code,

@@ -1,8 +1,8 @@
 """Whether a second copy of the frozen model fits beside the server.
 
-On a CPU the weights are a mapped file: all processes that map it share the pages. On CUDA each process has a copy
-of its own. The server allocates all its memory at start (`build.take_all`), so a job may use all memory that is free
-when it starts.
+On a CPU the weights are a mapped file: all processes that map it share the pages. On CUDA each process has a copy of
+its own. The server allocates all its memory at start (`build.take_all`), so a job may use all memory that is free when
+the job starts.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class JobsFolder:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: on Windows, servers that share a folder are not protected from each other
+        except ImportError:  # Windows, where servers that share a folder are not protected from each other
             return file
         except OSError as exc:
             file.close()

@@ -130,7 +130,7 @@ class Status:
     restarts: int = 0
     """How often its process was started again."""
     deaths: int = 0
-    """How often its process was killed without progress since the last recorded step."""
+    """How often its process has been killed since the record last grew."""
     recorded: int = 0
     """Lines of the record when it was last killed."""
     pid: int | None = None

@@ -58,8 +58,9 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Ctrl-C in a terminal should reach only the server. It stays in the server's session, though: Linux shares
-            # cores out between sessions first (autogroup), where a low priority in one of its own would mean nothing.
+            # Ctrl-C in a terminal should reach only the server. The process stays in the server's session, though:
+            # Linux shares cores out between sessions first (autogroup), where a low priority in one of its own would
+            # mean nothing.
             process_group=0 if os.name == "posix" else None,
         )
 

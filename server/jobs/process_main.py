@@ -174,7 +174,7 @@ def step_back() -> None:
         os.nice(19)
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.suppress(OSError):  # Linux kills whoever has the most, which may be the server
+    with contextlib.suppress(OSError):  # else Linux kills the process with the most memory, which may be the server
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 

@@ -63,9 +63,11 @@ def publish_result(registry: Registry, folder: JobFolder, job: Job, check: Calla
 
 
 def _claim(folder: JobFolder, check: Callable[[], None]) -> None:
-    """Mark the job as being published, after which it cannot be cancelled.
+    """Mark the job as being published (see `JobFolder`), after which it cannot be cancelled.
 
-    Raises if it was cancelled first; see `JobFolder.publishing`.
+    Raises:
+        Withdrawn: it was cancelled first.
+        PreludeError: it may no longer publish, or its folder cannot be written.
     """
     check()
     try:

@@ -45,7 +45,7 @@ class Recorder:
         self._written_at = time.monotonic()
 
     def phase(self, phase: str, at: str) -> None:
-        """Something else is done from now on: loading, reading, learning_rate, teacher, training."""
+        """Record that a phase begins: loading, reading, learning_rate, teacher, training or writing."""
         self._write({"event": "phase", "phase": phase, "at": at})
 
     def tried(self, learning_rate: float, loss: float) -> None:

@@ -119,7 +119,7 @@ class JobRunner(Service):
         return False
 
     def _adopt(self) -> bool:
-        """Take over the folder, once it is there and no other server has it; what ran in it is queued again."""
+        """Lock the folder, once it exists and no other server has locked it; queue jobs that were running again."""
         if not self._files.root.is_dir():  # nobody has ever asked for a job
             return False
         self._lock = self._files.lock()

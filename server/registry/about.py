@@ -1,6 +1,6 @@
 """A manifest as JSON text, and a summary for lists.
 
-The text is parsed once, when its event is applied, and not by requests.
+The summary is made once, when the event is applied, and not by requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Waits for a store that does not answer, for a bounded time, then raises a 503 with the reason."""
+"""Time limits for waiting on the store; after them, a request gets 503 with the reason."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class RemoteObjects:
             return _open(self._url, allow_http=True)
 
     def _check_conditional_writes(self) -> None:
-        """Refuse a bucket that ignores the condition: there, of two servers' changes one would be lost unnoticed."""
+        """Refuse a bucket that ignores the condition: one of two servers' changes would be lost unnoticed."""
         with self._refusals("be written to"):
             try:
                 ignored = self._create(_PROBE, _PROBE_CONTENT) and self._create(_PROBE, _PROBE_CONTENT)

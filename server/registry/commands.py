@@ -123,7 +123,7 @@ def delete(state: RegistryState, name: str, expected: Expected) -> Delete:
 
 
 def retire(state: RegistryState, tasks: Mapping[str, str], by: str | None) -> Retire | None:
-    """Those of these tasks whose directory left the inbox at this place, and whose last content from there is this."""
+    """Plan to retire those of the given tasks whose content is still what the inbox at `by` last published."""
     gone = tuple(name for name, identity in tasks.items() if _task(state, name).inbox_identity(by) == identity)
     return Retire(gone) if gone else None
 

@@ -55,7 +55,7 @@ class HostCache:
         self._is_wanted = is_wanted
         self._kept: OrderedDict[str, SoftPrompt] = OrderedDict()
         self._sizes: dict[str, int] = {}  # of those that are kept, by digest
-        self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another of the same content may be whole
+        self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another blob of the same content may be intact
         self._lock = threading.Lock()
         self._waiting: deque[tuple[VersionContent, Future[SoftPrompt]]] = deque()
         self._num_loaders = 0

@@ -51,7 +51,7 @@ STOP_SECONDS = 0.8
 
 
 class Inbox(Service):
-    """Keeps a registry in line with a directory; `scan` once, or from `start` to `stop` on a thread."""
+    """Publishes a directory's contents into a registry: once with `scan`, or on a thread from `start` to `stop`."""
 
     def __init__(self, directory: Path, registry: Registry) -> None:
         super().__init__("inbox", STOP_SECONDS)
@@ -82,7 +82,7 @@ class Inbox(Service):
                 self._look(None if is_full else changes, SETTLE_SECONDS)
             except Exception:
                 log.exception("the inbox cannot be read")
-                self._stop.wait(BUG_SECONDS)  # a bug in Prelude; logged once, not at every scan
+                self._stop.wait(BUG_SECONDS)  # a bug in Prelude, which need not be logged at every scan
             if is_full:
                 spent = time.thread_time() - began
                 next_full_look = time.monotonic() + max(LOOK_SECONDS, spent / LOOK_SHARE)
@@ -95,7 +95,7 @@ class Inbox(Service):
     ) -> None:
         """Check these entries and all open ones; None checks every entry."""
         names = self._folder.entries(anew=changed is None or bool(changed))
-        if names is None:  # that is not how people remove an entry: how long one is gone counts from its return
+        if names is None:  # not a removal: how long an entry is missing counts from the folder's return
             for entry in self._entries.values():
                 if isinstance(entry.state, Missing):
                     entry.state = replace(entry.state, since=time.monotonic())
@@ -223,7 +223,7 @@ class Inbox(Service):
         )
 
     def _retire(self, tasks: Mapping[str, str]) -> bool:
-        """Let go of tasks that were published with these identities; False if that must be tried again."""
+        """Retire tasks that were published with these identities; False if the store failed and it must be retried."""
         if not tasks:
             return True
         try:

@@ -58,7 +58,7 @@ class Contents:
             check_finite(soft_prompt.tensor, self._model.dtype)
         except PreludeError as exc:
             self.broken[_key(content)] = str(exc)
-            if not self._is_wanted(content.prefix_hash):  # in this order: who deletes it forgets it last
+            if not self._is_wanted(content.prefix_hash):  # after the line above: a delete forgets it last
                 self.forget(content)
             raise _unavailable(exc) from exc
         self.broken.pop(_key(content), None)

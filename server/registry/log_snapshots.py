@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 SNAPSHOT_EVENTS = 1000
-"""Number of events between two snapshots; the same for all servers that share a store."""
+"""Number of events between two snapshots."""
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Events are removed once a snapshot that replaces them has this age. Every server syncs far more often."""
 MOST_REMOVED = 2000

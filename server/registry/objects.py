@@ -56,7 +56,7 @@ class Objects(Protocol):
 
         Raises:
             StoreFull: there is no space left, and nothing has changed.
-            StoreError: it is refused. Whether the object is kept is then open, until somebody looks.
+            StoreError: the store failed. Whether the object was kept is unknown until it is read back.
         """
 
     def delete(self, key: str) -> None:

@@ -48,7 +48,7 @@ class Registry(LiveMap):
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
         super().__init__(store, model, max_virtual_tokens, host_memory)
         self._changing = BoundedLock()
-        self._syncing = BoundedLock()  # of several who look at once, one reads and warms; readers need neither
+        self._syncing = BoundedLock()  # if several threads sync, one reads and warms; requests need no lock
 
     def publish(
         self,
@@ -158,7 +158,7 @@ class Registry(LiveMap):
         self._change(lambda: plans.delete(self._state, name, expected), "api", by)
 
     def retire(self, tasks: Mapping[str, str], *, by: str | None = None) -> tuple[str, ...]:
-        """Let go of tasks whose directory left the inbox: what is live from it alone answers no more.
+        """Retire tasks whose directory left the inbox: a version that came only from that inbox stops answering.
 
         Args:
             tasks: with the identity of what the inbox published. If it is no longer what an inbox at this place
@@ -166,7 +166,7 @@ class Registry(LiveMap):
             by: the inbox's place.
 
         Returns:
-            The tasks that were let go of.
+            The tasks that were retired.
 
         Raises:
             StoreError: the store refuses.
@@ -176,7 +176,7 @@ class Registry(LiveMap):
         return event.change.tasks if event is not None and isinstance(event.change, Retire) else ()
 
     def is_from_inbox(self, name: str, soft_prompt: SoftPrompt, by: str | None = None) -> bool:
-        """Whether the inbox at this place published this content already, and to do so again would mend nothing."""
+        """Whether the inbox at this place has published this content, and publishing it again would change nothing."""
         with self._changing:
             state = self._state.tasks.get(name)
             if state is None or state.inbox_identity(by) != content_of(soft_prompt, "").identity:
@@ -240,7 +240,7 @@ class Registry(LiveMap):
                 self.host.put(soft_prompt)
 
     def _warm_in_time(self, contents: Sequence[VersionContent]) -> list[SoftPrompt]:
-        """Warm what answers on other servers already, on threads of their own: none that hangs may hide later changes.
+        """Warm versions that other servers have made live; on threads, so that one that hangs delays no later event.
 
         Returns:
             Those that are warm. The others will answer all the same, as their change was acknowledged.

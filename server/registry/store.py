@@ -160,11 +160,10 @@ class Store:
                 self._objects.delete(f"events/{name}")
 
     def _check_reach(self, number: int) -> None:
-        """An empty list of later events can mean that there are none, or that they were removed after a snapshot.
+        """Check that an empty list of later events means that there are none.
 
-        Find out which.
-
-        Events stay for GRACE_SECONDS after the snapshot that replaces them, so this is asked far more often than that.
+        It can also mean that they were removed after a snapshot. Events stay for GRACE_SECONDS after the snapshot that
+        replaces them, so this is asked far more often than that.
 
         Raises:
             Behind: they were removed.
@@ -179,7 +178,7 @@ class Store:
         """Write an event durably; False if another writer has taken its number.
 
         Raises:
-            StoreError: the store refuses. Whether the event is kept is then open, until somebody looks.
+            StoreError: the store failed. Whether the event was kept is unknown until it is read back.
         """
         try:
             self._check_reach(event.number - 1)

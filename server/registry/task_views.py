@@ -35,7 +35,7 @@ class Task:
         """The version that answers a request with this key: the same as long as the weights are the same.
 
         Each version owns a range of hash values, in the order of version numbers. If the weight of one of two versions
-            grows, it keeps all keys that it had.
+        grows, it keeps all keys that it had.
         """
         if len(self.traffic) < 2:
             return self.traffic[0][0] if self.traffic else None

@@ -32,7 +32,7 @@ class TrainingCheckpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: TrainingCheckpoint) -> None:
-    """Write it beside the last one, then in its place: a process that is killed in between leaves the last one."""
+    """Write it to a temporary file, then rename that over the last one; if killed in between, the last one stays."""
     folder.mkdir(parents=True, exist_ok=True)
     state = checkpoint.optimizer["state"]
     tensors = {f"parameters/{name}": tensor for name, tensor in checkpoint.parameters.items()}

@@ -39,7 +39,7 @@ COMPARED = 64
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model behind the long text."""
+    """The frozen model after the long text."""
 
     model: FrozenModel
     template: str
@@ -112,7 +112,7 @@ def distilled_lessons(
 
 
 def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -> KeyValues | None:
-    """The teacher's own keys and values of what stands last before an input: a student that hardly has to learn.
+    """The teacher's keys and values of the last tokens before an input: an initial KV prefix close to the teacher.
 
     Each of these tokens has attended to the whole text before it and keeps its distance to the input. Keys contain
     their positions, so the text starts at a negative position. The very first token is kept too, because a model
@@ -127,7 +127,7 @@ def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -
         None if `init` is `auto` and the teacher's keys and values cannot be used.
 
     Raises:
-        InvalidTrainingData: it is asked for and cannot be had.
+        InvalidTrainingData: `init` is `teacher`, and its keys and values cannot be used.
     """
     teacher = Teacher(model, config.teacher_template or "", config.teacher_chat)
     shared = common_start([teacher.encode(row.input) for row in data.rows[:COMPARED]])

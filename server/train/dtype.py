@@ -17,7 +17,7 @@ from server.engine.model.devices import choose_device, choose_dtype
 from server.settings import Settings
 
 ROWS, FED, MADE = 512, 512, 1024
-"""Side length of the matrices whose product is timed (a few hundred microseconds)."""
+"""Dimensions of the matrix product that is timed (a few hundred microseconds)."""
 ROUNDS = 9
 CLEARLY = 1.25
 """float32 is chosen only if it is faster by this factor; with a factor near 1, two runs of the same command could
@@ -36,7 +36,7 @@ def training_settings(settings: Settings, seconds: Callable[[torch.dtype], float
     if settings.dtype != "auto" or device.type != "cpu" or choose_dtype("auto", device) == torch.float32:
         return settings
     times = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(ROUNDS):  # in turn, and the best of each: whatever else runs meanwhile disturbs both
+    for _ in range(ROUNDS):  # alternately, and the best of each: other programs then disturb both alike
         for dtype in times:
             times[dtype] = min(times[dtype], seconds(dtype))
     faster = times[torch.bfloat16] > CLEARLY * times[torch.float32]

@@ -42,9 +42,10 @@ def rows_logits(
     virtual: torch.Tensor | Sequence[torch.Tensor] | None = None,
     key_values: KeyValues | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, behind given virtual tokens `[n, hidden_size]`, or keys and values before all rows.
+    """The same, after given virtual tokens `[n, hidden_size]`, or after keys and values before all rows.
 
-    Virtual tokens that all rows share are computed once. If each row has its own tensor, they are repeated in each row.
+    Virtual tokens that all rows share are computed once. If there is a tensor for each row, its virtual tokens are
+    placed before that row.
     """
     fed = [example.fed_ids for example in examples]
     lengths = [len(ids) for ids in fed]
@@ -71,7 +72,7 @@ def rows_logits(
 
 
 def _target_rows(examples: Sequence[Example], lengths: Sequence[int], start: int) -> torch.Tensor:
-    """Where in the flat row, whose rows begin at `start`, the targets are predicted: at the end of each row."""
+    """Positions in the flat row at which the targets are predicted; the first sequence begins at `start`."""
     ends = itertools.accumulate(lengths, initial=start)
     next(ends)
     return torch.cat(

@@ -29,13 +29,14 @@ COMMON_TOKENS = 5000
 def initial_values(
     model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None, start: Path | None = None
 ) -> torch.Tensor | KeyValues:
-    """First values of what the method learns, in float32 on the CPU.
+    """Initial values of the method's parameters, in float32 on the CPU.
 
     Args:
         model: the frozen model.
-        config: says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens, 'text' those of a text,
-            both filled up with sampled ones; 'soft_prompt' takes another's; 'random' draws numbers as large as those
-            of real tokens; 'auto' is 'labels' where there are some, else 'vocab'. ('teacher' is `distil.py`'s.)
+        config: its `init` says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens and 'text' those
+            of a text, both filled up with sampled tokens; 'soft_prompt' takes another soft prompt's vectors; 'random'
+            draws numbers of the same scale as those of real tokens; 'auto' is 'labels' if there are labels, else
+            'vocab'. ('teacher' is handled in `distil.py`.)
         labels: of the task, if it has any.
         start: the PEFT directory for 'soft_prompt'.
 
@@ -43,7 +44,7 @@ def initial_values(
         Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
 
     Raises:
-        InvalidTrainingData: the configured method of initialisation lacks its input (no labels, no text, ...).
+        InvalidTrainingData: the configured method of initialisation lacks its input, for example labels or a text.
     """
     if config.init == "soft_prompt":
         assert start is not None, "the reader of the configuration has requested it"

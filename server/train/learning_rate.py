@@ -1,7 +1,7 @@
 """The search for a learning rate: a few steps at each of several peaks, and the one with the lowest loss.
 
-A soft prompt's vectors are few and free, so good peaks are a hundred times those of weights and differ between models
-and methods by more than between tasks. Peaks are compared by their validation loss; a peak whose loss is not finite is
+A soft prompt has few parameters, so good peaks are a hundred times those for weights; they differ more between models
+and methods than between tasks. Peaks are compared by their validation loss; a peak whose loss is not finite is
 discarded.
 """
 

@@ -1,6 +1,6 @@
 """Methods of training: their parameters, and the prefix that these make.
 
-A method holds parameters in float32. A method implements either `virtual_tokens`, which returns input embeddings, or
+A method holds parameters in float32. It implements either `virtual_tokens`, which returns input embeddings, or
 `key_values`, which returns a KV prefix. `saved` is what PEFT would save.
 """
 
@@ -90,8 +90,7 @@ class MultitaskPromptTuning(LearnedPrefix):
     def __init__(self, initial: torch.Tensor, num_tasks: int, rank: int = 1) -> None:
         super().__init__()
         self.prompt_embeddings = nn.Parameter(initial.clone())
-        # Initially every task's matrix is (almost) all ones: rank one is ones, and the other ranks are near zero, so
-        # all tasks start at the shared vectors.
+        # Initially every task's matrix is all ones (each rank adds 1 / rank), so all tasks start at the shared vectors.
         self.cols = nn.Parameter(torch.full((num_tasks, initial.shape[0], rank), 1.0 / rank))
         self.rows = nn.Parameter(torch.ones(num_tasks, rank, initial.shape[1]))
 

@@ -116,7 +116,7 @@ class TeacherLabels:
 
 
 def split_labels(logprobs: torch.Tensor, lessons: Sequence[Lesson]) -> list[torch.Tensor]:
-    """Of each lesson its labels' log-probabilities among each other, from those of all their tokens."""
+    """For each lesson, log-probabilities normalised over its labels, from those of the labels' tokens."""
     lengths = [len(example.target_ids) for lesson in lessons for example in lesson.examples]
     totals = torch.stack([tokens.sum() for tokens in torch.split(logprobs, lengths)])
     rows = torch.split(totals, [len(lesson.examples) for lesson in lessons])

@@ -1,4 +1,4 @@
-"""Activation checkpointing: computes activations twice where they would not fit (Chen et al. 2016)."""
+"""Activation checkpointing: the backward pass recomputes activations that would not fit (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.train.config import TrainingConfig
 from server.train.data import Example
 
 SHARE = 0.5
-"""Of the free memory, what activations may take."""
+"""Share of the free memory that activations may take."""
 KEPT_PER_NUMBER = 3
 """Estimate of the values kept for the backward pass per value that enters or leaves a matrix product: the value itself
 and what norms, rotary embeddings, gates and softmax derive from it."""
@@ -37,7 +37,7 @@ def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Ex
 
 @contextlib.contextmanager
 def recomputing(model: FrozenModel, *, wanted: bool) -> Iterator[None]:
-    """Context manager: if `enabled`, layers recompute their activations in the backward pass."""
+    """Context manager: if `wanted`, layers recompute their activations in the backward pass."""
     layers = [layer for layer in model.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not wanted or not layers:
         yield

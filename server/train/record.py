@@ -44,8 +44,9 @@ class Measured:
 def best_of(history: Sequence[Measured]) -> int:
     """The place of the best measurement: the earliest of equals.
 
-    For labels, calls and queries, exact match decides, and the loss decides ties. A free text is hardly ever reproduced
-    word for word, so there exact match is mostly chance, and the loss alone decides.
+    If some evaluation reaches TELLING_MATCHES (labels, calls, queries), exact match decides, and the loss decides ties.
+    A free text is hardly ever reproduced word for word, so its exact match is mostly chance, and the loss alone
+    decides.
     """
     is_told_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
 

@@ -1,4 +1,4 @@
-"""One training run, from files to a PEFT directory: `prelude train` without the terminal."""
+"""One training run, from data files to a trained soft prompt in memory, for `prelude train` and training jobs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_task(
         fresh: start over instead of resuming.
         on_tried: called after each learning rate that was tried.
         on_sweep_step: called after each step of that search.
-        on_taught: called for each row that a teacher has been asked about.
+        on_taught: called after each row that the teacher has answered.
 
     Raises:
         InvalidTrainingData: before any step is run; or the loss is not finite any more.

@@ -48,7 +48,7 @@ def train(
     *,
     checkpoint: Path | None = None,
 ) -> TrainingResult:
-    """Train, and answer the state that scored best on the validation rows.
+    """Train, and return the state that scored best on the validation rows.
 
     Args:
         work: what is learned; its prefix is left in that state.

@@ -26,10 +26,11 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = {"cpu": 4 * 2**20, "cuda": 16 * 2**20}
-"""What is copied beside a step at most: a few milliseconds of the host."""
+"""Maximum number of bytes copied beside a step: a few milliseconds of the host's time."""
 
 IDLE_SECONDS, PAUSE_SECONDS = 0.005, 0.0002
-"""How long the engine copies where nobody can run, because commands come in between; and looks at a busy device."""
+"""How long an engine without other work copies before it handles commands again, and how long it waits before it checks
+again whether the device has freed a buffer."""
 
 
 class Copying(Protocol):
@@ -56,7 +57,7 @@ class Copying(Protocol):
     def settle(self) -> None:
         """Make the device wait for all copies made so far before it uses the prefix or reuses its memory.
 
-        Called once, after the last piece.
+        Called once: after the last piece, or when the copy is cancelled.
         """
         ...
 
@@ -111,7 +112,7 @@ class Staging:
         self._buffers: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def begin(self) -> None:
-        """Copy only after what the device has been asked for so far: it may still use the memory."""
+        """Make the copies wait for all work queued on the device so far, which may still use their memory."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def take(self) -> torch.Tensor | None:
@@ -131,7 +132,7 @@ class Staging:
         self._buffers.rotate(-1)
 
     def end(self) -> None:
-        """Let the device go on only after all that was sent."""
+        """Make the device wait for all pieces that were sent."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
@@ -209,7 +210,7 @@ class Arrivals:
 
     @torch.inference_mode()
     def advance(self, *, is_idle: bool = False) -> None:
-        """Copy a piece of the prefix that is on its way; where nobody can run, as much as `IDLE_SECONDS` allow."""
+        """Copy a piece of the prefix that is on its way; in an idle engine, pieces for `IDLE_SECONDS`."""
         until = time.monotonic() + (IDLE_SECONDS if is_idle else 0.0)
         while self._on_its_way is not None and not self._on_its_way[1].has_arrived:
             prefix_hash, copying = self._on_its_way

@@ -210,6 +210,6 @@ def _mib(num_bytes: int) -> str:
 
 
 def _exact(num_bytes: int) -> str:
-    """MiB with as many digits as it takes to be read as no less."""
+    """The size in MiB, with enough digits that the printed number is no smaller than the size."""
     digits = f"{math.ceil(num_bytes / MiB * 10_000) / 10_000:.4f}"
     return digits.rstrip("0").rstrip(".")

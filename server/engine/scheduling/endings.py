@@ -1,4 +1,4 @@
-"""Why a text ends: by a token, or because it cannot continue."""
+"""Why a sequence ends: a token that ends its text, or an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> 
 
 
 def failure(sequence: Sequence, drawn: list[tuple[Sequence, NextToken]], prefix_is_finite: bool) -> Exception | None:
-    """Why a sequence cannot go on after a step, if it cannot."""
+    """The error that ends a sequence after a step, or None."""
     is_finite = prefix_is_finite
     for who, choice in drawn:
         if who.error is not None:

@@ -1,11 +1,11 @@
 """Waiting sequences in queues, one for each task and key: a flood in one queue delays no other.
 
 A free slot goes to the key with the fewest running sequences, and of its queues to the one with the fewest; a key that
-asks many tasks gets no more slots than one that asks one task. Without keys all queues count as one key's.
+uses many tasks gets no more slots than a key that uses one. Requests without a key all count as one key's.
 
 Within a queue, siblings of a request that has started go first, because each of them holds a copy of its input. After
-eight in a row, a request may start that has fewer choices than wait before it, so that a request of very many choices
-does not hold up the small ones after it.
+eight siblings in a row, a new request may start if it has no more choices than siblings wait ahead of it, so a request
+with very many choices does not delay the small ones after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from server.contracts import Queue
 from server.engine.scheduling.sequence import Sequence
 
 IN_A_ROW = 8
-"""Siblings in a row, after which a request of the same queue may start before the next one."""
+"""Number of siblings taken in a row before a new request of the same queue may start ahead of the next one."""
 
 _Waiting = OrderedDict[Sequence, None]
 """Ordered; a member in the middle is found in constant time."""
@@ -85,7 +85,7 @@ class FairQueue:
         self._length += 1
 
     def add_first(self, sequence: Sequence) -> None:
-        """Put a sequence at the head of its queue: it goes on with what has begun already."""
+        """Put a sequence at the head of its queue, because its request has started already."""
         self.add(sequence)
         self._of(sequence).move_to_end(sequence, last=False)
 

@@ -1,9 +1,9 @@
 """Each key's share of a step: no key's texts and inputs make the steps of others much longer.
 
 A key that runs alone may fill a step. If several API keys are active, each may take as many tokens of a step as all the
-others together, plus one sixteenth of the token budget. A key at this limit decodes its sequences in turns, and at
-least half of its share goes to prefills. A key with many sequences, long inputs or expensive sampling therefore gets
-about as much time as each other key, not several times as much.
+others together, plus one sixteenth of the token budget. A key at this limit decodes its sequences in turns, and its
+prefills may take at least half of its share. A key with many sequences, long inputs or expensive sampling therefore
+gets about as much time as each other key, not several times as much.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download
 
 RESERVED_SHARE = 4
-"""One extra slot is reserved for every this many of `max_sequences`, for tasks below their fair share."""
+"""For each group of this many in `max_sequences`, one more slot is reserved for tasks below their fair share."""
+
 NO_SLOT = Slot(sys.maxsize, sys.maxsize)
 """Sort key of prefilling sequences: after every real slot."""
 
@@ -70,7 +71,7 @@ class Scheduler:
         self.is_wanted: Callable[[str], bool] = lambda prefix_hash: True
         self._users: Counter[str] = Counter()  # prefix hash -> sequences, waiting or running, that use it
         self._computing: dict[str, Sequence] = {}  # prefix hash -> the sequence that computes it
-        self._prefix_checks: dict[Sequence, Callable[[], bool]] = {}  # of those who complete one in this step
+        self._prefix_checks: dict[Sequence, Callable[[], bool]] = {}  # prefixes that this step completes
         self._max_sequences = max_sequences
         self._max_batch_tokens = max_batch_tokens
         self._steps = FairSteps(max_batch_tokens, self._next_chunk)
@@ -82,7 +83,7 @@ class Scheduler:
             self._users[sequence.soft_prompt.prefix_hash] += 1
 
     def share_input(self, first: Sequence, others: Iterable[Sequence]) -> None:
-        """Give other choices of a request a copy of what its first one, which runs, has computed of the input."""
+        """Give a request's other choices a copy of the input's keys and values, which its first choice has computed."""
         shared = self._kv_cache.copy_out(_slot(first), first.num_input)
         others = list(others)
         for sequence in others:
@@ -90,14 +91,14 @@ class Scheduler:
         self.shared.made(first.request_id, len(others))
 
     def add_sharing(self, sequences: list[Sequence]) -> None:
-        """Queue choices that begin behind a copy of their input, in front of those that have not begun."""
+        """Queue choices that start from a copy of their input, ahead of requests that have not started."""
         for sequence in reversed(sequences):
             self.waiting.add_first(sequence)
             if sequence.soft_prompt is not None:
                 self._users[sequence.soft_prompt.prefix_hash] += 1
 
     def schedule(self) -> list[tuple[Sequence, Span]]:
-        """Admit whom there is room for, and share out the next step's tokens; empty if there is nothing to do.
+        """Admit sequences that find a slot, and share out the next step's tokens; empty if there is nothing to do.
 
         Decoding sequences come first, sorted by slot, so that neighbours in the pool are neighbours in the batch.
         """
@@ -177,7 +178,7 @@ class Scheduler:
         self.arrivals.advance()
 
     def _check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
-        """Ask for what shows whether the prefixes that a step completes are finite, to come with its other answers."""
+        """Queue a check of each prefix that this step completes, to be downloaded with the step's results."""
         self._prefix_checks.clear()  # of a step that has failed
         for sequence, span in batch:
             soft_prompt = sequence.soft_prompt
@@ -242,10 +243,10 @@ class Scheduler:
             work[sequence.request.key_id] += _work(sequence)
 
     def _skipped_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
-        """Keys that get no place now.
+        """Keys that get no slot now.
 
-        A key is skipped if its running sequences already have a full step's tokens to compute, or if only reserved
-        slots are left and the key already has its fair share.
+        A key is skipped if its running sequences already have a full step's tokens to compute, or if only the slots
+        reserved for keys are left and the key already has its fair share.
         """
         skipped = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
         reserved_for_keys = (self.max_running - self._max_sequences) // 2
@@ -312,7 +313,7 @@ class Scheduler:
 
 
 def most_running(max_sequences: int, max_batch_tokens: int) -> int:
-    """Most sequences that run at once, with the places that are kept."""
+    """Maximum number of running sequences, reserved slots included."""
     return max_sequences + min(-(-max_sequences // RESERVED_SHARE), max_batch_tokens - max_sequences)
 
 

@@ -28,9 +28,9 @@ class Sequence:
     """A choice from admission to its end; most requests have one.
 
     A sequence keeps a reference to the soft prompt it started with. That reference alone keeps the soft prompt in
-    memory; nothing else pins it. Its positions
-    are, in this order: virtual tokens, given tokens, output tokens. The given tokens are the input and, if a label is
-    scored, all tokens of the label except the last one: that one is only predicted, never fed to the model.
+    memory; nothing else pins it. Its positions are, in this order: virtual tokens, given tokens, output tokens. The
+    given tokens are the input and, if a label is scored, all tokens of the label except the last one: that one is only
+    predicted, never fed to the model.
     """
 
     request: GenerationRequest
@@ -54,7 +54,7 @@ class Sequence:
     """Positions whose keys and values are known to be finite. A position is known to be finite once a later token has
     been drawn from finite logits."""
     cached_tokens: int = 0
-    """Virtual tokens whose keys and values were copied from the prefix cache at admission."""
+    """Virtual tokens whose keys and values came from the prefix cache; a sibling has its first choice's number."""
     accepted_at: float = field(default_factory=time.monotonic)
     queued_seconds: float = 0.0
     """Seconds from acceptance (`accepted_at`) to admission."""
@@ -97,7 +97,7 @@ class Sequence:
             self.scored = [Scored(self.request.input_ids[0], None)]
             self.targets = self.request.input_ids[1:]
         self.is_plain = is_plain(self.sampling)
-        """Whether decoding is plain greedy; the end token still loses until `min_new_tokens` is reached."""
+        """Whether decoding is plain greedy; end tokens are still skipped until `min_new_tokens` is reached."""
         self.is_greedy = self.sampling.is_greedy
         """Whether its tokens are not drawn."""
 
@@ -145,7 +145,7 @@ class Sequence:
         return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
 
     def needs_next_after(self, span: Span) -> bool:
-        """Whether the last row of a step's share is to say what comes next: a token, or the first of each label."""
+        """Whether the logits of this span's last position decide the next token, or score the first of each label."""
         return self.needs_next_token and span.end == self.num_known
 
     def token_at(self, position: int) -> int:

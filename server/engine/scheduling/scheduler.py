@@ -112,8 +112,8 @@ class Scheduler:
         """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
 
         The slot is zeroed first if NaN may be in it: its next owner masks what lies behind its own end, but 0 * NaN is
-        NaN. Once a token has been drawn from finite logits, all earlier positions are known to be finite, because that
-        token attended to all of them. A sequence that ends during its prefill has no such proof, so its slot is zeroed.
+        NaN. Once a token has been drawn from finite logits, all positions that it attended to are known to be finite. A
+        sequence that ends during its prefill has no such proof.
         """
         if sequence.slot is None:
             self._let_go_of_copy(sequence)

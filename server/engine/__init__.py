@@ -1,1 +1,1 @@
-"""The core: one frozen model, continuous batching, soft prompts of any task in one forward."""
+"""The core: one frozen model and continuous batching; one forward serves the soft prompts of any tasks."""

@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(settings: Settings) -> Engine:
-    """The frozen model that the settings name, made fast, in an engine.
+    """Load the frozen model, optimise it, and build its engine.
 
     Raises:
-        ConfigurationError: the model or its KV cache cannot be had as the settings ask for it.
+        ConfigurationError: the model cannot be loaded, or its KV cache cannot be allocated, as the settings require.
     """
     model = FrozenModel.load(settings)
     kernels = load_kernels(model, settings.optimisations, settings.cache_dir / "kernels")
@@ -55,7 +55,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         ConfigurationError: the settings contradict each other.
         InsufficientMemory: the KV cache does not fit.
     """
-    release_unused()  # of a model that was made faster, the parts that it was made of
+    release_unused()  # the original parts of an optimised model
     settings = filled_in(settings, model.spec, free_memory(model.device))
     if settings.max_batch_tokens < settings.max_sequences:
         raise ConfigurationError(
@@ -90,24 +90,24 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
 
 
 def take_all(device: torch.device, num_bytes: int) -> None:
-    """Take from a CUDA device what a server will need, and keep it in the allocator's cache.
+    """Allocate the memory that a server will need on a CUDA device, and leave it in the allocator's cache.
 
-    A training job beside the server, say, cannot take what the server has taken.
+    Other processes, such as a training job, then cannot take it.
 
     Raises:
-        InsufficientMemory: somebody else has it already.
+        InsufficientMemory: another process has taken the memory.
     """
-    release_unused()  # what the captures' warm-up leaves behind belongs to a stream that nobody uses again
+    release_unused()  # the captures' warm-up leaves memory to a stream that is not used again
     with _still_free("steps, prefixes and copies of inputs", num_bytes, device):
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 @contextmanager
 def _still_free(purpose: str, num_bytes: int, device: torch.device) -> Iterator[None]:
-    """Take what was free when it was planned.
+    """Context manager around an allocation that was planned when the memory was free.
 
     Raises:
-        InsufficientMemory: somebody else has it already.
+        InsufficientMemory: another process has taken the memory.
     """
     try:
         yield
@@ -120,22 +120,22 @@ def _still_free(purpose: str, num_bytes: int, device: torch.device) -> Iterator[
 
 
 def longest_prefix(settings: Settings, model: ModelSpec) -> int:
-    """Positions of the longest prefix that a soft prompt may have."""
+    """Maximum number of prefix positions of a soft prompt."""
     return min(settings.max_virtual_tokens, model.max_model_len)
 
 
 def plan_memory(settings: Settings, model: ModelSpec, free: int, steps: Steps | None = None) -> MemoryPlan:
-    """Work out the sizes of the KV cache, of what prefixes may take, and of what copies of shared inputs may take.
+    """Plan the size of the KV cache, and the budgets of computed prefixes and of copies of shared inputs.
 
     Args:
-        settings: what is asked for.
+        settings: the server's settings.
         model: the frozen model.
         free: bytes that are free on its device.
-        steps: what steps take, where it was measured.
+        steps: the measured memory of steps, if it was measured.
 
     Raises:
-        InsufficientMemory: they do not fit together, or the KV cache holds not even one sequence of the longest
-            context; says what would.
+        InsufficientMemory: they do not fit together, or the KV cache is too small for one sequence of the longest
+            context; the error names settings that would fit.
     """
     wanted = MemoryDemand(
         sequences=settings.max_sequences,

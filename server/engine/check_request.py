@@ -9,13 +9,13 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 
 
 def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, model: FrozenModel) -> None:
-    """Refuse what can never run; safe from any thread.
+    """Refuse a request that can never run; safe from any thread.
 
     Raises:
         EmptyInput: no input token.
         InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
             fault where the input alone would fit.
-        UnknownToken: an id in it is none of the model's.
+        UnknownToken: the request contains a token id outside the model's vocabulary.
     """
     virtual = 0 if soft_prompt is None else soft_prompt.num_virtual_tokens
     inputs, new = len(request.input_ids), request.sampling.max_new_tokens
@@ -45,7 +45,7 @@ def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, mo
 
 
 def _check_tokens(request: GenerationRequest, model: FrozenModel) -> None:
-    """Compare all ids with the model's rows, wherever they come from."""
+    """Refuse token ids outside the vocabulary in every field that has token ids."""
     model.text.check_tokens(request.input_ids, "The input")
     for label in request.labels:
         model.text.check_tokens(label, "A label")

@@ -1,4 +1,4 @@
-"""The engine: one synchronous `step()`, schedule -> run -> commit. It knows nothing of threads or of HTTP."""
+"""The engine: one synchronous `step()`, schedule -> run -> commit. It is independent of threads and HTTP."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Engine:
 
     Attributes:
         model: the frozen model.
-        kv_cache: the pool that running sequences own slots of.
+        kv_cache: the pool in which running sequences own slots.
         prefixes: computed prefixes of soft prompts.
-        scheduler: who waits and who runs.
+        scheduler: the waiting and running sequences.
         grammars: compiled grammars for generated text.
-        steps: batches that were run so far.
+        steps: number of batches run so far.
         runner: runs a batch through the model.
     """
 
@@ -61,7 +61,7 @@ class Engine:
         self._walks = Walks(self.grammars)
         self._awaiting_grammar: dict[
             Walk, tuple[Sequence, NextToken]
-        ] = {}  # drawn tokens that their grammars have yet to accept
+        ] = {}  # drawn tokens that their grammars have not accepted yet
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self._special_ids = model.text.tokens.special_ids
         self.runner = Runner(model, kv_cache)
@@ -69,30 +69,30 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while anybody waits or runs."""
+        """True while any sequence waits or runs."""
         return bool(self.scheduler.running or len(self.scheduler.waiting) or self._walks.has_work)
 
     def check_integrity(self) -> None:
-        """Assert that nothing is left of those who have ended; called whenever the engine is idle."""
+        """Assert that nothing is left of ended sequences; called whenever the engine is idle."""
         self.scheduler.check_integrity()
         assert self.has_work or not self._unfinished, "a request has neither ended nor anything to run"
         assert self.has_work or not len(self.scheduler.shared), "a copy is counted that nobody waits with"
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Refuse what can never run; touches nothing, so any thread may call it.
+        """Refuse a request that can never run; safe from any thread.
 
         Raises:
             EmptyInput: no input token.
             InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
                 fault where the input alone would fit.
-            UnknownToken: an id in it is none of the model's.
+            UnknownToken: the request contains a token id outside the model's vocabulary.
         """
         check_request(request, soft_prompt, self.model)
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
-        """Accept a checked request; it ends with exactly one Delta that has a finish_reason and is the last.
+        """Accept a checked request. Exactly one of its Deltas, the last, has a finish_reason and `is_last`.
 
-        `compiled` is its grammar, held for it; the engine releases it. Without it the grammar is compiled here.
+        The engine releases `compiled`, the request's grammar; if it is None, the grammar is compiled here.
 
         Raises:
             InvalidRequest: its grammar cannot be used; nothing was accepted.
@@ -109,40 +109,40 @@ class Engine:
         self.scheduler.add(first)
 
     def grammar_of(self, request: GenerationRequest) -> Grammar | None:
-        """What a request's tokens must match: its text, after a space where the tokenizer puts one before a target."""
+        """The grammar of a request; it starts with a space if the tokenizer puts one before a target."""
         grammar = request.sampling.grammar
         if grammar is None or request.continues_text or not self.model.text.tokens.puts_space_first:
             return grammar
         return replace(grammar, after_space=True)
 
     def abort(self, request_id: str) -> Delta | None:
-        """End a request now and free what it holds; None if it has ended already."""
+        """End a request now and free its resources; returns None if it has already ended."""
         if request_id not in self._unfinished:
             return None
         sequences = self.scheduler.abort(request_id) + self._forget(request_id)
         return Delta(request_id, None, FinishReason.ABORTED, sequences[0].usage)
 
     def forget(self, request_id: str) -> None:
-        """Take out whatever is left of a request that failed, wherever it failed."""
+        """Remove everything that is left of a failed request, at whichever point it failed."""
         self._forget(request_id)
         for sequence in [sequence for sequence in self.scheduler.running if sequence.request_id == request_id]:
             self.scheduler.finish(sequence, scrub=True)
         self.scheduler.abort(request_id)
 
     def try_out(self) -> None:
-        """Take the steps of one token, with nobody else there; raises what a step raises."""
+        """Generate one token with an otherwise empty engine; raises what a step raises."""
         assert not self.has_work, "an engine is tried out when it is empty"
         self.add(GenerationRequest("try-out", (0,), SamplingParams(max_new_tokens=1, ignore_eos=True)), None)
         while self.has_work:
             self.step()
 
     def rehearse(self, batch: Batch) -> None:
-        """Run a batch whose results nobody takes; waits for the device."""
+        """Run a batch and discard its results; waits for the device."""
         with self.kv_cache.step():
             self._run(batch)
 
     def fail_all(self, message: str) -> list[Delta]:
-        """End everybody with an error: after a step that raised, no slot's content can be trusted."""
+        """End all requests with an error: after a step that raised, no slot's content can be trusted."""
         for sequence in list(self.scheduler.running):
             self.scheduler.finish(sequence, scrub=True)
         unfinished = list(self._unfinished)
@@ -152,7 +152,7 @@ class Engine:
         return [Delta(one, None, FinishReason.FAILED, error=GenerationFailed(message)) for one in unfinished]
 
     def step(self) -> list[Delta]:
-        """Run one batch and answer what it added to each request."""
+        """Run one batch and return what it added to each request."""
         if failed := self._fail_waiting():
             return failed
         batch = self.scheduler.schedule()
@@ -163,7 +163,7 @@ class Engine:
         try:
             deltas = self._run_and_commit(batch)
         except torch.OutOfMemoryError as exc:
-            no_memory = exc.with_traceback(None)  # its frames hold what has been computed so far
+            no_memory = exc.with_traceback(None)  # the traceback's frames keep the step's tensors alive
         else:
             return deltas + self._take_accepted(is_idle=False)
         deltas = run_with_less(batch, self._run_and_commit, self._fail, no_memory)
@@ -178,7 +178,7 @@ class Engine:
         return self.runner.run(batch, partial(self.scheduler.while_device_works, batch))
 
     def _commit(self, batch: Batch, choices: list[NextToken]) -> list[Delta]:
-        """Take the step's results over into the sequences; those that end are taken out."""
+        """Apply the step's results to the sequences, and remove the sequences that end."""
         remaining = iter(choices)
         deltas: list[Delta] = []
         for sequence, span in batch:
@@ -187,7 +187,7 @@ class Engine:
                 drawn.append((sequence, next(remaining)))
                 if sequence.siblings:
                     drawn += [(who, next(remaining)) for who in sequence.siblings]
-            if sequence.slot is not None:  # else another choice of its request has failed in this very step
+            if sequence.slot is not None:  # otherwise another choice of its request has failed in this step
                 try:
                     deltas += self._take_over(sequence, span, drawn)
                 except Exception as exc:  # noqa: BLE001 - it ends this request and no other
@@ -195,7 +195,7 @@ class Engine:
         return deltas
 
     def _fail_alone(self, sequence: Sequence, exc: Exception) -> Delta:
-        """End a request whose results could not be taken over."""
+        """End a request whose results could not be applied."""
         log.error("a request fails; no other is affected", exc_info=exc)
         self.forget(sequence.request_id)
         error = GenerationFailed("The engine failed on this request; no other is affected.")
@@ -223,7 +223,7 @@ class Engine:
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
-        """The input is computed, and how likely each label begins there; longer labels go on, each by itself."""
+        """End labels of one token, which the input's step has scored; longer labels continue as their own sequences."""
         deltas, longer = [], []
         for index, (label, scored) in enumerate(zip(first.request.labels, first.scored, strict=True)):
             sequence = self._sequence(first.request, first.soft_prompt, index, label)
@@ -239,7 +239,7 @@ class Engine:
         return deltas
 
     def _append(self, sequence: Sequence, choice: NextToken) -> list[Delta]:
-        """Take a generated token, unless its grammar has to take it first."""
+        """Append a generated token, or pass it to its grammar first."""
         token_id, walk = choice.token_id, sequence.walk
         assert token_id is not None, "a choice that is not finite has been dealt with"
         if walk is None or ending(sequence, token_id, self.model.eos_token_ids) is not None:
@@ -249,11 +249,11 @@ class Engine:
         return []
 
     def _take_accepted(self, *, is_idle: bool) -> list[Delta]:
-        """Take the tokens that their grammars have taken; waits for slow ones only where nobody else can run."""
+        """Append tokens that grammars have accepted; waits for slow grammars only if no other sequence can run."""
         deltas: list[Delta] = []
         beginning: list[Sequence] = []
         for walk in self._walks.collect(also_slow=is_idle):
-            if walk not in self._awaiting_grammar:  # another choice of its request has failed just now
+            if walk not in self._awaiting_grammar:  # another choice of its request has just failed
                 continue
             who, choice = self._awaiting_grammar.pop(walk)
             if walk.error is not None and not who.is_at_last_token:
@@ -269,7 +269,7 @@ class Engine:
         return deltas
 
     def _take(self, sequence: Sequence, choice: NextToken, *, is_complete: bool = False) -> list[Delta]:
-        """Take a generated token; the deltas are of all tokens whose text is certain now."""
+        """Append a generated token; returns the deltas of all tokens whose text is now final."""
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
         params = sequence.sampling
@@ -296,7 +296,7 @@ class Engine:
         return deltas
 
     def _end(self, sequence: Sequence, token: Token | None, reason: FinishReason) -> Delta:
-        """The last Delta of a choice; of its request too, if it is the last one."""
+        """End a choice; returns its last Delta, which also ends the request if no other choice is left."""
         sequence.has_ended = True
         self.scheduler.finish(sequence)
         request_id = sequence.request_id
@@ -315,14 +315,14 @@ class Engine:
         )
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
-        """One choice has failed, and with it its request."""
+        """End a request because one of its choices has failed."""
         self.scheduler.finish(sequence, scrub=True)
         self.scheduler.abort(sequence.request_id)
         self._forget(sequence.request_id)
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
 
     def _fail_waiting(self) -> list[Delta]:
-        """End those whose prefix cannot be copied."""
+        """End the sequences whose prefix could not be copied."""
         return [
             self._fail(sequence, error)
             for prefix_hash, error in self.scheduler.arrivals.take_failed().items()
@@ -330,7 +330,7 @@ class Engine:
         ]
 
     def _forget(self, request_id: str) -> list[Sequence]:
-        """Take out a request that has ended; returns its choices that waited for their grammar."""
+        """Remove an ended request; returns its choices that were waiting for their grammar."""
         self._unfinished.pop(request_id, None)
         return [
             self._awaiting_grammar.pop(walk)[0]

@@ -1,8 +1,8 @@
-"""The one thread that owns the engine: commands between steps, steps while there is work, sleep otherwise.
+"""The thread that owns the engine. It runs commands between steps, steps while there is work, and sleeps otherwise.
 
-What one request's command raises ends that request. What a step raises ends all that are in flight, and the engine
-tries a step of its own: if it cannot take one any more, as after an error that took a CUDA context, it has failed for
-good.
+An error in a request's command ends that request. An error in a step ends all requests in flight, and the engine then
+tries a step of its own. If that fails too, for example because the error has destroyed the CUDA context, the engine has
+failed permanently.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (0.1, 1.0)
-"""Pauses between attempts at a step after one that failed."""
+"""Pauses before further attempts after a failed step."""
 
 TICK_SECONDS = 1.0
-"""How often the event loop looks at the clock."""
+"""How often the event loop ticks the clock."""
 MOST_SECONDS = 5 * TICK_SECONDS
-"""What the clock counts at most between two looks."""
+"""Maximum time that the clock counts between two ticks."""
 
 Command = Callable[[], list[Delta]]
-"""Runs between two steps."""
+"""A function that runs between two steps."""
 
 
 class RunningClock:
-    """Counts the seconds in which the process runs: not those in which all of it is stopped, as by `docker pause`.
+    """Counts the seconds in which the process runs, without pauses such as `docker pause`.
 
-    A process that runs looks at it every `TICK_SECONDS`. Safe from any thread.
+    A running process ticks it every `TICK_SECONDS`. Reading it is safe from any thread.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class RunningClock:
         return total + min(time.monotonic() - at, MOST_SECONDS)
 
     def tick(self) -> None:
-        """Look at it; one thread does."""
+        """Count the time since the last tick. Only one thread may call it."""
         self._looked = (self.now(), time.monotonic())
 
 
 class EngineThread(threading.Thread):
-    """Every request that is added gets exactly one last Delta, unless the engine fails for good."""
+    """Runs the engine. Every added request gets exactly one last Delta, unless the engine fails permanently."""
 
     def __init__(
         self,
@@ -66,45 +66,45 @@ class EngineThread(threading.Thread):
         on_failure: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
-        """Wrap an engine that nobody else touches once the thread runs.
+        """Wrap an engine; once the thread runs, no other thread may use it.
 
         Args:
             engine: the engine.
-            deliver: takes what a step or a command answers; called on this thread, as the others are.
-            on_failure: the engine has failed for good.
-            on_end: the thread ends.
+            deliver: receives the deltas of a step or command. All callbacks are called on this thread.
+            on_failure: called when the engine has failed permanently.
+            on_end: called when the thread ends.
         """
         super().__init__(name="engine", daemon=True)
         self._engine = engine
         self._deliver, self._on_failure, self._on_end = deliver, on_failure, on_end
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self.clock = RunningClock()
-        self._turn_began: float | None = None  # None while the thread waits for something to do
+        self._turn_began: float | None = None  # None while the thread waits for work
         self._num_threads = torch.get_num_threads()
         self._began = threading.Event()
 
     @property
     def turn_seconds(self) -> float:
-        """How long the turn lasts that the thread is at; 0 while there is nothing to do."""
-        began = self._turn_began  # once: the thread sets it
+        """Duration so far of the current turn; 0 while the thread waits for work."""
+        began = self._turn_began  # read once, because the thread may change it
         return 0.0 if began is None else self.clock.now() - began
 
     def begin(self) -> None:
-        """Start the thread, and leave torch's helpers to it."""
+        """Start the thread, and let only this thread use torch's OpenMP threads."""
         self.start()
         self._began.wait()
-        torch.set_num_threads(1)  # for this thread and for all that come
+        torch.set_num_threads(1)  # for the calling thread and all later threads
 
     def end(self) -> None:
-        """Let the thread end after its turn."""
+        """End the thread after its current turn."""
         self._commands.put(None)
 
     def give_back_cores(self) -> None:
-        """Once it has ended: let torch's next threads have helpers again."""
+        """After the thread has ended: let later threads use OpenMP threads again."""
         torch.set_num_threads(self._num_threads)
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
-        """Accept a checked request, and the grammar that is held for it."""
+        """Accept a checked request and its compiled grammar."""
 
         def add() -> list[Delta]:
             held = () if compiled is None else (compiled,)
@@ -114,7 +114,7 @@ class EngineThread(threading.Thread):
         self._commands.put(partial(self._alone, request.request_id, add))
 
     def abort(self, request_id: str) -> None:
-        """End a request, if it has not ended."""
+        """Abort a request, if it has not ended."""
 
         def abort() -> list[Delta]:
             delta = self._engine.abort(request_id)
@@ -123,7 +123,7 @@ class EngineThread(threading.Thread):
         self._commands.put(partial(self._alone, request_id, abort))
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
-        """Forget prefixes, each as the last sequence that uses it ends."""
+        """Drop prefixes, each when the last sequence that uses it ends."""
 
         def drop() -> list[Delta]:
             try:
@@ -135,13 +135,13 @@ class EngineThread(threading.Thread):
         self._commands.put(drop)
 
     def run(self) -> None:
-        """The thread's work. If it ends by an error, nobody is left waiting for it."""
+        """The thread's main function. If it ends with an error, `on_failure` and `on_end` are still called."""
         torch.set_num_threads(self._num_threads)
-        torch.get_num_threads()  # a thread that has not asked yet takes the number that was set last, by any thread
+        torch.get_num_threads()  # fixes the number: a thread's first call takes the number that any thread has set last
         self._began.set()
         try:
             self._turns()
-        except BaseException:  # whatever it is, it would end the thread without a word
+        except BaseException:  # any exception would end the thread silently
             log.exception("the engine has stopped; the server must be restarted")
             self._on_failure()
         finally:
@@ -149,7 +149,7 @@ class EngineThread(threading.Thread):
             self._on_end()
 
     def _turns(self) -> None:
-        """Commands, a step, commands, a step, until told to stop."""
+        """Alternate between commands and steps, until `end` is called."""
         while True:
             self._turn_began = None
             commands = self._take_commands()
@@ -163,14 +163,14 @@ class EngineThread(threading.Thread):
                 self._engine.check_integrity()
 
     def _take_commands(self) -> list[Command | None]:
-        """All commands that have come; waits for one if there is nothing else to do."""
+        """All queued commands; waits for one if the engine has no work."""
         commands = [] if self._engine.has_work else [self._commands.get()]
         while not self._commands.empty():
             commands.append(self._commands.get())
         return commands
 
     def _alone(self, request_id: str, command: Command) -> list[Delta]:
-        """Run a command for one request; if it raises, this request ends by it and no other."""
+        """Run a command for one request; if it raises, only this request ends."""
         try:
             return command()
         except BaseException as exc:
@@ -180,11 +180,11 @@ class EngineThread(threading.Thread):
             error = exc if isinstance(exc, PreludeError) else GenerationFailed("The engine failed on this request.")
             self._deliver([Delta(request_id, None, FinishReason.FAILED, error=error)])
         self._engine.forget(request_id)
-        self._engine.check_integrity()  # raises, and so ends all, if more than this request is lost
+        self._engine.check_integrity()  # raises, which ends all requests, if more than this request is affected
         return []
 
     def _guarded(self, work: Command) -> None:
-        """Do a piece of work; if it raises, everybody in flight gets an error and the engine goes on empty."""
+        """Run work; if it raises, all requests in flight end with an error and the engine continues empty."""
         try:
             deltas = work()
         except BaseException as exc:
@@ -200,10 +200,10 @@ class EngineThread(threading.Thread):
             self._deliver(deltas)
 
     def _try_out(self) -> None:
-        """See whether the engine can take a step.
+        """Check that the engine can run a step.
 
         Raises:
-            Exception: it cannot, however often it is tried.
+            Exception: all attempts failed.
         """
         for pause in RETRY_SECONDS:
             try:
@@ -218,6 +218,6 @@ class EngineThread(threading.Thread):
 
 
 def refuse_to_catch(exc: BaseException) -> None:
-    """Raise again what is to end the thread; a panic in a library is no Exception either, and is to be caught."""
+    """Re-raise exceptions that must end the thread; other BaseExceptions, such as a library's panic, are handled."""
     if isinstance(exc, SystemExit | KeyboardInterrupt):
         raise exc

@@ -1,7 +1,7 @@
-"""What remains of a step that the device had no memory for: fewer tokens to prefill, and the same decodes.
+"""Reruns a step that ran out of device memory, with fewer tokens to prefill and the same decodes.
 
-A step's memory grows with the tokens that it prefills; a decode adds one. So decodes stay, prefills are cut to half
-their tokens, and if that is still too much, the largest of them has to go.
+A step's memory grows with its tokens, and a decode adds only one. Decodes therefore stay, and the number of prefill
+tokens is halved. If memory still does not suffice, the sequence with the largest prefill fails.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def run_with_less(
     fail: Callable[[Sequence, Exception], Delta],
     no_memory: torch.OutOfMemoryError,
 ) -> list[Delta]:
-    """Run a step again that the device had no memory for; only its largest prefill may fail by it.
+    """Rerun a step that ran out of device memory; at most its largest prefill fails.
 
     Args:
         batch: the step.
-        run: runs a batch and takes its results over.
+        run: runs a batch and applies its results.
         fail: ends a sequence with an error.
-        no_memory: what the step raised.
+        no_memory: the exception of the step.
 
     Raises:
-        torch.OutOfMemoryError: not even what decodes can run.
+        torch.OutOfMemoryError: even the decodes alone do not fit.
     """
     log.warning("the device has no memory for a step; it runs again with half as many tokens to prefill")
     if (smaller := halved(batch)) is not None:
@@ -55,7 +55,7 @@ def run_with_less(
 
 
 def halved(batch: Batch) -> Batch | None:
-    """The batch with half as many tokens to prefill, the last ones left out; None if there is nothing to halve."""
+    """The batch with half its prefill tokens, without the last ones; None if there is nothing to halve."""
     budget = sum(span.count for _, span in batch if span.count > 1) // 2
     if not budget:
         return None
@@ -71,12 +71,12 @@ def halved(batch: Batch) -> Batch | None:
 
 
 def largest_prefill(batch: Batch) -> Sequence | None:
-    """Who prefills most tokens; None if everybody decodes."""
+    """The sequence with the most prefill tokens; None if all sequences decode."""
     sequence, span = max(batch, key=lambda share: share[1].count)
     return sequence if span.count > 1 else None
 
 
 def release_unused() -> None:
-    """Give devices back what Python's garbage and their allocator's cache hold of them."""
+    """Free device memory that is still referenced by Python's garbage or cached by the allocator."""
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    torch.cuda.empty_cache()  # no effect without CUDA

@@ -22,16 +22,16 @@ from server.engine.to_device import Download, send, upload
 
 
 class Runner:
-    """Runs batches, each on the fastest way that the device has for it.
+    """Runs each batch by the fastest method that the device supports.
 
     Attributes:
-        compiled: attends on a CPU, where there is compiled code for it.
-        varlen: attends for all of a step at once, where CUDA can.
-        graphs: replay steps that only decode, where they were captured.
+        compiled: compiled attention on a CPU, if available.
+        varlen: variable-length flash attention on CUDA, if available.
+        graphs: CUDA graphs that replay steps with decodes only, if they were captured.
     """
 
     def __init__(self, model: FrozenModel, kv_cache: KVCache) -> None:
-        """Choose what attends over this KV cache."""
+        """Choose the attention for this model and KV cache."""
         self._model = model
         self._kv_cache = kv_cache
         self._operators = operators_with(model.kernels)
@@ -41,11 +41,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, before_wait: Callable[[Download], None]) -> list[NextToken]:
-        """Forward the batch, and choose for each sequence whose known tokens are now all computed.
+        """Forward the batch, and sample a token for each sequence whose known tokens are now all computed.
 
         Args:
             batch: the step.
-            before_wait: called after the forward was launched, with what the device will answer in one copy.
+            before_wait: called after the forward was launched, with the download of all results.
         """
         rows = LogitRows.of(batch)
         if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:
@@ -63,7 +63,7 @@ class Runner:
             eos = self._model.eos_token_ids
             choices = begin_choosing(logits, rows.drawing, eos, download, self._operators, rows.next_rows)
         before_wait(download)
-        give_scores()  # the host waits for the device here, and nowhere else in a step
+        give_scores()  # the only point of a step at which the host waits for the device
         return choices()
 
     def forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Results of the engine that have not been read yet, by request; only for the event loop's thread."""
+"""The unread deltas of each request. Only for the event loop's thread."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from server.contracts import Delta, FinishReason
 from server.errors import RequestAborted
 
 MOST_UNREAD = 1_000_000
-"""Tokens and candidates that may wait to be read, of all streams together: some 150 MB."""
+"""Maximum number of unread tokens and candidates in all streams together: about 150 MB."""
 
 
 class Stream:
-    """The deltas of one request, on their way to the waiting front end."""
+    """The deltas of one request that its front end has not read yet."""
 
     def __init__(self, streams: Streams, on_end: Callable[[], None]) -> None:
-        """Nothing has come.
+        """Create an empty stream.
 
         Args:
-            streams: which count what is not read.
+            streams: counts the unread tokens of all streams.
             on_end: called with the last delta, read or not.
         """
         self._streams = streams
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._on_end = on_end
         self.unread = 0
-        """Tokens and candidates that wait to be read."""
+        """Number of unread tokens and candidates."""
         self.has_ended = False
-        """Whether the last delta has come."""
+        """Whether the last delta has arrived."""
 
     def put(self, delta: Delta) -> None:
-        """Take a delta."""
+        """Add a delta."""
         self._count(_size(delta))
         self._deltas.put_nowait(delta)
         if delta.finish_reason is not None and delta.is_last:
@@ -41,18 +41,18 @@ class Stream:
             self._on_end()
 
     async def get(self) -> Delta:
-        """The next delta; waits for it."""
+        """Wait for the next delta and return it."""
         delta = await self._deltas.get()
         self._count(-_size(delta))
         return delta
 
     def end_with(self, delta: Delta) -> None:
-        """Let this delta be the next one that is read, and the last; what was not read is dropped."""
+        """Drop all unread deltas and end the stream with this one."""
         self.drop()
         self.put(delta)
 
     def drop(self) -> None:
-        """Forget what was not read."""
+        """Drop all unread deltas."""
         while not self._deltas.empty():
             self._deltas.get_nowait()
         self._count(-self.unread)
@@ -66,7 +66,7 @@ class Streams:
     """The streams of all accepted requests.
 
     Attributes:
-        unread: tokens and candidates of all of them that wait to be read.
+        unread: number of unread tokens and candidates in all streams.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Streams:
 
     @contextmanager
     def open(self, request_id: str, on_end: Callable[[], None]) -> Iterator[Stream]:
-        """The stream of a request while the block runs."""
+        """Context manager: the stream of a request."""
         assert request_id not in self._streams, "request ids are unique"
         stream = self._streams[request_id] = Stream(self, on_end)
         self._idle.clear()
@@ -96,10 +96,10 @@ class Streams:
                 self._idle.set()
 
     def hand_out(self, deltas: Iterable[Delta]) -> list[str]:
-        """Pass a step's deltas on.
+        """Add a step's deltas to their streams.
 
         Returns:
-            Requests that are to be aborted: too much waits to be read, and of theirs the most.
+            Requests to abort: if the limit is exceeded, the requests with the most unread tokens.
         """
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
@@ -108,13 +108,13 @@ class Streams:
         return self._drop_slowest()
 
     def end_all(self, error: Exception) -> None:
-        """End every stream that has not ended with an error, after what has come."""
+        """End every open stream with an error, after its unread deltas."""
         for request_id, stream in self._streams.items():
             if not stream.has_ended:
                 stream.put(Delta(request_id, None, FinishReason.FAILED, error=error))
 
     async def idle_within(self, seconds: float) -> bool:
-        """Wait until there is no stream; False if there still is one after that time."""
+        """Wait until no stream is open; returns False if one still is after `seconds`."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()

@@ -1,11 +1,11 @@
 """Connects asyncio with the engine's thread.
 
-Results cross to the event loop once per step. Every accepted request gets exactly one last Delta, whatever happens: its
-own end, an abort, a step that failed, or an engine that is lost.
+Results are passed to the event loop once per step. Every accepted request gets exactly one last Delta, whether it
+finishes, is aborted, or its step or the engine fails.
 
-The engine's thread is also the only one for which torch works on several cores. Every thread that did would get helpers
-of its own from OpenMP, and once there are more helpers than cores they sleep between any two operations instead of
-being ready for the next one: the same step takes a third longer.
+The engine's thread is also the only thread in which torch uses several cores. OpenMP creates a team of helper threads
+for each thread that does. With more helpers than cores, helpers sleep between operations instead of being ready for the
+next one, and a step takes a third longer.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 60.0
-"""A step takes far less; an engine that needs longer does not answer."""
+"""An engine whose turn takes longer counts as unresponsive; a normal step takes far less."""
 
 LOST_SECONDS = 300.0
-"""A step that takes longer never ends; only another process can serve."""
+"""A step that takes longer is assumed never to end; the server must be restarted."""
 
 RESTART = "Send the request to another replica, or again once the server has started again; its log says why."
 
 READ_SECONDS = 2.0
-"""How long those who wait may take to read how their request ended; a client that reads nothing holds up nobody."""
+"""How long shutdown waits for clients to read how their requests ended; clients that read nothing do not block it."""
 
 STOP_SECONDS = 1.0
-"""How long the thread may take to end: a step on a device that hangs never does."""
+"""How long to wait for the thread to end; a step on a device that hangs never ends."""
 
 UNLIMITED = 4096
-"""Long texts that may wait to be tokenised where no limit on requests in flight is set."""
+"""Maximum number of long texts that wait to be tokenised if the number of requests in flight is not limited."""
 
 
 class EngineWorker:
-    """The engine's thread and the streams of those who wait for it."""
+    """The engine's thread, and the streams of the requests in flight."""
 
     def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
-        """Wrap an engine that nobody else touches from now on; without limits it takes whatever comes."""
+        """Wrap an engine, which must not be used otherwise; without `limits` it accepts any number of requests."""
         self._engine = engine
         self._limits = limits or Limits()
         self._admission = Admission(self._limits)
@@ -81,26 +81,26 @@ class EngineWorker:
         self._failed = False
         self.draining = False
         self.threads: Executor = for_texts(self._limits.in_flight or UNLIMITED)
-        """Tokenises what is too long for the event loop's thread."""
+        """Tokenises texts that are too long for the event loop's thread."""
 
     @property
     def model(self) -> ModelSpec:
-        """What may be known of the frozen model."""
+        """Facts about the frozen model."""
         return self._engine.model.spec
 
     @property
     def request_timeout(self) -> float | None:
-        """Seconds that a request may take; None is no limit."""
+        """Time limit of a request in seconds; None for no limit."""
         return self._limits.request_timeout
 
     @property
     def responsive(self) -> bool:
-        """True while the engine's thread runs and its turn, if it is at one, has not begun long ago."""
+        """True while the engine's thread runs and its current turn, if any, has not exceeded `STUCK_SECONDS`."""
         return self._thread.is_alive() and not self._failed and self._thread.turn_seconds <= STUCK_SECONDS
 
     @property
     def has_failed(self) -> bool:
-        """True once the engine has failed for good: only another process can serve. Its requests have been told."""
+        """True once the engine has failed permanently and the server must be restarted; its requests have ended."""
         if not self._failed and self._thread.turn_seconds > LOST_SECONDS:
             log.error("an engine step has not ended after %g s; the server must be restarted", LOST_SECONDS)
             self._fail()
@@ -118,32 +118,32 @@ class EngineWorker:
 
     @property
     def num_waiting(self) -> int:
-        """Choices that wait for one."""
+        """Choices that wait for a slot."""
         return len(self._engine.scheduler.waiting)
 
     @property
     def num_steps(self) -> int:
-        """Forwards so far."""
+        """Number of steps so far."""
         return self._engine.steps
 
     @property
     def slots(self) -> SlotAllocator:
-        """The engine's; off its thread, only to be read."""
+        """The engine's slots; other threads may only read them."""
         return self._engine.kv_cache.allocator
 
     @property
     def prefixes(self) -> PrefixCache:
-        """The engine's; off its thread, only for what may be read at any time: the counters and the budget."""
+        """The engine's prefix cache; other threads may only read the counters and the budget."""
         return self._engine.prefixes
 
     @property
     def shared(self) -> SharedInputs:
-        """The engine's copies of inputs that choices share; off its thread, only to be read."""
+        """The engine's copies of inputs that choices share; other threads may only read them."""
         return self._engine.scheduler.shared
 
     @property
     def text(self) -> ModelText:
-        """The model's texts and tokens."""
+        """The conversion between texts and tokens."""
         return self._engine.model.text
 
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -151,18 +151,18 @@ class EngineWorker:
         return self._engine.model.embeddings_of(token_ids)
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Refuse what can never run; safe from any thread.
+        """Refuse a request that can never run; safe from any thread.
 
         Raises:
-            EmptyInput, InputTooLong: as the engine's.
+            EmptyInput, InputTooLong: see `Engine.check`.
         """
         self._engine.check(request, soft_prompt)
 
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
-        """Start the thread; results go to the running event loop.
+        """Start the thread; results are passed to the running event loop.
 
         Args:
-            is_wanted: whether a prefix may outlive the last sequence that uses it; asked on the engine's thread.
+            is_wanted: whether a prefix may outlive the last sequence that uses it; called on the engine's thread.
         """
         self._engine.scheduler.is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
@@ -177,25 +177,25 @@ class EngineWorker:
     async def generate(
         self, request: GenerationRequest, soft_prompt: SoftPrompt | None, *, seconds: float = 0.0
     ) -> AsyncGenerator[Delta]:
-        """Submit a request and yield what every step adds to it; closing the iterator early aborts it.
+        """Submit a request and yield its deltas; closing the iterator early aborts it.
 
         Args:
-            request: what is asked.
-            soft_prompt: before its input.
-            seconds: what the request has taken already of the time that it may take.
+            request: the request.
+            soft_prompt: precedes the input.
+            seconds: time that the request has already used of its time limit.
 
         Raises:
-            EmptyInput, InputTooLong: it can never run.
+            EmptyInput, InputTooLong: the request can never run.
             InvalidRequest: its grammar cannot be used.
-            Overloaded: too much is waiting already, in all, for its task or for its key.
-            ServerDraining: nothing new is taken.
-            RequestAborted: it was cancelled by the server, also because what it yields is not read.
-            RequestTimedOut: it took too long.
-            GenerationFailed: the engine could not finish it.
+            Overloaded: too many requests are waiting in total, for its task or for its key.
+            ServerDraining: the server accepts no new requests.
+            RequestAborted: the server cancelled the request, for example because its deltas were not read.
+            RequestTimedOut: the request took too long.
+            GenerationFailed: the engine could not finish the request.
         """
         self._refuse_if_closed()
         self._engine.check(request, soft_prompt)
-        with self._admission.of(request) as leave:  # with its last token, read or not
+        with self._admission.of(request) as leave:  # called with the last delta, read or not
             async with contextlib.aclosing(self._deltas(request, soft_prompt, leave, seconds)) as deltas:
                 async for delta in deltas:
                     yield delta
@@ -207,7 +207,7 @@ class EngineWorker:
         on_end: Callable[[], None] = lambda: None,
         seconds: float = 0.0,
     ) -> AsyncGenerator[Delta]:
-        """What `generate` yields of a checked request, whatever the limits are."""
+        """The deltas of a checked request, regardless of the admission limits."""
         self._refuse_if_closed()
         with self._streams.open(request.request_id, on_end) as stream:
             self._begin(request, soft_prompt, stream)
@@ -230,7 +230,7 @@ class EngineWorker:
                     self._thread.abort(request.request_id)
 
     def _begin(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, stream: Stream) -> None:
-        """Hand a request to the engine, as soon as its grammar is compiled."""
+        """Pass a request to the engine as soon as its grammar is compiled."""
         grammar = None if request.labels else self._engine.grammar_of(request)
         if grammar is None:
             return self._thread.add(request, soft_prompt)
@@ -248,7 +248,7 @@ class EngineWorker:
             raise GenerationFailed("The engine has stopped.", remedy=RESTART)
 
     def _timer(self, request_id: str, stream: Stream, seconds: float) -> asyncio.TimerHandle | None:
-        """Ends a request that takes too long, also if nobody reads what it has got so far."""
+        """A timer that ends a request that takes too long, even if its deltas are not read."""
         limit = self._limits.request_timeout
         if limit is None:
             return None
@@ -261,20 +261,20 @@ class EngineWorker:
         return asyncio.get_running_loop().call_later(max(0.0, limit - seconds), end)
 
     def warm(self, soft_prompts: Iterable[SoftPrompt]) -> None:
-        """Compute prefixes that are not known yet; blocks, so not for the event loop's thread.
+        """Compute the prefixes that are not cached yet. Blocks, so never call it on the event loop's thread.
 
-        Each is an ordinary request of one token, in its own turn: the prefix is left behind as by any first request,
-        and the token shows that what comes after the prefix is finite too.
+        Each prefix is computed by an ordinary request of one token, queued as a task of its own. The request caches the
+        prefix like any first request, and its token shows that the values after the prefix are finite too.
 
         Raises:
-            InvalidSoftPrompt: what the model makes of one is not finite.
-            ServerDraining, RequestAborted, GenerationFailed: as `generate`.
+            InvalidSoftPrompt: the model's values for a soft prompt are not finite.
+            ServerDraining, RequestAborted, GenerationFailed: see `generate`.
         """
         assert self._loop is not None, "the worker runs before anything is published"
         asyncio.run_coroutine_threadsafe(self._warm_all(soft_prompts), self._loop).result()
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
-        """Forget prefixes, each as the last sequence that uses it ends."""
+        """Drop prefixes, each when the last sequence that uses it ends."""
         hashes = tuple(prefix_hashes)
         if hashes:
             self._thread.drop_unused(hashes)
@@ -295,7 +295,7 @@ class EngineWorker:
             ) from exc
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, let running requests finish for this long, then abort the others."""
+        """Accept no new requests, let requests finish for `seconds`, then abort the remaining ones."""
         self.draining = True
         if await self._streams.idle_within(seconds):
             return
@@ -307,13 +307,13 @@ class EngineWorker:
         await self._streams.idle_within(READ_SECONDS)
 
     async def stop(self) -> None:
-        """End the thread; what is still in flight is aborted."""
+        """Abort the requests in flight and end the thread."""
         await self.drain(0)
         self._thread.end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), STOP_SECONDS)
         if self._ended.is_set():
-            self._thread.join()  # it has nothing left to do
+            self._thread.join()  # returns at once
         else:
             log.error("the engine's thread does not end; it is left behind")
         if self._ticking is not None:
@@ -334,12 +334,12 @@ class EngineWorker:
             self._thread.abort(request_id)
 
     def _fail(self) -> None:
-        """Nothing comes of the engine any more: tell everybody."""
+        """Mark the engine as failed and end all requests."""
         self._failed = True
         self._grammars.cancel_all()
         self._streams.end_all(GenerationFailed("The engine has stopped.", remedy=RESTART))
 
 
 def timed_out(seconds: float) -> RequestTimedOut:
-    """The error of a request that takes longer than any may."""
+    """The error of a request that exceeds the time limit."""
     return RequestTimedOut(f"The request was not complete after {seconds:g} s.")

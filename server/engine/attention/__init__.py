@@ -1,1 +1,1 @@
-"""Attention over the flat row: the interface that models call, and the layouts that do the work."""
+"""Attention over the flat row: the interface that models call, and the layouts that compute it."""

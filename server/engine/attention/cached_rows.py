@@ -1,8 +1,8 @@
-"""The layout of a serving step: where each token's keys and values go, and what each token attends to.
+"""The layout of a serving step: where each token's keys and values are stored, and what each token attends to.
 
-Tokens that are alone in their step (decoding) read the slots of neighbours as one batch; chunks of a prefill are
-attended one by one. All of them read the pool as it lies, nothing is gathered. This is torch's way, for any device and
-dtype; where they can be used, `varlen_rows.py` and `compiled_rows.py` are faster.
+Decoding sequences in neighbouring slots attend as one batch; prefill chunks attend one by one. All read the pool in
+place, without gathering. This implementation uses torch's operators and works with any device and dtype;
+`varlen_rows.py` and `compiled_rows.py` are faster where they can be used.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from server.engine.to_device import upload
 
 @dataclass(slots=True, unsafe_hash=True)
 class Span:
-    """One sequence's share of a step: `count` tokens from position `start` on; nobody changes it.
+    """One sequence's part of a step: `count` tokens from position `start` on. Treat it as immutable.
 
-    Python makes frozen ones three times as slowly, and a step makes one for each sequence.
+    It is not a frozen dataclass, because creating one takes three times as long, and a step creates one for each
+    sequence.
     """
 
     slot: Slot
@@ -32,22 +33,22 @@ class Span:
 
     @property
     def end(self) -> int:
-        """Positions of the sequence that are filled once the step has run."""
+        """Number of the sequence's positions that are filled after the step."""
         return self.start + self.count
 
 
 @dataclass(frozen=True)
 class TokenPositions:
-    """Where a step's tokens are, worked out on the host: `[tokens]` each."""
+    """The positions of a step's tokens, computed on the host; each array is `[tokens]`."""
 
     position_ids: np.ndarray
     """Each token's position in its own sequence."""
     pool_positions: np.ndarray
-    """Where its keys and values go."""
+    """Each token's position in the pool, where its keys and values are stored."""
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> TokenPositions:
-        """Of the tokens of a flat row."""
+        """The positions of the tokens of a flat row."""
         starts, firsts, counts = np.array([(s.slot.start, s.start, s.count) for s in spans], dtype=np.int64).T
         rows = np.arange(counts.sum())
         position_ids = rows + np.repeat(firsts - (counts.cumsum() - counts), counts)
@@ -71,21 +72,21 @@ class _Group:
         return max(span.end for span in self.spans)
 
     def takes(self, span: Span) -> bool:
-        """True if the span continues this run: one token, in the slot right behind the last one."""
+        """True if the span continues this run: it has one token, in the slot directly after the last span's slot."""
         last = self.spans[-1]
         neighbour = span.slot.length == last.slot.length and span.slot.start == last.slot.start + last.slot.length
         return neighbour and span.count == last.count == 1
 
 
 class CachedRows:
-    """Serving layout over a KV cache; see `attention.Layout`."""
+    """Serving layout over a KV cache; see `interface.Layout`."""
 
     def __init__(self, kv_cache: KVCache, spans: Sequence[Span]) -> None:
         """Lay out a step.
 
         Args:
-            kv_cache: where keys and values go.
-            spans: in the order of the flat row, decoding ones first and sorted by slot to form runs.
+            kv_cache: stores keys and values.
+            spans: in the order of the flat row: decoding spans first, sorted by slot so that they form runs.
         """
         self._kv_cache = kv_cache
         token_positions = TokenPositions.of(spans)
@@ -104,7 +105,7 @@ class CachedRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `attention.Layout.attend`."""
+        """See `interface.Layout.attend`."""
         self._kv_cache.write(layer, self._pool_positions, key, value)
         heads, tokens, dim = query.shape
         out = query.new_empty(tokens, heads, dim)
@@ -118,7 +119,7 @@ class CachedRows:
         return out
 
     def _mask(self, group: _Group, window: int | None, fold: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask `[batch, 1, fold * count, key_length]`; made once per step, shared by the layers."""
+        """Additive mask `[batch, 1, fold * count, key_length]`; computed once per step and shared by the layers."""
         if window not in group.masks:
             batch, count = len(group.spans), group.spans[0].count
             queries = self.position_ids[group.rows].view(batch, 1, count, 1)

@@ -1,7 +1,7 @@
-"""The layout of a serving step on a CPU, with attention by compiled loops (`kernels/attention.py`).
+"""The layout of a serving step on a CPU, with attention in compiled loops (`kernels/attention.py`).
 
-Here is which sequence is how much work, and where its numbers lie. Each sequence is work of its own, wherever its slot
-lies, and its length is its own too: no neighbour changes a bit of its answer.
+This module divides a step into units of work and passes the loops the addresses of their data. Each unit belongs to one
+sequence and depends only on its slot and length, so no other sequence can change a bit of its result.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from server.engine.attention.interface import AttentionRules
 from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, float_bits
 from server.engine.memory.kv_cache import KVCache
 
-if TYPE_CHECKING:  # numba is only imported where it is used
+if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
 
 POSITIONS_FOR_THREADS = 512
-"""With fewer positions, one thread is done before a second has begun."""
+"""With fewer positions, one thread finishes before a second one has started."""
 
 FEWEST_NUMBERS = 4
-"""Heads whose size is no multiple of it are left to torch: a vector of them would hold almost nothing."""
+"""Torch handles heads whose size is not a multiple of this: their vectors would be too short to pay off."""
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """A step's work, the same in every layer.
+    """The units of work of a step, which are the same in every layer.
 
     Attributes:
-        spans: `[spans, 5]`: first row of the flat row, position, tokens, start of the slot, first block of scratch.
-        spread: `[units, 3]` span, key head, block of positions.
-        attend: `[units, 3]` span, key head, block of queries; -1 stands for all key heads and for a single token.
-        tokens: of the flat row.
-        blocks: of scratch, for each key head.
-        threads: that it is worth.
+        spans: `[spans, 5]`: row in the flat row, position, tokens, start of the slot, first scratch block.
+        spread: `[units, 3]`: span, key head, block of positions.
+        attend: `[units, 3]`: span, key head, block of queries; -1 means all key heads, or a single token.
+        tokens: number of tokens of the flat row.
+        blocks: number of scratch blocks for each key head.
+        threads: number of threads to use.
     """
 
     spans: np.ndarray
@@ -50,28 +50,28 @@ class StepWork:
 
 
 class CompiledAttention:
-    """The loops over one KV cache; used by one thread."""
+    """The compiled attention loops for one KV cache. Not thread-safe."""
 
     def __init__(self, kv_cache: KVCache, kernels: Kernels) -> None:
-        """Use `over`, which knows where it cannot be used."""
+        """Call `over` instead, which checks that the loops support the model."""
         states = kv_cache.states
         _, _, _, self._kv_heads, self._dim = states.shape
         self._kernels = kernels
-        self._states = states  # whose memory it is
+        self._states = states  # keeps the memory behind the addresses alive
         self._layers = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in states]
         self._scratch = _floats(0)
-        self._sinks: dict[int, torch.Tensor] = {}  # by layer, in float32
+        self._sinks: dict[int, torch.Tensor] = {}  # layer -> sinks in float32
 
     @classmethod
     def over(
         cls, kv_cache: KVCache, rules: Sequence[AttentionRules], kernels: Kernels | None
     ) -> CompiledAttention | None:
-        """The loops over a cache, or None where there is no compiled code, or a layer asks for what it does not do."""
+        """The loops for a cache; None without compiled code, or if a layer needs a feature that the loops lack."""
         odd = kv_cache.states.shape[-1] % FEWEST_NUMBERS
         return None if kernels is None or odd or any(rule.softcap for rule in rules) else cls(kv_cache, kernels)
 
     def plan(self, spans: Sequence[Span]) -> StepWork:
-        """Cut a step into units of work, the largest first, so that all threads end at once."""
+        """Divide a step into units of work, largest first, so that all threads finish at about the same time."""
         rows, blocks, first_row = [], 0, 0
         chunks, decoding = [], []
         for index, span in enumerate(spans):
@@ -86,7 +86,7 @@ class CompiledAttention:
         attend = [(i, h, q) for i, span in chunks for q in self._query_blocks(span) for h in self._heads()]
         positions = sum(span.end for span in spans)
         threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
-        # A sequence is read best in one piece, but if there are fewer than threads, some would have nothing to do.
+        # Reading a sequence as one unit is fastest, but with fewer sequences than threads, some threads would be idle.
         attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else self._heads())]
         return StepWork(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
 
@@ -99,9 +99,9 @@ class CompiledAttention:
         work: StepWork,
         rules: AttentionRules,
     ) -> torch.Tensor:
-        """Store a step's keys and values, and attend; see `attention.Layout.attend` for the shapes."""
+        """Store a step's keys and values, and attend; see `interface.Layout.attend` for the shapes."""
         heads, tokens, dim = query.shape
-        # The loops are given addresses, and believe what is said of them.
+        # The loops receive addresses and cannot check dtypes or shapes.
         assert {states.dtype for states in (query, key, value)} == {self._states.dtype}, "stored as the cache is"
         assert key.shape == value.shape == (self._kv_heads, tokens, self._dim), "shaped as the cache is"
         assert dim == self._dim, "queries too"
@@ -139,10 +139,10 @@ class CompiledAttention:
         return out
 
     def _sinks_of(self, layer: int, rules: AttentionRules) -> int:
-        """The address of a layer's sinks; 0 where it has none."""
+        """The address of a layer's sinks; 0 if it has none."""
         if rules.sinks is None:
             return 0
-        if layer not in self._sinks:  # the weights are frozen
+        if layer not in self._sinks:  # cached, because the weights are frozen
             self._sinks[layer] = rules.sinks.float().contiguous()
         return self._sinks[layer].data_ptr()
 
@@ -150,11 +150,11 @@ class CompiledAttention:
         return range(self._kv_heads)
 
     def _query_blocks(self, span: Span) -> Iterator[int]:
-        """The last one sees most."""
+        """The blocks of queries, last first, because the last block sees the most positions."""
         return reversed(range(-(-span.count // QUERIES)))
 
     def _scratch_for(self, blocks: int) -> tuple[int, int]:
-        """Addresses of memory for this many blocks of keys and values; reused, because new memory costs time."""
+        """Addresses of reused scratch memory for this many blocks of keys and values."""
         size = blocks * self._kv_heads * BLOCK * self._dim
         if 2 * size > len(self._scratch):
             self._scratch = _floats(2 * size)
@@ -163,13 +163,13 @@ class CompiledAttention:
 
 
 class CompiledRows:
-    """Serving layout over compiled attention; see `attention.Layout`."""
+    """Serving layout over compiled attention; see `interface.Layout`."""
 
     def __init__(self, attention: CompiledAttention, spans: Sequence[Span]) -> None:
         """Lay out a step.
 
         Args:
-            attention: over the cache.
+            attention: the loops for the KV cache.
             spans: in the order of the flat row.
         """
         self._attention = attention
@@ -179,12 +179,12 @@ class CompiledRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `attention.Layout.attend`."""
+        """See `interface.Layout.attend`."""
         return self._attention.attend(layer, query, key, value, self._work, rules)
 
 
 def _floats(count: int) -> torch.Tensor:
-    """Memory as compiled loops take it, whatever dtype and device somebody has made torch's default."""
+    """Memory for compiled loops, independent of torch's default dtype and device."""
     return torch.empty(count, dtype=torch.float32, device="cpu")
 
 

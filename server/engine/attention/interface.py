@@ -1,10 +1,10 @@
-"""Our attention function, registered with transformers, and the interface of layouts.
+"""Prelude's attention function, which is registered with transformers, and the interface of layouts.
 
-All tokens of a step travel through the model as one flat row `[1, tokens]`. The model's own layers never learn where
-one sequence ends and the next begins: they hand query, key and value to `attend_flat_row`, which asks the step's layout
-to do the attention. A layout is passed through the model's forward as the keyword `layout`.
+All tokens of a step pass through the model as one flat row `[1, tokens]`. The model's own layers do not know where one
+sequence ends and the next begins: they pass query, key and value to `attend_flat_row`, which calls the step's layout.
+The layout is passed through the model's forward as the keyword `layout`.
 
-Layers that keep a recurrent state instead of keys and values ask the layout too: see `RecurrentLayout`.
+Layers that keep a recurrent state instead of keys and values call the layout too: see `RecurrentLayout`.
 
     PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
     SharedStart   the same, behind tokens that stand in the flat row once for all rows   (training)
@@ -25,8 +25,8 @@ from server.errors import UnsupportedModel
 
 ATTENTION_NAME = "prelude"
 
-# Keywords that models pass along and that mean nothing to this function: positions are already in the rotary
-# embeddings, causality is the layout's, and nothing but the output is asked for.
+# Keywords that models pass and this function can ignore: positions are already in the rotary embeddings, the layout
+# handles causality, and only the output is needed.
 _WITHOUT_EFFECT = {
     "position_ids",
     "cache_position",
@@ -43,30 +43,30 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionRules:
-    """What a layer requires of its attention beside causality."""
+    """A layer's requirements for attention beside causality."""
 
     scaling: float
     sliding_window: int | None = None
-    """A token sees itself and the `sliding_window - 1` tokens before it."""
+    """Each token sees itself and the `sliding_window - 1` tokens before it."""
     softcap: float | None = None
     """Scores are squashed to softcap * tanh(score / softcap), as Gemma 2 does."""
     sinks: torch.Tensor | None = field(default=None, compare=False)
-    """`[heads]`: a score for each head that takes its share of the softmax and adds nothing, as in gpt-oss."""
+    """`[heads]`: an extra score for each head, which takes part in the softmax but adds no value, as in gpt-oss."""
 
 
 class Layout(Protocol):
-    """How the tokens of one flat row are spread over sequences."""
+    """How the tokens of one flat row belong to sequences."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """Attention of one layer.
+        """Compute the attention of one layer.
 
         Args:
-            layer: its index.
+            layer: the layer's index.
             query: `[heads, tokens, dim]`.
             key: `[kv_heads, tokens, dim]`; value likewise.
-            rules: what the layer asks beside causality.
+            rules: the layer's requirements beside causality.
 
         Returns:
             `[tokens, heads, dim]`.
@@ -75,27 +75,27 @@ class Layout(Protocol):
 
 
 class StateSlice(NamedTuple):
-    """Where a layer's recurrent state is among the numbers that a sequence keeps."""
+    """The position of a layer's recurrent state in a sequence's row of states."""
 
     first: int
     width: int
 
 
 Recurrence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""From inputs `[rows, tokens, width]` and the states before them, `[rows, state width]` and 0 at the start of a
-sequence, to outputs `[rows, tokens, …]` and the states after them. States are at least float32."""
+"""A function from inputs `[rows, tokens, width]` and the states before them `[rows, state width]`, which are 0 at the
+start of a sequence, to outputs `[rows, tokens, …]` and the states after them. States are at least float32."""
 
 
 class RecurrentLayout(Layout, Protocol):
-    """A layout for models of which some layers keep a recurrent state."""
+    """A layout for models with layers that keep a recurrent state."""
 
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """Outputs `[tokens, …]` of one layer for its inputs `[tokens, width]`.
+        """Compute one layer's outputs `[tokens, …]` from its inputs `[tokens, width]`.
 
         Args:
-            state_slice: of the layer's state.
-            inputs: of the flat row.
-            recurrence: what the layer computes; called for parts of the flat row that have equal numbers of tokens.
+            state_slice: position of the layer's state.
+            inputs: the layer's inputs for the flat row.
+            recurrence: the layer's computation; called for batches of sequences with equal numbers of tokens.
         """
         ...
 
@@ -115,11 +115,11 @@ def attend_flat_row(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. Query `[1, heads, tokens, dim]`; answers `[1, tokens, heads, dim]`.
+    """transformers' attention interface: query `[1, heads, tokens, dim]` to output `[1, tokens, heads, dim]`.
 
     Raises:
-        UnsupportedModel: the layer asks for something that this function does not do (position biases, …): a wrong
-            answer must never come out silently.
+        UnsupportedModel: the layer needs something that this function does not support (position biases, …); ignoring
+            it would silently give wrong results.
     """
     unknown = sorted(name for name, value_ in others.items() if value_ is not None and name not in _WITHOUT_EFFECT)
     if attention_mask is not None:
@@ -139,20 +139,20 @@ def attend_flat_row(
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="prelude"` known to transformers; the name gets no attention mask from it."""
+    """Register `attn_implementation="prelude"` with transformers, which then passes no attention mask."""
     AttentionInterface.register(ATTENTION_NAME, attend_flat_row)
 
 
 def attend_batch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rules: AttentionRules
 ) -> torch.Tensor:
-    """Attention of a batch of sequences, with the heads that share a key head folded into the query rows.
+    """Attention of a batch of sequences; query heads that share a key head are folded into the query rows.
 
     Args:
         query: `[batch, heads, q_len, dim]`.
         key: `[batch, kv_heads, kv_len, dim]`, any strides; value likewise.
         mask: `[batch or 1, 1, group * q_len, kv_len]` from `fold_mask`, in the query's dtype.
-        rules: scaling, soft-cap and sinks; windows are in the mask already.
+        rules: scaling, soft-cap and sinks; the mask already contains the window.
 
     Returns:
         `[batch, heads, q_len, dim]`.
@@ -163,7 +163,8 @@ def attend_batch(
     if rules.softcap is None and rules.sinks is None and not (query.requires_grad or key.requires_grad):
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=rules.scaling)
     else:
-        # Written out where SDPA cannot do it (soft-cap, sinks), and for training, where on a CPU it is twice as fast.
+        # Explicit operations where SDPA lacks a feature (soft-cap, sinks), and in training, where they are twice as
+        # fast on a CPU.
         scores = (folded @ key.transpose(-1, -2)) * rules.scaling
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap) * rules.softcap
@@ -183,7 +184,7 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 def visibility(
     query_positions: torch.Tensor, key_positions: torch.Tensor, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Additive mask: 0 where a query may see a key (not in its future, not beyond its window), else -inf.
+    """Additive mask: 0 where a query sees a key (not later, and within the window), else -inf.
 
     Shapes broadcast: `[…, q_len, 1]` against `[…, 1, kv_len]`.
     """
@@ -194,24 +195,24 @@ def visibility(
 
 
 def fold_mask(mask: torch.Tensor, group: int) -> torch.Tensor:
-    """Repeat a mask `[batch, 1, q_len, kv_len]` for the `group` heads that share a key head, folded as queries are."""
+    """Repeat a mask `[batch, 1, q_len, kv_len]` for the `group` query heads that are folded into the query rows."""
     return mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)
 
 
 @dataclass
 class PackedRows:
-    """Whole sequences, one behind the other, each attending causally within itself: training, and nothing cached.
+    """Layout for training: whole sequences one after another, each attending causally within itself, nothing cached.
 
-    Inside the attention, and only there, rows are padded to the longest one, because one batched product is faster than
-    many small ones; the rest of the model never computes a padding token.
+    Only inside the attention, rows are padded to the longest row, because one batched product is faster than many small
+    products. The rest of the model computes no padding tokens.
     """
 
     lengths: Sequence[int]
     """Tokens of each row, in the order of the flat row."""
     prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """Of each layer keys and values `[kv_heads, prefix tokens, dim]` that stand before every row."""
+    """Keys and values `[kv_heads, prefix tokens, dim]` of each layer that precede every row."""
     collected: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """Where each layer leaves its keys and values `[kv_heads, tokens, dim]`, if anybody wants them."""
+    """If given, receives the keys and values `[kv_heads, tokens, dim]` of each layer."""
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -229,7 +230,7 @@ class PackedRows:
         """See `Layout.attend`."""
         if self.collected is not None:
             self.collected[layer] = (key, value)
-        if self._pad_index.device != query.device:  # once, not for each layer: such a copy makes the host wait
+        if self._pad_index.device != query.device:  # once per step, because the host waits for such a copy
             self._pad_index, self._flat_index = self._pad_index.to(query.device), self._flat_index.to(query.device)
         keys, values = self._pad(key), self._pad(value)
         if self.prefix is not None:
@@ -245,11 +246,11 @@ class PackedRows:
     def recur(
         self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence, state: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `RecurrentLayout.recur`; every row begins with `state` `[1, state width]`, if there is one."""
+        """See `RecurrentLayout.recur`; if given, `state` `[1, state width]` is the initial state of every row."""
         assert self.prefix is None or state is not None, "keys and values before the rows say nothing of their state"
         rows = len(self.lengths)
         padded = inputs.index_select(0, self._pad_index.to(inputs.device)).view(rows, self._longest, -1)
-        # Padding stands after a row's tokens, so it only changes states that nobody reads.
+        # Padding follows a row's tokens, so it only changes states that are not read.
         before = no_states(state_slice, inputs, rows) if state is None else state.expand(rows, -1)
         out, _ = recurrence(padded, before)
         return out.flatten(0, 1)[self._flat_index.to(inputs.device)]
@@ -270,16 +271,16 @@ class PackedRows:
 
 
 class SharedStart:
-    """Tokens that all rows begin with, once, and behind them the rows: each attends to these tokens and within itself.
+    """Layout for training: a start that all rows share, once, then the rows. Each row attends to the start and itself.
 
-    A start does not see what comes after it, so it is the same for every row, gradients included: of twenty virtual
-    tokens before sixteen rows, three hundred need not be computed.
+    The start does not attend to later tokens, so its values are the same for every row, gradients included. With twenty
+    virtual tokens before sixteen rows, this saves three hundred tokens.
     """
 
     def __init__(self, num_shared: int, lengths: Sequence[int]) -> None:
-        """The flat row is `num_shared` tokens, then rows of these lengths."""
+        """Lay out `num_shared` tokens followed by rows of these lengths."""
         self._num_shared = num_shared
-        self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, left there on the way
+        self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys and values of the start
         self._start = PackedRows([num_shared], collected=self._prefix)
         self._rows = PackedRows(lengths, self._prefix)
 
@@ -300,6 +301,6 @@ class SharedStart:
 
 
 def no_states(state_slice: StateSlice, inputs: torch.Tensor, rows: int) -> torch.Tensor:
-    """The states of sequences that have not begun: `[rows, state width]` of zeros."""
+    """Initial states of sequences: zeros `[rows, state width]`."""
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     return inputs.new_zeros(rows, state_slice.width, dtype=dtype)

@@ -1,12 +1,12 @@
-"""Recurrent states in serving: one of a fixed size for each running sequence, beside its keys and values.
+"""Recurrent states in serving: one state of a fixed size for each running sequence, beside its keys and values.
 
-Layers that have no attention, or not only attention, keep a state in place of a token's keys and values: the last
-inputs of a short convolution, the matrix of a linear attention. The states of all such layers of a sequence are one row
-of numbers. A state is what all tokens so far have left, so unlike keys and values it cannot be cut to a length, and
-computing a token twice would count it twice:
+Some layers keep a state instead of, or beside, keys and values: the last inputs of a short convolution, or the matrix
+of a linear attention. A sequence's states of all such layers form one row of numbers. A state summarises all tokens so
+far. Unlike keys and values, it cannot be truncated to fewer tokens, and computing a token twice would count it twice.
+Therefore:
 
-- Prefixes and copies of inputs hold the state at exactly their end, so chunks end there (`scheduler.py`).
-- What a step computes becomes the state only when the step has succeeded (`state_pool.py`).
+- Prefixes and copies of inputs contain the state at exactly their end, so chunks end there (`scheduler.py`).
+- A step's new states are stored only after the step has succeeded (`state_pool.py`).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class ServingRows(Layout, Protocol):
 
 
 class RecurrentRows:
-    """A serving layout and the states of its sequences; see `attention.RecurrentLayout`.
+    """A serving layout with the recurrent states of its sequences; see `interface.RecurrentLayout`.
 
-    Sequences that are alone in their step (decoding) recur as one batch, chunks of prefills one by one.
+    Decoding sequences are computed as one batch, prefill chunks one by one.
     """
 
     def __init__(self, rows: ServingRows, pool: StatePool, spans: Sequence[Span]) -> None:
         """Lay out a step.
 
         Args:
-            rows: attends.
-            pool: where states are kept.
+            rows: the layout for attention.
+            pool: stores the states.
             spans: in the order of the flat row.
         """
         self.position_ids = rows.position_ids
         self._layout, self._pool = rows, pool
         (self._rows,) = upload([pool.rows_of(span.slot for span in spans)], pool.states.device)
-        self._sequences: list[int] = []  # of each batch
+        self._sequences: list[int] = []  # sequences of each batch
         self._tokens: list[int] = []
         are_single = False
         for span in spans:
@@ -60,11 +60,11 @@ class RecurrentRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `attention.Layout.attend`."""
+        """See `interface.Layout.attend`."""
         return self._layout.attend(layer, query, key, value, rules)
 
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """See `attention.RecurrentLayout.recur`."""
+        """See `interface.RecurrentLayout.recur`."""
         states = torch.split(self._pool.read(state_slice, self._rows), self._sequences)
         outs, after = [], []
         for part, before in zip(torch.split(inputs, self._tokens), states, strict=True):

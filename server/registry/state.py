@@ -1,8 +1,8 @@
 """The fold of the events: the registry's whole state, and the only place that defines what an event means.
 
-The top of a task's history answers its requests, so a rollback removes the top. Version numbers
-come from the fold and are never reused, not even after a delete; a deleted task leaves behind what must not be
-forgotten: its highest version number, and the contents that inboxes have published under its name.
+The top of a task's history answers its requests, so a rollback removes the top. Version numbers come from the fold and
+are never reused, not even after a delete; a deleted task leaves behind what must not be forgotten: its highest version
+number, and the contents that inboxes have published under its name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Computed prefixes, by the hash of the soft prompt's numbers: never by a name, so none can be stale.
 
-A prefix (`kv_cache.Computed`) is what the engine makes of any soft prompt. It is copied into the slot of
-each sequence that starts, so dropping one here touches nobody who is running.
+A prefix (`kv_cache.Computed`) is what the engine makes of any soft prompt. It is copied into the slot of each sequence
+that starts, so dropping one here touches nobody who is running.
 """
 
 from __future__ import annotations

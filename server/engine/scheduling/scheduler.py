@@ -2,8 +2,7 @@
 
 A sequence is admitted when a slot is free that is long enough for all its positions. If no such slot is free, no later
 sequence overtakes it. A free slot goes to the key with the fewest running sequences, and of its tasks to the one with
-the fewest. One slot in five is reserved for tasks that have less than their fair share of slots, and half of those for
-API keys that do, so short requests do not wait for long answers.
+the fewest. One slot in five is reserved for tasks below their fair share, half of these for keys below theirs.
 """
 
 from __future__ import annotations
@@ -245,8 +244,8 @@ class Scheduler:
     def _skipped_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
         """Keys that get no slot now.
 
-        A key is skipped if its running sequences already have a full step's tokens to compute, or if only the slots
-        reserved for keys are left and the key already has its fair share.
+        These are keys whose running sequences have a full step's tokens to compute, and keys with their fair share of
+        slots when only the slots reserved for keys are left.
         """
         skipped = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
         reserved_for_keys = (self.max_running - self._max_sequences) // 2

@@ -19,17 +19,17 @@ from server.errors import Overloaded, PayloadTooLarge
 MAX_JSON_BYTES = 4 * 2**20
 """Limit of JSON bodies, except those named by the constants below."""
 MAX_ORDER_BYTES = 2**20
-"""Of bodies that ask for a job."""
+"""Limit of the JSON bodies that request a job."""
 MULTIPART_OVERHEAD = 64 * 2**10
 """Boundaries and part headers around an upload's files."""
 MAX_DATA_BYTES = 256 * 2**20
-"""Files of a job."""
+"""Limit of the forms that bring a job's files."""
 
 FREE_BYTES = 2**16
 """The first this many bytes of each body do not count towards the limit on all bodies together, so ordinary requests
 pass while large ones are in progress."""
 FORM_BYTES = 2**20
-"""Of a form, which are kept in memory at most; its files lie on the disk."""
+"""The most bytes of a form that are kept in memory; its files are on disk."""
 
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 
@@ -47,7 +47,12 @@ class FormDisk:
         self._taken: Counter[str | None] = Counter()
 
     def check(self, key: str | None, more: int, whole: int) -> None:
-        """Refuse a form whose files would exceed the limit: `more` bytes have come, `whole` in all.
+        """Refuse a form whose files would take too much of the disk.
+
+        Args:
+            key: the API key that sends the form.
+            more: bytes that have just come; for a form that starts, all bytes that it declares.
+            whole: bytes of the form up to and including these.
 
         Raises:
             PayloadTooLarge: the form could not be taken even if nothing else were under way.

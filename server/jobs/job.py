@@ -132,7 +132,7 @@ class Status:
     deaths: int = 0
     """How often its process has been killed since the record last grew."""
     recorded: int = 0
-    """Lines of the record when it was last killed."""
+    """Number of steps in the record when it was last killed."""
     pid: int | None = None
     created: float | None = None
     """Creation time of the process, because the system may have given its pid to another process since."""

@@ -168,7 +168,7 @@ def may_see(request: Request, task: str | None) -> bool:
 
 @contextmanager
 def _discreet(request: Request) -> Iterator[None]:
-    """Remove tasks that the key may not see from the suggestions in a 404."""
+    """Remove the names of other tasks from a 404 if the key is limited to some tasks."""
     try:
         yield
     except UnknownTask as exc:

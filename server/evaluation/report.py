@@ -49,7 +49,7 @@ class Report:
         scores: by system; the first is what the evaluation is about.
         differences: for each other system, the first system's advantage on the same rows.
         by_label: (rightly chosen, rows) of the first, in a classification.
-        agreement: of each other system, the share of rows of which it chooses the same label as the first.
+        agreement: for each other system, the share of rows for which it chooses the same label as the first.
     """
 
     about: EvaluationSubject

@@ -151,7 +151,7 @@ class System:
         return self.soft_prompt is None
 
     def read(self, row: Row, host: Host) -> list[int]:
-        """The tokens that the model reads of a row, behind its prefix if there is one."""
+        """The tokens that the model reads of a row, after its prefix if there is one."""
         text = self.template.render(row.input).behind(self.preamble)
         if self.chat:
             text = host.text.render_chat([{"role": "user", "content": text.text}])

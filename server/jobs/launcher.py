@@ -87,7 +87,7 @@ def identify(child: Child) -> float | None:
 
 
 def end_child(child: Child) -> None:
-    """End it at once: it goes on from its last checkpoint, if at all."""
+    """End it at once; if its job runs again, it resumes from its last checkpoint."""
     child.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(END_SECONDS)

@@ -40,7 +40,7 @@ LOOK_SECONDS = 0.5
 
 
 def main(path: Path) -> int:
-    """Train a folder's job; answers the exit status."""
+    """Train a folder's job; returns the exit status."""
     folder = JobFolder(path)
     order = json.loads(folder.order.read_bytes())
     if order["steps_back"]:

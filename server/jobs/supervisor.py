@@ -85,7 +85,7 @@ class JobRunner(Service):
         self._lock: IO[bytes] | None = None
 
     def stop(self) -> None:
-        """Run no more. The process of a job is ended, and goes on from its checkpoint when a server starts again."""
+        """Stop running jobs. The process of a job is ended; the next server resumes it from its checkpoint."""
         self._stop.set()
         self._changed.set()
         super().stop()
@@ -169,7 +169,7 @@ class JobRunner(Service):
             self._left_alone[job_id] = time.monotonic() + BUG_SECONDS
 
     def _take(self, job: Job) -> None:
-        """End a job that waits, or begin it."""
+        """Start a waiting job, or end it if it was cancelled or may not run."""
         if job.is_cancelling:
             self._end(job, JobState.CANCELLED)
         elif (refused := self._refused(job)) is not None:
@@ -196,7 +196,7 @@ class JobRunner(Service):
         folder.write_status(job.status)
 
     def _look_at(self, running: _Running) -> None:
-        """See whether the process has ended, or is to end; whatever goes wrong with it, the next job runs."""
+        """Check whether the process has ended or must end; an error here does not keep the next job from running."""
         try:
             self._follow(running)
         except Exception as exc:
@@ -259,7 +259,7 @@ class JobRunner(Service):
         self._changed.set()
 
     def _publish(self, job: Job) -> None:
-        """Publish what was learned; a store that refuses is asked again a few times."""
+        """Publish the result; retry a few times if the store fails."""
         folder = self._files.folder(job.id)
 
         def check() -> None:

@@ -42,8 +42,8 @@ class HostCache:
         Args:
             budget_bytes: what may stay.
             load: reads a content, or raises.
-            is_wanted: tells whether a version with this digest exists; a content whose version was deleted during the
-                load is not cached.
+            is_wanted: whether a version with this digest exists; a content whose version was deleted during the load is
+                not cached.
         """
         self.budget_bytes = budget_bytes
         self.num_bytes = 0

@@ -201,7 +201,7 @@ class Store:
         return self._objects.create(key, data)
 
     def put_blob(self, soft_prompt: SoftPrompt) -> VersionContent:
-        """Keep a content durably under a name of its own, and answer what an event says of it.
+        """Store a content durably under a name of its own, and return its description for an event.
 
         Raises:
             StoreError: the store refuses.
@@ -209,7 +209,7 @@ class Store:
         return content_of(soft_prompt, self.put(soft_prompt))
 
     def put(self, soft_prompt: SoftPrompt) -> str:
-        """Keep a content durably, and answer the name of its blob.
+        """Store a content durably, and return the name of its blob.
 
         A row of a multitask soft prompt keeps only the part of its manifest that changes answers; the event has it all.
 

@@ -70,12 +70,12 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as the model sees it behind the virtual tokens: templated input, then the target with its end token."""
+    """A row as the model sees it after the virtual tokens: templated input, then the target with its end token."""
 
     input_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     task: int = 0
-    """Which of several tasks that are trained together it belongs to."""
+    """The task's index, if several tasks are trained together."""
 
     @property
     def fed_ids(self) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ def distilled_lessons(
         model: teacher and student.
         config: contains the teacher's text and, if labels are distilled, the labels.
         data: rows; their targets are not looked at.
-        students: of each row the token ids that the student reads behind the virtual tokens.
+        students: for each row, the token ids that the student reads after the virtual tokens.
         max_new_tokens: of the teacher's answers.
         on_row: called after each row.
 
@@ -185,9 +185,9 @@ def _answer(
 def answers_of(
     model: FrozenModel, asked: Sequence[tuple[int, ...]], max_new_tokens: int, before: KeyValues | None
 ) -> list[tuple[int, ...]]:
-    """Greedy answers, the end token included where one ends by itself.
+    """Greedy answers, each with its end token if it has one.
 
-    They come from the engine that serves; the keys and values of the text that all begin with are a soft prompt to it.
+    An engine like a server's generates them; to it, the keys and values of their common beginning are a soft prompt.
     """
     engine = Engine(model, KVCache(model.spec, ANSWERING), PrefixCache(2**26), ANSWERING, 16 * ANSWERING)
     prefix = None if before is None else SoftPrompt("PREFIX_TUNING", join_key_values(before))

@@ -76,7 +76,7 @@ class Targets:
 class TeacherTokens(Targets):
     """Kullback-Leibler divergence from the teacher's distributions (Hinton et al. 2015), token by token.
 
-    A hit is a row of which greedy decoding answers what the teacher answered.
+    A hit is a row for which greedy decoding gives the teacher's answer.
     """
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor, lessons: Sequence[Lesson]) -> torch.Tensor:

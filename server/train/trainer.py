@@ -1,6 +1,6 @@
 """The training loop: only what a method learns has gradients, and the best evaluated state is kept.
 
-A run can be stopped at any step and goes on from its checkpoint with the same numbers, bit for bit: what a step reads
+A run can be stopped at any step and resumes from its checkpoint with the same numbers, bit for bit: what a step reads
 depends on its number alone (`batches.py`), and everything else that changes is in the checkpoint.
 """
 

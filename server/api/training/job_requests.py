@@ -76,7 +76,7 @@ def submit(
     start: Start | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Job:
-    """Copy and check the data, and queue the job. `go_on` is called in between and may raise to stop.
+    """Copy and check the data, and queue the job. `go_on` is called between pieces of the work and may raise to stop.
 
     Raises:
         PreludeError: nothing is queued.

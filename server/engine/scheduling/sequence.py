@@ -149,7 +149,7 @@ class Sequence:
         return self.needs_next_token and span.end == self.num_known
 
     def token_at(self, position: int) -> int:
-        """Token id at a position behind the virtual tokens."""
+        """Token id at a position after the virtual tokens."""
         index = position - self._num_given
         return self.given_ids[index] if index < 0 else self.output_ids[index]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,31 @@ def test_what_was_compiled_is_found_again() -> None:
     for hits in (0, 1):
         small = small_loops.__wrapped__(np.float32, keep=True)
         assert [loop._compiled.cache_hits for loop in vars(small).values()] == [hits] * 4
+
+
+def test_no_garbage_is_collected_while_a_loop_is_compiled() -> None:
+    """Collections look through all that the compiler builds, time after time."""
+    seen: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    def nothing(arguments: object) -> None:
+        pass
+
+    before = gc.get_threshold()
+    gc.set_threshold(10)
+    gc.callbacks.append(watch)
+    try:
+        compiler = Compiler("uncollected", keep=False)
+        seen.clear()
+        compiler.loop(nothing)
+        during = len(seen)
+    finally:
+        gc.callbacks.remove(watch)
+        gc.set_threshold(*before)
+    assert during < 10, "a few before and after it"
+    assert gc.isenabled()
 
 
 ATTEND = """

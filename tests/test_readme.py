@@ -76,7 +76,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         assert server.poll() is None, "make run ended"
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
@@ -161,8 +161,8 @@ def test_make_test_runs_the_tests() -> None:
 def test_training_and_evaluating_work_as_shown(tmp_path: Path) -> None:
     """The same commands on a few rows and for two steps."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    rows = [{"input": f"{word} one", "target": word} for word in ("good", "bad") for _ in range(8)]
-    for name in ("train", "validation", "test"):
+    for name, each in (("train", 8), ("validation", 4), ("test", 2)):
+        rows = [{"input": f"{word} one", "target": word} for word in ("good", "bad") for _ in range(each)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     commands = block(".venv/bin/prelude train").commands
     assert "--steps 300" in commands
@@ -175,5 +175,5 @@ def test_training_and_evaluating_work_as_shown(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr.decode()
     assert (tmp_path / "prompts" / "my_task" / "adapter_model.safetensors").exists()
     assert re.search(
-        r"^my_task on 16 rows of test.jsonl, .*^my_task +[0-9.]+ %", run.stdout.decode(), re.MULTILINE | re.DOTALL
+        r"^my_task on 4 rows of test.jsonl, .*^my_task +[0-9.]+ %", run.stdout.decode(), re.MULTILINE | re.DOTALL
     )

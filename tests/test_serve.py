@@ -9,8 +9,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +37,7 @@ from server.serve import (
 )
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
-from tests.processes import prelude_serve, start_fresh
+from tests.processes import COMMAND, prelude_serve, start_forked, start_fresh
 from tests.support import make_engine, random_soft_prompt
 
 
@@ -66,7 +64,7 @@ def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
     tmp_path: Path, smollm2: FrozenModel
 ) -> None:
     save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
-    with prelude_serve(tmp_path, "", start_fresh) as process:
+    with prelude_serve(tmp_path) as process:
         client = process.client
         assert [prompt["task"] for prompt in client.get("/prompts").json()["prompts"]] == ["shipped"]
         assert client.get("/info").json()["fingerprint"] == smollm2.spec.fingerprint
@@ -243,14 +241,15 @@ def test_the_keys_that_the_settings_name_are_read_before_the_model(tmp_path: Pat
     assert caught.value.remedy == "Leave out one of them."
 
 
-def test_the_command_refuses_with_both_ways_out_and_status_2() -> None:
+def test_the_command_refuses_with_both_ways_out_and_status_2(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
-    command = [sys.executable, "-m", "server.cli", "serve", "--host", "0.0.0.0", "--port", "0", "--model", "/none"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
-    assert "PRELUDE_API_KEYS_FILE=keys.json" in done.stderr
-    assert "PRELUDE_ALLOW_ANONYMOUS=1" in done.stderr
+    options = ["serve", "--host", "0.0.0.0", "--port", "0", "--model", "/none"]
+    log = tmp_path / "log.txt"
+    assert start_forked(COMMAND, options, environment, log).wait(60) == 2
+    told = log.read_text()
+    assert "Traceback" not in told
+    assert "PRELUDE_API_KEYS_FILE=keys.json" in told
+    assert "PRELUDE_ALLOW_ANONYMOUS=1" in told
 
 
 def test_the_command_serves_with_keys(tmp_path: Path) -> None:

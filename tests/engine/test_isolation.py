@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from tests.support import (
     run_engine,
     tiny_model,
 )
+
+unchanged = cache(tiny_model)
+"""A tiny model of an architecture, made once for all examples."""
 
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
@@ -112,7 +116,7 @@ def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
 def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(
     architecture: str, seed: int, max_sequences: int, arrive_every: int, data: st.DataObject
 ) -> None:
-    model = tiny_model(architecture)
+    model = unchanged(architecture)
     work = mixed_work(model, 10, seed)
     abort = data.draw(st.dictionaries(st.integers(1, 30), st.sampled_from([str(i) for i in range(10)]), max_size=5))
     engine = make_engine(model, max_sequences=max_sequences, num_slabs=2)

@@ -190,11 +190,12 @@ def test_a_machine_without_numba_serves_and_says_what_it_lacks(
 
 
 def test_kept_kernels_that_cannot_be_read_are_compiled_anew(tmp_path: Path) -> None:
+    """Of gemma2, whose attention is torch's: the other loops are compiled in a third of the time."""
     script = (
         "import logging, sys, torch; from pathlib import Path; from tests.support import tiny_model\n"
         "from server.engine.fast.optimise import load_kernels\n"
         "logging.basicConfig(stream=sys.stderr)\n"
-        "assert load_kernels(tiny_model(dtype=torch.float32), {'compiled'}, Path(sys.argv[1])) is not None\n"
+        "assert load_kernels(tiny_model('gemma2', dtype=torch.float32), {'compiled'}, Path(sys.argv[1])) is not None\n"
     )
 
     def start() -> str:

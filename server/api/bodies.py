@@ -51,7 +51,7 @@ class Bounds:
 TEXTS = Bounds(values=2**17, containers=2**14, names=2**13, wide_bytes=3 * 2**19, characters=5 * 2**19)
 """For bodies that bring texts, token ids or a schema."""
 ORDERS = Bounds(values=2**13, containers=2**10, names=2**10, wide_bytes=3 * 2**17, characters=5 * 2**17)
-"""For bodies that ask for a job."""
+"""For bodies that request a job."""
 
 MAX_NAME = 512
 """Characters of a name."""
@@ -78,7 +78,7 @@ class BoundedRequest(Request):
         """The body as JSON.
 
         Raises:
-            HTTPException: (400) it is not even text, or its nesting or a number is out of all bounds.
+            HTTPException: (400) it is not text, or its nesting or a number exceeds the parser's limits.
             InvalidRequest, PayloadTooLarge: it is not JSON, or has more of something than the server takes.
         """
         if not hasattr(self, "_json"):

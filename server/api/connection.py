@@ -23,7 +23,7 @@ STALLED_SECONDS = 60.0
 MAX_PIPELINED = 16
 """Requests on one connection that wait for the reply to the one before."""
 LOOKS = (0.02, 0.1, 0.5, 2.0)
-"""Times, in seconds after the client's last byte, at which to check whether it has disconnected."""
+"""Seconds between checks whether a client that has shut down its sending side has disconnected."""
 
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """Bytes sent to find out whether a client is still there: a waiting client ignores them; the system of a client that
@@ -34,7 +34,7 @@ class Connections:
     """Makes the protocol of each connection to one server; the limit on open files limits their number.
 
     If there are too many connections, the one that has waited longest for a request is closed. A client that opens many
-    connections therefore only replaces its own, and enough file descriptors are left for the store, jobs and other
+    connections therefore soon replaces its own, and enough file descriptors are left for the store, jobs and other
     requests.
     """
 
@@ -117,7 +117,7 @@ else:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Bytes have come; those of a body that follows in the same piece are not held against the headers."""
+            """Bytes have come; those of a body in the same piece do not count towards the limit of the headers."""
             if self.transport.is_closing():
                 return
             self._body_came = False
@@ -134,7 +134,7 @@ else:
                 self._num_bytes = 0
 
         def eof_received(self) -> bool:  # type: ignore[override]
-            """The client has said all: one whose request is whole gets its reply, unless it has gone altogether."""
+            """The client has shut down its sending side; if its request is complete, it still gets the reply."""
             cycle = self.cycle
             if self._is_in_headers or self._is_in_body:
                 has_reply = cycle is not None and cycle.response_started and not cycle.response_complete
@@ -222,13 +222,13 @@ else:
                 self._stalled = None
 
         def pause_writing_since(self) -> None:
-            """Begin to look whether the client takes anything."""
+            """Start to check whether the client reads anything."""
             if self._stalled is None:
                 size = self.transport.get_write_buffer_size()
                 self._stalled = self.loop.call_later(STALLED_SECONDS, self._give_up, size)
 
         def give_way(self) -> None:
-            """Close a connection on which nothing is asked, for others."""
+            """Close a connection without a request, to make room for another."""
             self._bounds.is_done_waiting(self)
             error = Overloaded("There are too many connections.")
             self._refuse(b"503 Service Unavailable", error)
@@ -249,7 +249,7 @@ else:
                 cycle.message_event.set()
 
         def _parse(self, data: bytes) -> None:
-            """Read a piece; a request that asks for another protocol, as Java's do, as if it did not ask.
+            """Parse a piece; a request to upgrade the protocol, as Java's clients send, is parsed without that header.
 
             httptools stops after such a request's headers, and would take its body for the other protocol.
             """

@@ -87,7 +87,7 @@ def written(
 
 
 def check_installed() -> None:
-    """Find out before anything runs whether text can be measured.
+    """Check, before anything runs, that text can be measured.
 
     Raises:
         ConfigurationError: the extra `train` is not installed.

@@ -100,8 +100,8 @@ class LiveMap:
 
         Args:
             reference: the name that a request gives.
-            key: identifies the client (its `user`, or the id of the request or of an API key): in a canary, the same
-                key resolves to the same version as long as the weights are the same.
+            key: what identifies the client (its `user`, or the id of the request or of an API key): in a canary, the
+                same key resolves to the same version as long as the weights are the same.
 
         Raises:
             InvalidTaskName: it is not a task's name.

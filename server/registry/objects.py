@@ -71,17 +71,17 @@ class Reserved(Protocol):
     """An object store that reserves disk space for changes that free space."""
 
     def release(self, reserve: str) -> None:
-        """Give the space of one reserve free, if it is kept."""
+        """Free the space of one reserve, if it is filled."""
 
     def reserve(self) -> str | None:
         """Fill all reserves again. Returns the error that prevents it, or None."""
 
 
 def open_objects(url: str) -> Objects:
-    """Open the place that PRELUDE_STORE names, and make it if it is a folder.
+    """Open the store that PRELUDE_STORE names; a folder is created if needed.
 
     Raises:
-        StoreError: the URL is of no kind that is served, or the place cannot be opened.
+        StoreError: the URL's kind is not supported, or the store cannot be opened.
     """
     scheme, colon, path = url.partition(":")
     if not colon or not path:

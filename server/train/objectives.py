@@ -55,7 +55,7 @@ class Objective(Protocol):
         ...
 
     def hits(self, logits: torch.Tensor, targets: torch.Tensor, lessons: Sequence[Lesson]) -> int:
-        """How many lessons are answered as they should be."""
+        """Number of lessons with the correct answer."""
         ...
 
 
@@ -106,7 +106,7 @@ class TeacherLabels:
     def _pairs(
         logits: torch.Tensor, targets: torch.Tensor, lessons: Sequence[Lesson]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each row the labels' log-probabilities, by the teacher and as they are now."""
+        """For each row, the labels' log-probabilities by the teacher and by the student."""
         shares = split_labels(-F.cross_entropy(logits, targets, reduction="none"), lessons)
         return [
             (lesson.labels.to(logits.device), student)

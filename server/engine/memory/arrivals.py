@@ -106,7 +106,7 @@ class Staging:
     """
 
     def __init__(self, device: torch.device, piece_bytes: int) -> None:
-        """Take the stream; the memory is taken as it is needed, a piece at a time."""
+        """Take the stream; the memory is allocated when it is first needed, a piece at a time."""
         self._device, self._piece_bytes = device, piece_bytes
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()

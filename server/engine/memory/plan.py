@@ -81,7 +81,7 @@ class MemoryDemand:
 
     @property
     def longest_copy(self) -> int:
-        """Bytes of what is kept of a sequence of the longest context."""
+        """Bytes of a copy of a sequence of the longest context, its recurrent state included."""
         return self.slab + self.state_bytes
 
     @property

@@ -32,29 +32,29 @@ class SharedInputs:
         return not self._bytes or self.num_bytes + num_bytes <= self.budget_bytes
 
     def reserve(self, request_id: str, num_bytes: int) -> None:
-        """A request begins that will make a copy."""
+        """Reserve the bytes of a copy for a request that starts and will make it."""
         assert request_id not in self._bytes, "a request makes one copy"
         self._bytes[request_id] = num_bytes
         self.num_bytes += num_bytes
 
     def made(self, request_id: str, choices: int) -> None:
-        """The copy is there, and this many choices wait with it."""
+        """Note that the copy exists, and that this many choices wait for slots with it."""
         self._waiting[request_id] = choices
 
     def release_share(self, request_id: str) -> None:
-        """A choice does not need the copy any more; with the last one it goes."""
+        """A choice no longer needs the copy; the last one releases it."""
         if request_id in self._waiting:
             self._waiting[request_id] -= 1
             if not self._waiting[request_id]:
                 self.release(request_id)
 
     def release_unmade(self, request_id: str) -> None:
-        """The first choice has ended: if it has made no copy, release the reservation."""
+        """Release the reservation of a request whose first choice has ended without making a copy."""
         if request_id not in self._waiting:
             self.release(request_id)
 
     def release(self, request_id: str) -> None:
-        """The request has no copy any more, nor will it have one."""
+        """Release the request's copy or reservation, if it has one."""
         self.num_bytes -= self._bytes.pop(request_id, 0)
         self._waiting.pop(request_id, None)
 

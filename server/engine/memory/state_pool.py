@@ -37,12 +37,12 @@ class StatePool:
         return bool(self._free)
 
     def allocate(self, slot: Slot) -> None:
-        """Give a sequence that begins a state, which is 0."""
+        """Give a starting sequence a state of zeros."""
         self._rows[slot] = self._free.pop()
         self.of(slot).zero_()
 
     def release(self, slot: Slot) -> None:
-        """Take the state of a sequence that has ended back."""
+        """Free the state of a sequence that has ended."""
         self._free.append(self._rows.pop(slot))
 
     def of(self, slot: Slot) -> torch.Tensor:

@@ -73,7 +73,7 @@ def read_evaluation_data(
         limit: read at most this many rows.
         name: the name for errors and reports, if the path is not to be shown.
         inside: files beside the data are read only if they lie in this folder, symbolic links resolved.
-        go_on: called before each line; what it raises ends the reading.
+        go_on: called before each line; if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: something in it is not as it must be; names file and line.
@@ -100,7 +100,7 @@ def _may_read(path: Path, inside: Path | None) -> bool:
 
 
 def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = lambda: None) -> DataFile:
-    """A data file; errors call it by its name, if it has one, and what `go_on` raises before a line ends the reading.
+    """Read a data file, which errors call by `name` if given; `go_on` is called before each line and may raise.
 
     Raises:
         InvalidTrainingData: names file and line.

@@ -211,7 +211,7 @@ def baselines(
         labels: the task's classes: examples are balanced over them.
         teacher: a text of one's own; None is none.
         seed: which examples are drawn.
-        go_on: called between pieces of the work; what it raises ends it.
+        go_on: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest: there is no instruction, no training data or no chat template where one is needed.

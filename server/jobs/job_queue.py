@@ -79,7 +79,7 @@ class JobBoard:
             names: the client's names for the data files.
             by: whose key asked for it.
             start: the soft prompt that `config.init_from` names, if any.
-            go_on: called between pieces of the work; what it raises ends it, and nothing is queued.
+            go_on: called between pieces of the work; if it raises, the work ends, and nothing is queued.
 
         Raises:
             InvalidTrainingData: nothing is queued then.

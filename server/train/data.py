@@ -89,7 +89,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
     Args:
         path: of the file.
         need_targets: whether targets are required. Distillation ignores them; a missing target is stored as a dash.
-        go_on: called before each line; what it raises ends the reading.
+        go_on: called before each line; if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and
@@ -200,7 +200,7 @@ def check_lengths(
         encode: the tokenizer.
         max_model_len: tokens that the context holds.
         can_fit: whether texts may fit the context together; others are not tokenised.
-        go_on: called before each row; what it raises ends the check.
+        go_on: called before each row; if it raises, the check ends.
 
     Raises:
         InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.

@@ -59,7 +59,7 @@ class TaskRows:
 
 
 def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None] = lambda: None) -> TaskRows:
-    """Read and check all rows; `go_on` is called before each line, and what it raises ends the reading.
+    """Read and check all rows; `go_on` is called before each line, and if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: the options contradict each other, or a file or row is invalid.

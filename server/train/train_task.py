@@ -49,7 +49,7 @@ def train_task(
         model: the frozen model; nothing is written to it.
         files: data and what is said about it.
         config: hyperparameters.
-        on_step: called after each step of training; what it raises ends the run.
+        on_step: called after each step of training; if it raises, the run ends.
         rows: the files' rows, if they have been read already.
         checkpoint: folder for checkpoints; the run resumes from one of the same data and configuration, if there is
             one.

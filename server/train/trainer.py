@@ -54,7 +54,7 @@ def train(
         work: what is learned; its prefix is left in that state.
         config: hyperparameters.
         learning_rate: the peak.
-        on_step: called after each step; what it raises ends the run.
+        on_step: called after each step; if it raises, the run ends.
         checkpoint: folder for checkpoints: the run resumes from one if it exists, and writes its own there.
 
     Raises:

@@ -7,8 +7,8 @@ The layout is passed through the model's forward as the keyword `layout`.
 Layers that keep a recurrent state instead of keys and values call the layout too: see `RecurrentLayout`.
 
     PackedRows    every row attends within itself, nothing is cached, gradients flow     (training)
-    SharedStart   the same, behind tokens that stand in the flat row once for all rows   (training)
-    CachedRows    keys and values go to each sequence's slot, attention reads the slots  (serving, see kv_cache.py)
+    SharedStart   the same, after a start that is in the flat row once for all rows      (training)
+    CachedRows    keys and values are stored in slots, which attention reads             (serving, see kv_cache.py)
 """
 
 from __future__ import annotations

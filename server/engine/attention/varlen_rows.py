@@ -1,19 +1,19 @@
-"""The serving layout for CUDA: the tokens of a step attend in one or two calls per layer of torch's flash attention.
+"""The serving layout for CUDA: one or two calls of torch's flash attention per layer attend for all tokens of a step.
 
-Decoding sequences and chunks of prefills alike read their slots in the pool as it lies. What this relies on, in torch's
-flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
+Decoding sequences and prefill chunks read their slots in the pool in place. This relies on the following properties of
+torch's flash attention (flash_api.cpp `mha_varlen_fwd`, block_info.h, mask.h):
 
-- Once `seqused_k` is given, `cu_seq_k[i]` is only the place where sequence i begins, and `cu_seq_k[i + 1]` is not its
-  end: `sum_s_k = cu_seqlens_k[i]`, `actual_seqlen_k = seqused_k[i]`. So slots may lie in any order, and nothing behind
-  `seqused_k[i]` counts, whatever it is.
-- Causality and windows are aligned to the end: query r of n sees keys up to `r + seqused_k - n`, and with
-  `window_size=(left, 0)` those from `left` before that on.
-- `max_q` and `max_k` are upper bounds: they size the grid and decide how a long sequence is split, nothing else.
+- If `seqused_k` is given, `cu_seq_k[i]` is only the start of sequence i, and `cu_seq_k[i + 1]` is not its end: `sum_s_k
+  = cu_seqlens_k[i]`, `actual_seqlen_k = seqused_k[i]`. Slots may therefore be in any order, and data after
+  `seqused_k[i]` is ignored.
+- Causality and windows are aligned to the end: query r of n sees keys up to `r + seqused_k - n`; with
+  `window_size=(left, 0)`, it sees only that key and the `left` keys before it.
+- `max_q` and `max_k` are upper bounds; they only determine the size of the grid and how a long sequence is split.
 - With `max_q == 1` and no window at all, the query heads that share a key head become rows of one product, and long
-  sequences are split over the device; with `(-1, 0)` neither is done. A lone query at its sequence's end needs no mask,
-  so a step that only decodes asks for none, and a sliding window is where its keys begin.
+  sequences are split over the device; with `(-1, 0)` neither happens. A single query at its sequence's end needs no
+  mask, so decodes request none; a sliding window is implemented by moving the start of the keys.
 
-That all this holds on a device is what tests/engine/attention/test_varlen_rows.py checks where there is one.
+On machines with a GPU, tests/engine/attention/test_varlen_rows.py checks these properties.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from server.engine.to_device import upload
 log = logging.getLogger(__name__)
 
 VarlenAttention = Callable[..., torch.Tensor]
-"""`flash_attention`, or what computes the same."""
+"""`flash_attention`, or a function that computes the same."""
 
 LARGEST_HEAD = 256
-"""Numbers per head that flash attention takes at most, in multiples of 8."""
+"""Maximum head size of flash attention; it must also be a multiple of 8."""
 
 OPERATOR = "_flash_attention_forward"
 
 ON_NVIDIA = "NVIDIA's GPUs since Ampere (2020) have what it needs"
 
 NEEDED = {"scale", "window_size_left", "window_size_right", "seqused_k"}
-"""Arguments that the operator must have. Its schema decides, because torch's versions differ and some are patched."""
+"""Arguments that the operator must have. Checked in its schema, because torch versions differ and some are patched."""
 
 
 def flash_attention(
@@ -61,20 +61,20 @@ def flash_attention(
     seqused_k: torch.Tensor,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of any number of sequences, by the operator below `torch.nn.attention.varlen.varlen_attn`.
+    """Attention of any number of sequences, by the operator that `torch.nn.attention.varlen.varlen_attn` wraps.
 
-    The operator has had `seqused_k` longer than the function around it, which also costs the host twice the time.
+    The operator has supported `seqused_k` longer than its wrapper, and the wrapper doubles the time on the host.
 
     Args:
         query: `[tokens, heads, dim]`.
         key: `[positions, kv_heads, dim]`; value likewise.
-        cu_seq_q: `[sequences + 1]` int32, where each sequence's tokens begin, and the end.
-        cu_seq_k: `[sequences + 1]` int32, where each sequence's keys begin.
-        max_q: no sequence has more tokens.
-        max_k: no sequence has more keys.
-        scale: of the scores.
-        window_size: how many keys before and after its own a token sees; -1 is any number.
-        seqused_k: `[sequences]` int32, how many keys each sequence has.
+        cu_seq_q: `[sequences + 1]` int32, the start of each sequence's tokens, and the end.
+        cu_seq_k: `[sequences + 1]` int32, the start of each sequence's keys.
+        max_q: upper bound on a sequence's tokens.
+        max_k: upper bound on a sequence's keys.
+        scale: factor of the scores.
+        window_size: number of keys before and after its own that a token sees; -1 is unlimited.
+        seqused_k: `[sequences]` int32, number of keys of each sequence.
         sinks: `[heads]`, see `AttentionRules`.
 
     Returns:
@@ -99,8 +99,8 @@ def flash_attention(
     out: torch.Tensor = answered[0]
     if sinks is None:
         return out
-    # Beside the answer the operator gives the log of each softmax's denominator, [heads, tokens] in float32. A sink
-    # adds to the denominator only: 1 / (1 + exp(sink - lse)) of the answer is left.
+    # The operator also returns the log of each softmax's denominator, [heads, tokens] in float32. A sink adds only to
+    # the denominator, which scales the output by 1 / (1 + exp(sink - lse)).
     assert answered[1].shape == (query.shape[1], query.shape[0]), "as every torch gives it whose operator can serve"
     gate = (answered[1].transpose(0, 1) - sinks.float()).sigmoid()
     gated: torch.Tensor = out * gate.unsqueeze(-1)
@@ -108,12 +108,12 @@ def flash_attention(
 
 
 def varlen_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> VarlenAttention | None:
-    """The function that attends for a model on CUDA, or None where `CachedRows` has to."""
+    """The attention function for a model on CUDA; None if the model needs `CachedRows`."""
     return flash_attention if model.device.startswith("cuda") and _why_not(model, rules) is None else None
 
 
 def log_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> None:
-    """Write to the log which attention serves a model on CUDA; where it is the slow one, why, and what would help."""
+    """Log which attention serves a model on CUDA; for the slow one, also the reason and a remedy."""
     if not model.device.startswith("cuda"):
         return
     reason = _why_not(model, rules)
@@ -128,7 +128,7 @@ def log_attention(model: ModelSpec, rules: Sequence[AttentionRules]) -> None:
 
 
 def _why_not(model: ModelSpec, rules: Sequence[AttentionRules]) -> str | None:
-    """Why flash attention cannot serve a model, and what would help; None if it can."""
+    """The reason why flash attention cannot serve a model, and a remedy; None if it can."""
     other_model = "choose a model without it where speed counts, or lower PRELUDE_MAX_SEQUENCES to keep steps short"
     missing = NEEDED - operator_arguments()
     if torch.version.hip is not None:
@@ -149,26 +149,26 @@ def _why_not(model: ModelSpec, rules: Sequence[AttentionRules]) -> str | None:
 
 
 def operator_arguments() -> set[str]:
-    """Names of the arguments of torch's flash attention; none where torch has no such operator."""
+    """Names of the arguments of torch's flash attention; empty if torch has no such operator."""
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{OPERATOR}")  # noqa: SLF001 - torch has no other way to ask
-    # Beside the overload that is called there is one for quantised numbers.
+    # The operator also has an overload for quantised numbers, which is not used.
     return {argument.name for schema in schemas if not schema.overload_name for argument in schema.arguments}
 
 
 class Part:
-    """Sequences of a step that one call of the attention takes."""
+    """The sequences of a step that one attention call handles."""
 
     def __init__(
         self, starts: torch.Tensor, ends: torch.Tensor, first_rows: torch.Tensor, *, max_q: int, max_k: int
     ) -> None:
-        """Take indices that are on the device already.
+        """Take indices that are already on the device.
 
         Args:
-            starts: `[sequences + 1]` int32, where slots begin in the pool; the last number is read by nobody.
-            ends: `[sequences]` int32, positions of each sequence that are filled once the step has run.
-            first_rows: `[sequences + 1]` int32, where each sequence's tokens begin in the part's rows, and their end.
-            max_q: no sequence has more tokens in this step.
-            max_k: no sequence has more positions filled.
+            starts: `[sequences + 1]` int32, the start of each slot in the pool; the last number is not read.
+            ends: `[sequences]` int32, number of positions of each sequence that are filled after the step.
+            first_rows: `[sequences + 1]` int32, the start of each sequence's tokens in the part's rows, and the end.
+            max_q: upper bound on a sequence's tokens in this step.
+            max_k: upper bound on a sequence's filled positions.
         """
         self._first_rows, self._max_q, self._max_k = first_rows, max_q, max_k
         self._whole = (starts, ends)
@@ -204,7 +204,7 @@ class Part:
         )
 
     def _window(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Starts and ends of the last positions of each slot; made once per step, shared by the layers."""
+        """Starts and lengths of each sequence's last `length` positions; computed once per step for all layers."""
         if length not in self._windows:
             starts, ends = self._whole
             hidden = (ends - length).clamp_(min=0)
@@ -215,10 +215,10 @@ class Part:
 
 
 class VarlenRows:
-    """Serving layout over a KV cache; see `attention.Layout`.
+    """Serving layout over a KV cache; see `interface.Layout`.
 
-    Decodes and prefills are two calls: one call for both would lay out as many blocks for each decode as the longest
-    chunk has, and would neither put the heads that share keys together nor split long sequences.
+    Decodes and prefills use separate calls. One call for both would launch as many blocks for each decode as for the
+    longest chunk, and would neither combine the heads that share keys nor split long sequences.
     """
 
     def __init__(
@@ -229,14 +229,14 @@ class VarlenRows:
         pool_positions: torch.Tensor,
         parts: Sequence[tuple[int, Part]],
     ) -> None:
-        """Lay out a step whose indices are on the device already; `of` makes them.
+        """Lay out a step whose indices are already on the device; `of` computes them.
 
         Args:
-            kv_cache: where keys and values go.
-            attention: computes what `flash_attention` does.
+            kv_cache: stores keys and values.
+            attention: `flash_attention` or an equivalent function.
             position_ids: `[tokens]`, each token's position in its own sequence.
-            pool_positions: `[tokens]`, where its keys and values go.
-            parts: the flat row in order, each with its number of tokens.
+            pool_positions: `[tokens]`, each token's position in the pool.
+            parts: the parts of the flat row in order, each with its number of tokens.
         """
         self.position_ids = position_ids
         self._kv_cache, self._attention = kv_cache, attention
@@ -246,7 +246,7 @@ class VarlenRows:
 
     @classmethod
     def of(cls, kv_cache: KVCache, attention: VarlenAttention, spans: Sequence[Span]) -> VarlenRows:
-        """Lay out a step of any decodes and chunks, in the order of the flat row."""
+        """Lay out a step of decodes and chunks, in the order of the flat row."""
         token_positions = TokenPositions.of(spans)
         groups = [list(group) for _, group in itertools.groupby(spans, lambda span: span.count == 1)]
         indices = [_indices(group) for group in groups]
@@ -266,10 +266,10 @@ class VarlenRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `attention.Layout.attend`."""
+        """See `interface.Layout.attend`."""
         assert rules.softcap is None, "varlen_attention has looked at every layer"
         self._kv_cache.write(layer, self._pool_positions, key, value)
-        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, as they lie
+        keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, in place
         rows = torch.split(query.transpose(0, 1), self._tokens)
         outs = [
             part.attend(self._attention, mine, keys, values, rules)
@@ -279,7 +279,7 @@ class VarlenRows:
 
 
 def _indices(spans: Sequence[Span]) -> np.ndarray:
-    """What `Part` takes of some sequences, in one array: starts and one more number, ends, first rows and their end."""
+    """The indices of a `Part` in one array: starts with an extra number, ends, first rows with their end."""
     starts = [*(span.slot.start for span in spans), 0]
     first_rows = np.cumsum([0, *(span.count for span in spans)])
     return np.concatenate([starts, [span.end for span in spans], first_rows]).astype(np.int64)

@@ -1,1 +1,1 @@
-"""Making a loaded model faster without changing what it computes."""
+"""Optimisations that make a loaded model faster without changing its results."""

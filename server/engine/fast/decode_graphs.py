@@ -1,10 +1,10 @@
-"""Steps in which every sequence decodes one token, replayed as CUDA graphs: one launch instead of hundreds.
+"""CUDA graphs for steps in which every sequence decodes one token: one launch instead of hundreds.
 
-A graph repeats exactly the work that was captured, on the same memory, so there is one for each of a few batch sizes
-(buckets), and a batch is filled up to the next one. Rows that only fill up are token 0 of a sequence of length one
-whose slot is the cache's `scratch` position: all of them write the same there, and nobody else reads it.
+A graph repeats exactly the captured work on the same memory. There is one graph for each of a few batch sizes
+(buckets), and a batch is padded to the next bucket. Each padding row is token 0 of a sequence of length one whose slot
+is the cache's `scratch` position: all padding rows write the same values there, and no other sequence reads them.
 
-Everything that a step needs is made on the device from three numbers per row, which the host copies into a buffer.
+The device computes all inputs of a step from three numbers per row, which the host copies into a buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.engine.to_device import on_host
 log = logging.getLogger(__name__)
 
 LARGEST_BUCKET = 512
-"""Larger batches keep a device busy while the host launches the next operator; their logits would take gigabytes."""
+"""Larger batches need no graph: they keep the device busy during launches, and their logits would take gigabytes."""
 
 Forward = Callable[[], torch.Tensor]
 
@@ -34,16 +34,16 @@ class GraphCapture(Protocol):
     """Captures work on fixed memory."""
 
     def __call__(self, forward: Forward) -> Forward:
-        """What repeats `forward` whenever it is called; its answer is overwritten by the next call.
+        """Capture `forward`; returns a function that replays it. Each call overwrites the previous result.
 
-        It keeps `forward` alive: a graph reads the tensors that `forward` holds, and a device would lend freed ones to
-        others.
+        The returned function keeps `forward` alive: the graph reads tensors that `forward` references, whose memory
+        would otherwise be reused.
         """
         ...
 
 
 def buckets(max_sequences: int) -> list[int]:
-    """Batch sizes to capture: powers of two, and the largest batch that there can be."""
+    """Batch sizes to capture: powers of two, and the largest possible batch."""
     largest = min(max_sequences, LARGEST_BUCKET)
     return [1 << power for power in range((largest - 1).bit_length())] + [largest]
 
@@ -63,7 +63,7 @@ class DecodeGraphs:
         max_sequences: int,
         record: GraphCapture,
     ) -> None:
-        """Capture. The largest comes first: the others then fit into the memory that it has taken."""
+        """Capture all buckets, largest first, so that the smaller graphs fit into the memory of the largest."""
         self.buckets = buckets(max_sequences)
         self._model, self._kv_cache, self._attention = model, kv_cache, attention
         self._longest_slot = kv_cache.allocator.slab_length
@@ -79,12 +79,12 @@ class DecodeGraphs:
         return rows <= self.buckets[-1]
 
     def run(self, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
-        """Logits `[rows, vocab_size]` of one step, to be read before the next one; in inference mode.
+        """Run one step in inference mode; returns logits `[rows, vocab_size]`, which the next step overwrites.
 
         Args:
             token_ids: `[rows]`.
             positions: `[rows]`, each token's position in its own sequence.
-            starts: `[rows]`, where each sequence's slot begins in the pool.
+            starts: `[rows]`, the start of each sequence's slot in the pool.
         """
         rows = len(token_ids)
         bucket = next(bucket for bucket in self.buckets if bucket >= rows)
@@ -92,14 +92,14 @@ class DecodeGraphs:
         return self._replays[bucket]()[:rows]
 
     def _fill(self, bucket: int, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> None:
-        """Write a batch and what fills it up into the buffer; the host does not wait."""
+        """Write a batch and its padding rows to the buffer; the host does not wait."""
         host = np.zeros((3, bucket), dtype=np.int64)
         host[2] = self._kv_cache.scratch
         host[:, : len(token_ids)] = (token_ids, positions, starts)
         self._inputs[: host.size].copy_(on_host(host.reshape(-1), self._inputs.device), non_blocking=True)
 
     def _forward(self, bucket: int) -> Forward:
-        """The work of a bucket, reading nothing of the host."""
+        """The forward of a bucket, which reads only device memory."""
         device = self._inputs.device
         token_ids, position_ids, starts = self._inputs[: 3 * bucket].view(3, bucket)
         rows = torch.arange(bucket, device=device)
@@ -123,7 +123,7 @@ class CudaRecorder:
     """Captures with torch's CUDA graphs, which share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        """For one device. All graphs share one stream, whose libraries take their workspaces once."""
+        """Prepare for one device. All graphs share one stream, so libraries allocate their workspaces once."""
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
@@ -132,12 +132,12 @@ class CudaRecorder:
 
     def __call__(self, forward: Forward) -> Forward:
         """See `GraphCapture`."""
-        # A capture that fails leaves its own stream the current one; leaving this block puts ours back.
+        # A failed capture leaves its own stream as the current one; this block restores the previous stream.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             return self._record(forward)
 
     def _record(self, forward: Forward) -> Forward:
-        # Once before: libraries choose their algorithms and take their workspaces then, which cannot be captured.
+        # A first run before the capture: libraries choose algorithms and allocate workspaces, which cannot be captured.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             forward()
@@ -162,12 +162,12 @@ def capture(
     max_sequences: int,
     record: GraphCapture | None = None,
 ) -> DecodeGraphs | None:
-    """Graphs for a model; None where nothing attends by `attention` (as without CUDA), or where capturing fails."""
+    """Capture the graphs of a model; None if `attention` is None (as without CUDA) or the capture fails."""
     if attention is None:
         return None
     try:
         graphs = DecodeGraphs(model, kv_cache, attention, max_sequences, record or CudaRecorder(model.device))
-    except Exception as exc:  # noqa: BLE001 - whatever a model does that a graph cannot hold, it can do eagerly
+    except Exception as exc:  # noqa: BLE001 - a model that cannot be captured still runs eagerly
         reason = next(iter(str(exc).splitlines()), "") or type(exc).__name__
         log.warning("decoding runs without CUDA graphs, because they cannot be captured: %s", reason)
         return None

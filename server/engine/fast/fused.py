@@ -1,9 +1,10 @@
 """Decoder layers of the Llama family in a handful of operators.
 
-transformers writes a layer for readers: seven matrix products, and norms and rotary embeddings made of many small
-operators, each of which costs some microseconds whatever it computes. Here query, key and value are one product, gate
-and up another, and residuals are added as a product is written. Any layer that has exactly these parts can be replaced
-(Llama, Mistral, Qwen 2 and 3, SmolLM, …); whether it may be is not guessed from its name but tried, see `optimise.py`.
+transformers writes layers for readability: seven matrix products, and norms and rotary embeddings of many small
+operators, each of which costs some microseconds regardless of its work. In this module, query, key and value are one
+product, gate and up are another, and residuals are added while a product is written. Any layer with exactly these parts
+can be replaced (Llama, Mistral, Qwen 2 and 3, SmolLM, …); a trial, not the layer's name, decides whether it is
+(`optimise.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def has_known_parts(layer: nn.Module) -> bool:
-    """Whether a layer consists of the parts that `FusedLayer` computes, and of no others."""
+    """Whether a layer consists of exactly the parts that `FusedLayer` computes."""
     parts = dict(layer.named_children())
     if parts.keys() != _LAYER:
         return False
@@ -47,7 +48,7 @@ def has_known_parts(layer: nn.Module) -> bool:
 
 
 class FusedRotary(nn.Module):
-    """A model's own rotary embedding, in the form that `FusedLayer` takes it; made once a step."""
+    """A model's own rotary embedding in the form that `FusedLayer` needs; computed once per step."""
 
     def __init__(self, rotary: nn.Module, operators: Operators) -> None:
         super().__init__()
@@ -55,17 +56,17 @@ class FusedRotary(nn.Module):
         self._dtype = operators.rotary_dtype
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`cos` and `sin` `[tokens, head_dim]`; the first half of `sin` is negated, as the rotation wants it."""
+        """`cos` and `sin` `[tokens, head_dim]`; the first half of `sin` is negated, as the rotation needs it."""
         cos, sin = (table[0].to(self._dtype or x.dtype) for table in self.rotary(x, position_ids=position_ids))
         first, second = sin.chunk(2, dim=-1)
         return cos.contiguous(), torch.cat((-first, second), dim=-1)
 
 
 class FusedLayer(nn.Module):
-    """One decoder layer; takes what transformers' loop over layers passes, and answers what it expects.
+    """One decoder layer, a drop-in replacement in transformers' loop over layers.
 
     Attributes:
-        is_last: whether rows that nobody wants may be left out of its answer.
+        is_last: whether the layer may return only the needed rows.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class FusedLayer(nn.Module):
         *,
         pack: bool,
     ) -> None:
-        """Copy the weights of a layer that `has_known_parts`.
+        """Copy the weights of a layer for which `has_known_parts` is true.
 
         Args:
-            layer: transformers'.
-            index: its place in the model.
-            rules: what it requires of the attention beside causality.
-            head_dim: numbers per head.
-            operators: norm, rotary embedding and gate.
+            layer: transformers' layer.
+            index: the layer's index in the model.
+            rules: the layer's requirements for attention beside causality.
+            head_dim: head size.
+            operators: implementations of norm, rotary embedding and gate.
             pack: see `FrozenLinear`.
         """
         super().__init__()
@@ -118,8 +119,8 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """`[1, tokens, hidden_size]` to the same shape; `position_embeddings` come from `FusedRotary`.
 
-        If it is the last layer and `kept` `[n]` names rows that are wanted, it answers only those: of what a prefill
-        computes there, most is wanted for its keys and values alone.
+        The last layer returns only the rows in `kept` `[n]`, if given: most rows of a prefill are needed there only for
+        their keys and values.
         """
         x = hidden_states[0]
         attended = self._attend(self._norm(x, self._attention_norm), position_embeddings, layout)
@@ -168,9 +169,9 @@ def _has_head_norms(attention: nn.Module) -> bool:
 
 
 def _joined(*linears: nn.Linear, pack: bool) -> FrozenLinear:
-    """One product that gives the results of several side by side."""
+    """One product that computes the results of several, side by side."""
     weights = [linear.weight for linear in linears]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would lie in memory twice for a while
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would temporarily double the memory
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return FrozenLinear(weight, pack=pack)

@@ -1,7 +1,7 @@
-"""The small operations of a layer between its matrix products: norm, rotary embedding, gate.
+"""The small operations between a layer's matrix products: norm, rotary embedding, gate.
 
-As torch's operators, on any device and in any dtype; or as compiled loops (`kernels/`), which on a CPU save the
-microseconds that each of torch's operators costs, and the waking of its threads.
+They are implemented with torch's operators, for any device and dtype, and as compiled loops (`kernels/`), which on a
+CPU avoid the overhead of torch's operators and of waking their threads.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 
 from server.engine.kernels.units import ROWS, float_bits
 
-if TYPE_CHECKING:  # numba is only imported where it is used
+if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
     from server.engine.kernels.small import SmallLoops
 
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 
 NUMBERS_FOR_THREADS = 16384
-"""With fewer of them, one thread is done before a second has begun."""
+"""With fewer numbers, one thread finishes before a second one has started."""
 
 
 class Operators:
-    """What a fused layer needs beside products and attention, by torch.
+    """The operations that a fused layer needs beside products and attention, in torch.
 
     Attributes:
-        rotary_dtype: what `cos` and `sin` are wanted in; None is the model's own.
+        rotary_dtype: dtype of `cos` and `sin`; None means the model's own.
     """
 
     rotary_dtype: torch.dtype | None = None
@@ -56,13 +56,13 @@ class Operators:
         return F.silu(gate).mul_(up)
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest of each row of `[rows, width]`, and where it is, of equals the first; NaN if there is one."""
+        """The largest number of each row `[rows, width]` and its first index; NaN if the row contains one."""
         largest, where = at_least_float32(logits).max(dim=-1)
         return largest, where
 
 
 class CompiledOperators(Operators):
-    """The same by compiled loops, for bfloat16 and float32 on a CPU."""
+    """The same operations as compiled loops, for bfloat16 and float32 on a CPU."""
 
     rotary_dtype = torch.float32
 
@@ -110,23 +110,23 @@ class CompiledOperators(Operators):
 
 
 def operators_with(kernels: Kernels | None) -> Operators:
-    """The fastest that there are."""
+    """The fastest available operators."""
     return Operators() if kernels is None else CompiledOperators(kernels)
 
 
 def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Where a tensor lies in memory, for a loop that believes what is said of it."""
+    """The address of a tensor, for a loop that cannot check dtype or layout itself."""
     assert tensor.dtype == dtype, f"{dtype} is read, {tensor.dtype} is stored"
     assert tensor.is_contiguous(), "read without gaps"
     return tensor.data_ptr()
 
 
 def _share(tokens: int, width: int) -> tuple[int, int]:
-    """Units of work of a loop over rows, and the threads that they are worth."""
+    """The number of units of work of a loop over rows, and of threads to use."""
     threads = torch.get_num_threads() if tokens * width > NUMBERS_FOR_THREADS else 1
     return -(-tokens // ROWS), threads
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float32, or in float64 if they are."""
+    """Convert to float32, except tensors in float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

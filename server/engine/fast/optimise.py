@@ -1,6 +1,6 @@
-"""Making a loaded model faster without changing what it computes: one pass over it, before it serves.
+"""Makes a loaded model faster without changing its results: one pass over the model at start.
 
-Nothing that the engine does depends on this pass, and each part of it can be switched off (`PRELUDE_OPTIMISE`):
+The engine does not depend on this pass, and each part can be switched off (`PRELUDE_OPTIMISE`):
 
     fused      decoder layers of the Llama family in a handful of operators          fused.py
     packed     weights of matrix products laid out for the CPU's library, once       linear.py
@@ -8,8 +8,8 @@ Nothing that the engine does depends on this pass, and each part of it can be sw
                layers, by machine code made at the start                             attention/compiled_rows.py
     graphs     steps that only decode as CUDA graphs, once the engine is built       decode_graphs.py
 
-A layer is replaced only if its replacement gives the same on a few tokens; otherwise the model runs as transformers
-wrote it. What is optimised gives no gradients: training takes the model as it was loaded.
+Layers are replaced only if the replacements give the same results for a few tokens; otherwise the model runs unchanged.
+An optimised model gives no gradients, so training uses the model as it was loaded.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_ROWS = (3, 5)
-"""Tokens of the rows that a layer and its replacement are compared on."""
+"""Lengths of the rows of tokens on which a layer and its replacement are compared."""
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of what a layer adds to its input, relative and root mean square: beyond what rounding explains in float32."""
+"""Largest relative error (root mean square) in what a layer adds to its input: more than float32 rounding explains."""
 
 
 def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | None) -> Kernels | None:
-    """Compiled kernels, tried out; or None where they are not asked for, not installed, or of no use to this model.
+    """Load and test the compiled kernels; None if they are switched off, not installed, or useless for this model.
 
     Args:
-        model: what they are for.
-        parts: they are made if "compiled" is among them.
-        cache_dir: where they are kept, if it can be written to; what cannot be read there is compiled again.
+        model: the model that will use them.
+        parts: optimisations that are switched on; kernels need "compiled".
+        cache_dir: cache for machine code, if writable; unreadable entries are compiled again.
     """
     if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
         return None
@@ -81,7 +81,7 @@ def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | N
 
 
 def _can_write(directory: Path) -> bool:
-    """Otherwise numba would write to where the code is, without a word."""
+    """Whether the directory is writable; if not, numba would silently write beside the source code."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -93,7 +93,7 @@ def _can_write(directory: Path) -> bool:
 
 @torch.inference_mode()
 def _try_out(kernels: Kernels, model: FrozenModel) -> None:
-    """Call each kernel, which compiles or reads it."""
+    """Call each kernel once, which compiles it or loads it from the cache."""
     operators, spec = CompiledOperators(kernels), model.spec
     rows = torch.ones(1, 2 * spec.head_dim, dtype=model.dtype)
     operators.best(operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5)))
@@ -114,7 +114,7 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
 
 @torch.inference_mode()
 def optimise(model: FrozenModel, parts: Collection[str], kernels: Kernels | None) -> None:
-    """Rewrite a model's layers in place, as far as `parts` ask for it and the model allows it."""
+    """Rewrite a model's layers in place, as far as `parts` and the model allow."""
     model.kernels = kernels
     done = [] if kernels is None else ["compiled kernels"]
     operators = operators_with(kernels)
@@ -126,7 +126,7 @@ def optimise(model: FrozenModel, parts: Collection[str], kernels: Kernels | None
 
 
 def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
-    """Replace all decoder layers; False, and nothing changed, if one of them is not what the replacement computes."""
+    """Replace all decoder layers; returns False and changes nothing if a replacement would differ."""
     decoder = model.module.get_decoder()  # type: ignore[no-untyped-call]
     layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module):
@@ -142,7 +142,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         pack_layer = pack and can_pack(next(layer.parameters()))
         return FusedLayer(layer, index, model.attention_rules[index], model.spec.head_dim, operators, pack=pack_layer)
 
-    # Twice, so that there is never more than one layer too many in memory.
+    # All layers are compared before any is replaced, so at most one extra layer is in memory at a time.
     if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
         log.info(
             "the layers of %s do not behave like the Llama family's; they stay as transformers wrote them",
@@ -157,7 +157,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
 
 
 def _pack(module: nn.Module) -> bool:
-    """Pack every linear layer that is left; True if oneDNN packs the model's weights at all."""
+    """Pack every remaining linear layer; returns True if any weights of the model are packed."""
     packed = False
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -169,15 +169,16 @@ def _pack(module: nn.Module) -> bool:
 
 
 class _Probe:
-    """A few tokens, to compare a layer with its replacement on: in float32, so that no rounding hides a difference."""
+    """A few tokens for comparing a layer with its replacement, in float32 so that rounding hides no difference."""
 
     def __init__(self, model: FrozenModel, rotary: nn.Module) -> None:
         num_tokens = sum(PROBE_ROWS)
-        # Ids from all over the vocabulary: its first ones are often special tokens that were never trained.
+        # Ids from the whole vocabulary, because the first ids are often special tokens that were never trained.
         ids = torch.linspace(0, model.spec.vocab_size - 1, num_tokens, device=model.device).long()
         x = model.embed(ids).unsqueeze(0)
         self._x = x if x.dtype == torch.float64 else x.float()
-        # One row near the start of the context and one at its end: some models change on the way.
+        # One row near the start of the context and one at its end, because some models change their behaviour with
+        # position.
         starts = (7, model.spec.max_model_len - PROBE_ROWS[-1])
         rows = [
             torch.arange(start, start + n, device=model.device) for start, n in zip(starts, PROBE_ROWS, strict=True)
@@ -189,11 +190,11 @@ class _Probe:
 
     @property
     def rotated_dim(self) -> int:
-        """Numbers of a head that the rotary embedding turns; some models leave a part of each head as it is."""
+        """Number of a head's dimensions that are rotated; some models rotate only a part of each head."""
         return int(self._plain[0].shape[-1])
 
     def agree(self, index: int, layer: nn.Module) -> bool:
-        """Whether a layer and what would replace it add the same to their input."""
+        """Whether a layer and its replacement add the same to their input."""
         exact = deepcopy(layer).to(self._x.dtype)
         fused = FusedLayer(exact, index, self._rules[index], self._head_dim, Operators(), pack=False)
         expected = self._added_by(exact, self._plain)

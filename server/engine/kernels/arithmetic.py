@@ -1,7 +1,7 @@
-"""Arithmetic in compiled code: float32 to compute with, float32 or bfloat16 as stored, and the exponential.
+"""Arithmetic in compiled code: computation in float32, storage in float32 or bfloat16, and the exponential function.
 
-numpy knows no bfloat16, so it is stored as uint16: the upper half of a float32's bits. Not a number stays not a number:
-who meets one must notice.
+numpy has no bfloat16, so it is stored as uint16: the upper half of a float32's bits. NaN stays NaN, so that callers can
+detect it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from numba import types
 from numba.extending import overload
 
 REORDERED = {"reassoc", "contract", "arcp", "nsz"}
-"""Sums may be taken in any order, as a vector unit takes them. Not "fast": that would assume that nothing is NaN."""
+"""Allows sums in any order, as vector units compute them. Not "fast", which would assume that there is no NaN."""
 
 _LOG2_E = np.float32(1.4426950408889634)
-_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(128.0)  # exponents of a float32; the highest is infinity
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(128.0)  # range of float32's exponents; the highest means infinity
 _HALF = np.float32(0.5)
-# Taylor's series of 2 ** f, which for |f| <= 1/2 is exact to float32's last digits.
+# Taylor series of 2 ** f, which for |f| <= 1/2 is accurate to the last digits of float32.
 _C1, _C2, _C3 = np.float32(0.69314718), np.float32(0.24022651), np.float32(0.05550411)
 _C4, _C5, _C6 = np.float32(0.00961813), np.float32(0.00133336), np.float32(0.00015404)
 
 
 def widen(number: Any) -> Any:
-    """A stored number as float32."""
+    """Convert a stored number to float32."""
     raise NotImplementedError("only compiled code calls it")
 
 
@@ -37,7 +37,7 @@ def _widen_compiled(number):  # type: ignore[no-untyped-def]
 
 
 def narrow(number: Any, array: Any) -> Any:
-    """A float32 as an array stores it, rounded to the nearest and of two to the even one."""
+    """Convert a float32 to an array's stored type, rounding to nearest, ties to even."""
     raise NotImplementedError("only compiled code calls it")
 
 
@@ -59,7 +59,7 @@ def _to_bfloat16(number: Any) -> Any:
 
 @numba.njit(inline="always", fastmath=REORDERED)
 def exp(x: Any) -> Any:
-    """e ** x, in steps that a vector unit has; NaN stays NaN."""
+    """e ** x, with operations that vector units support; NaN stays NaN."""
     t = x * _LOG2_E
     t = max(t, _LOWEST)
     t = min(t, _HIGHEST)

@@ -1,14 +1,14 @@
-"""Attention of a step, compiled: every sequence over its filled positions, wherever its slot lies.
+"""Compiled attention of a step: each sequence attends over its filled positions, in any slot.
 
-Torch's attention wants a batch of equal lengths in neighbouring slots, reads up to the longest and masks the rest. Here
-every sequence is work of its own, so its result cannot depend on any other. There are two kinds:
+Torch's attention needs a batch of equal lengths in neighbouring slots, reads up to the longest and masks the rest.
+These loops handle each sequence separately, so its result cannot depend on other sequences. There are two kinds:
 
-- A *decoding* sequence has one token. Its keys and values are read once, from the cache as it lies, for all heads.
-- A *chunk* of a prefill has many. Its positions are first widened into a scratch, blocks of `BLOCK` with the keys on
-  their side (`spread`), so that both products of attention are matrix products; then blocks of its queries go
+- A *decoding* sequence has one token. Its keys and values are read once for all heads, from the cache in place.
+- A *chunk* of a prefill has many tokens. Its positions are first widened into scratch memory, in blocks of `BLOCK` with
+  transposed keys (`spread`), so that both products of attention are matrix products. Blocks of its queries then pass
   over them with a running maximum and sum, as in FlashAttention (Dao et al. 2022).
 
-Both store the step's keys and values in the cache on the way.
+Both also store the step's keys and values in the cache.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArg
 from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
 
 NUM_UNITS = 1
-"""Where a loop's arguments hold the number of units; the counter stands before it."""
+"""Index of the number of units in a loop's arguments; index 0 is the counter."""
 AT = AttentionArguments(*range(NUM_UNITS + 1, NUM_UNITS + 1 + len(AttentionArguments._fields)))
-"""Where they hold each other argument."""
+"""Index of each further argument."""
 NUM_ARGUMENTS = NUM_UNITS + 1 + len(AT)
 COLUMN = SpanColumns(*range(len(SpanColumns._fields)))
 
@@ -41,8 +41,8 @@ class AttentionLoops:
     Both take `AttentionArguments`.
 
     Attributes:
-        spread: units are (span, key head, block): a chunk's positions into the cache and the scratch.
-        attend: units are (span, key head, block of queries), or -1 for a decoding span's one token.
+        spread: copies a chunk's positions into the cache and the scratch; a unit is (span, key head, block).
+        attend: computes attention; a unit is (span, key head, block of queries), with block -1 for a decoding token.
     """
 
     spread: Loop
@@ -51,14 +51,14 @@ class AttentionLoops:
 
 @functools.cache
 def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: bool) -> AttentionLoops:
-    """Compile them, or read them from where numba keeps them.
+    """Compile the loops, or load them from numba's cache.
 
     Args:
         group: query heads that share a key head.
         kv_heads: key heads.
-        dim: numbers of a head, a multiple of four; one of sixteen is fast.
+        dim: head size, a multiple of four; multiples of sixteen are fast.
         stored: numpy's `uint16` for bfloat16, or `float32`.
-        keep: whether the machine code is kept.
+        keep: whether to cache the machine code on disk.
     """
     compiler = Compiler(group, kv_heads, dim, np.dtype(stored), keep=keep)
     given, copy = _inputs(compiler, kv_heads, dim, stored)
@@ -70,11 +70,11 @@ def attention_loops(group: int, kv_heads: int, dim: int, stored: Any, *, keep: b
 
 def _inputs(compiler: Compiler, kv_heads: int, dim: int, stored: Any) -> tuple[Any, Any]:
     """The functions that read a loop's arguments as arrays, and that copy new tokens into the cache."""
-    row = kv_heads * dim  # numbers of a position in the cache
+    row = kv_heads * dim  # numbers per position in the cache
 
     @compiler.inline
     def copy(source, step, head_step, head, tokens, states, start):
-        """Keys or values of new tokens into the cache."""
+        """Copy keys or values of new tokens into the cache."""
         for t in range(tokens):
             new, kept = source[t * step + head * head_step :][:dim], states[(start + t) * row + head * dim :][:dim]
             for d in range(dim):
@@ -82,7 +82,7 @@ def _inputs(compiler: Compiler, kv_heads: int, dim: int, stored: Any) -> tuple[A
 
     @compiler.inline
     def given(a):
-        """What both loops are given: units, spans; query, key, value; keys and values in the cache."""
+        """The arrays that both loops use: units, spans; query, key, value; keys and values in the cache."""
         units = carray(pointer(a[AT.units]), (a[NUM_UNITS], 3), np.int64)
         spans = carray(pointer(a[AT.spans]), (EVERYTHING, len(COLUMN)), np.int64)
         query = carray(pointer(a[AT.query]), EVERYTHING, stored)
@@ -95,7 +95,7 @@ def _inputs(compiler: Compiler, kv_heads: int, dim: int, stored: Any) -> tuple[A
 
 
 def _spread_loop(compiler: Compiler, kv_heads: int, dim: int, given: Any, copy: Any) -> Loop:
-    """The loop over the blocks of chunks: their new positions into the cache, all that they see into the scratch."""
+    """The loop over chunks' blocks: copies new positions into the cache, and all visible positions into the scratch."""
     spread_block = _spreading(compiler, kv_heads, dim)
 
     @compiler.loop
@@ -176,7 +176,7 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
 
     @compiler.inline
     def score(queries, keys, start, count, first, last, scores):
-        """`scores` `[kv_heads * group, width]` of `count` positions from `start`, for some of the key heads."""
+        """Compute `scores` `[kv_heads * group, width]` of `count` positions, for key heads `first` to `last`."""
         width, flat = scores.shape[1], scores.reshape(-1)
         whole = count - count % at_once
         for p in range(0, whole, at_once):
@@ -196,7 +196,7 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
 
     @compiler.inline
     def decode(query, head_step, keys, values, first, last, start, end, scaling, sinks_at, out):
-        """One token's heads that belong to some of the key heads, over positions from `start` to `end`."""
+        """Attend for one token over positions `start` to `end`, for the query heads of key heads `first` to `last`."""
         count = end - start
         width = (count + at_once - 1) // at_once * at_once
         queries = np.empty((heads, dim), np.float32)
@@ -238,7 +238,7 @@ def _spreading(compiler: Compiler, kv_heads: int, dim: int) -> Any:
 
     @compiler.inline
     def spread_block(keys, values, start, filled, turned, plain):
-        """A block's keys `[dim, BLOCK]` and values `[BLOCK, dim]` in float32; behind what is filled, zeros."""
+        """Copy a block's keys `[dim, BLOCK]` and values `[BLOCK, dim]` as float32; zeros after the filled positions."""
         for i in range(BLOCK):
             if i < filled:
                 key, value = keys[(start + i) * row :][:dim], values[(start + i) * row :][:dim]
@@ -258,9 +258,9 @@ def _weighing(compiler: Compiler, dim: int) -> Any:
 
     @compiler.inline
     def weigh(scores, first, last, highest, total, sums):
-        """Scores of one query become weights, zero where it does not see; answers the new maximum and sum.
+        """Turn the scores of one query into weights, zero for invisible positions; returns the new maximum and sum.
 
-        It sees the block's positions from `first` to `last`; sums so far are scaled down where the maximum has grown.
+        The query sees the block's positions `first` to `last`. Earlier sums are scaled down if the maximum has grown.
         """
         for i in range(first):
             scores[i] = -np.inf
@@ -294,7 +294,7 @@ def _chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
 
     @compiler.inline
     def attend_chunk(query, step, head_step, tokens, position, window, scaling, sinks_at, turned, plain, out):
-        """Some of a chunk's tokens, the first at `position`, over the blocks that they see."""
+        """Attend for a block of a chunk's tokens, the first at `position`, over the blocks that they see."""
         queries = np.zeros((rows, dim), np.float32)
         for t in range(tokens):
             for g in range(group):

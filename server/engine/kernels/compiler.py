@@ -1,11 +1,10 @@
-"""numba's compiler, for functions that are created for each shape of numbers, and its cache for them.
+"""numba's compiler and its on-disk cache, for functions that are created for each shape.
 
-numba identifies a cached function by its name, its code and the objects that it refers to. Our loops close over one
-another, and those closures pickle differently in every process, so the on-disk cache would never hit. A function is
-therefore identified by its name alone, which contains its shape; the name of the directory stands for its code
-(`use_kernels`).
+numba identifies a cached function by its name, its code and its closure. Prelude's loops close over one another, and
+these closures pickle differently in every process, so the on-disk cache would never hit. A function is therefore
+identified only by its name, which contains its shape; the cache directory's name identifies the code (`use_kernels`).
 
-In memory too, no two may have one name: numba numbers its own names, and each process starts from zero.
+Names must be unique in memory too: numba's own names contain a counter, which starts from zero in each process.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ class Compiler:
     """Compiles the functions of one shape."""
 
     def __init__(self, *shape: object, keep: bool) -> None:
-        """Begin.
+        """Prepare to compile functions of one shape.
 
         Args:
-            *shape: everything that functions of the same name differ by.
-            keep: whether the machine code of loops is kept.
+            *shape: everything in which functions of the same name differ.
+            keep: whether to cache the machine code of loops on disk.
         """
         self._shape = "_".join(map(str, shape))
         self._keep = keep
 
     def inline(self, function: Callable[..., Any]) -> Any:
-        """Compile a function that becomes a part of the loops that use it.
+        """Compile a function that is inlined into the loops that use it.
 
-        If it were called, the process that has compiled it would call the copy that stands by itself, and a later one
-        the copy within the loop that it reads: their sums are in another order, so the same start would not come to
-        the same bits twice.
+        Without inlining, the process that compiles a loop would call a separate copy of the function, and a process
+        that loads the loop from the cache would use an inlined copy. The two copies sum in different orders, so the
+        results of the first and the second start would differ.
         """
         return numba.njit(nogil=True, forceinline=True, **_OPTIONS)(self._named(function))
 
     def loop(self, function: Callable[..., Any]) -> Loop:
-        """Compile a loop, or read it from where numba keeps it."""
+        """Compile a loop, or load it from numba's cache."""
         compiled = (_Kept if self._keep else CFunc)(self._named(function), _SIGNATURE, {}, _OPTIONS)
         with _collection_paused():
             compiled.compile()
@@ -81,5 +80,5 @@ class _Kept(CFunc):
 
 class _Cache(FunctionCache):
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        """What this processor and its compiler are; everything else is in the name of the file."""
+        """The processor and compiler; the file's name contains everything else."""
         return sig, codegen.magic_tuple()

@@ -1,4 +1,4 @@
-"""The compiled loops, and the folder that keeps their machine code."""
+"""The compiled loops, and the cache directory of their machine code."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from server.engine.kernels.attention import AttentionLoops, attention_loops
 from server.engine.kernels.small import SmallLoops, small_loops
 
 STORED: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.float32}
-"""What compiled code reads numbers as."""
+"""The numpy type with which compiled code reads each dtype."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Loops, compiled when they are first asked for, or read from a cache.
+    """The loops, compiled at their first use or loaded from the cache.
 
     Attributes:
-        keep: whether their machine code is kept.
+        keep: whether to cache the machine code on disk.
     """
 
     keep: bool
 
     def small(self, dtype: torch.dtype) -> SmallLoops:
-        """Norm, rotary embedding, gate."""
+        """The loops for norm, rotary embedding, gate and best token."""
         return small_loops(STORED[dtype], keep=self.keep)
 
     def attention(self, group: int, kv_heads: int, dim: int, dtype: torch.dtype) -> AttentionLoops:
-        """Attention; see `attention_loops`."""
+        """The loops of attention; see `attention_loops`."""
         return attention_loops(group, kv_heads, dim, STORED[dtype], keep=self.keep)
 
 
 @functools.cache
 def use_kernels(cache_dir: Path | None) -> Kernels:
-    """The kernels, whose machine code is kept in a directory of `cache_dir`; None keeps nothing.
+    """The kernels, with machine code cached in a subdirectory of `cache_dir`; None disables the cache.
 
-    Other code has another directory: numba itself only sees a change of the file that a function is written in.
+    The subdirectory's name is a hash of all kernel sources, because numba itself notices only changes in a function's
+    own file.
     """
     if cache_dir is not None:
         sources = sorted(Path(__file__).parent.glob("*.py"))

@@ -1,7 +1,7 @@
 """The small operations between a layer's matrix products, compiled: norm, rotary embedding, gate; and the best token.
 
-The innermost loops run over numbers that lie side by side, so that they become vector instructions. They compute in
-float32, whatever is stored.
+The innermost loops run over adjacent numbers, so that they compile to vector instructions. They compute in float32,
+whatever the stored dtype.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 
 @dataclass(frozen=True)
 class SmallLoops:
-    """Loops over tokens; a unit of work is `ROWS` of them, or one row of logits.
+    """Loops over tokens; a unit of work is `ROWS` tokens, or one row of logits.
 
-    All but `best` take, behind the counter and the number of units, the number of tokens; then addresses and numbers.
+    After the counter and the number of units, all loops except `best` take the number of tokens, then addresses and
+    numbers:
 
     Attributes:
-        rms_norm: `x` and `weight`, `out`, their width, the bits of epsilon as float32.
-        rotate: `x` `[tokens, all_heads, dim]`, of which some heads are turned in place, `cos` and `sin` `[tokens, dim]`
-            in float32, the first half of `sin` negated; all heads, those that are turned, `dim`.
+        rms_norm: `x`, `weight`, `out`, their width, the bits of epsilon as float32.
+        rotate: `x` `[tokens, all_heads, dim]`, rotated in place; `cos` and `sin` `[tokens, dim]` in float32, the first
+            half of `sin` negated; number of all heads, number of rotated heads, `dim`.
         silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
-        best: logits `[rows, width]`; the largest of each row in float32, NaN if there is one; where it is first, in
-            int64; the width.
+        best: logits `[rows, width]`; out: the largest number of each row in float32, NaN if the row contains one; out:
+            its first index in int64; the width.
     """
 
     rms_norm: Loop
@@ -43,11 +44,11 @@ class SmallLoops:
 
 @functools.cache
 def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
-    """Compile them, or read them from where numba keeps them.
+    """Compile the loops, or load them from numba's cache.
 
     Args:
         stored: `uint16` for bfloat16, or `float32`.
-        keep: whether the machine code is kept.
+        keep: whether to cache the machine code on disk.
     """
     compiler = Compiler(np.dtype(stored), keep=keep)
     return SmallLoops(
@@ -61,7 +62,10 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
 def _norm_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
     def norm_row(x, weight, epsilon, out):
-        """Zhang and Sennrich 2019. As transformers does it, the normed number is rounded before it is weighed."""
+        """RMS norm (Zhang and Sennrich 2019).
+
+        As in transformers, the normed number is rounded before it is weighted.
+        """
         width = len(x)
         total = np.float32(0)
         for i in range(width):
@@ -91,7 +95,7 @@ def _norm_loop(compiler: Compiler, stored: Any) -> Loop:
 def _rotation_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
     def rotate_head(x, cos, sin):
-        """Su et al. 2021, halves paired as transformers pairs them."""
+        """Rotary embedding (Su et al. 2021), halves paired as in transformers."""
         half = len(x) // 2
         for i in range(half):
             first, second = widen(x[i]), widen(x[half + i])
@@ -142,7 +146,7 @@ def _gate_loop(compiler: Compiler, stored: Any) -> Loop:
 def _best_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
     def best_of(row):
-        """The largest number, and where it is first."""
+        """The largest number of a row, and its first index."""
         whole = len(row) - len(row) % WIDEST
         highest = largest(WIDEST, row, 0, whole)
         for i in range(whole, len(row)):

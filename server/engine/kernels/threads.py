@@ -1,11 +1,11 @@
-"""Compiled loops on torch's own threads.
+"""Runs compiled loops on torch's own threads.
 
-Between two matrix products a loop must begin within microseconds, so it runs on the threads that torch's OpenMP keeps
-awake for the next product: a second pool would put two threads onto every core, of which one always sleeps when it is
-needed. numba's own threads are such a pool.
+Between two matrix products a loop must start within microseconds, so it runs on the threads that torch's OpenMP keeps
+awake for the next product. A second pool, such as numba's own threads, would put two threads on every core, and one of
+them would be asleep whenever it is needed.
 
-A loop is a compiled function that takes units of work from a counter until there are none. The first thread takes
-the next: if one thread is late, because its core is busy with something else, the others do its share.
+A loop is a compiled function that takes units of work from a shared counter until none are left. If one thread is late
+because its core is busy, the other threads do its share.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Team = Callable[[int, int, int, int], None]
 
 
 class Loop:
-    """A compiled function of one argument: where int64 numbers begin, first a counter and the number of units."""
+    """A compiled function of one argument: the address of int64 numbers, first a counter and the number of units."""
 
     def __init__(self, compiled: Any) -> None:
-        """Take what `numba.cfunc` made."""
-        self._compiled = compiled  # whose code lives as long as it does
+        """Wrap a function that `numba.cfunc` has compiled."""
+        self._compiled = compiled  # keeps the machine code alive
         self._address = compiled.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
         self._team = team()
 
     def __call__(self, units: int, threads: int, *arguments: int) -> None:
-        """Do a number of units of work, on at most a number of threads, the caller's included.
+        """Run the loop.
 
         Args:
-            units: of work.
-            threads: at most.
-            *arguments: numbers, and addresses of memory that nobody else writes to meanwhile.
+            units: number of units of work.
+            threads: maximum number of threads, including the caller's.
+            *arguments: numbers, and addresses of memory that no other thread writes to meanwhile.
         """
         numbers = array("q", (0, units, *arguments))
         address = numbers.buffer_info()[0]
@@ -50,9 +50,9 @@ class Loop:
 
 @functools.cache
 def team() -> Team | None:
-    """OpenMP's function that runs another one on several threads, as GNU's compiler calls it; None without one."""
+    """GNU OpenMP's function `GOMP_parallel`, which runs a function on several threads; None if there is none."""
     own = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
-    for library in (*map(str, own), None):  # None is whatever this process has loaded
+    for library in (*map(str, own), None):  # None searches the libraries that the process has loaded
         try:
             found = ctypes.CDLL(library).GOMP_parallel
         except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Sizes of units of work and forms of numbers, shared by compiled loops and their callers."""
+"""Sizes of units of work and layouts of arguments, shared by compiled loops and their callers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK, QUERIES = 64, 16
-"""Positions, and tokens, of a chunk that make up a unit of work."""
+"""Number of positions, and of query tokens, in a unit of work of a chunk."""
 
 EVERYTHING = 1 << 40
-"""A window that leaves out nothing."""
+"""A window that excludes nothing."""
 
 ROWS = 8
-"""Tokens that are one unit of a compiled loop's work."""
+"""Number of tokens in a unit of work of the small loops."""
 
 
 class SpanColumns(NamedTuple):
-    """The columns of an attention's `spans`, a row for each sequence.
+    """The columns of `spans`, which has a row for each sequence.
 
     Attributes:
-        first_row: of its tokens in the flat row.
-        position: of the first of them in its sequence.
-        tokens: that it computes.
-        slot: the position at which its slot starts in the cache.
-        scratch: its first block of scratch.
+        first_row: row of the sequence's first token in the flat row.
+        position: position of that token in its sequence.
+        tokens: number of tokens to compute.
+        slot: start of the sequence's slot in the cache.
+        scratch: index of its first scratch block.
     """
 
     first_row: int
@@ -36,7 +36,7 @@ class SpanColumns(NamedTuple):
 
 
 class AttentionArguments(NamedTuple):
-    """What the loops of attention take after the counter and the number of units; all addresses but where it says.
+    """Arguments of the attention loops after the counter and the number of units. Arrays are passed as addresses.
 
     Attributes:
         units: `[units, 3]` span, key head, block.
@@ -44,20 +44,20 @@ class AttentionArguments(NamedTuple):
         query: `[heads, tokens, dim]`.
         query_step: numbers from one token to the next.
         query_head_step: numbers from one head to the next.
-        key: `[kv_heads, tokens, dim]`, its steps as the query's.
+        key: `[kv_heads, tokens, dim]`.
         key_step: as the query's.
         key_head_step: as the query's.
-        value: as the key.
+        value: `[kv_heads, tokens, dim]`.
         value_step: as the query's.
         value_head_step: as the query's.
-        keys: the layer's in the cache.
-        values: the layer's in the cache.
+        keys: the layer's keys in the cache.
+        values: the layer's values in the cache.
         scratch_keys: float32, blocks of `[dim, BLOCK]`.
         scratch_values: float32, blocks of `[BLOCK, dim]`.
         scaling: bits of a float32, see `float_bits`.
-        window: positions that a token sees, itself among them.
+        window: number of positions that a token sees, including itself.
         out: `[tokens, heads, dim]`.
-        sinks: of the query heads, in float32; 0 where there are none.
+        sinks: sinks of the query heads, in float32; 0 if there are none.
     """
 
     units: int
@@ -83,5 +83,5 @@ class AttentionArguments(NamedTuple):
 
 @functools.cache
 def float_bits(number: float) -> int:
-    """A number's bits as float32, in an integer: how compiled loops take it."""
+    """The bits of a number as float32, in an integer, as compiled loops receive it."""
     return int(np.float32(number).view(np.int32))

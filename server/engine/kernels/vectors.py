@@ -1,12 +1,12 @@
-"""Vector instructions that numba does not emit, written as LLVM's: the same on every processor.
+"""Vector instructions that numba does not emit, written in LLVM's processor-independent instructions.
 
-A compiler turns a plain loop into vector code if it can prove enough, and keeps sums in memory where it cannot. The two
-inner loops of attention are too important to leave to that. Here they are spelled out: sums stay in registers, and a
-product over a vector's width is added up by a tree instead of one by one. LLVM splits a vector that is wider than the
-processor's, and uses fused multiply-add where there is one.
+A compiler vectorises a plain loop only if it can prove enough about it; otherwise sums stay in memory. The two inner
+loops of attention are too important for that, so this module writes them explicitly: sums stay in registers, and the
+numbers of a vector are added in a tree instead of one by one. LLVM splits vectors that are wider than the processor's,
+and uses fused multiply-add where available.
 
-Arrays are flat; places in them are given as an offset and the distance of rows. Stored numbers are float32, or bfloat16
-as uint16, and are widened as they are loaded. Nothing is allocated, and nothing is read but the places that are named.
+Arrays are flat; a matrix in them is given by an offset and the distance between rows. Stored numbers are float32, or
+bfloat16 as uint16, and are widened when loaded. The functions allocate nothing and read only the given rows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 WIDEST = 16
-"""Numbers of a vector, at most: what AVX-512 holds. Two registers of AVX2, four of NEON."""
+"""Maximum number of float32 in a vector: one register of AVX-512, two of AVX2, four of NEON."""
 
 SUMS = 24 if get_host_cpu_features().get("avx512f") else 6
-"""Vectors of sums that fit into the registers beside what is multiplied."""
+"""Number of sum vectors that fit into registers beside the factors."""
 
 _FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
@@ -33,12 +33,12 @@ _FUSED = ("contract",)
 
 
 def lanes(width: int) -> int:
-    """Numbers of the vectors that rows of `width` numbers are cut into without a rest."""
+    """The vector length that divides rows of `width` numbers without a remainder."""
     return math.gcd(width, WIDEST)
 
 
 class _Code:
-    """What the two loops have in common, for vectors of one length."""
+    """Code that the two loops share, for vectors of one length."""
 
     def __init__(self, context: Any, builder: Any, width: int) -> None:
         self._context, self.builder = context, builder
@@ -49,12 +49,12 @@ class _Code:
         self._anything = ir.Constant(self._floats, ir.Undefined)
 
     def pointer_to(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
-        """Where a row of an array begins."""
+        """The address of a row of an array."""
         start = self._context.make_array(array_type)(self._context, self.builder, array).data
         return self.builder.gep(start, [self.builder.add(offset, self.builder.mul(row, step))])
 
     def load(self, row: Any, vector: int = 0) -> Any:
-        """A vector of a row, as float32."""
+        """Load a vector of a row, as float32."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
         if pointer.type.pointee == _FLOAT:
             return self.builder.load(self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
@@ -68,12 +68,12 @@ class _Code:
         self.builder.store(value, self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
 
     def spread(self, number: Any) -> Any:
-        """A vector of one number."""
+        """A vector with the number in every lane."""
         one = self.builder.insert_element(self._anything, number, _I32(0))
         return self.pick(one, self._anything, [0] * self.lanes)
 
     def pick(self, x: Any, y: Any, places: Sequence[int]) -> Any:
-        """A vector of numbers from two, those of the second counted on."""
+        """A vector of lanes of two vectors; lanes of the second are numbered after those of the first."""
         return self.builder.shuffle_vector(x, y, self._indices(list(places)))
 
     def multiply_add(self, total: Any, x: Any, y: Any) -> Any:
@@ -82,7 +82,7 @@ class _Code:
 
 @intrinsic
 def fetch_add(_: Any, array: Any) -> Any:
-    """Add one to the first number of an int64 array, and answer what it was; no two threads get the same."""
+    """Atomically increment the first number of an int64 array; returns the old value."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer_to = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -93,7 +93,7 @@ def fetch_add(_: Any, array: Any) -> Any:
 
 @intrinsic
 def pointer(_: Any, address: Any) -> Any:
-    """An address as `numba.carray` takes it."""
+    """An address as a pointer for `numba.carray`."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], _BYTES)
@@ -116,10 +116,10 @@ def add_products(
     c0: Any,
     n: Any,
 ) -> Any:
-    """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` lie side by side.
+    """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` are contiguous.
 
-    `rows` and `width` are constants: they decide on how many sums are held at once. Each row's numbers are added in the
-    order of `i`, whatever the other rows are.
+    `rows` and `width` are constants, which determine how many sums are in registers at a time. Each row is summed in
+    the order of `i`, independent of the other rows.
     """
     num_rows, num_columns = rows.literal_value, width.literal_value
 
@@ -150,7 +150,7 @@ def add_products(
 
 
 def _tiles(rows: int, vectors: int) -> Iterator[tuple[range, range]]:
-    """A matrix of rows and vectors in pieces of at most `SUMS`."""
+    """Divide a matrix of rows and vectors into tiles of at most `SUMS` vectors."""
     wide = min(vectors, SUMS)
     high = SUMS // wide
     for v in range(0, vectors, wide):
@@ -172,7 +172,7 @@ def dot_products(
     out0: Any,
     out_step: Any,
 ) -> Any:
-    """`out[r, p] = q[r, :] . k[p, :]` for as many `p` as a vector has numbers; rows of `q` lie side by side.
+    """`out[r, p] = q[r, :] . k[p, :]` for one vector's length of positions `p`; rows of `q` are contiguous.
 
     `rows` and `width` are constants. Rows of `k` are read once, in order.
     """
@@ -185,7 +185,7 @@ def dot_products(
         queries = [[make.load(row, v) for v in range(make.per_row)] for row in q_rows]
 
         def of(positions: range) -> list[Any]:
-            """A vector for each row: the sums of each position in a run of neighbouring numbers."""
+            """A vector for each row, in which neighbouring lanes contain the partial sums of one position."""
             if len(positions) == 1:
                 key = make.pointer_to(signature.args[4], k, k0, _I64(positions[0]), k_step)
                 factors = [make.load(key, v) for v in range(make.per_row)]
@@ -203,7 +203,7 @@ def dot_products(
 
 
 def _dot(make: _Code, xs: Sequence[Any], ys: Sequence[Any]) -> Any:
-    """A vector whose numbers add up to a dot product."""
+    """A vector whose lanes add up to a dot product."""
     total = make.builder.fmul(xs[0], ys[0], flags=_FUSED)
     for x, y in zip(xs[1:], ys[1:], strict=True):
         total = make.multiply_add(total, x, y)
@@ -211,8 +211,8 @@ def _dot(make: _Code, xs: Sequence[Any], ys: Sequence[Any]) -> Any:
 
 
 def _halve(make: _Code, x: Any, y: Any, positions: int) -> Any:
-    """The sums of both vectors' positions, side by side in one: each in half as many numbers as before."""
-    parts = make.lanes // positions  # numbers that a position has in the answer; it has twice as many in x or y
+    """Combine two vectors of partial sums into one, in which each position has half as many lanes."""
+    parts = make.lanes // positions  # lanes per position in the result; x and y have twice as many
     first = [2 * parts * (lane // parts) + lane % parts for lane in range(make.lanes)]
     second = [pointer_to + parts for pointer_to in first]
     return make.builder.fadd(make.pick(x, y, first), make.pick(x, y, second), flags=_FUSED)
@@ -220,7 +220,7 @@ def _halve(make: _Code, x: Any, y: Any, positions: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def largest(_: Any, at_once: Any, x: Any, x0: Any, n: Any) -> Any:
-    """The largest of `n` numbers, a multiple of the constant `at_once`; one that is not a number counts for nothing."""
+    """The largest of `n` numbers (a multiple of the constant `at_once`), ignoring NaN."""
     width = at_once.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -119,13 +119,18 @@ class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func.name()
-        if name in WAITS or (name.startswith("aten::index") and _has_mask(args)):
-            raise HostWait(f"{name} makes the host wait")
+        _refuse_waits(func, args)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors(value) if writes else ():
                 if _address(tensor) not in self._inside | self._may_write:
                     raise StrayWrite(f"{name} writes to a tensor of shape {tuple(tensor.shape)} outside the graph")
+
+
+def _refuse_waits(func: Any, args: Any) -> None:
+    name = func.name()
+    if name in WAITS or (name.startswith("aten::index") and _has_mask(args)):
+        raise HostWait(f"{name} makes the host wait")
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -143,6 +148,14 @@ def _has_mask(args: Any) -> bool:
 def _is_outside(operator: _Operator, result: torch.Tensor) -> bool:
     outside = [leaf for leaf in tree_leaves((operator.args, operator.kwargs)) if isinstance(leaf, _Outside)]
     return any(_address(leaf.tensor()) == _address(result) for leaf in outside)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where the host would wait, as torch does in the sync-debug mode "error"."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _refuse_waits(func, args)
+        return func(*args, **(kwargs or {}))
 
 
 class FakeStream:
@@ -165,6 +178,7 @@ class FakeCuda:
     """What was captured, and which memory outside a graph its operators may write to."""
 
     graphs: list[FakeGraph] = field(default_factory=list)
+    watch: _Watch | None = None
     may_write: set[int] = field(default_factory=set)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +190,16 @@ class FakeCuda:
             with _Capture(captured, self.may_write):
                 yield
 
+        def set_sync_debug_mode(mode: int | str) -> None:
+            if mode == "error":
+                self.watch = _Watch()  # type: ignore[no-untyped-call]
+                self.watch.__enter__()  # type: ignore[no-untyped-call]
+            elif self.watch is not None:
+                self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
         for name, fake in {
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": set_sync_debug_mode,
             "graph_pool_handle": lambda: (0, 0),
             "CUDAGraph": FakeGraph,
             "graph": graph,

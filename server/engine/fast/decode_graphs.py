@@ -10,7 +10,8 @@ The device computes all inputs of a step from three numbers per row, which the h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -141,6 +142,9 @@ class CudaRecorder:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             forward()
+            # A capture that fails leaves the allocator capturing for good, so one that would fail is not begun.
+            with _waits_as_errors():
+                forward()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -152,6 +156,17 @@ class CudaRecorder:
 
         replay.reads = forward  # type: ignore[attr-defined]
         return replay
+
+
+@contextmanager
+def _waits_as_errors() -> Iterator[None]:
+    """Raise RuntimeError where the host waits for the device, which a capture cannot hold."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @torch.inference_mode()

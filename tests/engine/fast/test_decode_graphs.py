@@ -267,6 +267,15 @@ def test_the_fake_graphs_refuse_what_a_device_would(
         CudaRecorder(torch.device("cpu"))(lambda: spoil(outside, torch.arange(4.0)))
 
 
+def test_what_makes_the_host_wait_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    with pytest.raises(HostWait):
+        CudaRecorder(torch.device("cpu"))(lambda: torch.arange(4.0) + torch.ones(4).max().item())
+    assert not cuda.graphs, "a capture that fails leaves the allocator in a bad state"
+    assert float(torch.ones(1)) == 1, "waiting is allowed again"
+
+
 @pytest.mark.cuda
 @torch.inference_mode()
 def test_captured_graphs_give_the_logits_of_eager_steps() -> None:

@@ -1,1 +1,1 @@
-"""Grammars for generated text: compiled and walked in processes of their own."""
+"""Grammars for generated text, which are compiled and walked in separate processes."""

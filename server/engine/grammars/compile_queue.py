@@ -1,7 +1,8 @@
-"""The order of compiling grammars: a few at a time, clients take turns, and no grammar delays others for long.
+"""Schedules the compilation of grammars: a few at a time, clients take turns, no grammar delays others for long.
 
-A usual grammar takes milliseconds. `SHORT` are compiled at a time, for `SHORT_SECONDS` each. One that needs longer
-makes room for the next: it continues beside it, or, where `LONG` do already, starts again in its turn among those.
+A usual grammar compiles in milliseconds. `SHORT` grammars are compiled at a time, for `SHORT_SECONDS` each. A grammar
+that needs longer frees its slot for the next one. It continues to compile as one of at most `LONG` long compilations;
+if there are already that many, it waits for its turn and starts again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ SHORT, LONG = 2, 4
 SHORT_SECONDS = 0.4
 
 Owner = str | None
-"""Whose turn it is: a key, or without keys a task."""
+"""The unit that takes turns: an API key, or a task if the server has no keys."""
 
 
 class GrammarQueue:
-    """For the event loop; what it waits for runs in other processes, and in threads of its own that only wait too."""
+    """The queue of grammars to compile. Only for the event loop; the work runs in processes, on which threads wait."""
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
@@ -45,25 +46,25 @@ class GrammarQueue:
         run: Callable[[Compiled], object],
         fail: Callable[[PreludeError], object],
     ) -> None:
-        """Run a request once its grammar is compiled, unless it is cancelled before.
+        """Run a request once its grammar is compiled, unless it is cancelled first.
 
         Args:
-            request: in whose turn the grammar is compiled.
-            grammar: to be compiled.
-            run: gets the compiled grammar, held for it.
-            fail: gets the error, if the grammar cannot be used.
+            request: its key or task takes the turn.
+            grammar: the grammar to compile.
+            run: called with the compiled grammar, which it must release.
+            fail: called with the error if the grammar cannot be used.
         """
         task = asyncio.create_task(self._run(grammar, request.key_id or request.task, run, fail))
         self._pending[request.request_id] = task
         task.add_done_callback(lambda _: self._pending.pop(request.request_id, None))
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request, if its grammar is not compiled yet; answers whether it was so."""
+        """Cancel a request whose grammar is not compiled yet; returns whether there was one."""
         task = self._pending.pop(request_id, None)
         return task is not None and task.cancel()
 
     def cancel_all(self) -> None:
-        """Forget all requests whose grammars are not compiled yet."""
+        """Cancel all requests whose grammars are not compiled yet."""
         for request_id in list(self._pending):
             self.cancel(request_id)
 
@@ -85,11 +86,11 @@ class GrammarQueue:
             run(compiled)
 
     async def compile(self, grammar: Grammar, owner: Owner) -> Compiled:
-        """Compile a grammar, if it is not there yet, and hold it.
+        """Compile a grammar unless it is already compiled, and hold it.
 
         Raises:
-            InvalidRequest: it cannot be used; says why.
-            GenerationFailed: no grammar can be compiled.
+            InvalidRequest: the grammar cannot be used; the error gives the reason.
+            GenerationFailed: the server cannot compile any grammar.
         """
         while (compiled := self._grammars.hold(grammar)) is None:
             task = self._under_way.get(grammar)
@@ -100,7 +101,7 @@ class GrammarQueue:
                 await asyncio.shield(task)
             finally:
                 self._wanted[grammar] -= 1
-                if not self._wanted[grammar]:  # it is done, or all who wanted it have left
+                if not self._wanted[grammar]:  # it is done, or no request waits for it any more
                     del self._wanted[grammar], self._under_way[grammar]
                     task.cancel()
         return compiled
@@ -132,7 +133,7 @@ class GrammarQueue:
 
 
 class Turns:
-    """A number of places; those who wait for one are served in turn of their owners."""
+    """A semaphore whose waiters are served in turns by owner."""
 
     def __init__(self, slots: int) -> None:
         self._free = slots
@@ -140,12 +141,12 @@ class Turns:
 
     @property
     def are_full(self) -> bool:
-        """Whether one has to wait."""
+        """Whether a new caller has to wait."""
         return not self._free
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: Owner) -> AsyncGenerator[None]:
-        """Wait for a place, and have it while the block runs."""
+        """Context manager: wait for a slot and occupy it while the block runs."""
         if self._free:
             self._free -= 1
         else:
@@ -154,7 +155,7 @@ class Turns:
             try:
                 await slot
             except asyncio.CancelledError:
-                if not slot.cancelled():  # it was given just now
+                if not slot.cancelled():  # the slot was assigned just before the cancellation
                     self._pass_on()
                 raise
         try:
@@ -163,7 +164,7 @@ class Turns:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """Give a place to the next who still waits."""
+        """Give the slot to the next waiter, or free it."""
         while self._waiting:
             owner, slots = next(iter(self._waiting.items()))
             slot = slots.popleft()

@@ -1,7 +1,7 @@
-"""Grammars for generated text: each compiled once, in its own process, and kept for later requests.
+"""Grammars for generated text: each is compiled once, in its own process, and cached for later requests.
 
-Which tokens may come next says llguidance, which runs in those processes only (`process.py`). A grammar that
-takes more than it may (`limits.py`) ends with its process, and is refused at once if it comes again soon.
+llguidance, which runs only in those processes (`process.py`), computes which tokens may come next. If a grammar exceeds
+a limit (`limits.py`), its process ends, and requests with that grammar are refused at once for a while.
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ REMEDY = (
 )
 
 REFUSED, REFUSED_SECONDS = 256, 60.0
-"""Grammars that exceeded a limit, and how long they are refused without another try."""
+"""How many grammars that exceeded a limit are remembered, and for how long they are refused."""
 
 
 class Compiled:
-    """A compiled grammar, in its process."""
+    """A compiled grammar and its process."""
 
     def __init__(self, key: bytes, process: GrammarProcess, first: bytes) -> None:
-        """Nobody uses it yet.
+        """Create a grammar without users.
 
         Args:
-            key: of its source.
-            process: its own.
+            key: hash of the grammar's source.
+            process: the grammar's process.
             first: the mask of a text's first token.
         """
         self.key = key
         self.process = process
         self.first = first
         self.users = 0
-        """Requests under way; `Grammars` counts them."""
+        """Number of requests that hold the grammar; `Grammars` counts them."""
 
 
 class Attempt:
     """A grammar that is being compiled."""
 
     def __init__(self, grammars: Grammars, grammar: Grammar, process: GrammarProcess) -> None:
-        """Begin, in a process that has nothing else to do."""
+        """Start compiling in a new process."""
         self._grammars = grammars
         self._grammar = grammar
         self._process = process
@@ -79,11 +79,11 @@ class Attempt:
         process.begin(grammar)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done; waits at most this long. The grammar is then among those that can be held.
+        """Wait at most `seconds`; returns whether the grammar is compiled, so that `Grammars.hold` finds it.
 
         Raises:
-            InvalidRequest: it cannot be used; says why.
-            GenerationFailed: its process ended without a reason.
+            InvalidRequest: the grammar cannot be used; the error gives the reason.
+            GenerationFailed: the grammar's process ended for an unknown reason.
         """
         left = self._until - time.monotonic()
         frames = self._process.receive(max(0.0, min(seconds, left)))
@@ -92,7 +92,7 @@ class Attempt:
         with self._lock:
             if self._closed:
                 return False
-            self._closed = True  # whatever comes now is not for `close` to end
+            self._closed = True  # `close` must no longer end the process
         if frames and frames[0].state is GrammarState.GOING:
             if not unpacked(frames[0].payload, self._grammars.vocab_size).any():
                 self._process.close()
@@ -108,11 +108,11 @@ class Attempt:
         raise self._grammars.refuse(self._grammar, why)
 
     def yield_further(self) -> None:
-        """Let its process yield further to the engine, and to the processes of other grammars."""
+        """Lower its process's priority, so that it also yields to the processes of other grammars."""
         self._process.yield_further()
 
     def close(self) -> None:
-        """Give up, unless it is done."""
+        """Give up, unless the grammar is compiled."""
         with self._lock:
             closed, self._closed = self._closed, True
         if not closed:
@@ -123,7 +123,7 @@ class Grammars:
     """Compiled grammars for one tokenizer; safe from any thread."""
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """Start nothing before the first grammar: to read the tokenizer takes a second."""
+        """Prepare; the first process starts with the first grammar, because reading the tokenizer takes a second."""
         self.vocab_size = vocab_size
         self._processes = GrammarProcesses(backend, vocab_size, sorted(eos_token_ids))
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
@@ -131,10 +131,10 @@ class Grammars:
         self._lock = threading.Lock()
 
     def hold(self, grammar: Grammar) -> Compiled | None:
-        """A compiled grammar, which is then used until it is released; None if it is not compiled.
+        """A compiled grammar, held until `release`; None if it is not compiled.
 
         Raises:
-            InvalidRequest: it exceeded a limit a moment ago.
+            InvalidRequest: the grammar has recently exceeded a limit.
         """
         key = _key(grammar)
         with self._lock:
@@ -148,17 +148,17 @@ class Grammars:
         return None
 
     def release(self, compiled: Compiled) -> None:
-        """The end of one use."""
+        """End one use of a grammar."""
         with self._lock:
             compiled.users -= 1
         self._let_go()
 
     def begin(self, grammar: Grammar) -> Attempt:
-        """Begin to compile a grammar; takes a second or more for the first of all, else milliseconds.
+        """Start compiling a grammar; takes a second or more for the first grammar, else milliseconds.
 
         Raises:
-            GenerationFailed: there can be no process for it.
-            Overloaded: those in use hold all the memory that grammars may take.
+            GenerationFailed: no process can be started.
+            Overloaded: the grammars in use take all memory that grammars may take.
         """
         self._let_go(spared=0)
         if (memory := self.memory) > ALL_MEMORY_MIB:
@@ -166,17 +166,17 @@ class Grammars:
         return Attempt(self, grammar, self._processes.make())
 
     def compile(self, grammar: Grammar) -> Compiled:
-        """Compile a grammar, if it is not here yet, and hold it; waits for it.
+        """Compile a grammar unless it is already compiled, and hold it; blocks until it is compiled.
 
         Raises:
-            InvalidRequest: it cannot be used; says why.
+            InvalidRequest: the grammar cannot be used; the error gives the reason.
         """
         while (compiled := self.hold(grammar)) is None:
             self.begin(grammar).wait(COMPILE_WALL_SECONDS)
         return compiled
 
     def keep(self, grammar: Grammar, process: GrammarProcess, first: bytes) -> None:
-        """Keep what was compiled."""
+        """Add a compiled grammar to the cache."""
         compiled = Compiled(_key(grammar), process, first)
         with self._lock:
             before = self._compiled.pop(compiled.key, None)
@@ -186,13 +186,13 @@ class Grammars:
         self._let_go()
 
     def refuse(self, grammar: Grammar, why: str) -> InvalidRequest:
-        """The error of a grammar that exceeded a limit; it is remembered for a while."""
+        """The error of a grammar that exceeded a limit; the grammar is refused for a while."""
         error = unusable(grammar, why)
         self._remember(_key(grammar), error)
         return error
 
     def discard(self, compiled: Compiled, error: InvalidRequest | None = None) -> None:
-        """End a grammar's process for all its users; with an error, refuse it for a while."""
+        """End a grammar's process for all its users; with an error, also refuse the grammar for a while."""
         with self._lock:
             if self._compiled.get(compiled.key) is compiled:
                 del self._compiled[compiled.key]
@@ -206,12 +206,12 @@ class Grammars:
 
     @property
     def memory(self) -> int:
-        """MiB that all grammars hold together."""
+        """Memory of all grammars together, in MiB."""
         with self._lock:
             return sum(compiled.process.memory for compiled in self._compiled.values())
 
     def largest(self) -> Compiled | None:
-        """The grammar that holds the most memory, once all of them hold more than they may."""
+        """The grammar that takes the most memory, if all grammars together exceed the limit; else None."""
         if self.memory <= ALL_MEMORY_MIB:
             return None
         self._let_go()
@@ -222,10 +222,10 @@ class Grammars:
         return max(all_of_them, key=lambda compiled: compiled.process.memory)
 
     def _let_go(self, spared: int = 1) -> None:
-        """End those that nobody uses, the longest unused first, as far as there are too many or they hold too much.
+        """End unused grammars, least recently used first, until they are within the limits on number and memory.
 
         Args:
-            spared: as many stay in any case; a grammar that was just compiled is about to be held.
+            spared: number of unused grammars to keep in any case; a grammar that was just compiled is about to be held.
         """
         with self._lock:
             idle = [compiled for compiled in self._compiled.values() if not compiled.users]
@@ -250,7 +250,7 @@ class Grammars:
 
 
 def unpacked(mask: bytes, vocab_size: int) -> np.ndarray:
-    """Which tokens may come next, `[vocab_size]` of booleans; none that the mask does not know."""
+    """Booleans `[vocab_size]`: the tokens that may come next; tokens beyond the mask are not allowed."""
     allowed = np.zeros(vocab_size, dtype=bool)
     bits = np.frombuffer(mask, dtype=np.uint8)
     known = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little").view(bool)
@@ -259,22 +259,23 @@ def unpacked(mask: bytes, vocab_size: int) -> np.ndarray:
 
 
 def brief(why: str) -> str:
-    """llguidance's words without the state of its parser, on one line, without the full stop."""
+    """llguidance's message on one line, without its parser's state and the full stop."""
     return " ".join(why.partition("<state>")[0].split())[:300].rstrip(" .")
 
 
 def unusable(grammar: Grammar, why: str) -> InvalidRequest:
     """The error of a grammar that cannot be used."""
     if grammar.kind is GrammarKind.JSON_SCHEMA and "recursion limit exceeded" in why:
-        why = TOO_DEEP  # instead of a place in a text that nobody has written
+        why = TOO_DEEP  # replaces a position in a text that the user has not written
     return InvalidRequest(f"The {NAMES[grammar.kind]} cannot be used: {brief(why)}.", remedy=REMEDY)
 
 
 def limit_reached(frame: GrammarReply, too_slow: str) -> str:
-    """Which limit ended a process.
+    """Describe the limit that ended a process.
 
     Raises:
-        GenerationFailed: none did. Where the machine runs out of memory, the kernel kills grammars first, by SIGKILL.
+        GenerationFailed: no limit ended it. For example, when memory runs out, the kernel first kills grammars
+            (SIGKILL).
     """
     number = frame.payload[0]
     if number == signal.SIGPROF:
@@ -287,6 +288,6 @@ def limit_reached(frame: GrammarReply, too_slow: str) -> str:
 
 
 def _key(grammar: Grammar) -> bytes:
-    """Of a source that may be megabytes long."""
+    """A hash of a grammar, whose source may be megabytes long."""
     text = f"{grammar.kind}\0{grammar.after_space}\0{grammar.source}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

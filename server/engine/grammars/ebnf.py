@@ -1,8 +1,8 @@
-"""EBNF grammars as the Lark that llguidance reads.
+"""Converts EBNF grammars to the Lark dialect that llguidance reads.
 
-llguidance's own conversion knows llama.cpp's GBNF alone. Clients of vLLM also send rules that span lines, which
-xgrammar reads, and Lark, whose first rule may be written `?start`. Names of rules are replaced where Lark would confuse
-them: it calls the first rule `start`, allows no names of digits, and does not tell `itemList` from `item-list`.
+llguidance's own conversion supports only llama.cpp's GBNF. Clients of vLLM also send rules that span lines, as xgrammar
+accepts them, and Lark, whose first rule may be written `?start`. Rules are renamed where Lark would confuse them: its
+first rule is `start`, names must not be numbers, and the converter does not distinguish `itemList` from `item-list`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
 def lark_of(text: str) -> str:
-    """An EBNF grammar as Lark, or a Lark grammar as it is.
+    """Convert an EBNF grammar to Lark; a Lark grammar is returned unchanged.
 
     Raises:
         Exception: the grammar cannot be read; llguidance's converter raises nothing narrower.
@@ -44,7 +44,7 @@ def lark_of(text: str) -> str:
 
 
 def _names(text: str) -> dict[str, str]:
-    """For each rule of a grammar a name that Lark tells from all others; the first rule keeps its own."""
+    """Map each rule of a grammar to a name that is unique in Lark; the first rule keeps its name."""
     names = {"root": "root"}
     taken = {"root", "start"}
     for part in _PARTS.finditer(text):
@@ -61,7 +61,7 @@ def _names(text: str) -> dict[str, str]:
 
 
 def _gbnf(part: re.Match[str], names: Mapping[str, str]) -> str:
-    """A part of a grammar as the converter reads it: a rule on one line, characters beyond ASCII as they are."""
+    """Rewrite a part of a grammar for the converter: each rule on one line, characters beyond ASCII unescaped."""
     if part["kept"] is not None:
         return _ESCAPE.sub(_character, part["kept"])
     if (name := part["name"]) is not None:
@@ -75,7 +75,7 @@ def _gbnf(part: re.Match[str], names: Mapping[str, str]) -> str:
 
 
 def _character(escape: re.Match[str]) -> str:
-    """The character that an escape names; the converter drops leading zeros of its number."""
+    """The character of an escape sequence; the converter would drop leading zeros of its number."""
     digits = escape[1] or escape[2]
     if digits is None:
         return escape[0]

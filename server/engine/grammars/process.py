@@ -1,10 +1,9 @@
-"""The process that runs llguidance: `python -m server.engine.grammars.process DESCRIPTOR`, and a fork per grammar.
+"""The process that runs llguidance: `python -m server.engine.grammars.process DESCRIPTOR`, with a fork per grammar.
 
-No request can be trusted to give llguidance a grammar that it comes to an end with, in any time, memory or stack. So
-the server's own process never calls it. This process reads the tokenizer once and then only forks; a fork compiles one
-grammar, then says after each token of each text which tokens may come next. The kernel ends a fork that takes more
-than its share of processor time, memory or stack, whatever llguidance does. This process ends with the server, because
-its socket does; so does every fork.
+A request's grammar may make llguidance use unlimited time, memory or stack, so the server's own process never calls it.
+This process reads the tokenizer once and then only forks. A fork compiles one grammar; then, after each token of each
+text, it computes which tokens may come next. The kernel ends a fork that exceeds its limit of processor time, memory or
+stack, whatever llguidance does. When the server ends, its sockets close, so this process and all forks end too.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ from server.engine.grammars.limits import COMPILE_SECONDS, MASK_SECONDS, MEMORY,
 from server.engine.grammars.wire import COMMAND, LENGTH, NO_EXTENSION, ORDER, Action, Deed, GrammarReply, GrammarState
 
 META = frozenset("\\.+*?()|[]{}^$#&-~/")
-"""Characters that mean something in a regular expression."""
+"""Characters with a special meaning in regular expressions."""
 
 ONE_SPACE: Any = {"whitespace_pattern": " ?"}
-"""Between the parts of a JSON text. Were any number allowed, a small model could go on with blanks for ever."""
+"""At most one space between the parts of a JSON text; otherwise a small model might generate blanks forever."""
 
 YIELDS = 5
-"""How far each process yields to the engine (`nice`). One busy process that does not yield makes the steps of a server
-on two cores four times as long; one that yields this far, 1.7 times."""
+"""The `nice` value of grammar processes. On two cores, one busy process makes the server's steps four times as long
+without `nice`, and 1.7 times as long with this value."""
 FURTHER = 10
-"""How far a process yields that compiles for long, to those of other grammars as well. One whose masks are slow is
-scheduled as idle instead, where the system has that: it never keeps a core from a thread of the engine that wakes up,
-which `nice` alone allows."""
+"""The `nice` value of processes that compile for long, so that they also yield to other grammars. Processes whose masks
+are slow are scheduled as idle instead, if the system supports it: unlike with `nice` alone, an idle process never keeps
+a core from a thread of the engine that wakes up."""
 
 
 class Unusable(Exception):
-    """A grammar cannot be used; says why."""
+    """A grammar cannot be used; the message gives the reason."""
 
 
 def main() -> None:
-    """Read the tokenizer, then fork until the server has gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the server to handle; this process ends with its socket
+    """Read the tokenizer, then fork for each grammar until the server has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server handles these; this process ends with its socket
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     header = json.loads(_exactly(control, LENGTH.unpack(_exactly(control, LENGTH.size))[0]))
@@ -60,7 +59,7 @@ def main() -> None:
         header["tokenizer"], n_vocab=header["vocab_size"], eos_token=header["eos_token_ids"] or None
     )
     del header
-    # What llguidance makes at its first use is made before the forks, so that they share it.
+    # Data that llguidance creates at its first use is created before the forks, so that they share it.
     llguidance.LLMatcher(tokenizer, source_of(GrammarKind.JSON_SCHEMA, "{}"), log_level=0).compute_bitmask()
     gc.collect()
     gc.freeze()
@@ -70,23 +69,23 @@ def main() -> None:
 
 
 class Nursery:
-    """Makes a process for each grammar, and sees them end."""
+    """Forks a process for each grammar and reports its end."""
 
     def __init__(self, control: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
-        """Listen to the server; there are no processes yet."""
+        """Prepare to receive commands from the server."""
         self._control = control
         self._tokenizer = tokenizer
-        self._channels: dict[int, socket.socket] = {}  # pid -> its end of the socket, to say there that it has ended
+        self._channels: dict[int, socket.socket] = {}  # pid -> socket on which its end is reported
         self._pids: dict[int, int] = {}  # number -> pid
 
     def run(self) -> None:
-        """Obey until the server closes its end."""
+        """Execute commands until the server closes its end of the socket."""
         ended, on_end = socket.socketpair()
         ended.setblocking(False)
         on_end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(on_end.fileno(), warn_on_full_buffer=False)
-        self._control.setblocking(False)  # a process may end at any time, and nobody else sees it
+        self._control.setblocking(False)  # a process may end at any time, and only this process is notified
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(ended, select.POLLIN)
@@ -102,14 +101,14 @@ class Nursery:
             os.kill(pid, signal.SIGKILL)
 
     def _obey(self) -> bool:
-        """Do what the server says; False if it has gone."""
-        data, descriptors, _, _ = socket.recv_fds(self._control, COMMAND.size, 1)  # which ignores flags
+        """Execute one command; returns False if the server has ended."""
+        data, descriptors, _, _ = socket.recv_fds(self._control, COMMAND.size, 1)  # this function ignores flags
         if len(data) < COMMAND.size:
             return False
         deed, number = COMMAND.unpack(data)
         if deed == Deed.MAKE:
             self._make(number, socket.socket(fileno=descriptors[0]))
-        elif (pid := self._pids.get(number)) is not None:  # not yet waited for, so that the number is still its own
+        elif (pid := self._pids.get(number)) is not None:  # not waited for yet, so the pid is still valid
             if deed == Deed.KILL:
                 os.kill(pid, signal.SIGKILL)
             else:
@@ -134,7 +133,7 @@ class Nursery:
             os._exit(0)
 
     def _bury(self) -> None:
-        """Say on their sockets which processes have ended, and by what."""
+        """Report ended processes, with the signal, on their sockets."""
         while self._channels:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
@@ -146,7 +145,7 @@ class Nursery:
 
 
 def _yield_further(pid: int, *, idle: bool) -> None:
-    """Let a process yield to others, or have only what they leave of the cores; both are for good."""
+    """Lower a process's priority permanently; with `idle`, it runs only on otherwise idle cores."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, FURTHER)
     if idle:
@@ -155,9 +154,9 @@ def _yield_further(pid: int, *, idle: bool) -> None:
 
 
 def _limit() -> None:
-    """What the kernel holds this process to, beside the time of each piece of work."""
+    """Set this process's limits, except the processor time of each piece of work."""
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # how llguidance dies is no line for the server's log
+    for descriptor in (0, 1, 2):  # keeps llguidance's crash output out of the server's log
         os.dup2(null, descriptor)
     gc.disable()
     with contextlib.suppress(OSError):
@@ -165,15 +164,15 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     resource.setrlimit(resource.RLIMIT_STACK, (STACK if hard < 0 else min(STACK, hard), hard))
-    with contextlib.suppress(OSError, ValueError):  # there is no such file, or what there is is less already
+    with contextlib.suppress(OSError, ValueError):  # no such file, or a lower limit already applies
         shared = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (shared + MEMORY, shared + MEMORY))
-    with contextlib.suppress(OSError):  # the first to go where memory is short
+    with contextlib.suppress(OSError):  # the kernel's first choice to kill when memory is short
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def serve(channel: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
-    """Compile the grammar that comes, then answer for its texts until the server closes its end."""
+    """Receive and compile a grammar, then compute masks for its texts until the server closes its end of the socket."""
     shared = _held()
     order = json.loads(_exactly(channel, LENGTH.unpack(_exactly(channel, LENGTH.size))[0]))
     begun = time.process_time()
@@ -183,8 +182,8 @@ def serve(channel: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
             compiled, mask = compile_grammar(tokenizer, grammar)
         state, payload = GrammarState.GOING, mask
     except MemoryError:
-        os.abort()  # as llguidance ends where it gets no memory
-    except Exception as exc:  # noqa: BLE001 - llguidance's converters raise anything, and say what is wrong
+        os.abort()  # as llguidance does when it runs out of memory
+    except Exception as exc:  # noqa: BLE001 - llguidance's converters raise exceptions of any class, with a message
         state, payload = GrammarState.FAILED, (str(exc) or type(exc).__name__).encode(errors="replace")
     del order
     channel.sendall(GrammarReply(0, state, time.process_time() - begun, _held() - shared, payload).pack())
@@ -193,7 +192,7 @@ def serve(channel: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
 
 
 class Texts:
-    """The texts of one grammar that are under way."""
+    """The texts in progress of one grammar."""
 
     def __init__(self, channel: socket.socket, compiled: llguidance.LLMatcher, shared: int) -> None:
         self._channel = channel
@@ -204,14 +203,14 @@ class Texts:
         self._rest = b""
 
     def run(self) -> None:
-        """Answer one token after the other until the server closes its end."""
+        """Handle one token after the other until the server closes its end of the socket."""
         while self._read():
             if self._orders:
                 action, walk, token_id = self._orders.popleft()
                 self._channel.sendall(self._answer(walk, token_id, action == Action.ACCEPT))
 
     def _read(self) -> bool:
-        """Take what has come; waits if there is nothing to do. What is dropped needs no answer any more."""
+        """Read new orders, waiting if there are none; orders for dropped texts are removed."""
         try:
             data = self._channel.recv(2**16, socket.MSG_DONTWAIT if self._orders else 0)
         except BlockingIOError:
@@ -236,7 +235,7 @@ class Texts:
             matcher.consume_token(token_id)
             state, payload = GrammarState.GOING, b""
             if goes_on and not matcher.is_stopped():
-                payload = matcher.compute_bitmask()  # on an error, this mask would let the text end
+                payload = matcher.compute_bitmask()  # after an error, this mask would allow the text to end
             if matcher.is_error():
                 state, payload = GrammarState.FAILED, matcher.get_error().encode()
             elif matcher.is_stopped():
@@ -245,10 +244,10 @@ class Texts:
 
 
 def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tuple[llguidance.LLMatcher, bytes]:
-    """A matcher at the beginning of a text, and the mask of the first token.
+    """Compile a grammar; returns a matcher at the beginning of a text, and the mask of the first token.
 
     Raises:
-        Unusable, ValueError: the grammar cannot be used; says why.
+        Unusable, ValueError: the grammar cannot be used; the message gives the reason.
     """
     limits = llguidance.LLParserLimits(**PARSER_LIMITS)
     source = source_of(grammar.kind, grammar.source)
@@ -273,26 +272,26 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tupl
 
 
 def source_of(kind: GrammarKind, source: str) -> str:
-    """A grammar in llguidance's own form.
+    """Convert a grammar to llguidance's own format.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the grammar cannot be read.
     """
     make = llguidance.LLMatcher
     if kind is GrammarKind.JSON_SCHEMA:
         return make.grammar_from_json_schema(source, overrides=ONE_SPACE)
-    if kind is GrammarKind.REGEX:  # as ECMA 262 and thus JSON schemas' patterns read it: \d and \w are ASCII
+    if kind is GrammarKind.REGEX:  # \d and \w are ASCII, as in ECMA 262 and JSON schemas' patterns
         return make.grammar_from_regex(llguidance.regex_to_lark(source, "dw"))
     if kind is GrammarKind.LARK:
         return make.grammar_from_lark(source)
     if kind is GrammarKind.EBNF:
         return make.grammar_from_lark(lark_of(source))
-    # One expression, not a rule for each: the parser keeps no more than 2,000 of those in mind.
+    # One expression instead of one rule for each text, because the parser supports at most 2,000 rules.
     return make.grammar_from_regex("|".join(map(_literally, json.loads(source))))
 
 
 def _after_space(source: str) -> str:
-    """The same grammar after a space, so that the first token may be the one that training puts there."""
+    """Put a space before a grammar, so that the text may begin with the token that training used there."""
     parts = json.loads(source) if source.startswith("{") else {"grammars": [{"lark_grammar": source}]}
     first, *others = parts["grammars"]
     return json.dumps(
@@ -301,13 +300,13 @@ def _after_space(source: str) -> str:
 
 
 def _literally(text: str) -> str:
-    """A regular expression that only this text matches."""
+    """A regular expression that matches only this text."""
     return "(?:" + "".join(f"\\{c}" if c in META else c for c in text) + ")"
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """The kernel ends this process by SIGPROF if the block takes more of a processor, in whatever code."""
+    """Context manager: the kernel ends this process by SIGPROF if the block exceeds this processor time."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -316,13 +315,13 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _held() -> int:
-    """The most MiB that this process has held."""
+    """This process's peak memory in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
-    """As many bytes from a socket; ends the process if it is closed before."""
+    """Read exactly `size` bytes from a socket; ends the process if the socket is closed first."""
     data = bytearray()
     while len(data) < size:
         if not (more := channel.recv(min(size - len(data), 2**20))):

@@ -1,4 +1,4 @@
-"""The server's side of the processes that run llguidance: starting, receiving, ending."""
+"""The server's side of the processes that run llguidance: starts them, receives replies, ends them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.engine.grammars.wire import COMMAND, LENGTH, ORDER, Action, Deed, Gr
 from server.errors import GenerationFailed
 
 START_SECONDS = 60.0
-"""Until the first process has read the tokenizer: a second, on a machine that is not busy."""
+"""Time limit for the first process to read the tokenizer, which usually takes a second."""
 SEND_SECONDS = 5.0
 END_SECONDS = 0.5
 
@@ -30,11 +30,11 @@ class GrammarProcess:
     """One grammar's process. One thread at a time may use it, except for `close`."""
 
     def __init__(self, channel: socket.socket, do: Callable[[Deed], object]) -> None:
-        """Take over a process's socket.
+        """Take ownership of a process's socket.
 
         Args:
-            channel: to it.
-            do: does something with it that its socket cannot.
+            channel: the socket.
+            do: executes a command that cannot be sent through the socket.
         """
         self._channel = channel
         self._do = do
@@ -42,26 +42,26 @@ class GrammarProcess:
         self._unsent = bytearray()
         self._finalizer = weakref.finalize(self, channel.close)
         self.memory = 0
-        """MiB that it held when it answered last."""
+        """The process's memory at its last reply, in MiB."""
 
     def fileno(self) -> int:
         """The socket's descriptor, to wait on."""
         return self._channel.fileno()
 
     def begin(self, grammar: Grammar) -> None:
-        """Have it compile a grammar; the answer is a frame of the text 0."""
+        """Request the compilation of a grammar; the reply is a frame with text number 0."""
         order = json.dumps(asdict(grammar)).encode()
         self._channel.settimeout(SEND_SECONDS)
-        with contextlib.suppress(OSError):  # it has ended, which the answer says
+        with contextlib.suppress(OSError):  # the process has ended, which `receive` reports
             self._channel.sendall(LENGTH.pack(len(order)) + order)
         self._channel.setblocking(False)
 
     def order(self, action: Action, walk: int, token_id: int = 0) -> None:
-        """Have it do something with a text, once `flush` is called."""
+        """Queue an order for a text; `flush` sends it."""
         self._unsent += ORDER.pack(action, walk, token_id)
 
     def flush(self) -> bool:
-        """Send what was ordered, as far as it takes it now; answers whether that was all."""
+        """Send queued orders without blocking; returns whether all were sent."""
         try:
             del self._unsent[: self._channel.send(self._unsent)]
         except BlockingIOError:
@@ -71,7 +71,7 @@ class GrammarProcess:
         return not self._unsent
 
     def receive(self, seconds: float = 0.0) -> list[GrammarReply]:
-        """What it has answered; waits at most this long. The last frame of one that has ended is ENDED."""
+        """Wait at most `seconds` for replies; the last frame of an ended process is ENDED."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         if not poll.poll(1000 * seconds):
@@ -83,7 +83,7 @@ class GrammarProcess:
                 frames += self._frames.feed(data)
             except BlockingIOError:
                 break
-            except (OSError, ValueError):  # it was closed, or ended while it wrote
+            except (OSError, ValueError):  # the socket was closed, or the process ended while writing
                 data = b""
             if not data:
                 if not frames or frames[-1].state is not GrammarState.ENDED:
@@ -93,24 +93,25 @@ class GrammarProcess:
         return frames
 
     def yield_further(self) -> None:
-        """Let it yield further to the engine, and to the processes of other grammars, from now on."""
+        """Lower the process's priority, so that it also yields to the processes of other grammars."""
         self._do(Deed.YIELD)
 
     def take_what_is_left(self) -> None:
-        """Let it have only what others leave of the cores, from now on."""
+        """Let the process run only on otherwise idle cores from now on."""
         self._do(Deed.IDLE)
 
     def close(self) -> None:
-        """End it, whatever it does; a thread that waits for it learns that it has ended."""
+        """Kill the process; a thread that waits for it receives ENDED."""
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
         self._do(Deed.KILL)
 
 
 class GrammarProcesses:
-    """Makes grammars' processes for one tokenizer; safe from any thread.
+    """Starts grammar processes for one tokenizer; safe from any thread.
 
-    All are forks of one process that has read the tokenizer. It is started at the first grammar, and again if it ends.
+    All are forks of one parent process that has read the tokenizer. The parent is started with the first grammar, and
+    restarted if it ends.
     """
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
@@ -125,15 +126,15 @@ class GrammarProcesses:
         self._closed = False
 
     def make(self) -> GrammarProcess:
-        """A new process, which waits for its grammar.
+        """Start a process, which then waits for its grammar.
 
         Raises:
-            GenerationFailed: there can be none.
+            GenerationFailed: no process can be started.
         """
         number = next(self._numbers)
         ours, theirs = socket.socketpair()
         with theirs:
-            for _ in range(2):  # the second time in a new process, if the one that makes them has ended
+            for _ in range(2):  # the second attempt uses a new parent process, if the parent has ended
                 self._start()
                 if self._command(Deed.MAKE, number, theirs.fileno()):
                     return GrammarProcess(ours, lambda deed: self._command(deed, number))
@@ -148,7 +149,7 @@ class GrammarProcesses:
         self._end()
 
     def _command(self, deed: Deed, number: int, *descriptors: int) -> bool:
-        """Whether the process that makes the others could be told."""
+        """Send a command to the parent process; returns whether it could be sent."""
         with self._lock:
             if self._control is None:
                 return False
@@ -159,8 +160,8 @@ class GrammarProcesses:
         return self._control is not None
 
     def _header(self) -> bytes:
-        """The tokenizer, for a process that has just begun."""
-        # llguidance wants room for all that the tokenizer knows, also tokens that the model has no row for.
+        """The tokenizer, serialised for a new parent process."""
+        # llguidance needs a size that covers all of the tokenizer's tokens, even those without a row in the model.
         known = max(self._backend.get_vocab().values()) + 1
         header = {
             "tokenizer": self._backend.to_str(),
@@ -170,7 +171,7 @@ class GrammarProcesses:
         return json.dumps(header).encode()
 
     def _start(self) -> None:
-        """Start the process that makes the others, unless it runs."""
+        """Start the parent process, unless it is running."""
         with self._starting:
             with self._lock:
                 if self._control is not None or self._closed:
@@ -183,7 +184,7 @@ class GrammarProcesses:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    process_group=0,  # Ctrl-C in a terminal is the server's to handle
+                    process_group=0,  # the server handles Ctrl-C in a terminal
                 )
             self._end = weakref.finalize(self, _end, ours, process)
             header = self._header()
@@ -199,7 +200,7 @@ class GrammarProcesses:
 
 
 def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """End the process that makes the others, which ends those; they also end as the server closes their sockets."""
+    """End the parent process, which ends its forks; forks also end when the server closes their sockets."""
     with contextlib.suppress(OSError):
         control.shutdown(socket.SHUT_RDWR)
     control.close()

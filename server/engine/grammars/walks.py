@@ -1,9 +1,10 @@
-"""The engine's side of grammars: texts in generation, each with the tokens that may come next.
+"""The engine's side of grammars: the texts being generated, each with the tokens that may come next.
 
-After a token is drawn, its text waits until the grammar's process has taken it. That is a fraction of a millisecond for
-a usual grammar, so the engine waits for it, but at most `STEP_SECONDS` in a step. Texts whose answer has not come by
-then are left out of the following steps until it has; nobody else waits for them again. Of slow grammars two are asked
-at a time, one text each, in turn of their requests, so that they leave the cores to the engine.
+After a token is drawn, its text waits until the grammar's process has accepted the token. For a usual grammar this
+takes a fraction of a millisecond, so the engine waits for it, but at most `STEP_SECONDS` per step. Texts whose reply
+has not arrived by then are left out of the following steps until it has; later steps do not wait for them. Of the slow
+grammars, at most `AT_ONCE` work at a time, on one text each, and requests take turns, so that the cores stay free for
+the engine.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ from server.engine.grammars.wire import NO_EXTENSION, Action, GrammarReply, Gram
 from server.errors import GenerationFailed, InvalidRequest, PreludeError
 
 STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
-"""How long a step waits for grammars in all; and one in which nobody else can run, because commands come in between."""
+"""Maximum time that a step waits for grammars, and the same for a step without other work. The latter is shorter,
+because commands are handled between steps."""
 SLOW_SECONDS = 0.005
-"""Processor time: a grammar that takes more for a token is slow."""
+"""Processor time for one token above which a grammar counts as slow."""
 COSTLY_SECONDS, COSTLY_TOKEN_SECONDS = 0.25, 0.001
-"""Of a processor: a request that takes more than this, and for each of its tokens, is slow from then on."""
+"""Processor time, initial amount and amount per token, above which a request counts as costly; its grammar is then
+slow."""
 AT_ONCE = 2
-"""Slow texts that are worked on at a time."""
+"""Maximum number of slow grammars that work at a time."""
 
 
 class Walk:
-    """One text's way through a grammar.
+    """One text's progress through a grammar.
 
     Attributes:
-        is_waiting: whether its last token was not taken yet; nothing is known of the next one then.
+        is_waiting: whether its last token has not been accepted yet, so that the mask is not known.
         is_complete: whether the text matches and nothing can be added to it.
-        error: why it cannot go on.
+        error: why the text cannot continue.
     """
 
     def __init__(self, walks: RequestWalks, number: int) -> None:
@@ -48,13 +51,13 @@ class Walk:
         self.mask = walks.compiled.first
 
     def allowed_bits(self) -> np.ndarray:
-        """Which tokens may come next, one bit each, `[bytes]`; tokens beyond its end may not."""
+        """The tokens that may come next, one bit each, `[bytes]`; tokens beyond the end are not allowed."""
         assert not self.is_waiting, "nothing is drawn before the last token was taken"
         return np.frombuffer(self.mask, dtype=np.uint8)
 
 
 class RequestWalks:
-    """The texts of one request, which share its budget of time."""
+    """The texts of one request, which share its time budget."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -64,11 +67,11 @@ class RequestWalks:
 
     @property
     def is_costly(self) -> bool:
-        """Whether its masks take much time in all, though each may take little."""
+        """Whether the request's masks have taken much time in total, even if each took little."""
         return self.seconds > COSTLY_SECONDS + COSTLY_TOKEN_SECONDS * self.tokens
 
     def charge(self, seconds: float) -> InvalidRequest | None:
-        """Count what a token took; an error if the request has used up its budget."""
+        """Count the time of a token; returns an error if the request has exceeded its budget."""
         self.seconds += seconds
         self.tokens += 1
         if self.seconds <= REQUEST_SECONDS + TOKEN_SECONDS * self.tokens:
@@ -81,16 +84,16 @@ class RequestWalks:
 
 
 class Walks:
-    """All texts under way; for the engine's thread alone."""
+    """All texts in progress. Only for the engine's thread."""
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._numbers = itertools.count(1)
         self._requests: dict[str, RequestWalks] = {}
         self._asked: dict[Compiled, dict[int, Walk]] = {}
-        """Those whose answer has not come, by their numbers."""
+        """Texts whose reply has not arrived, by number."""
         self._since: dict[Compiled, float] = {}
-        """When a process that owes answers answered last."""
+        """Time of the last reply of each process that owes replies."""
         self._slow: set[Compiled] = set()
         self._delayed: OrderedDict[RequestWalks, deque[tuple[Walk, Action, int]]] = OrderedDict()
 
@@ -100,13 +103,13 @@ class Walks:
         return bool(self._asked or self._delayed)
 
     def begin(self, request_id: str, compiled: Compiled, count: int) -> list[Walk]:
-        """The texts of a request, which holds its grammar until it ends."""
+        """Start the texts of a request, which holds its grammar until it ends."""
         request = self._requests[request_id] = RequestWalks(compiled)
         request.walks = [Walk(request, next(self._numbers)) for _ in range(count)]
         return request.walks
 
     def end(self, request_id: str) -> list[Walk]:
-        """Forget a request's texts, if it has any, wherever they are; returns them."""
+        """Remove a request's texts, if it has any, and return them."""
         if (request := self._requests.pop(request_id, None)) is None:
             return []
         compiled = request.compiled
@@ -122,7 +125,7 @@ class Walks:
         return request.walks
 
     def accept(self, walk: Walk, token_id: int, *, is_last: bool) -> None:
-        """Have a text's next token taken; `collect` answers the text once it is."""
+        """Send a text's next token to its grammar; `collect` returns the text once the token is accepted."""
         walk.is_waiting = True
         request, action = walk.of_request, Action.ACCEPT_LAST if is_last else Action.ACCEPT
         if request.compiled in self._slow:
@@ -131,10 +134,10 @@ class Walks:
             self._ask(walk, action, token_id)
 
     def collect(self, *, also_slow: bool = False) -> list[Walk]:
-        """The texts whose tokens were taken, or that have failed.
+        """The texts whose tokens were accepted, or that have failed.
 
         Args:
-            also_slow: wait for slow grammars too, as there is nothing else to do.
+            also_slow: wait for slow grammars too, because there is no other work.
         """
         self._ask_delayed()
         answered: list[Walk] = []
@@ -165,7 +168,7 @@ class Walks:
         compiled.process.order(action, walk.number, token_id)
 
     def _ask_delayed(self) -> None:
-        """Ask `AT_ONCE` of the slow grammars for one text each, in turn of the requests."""
+        """Send at most `AT_ONCE` slow grammars one token each; requests take turns."""
         busy = self._slow & self._asked.keys()
         for request in list(self._delayed):
             if len(busy) >= AT_ONCE:
@@ -181,7 +184,7 @@ class Walks:
                 del self._delayed[request]
 
     def _read(self, compiled: Compiled) -> list[Walk]:
-        """What a process has to say."""
+        """Read a process's replies; returns the texts that they concern."""
         answered: list[Walk] = []
         for frame in compiled.process.receive():
             if frame.state is GrammarState.ENDED:
@@ -198,7 +201,7 @@ class Walks:
         return answered
 
     def _judge(self, request: RequestWalks, frame: GrammarReply) -> None:
-        """Whether a grammar is slow, as far as this answer and those before it show."""
+        """Decide from this reply and the earlier ones whether a grammar is slow."""
         compiled = request.compiled
         if frame.seconds <= SLOW_SECONDS and not request.is_costly:
             self._slow.discard(compiled)
@@ -217,7 +220,7 @@ class Walks:
             walk.error = _dead_end() if why.startswith(NO_EXTENSION) else _too_complex(why)
 
     def _fail(self, compiled: Compiled, error: PreludeError) -> list[Walk]:
-        """End a grammar's process, and refuse the grammar for a while; answers the texts that wait for it."""
+        """End a grammar's process, and refuse the grammar for a while; returns the texts that wait for it."""
         self._grammars.discard(compiled, error if isinstance(error, InvalidRequest) else None)
         waiting = list(self._asked.pop(compiled, {}).values())
         self._since.pop(compiled, None)
@@ -232,7 +235,7 @@ class Walks:
             del self._asked[compiled], self._since[compiled]
 
     def _stalled(self) -> list[Walk]:
-        """Give up processes that have not answered for very long."""
+        """End processes that have not replied for `STALLED_SECONDS`."""
         long_ago = time.monotonic() - STALLED_SECONDS
         late = [compiled for compiled, since in self._since.items() if since < long_ago]
         why = f"The grammar is too slow: nothing came for {STALLED_SECONDS:g} s."

@@ -8,16 +8,16 @@ from enum import IntEnum
 from typing import NamedTuple
 
 LENGTH = struct.Struct("<I")
-"""Before the first message to a process: how long it is. It is JSON with the fields of a Grammar."""
+"""Length of the first message to a process, which is JSON with the fields of a Grammar."""
 
 ORDER = struct.Struct("<BQI")
-"""To a process: what to do, for which text, with which token."""
+"""A message to a grammar's process: action, text number, token id."""
 
 COMMAND = struct.Struct("<BQ")
-"""To the process that makes the others: what to do, with which one."""
+"""A message to the parent process: deed, process number."""
 
 NO_EXTENSION = "NoExtension"
-"""How llguidance begins to say that no token can follow."""
+"""Beginning of llguidance's message that no token can follow."""
 
 _HEADER = struct.Struct("<IQBfI")
 
@@ -26,64 +26,64 @@ class Action(IntEnum):
     """What to do with one text."""
 
     ACCEPT = 1
-    """Take a token, and say which may come next."""
+    """Accept a token and reply with the tokens that may come next."""
     ACCEPT_LAST = 2
-    """Take a token after which no other comes, whatever the grammar says."""
+    """Accept a text's last token; more tokens will not follow, even if the grammar would allow them."""
     DROP = 3
-    """Forget the text; it gets no further answer."""
+    """Remove the text; it gets no further replies."""
 
 
 class Deed(IntEnum):
     """What to do with a process."""
 
     MAKE = 1
-    """Its end of a socket comes with the command."""
+    """Start a process; the command carries its end of a socket."""
     KILL = 2
     YIELD = 3
-    """Let it yield further to the engine, and to the processes of other grammars."""
+    """Lower the process's priority, so that it also yields to other grammars."""
     IDLE = 4
-    """Let it have only what others leave of the cores."""
+    """Let the process run only on otherwise idle cores."""
 
 
 class GrammarState(IntEnum):
-    """What became of a grammar, or of a text."""
+    """The state of a grammar or of a text."""
 
     GOING = 0
     """The payload is a mask: one bit for each token that may come next."""
     COMPLETE = 1
-    """The text matches, and nothing can be added."""
+    """The text matches, and no token can follow."""
     FAILED = 2
-    """It cannot continue; the payload says why."""
+    """The grammar or text cannot continue; the payload gives the reason."""
     ENDED = 3
     """The process has ended; the payload is the number of the signal that ended it."""
 
 
 class GrammarReply(NamedTuple):
-    """An answer of a process."""
+    """A reply of a process."""
 
     walk: int
-    """The text's number; 0 is the grammar itself."""
+    """The text's number; 0 for the grammar itself."""
     state: GrammarState
     seconds: float
-    """Of a processor, for this answer."""
+    """Processor time of this reply."""
     mebibytes: int
-    """What the process holds by now, beyond what all of them share."""
+    """The process's memory, beyond the memory that all processes share."""
     payload: bytes
 
     def pack(self) -> bytes:
-        """As bytes."""
+        """Serialise the reply."""
         head = _HEADER.pack(len(self.payload), self.walk, self.state, self.seconds, self.mebibytes)
         return head + self.payload
 
 
 class GrammarReplies:
-    """Cuts a stream of bytes into frames."""
+    """Splits a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[GrammarReply]:
-        """The frames that are complete once these bytes have come."""
+        """Add received bytes; returns the frames that are now complete."""
         self._bytes += data
         while len(self._bytes) >= _HEADER.size:
             length, walk, state, seconds, mebibytes = _HEADER.unpack_from(self._bytes)

@@ -1,1 +1,1 @@
-"""The frozen model: loading, refusing what cannot be served exactly, and the forward."""
+"""The frozen model: loading it, refusing models that cannot be served exactly, and the forward."""

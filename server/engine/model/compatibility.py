@@ -1,6 +1,6 @@
-"""Which models the engine can serve exactly, decided at start: by the config, then with two tokens.
+"""Decides at start which models the engine can serve exactly: by the config, then by a forward of two tokens.
 
-What cannot be served is refused with the reason; a wrong answer must never come out silently.
+Other models are refused with the reason; the server must never silently give wrong answers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Refuse, by the config alone, what the engine cannot serve exactly.
+    """Refuse models that, by their config alone, the engine cannot serve exactly.
 
     Raises:
-        UnsupportedModel: says which property of the model is in the way.
+        UnsupportedModel: names the unsupported property of the model.
     """
     kind = config.model_type
     if config.is_encoder_decoder:
@@ -58,11 +58,11 @@ def _rope_types(rope_parameters: object) -> set[str]:
 
 
 class _AttentionProbe:
-    """A layout that looks at what every layer hands over and attends within one row."""
+    """A layout that records every layer's calls and attends within one row."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self.calls: Counter[int] = Counter()  # by layer
+        self.calls: Counter[int] = Counter()  # layer -> number of calls
         self.shapes: dict[int, tuple[int, int]] = {}  # layer -> kv_heads, head_dim
         self.rules: dict[int, AttentionRules] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -95,15 +95,15 @@ class _AttentionProbe:
 
 @torch.inference_mode()
 def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, list[AttentionRules]]:
-    """Run two tokens through the model and learn `kv_heads`, `head_dim` and each layer's rules from its layers' calls.
+    """Run two tokens through the model to find `kv_heads`, `head_dim` and the attention rules of each layer.
 
     Args:
         module: the model.
-        layers: those of its layers that have attention.
+        layers: number of layers with attention.
 
     Raises:
-        UnsupportedModel: the attention does not come through our function in every layer, in one shape.
-        ConfigurationError: what comes out is not finite.
+        UnsupportedModel: not every layer calls Prelude's attention function, or the layers' shapes differ.
+        ConfigurationError: the output is not finite.
     """
     kind = module.config.model_type
     probe = _AttentionProbe(kind)
@@ -145,7 +145,7 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
 
 
 def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StateSlice]) -> None:
-    """Refuse a model of which layers that keep a state did not ask the layout for it, and so ran over the flat row."""
+    """Refuse a model whose recurrent layers did not call the layout, and therefore ran over the whole flat row."""
     if heard != {part.state_slice for part in module.modules() if isinstance(part, RecurrentLayer)}:
         raise UnsupportedModel(
             f"In transformers {transformers.__version__}, {module.config.model_type} does not hand the forward's "
@@ -155,10 +155,10 @@ def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StateSlice
 
 
 def pin_longrope(module: nn.Module, max_model_len: int) -> None:
-    """Keep longrope in one regime for the whole server, whatever the longest sequence of a batch is.
+    """Fix longrope's regime for the whole server, regardless of the longest sequence in a batch.
 
-    transformers switches all rows to the long factors as soon as one row is long, which would let one request change
-    another's answer. A server whose context exceeds the original one uses the long factors throughout.
+    transformers switches all rows to the long factors as soon as one row is long, so one request could change another
+    request's answer. A server whose context exceeds the model's original context always uses the long factors.
     """
     for part in module.modules():
         rope_type: Any = getattr(part, "rope_type", None)
@@ -170,7 +170,7 @@ def pin_longrope(module: nn.Module, max_model_len: int) -> None:
 
 
 def _pin(rotary: Any, layer_type: str | None, max_model_len: int) -> None:
-    """Give one rotary module the long factors as its short ones too, if the context is a long one."""
+    """Make a rotary module use the long factors for short sequences too, if the context is long."""
     parameters = rotary.config.rope_parameters
     own = parameters if layer_type is None else parameters[layer_type]
     original = own["original_max_position_embeddings"]
@@ -183,5 +183,5 @@ def _pin(rotary: Any, layer_type: str | None, max_model_len: int) -> None:
     for name in ("original_inv_freq", "long_inv_freq"):
         setattr(rotary, f"{prefix}{name}", long_inv_freq.clone())
     inv_freq.copy_(long_inv_freq)
-    if "long_mscale" in own:  # PhiMoE's scale of cosines and sines switches too
+    if "long_mscale" in own:  # PhiMoE also switches the scale of cosines and sines
         own["short_mscale"] = own["long_mscale"]

@@ -1,6 +1,6 @@
-"""Defaults of settings on CUDA, which serves more at a time than a CPU.
+"""Defaults of settings on CUDA, where more requests run at a time than on a CPU.
 
-Defaults in `server/settings.py` are those of CPUs. What a user has set is never changed.
+The defaults in `server/settings.py` are for CPUs. A value that the user has set is never changed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ BATCH_TOKENS = 8192
 """Defaults on CUDA."""
 
 LOGITS_SHARE = 16
-"""By default, the logits of a whole step take at most the free memory divided by this."""
+"""By default, the logits of a whole step take at most 1/16 of the free memory."""
 
 SLOTS_OF_LONGEST = 16
-"""Sequences of the longest context that half of the free memory holds, at least, by default."""
+"""By default, half of the free memory holds at least this many sequences of the longest context."""
 
 
 def max_sequences(settings: Settings, device: torch.device) -> int:
-    """Sequences that run at once."""
+    """Maximum number of running sequences."""
     if device.type != "cuda" or "max_sequences" in settings.model_fields_set:
         return settings.max_sequences
     return min(SEQUENCES, settings.max_batch_tokens) if "max_batch_tokens" in settings.model_fields_set else SEQUENCES
 
 
 def max_batch_tokens(settings: Settings, model: ModelSpec, free: int) -> int:
-    """Tokens of one step; by default on CUDA as many as the free bytes allow."""
+    """Maximum number of tokens in a step; on CUDA, the default depends on the free bytes."""
     if not model.device.startswith("cuda") or "max_batch_tokens" in settings.model_fields_set:
         return settings.max_batch_tokens
     row = model.vocab_size * int(getattr(torch, model.dtype).itemsize)
@@ -41,7 +41,7 @@ def max_batch_tokens(settings: Settings, model: ModelSpec, free: int) -> int:
 
 
 def max_model_len(settings: Settings, config: PretrainedConfig, dtype: torch.dtype, device: str, free: int) -> int:
-    """Positions of the longest context; by default on CUDA the model's own, or what the free bytes allow of it."""
+    """Positions of the longest context; on CUDA, the default is the model's own, as far as the free bytes allow."""
     if not device.startswith("cuda") or "max_model_len" in settings.model_fields_set:
         return settings.max_model_len
     text = config.get_text_config()
@@ -53,26 +53,26 @@ def max_model_len(settings: Settings, config: PretrainedConfig, dtype: torch.dty
         position = int(text.num_hidden_layers * 2 * kv_heads * head_dim * dtype.itemsize)
     except Exception:  # noqa: BLE001 - some configs have them for each layer, or not at all, and raise anything
         return min(own, settings.max_model_len)
-    length = 1 << (own - 1).bit_length()  # of a slab, which is cut in halves
+    length = 1 << (own - 1).bit_length()  # length of a slab, which is a power of two
     while length > settings.max_model_len and SLOTS_OF_LONGEST * length * position > free // 2:
         length //= 2
     return int(min(own, length))
 
 
 def longest_context(text_config: PretrainedConfig) -> int | None:
-    """Positions that a model was made for; None where its config does not say, or says 0 or -1 for any number."""
+    """The number of positions for which a model was trained; None if the config has none, or 0 or -1 for unlimited."""
     own = getattr(text_config, "max_position_embeddings", None)
     return own if isinstance(own, int) and own > 0 else None
 
 
 def filled_in(settings: Settings, model: ModelSpec, free: int) -> Settings:
-    """The settings with these defaults for a loaded model, and `free` bytes beside it."""
+    """The settings with these defaults filled in, for a loaded model and `free` bytes of remaining memory."""
     settings = settings.model_copy(update={"max_sequences": max_sequences(settings, torch.device(model.device))})
     return settings.model_copy(update={"max_batch_tokens": max_batch_tokens(settings, model, free)})
 
 
 def as_served(settings: Settings, model: ModelSpec) -> Settings:
-    """The settings as others than the engine read them: admission's limits, and the context that jobs train for."""
+    """The settings for parts outside the engine: limits of admission, and the context of training jobs."""
     if not model.device.startswith("cuda"):
         return settings
     sequences = max_sequences(settings, torch.device(model.device))

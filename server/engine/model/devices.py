@@ -1,4 +1,4 @@
-"""Chooses the device and the dtype, or says why a GPU cannot be used, quoting torch and its driver."""
+"""Chooses the device and the dtype; if a GPU cannot be used, reports the reason from torch and its driver."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from server.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 NO_DRIVER = "Found no NVIDIA driver"
-"""How torch begins where there is no GPU to speak of."""
+"""Beginning of torch's message on machines without a GPU."""
 
 
 def choose_device(device: str) -> torch.device:
-    """'auto' is the first CUDA device, else the CPU.
+    """Choose the device; 'auto' is the first CUDA device, else the CPU.
 
     Raises:
-        ConfigurationError: CUDA is asked for and cannot be used, with the reason; or the name is not a device.
+        ConfigurationError: CUDA is requested and cannot be used (with the reason), or the name is not a device.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -39,7 +39,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+    """Choose the dtype; 'auto' is bfloat16 if the hardware supports it natively, else float32."""
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
@@ -57,7 +57,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def why_no_cuda() -> str | None:
-    """The first line of what torch says when it looks for a CUDA device; None if it is built without CUDA."""
+    """The first line of torch's error about CUDA devices; None if torch is built without CUDA."""
     if _built_for() is None:
         return None
     try:
@@ -68,7 +68,7 @@ def why_no_cuda() -> str | None:
 
 
 def _built_for() -> str | None:
-    """The version of CUDA (or of ROCm) that torch is built for; None if for neither."""
+    """The version of CUDA or ROCm that torch is built for; None if it is built for neither."""
     if torch.version.hip is not None:
         return f"ROCm {torch.version.hip}"
     return None if torch.version.cuda is None else f"CUDA {torch.version.cuda}"

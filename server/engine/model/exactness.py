@@ -1,7 +1,7 @@
-"""Compares a loaded model's logits through the engine with its own; a model that differs is refused at start.
+"""Compares the engine's logits with those of the model's own forward at start; a model that differs is refused.
 
-A config shows much, but not everything: a model may ignore positions, look ahead, or need token ids beside embeddings.
-So a few tokens are sent both ways once, when the model is loaded.
+A config does not show everything: a model may ignore positions, look ahead, or need token ids beside embeddings.
+Therefore a few tokens are computed both ways when the model is loaded.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from server.engine.model.preflight import quantisation
 from server.errors import UnsupportedModel
 
 NUM_TOKENS = 8
-"""In each row. A large model on a CPU takes seconds for more."""
+"""Number of tokens in each row; more would take a large model on a CPU seconds."""
 
 NARROW_WINDOW = 3
 
 LARGEST_ERROR = 1e-3
-"""Relative to the largest logit, in float32 and float64. A right model's error is below 1e-5."""
+"""Largest error relative to the largest logit, in float32 and float64. A correct model's error is below 1e-5."""
 LARGEST_ERROR_HALF = 0.1
-"""The same in 8 or 11 bits of precision, and for quantised weights, where rounding costs a few percent."""
+"""The same for bfloat16, float16 and quantised weights, where rounding errors are a few percent."""
 
 REMEDY = "Choose a model that docs/models.md lists as right."
 
 
 class ModelInEngine(Protocol):
-    """What the comparison needs of a loaded model; `FrozenModel` has it."""
+    """The part of `FrozenModel` that the comparison needs."""
 
     spec: ModelSpec
     module: PreTrainedModel
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are in."""
+        """The dtype of the weights."""
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings `[tokens, hidden_size]`."""
@@ -61,12 +61,12 @@ class ModelInEngine(Protocol):
 
 @torch.inference_mode()
 def refuse_inexact(model: ModelInEngine) -> None:
-    """Compare the engine's path through a model with the model's own forward over token ids.
+    """Compare the engine's logits with those of the model's own forward over token ids.
 
-    A sliding window is made so narrow for this that it hides some of the few tokens.
+    For the comparison, sliding windows are made so narrow that they hide some of the few tokens.
 
     Raises:
-        UnsupportedModel: the logits differ; names the cause.
+        UnsupportedModel: the logits differ; the error names the cause.
     """
     config = model.module.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -106,14 +106,14 @@ def refuse_inexact(model: ModelInEngine) -> None:
 
 
 def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> torch.Tensor:
-    """Logits `[2 * tokens, vocab_size]` of two sequences of the same `[tokens]`, one after the other.
+    """The engine's logits `[2 * tokens, vocab_size]` of two sequences with the same tokens, one after the other.
 
-    They take two of the engine's steps: a beginning of each, then the next chunk of one beside the last token of the
-    other. In each step the tokens of both stand shuffled, because nothing that a model does outside its attention may
-    depend on a token's neighbours or on its place in the flat row.
+    They are computed in two steps: the beginning of each sequence, then the next chunk of one beside the last token of
+    the other. In each step the tokens of both sequences are shuffled, because outside attention nothing in a model may
+    depend on a token's neighbours or on its position in the flat row.
 
     Raises:
-        UnsupportedModel: the model writes to the embeddings that it is given.
+        UnsupportedModel: the model writes to its input embeddings.
     """
     tokens = len(ids)
     kv_cache = KVCache(replace(model.spec, max_model_len=tokens), num_slabs=2)
@@ -143,16 +143,16 @@ def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> 
 
 
 class _Shuffled:
-    """A step whose tokens stand in the flat row in any order; see `interface.Layout`."""
+    """The layout of a step whose tokens are shuffled in the flat row; see `interface.Layout`."""
 
     def __init__(self, kv_cache: KVCache, spans: Sequence[Span], tokens: int, *, narrow: bool) -> None:
-        """Shuffle a step's tokens: the flat row holds those of `order`, and `back` undoes it.
+        """Shuffle a step's tokens: `order` is their order in the flat row, `back` the inverse permutation.
 
         Args:
-            kv_cache: where keys and values go.
-            spans: the step.
-            tokens: that it has.
-            narrow: whether windows are `NARROW_WINDOW`, whatever the layers ask for.
+            kv_cache: stores keys and values.
+            spans: the spans of the step.
+            tokens: number of tokens in the step.
+            narrow: whether sliding windows are replaced by `NARROW_WINDOW`.
         """
         rows = CachedRows(kv_cache, spans)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ class _Shuffled:
 
 
 def own_logits(module: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits `[tokens, vocab_size]` of the model's own forward, given `input_ids` or `inputs_embeds` of one row."""
+    """Logits `[tokens, vocab_size]` of the model's own forward over `input_ids` or `inputs_embeds` of one row."""
     batch = {name: tensor[None] for name, tensor in inputs.items()}
     with _own_attention(module):
         logits: torch.Tensor = module(**batch, use_cache=False).logits[0].float()
@@ -195,7 +195,7 @@ def _own_attention(module: PreTrainedModel) -> Iterator[None]:
 
 
 def _probe_ids(model: ModelInEngine) -> torch.Tensor:
-    """Token ids `[NUM_TOKENS]` from the inside of the vocabulary: special tokens often stand at its ends."""
+    """Token ids `[NUM_TOKENS]` from the middle of the vocabulary, because special tokens are often at its ends."""
     return torch.linspace(0, model.spec.vocab_size - 1, NUM_TOKENS + 2, device=model.device)[1:-1].long()
 
 
@@ -205,9 +205,9 @@ def errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _typical_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The upper quartile of the tokens' errors; NaN if any is not finite.
+    """The upper quartile of the tokens' errors; NaN if any error is not finite.
 
-    Not the largest: rounding may send a single token of a mixture of experts to another expert.
+    The largest error would be too strict: in a mixture of experts, rounding may send a single token to another expert.
     """
     of_tokens = errors(got, expected)
     return float(of_tokens.quantile(0.75)) if bool(of_tokens.isfinite().all()) else float("nan")

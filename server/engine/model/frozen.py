@@ -1,7 +1,7 @@
-"""The frozen model: transformers' own modules, used as they are, behind one flat row of tokens.
+"""The frozen model: transformers' own modules, called with one flat row of tokens.
 
-Nothing here ever writes to a weight. The same object serves and trains: training only asks for gradients with respect
-to the input embeddings.
+Nothing in this module writes to a weight. The same object is used for serving and training; training only computes
+gradients with respect to the input embeddings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from server.engine.text.model_text import ModelText
 from server.errors import UnsupportedModel
 from server.settings import Settings, SpecialTokensInInput
 
-if TYPE_CHECKING:  # numba is only imported where it is used
+if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ class FrozenModel:
     """One causal language model in memory, with its tokenizer.
 
     Attributes:
-        spec: what the rest of the server may know of it.
+        spec: facts about the model for the rest of the server.
         module: transformers' model; every parameter has `requires_grad=False`.
-        tokenizer: its tokenizer.
-        text: texts to token ids and back; safe from any thread.
-        eos_token_ids: tokens that end a generation: those of the generation config, the config and the tokenizer.
-        attention_rules: what each layer requires of its attention.
-        kernels: compiled code that may be used with it; see `optimise.py`.
-        keeps_early: whether its last layer leaves out the rows whose logits nobody wants.
+        tokenizer: the model's tokenizer.
+        text: converts texts to token ids and back; safe from any thread.
+        eos_token_ids: tokens that end a generation, from the generation config, the config and the tokenizer.
+        attention_rules: each layer's requirements for attention.
+        kernels: compiled kernels for the model; see `optimise.py`.
+        keeps_early: whether the last layer computes only the rows whose logits are needed.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FrozenModel:
         max_model_len: int,
         special_tokens_in_input: SpecialTokensInInput = "text",
     ) -> None:
-        """Take a loaded model. Its attention implementation must be ours already.
+        """Take a loaded model, whose attention implementation is already Prelude's.
 
         Raises:
             UnsupportedModel: the engine cannot serve it, with the reason.
@@ -83,7 +83,7 @@ class FrozenModel:
         self.spec = ModelSpec(
             name=name,
             fingerprint=_fingerprint(text_config, weights, kv_heads, head_dim),
-            hidden_size=weights.shape[1],  # a few models widen their embeddings afterwards
+            hidden_size=weights.shape[1],  # a few models widen their embeddings later
             num_hidden_layers=text_config.num_hidden_layers,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -100,13 +100,13 @@ class FrozenModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.module.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are in."""
+        """The dtype of the weights."""
         dtype: torch.dtype = self.module.dtype
         return dtype
 
@@ -115,7 +115,7 @@ class FrozenModel:
         """Load the model that the settings name.
 
         Raises:
-            ConfigurationError: it cannot be found, or (UnsupportedModel) cannot be served.
+            ConfigurationError: the model cannot be found, or (UnsupportedModel) cannot be served.
         """
         checkpoint = resolve_checkpoint(settings.model, settings.model_name, settings.cache_dir)
         device = choose_device(settings.device)
@@ -137,25 +137,25 @@ class FrozenModel:
         return model
 
     def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]` of a text, as the numbers of a soft prompt are kept: on the CPU."""
+        """Input embeddings `[tokens, hidden_size]` of a text, on the CPU like the tensor of a soft prompt."""
         self.text.check_tokens(token_ids)
         with torch.no_grad():
             return self.embed(torch.tensor(token_ids, device=self.device)).cpu()
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]` as the model's own forward would make them."""
+        """Input embeddings `[tokens, hidden_size]`, as in the model's own forward."""
         embeddings: torch.Tensor = self.module.get_input_embeddings()(token_ids)
         return embeddings
 
     def forward(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, layout: Layout, keep: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `[kept, vocab_size]`, in the model's dtype, of the flat-row indices in `keep`.
+        """Logits `[kept, vocab_size]`, in the model's dtype, of the rows in `keep`.
 
         Args:
             inputs_embeds: `[tokens, hidden_size]`.
             position_ids: `[tokens]`, each token's position in its own sequence.
-            layout: whose token is whose.
+            layout: assigns tokens to sequences.
             keep: `[kept]`, indices into the flat row.
         """
         output = self.module(
@@ -177,9 +177,9 @@ def _size(module: PreTrainedModel) -> str:
 
 
 def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:
-    """Identity of the frozen model: shape-giving config fields and a sample of embedding rows in bfloat16.
+    """Identity of the frozen model: a hash of the config's sizes and of some embedding rows in bfloat16.
 
-    bfloat16 is what every served dtype rounds to in the same way, so the fingerprint does not depend on it.
+    All served dtypes round to the same bfloat16 numbers, so the fingerprint does not depend on the dtype.
     """
     fields = {
         "model_type": config.model_type,
@@ -198,7 +198,7 @@ def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: i
 
 
 def _refuse_other_rows(module: PreTrainedModel, rows: int) -> None:
-    """Refuse a model that would choose tokens which it cannot read, or could not choose those that it reads."""
+    """Refuse a model with different numbers of input embeddings and logits."""
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     logits = rows if head is None else head.weight.shape[0]
     if logits != rows:
@@ -208,10 +208,10 @@ def _refuse_other_rows(module: PreTrainedModel, rows: int) -> None:
 def _end_tokens(
     module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> tuple[frozenset[int], int | None]:
-    """Token ids that end a generation, and the one that training puts after every target.
+    """The token ids that end a generation, and the id that training puts after every target.
 
-    A chat fine-tune often names its end of turn in one place only, so the ids of all three places count. Training takes
-    the lowest id of the first place that names one: that is what existing soft prompts have learned.
+    A chat fine-tune often names its end of turn in only one of the three sources, so the ids of all sources count.
+    Training uses the lowest id of the first source that names one, because existing soft prompts were trained with it.
     """
     generation = getattr(module.generation_config, "eos_token_id", None)
     found: dict[str, list[int]] = {}
@@ -229,7 +229,7 @@ def _end_tokens(
 
 
 def weights_hash(module: nn.Module) -> str:
-    """sha256 over every parameter and buffer: proof that nothing wrote to the frozen model."""
+    """sha256 over all parameters and buffers, to prove that nothing has written to the frozen model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -1,10 +1,11 @@
-"""Models with layers without attention, and the modules that replace those layers' forward.
+"""Models with recurrent layers, and the modules that replace those layers' forward.
 
-The model's own forward would run such a layer over the flat row as if it were one sequence. Ours does the layer's
-matrix products over all tokens, and asks the layout for each sequence's state (`attention.RecurrentLayout`). Without a
-layout the layer computes what transformers wrote, which is what the check at the start compares ours with.
+The model's own forward would run such a layer over the flat row as if it were one sequence. The replacement computes
+the layer's matrix products over all tokens, and gets each sequence's state from the layout
+(`interface.RecurrentLayout`). Without a layout it calls transformers' forward, with which the check at start compares
+it.
 
-To serve another family: a module like `ShortConvolution` for its layers, and an entry in `RECURRENT_LAYERS`.
+Another family needs a module like `ShortConvolution` for its layers, and an entry in `RECURRENT_LAYERS`.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from server.errors import UnsupportedModel
 
 
 class Layers(NamedTuple):
-    """What a model's layers keep of a sequence."""
+    """The data that a model's layers store for a sequence."""
 
     num_attention_layers: int
     state_width: int
-    """Numbers of all layers' recurrent states together."""
+    """Number of values in the recurrent states of all layers together."""
 
 
 class RecurrentLayer(nn.Module):
-    """What stands in the place of a layer that keeps a recurrent state.
+    """The replacement of a layer that keeps a recurrent state.
 
     Attributes:
-        own: transformers' module, whose weights are used.
-        state_slice: of its state.
+        own: transformers' module, which provides the weights.
+        state_slice: position of the layer's state.
     """
 
     state_slice: StateSlice
@@ -67,12 +68,12 @@ class RecurrentLayer(nn.Module):
         return self.run(hidden_states, layout)
 
     def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
-        """`[1, tokens, hidden_size]` to the same shape, with each sequence's state from the layout."""
+        """`[1, tokens, hidden_size]` to the same shape; the layout provides each sequence's state."""
         raise NotImplementedError
 
 
 class ShortConvolution(RecurrentLayer):
-    """LFM2's gated convolution over the last few tokens; its state are the inputs of all of these but the newest."""
+    """LFM2's gated convolution over the last few tokens; its state is the inputs of all but the newest of them."""
 
     def __init__(self, own: Any, first: int) -> None:
         """Take transformers' module; its state begins at the number `first`."""
@@ -93,16 +94,16 @@ class ShortConvolution(RecurrentLayer):
 
 
 class GatedDeltaNet(RecurrentLayer):
-    """The linear attention of Qwen3-Next and Qwen3.5.
+    """The linear attention of Qwen3-Next and Qwen3.5 (gated delta rule).
 
-    Its state are the last inputs of a convolution, as in `ShortConvolution`, and for each head a matrix
+    Its state consists of the last inputs of a convolution, as in `ShortConvolution`, and for each head of a matrix
     `[key_dim, value_dim]`, which the gated delta rule decays and corrects with each token.
     """
 
     def __init__(self, own: Any, first: int) -> None:
         """Take transformers' module; its state begins at the number `first`."""
         super().__init__(own)
-        rules = sys.modules[type(own).__module__]  # on a GPU its functions are the kernels that are installed there
+        rules = sys.modules[type(own).__module__]  # not `own`'s functions, which may be installed kernels on a GPU
         self._rule_of_chunks: Any = rules.torch_chunk_gated_delta_rule
         self._rule_of_one: Any = rules.torch_recurrent_gated_delta_rule
         self._conv_width = (own.conv1d.kernel_size[0] - 1) * own.conv_dim
@@ -150,21 +151,21 @@ class GatedDeltaNet(RecurrentLayer):
 
 
 def convolve(conv: Any, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal convolution `[rows, tokens, width]` of each channel by itself, in the dtype of its state.
+    """A causal convolution of each channel by itself, `[rows, tokens, width]`, in the dtype of its state.
 
     Args:
-        conv: has the weights.
+        conv: the module with the weights.
         inputs: `[rows, tokens, width]`.
         state: `[rows, (kernel_size - 1) * width]`, the inputs before these.
 
     Returns:
-        What comes out, and the state after these inputs.
+        The outputs, and the state after these inputs.
     """
     rows, tokens, width = inputs.shape
     seen = torch.cat([state.reshape(rows, -1, width), inputs.to(state.dtype)], dim=1)
     weights = conv.weight[:, 0].to(state.dtype)  # [width, kernel_size], the newest token's last
     out = seen[:, :tokens] * weights[:, 0]
-    for age in range(1, conv.kernel_size[0]):  # each token by itself, so no neighbour changes a bit of its answer
+    for age in range(1, conv.kernel_size[0]):  # each token by itself, so other tokens cannot change a bit of its result
         out = torch.addcmul(out, seen[:, age : age + tokens], weights[:, age])
     if conv.bias is not None:
         out = out + conv.bias.to(state.dtype)
@@ -175,9 +176,9 @@ class Kind(NamedTuple):
     """A kind of layer that keeps a recurrent state."""
 
     layer_type: str
-    """As the config calls it."""
+    """The layer type's name in the config."""
     attribute: str
-    """Where a decoder layer has its module."""
+    """The attribute of a decoder layer that contains the module."""
     ours: Callable[[Any, int], RecurrentLayer]
 
 
@@ -187,19 +188,19 @@ _DELTA = Kind("linear_attention", "linear_attn", GatedDeltaNet)
 RECURRENT_LAYERS = dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLUTION) | dict.fromkeys(
     ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA
 )
-"""By the `model_type` of a text model."""
+"""The kind of recurrent layer by the text model's `model_type`."""
 
 
 def kinds_with_states(text_config: PretrainedConfig) -> set[str]:
-    """The kinds of layers of a model that the engine keeps a recurrent state for."""
+    """The layer types of a model for which the engine stores a recurrent state."""
     kind = RECURRENT_LAYERS.get(text_config.model_type)
     return set() if kind is None else {kind.layer_type}
 
 
 def prepare_layers(module: PreTrainedModel) -> Layers:
-    """Replace the layers of a model that keep a recurrent state, if it has some; its weights stay as they are.
+    """Replace a model's recurrent layers, if it has any; the weights do not change.
 
-    Layers with attention are renumbered, so that the KV cache has none for the others.
+    Layers with attention are renumbered, so that the KV cache has no space for recurrent layers.
 
     Raises:
         UnsupportedModel: no layer has attention, or a convolution has no state.

@@ -1,4 +1,4 @@
-"""Errors of libraries that read a model, as one sentence with a remedy."""
+"""Turns errors of the libraries that read a model into one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOST_CHARACTERS = 300
 
 @contextmanager
 def refusing_own_choice(kind: str) -> Iterator[None]:
-    """Refuse a model that looks its attention up in a list of its own, where ours is not.
+    """Context manager: refuse a model that looks up its attention in its own table, which lacks Prelude's.
 
     Raises:
-        UnsupportedModel: it does.
+        UnsupportedModel: this is the case.
     """
     try:
         yield
@@ -37,16 +37,16 @@ def refusing_own_choice(kind: str) -> Iterator[None]:
 
 @contextmanager
 def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn whatever goes wrong inside into one sentence, with the problem first.
+    """Context manager: turn any exception into one sentence that begins with `problem`.
 
     Raises:
-        ConfigurationError: anything was raised that is not an error of ours already.
+        ConfigurationError: an exception other than a PreludeError was raised.
     """
     try:
         yield
     except PreludeError:
         raise
-    except Exception as exc:  # the libraries that read models raise anything
+    except Exception as exc:  # the libraries that read models raise exceptions of any class
         if _is_out_of_memory(exc):
             raise InsufficientMemory(f"{problem}: {_reason(exc)}.", remedy=MAKE_ROOM) from exc
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
@@ -59,12 +59,12 @@ def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def _is_out_of_memory(exc: Exception) -> bool:
-    """Whether memory ran out; torch's allocator on a CPU raises no class of its own."""
+    """Whether memory ran out; torch's CPU allocator has no exception class of its own."""
     return isinstance(exc, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(exc)
 
 
 def _reason(exc: Exception) -> str:
-    """What an exception says, on one line, of a bounded length."""
+    """An exception's message on one line of bounded length."""
     text = " ".join(str(exc).split())
     if isinstance(exc, LookupError | AssertionError) or not text:
         text = f"{type(exc).__name__} {text}".strip()

@@ -1,7 +1,7 @@
-"""Loads a model's modules and tokenizer from its files, or says in one sentence what is wrong with them.
+"""Loads a model's modules and tokenizer from its files, or reports in one sentence what is wrong with them.
 
-The files are checked before transformers reads them: it makes up weights that are missing, leaves out settings that it
-cannot read, and asks on the terminal whether it may run code that lies beside the weights.
+The files are checked before transformers reads them: transformers initialises missing weights randomly, ignores
+settings that it cannot read, and asks on the terminal whether to run code from the model's directory.
 """
 
 from __future__ import annotations
@@ -53,22 +53,21 @@ SETTINGS_FILES = (
     *(CONFIG, "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", INDEX),
 )
-"""Files that hold one JSON object each, if they are there."""
+"""Optional files that contain one JSON object each."""
 VOCABULARIES = (".model", ".tiktoken", "tekken.json")
-"""How files of tokenizers end that are called neither tokenizer nor vocab."""
+"""Endings of tokenizer files whose names contain neither "tokenizer" nor "vocab"."""
 SHOWN = 3
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 
 
 def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer in a directory, or of a hub id.
+    """Load the model and the tokenizer from a directory, or by a hub id.
 
-    Code that lies beside the weights is never run.
+    Code in the model's directory is never run.
 
     Raises:
-        ConfigurationError: something is missing, broken or does not fit together; (UnsupportedModel) or it cannot be
-            served.
+        ConfigurationError: files are missing, broken or inconsistent, or (UnsupportedModel) the model cannot be served.
     """
     directory = Path(location)
     weights: dict[str, Stored] = {}
@@ -99,7 +98,8 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=False,
             output_loading_info=True,
-            # On a CPU the file is mapped; elsewhere weights go there one by one, and the host needs no room for all.
+            # On a CPU the file is mapped; on other devices weights are copied one by one, so the host need not hold
+            # them all.
             device_map=None if device.type == "cpu" else {"": device},
         )
         module: PreTrainedModel = loaded[0]
@@ -114,9 +114,9 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
 
 @contextmanager
 def quietly(location: str) -> Iterator[None]:
-    """Keep transformers from reporting in many lines what we report in one.
+    """Context manager: silence transformers' messages about problems that Prelude reports itself.
 
-    Its progress bars appear only on a terminal, and only for a model of the hub, which takes long to download.
+    Its progress bars appear only on a terminal, and only for models from the hub, which take long to download.
     """
     verbosity = transformers_logging.get_verbosity()
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
@@ -136,10 +136,10 @@ def quietly(location: str) -> Iterator[None]:
 
 
 def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which weights are missing: transformers makes up random ones.
+    """Refuse a model with missing weights, which transformers would initialise randomly.
 
     Raises:
-        ConfigurationError: names some of them.
+        ConfigurationError: names some of the missing weights.
     """
     missing = sorted(info["missing_keys"])
     if missing:
@@ -153,18 +153,18 @@ def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
 
 
 def check_files(directory: Path) -> dict[str, Stored]:
-    """Refuse a directory whose files are missing, cut or unreadable, before any is loaded.
+    """Refuse a directory with missing, truncated or unreadable files, before any file is loaded.
 
     Returns:
-        The weights by their names, as far as they are in safetensors files.
+        The weights in safetensors files, by name.
 
     Raises:
-        ConfigurationError: names the first such file.
+        ConfigurationError: names the first bad file.
     """
     with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
         names = {path.name for path in directory.iterdir()}
         odd = sorted(name for name in names if _is_no_file(directory / name))
-    if odd:  # whoever opens a pipe waits for its writer, without a word
+    if odd:  # opening a pipe would silently wait for its writer
         raise ConfigurationError(
             f"{directory} holds what is neither a file nor a directory: {_some(odd)}.",
             remedy="Put the model's files in its place.",
@@ -186,7 +186,7 @@ def check_files(directory: Path) -> dict[str, Stored]:
     for shard in _shards(directory, names, found.get(INDEX)):
         with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
             weights |= _tensors_of(directory / shard)
-    # Masks and the like may be whole numbers.
+    # Masks and similar tensors may be integers.
     odd = [name for name, stored in weights.items() if stored.dtype not in FLOATS and name.endswith("weight")]
     if odd and "quantization_config" not in found[CONFIG]:
         raise ConfigurationError(
@@ -198,7 +198,7 @@ def check_files(directory: Path) -> dict[str, Stored]:
 
 
 def _is_no_file(path: Path) -> bool:
-    """Whether it is a pipe, a socket or a device, or a link to one."""
+    """Whether the path is a pipe, a socket or a device, or a link to one."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
@@ -211,7 +211,7 @@ def _object_in(path: Path) -> dict[str, Any]:
 
 
 def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> list[str]:
-    """The safetensors files that the weights are in; none for a model in torch's own format."""
+    """The safetensors files with the weights; empty for a model in torch's own format."""
     if WEIGHTS in names:
         return [WEIGHTS]
     if index is None:
@@ -232,14 +232,14 @@ def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> l
 
 
 def _tensors_of(path: Path) -> dict[str, Stored]:
-    """Each tensor by its name; the header is checked against the file's length."""
+    """A file's tensors by name; opening the file checks the header against the file's length."""
     with safe_open(path, framework="pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         return {name: Stored(part.get_dtype(), math.prod(part.get_shape())) for name, part in slices.items()}
 
 
 def _check_layers(location: str, names: Iterable[str], config: PretrainedConfig) -> None:
-    """Refuse more layers than there are weights for: they would all be made first, in memory and time without bound."""
+    """Refuse more layers than the weights have: transformers would first create them all, without any limit."""
     numbers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     most = max(numbers) + 1 if numbers else layers

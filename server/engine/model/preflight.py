@@ -1,6 +1,6 @@
-"""Checks before any weight is loaded: whether the needed packages are installed, and whether the weights fit.
+"""Checks before any weight is loaded that the needed packages are installed and that the weights fit into memory.
 
-Where the system has no memory left, Linux kills a process without a word, and CUDA fails only after minutes of loading.
+When memory runs out, Linux kills the process silently, and CUDA fails only after minutes of loading.
 """
 
 from __future__ import annotations
@@ -43,42 +43,42 @@ NEEDED = {
     "torchao": ("torchao",),
     "vptq": ("vptq",),
 }
-"""Packages that transformers needs beside its own dependencies, by `quant_method`."""
+"""Additional packages that transformers needs, by `quant_method`."""
 
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 UNPACKED = "compressed-tensors"
-"""The `quant_method` whose weights become plain ones; its package would otherwise unpack them at the first step."""
+"""The `quant_method` whose weights are de-quantised on loading; otherwise its package would do so at the first step."""
 
 HALF_BYTE = "mxfp4"
-"""The `quant_method` whose blocks of bytes hold two numbers each."""
+"""The `quant_method` whose bytes contain two numbers each."""
 
 MADE_UP = 2**26
-"""Numbers that transformers may make up beyond what a checkpoint holds, before what is missing is refused by name."""
+"""Number of missing values that transformers may initialise; the missing weights are then refused by name."""
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-"""Bytes of a number by safetensors' name of its dtype; others have one."""
+"""Bytes per number by safetensors' name of the dtype; 1 for all other dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a checkpoint: safetensors' name of its dtype, and how many numbers it holds."""
+    """A tensor of a checkpoint: safetensors' name of its dtype, and its number of values."""
 
     dtype: str
     numbers: int
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class that loads a model: of a model that reads images too, the text part is served."""
+    """The class that loads a model; of a model that also reads images, the text part is served."""
     kind = config.model_type
     is_multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def made(config: PretrainedConfig) -> dict[str, Stored]:
-    """The weights that a model of a config has, which is made without memory for them."""
+    """The weights of a model with this config, which is created without allocating memory."""
     with torch.device("meta"):
         module = auto_class(config).from_config(config, attn_implementation="eager")
     return {name: Stored("F32", parameter.numel()) for name, parameter in module.named_parameters()}
@@ -90,7 +90,7 @@ def _quantisation_fields(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
-    """The `quant_method` of a checkpoint; None where it is not quantised."""
+    """The `quant_method` of a checkpoint; None if it is not quantised."""
     fields = _quantisation_fields(config)
     if fields is None:
         return None
@@ -100,7 +100,7 @@ def quantisation(config: PretrainedConfig) -> str | None:
 
 
 def unpack(config: PretrainedConfig) -> bool:
-    """Whether the weights of a checkpoint become plain ones; its config then asks transformers to do so on loading."""
+    """If a checkpoint must be de-quantised on loading, set this in its config and return True."""
     if quantisation(config) != UNPACKED:
         return False
     config.quantization_config = config.quantization_config | {"dequantize": True}
@@ -108,10 +108,10 @@ def unpack(config: PretrainedConfig) -> bool:
 
 
 def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
-    """Refuse a quantised checkpoint whose method transformers does not know, or whose packages are not installed.
+    """Refuse a quantised checkpoint with a method that transformers does not know, or with missing packages.
 
     Raises:
-        UnsupportedModel: names them.
+        UnsupportedModel: names the method or the packages.
     """
     method = quantisation(config)
     missing = [name for name in NEEDED.get(method or "", ()) if not _is_installed(name)]
@@ -132,15 +132,15 @@ def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
 
 
 def refuse_other_sizes(location: str, weights: Iterable[Stored], config: PretrainedConfig) -> None:
-    """Refuse a config that asks for far more numbers than a checkpoint holds.
+    """Refuse a config that requires far more values than the checkpoint contains.
 
-    transformers would make up all that is missing before it says so, in memory and time without bound.
+    transformers would initialise all missing weights before it reports them, without any limit on memory and time.
 
     Raises:
-        ConfigurationError: names both.
+        ConfigurationError: names both numbers.
     """
     quantised = quantisation(config) is not None
-    # Quantised numbers take a bit each at least, and may be packed into whole numbers of any size.
+    # A quantised number takes at least one bit, and may be packed into integers of any size.
     held = sum(one.numbers * (8 * SIZES.get(one.dtype, 1) if quantised else 1) for one in weights)
     asked = sum(one.numbers for one in made(config).values())
     if asked > 2 * held + MADE_UP:
@@ -162,12 +162,12 @@ def _is_installed(package: str) -> bool:
 def refuse_too_large(
     location: str, weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Refuse a model whose weights alone exceed what is free on the device; see `weight_bytes` for the arguments.
+    """Refuse a model whose weights alone exceed the free memory; see `weight_bytes` for the arguments.
 
     Raises:
         InsufficientMemory: names both sizes.
     """
-    # Linux gives back what it caches of files, such as those of the weights themselves.
+    # Linux frees its file cache, for example of the weights themselves, when memory is needed.
     need = weight_bytes(weights, method, device, dtype)
     free = free_memory(device, with_cache=True)
     if need <= free:
@@ -186,13 +186,13 @@ def refuse_too_large(
 
 
 def weight_bytes(weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that weights take once they are loaded, at least.
+    """Minimum number of bytes that the loaded weights take.
 
     Args:
-        weights: as they are stored.
+        weights: the stored tensors.
         method: the checkpoint's `quant_method`.
-        device: where they are loaded to.
-        dtype: that floating-point numbers are loaded in.
+        device: the device to load them to.
+        dtype: the dtype in which floating-point numbers are loaded.
     """
     becomes_plain = _becomes_plain(method, device)
     total = 0
@@ -207,7 +207,7 @@ def weight_bytes(weights: Iterable[Stored], method: str | None, device: torch.de
 
 
 def _becomes_plain(method: str | None, device: torch.device) -> bool:
-    """Whether transformers makes plain numbers of quantised ones, because nothing multiplies them on the device."""
+    """Whether transformers de-quantises the weights, because the device cannot multiply quantised ones."""
     if device.type == "cpu" or not torch.cuda.is_available():
         return device.type == "cpu"
     capability = torch.cuda.get_device_capability(device)
@@ -217,12 +217,12 @@ def _becomes_plain(method: str | None, device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
-    """Bytes that can still be taken on a device; in a container, within its limit.
+    """Bytes that can still be allocated on a device; in a container, within its limit.
 
     Args:
         device: the device.
-        with_cache: whether caches count as free: on CUDA what torch's allocator has reserved and nobody uses, which may
-            lie in pieces between weights; on a CPU the files that a container's system has cached.
+        with_cache: whether caches count as free: on CUDA, unused memory that torch's allocator has reserved, which may
+            be fragmented; on a CPU, the container's file cache.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if with_cache else 0
@@ -231,7 +231,7 @@ def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
 
 
 def _container_headroom(*, with_cache: bool) -> int:
-    """What a cgroup's limit leaves, or a very large number where there is none."""
+    """Bytes left within the cgroup's limit; a very large number without a limit."""
     for folder, limit_file, used_file, cached in (
         (CGROUP, "memory.max", "memory.current", {"active_file", "inactive_file"}),
         (CGROUP / "memory", *CGROUP_V1_FILES, {"total_active_file", "total_inactive_file"}),

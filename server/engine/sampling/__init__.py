@@ -1,1 +1,1 @@
-"""From logits to tokens: rules of each request, draws, log-probabilities."""
+"""From logits to tokens: each request's rules, draws, log-probabilities."""

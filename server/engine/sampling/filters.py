@@ -1,8 +1,8 @@
-"""Applies penalties, biases and filters to logits, each for all rows at once.
+"""Applies penalties, biases and filters to logits, each to all rows at once.
 
-Rows have rules of their own, but a device pays for each operator and each upload, not for rows. So the host lists what
-every row's rules change, and uploads the lists of all rows together. The order is transformers': penalties, biases,
-what must not come, temperature, top-k, top-p (Holtzman et al. 2020), min-p, typical-p.
+Each row has its own rules, but on a device the costs are operators and uploads, not rows. The host therefore lists the
+changes that each row's rules make, and uploads the lists of all rows together. The order is transformers': penalties,
+biases, forbidden tokens, temperature, top-k, top-p (Holtzman et al. 2020), min-p, typical-p.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from server.engine.to_device import upload
 NEVER = float("-inf")
 
 LARGEST_UNIFORM = 1.0 - 2.0**-52
-"""The largest number below 1 whose product with any total is less than that total, however it is rounded."""
+"""The largest number below 1 whose rounded product with any total is less than that total."""
 
 
 @dataclass
 class Changes:
-    """What penalties, biases and bans change in logits `[rows, vocab_size]`. Places are counted through all rows."""
+    """Changes of logits `[rows, vocab_size]` by penalties, biases and bans. Indices are flat, over all rows."""
 
     vocab_size: int
     penalised: list[tuple[int, float, SeenTokens]] = field(default_factory=list)
-    """Each row's first place, its repetition penalty, and the tokens that its penalties are for."""
+    """For each row: its first flat index, its repetition penalty, and the tokens to penalise."""
     biased: list[np.ndarray] = field(default_factory=list)
-    """Places of each row's biases."""
+    """Flat indices of each row's biases."""
     biases: list[np.ndarray] = field(default_factory=list)
     forbidden: list[int] = field(default_factory=list)
-    """Places of tokens that may not come next."""
+    """Flat indices of tokens that must not come next."""
     masked: list[int] = field(default_factory=list)
-    """Rows whose grammar says which tokens may come next."""
+    """Rows with a grammar, which determines the tokens that may come next."""
     masks: list[np.ndarray] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
-    """Rows whose rules raised; each sequence has the exception in `error`."""
+    """Rows whose rules raised an exception, which is in the sequence's `error`."""
 
     @classmethod
     def of(cls, sequences: Rows[Sequence], vocab_size: int, eos_token_ids: frozenset[int]) -> Changes:
-        """What the rules of each row change before its best token is looked for."""
+        """Collect the changes that each row's rules make before the best token is chosen."""
         changes = cls(vocab_size)
         for row, sequence in enumerate(sequences):
             try:
                 changes._add(row, sequence, eos_token_ids)
-            except Exception as exc:  # noqa: BLE001 - its request ends by it, and no other
+            except Exception as exc:  # noqa: BLE001 - only this request ends
                 sequence.error = exc
                 changes.failed.append(row)
         return changes
 
     def __bool__(self) -> bool:
-        """Whether anything changes."""
+        """Whether there are any changes."""
         return bool(self.penalised or self.biased or self.forbidden or self.masked or self.failed)
 
     def _add(self, row: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
-        """Take one row's rules, all or none of them.
+        """Add one row's changes, all or none.
 
         Raises:
-            IndexError: a token id is none of the model's; its place would be in another row.
+            IndexError: a token id is outside the vocabulary, so its flat index would be in another row.
         """
         first, seen, params = row * self.vocab_size, sequence.seen, sequence.sampling
         if seen is not None and not seen.are_within(self.vocab_size):
@@ -76,7 +76,7 @@ class Changes:
         ids, biases = sequence.bias
         mask = None if sequence.walk is None else sequence.walk.allowed_bits()
         ends: frozenset[int] = frozenset()
-        # A grammar knows better than `min_new_tokens` when there may be an end.
+        # A grammar takes precedence over `min_new_tokens` in deciding when a text may end.
         if mask is None and len(sequence.output_ids) < sequence.sampling.min_new_tokens:
             ends = eos_token_ids | sequence.sampling.stop_token_ids
         bounds = (ids.min(), ids.max()) if len(ids) else ()
@@ -94,7 +94,7 @@ class Changes:
         return IndexError(f"token ids must be 0 to {self.vocab_size - 1}")
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change the logits in place; the rows that failed become NaN."""
+        """Change the logits in place; failed rows become NaN."""
         penalised, *penalties = self._penalties(logits)
         biased, biases = _joined(self.biased, np.int64), _joined(self.biases, np.float64)
         forbidden, masked = (np.array(places, dtype=np.int64) for places in (self.forbidden, self.masked))
@@ -117,7 +117,7 @@ class Changes:
             logits.index_fill_(0, upload([np.array(self.failed)], device)[0], float("nan"))
 
     def _penalties(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Places of seen tokens, what their logits are multiplied with or divided by, and what is taken off them."""
+        """Flat indices of penalised tokens, their repetition penalties, and the amounts to subtract."""
         if not self.penalised:
             return np.empty(0, np.int64), _like(logits, np.empty(0)), _like(logits, np.empty(0))
         firsts, repetitions, seen = zip(*self.penalised, strict=True)
@@ -129,7 +129,7 @@ class Changes:
         return places, repetition, _like(logits, np.concatenate([one.minus for one in seen]))
 
     def _denied(self, device: torch.device) -> torch.Tensor:
-        """The masks' zeros as booleans `[masked, vocab_size]`; what a mask does not know is denied."""
+        """The masks' zeros as booleans `[masked, vocab_size]`; tokens beyond a mask are denied."""
         bits = np.zeros((len(self.masks), -(-self.vocab_size // 8)), dtype=np.uint8)
         for row, mask in zip(bits, self.masks, strict=True):
             known = min(len(row), len(mask))
@@ -143,14 +143,14 @@ def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _like(logits: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
-    """Numbers as precise as the logits that they are for."""
+    """Convert numbers to the precision of the logits."""
     return numbers.astype(np.float64 if logits.dtype == torch.float64 else np.float32)
 
 
 def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each row is drawn from, `[rows, vocab_size]` in float64, and a uniform number to draw with, `[rows, 1]`.
+    """Weights `[rows, vocab_size]` in float64 to draw from, and uniform numbers `[rows, 1]` to draw with.
 
-    A filter leaves tokens out by making them zero. The number comes from each sequence's own generator.
+    Filters exclude tokens by setting their weights to zero. Each number comes from the sequence's own generator.
     """
     rules = np.concatenate([sequence.filters for sequence in sequences]).reshape(len(sequences), -1)
     draws = np.minimum([sequence.next_uniform() for sequence in sequences], LARGEST_UNIFORM)
@@ -173,20 +173,20 @@ def probabilities(logits: torch.Tensor, sequences: Rows[Sequence]) -> tuple[torc
 
 
 def _keep_top_k(scaled: torch.Tensor, top_k: np.ndarray) -> torch.Tensor:
-    """Keep the most likely tokens, `[rows]`; a row without a limit has 0, or as many as there are."""
+    """Keep the `top_k` `[rows]` most likely tokens; 0 or the vocabulary's size means no limit."""
     limited = (top_k > 0) & (top_k < scaled.shape[1])
     if not limited.any():
         return scaled
     most = int(top_k[limited].max())
     values = scaled.topk(most, dim=-1).values
     if not limited.all():
-        values = torch.nn.functional.pad(values, (0, 1), value=NEVER)  # what rows without a limit are compared with
+        values = torch.nn.functional.pad(values, (0, 1), value=NEVER)  # the threshold of rows without a limit
     [kth] = upload([np.where(limited, top_k - 1, most).astype(np.int64)], scaled.device)
     return scaled.masked_fill_(scaled < values.gather(1, kth[:, None]), NEVER)
 
 
 def _keep_typical(kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """The tokens whose surprise is nearest to the entropy, until they reach `mass` (Meister et al. 2022)."""
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach `mass` (Meister et al. 2022)."""
     kept = kept / kept.sum(dim=-1, keepdim=True)
     surprise = -kept.log()
     entropy = (kept * surprise).nan_to_num(nan=0.0).sum(dim=-1, keepdim=True)
@@ -195,6 +195,6 @@ def _keep_typical(kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_after(ordered: torch.Tensor, index: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Zero the probabilities before which, in this order, the mass is reached, and put all of them back in place."""
+    """Set the probabilities after the mass is reached, in this order, to zero, and restore the original order."""
     before = ordered.cumsum(dim=-1) - ordered
     return torch.empty_like(ordered).scatter_(1, index, ordered.masked_fill(before >= mass, 0.0))

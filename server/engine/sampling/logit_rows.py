@@ -1,4 +1,4 @@
-"""The rows of a step whose logits are needed: for the next token, or to score a given one."""
+"""The rows of a step whose logits are needed, to choose the next token or to score a given one."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ Batch = list[tuple[Sequence, Span]]
 
 @dataclass
 class LogitRows:
-    """The wanted rows of a batch. Numbers are those of rows of logits, of which each wanted row of the step has one."""
+    """The needed rows of a batch. "Row" numbers are rows of logits, one for each needed row of the step."""
 
     kept: np.ndarray
-    """`[rows]`: where they lie in the step's flat row."""
+    """`[rows]`: the index of each row in the step's flat row."""
     next_rows: list[int] = field(default_factory=list)
-    """The row that each choice draws from; choices that share their input draw from one row."""
+    """The row that each choice draws from; choices that share an input draw from the same row."""
     drawing: list[Sequence] = field(default_factory=list)
-    """Whose draws those are."""
+    """The sequences of those draws."""
     labelled: list[tuple[int, Sequence]] = field(default_factory=list)
-    """Rows that say how likely the first token of each label is."""
+    """Rows that score the first token of each label."""
     only_decodes: bool = False
-    """Whether all of the step's shares are one token that asks for what comes next."""
+    """Whether every sequence of the step computes one token and draws the next one."""
     scored: list[tuple[int, Sequence, int, int]] = field(default_factory=list)
-    """First row, whose given tokens are scored by it and the next ones, the first of its `targets`, how many."""
+    """First row, sequence, index of its first target, and number of targets; consecutive rows score consecutive
+    targets."""
 
     @classmethod
     def of(cls, batch: Batch) -> LogitRows:
-        """Of the tokens of a flat row."""
+        """The needed rows of a batch."""
         rows = cls(np.empty(0, dtype=np.int64))
         kept: list[int] = []
         asking = 0
-        first = 0  # of the share, in the flat row
+        first = 0  # index of the span's first token in the flat row
         for sequence, span in batch:
             if sequence.targets:
                 positions = sequence.scored_positions(span)
@@ -70,7 +71,7 @@ class LogitRows:
             self.drawing += sequence.siblings
 
     def score(self, logits: torch.Tensor, download: Download) -> Callable[[], None]:
-        """Find how likely the given tokens were, and labels' first ones; the answer gives them to their sequences."""
+        """Score given tokens and labels' first tokens; the returned function hands the sequences their scores."""
         parts = [*self._score_labels(logits, download), *self._score_targets(logits, download)]
 
         def give() -> None:
@@ -80,7 +81,7 @@ class LogitRows:
         return give
 
     def _score_labels(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
-        """Labels' first tokens, all those of a row from one sum over it."""
+        """Score the first tokens of labels; one sum over a row serves all its labels."""
         for part in in_parts(len(self.labelled), logits):
             labelled = self.labelled[part]
             firsts = [[label[0] for label in sequence.request.labels] for _, sequence in labelled]
@@ -92,7 +93,7 @@ class LogitRows:
             yield _given([sequence for _, sequence in labelled], firsts, logprobs, download)
 
     def _score_targets(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
-        """Given tokens: those of labels, then those of inputs, which also have ranks and likelier tokens."""
+        """Score given tokens: labels' tokens, then inputs' tokens with ranks and the likeliest tokens."""
         rows = [
             _Target(sequence, first + i, sequence.targets[target + i])
             for first, sequence, target, count in self.scored
@@ -105,7 +106,7 @@ class LogitRows:
 
 
 class _Target(NamedTuple):
-    """A given token that is to be scored, and the row of logits that saw it come."""
+    """A given token to score, and the row of logits that predicts it."""
 
     sequence: Sequence
     row: int
@@ -137,7 +138,7 @@ def _given(sequences: list[Sequence], tokens: list[list[int]], logprobs: int, do
 
 
 def tokens_of(batch: Batch) -> tuple[list[int], list[tuple[int, torch.Tensor]]]:
-    """Token ids of a step's flat row, and the virtual tokens in it, by their first row; their ids mean nothing."""
+    """Token ids of a step's flat row, and its virtual tokens by first row; ids of virtual tokens have no meaning."""
     ids: list[int] = []
     virtual: list[tuple[int, torch.Tensor]] = []
     for sequence, span in batch:

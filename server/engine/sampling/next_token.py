@@ -8,7 +8,7 @@ from server.contracts import Candidate
 
 
 class NextToken(NamedTuple):
-    """A row's next token. `token_id` is None where the logits are not finite, so that nothing can be chosen."""
+    """A row's next token. `token_id` is None if the logits are not finite."""
 
     token_id: int | None
     logprob: float | None

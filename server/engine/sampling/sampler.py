@@ -1,8 +1,8 @@
-"""Samples the next token of every row of logits, each row by its own parameters.
+"""Samples the next token of each row of logits, by the row's own parameters.
 
-A batch of plain greedy rows costs one argmax over logits as the model gives them. What the rules make of the others is
-in `filters.py`. A draw is one uniform number from the sequence's own generator, looked up in the row's cumulative
-distribution: it depends on the seed and on how many tokens came before, not on the neighbours.
+A batch of plain greedy rows takes one argmax over the model's logits. `filters.py` applies the rules of all other rows.
+A draw looks up one uniform number, from the sequence's own generator, in the row's cumulative distribution. It depends
+on the seed and the number of earlier tokens, not on other rows.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from server.engine.to_device import Download, upload
 Item = TypeVar("Item")
 
 NUMBERS_AT_ONCE = {"cpu": 2**22}
-"""Logits whose rules are applied in one go: drawing takes several copies of them in float64. A CPU's caches hold no
-more. Choices that share their input draw from it before they have a slot, so there can be many more rows than sequences
-that run."""
+"""Number of logits that are processed at a time, because drawing needs several copies in float64; on a CPU, as many as
+fit into its caches. Choices that share an input draw from it before they have a slot, so there can be many more rows
+than running sequences."""
 
 DEVICE_NUMBERS_AT_ONCE = 2**25
-"""The same for any other device: 256 rows of a vocabulary of 128 thousand are one go."""
+"""The same for all other devices: 256 rows with a vocabulary of 128 thousand tokens."""
 
 
 def choose_next(
     logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
 ) -> list[NextToken]:
-    """Choose a token for each row of `logits` `[rows, vocab_size]`, which it does not change; waits for the device.
+    """Choose a token for each row of `logits` `[rows, vocab_size]`, without changing them; waits for the device.
 
     Args:
         logits: in any dtype; rules are applied in float32 or float64.
-        sequences: whose rows they are.
+        sequences: the sequence of each row.
         eos_token_ids: tokens that end a generation.
-        operators: how to find the best token; torch's way if it is None.
+        operators: finds the best token; torch's operators if None.
     """
     return begin_choosing(logits, sequences, eos_token_ids, Download(), operators)()
 
@@ -55,14 +55,14 @@ def begin_choosing(
     operators: Operators | None = None,
     drawn_from: Rows[int] | None = None,
 ) -> Callable[[], list[NextToken]]:
-    """As `choose_next`, without waiting: answers what makes choices of `download` once everything is asked for.
+    """Start `choose_next` without waiting; the returned function reads the choices from `download`.
 
-    `drawn_from` says which row of the logits each sequence draws from; without it each draws from its own.
+    `drawn_from` is the row of logits that each sequence draws from; by default its own.
     """
     rows = range(len(sequences)) if drawn_from is None else drawn_from
     plain, ruled = _sorted_out(sequences)
     parts: list[tuple[Rows[int], Callable[[], list[NextToken]]]] = []
-    # Neighbours are read where they are; what is copied is copied in parts.
+    # Adjacent rows are read in place; other rows are copied, in parts.
     whole = [slice(None)] if plain and _as_run(_some(rows, plain)) is not None else in_parts(len(plain), logits)
     for part in whole:
         mine = rows_of(logits, _some(rows, plain[part]))
@@ -84,7 +84,7 @@ def begin_choosing(
 
 
 def _sorted_out(sequences: Rows[Sequence]) -> tuple[Rows[int], Rows[int]]:
-    """The sequences that take the best token as it is, and those that have rules."""
+    """Split the sequences into plain greedy ones and those with rules."""
     ruled = [
         i
         for i, sequence in enumerate(sequences)
@@ -100,30 +100,30 @@ def _sorted_out(sequences: Rows[Sequence]) -> tuple[Rows[int], Rows[int]]:
 
 
 def _some(items: Rows[Item], places: Rows[int]) -> Rows[Item]:
-    """The items at these places, which are distinct and in order."""
+    """The items at these indices, which are distinct and ascending."""
     return items if len(places) == len(items) else [items[place] for place in places]
 
 
 def rows_of(logits: torch.Tensor, rows: Rows[int]) -> torch.Tensor:
-    """Some rows of logits: a view where they are neighbours, as they usually are, else a copy."""
+    """Some rows of logits: a view if they are adjacent, as they usually are, else a copy."""
     if (run := _as_run(rows)) is not None:
         return logits[run]
     return logits[upload([np.array(rows)], logits.device)[0]]
 
 
 def _as_run(rows: Rows[int]) -> slice | None:
-    """The rows as a slice, if each comes after the one before."""
+    """The rows as a slice, if they are consecutive."""
     first, last = rows[0], rows[0] + len(rows)
     return slice(first, last) if list(rows) == list(range(first, last)) else None
 
 
 def rows_at_once(device: torch.device, vocab_size: int) -> int:
-    """Rows of logits that rules are applied to in one go."""
+    """Number of rows of logits that are processed at a time."""
     return max(1, NUMBERS_AT_ONCE.get(device.type, DEVICE_NUMBERS_AT_ONCE) // vocab_size)
 
 
 def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
-    """Cut `count` rows as wide as these logits into parts whose copies memory can hold."""
+    """Divide `count` rows, as wide as these logits, into parts of `rows_at_once` rows."""
     step = rows_at_once(logits.device, logits.shape[1])
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
@@ -137,7 +137,7 @@ def _choose_best(
 
 
 def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Callable[[], list[int | None]]:
-    """The chosen tokens; None where the best logit shows that the row cannot be used."""
+    """The chosen tokens; None for rows whose best logit is not finite."""
     numbers = download.add(best), download.add(chosen)
 
     def tokens() -> list[int | None]:
@@ -157,7 +157,7 @@ def _choose_by_rules(
         if adjusted.data_ptr() == logits.data_ptr():
             adjusted = adjusted.clone()
         changes.apply(adjusted)
-    # NaN is the largest value to max(), so one pass finds both the best token and a row that cannot be used.
+    # max() treats NaN as the largest value, so one pass finds both the best token and unusable rows.
     best, chosen = adjusted.max(dim=-1)
     drawn = [i for i, sequence in enumerate(sequences) if not sequence.is_greedy]
     if len(drawn) == len(sequences):
@@ -184,7 +184,7 @@ def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     kept, uniform = probabilities(logits, sequences)
     cumulative = kept.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-    return drawn.clamp_(max=kept.shape[1] - 1)  # for rows that are not finite, whose tokens nobody takes
+    return drawn.clamp_(max=kept.shape[1] - 1)  # for rows that are not finite, whose tokens are discarded
 
 
 Report = tuple[float | None, tuple[Candidate, ...]]
@@ -193,7 +193,7 @@ Report = tuple[float | None, tuple[Candidate, ...]]
 def _report(
     logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
 ) -> Callable[[], list[Report]] | None:
-    """What rows tell of their choice under the model's own distribution, where it was asked for; None if nowhere."""
+    """Log-probabilities of choices under the model's own distribution, for rows that request them; None if none do."""
     nothing: list[Report] = [(None, ())] * len(sequences)
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
     if not wanted:
@@ -214,13 +214,13 @@ def _report(
 def report_tokens(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int], download: Download
 ) -> Callable[[], list[tuple[float, tuple[Candidate, ...]]]]:
-    """Log-probabilities under the model's own distribution, to be read from `download`.
+    """Start computing log-probabilities under the model's own distribution; the returned function reads them.
 
     Args:
         logits: `[rows, vocab_size]`, at least float32.
         tokens: `[rows]`, one token id of each row.
-        num_top: of each row, how many of the most likely tokens to tell beside it.
-        download: brings them.
+        num_top: for each row, the number of most likely tokens to report too.
+        download: transfers the results.
     """
     total, own = download.add(logits.logsumexp(dim=-1)), download.add(logits.gather(1, tokens[:, None]))
     most = max(num_top, default=0)
@@ -245,7 +245,7 @@ def report_tokens(
 
 
 def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """How many tokens of each row are as likely as the given one, or likelier, `[rows]`; that one counts itself.
+    """The rank `[rows]` of each given token: the number of tokens that are at least as likely, including itself.
 
     Args:
         logits: `[rows, vocab_size]`.

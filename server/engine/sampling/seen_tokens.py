@@ -8,12 +8,12 @@ import numpy as np
 
 
 class SeenTokens:
-    """Distinct token ids in the order in which they came first.
+    """Distinct token ids in the order of their first occurrence.
 
     Attributes:
         ids: `[distinct]` int64.
-        minus: `[distinct]` float64, what is taken off each token's logit: the presence penalty if it was generated, and
-            the frequency penalty as often as it was.
+        minus: `[distinct]` float64, the amount to subtract from each token's logit: the presence penalty if the token
+            was generated, plus the frequency penalty times the number of times that it was generated.
     """
 
     __slots__ = (
@@ -40,7 +40,7 @@ class SeenTokens:
         self._cut()
 
     def add(self, token_id: int) -> None:
-        """Take a generated token."""
+        """Add a generated token."""
         place = self._places.get(token_id)
         if place is None:
             place = self._begin(token_id)
@@ -48,11 +48,11 @@ class SeenTokens:
         self._minus[place] = self._presence + self._frequency * count
 
     def are_within(self, vocab_size: int) -> bool:
-        """Whether a model of this vocabulary has all of them."""
+        """Whether all ids are within this vocabulary size."""
         return self._lowest >= 0 and self._highest < vocab_size
 
     def _begin(self, token_id: int) -> int:
-        """The place of a token that was not seen before."""
+        """Add a token that was not seen before; returns its index."""
         place = self._places[token_id] = len(self._places)
         self._counts.append(0)
         self._lowest, self._highest = min(self._lowest, token_id), max(self._highest, token_id)
@@ -63,6 +63,6 @@ class SeenTokens:
         return place
 
     def _cut(self) -> None:
-        # Made here, not at each step's reading: most tokens of a text have been seen before.
+        # Computed here, not at each step's read, because most tokens of a text have been seen before.
         distinct = len(self._places)
         self.ids, self.minus = self._ids[:distinct], self._minus[:distinct]

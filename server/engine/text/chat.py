@@ -1,7 +1,7 @@
-"""Renders a chat in the model's template, and finds the parts of the result that are messages.
+"""Renders a chat with the model's template, and finds the parts of the result that are messages.
 
-A chat template is a program that may do anything with a message. So it runs twice, the second time on messages that
-hold a secret name each: what it writes around the names is its own, and the messages stand where the names stand.
+A chat template is a program that may do anything with a message, so it runs twice. In the second run each message is
+replaced by a secret name. Text around the names is the template's own; the names mark the positions of the messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.engine.text.special_tokens import InputEncoder
 from server.errors import InvalidRequest
 
 LEFT, RIGHT = "\u2003", "\u2002"
-"""White space around a name, by which we see whether the template strips a message there."""
+"""White space around a name, which shows whether the template strips the message."""
 MESSAGE_FIELDS = ("content", "name")
 
 
@@ -30,15 +30,16 @@ def render_chat(
     length_bound: LengthBound | None = None,
     end: ChatEnd = ChatEnd.ANSWER,
 ) -> TemplatedText:
-    """A conversation as the model was trained to read it, up to where its own answer begins or as `end` says.
+    """Render a conversation with the model's chat template, up to `end`.
 
-    A template writes the BOS that the model needs, so the text is to be tokenised without adding one.
+    The template writes the BOS that the model needs, so the text must be tokenised without adding one.
 
     Args:
-        tokenizer: holds the template.
-        messages: each with `role` and `content`, maybe `name`.
-        encoder: finds control tokens, to tell the template's from the messages'; None counts all as the template's.
-        length_bound: a text that can never fit is not looked through for them.
+        tokenizer: has the template.
+        messages: each has `role` and `content`, and optionally `name`.
+        encoder: distinguishes the template's control tokens from those in messages; if None, all count as the
+            template's.
+        length_bound: a text that can never fit is not searched for control tokens.
         end: where the text ends.
 
     Raises:
@@ -67,8 +68,8 @@ def render_chat(
     expected = _filled(skeleton, name, written)
     if expected.text == text or (length_bound is not None and not length_bound.can_fit(text)):
         return expected
-    # The template looks into the messages. If they added no special token, its text stands; if they did, what it writes
-    # about messages that it knows nothing of.
+    # The template depends on the messages' content. If they added no special token, its text is used; otherwise the
+    # text that it writes for the secret names.
     same = encoder.control_ids(text) == encoder.control_ids(skeleton)
     return TemplatedText(text) if same else expected
 
@@ -87,7 +88,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
             f"The model's chat template is broken: {str(exc)[:200].rstrip('.')}.",
             remedy="Mend the chat template in the model's directory, and restart; meanwhile use /v1/completions.",
         ) from exc
-    except Exception as exc:  # a template is a program: it can fail in any way
+    except Exception as exc:  # a template is a program and may raise any exception
         raise InvalidRequest(
             f"The model's chat template refuses these messages: {str(exc)[:200].rstrip('.')}.",
             remedy="Send roles in the order that the model knows; if it refuses all, mend the model's chat template.",
@@ -97,7 +98,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
 
 
 def _named(messages: Sequence[Mapping[str, str]], name: str) -> list[dict[str, str]]:
-    """The messages, whose texts only say which they are; those that are empty stay so."""
+    """The messages with their texts replaced by numbered names; empty texts stay empty."""
     named, count = [], 0
     for message in messages:
         changed = dict(message)
@@ -110,7 +111,7 @@ def _named(messages: Sequence[Mapping[str, str]], name: str) -> list[dict[str, s
 
 
 def _filled(skeleton: str, name: str, written: Sequence[str]) -> TemplatedText:
-    """The skeleton with the messages' texts in their places, stripped as the names were."""
+    """Replace the names in the skeleton by the messages' texts, stripped where the template stripped the names."""
     pieces = re.split(f"({LEFT}?){name}([0-9]{{8}})({RIGHT}?)", skeleton)
     parts = [(pieces[0], False)]
     for at in range(1, len(pieces), 4):

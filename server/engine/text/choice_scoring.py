@@ -1,8 +1,8 @@
-"""Chooses one of several texts by its probability after the input, for classification.
+"""Chooses the label with the highest probability after the input, for classification.
 
-Every label is scored whole, so it does not matter that two begin alike or differ in length. Only if one label is the
-beginning of another would it always win: then the end of the sequence is scored with all of them, as `prelude train`
-teaches it behind every target.
+Labels are scored as a whole, so they may begin alike or differ in length. Only a label that is the beginning of another
+label would always win. In this case the end token, which `prelude train` puts after every target, is scored with all
+labels.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LabelIds = tuple[int, ...]
 
 
 class Encodes(Protocol):
-    """What makes tokens of labels: a frozen model, or what others may ask of it (`ModelText`)."""
+    """An encoder of labels, such as `ModelText`."""
 
     @property
     def end_token_id(self) -> int | None:
-        """The token that ends a text, as training puts it behind every target."""
+        """The token that ends a text; training puts it after every target."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -36,25 +36,25 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A label, and what the model thinks of it."""
+    """A label with its scores."""
 
     text: str
     probability: float
-    """Among the labels; those of all add up to 1."""
+    """Probability among the labels; all labels' probabilities add up to 1."""
     logprob: float
     num_tokens: int
 
 
 def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool = False) -> tuple[LabelIds, ...]:
-    """Token ids of labels as training tokenises targets: apart from the input.
+    """Token ids of labels, tokenised separately from the input, as training tokenises targets.
 
     Args:
-        model: whose tokens they are to be.
-        labels: their texts.
-        continue_text: they continue the input instead, as the frozen model alone would.
+        model: encodes the labels.
+        labels: the labels' texts.
+        continue_text: tokenise labels as continuations of the input, as for the frozen model alone.
 
     Raises:
-        InvalidRequest: two labels are the same to the model.
+        InvalidRequest: two labels have the same token ids.
     """
     encode = model.encode_after_text if continue_text else partial(model.encode, add_special_tokens=False)
     ids = [tuple(encode(label)) for label in labels]
@@ -64,7 +64,7 @@ def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool 
             raise InvalidRequest(
                 f"The choices {text[:80]!r} and {twin[:80]!r} are the same tokens.", remedy="Send one."
             )
-    # In lexical order a label is followed at once by one that it begins, if there is any.
+    # In lexical order, a label that is the beginning of others is directly followed by one of them.
     if any(other[: len(one)] == one for (one, _), (other, _) in itertools.pairwise(ordered)):
         end = model.end_token_id
         if end is not None:
@@ -73,19 +73,19 @@ def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool 
 
 
 def judge(labels: Sequence[str], scored: Sequence[Sequence[Scored]], *, length_normalized: bool) -> list[Judged]:
-    """What the log-probabilities of labels' tokens say of the labels, in their order.
+    """Score labels by the log-probabilities of their tokens; keeps the order.
 
     Args:
-        labels: their texts.
-        scored: of each its tokens.
-        length_normalized: compare means instead of sums: longer labels then lose nothing by their length alone.
+        labels: the labels' texts.
+        scored: the scored tokens of each label.
+        length_normalized: compare means instead of sums, so that longer labels have no disadvantage.
     """
     totals = [math.fsum(token.logprob or 0.0 for token in tokens) for tokens in scored]
     weights = [
         total / len(tokens) if length_normalized else total for total, tokens in zip(totals, scored, strict=True)
     ]
     best = max(weights)
-    # All may be impossible; then nothing is known of them.
+    # If all labels are impossible, they get equal probabilities.
     shares = [math.exp(weight - best) if best > -math.inf else 1.0 for weight in weights]
     whole = math.fsum(shares)
     return [

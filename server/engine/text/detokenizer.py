@@ -1,4 +1,4 @@
-"""From token ids to text, one at a time: never half a character, never a piece of a stop string."""
+"""Turns token ids into text one at a time, without partial characters or parts of stop strings."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from server.engine.text.token_texts import TokenTexts
 log = logging.getLogger(__name__)
 
 MOST_PENDING = 16
-"""Tokens that a stream may hold back before it starts again, up to three more where a character is not complete."""
+"""Tokens that a stream may hold back before it is restarted; up to three more if a character is incomplete."""
 
 
 class Decoder:
-    """Incremental text of token ids: what each adds, as soon as it forms characters; never half of one at the end.
+    """Incremental decoder of token ids: returns the text that each token adds, in complete characters.
 
-    A byte-level text is its tokens' bytes in UTF-8, so this reads their bytes. All other decoders are tokenizers'
-    DecodeStream, which decodes all that it holds back at each step, and holds back what ends in U+FFFD: it takes that
-    for half of a character. So here a stream starts again once it holds back what no later token changes:
+    The text of a byte-level vocabulary is its tokens' bytes in UTF-8, so these are decoded directly. Other vocabularies
+    use tokenizers' DecodeStream. At each step, it decodes all tokens that it holds back, and it holds back text that
+    ends in U+FFFD, which it takes for a partial character. Therefore a stream is restarted once it holds back text that
+    no later token can change:
 
-    - whole characters, which are given out as soon as they are certain;
-    - bytes that no character begins with, which are U+FFFD;
-    - anything where it gives up, because its decoder changes its mind about text that it gave out before (byte
-      fallback, when bytes turn out to be no character).
+    - whole characters, which are returned as soon as they are certain;
+    - bytes that cannot begin a character, which become U+FFFD;
+    - any text at which DecodeStream fails, because its decoder has changed text that was already returned (byte
+      fallback, when bytes turn out not to form a character).
     """
 
     def __init__(self, texts: TokenTexts, *, continues_text: bool = True, show_special: bool = False) -> None:
-        """Start with no text.
+        """Start with an empty text.
 
         Args:
             texts: the vocabulary.
-            continues_text: a first space is a part of the text; else one that the tokenizer would put there is not.
-            show_special: special tokens are text, too.
+            continues_text: a leading space is part of the text; otherwise a space that the tokenizer would add is
+                removed.
+            show_special: include special tokens in the text.
         """
         self._texts = texts
         self._skip_special = not show_special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace" if texts.is_byte_level else "strict")
         self._bytes_are_text = continues_text or not texts.puts_space_first
-        self._holds_back = False  # whether bytes of a byte-level text wait for the rest of their character
+        self._holds_back = False  # whether bytes of an incomplete character are pending
         if not texts.is_byte_level:
             self._begin()
 
     def step(self, token_id: int) -> str:
-        """Text that this token adds."""
+        """The text that this token adds."""
         if not self._texts.is_byte_level:
             is_none = not self._texts.text_of(token_id) or (self._skip_special and token_id in self._texts.special_ids)
             return "" if is_none else self._stream_step(token_id)
         text = None if self._holds_back else self._texts.own_text_of(token_id)
-        if text is not None:  # without its bytes: this is ten times as fast
+        if text is not None:  # ten times as fast as decoding bytes
             return text
         if self._skip_special and token_id in self._texts.special_ids:
             return ""
@@ -61,11 +63,11 @@ class Decoder:
         return text
 
     def _begin(self) -> None:
-        """Begin a stream, behind a text if there is one or may be one."""
+        """Start a stream, after a primer if the text has or may have a beginning."""
         self._before = list(self._texts.primer if self._bytes_are_text else ())
         self._stream = DecodeStream(self._before, self._skip_special)
         self._pending: list[int] = []  # tokens that the stream holds back
-        self._early = ""  # what was given out of them
+        self._early = ""  # the part of their text that was already returned
         self._bytes.reset()
 
     def _stream_step(self, token_id: int) -> str:
@@ -87,12 +89,12 @@ class Decoder:
         except UnicodeDecodeError:
             return self._flush()
         self._early += added
-        if len(self._pending) >= MOST_PENDING and not self._bytes.getstate()[0]:  # all of it is given out
+        if len(self._pending) >= MOST_PENDING and not self._bytes.getstate()[0]:  # everything was returned
             self._begin()
         return added
 
     def _flush(self) -> str:
-        """What the stream holds back, as the decoder reads it now; begins a stream behind it."""
+        """The text that the stream holds back, as the decoder reads it now; starts a new stream after it."""
         before, whole = self._decode(self._before), self._decode(self._before + self._pending)
         text = whole[len(before) + len(self._early) :]
         self._bytes_are_text |= bool(text)
@@ -105,14 +107,14 @@ class Decoder:
 
 
 class Detokenizer:
-    """Incremental text of one sequence, token by token: their texts, joined, are the generated text.
+    """Incremental text of one sequence, token by token; the tokens' texts joined are the generated text.
 
-    A token whose text may still become a part of a stop string is held back, with all that come after it, until that is
-    certain; so every token has the text that it would have without stop strings, and they come in order.
+    A token whose text may become part of a stop string is held back, with all later tokens, until this is certain.
+    Every token therefore has the same text as without stop strings, and tokens are returned in order.
     """
 
     def __init__(self, texts: TokenTexts, params: SamplingParams | None = None, *, continues_text: bool = True) -> None:
-        """Start with no text; `continues_text` as of `Decoder`."""
+        """Start with an empty text; see `Decoder` for `continues_text`."""
         params = params or SamplingParams()
         self._decoder = Decoder(texts, continues_text=continues_text, show_special=params.show_special)
         self._stop, self._include_stop = params.stop, params.include_stop
@@ -120,18 +122,18 @@ class Detokenizer:
         self._num_tokens = self._num_characters = 0
         self._held: deque[Token] = deque()
         self._text = ""
-        """That of the held tokens."""
+        """The text of the held tokens."""
         self._passed = 0
-        """A stop string that ends within this many of its first characters comes too early to count."""
+        """A stop string that ends within this number of leading characters of `_text` comes too early to count."""
 
     def push(self, token: Token, *, is_last: bool = False, is_text: bool = True) -> tuple[list[Token], bool]:
-        """Tokens whose texts are now certain, with their texts and offsets, and whether a stop string ends the text.
+        """Add a token; returns the tokens whose texts are now certain, and whether a stop string ends the text.
 
-        Of several stop strings that this token completes, the one that begins first counts.
+        If the token completes several stop strings, the one that begins first counts.
 
         Args:
-            token: the next one; its text is found here.
-            is_last: nothing comes after it.
+            token: the next token; its text is decoded here.
+            is_last: whether it is the last token.
             is_text: False for a token that only ends the text.
         """
         text = self._decoder.step(token.id) if is_text else ""
@@ -150,7 +152,7 @@ class Detokenizer:
         return self._release(0 if is_last else self._possible_stop()), False
 
     def _find_stop(self) -> tuple[int, int] | None:
-        """Where the first stop string in the held text begins and ends; of two that begin there, the shorter one."""
+        """Start and end of the first stop string in the held text; if several begin there, of the shortest."""
         found = []
         for stop in self._stop:
             begin = self._text.find(stop, max(0, self._passed - len(stop) + 1))
@@ -159,7 +161,7 @@ class Detokenizer:
         return min(found, default=None)
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+        """Length of the longest suffix of the held text that is the beginning of a stop string."""
         return max(
             (
                 length
@@ -171,7 +173,7 @@ class Detokenizer:
         )
 
     def _release(self, keep: int) -> list[Token]:
-        """The tokens before those that the last `keep` characters belong to."""
+        """Release the tokens before the last `keep` characters."""
         certain: list[Token] = []
         released = 0
         while self._held and released + len(self._held[0].text) <= len(self._text) - keep:
@@ -182,7 +184,7 @@ class Detokenizer:
         return certain
 
     def _cut(self, length: int) -> list[Token]:
-        """All tokens that were held back, with this many characters."""
+        """All held tokens, with their text cut to `length` characters in total."""
         tokens: list[Token] = []
         for token in self._held:
             tokens.append(token._replace(text=token.text[:length]))

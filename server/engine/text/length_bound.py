@@ -1,7 +1,7 @@
-"""A lower bound on the tokens of a text, found from its bytes alone.
+"""A lower bound on a text's number of tokens, computed from its bytes.
 
-To tokenise a text takes a hundred bytes of memory for each token and lets no other thread run. So a text that can never
-fit the context is refused, or cut, before it is tokenised.
+Tokenising a text takes a hundred bytes of memory for each token, and blocks all other threads. A text that can never
+fit the context is therefore refused or truncated before it is tokenised.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from server.contracts import TemplatedText
 from server.engine.text.tokenizer_parts import byte_level_alphabet, parts_of
 
 PIECE = 2**14
-"""Characters that are looked at in one go."""
+"""Number of characters that are processed at a time."""
 KEEP_ASCII = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
-"""Normalizers that leave a text of ASCII as it is."""
+"""Normalizers that do not change ASCII text."""
 WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001)))).encode()
-"""Every byte of a white-space character, in UTF-8."""
+"""All bytes that occur in the UTF-8 encoding of white-space characters."""
 ROUNDING = 1e-6
 
 
 class LengthBound:
-    """A lower bound on the number of tokens of any text; safe from any thread.
+    """Computes lower bounds on the number of tokens of texts; safe from any thread.
 
-    A token of n bytes accounts for n bytes of its text. So a byte that occurs in no token longer than n is at least an
-    n-th of a token, and a text has at least the sum of these shares. They are known for byte-level BPE; other
-    vocabularies have one share for all characters, that of their longest token.
+    A token of n bytes covers n bytes of its text. A byte that occurs in no token longer than n bytes therefore counts
+    as at least 1/n of a token, and a text has at least the sum of these shares. Shares of bytes are known for
+    byte-level BPE; in other vocabularies, all characters have the share that follows from the longest token.
     """
 
     def __init__(self, backend: Tokenizer, max_model_len: int) -> None:
@@ -39,7 +39,7 @@ class LengthBound:
 
         Args:
             backend: the tokenizer.
-            max_model_len: tokens that the context holds.
+            max_model_len: length of the context in tokens.
         """
         self.max_model_len = max_model_len
         self._per_character = 1 / max(map(len, backend.get_vocab()), default=1)
@@ -47,7 +47,7 @@ class LengthBound:
         self._only_ascii = backend.normalizer is not None
 
     def least_tokens(self, *texts: str) -> int:
-        """A lower bound on the tokens of these texts together; counting stops soon after the context's size."""
+        """A lower bound on the number of tokens of these texts together; counts little further than the context."""
         total = 0.0
         for text in texts:
             for share, _ in self._shares_of(text, range(0, len(text), PIECE)):
@@ -61,7 +61,7 @@ class LengthBound:
         return self.least_tokens(*texts) <= self.max_model_len
 
     def end_of(self, text: TemplatedText) -> TemplatedText:
-        """A text's end, which has at least as many tokens as the context holds; all of a shorter text."""
+        """The end of a text, with at least as many tokens as the context; a shorter text is returned whole."""
         total, kept = 0.0, 0
         for share, length in self._shares_of(text.text, reversed(range(0, len(text.text), PIECE))):
             total, kept = total + share, kept + length
@@ -70,7 +70,7 @@ class LengthBound:
         return text
 
     def _shares_of(self, text: str, starts: Iterable[int]) -> Iterator[tuple[float, int]]:
-        """The least tokens of each piece of a text, and its characters."""
+        """For each piece of a text, the lower bound on its tokens, and its number of characters."""
         by_byte = self._shares is not None and (not self._only_ascii or text.isascii())
         for start in starts:
             piece = text[start : start + PIECE]
@@ -82,7 +82,7 @@ class LengthBound:
 
 
 def _shares_of_bytes(backend: Tokenizer) -> npt.NDArray[np.float64] | None:
-    """What share of a token each byte is at least, `[256]`; None for tokenizers that are not known well enough."""
+    """The minimum share of a token of each byte, `[256]`; None for tokenizers whose shares are not known."""
     splits = list(parts_of(backend.pre_tokenizer))
     is_known = (
         isinstance(backend.model, BPE)
@@ -93,10 +93,10 @@ def _shares_of_bytes(backend: Tokenizer) -> npt.NDArray[np.float64] | None:
     if not is_known:
         return None
     byte_of = {character: byte[0] for character, byte in byte_level_alphabet().items()}
-    longest = np.full(256, np.inf)  # a byte without a token of its own is skipped, or fused with its neighbours
+    longest = np.full(256, np.inf)  # a byte without a token may be skipped, or fused with its neighbours
     vocabulary = backend.get_vocab(with_added_tokens=False)
     missing = byte_of.keys() & vocabulary.keys()
-    for token in sorted(vocabulary, key=len, reverse=True):  # the first one that holds a byte is the longest
+    for token in sorted(vocabulary, key=len, reverse=True):  # the first token that contains a byte is the longest
         found = missing.intersection(token)
         longest[[byte_of[character] for character in found]] = len(token)
         missing -= found
@@ -104,6 +104,6 @@ def _shares_of_bytes(backend: Tokenizer) -> npt.NDArray[np.float64] | None:
         content = added.content.encode()
         longest[list(content)] = np.maximum(longest[list(content)], len(content))
         if added.lstrip or added.rstrip:
-            longest[list(WHITE_SPACE)] = np.inf  # such a token takes all white space beside it
+            longest[list(WHITE_SPACE)] = np.inf  # such a token absorbs all adjacent white space
     shares: npt.NDArray[np.float64] = 1 / longest
     return shares

@@ -1,4 +1,4 @@
-"""Texts to token ids and back, as one model reads and writes them."""
+"""Converts texts to token ids and back, for one model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.settings import SpecialTokensInInput
 
 
 class ModelText:
-    """A model's texts and tokens; every method is safe from any thread.
+    """Conversion between texts and tokens for one model; every method is safe from any thread.
 
     Attributes:
         backend: the tokenizer's Rust part.
@@ -40,7 +40,7 @@ class ModelText:
         Raises:
             UnsupportedModel: the tokenizer has no fast form.
         """
-        self._ids: dict[int, int] = {}  # each id once: texts then hold 8 bytes a token instead of 36
+        self._ids: dict[int, int] = {}  # one object for each id: lists then take 8 bytes per token instead of 36
         self.backend = _plain_backend(tokenizer)
         self.tokens = TokenTexts(self.backend, tokenizer.all_special_ids)
         self.special_tokens_in_input = special_tokens_in_input
@@ -54,17 +54,18 @@ class ModelText:
         )
 
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the tokenizer adds one.
+        """Token ids of a text, with a BOS if the tokenizer adds one.
 
-        Other threads run meanwhile: unlike `encode`, the tokenizer's batch methods release the interpreter's lock.
+        Other threads can run meanwhile: unlike the tokenizer's `encode`, its batch methods release the interpreter's
+        lock.
 
         Args:
-            text: what to encode.
-            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+            text: the text to encode.
+            add_special_tokens: False for a text that contains its special tokens, such as a rendered chat.
 
         Raises:
-            UnknownToken: the tokenizer knows a token in it that the model has no embedding for.
-            InvalidRequest: a user's text in a template cannot be told from a special token.
+            UnknownToken: the text contains a token of the tokenizer that has no embedding in the model.
+            InvalidRequest: a user's text in a template cannot be distinguished from a special token.
         """
         if self._encoder is not None and isinstance(text, TemplatedText):
             ids = self._encoder.encode(text, add_special_tokens=add_special_tokens)
@@ -78,7 +79,7 @@ class ModelText:
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
-        """A conversation as the model reads it, up to its `end`, with BOS where it needs one.
+        """Render a conversation with the model's chat template, up to `end`.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses these messages.
@@ -86,10 +87,10 @@ class ModelText:
         return render_chat(self._tokenizer, messages, self._encoder, self.length_bound, end)
 
     def check_tokens(self, token_ids: Sequence[int], source: str = "The text") -> None:
-        """Refuse ids that no row of the embedding belongs to: to read one would raise, or on CUDA lose the process.
+        """Refuse ids without an embedding row: reading such a row would raise an error or, on CUDA, break the process.
 
         Raises:
-            UnknownToken: names the first of them.
+            UnknownToken: names the first such id.
         """
         rows = self._num_embeddings
         if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):
@@ -102,19 +103,19 @@ class ModelText:
         )
 
     def tokenize(self, text: str) -> list[tuple[int, int, int]]:
-        """Token ids of a text, each with the characters that it stands for, from and to."""
+        """The tokens of a text as (id, start, stop), with offsets in characters."""
         [encoding] = self.backend.encode_batch([text])
         return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def encode_after_text(self, text: str) -> list[int]:
-        """Token ids of a text that continues another."""
+        """Token ids of a text that continues another text."""
         return self.tokens.encode_after_text(text)
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The Rust tokenizer, which never cuts or pads a text here.
+    """The Rust tokenizer, with truncation and padding disabled.
 
-    It is called directly because transformers' wrapper changes its state, which fails while another thread reads it.
+    It is called directly, because transformers' wrapper changes its state, which fails while another thread reads it.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -125,9 +126,9 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def common_start(read: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all of some token ids begin with; of each something is left, to be read behind it."""
+    """The longest common beginning of all given token ids that leaves at least one token of each."""
     rest = iter(read)
-    first = last = next(rest)  # in lexical order, what the first and the last share all share
+    first = last = next(rest)  # in lexical order, a beginning shared by the first and the last is shared by all
     most = len(first) - 1
     for ids in rest:
         first, last, most = min(first, ids), max(last, ids), min(most, len(ids) - 1)

@@ -1,7 +1,7 @@
-"""Token ids of texts in which a user's text stays text.
+"""Encodes texts so that special tokens in a user's text stay plain text.
 
-A tokenizer turns the string of a special token into its id wherever it stands, so a user who writes `<|im_end|>` could
-end the turn and begin one of the system. A template's own text may hold such tokens; the users' texts in it may not.
+A tokenizer turns the string of a special token into its id wherever it occurs, so a user who writes `<|im_end|>` could
+end the turn and begin a system message. A template's own text may contain such tokens; users' texts in it may not.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from server.contracts import TemplatedText
 from server.errors import InvalidRequest
 
 Found: TypeAlias = tuple[int, int, int]
-"""A control token: its id, and the characters that it stands for, from and to."""
+"""A control token: its id, and the start and end of its characters."""
 
 MOST_CUTS = 4
-"""Times that a text is cut where the vocabulary itself makes a control token of it."""
+"""Maximum number of times that a text is cut because the vocabulary itself produces a control token."""
 KNOWN_PARTS = 512
-"""Parts of templates whose control tokens are remembered."""
+"""Number of template parts whose control tokens are cached."""
 
 _BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
 
 class InputEncoder:
-    """A tokenizer that lets no user's text become a control token; safe from any thread.
+    """An encoder that never turns a user's text into control tokens; safe from any thread.
 
-    Control tokens are the added tokens that are marked as special, and those in brackets (`<tool_call>`). Added white
-    space, words and single characters are not: ordinary text is made of them.
+    Control tokens are added tokens that are marked as special, and added tokens in brackets (`<tool_call>`). Added
+    white space, words and single characters are not control tokens, because ordinary text contains them.
 
-    A user's text without control tokens has exactly the ids that the tokenizer gives it. Otherwise a second tokenizer
-    reads the whole, which takes the strings of control tokens for text. It knows the template's own tokens by secret
-    names, so the whole is still read in one piece, with the same merges and spaces.
+    A user's text without control tokens gets exactly the tokenizer's ids. Otherwise a second tokenizer, which treats
+    the strings of control tokens as plain text, encodes the whole text. The template's own tokens have secret names in
+    it, so the text is still encoded in one piece, with the same merges and spaces.
     """
 
     def __init__(self, backend: Tokenizer, *, unknown_id: int | None = None) -> None:
         """Copy the tokenizer, which must not change any more.
 
         Args:
-            backend: the tokenizer that raw texts are read by.
-            unknown_id: the token that stands for characters that the vocabulary lacks.
+            backend: the tokenizer for raw texts.
+            unknown_id: the token for characters that the vocabulary lacks.
         """
         self._backend = backend
         self._unknown_id = unknown_id
@@ -68,21 +68,21 @@ class InputEncoder:
         self._own_tokens = lru_cache(KNOWN_PARTS)(self._controls_of)
 
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; what users wrote in it becomes no control token.
+        """Token ids of a text, without control tokens from users' texts.
 
         Args:
-            text: a raw text may hold special tokens.
-            add_special_tokens: False for a text that brings its own, such as a rendered chat.
+            text: a plain `str` may contain special tokens.
+            add_special_tokens: False for a text that contains its special tokens, such as a rendered chat.
 
         Raises:
-            InvalidRequest: a user's text cannot be told from a special token.
+            InvalidRequest: a user's text cannot be distinguished from a special token.
         """
         raw = text if isinstance(text, str) else text.text
         if isinstance(text, str) or not text.user_spans or not self._contents:
             [encoding] = self._backend.encode_batch_fast([raw], add_special_tokens=add_special_tokens)
             raw_ids: list[int] = encoding.ids
             return raw_ids
-        # The batch methods let other threads run; only the slower one says which characters a token stands for.
+        # The batch methods let other threads run; only the slower one returns offsets.
         [encoding] = self._backend.encode_batch([raw], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         found = list(self._found(encoding, raw))
@@ -93,7 +93,7 @@ class InputEncoder:
         return self._encode_as_text(text, add_special_tokens)
 
     def control_ids(self, text: str) -> list[int]:
-        """The control tokens that a text holds if nothing of it is a user's, in order."""
+        """The control tokens in a text, in order, as if no part of it were a user's."""
         return [token_id for token_id, _, _ in self._controls_of(text)]
 
     def _encode_as_text(self, text: TemplatedText, add_special_tokens: bool) -> list[int]:
@@ -108,7 +108,7 @@ class InputEncoder:
             bad = [found for found in self._found(encoding, marked) if found[2] - found[1] > 1]
             if not bad:
                 break
-            # A unigram vocabulary may choose a control token without looking for it; no token spans a cut.
+            # A unigram vocabulary may still choose a control token; cutting the text there prevents it.
             ends = [0, *(cut for found in bad for cut in self._cuts(marked, found)), len(marked)]
             marked = self._cut.join(marked[a:b] for a, b in pairwise(ends))
         ids = [self._meant.get(token_id, token_id) for token_id in encoding.ids if token_id != self._cut_id]
@@ -121,16 +121,16 @@ class InputEncoder:
         return ids
 
     def _cuts(self, text: str, found: Found) -> list[int]:
-        """Where to cut a text so that it no longer holds a token: within each place that spells it out.
+        """Positions at which to cut a text so that it no longer contains a token: within each occurrence of its string.
 
-        An unknown token also stands for the unknown characters around such a place.
+        An unknown token also covers the unknown characters around an occurrence.
         """
         token_id, start, stop = found
         spelt = re.finditer(re.escape(self._contents[token_id]), text[start:stop])
         return [start + match.start() + 1 for match in spelt] or [start + 1]
 
     def _of_template(self, text: TemplatedText) -> Iterator[Found]:
-        """The control tokens of a template's own parts, each part read alone: no user's text changes them."""
+        """The control tokens of a template's own parts, each encoded alone, so that users' texts do not change them."""
         at = 0
         for start, stop in (*text.user_spans, (len(text.text), len(text.text))):
             if start > at:
@@ -143,7 +143,7 @@ class InputEncoder:
         return tuple(self._found(encoding, text))
 
     def _found(self, encoding: Encoding, text: str) -> Iterator[Found]:
-        """Control tokens that stand for something in the text, without the white space that some of them swallow."""
+        """The control tokens that cover characters of the text, without the white space that some of them absorb."""
         ids: list[int] = encoding.ids
         if self._contents.keys().isdisjoint(ids):
             return
@@ -164,13 +164,13 @@ def _is_control(token: AddedToken) -> bool:
 
 
 def _touches(text: TemplatedText, starts: list[int], start: int, stop: int) -> bool:
-    """Whether a user wrote some of these characters."""
+    """Whether any of these characters belong to a user's text."""
     before = bisect_left(starts, stop) - 1
     return before >= 0 and text.user_spans[before][1] > start
 
 
 def _secret() -> str:
-    """A name that nobody can guess and no normalisation changes."""
+    """An unguessable name that normalisation does not change."""
     return f"{secrets.randbelow(10**40):040d}"
 
 
@@ -179,7 +179,7 @@ def _named(name: str, like: AddedToken) -> AddedToken:
 
 
 def _reading_as_text(backend: Tokenizer, contents: object) -> Tokenizer:
-    """A copy that finds none of these tokens in a text."""
+    """A copy of the tokenizer that does not recognise these tokens in a text."""
     fields = json.loads(backend.to_str())
     for token in fields["added_tokens"]:
         token["special"] = token["content"] in contents  # type: ignore[operator]

@@ -1,7 +1,7 @@
-"""The text and the bytes of single tokens.
+"""The text and bytes of single tokens.
 
-`detokenizer.py` makes text of a sequence as it grows. Here every token stands by itself: in a byte-level vocabulary it
-may be a third of a character, so its bytes are what is exact, and its text is for people.
+`detokenizer.py` decodes a growing sequence; this module decodes each token by itself. In a byte-level vocabulary a
+token may be a third of a character, so only its bytes are exact; its text is for people.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from tokenizers import Tokenizer
 from server.engine.text.tokenizer_parts import byte_level_alphabet, parts_of
 
 REPLACEMENT = "\ufffd"
-"""Stands for bytes that form no character."""
+"""Replaces bytes that form no character."""
 
 META_SPACE = "▁"
-"""How SentencePiece writes a space."""
+"""SentencePiece's symbol for a space."""
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """The vocabulary, read one token at a time; safe from any thread.
+    """The texts of a vocabulary's single tokens; safe from any thread.
 
     Attributes:
         backend: the tokenizer's Rust part.
-        special_ids: tokens that are none of the text: those that the tokenizer marks as special, and `special_ids`.
-        is_byte_level: whether a text is its tokens' `decoded_bytes_of` in UTF-8, and nothing else.
+        special_ids: tokens that are not part of the text: the given ids, and tokens that the tokenizer marks as
+            special.
+        is_byte_level: whether a text is exactly its tokens' `decoded_bytes_of`, in UTF-8.
     """
 
     def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
-        """Find out how this tokenizer's decoder writes bytes."""
+        """Determine how this tokenizer's decoder represents bytes."""
         self.backend = backend
         self._kinds = frozenset(part["type"] for part in parts_of(backend.decoder))
         self._byte_of = byte_level_alphabet()
@@ -45,9 +46,9 @@ class TokenTexts:
 
     @cached_property
     def primer(self) -> tuple[int, ...]:
-        """Tokens of a text that generated ones are decoded after, so that they keep a space that they begin with.
+        """Tokens to decode before generated tokens, so that a leading space of the generated text is kept.
 
-        Decoders of SentencePiece's kind take the first space of a text away, and every other one is none of the first.
+        SentencePiece-like decoders remove the first space of a text, and only that one.
         """
         for text in "a0.\n":
             ids = tuple(self._encode(text))
@@ -57,17 +58,17 @@ class TokenTexts:
 
     @cached_property
     def puts_space_first(self) -> bool:
-        """Whether the tokenizer puts a space before a text that it encodes, which its decoder takes away."""
+        """Whether the tokenizer adds a space before a text when encoding, which its decoder removes."""
         before = self.decode(self.primer)
         return bool(self.primer) and self.decode(self.primer * 2).removeprefix(before) == f" {before}"
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a sequence, special tokens by their names."""
+        """Text of a sequence, including the names of special tokens."""
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=False)
         return text
 
     def encode_after_text(self, text: str) -> list[int]:
-        """Token ids of a text that continues another: without the space that the tokenizer puts before a first one."""
+        """Token ids of a text that continues another text, without the space that the tokenizer adds at the start."""
         whole = self._encode(text)
         for before in ("\n", "a") if self.puts_space_first else ():
             first, both = self._encode(before), self._encode(before + text)
@@ -81,36 +82,36 @@ class TokenTexts:
         return ids
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8 or a part of it; nothing for a row that no token belongs to."""
+        """The bytes that a token adds to the text, in UTF-8; empty for an id without a token."""
         token = self._added.get(token_id)
-        if token is not None:  # as it is: it went through no byte-level alphabet
+        if token is not None:  # unchanged, because added tokens do not use the byte-level alphabet
             return token.encode()
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
         if "ByteLevel" in self._kinds:
-            # A few vocabularies have entries beside the alphabet; they mean themselves.
+            # A few vocabularies have characters outside the alphabet, which stand for themselves.
             return b"".join(self._byte_of.get(character) or character.encode() for character in token)
         match = _FALLBACK_BYTE.fullmatch(token) if "ByteFallback" in self._kinds else None
         return bytes.fromhex(match[1]) if match else token.replace(META_SPACE, " ").encode()
 
     def decoded_bytes_of(self, token_id: int) -> bytes:
-        """What a byte-level decoder makes of a token; unlike `bytes_of`, it reads added tokens in its alphabet too."""
+        """The bytes that a byte-level decoder gives a token; unlike `bytes_of`, also for added tokens."""
         token = self.backend.id_to_token(token_id) or ""
         known = [self._byte_of.get(character) for character in token]
         return token.encode() if None in known else b"".join(filter(None, known))
 
     def text_of(self, token_id: int) -> str:
-        """A token as text; bytes that are no character are U+FFFD."""
+        """A token as text; bytes that form no character become U+FFFD."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self.bytes_of(token_id).decode("utf-8", "replace")
         return text
 
     def own_text_of(self, token_id: int) -> str | None:
-        """What a token adds to any text that ends in a whole character; None where that depends on its neighbours.
+        """The text that a token adds after complete characters; None if this depends on its neighbours.
 
-        A decoder that does nothing but turn GPT-2's alphabet into bytes reads each token by itself.
+        A decoder that only converts GPT-2's alphabet to bytes decodes each token by itself.
         """
         try:
             return self._own_texts[token_id]

@@ -1,4 +1,4 @@
-"""The parts of a tokenizer, which the tokenizers library shows only in its serialised form."""
+"""The parts of a tokenizer, which the tokenizers library exposes only in serialised form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NESTED = ("decoders", "normalizers", "pretokenizers")
 
 
 def parts_of(component: Any) -> Iterator[dict[str, Any]]:
-    """The parts that a normalizer, a pre-tokenizer or a decoder consists of, each with its `type`; none of `None`."""
+    """The parts of a normalizer, pre-tokenizer or decoder, each with its `type`; none for `None`."""
     waiting = [] if component is None else [json.loads(component.__getstate__())]
     while waiting:
         part = waiting.pop()
@@ -20,7 +20,7 @@ def parts_of(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def byte_level_alphabet() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes are represented by themselves, other bytes by characters from U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     pairs = [*((byte, byte) for byte in plain), *((256 + i, byte) for i, byte in enumerate(others))]

@@ -52,7 +52,7 @@ def test_a_zip_with_a_link_is_refused(server: LiveServer, good: Files) -> None:
 def test_a_zip_bomb_is_refused_while_it_unfolds(server: LiveServer, good: Files) -> None:
     bomb = zip_of({CONFIG: good[CONFIG], TENSORS: bytes(64 * MAX_UPLOAD_BYTES)})
     assert len(bomb) < MAX_UPLOAD_BYTES / 10
-    assert_error(server.put(LIVE, {"f.zip": bomb}), 413, "payload_too_large", "unfold")
+    assert_error(server.put(LIVE, {"f.zip": bomb}), 413, "payload_too_large", "unpacked files")
 
 
 def test_a_zip_that_lies_about_a_size_is_refused(server: LiveServer, good: Files) -> None:

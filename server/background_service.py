@@ -1,4 +1,4 @@
-"""Work on a thread of its own beside the app: the inbox's watcher, the store's, the runner of training jobs."""
+"""Background threads beside the app: the inbox watcher, the store watcher, the supervisor of training jobs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from abc import ABC, abstractmethod
 
 
 class Service(ABC):
-    """Runs `_run` from `start` to `stop`; it looks at `_stop` often, and ends once that is set."""
+    """Runs `_run` on a thread from `start` to `stop`; `_run` must check `_stop` often and return once it is set."""
 
     def __init__(self, name: str, stop_seconds: float) -> None:
-        """Begin nothing yet.
+        """Prepare the thread without starting it.
 
         Args:
-            name: of the thread.
-            stop_seconds: how long `stop` waits for the thread. One that hangs in a store is left behind.
+            name: the thread's name.
+            stop_seconds: how long `stop` waits for the thread; a thread that hangs in a store is abandoned.
         """
         self._stop_seconds = stop_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; what was begun is left whole or as if it had not been begun."""
+        """Stop the thread; work in progress is either completed or has no effect."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(self._stop_seconds)

@@ -1,4 +1,4 @@
-"""Dataclasses that all layers share: requests of the engine and their results, free of torch and of HTTP."""
+"""Dataclasses that all layers share: engine requests and their results, independent of torch and HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What the rest of the server may know of the frozen model."""
+    """Facts about the frozen model for the rest of the server."""
 
     name: str
     fingerprint: str
@@ -27,7 +27,7 @@ class ModelSpec:
     num_attention_layers: int | None = None
     """Layers that keep keys and values, if not all do."""
     state_width: int = 0
-    """Numbers of the recurrent state that each sequence has beside its keys and values; 0 in pure attention models."""
+    """Size of the recurrent state that each sequence has beside its keys and values; 0 in pure attention models."""
 
     @property
     def num_kv_layers(self) -> int:
@@ -45,9 +45,9 @@ class TemplatedText:
     """A text for the model that contains users' texts, and their positions in it.
 
     Attributes:
-        text: all of it; the template's own part may hold special tokens.
-        user_spans: `(start, stop)` in characters of each user's text that is not empty, in order. None of them is a raw
-            text, all of which may hold special tokens.
+        text: the whole text; the template's own part may contain special tokens.
+        user_spans: `(start, stop)` in characters of each user's text that is not empty, in order. Without spans, the
+            text is raw, and all of it may contain special tokens.
     """
 
     text: str
@@ -55,7 +55,7 @@ class TemplatedText:
 
     @classmethod
     def of(cls, *parts: tuple[str, bool]) -> TemplatedText:
-        """A text from its parts in order, each with whether a user wrote it."""
+        """Join parts to a text; each part has a flag whether a user wrote it."""
         spans, at = [], 0
         for part, is_user in parts:
             if is_user and part:
@@ -64,14 +64,14 @@ class TemplatedText:
         return cls("".join(part for part, _ in parts), tuple(spans))
 
     def behind(self, preamble: str) -> TemplatedText:
-        """This text after another text of a user; a raw text stays raw."""
+        """This text after another user's text; a raw text stays raw."""
         if not self.user_spans:
             return TemplatedText(preamble + self.text)
         moved = [(start + len(preamble), stop + len(preamble)) for start, stop in self.user_spans]
         return TemplatedText(preamble + self.text, ((0, len(preamble)), *moved) if preamble else tuple(moved))
 
     def last(self, characters: int) -> TemplatedText:
-        """Its end, of at most `characters` characters."""
+        """The last `characters` characters of this text."""
         cut = max(0, len(self.text) - characters)
         spans = ((max(0, start - cut), stop - cut) for start, stop in self.user_spans if stop > cut)
         return TemplatedText(self.text[cut:], tuple(spans))
@@ -112,7 +112,7 @@ class GrammarKind(StrEnum):
 
 
 MAX_SCHEMA_DEPTH = 124
-"""Objects and lists within each other in a JSON schema: the 128 of llguidance's parser, less what it puts around."""
+"""Maximum nesting of a JSON schema: llguidance's parser allows 128 levels, of which its own wrapping needs some."""
 
 TOO_DEEP = f"it is nested more than {MAX_SCHEMA_DEPTH} deep"
 """Why a JSON schema cannot be used; several checks report it."""
@@ -129,7 +129,7 @@ class Grammar:
     EBNF may also be Lark, where a line begins with `start:`, `?start:` or `%llguidance`: vLLM's clients send either.
     """
     after_space: bool = False
-    """A space comes before what matches: the one that the tokenizer puts before a text, and that the text lacks."""
+    """The tokens match the grammar after a space, which the tokenizer adds before a text and the text lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class SamplingParams:
     """Token ids, and the numbers that are added to their logits."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these in it; one that ends within `min_new_tokens` does not count."""
+    """The text ends before the first occurrence of any of these; one that ends within `min_new_tokens` is ignored."""
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end a generation like end-of-sequence tokens, even if those are ignored."""
     include_stop: bool = False
@@ -171,12 +171,12 @@ class SamplingParams:
     logprobs: bool = False
     """Report the chosen token's log-probability under the model's own distribution."""
     top_logprobs: int = 0
-    """With `logprobs`: also those of this many likely tokens."""
+    """With `logprobs`: also report this many of the most likely tokens."""
     grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken; a temperature too low for a float's range is greedy too."""
+        """Whether the most likely token is always chosen; temperatures too low for a float count as greedy."""
         return self.temperature < COLDEST
 
 
@@ -201,22 +201,22 @@ class GenerationRequest:
     input_logprobs: bool = False
     """Report the log-probability of every input token but the first."""
     input_top_logprobs: int = 0
-    """With `input_logprobs`: also those of this many likely tokens at each position; at least `top_logprobs`."""
+    """With `input_logprobs`: also report this many of the most likely tokens at each position."""
     continues_text: bool = True
-    """Whether the text continues the input; otherwise it begins like a target of training, tokenised apart."""
+    """Whether the text continues the input; otherwise it begins like a training target, tokenised separately."""
     is_background: bool = False
     """Whether the server itself sends it, beside live requests: such requests have a separate share."""
     labels: tuple[tuple[int, ...], ...] = ()
-    """Token ids of continuations. Nothing is generated then; each is a choice, whose log-probabilities are reported."""
+    """Token ids of continuations. If given, nothing is generated; each label is a choice, which is scored."""
 
     @property
     def num_choices(self) -> int:
-        """Number of its choices."""
+        """Number of the request's choices."""
         return len(self.labels) or self.n
 
     @property
     def queue(self) -> Queue:
-        """The queue that it waits in; a key that floods a task holds up no other key of that task."""
+        """The request's queue; a key that floods a task does not delay other keys of that task."""
         return self.task, self.key_id
 
 
@@ -238,7 +238,7 @@ class Scored:
     top: tuple[Candidate, ...] = ()
     """The most likely tokens at its position."""
     rank: int | None = None
-    """How many tokens were as likely or likelier, itself included; known of the input's tokens only."""
+    """Number of tokens that were at least as likely, including itself; only known for tokens of the input."""
 
 
 class Token(NamedTuple):
@@ -246,7 +246,7 @@ class Token(NamedTuple):
 
     id: int
     text: str = ""
-    """What it adds to the text: nothing for a hidden special token, or if a stop string removed it."""
+    """The text that the token adds; empty for a hidden special token, or if a stop string removed it."""
     offset: int = 0
     """Characters of the generated text before it, counted as if no stop string had come."""
     logprob: float | None = None
@@ -270,10 +270,10 @@ class Usage:
 
 @dataclass(slots=True)
 class Delta:
-    """What one engine step added to one choice of a request; the last one of a choice carries `finish_reason`.
+    """The result of one engine step for one choice of a request; a choice's last delta has `finish_reason`.
 
-    Nobody changes one. It is not frozen because a step makes one for each sequence, and Python makes frozen ones three
-    times as slowly.
+    Treat it as immutable. It is not a frozen dataclass, because a step creates one for each sequence, and creating
+    frozen ones takes three times as long.
     """
 
     request_id: str
@@ -285,6 +285,6 @@ class Delta:
     index: int = 0
     """Number of the choice in its request."""
     scored: tuple[Scored, ...] = ()
-    """Set once, with the first delta of a choice that scores given tokens: the input's, or the label's."""
+    """Scores of given tokens (the input's or the label's); set only in a choice's first delta."""
     is_last: bool = True
     """With `finish_reason`: whether the whole request has ended. ABORTED and FAILED end it, whatever its choices."""

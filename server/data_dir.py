@@ -1,4 +1,4 @@
-"""Data files that a request names, inside PRELUDE_DATA_DIR only."""
+"""Resolves data files that a request names, only inside PRELUDE_DATA_DIR."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ UPLOAD_INSTEAD = "Name a file inside PRELUDE_DATA_DIR, or upload it."
 
 
 def resolve_data(name: str, data_dir: Path | None) -> Path:
-    """The file that a request means by a name.
+    """The path of a data file that a request names.
 
-    The name is not trusted: neither `..` nor an absolute path nor a link leads out of the folder, and a
-    refusal does not tell what lies outside.
+    The name is not trusted: `..`, absolute paths and links cannot leave the folder, and a refusal does not reveal files
+    outside.
 
     Raises:
-        InvalidRequest: no folder is set, the name leads out of it, or there is no such file in it.
+        InvalidRequest: no folder is set, the name leads out of it, or it contains no such file.
     """
     shown = repr(name[:200])
     if data_dir is None:
@@ -34,7 +34,7 @@ def resolve_data(name: str, data_dir: Path | None) -> Path:
         root = data_dir.resolve(strict=True)
         found = (root / path).resolve(strict=True)
         is_inside = found.is_relative_to(root) and found.is_file()
-    except (OSError, RuntimeError, ValueError) as exc:  # no such file; links in a circle; a name too long
+    except (OSError, RuntimeError, ValueError) as exc:  # no such file, circular links, or a name that is too long
         raise missing from exc
     if not is_inside:
         raise missing

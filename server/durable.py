@@ -11,11 +11,11 @@ from pathlib import Path
 from server.errors import StoreError, StoreFull
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says where a disk or a quota is full."""
+"""Error numbers of a full disk or quota."""
 
 
 def not_stored(exc: OSError, what: str, where: str) -> StoreError:
-    """The error for what the server has no place for: "The upload", "its temporary folder (TMPDIR)"."""
+    """The error for data that cannot be stored: "The upload", "its temporary folder (TMPDIR)"."""
     full = exc.errno in NO_SPACE
     return (StoreFull if full else StoreError)(
         f"{what} cannot be kept: {exc.strerror or exc}.",
@@ -24,10 +24,10 @@ def not_stored(exc: OSError, what: str, where: str) -> StoreError:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in its place in one step: readers see the old content or the new one. An old file keeps its mode.
+    """Write a file atomically: readers see the old or the new content. An existing file keeps its mode.
 
     Raises:
-        OSError: it cannot be written; the old file is still there then.
+        OSError: the file cannot be written; an old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}")
     try:
@@ -39,22 +39,23 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # where no space is left, what was written of it takes some
+        temporary.unlink(missing_ok=True)  # frees space if the disk is full
         raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file's content, or a folder's names, to its disk.
+    """Flush a file's content, or a folder's entries, to disk (fsync).
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the flush failed.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as exc:
-        if exc.errno != errno.EINVAL:  # network file systems that write names at once have no such call
+        # Network file systems that write entries immediately do not support fsync on folders.
+        if exc.errno != errno.EINVAL:
             raise
     finally:
         os.close(descriptor)

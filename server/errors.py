@@ -68,7 +68,7 @@ class PreludeError(Exception):
         self.message = message
         self.remedy = remedy or self.default_remedy
         self.param = param
-        """The request's field that is at fault, where there is one and its name is known."""
+        """The field at fault, if there is one and its name is known."""
 
     def at(self, location: str) -> Self:
         """The same error, with the location of the part of the request that it concerns."""

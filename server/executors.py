@@ -1,8 +1,8 @@
-"""Threads for work that would block the event loop, one bounded pool for each kind of work.
+"""Thread pools for work that would block the event loop, one bounded pool for each kind of work.
 
-A store that does not answer holds the threads that wait for it, so changes of tasks never share a pool with requests
-for an answer. Each pool bounds its threads and the work that may wait for one. Threads are daemons, which
-`concurrent.futures` does not offer: Python waits for its threads before the process ends, even for those that hang.
+A store that does not answer blocks the threads that wait for it, so changes of tasks never share a pool with generation
+requests. Each pool limits its threads and its waiting work. Threads are daemons, which `concurrent.futures` does not
+offer: before the process ends, Python waits for threads that are not daemons, even if they hang.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 class Executor:
-    """A pool of threads that start when there is work and end when there is none, so nothing has to be shut down."""
+    """A thread pool whose threads start when there is work and end when there is none, so it needs no shutdown."""
 
     def __init__(self, name: str, work: str, *, threads: int, most_waiting: int) -> None:
-        """Start no thread yet.
+        """Create a pool without threads.
 
         Args:
-            name: of the threads.
+            name: the threads' name.
             work: the work in the plural, for the refusal: "changes of tasks".
-            threads: work that runs at once; kept as `most_threads`.
-            most_waiting: work that may wait for a thread.
+            threads: maximum number of threads; available as `most_threads`.
+            most_waiting: maximum number of waiting calls.
         """
         self._name = name
         self._work = work
@@ -43,9 +43,9 @@ class Executor:
         self._lock = threading.Lock()
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `work` returns; logging on its thread keeps the request's id.
+        """Run `work` on a thread and return its result; its log entries have the request's id.
 
-        Cancelling the caller cancels work that waits; work that runs is left alone.
+        Cancelling the caller cancels waiting work; running work is not interrupted.
 
         Raises:
             Overloaded: too much work waits for a thread.
@@ -53,7 +53,7 @@ class Executor:
         return await asyncio.wrap_future(self.submit(work, *args, **kwargs))
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """As `run`, for callers without an event loop."""
+        """Like `run`, for callers without an event loop."""
         call = partial(contextvars.copy_context().run, work, *args, **kwargs)
         future: Future[T] = Future()
         with self._lock:
@@ -69,14 +69,14 @@ class Executor:
 
     @property
     def _is_full(self) -> bool:
-        """Work that a thread was started for and has not taken yet does not count as waiting."""
+        """Whether no more work is accepted; work that a starting thread will take does not count as waiting."""
         return self._num_running + len(self._waiting) >= self.most_threads + self._most_waiting
 
     def _forget_cancelled(self) -> None:
         self._waiting = deque(item for item in self._waiting if not item[0].cancelled())
 
     def _run(self) -> None:
-        """Work until nothing waits."""
+        """Run work until none is waiting."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -87,7 +87,7 @@ class Executor:
             _work_off(*item)
             with self._lock:
                 self._num_running -= 1
-            del item  # or it would keep its result in memory while this thread works on the next one
+            del item  # otherwise the result would stay in memory while this thread runs the next item
 
 
 def _work_off(future: Future[T], work: Callable[[], T]) -> None:
@@ -102,14 +102,14 @@ def _work_off(future: Future[T], work: Callable[[], T]) -> None:
 
 
 class Executors:
-    """The pools of the control plane. The data plane's is the engine worker's (`EngineWorker.threads`).
+    """The pools of the control plane. The pool of the data plane is `EngineWorker.threads`.
 
     Attributes:
         changes: publishes and all other changes of tasks; each may wait minutes for the store.
-        jobs: training jobs: reading and writing their folders.
-        in_server: preparing jobs that run in the server, and their rows.
-        scrapes: writing metrics.
-        ending: what ends with the server; nothing else may take its threads.
+        jobs: reads and writes the folders of training jobs.
+        in_server: prepares jobs that run in the server, and their rows.
+        scrapes: renders metrics.
+        ending: work at shutdown; nothing else may use its threads.
     """
 
     def __init__(self) -> None:
@@ -121,9 +121,9 @@ class Executors:
 
 
 def for_texts(most_waiting: int) -> Executor:
-    """The data plane's pool: long texts and many labels are tokenised on it.
+    """The pool of the data plane, which tokenises long texts and large sets of labels.
 
     Args:
-        most_waiting: texts that may wait; as many as requests may be in flight.
+        most_waiting: maximum number of waiting texts: the number of requests that may be in flight.
     """
     return Executor("texts", "texts", threads=4, most_waiting=most_waiting)

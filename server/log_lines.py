@@ -1,4 +1,4 @@
-"""Foreign text in the log, such as a folder's name: it cannot begin an entry of its own."""
+"""Makes foreign text in the log, such as a folder's name, unable to start an entry of its own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 
 def one_line(text: str) -> str:
-    """A text whose line ends, escape sequences and other invisible characters are written as Python escapes them."""
+    """Escape line ends, escape sequences and other invisible characters as Python does."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def indented(text: str) -> str:
-    """Several lines, each of which shows that it continues an entry."""
+    """Indent lines, so that each is recognisable as the continuation of an entry."""
     return "\n".join(f"  {one_line(line)}" for line in text.split("\n"))
 
 
 class LineFormatter(logging.Formatter):
-    """The standard library's, for entries that are one line each, and a traceback that is indented."""
+    """The standard library's formatter, with entries on one line and indented tracebacks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The entry without its traceback."""

@@ -1,4 +1,4 @@
-"""Long work on a thread that ends when nobody waits for it any more: it checks between its pieces."""
+"""Runs long work on a thread; the work stops between pieces if its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from server.executors import Executor
 T = TypeVar("T")
 
 PIECE_SECONDS = 5.0
-"""How long to wait for the end of work that was cancelled; a piece takes far less."""
+"""How long to wait for cancelled work to end; a piece takes far less."""
 
 
 async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -> T:
-    """Return what `work` returns, which calls the function that it is given between its pieces.
+    """Run `work` and return its result; `work` calls the function that it receives between its pieces.
 
-    If the caller is cancelled, that function raises, so the work ends, and only then does the caller.
+    If the caller is cancelled, that function raises. The work then ends, and after it the caller.
 
     Raises:
         Overloaded: too much work waits for a thread.
@@ -32,7 +32,7 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
 
     running = threads.submit(work, go_on)
     ended = asyncio.wrap_future(running)
-    # Looked at in any case: a caller that is cancelled twice does not wait for the end of the work.
+    # Always retrieve the exception, because a caller that is cancelled twice does not wait for the end of the work.
     ended.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         await asyncio.wait({ended})
@@ -45,15 +45,15 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
 
 
 class Lane:
-    """Long work of one kind, one piece of work at a time; a bounded number waits in turn, and holds no thread."""
+    """A queue for long work of one kind, which runs one item at a time; waiting items are limited and use no thread."""
 
     def __init__(self, threads: Executor, work: str, most_waiting: int) -> None:
-        """Nothing waits yet.
+        """Create an empty queue.
 
         Args:
-            threads: run the work.
+            threads: the pool that runs the work.
             work: the work in the plural, for the refusal.
-            most_waiting: how many may wait.
+            most_waiting: maximum number of waiting items.
         """
         self._threads = threads
         self._work = work
@@ -62,10 +62,10 @@ class Lane:
         self._entered = 0
 
     async def run(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """As `run_long`, when it is this work's turn.
+        """Like `run_long`, after waiting for the turn.
 
         Raises:
-            Overloaded: too much waits.
+            Overloaded: too many items are waiting.
         """
         if self._entered > self._most_waiting:
             raise Overloaded(f"{self._most_waiting} {self._work} wait already until their data is checked.")

@@ -1,6 +1,6 @@
-"""Replies of the routes for soft prompts and training jobs, as the API writes them and the client reads them.
+"""Reply schemas of the routes for soft prompts and training jobs, shared by the API and the client.
 
-A field that may be left out is never null in a reply.
+Optional fields are left out of a reply instead of being null.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.validation import without_nulls
 
 if sys.version_info >= (3, 12):
     from typing import TypedDict
-else:  # pydantic reads only these there
+else:  # pydantic needs these before Python 3.12
     from typing_extensions import TypedDict
 
 R = TypeVar("R")
@@ -25,7 +25,7 @@ Shares = Annotated[dict[str, int], Field(description="Shares of 100 by version, 
 
 
 def reply(kind: type[R], **fields: Any) -> R:
-    """A reply of this kind, without the fields that are None."""
+    """Build a reply without the fields that are None."""
     return cast(R, without_nulls(fields))
 
 
@@ -37,7 +37,7 @@ class TaskVersion(TypedDict):
 
 
 class PromptSummary(TypedDict):
-    """One entry of GET /prompts; without a `version` nobody answers. In a canary it is the one that answers most."""
+    """One entry of GET /prompts. `version` is the live version, if any; in a canary, the one with the largest share."""
 
     task: str
     version: NotRequired[int]
@@ -62,7 +62,7 @@ class PromptDetail(PromptSummary):
 
     versions: list[int]
     manifest: dict[str, Any]
-    """The manifest of the live version, otherwise of the newest."""
+    """The manifest of the live version; without one, of the newest version."""
 
 
 @_DESCRIBED
@@ -71,11 +71,11 @@ class VersionBody(TypedDict):
 
     version: int
     live: bool
-    """Whether it answers requests that name no version, all of them or a share."""
+    """Whether it answers all or a share of the requests without a version."""
     digest: str
-    """Identity of what changes answers."""
+    """Identity of the tensor and the manifest fields that change answers."""
     prefix_hash: str
-    """Identity of the numbers alone."""
+    """Identity of the tensor alone."""
     peft_type: str
     num_virtual_tokens: int
     bytes: int
@@ -83,20 +83,20 @@ class VersionBody(TypedDict):
     source: str
     """api or inbox."""
     by: NotRequired[str]
-    """Id of the key, or place of the inbox, that it came from."""
+    """Id of the key, or location of the inbox, that published it."""
     description: NotRequired[str]
     metrics: NotRequired[dict[str, Any]]
     error: NotRequired[str]
-    """Why this server cannot read or serve it, as far as it knows."""
+    """The reason why this server cannot read or serve it, if known."""
 
 
 @_DESCRIBED
 class VersionList(TypedDict):
-    """A task's versions, newest first, and who answers."""
+    """A task's versions, newest first, and the live ones."""
 
     task: str
     live: NotRequired[int]
-    """The version that answers; in a canary the one that answers most."""
+    """The live version; in a canary, the one with the largest share."""
     traffic: NotRequired[Shares]
     versions: list[VersionBody]
     next: NotRequired[int]
@@ -105,7 +105,7 @@ class VersionList(TypedDict):
 
 @_DESCRIBED
 class PublishReply(TypedDict):
-    """PUT /prompts/{task}. A multitask soft prompt makes several tasks; the fields then describe the first."""
+    """PUT /prompts/{task}. A multitask soft prompt creates several tasks; the fields then describe the first."""
 
     task: str
     version: int
@@ -115,9 +115,9 @@ class PublishReply(TypedDict):
     live: bool
     tasks: list[TaskVersion]
     warnings: NotRequired[list[str]]
-    """Declarations of the files that the server does not use, a sentence each."""
+    """Declarations in the files that the server does not use, one sentence each."""
     ignored: NotRequired[list[str]]
-    """Files that were sent and not used."""
+    """Files that were sent but not used."""
 
 
 class JobError(TypedDict):
@@ -149,27 +149,27 @@ class JobBody(TypedDict):
     by: NotRequired[str]
     """Id of the key that requested it."""
     queue_position: NotRequired[int]
-    """Of one that waits; 1 is the next."""
+    """Position of a waiting job; 1 is the next."""
     cancelling: bool
     """Cancellation was requested, but the job has not ended yet."""
     restarts: NotRequired[int]
-    """How often it resumed from its checkpoint, because it or the server was ended."""
+    """How often it resumed from its checkpoint after it or the server had stopped."""
     phase: NotRequired[str]
-    """Of its process: loading, reading, teacher, learning_rate, training or writing."""
+    """Phase of its process: loading, reading, teacher, learning_rate, training or writing."""
     step: int
     steps: int
     loss: NotRequired[float]
     tokens_per_second: NotRequired[float]
     seconds_left: NotRequired[float]
-    """At the speed so far."""
+    """Estimate from the speed so far."""
     validation: NotRequired[Measurement]
     error: NotRequired[JobError]
     version: NotRequired[int]
-    """The version that it published."""
+    """The version that the job has published."""
     live: bool
     """Whether that version went live at once."""
     metrics: NotRequired[dict[str, Any]]
-    """Of the state that was published: the best one measured."""
+    """Metrics of the published state, which is the best one measured."""
     spec: dict[str, Any]
     """The request, with all defaults."""
 

@@ -45,20 +45,20 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 3
-"""After the drain, how long clients may take to read what is left for them, or to finish an upload."""
+"""After the drain, how long clients may take to read the rest of their replies or to finish an upload."""
 
 MANY_FILES = 65_536
 
 BACKGROUND_SHARE = 4
-"""Evaluations may have 1 / this of the answers in flight that live requests may have."""
+"""Evaluations may have 1 / this of the choices in flight that live requests may have."""
 
 SAME_SIGNAL_SECONDS = 1.0
 
 ENGINE_FAILED = 70
-"""Status of a process whose engine has failed for good: whatever looks after it starts another."""
+"""Exit status after the engine has failed permanently, so that a supervisor restarts the process."""
 
 LATEST_SECONDS = 9.0
-"""After the drain, how long the process may take to end; the 40 s of docker-compose.yml are the drain and these."""
+"""After the drain, how long the process may take to end; the 40 s in docker-compose.yml cover both."""
 
 
 def serve(settings: Settings) -> None:
@@ -69,7 +69,8 @@ def serve(settings: Settings) -> None:
     """
     keys = open_keys(settings)
     allow_many_connections()
-    with bind(settings.host, settings.port) as listener:  # first: a taken port shows before the model is loaded
+    # First, so that a port in use is reported before the model is loaded.
+    with bind(settings.host, settings.port) as listener:
         check_exposure(settings, listener.getsockname()[0])
         store = Store(open_objects(settings.store_url))
         with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
@@ -86,11 +87,12 @@ def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             http=bounded_protocol(),
-            log_level="warning" if settings.log_level == "info" else settings.log_level,  # what it says, we say better
-            log_config=None,  # the messages of uvicorn look like ours
+            # Prelude's own messages cover its info messages.
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
+            log_config=None,  # uvicorn's messages are formatted like Prelude's
             access_log=False,
             lifespan="on",
-            ws="none",  # no route speaks it: a request for it is answered as HTTP
+            ws="none",  # no route uses WebSockets: upgrade requests are handled as plain HTTP
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         before = set(threading.enumerate())
@@ -98,12 +100,12 @@ def serve(settings: Settings) -> None:
         server = DrainingServer(config, worker, settings.drain_seconds, first_request(first, keys is not None))
         server.run([listener])
         leave_hanging_threads(set(threading.enumerate()) - before, server.status)
-        if server.status:  # destructors of what lies on a lost device raise in C++, which aborts with another status
+        if server.status:  # destructors of data on a lost device raise in C++, which would abort with another status
             end_process(server.status)
 
 
 def leave_hanging_threads(threads: Collection[threading.Thread], status: int = 0) -> None:
-    """End the process at once if threads are left that hang, in a store for example: Python would wait for them."""
+    """End the process at once if threads hang, for example in a store: Python would wait for them."""
     if threads:
         log.warning("left behind: %s", ", ".join(sorted({thread.name for thread in threads})))
         end_process(status)
@@ -116,10 +118,10 @@ def end_process(status: int) -> None:
 
 
 def start_engine(settings: Settings) -> Engine:
-    """The frozen model, in an engine that has taken its first steps.
+    """Load the engine and run its first steps.
 
     Raises:
-        ConfigurationError: the model or its KV cache cannot be had as the settings ask for it.
+        ConfigurationError: the model cannot be loaded, or its KV cache cannot be allocated, as the settings require.
     """
     engine = load_engine(settings)
     warm_up(engine)
@@ -127,8 +129,9 @@ def start_engine(settings: Settings) -> Engine:
 
 
 def allow_many_connections() -> None:
-    """Take the number of open files that the system allows; a shell's usual one is 1,024, and a stream takes one."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit; some may not be raised
+    """Raise the limit of open files as far as allowed: usually it is 1,024, and each stream takes one."""
+    # Windows has no such limit; some limits cannot be raised.
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -138,7 +141,7 @@ def allow_many_connections() -> None:
 
 
 def limits(settings: Settings) -> Limits:
-    """What the worker takes before it refuses."""
+    """The worker's limits, beyond which it refuses requests."""
     return Limits(
         in_flight=settings.max_sequences + settings.max_queue,
         per_task=settings.max_per_task,
@@ -149,16 +152,16 @@ def limits(settings: Settings) -> Limits:
 
 
 def keep_for_good() -> None:
-    """Take all that is loaded now out of garbage collection.
+    """Exempt all objects that exist now from garbage collection.
 
-    It is there until the end. To look through its half million objects stops every thread for a quarter of a second.
+    They are never freed, and scanning half a million of them stops every thread for a quarter of a second.
     """
     gc.collect()
     gc.freeze()
 
 
 def publish_inbox(inbox: Inbox, registry: Registry) -> None:
-    """Publish what is new in the inbox, and say what is served."""
+    """Publish new content of the inbox, and log the served tasks."""
     with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0) as bar:
 
         def show(name: str) -> None:
@@ -170,7 +173,7 @@ def publish_inbox(inbox: Inbox, registry: Registry) -> None:
 
 
 def first_request(task: str | None, with_key: bool) -> str:
-    """A command that asks a server for an answer; `{url}` stands for its address."""
+    """An example command for a first request; `{url}` is replaced by the server's address."""
     query = f"?task={task}" if task else ""
     key = "-H 'authorization: Bearer KEY' " if with_key else ""
     return (
@@ -180,10 +183,10 @@ def first_request(task: str | None, with_key: bool) -> str:
 
 
 def open_keys(settings: Settings) -> ApiKeys | None:
-    """The keys that requests must carry; None if none are asked for.
+    """The API keys that requests must have; None if no keys are required.
 
     Raises:
-        ConfigurationError: the keys file cannot be used, or everybody is to be let in beside it.
+        ConfigurationError: the keys file cannot be used, or the settings also allow anonymous requests.
     """
     if settings.api_keys_file is None:
         return None
@@ -196,14 +199,14 @@ def open_keys(settings: Settings) -> ApiKeys | None:
 
 
 def check_exposure(settings: Settings, address: str) -> None:
-    """Refuse to let a network in without keys, unless that was asked for.
+    """Refuse to be reachable from a network without keys, unless the settings allow it.
 
     Args:
-        settings: what was asked for.
-        address: where the socket listens, whatever name it was given by.
+        settings: the server's settings.
+        address: the resolved address of the listening socket.
 
     Raises:
-        ConfigurationError: others than this machine's users could reach it, be it through pages in their browsers.
+        ConfigurationError: other users could reach the server, directly or through web pages in a local browser.
     """
     if settings.api_keys_file is None and not settings.allow_anonymous and "*" in settings.origins:
         raise ConfigurationError(
@@ -224,17 +227,17 @@ def check_exposure(settings: Settings, address: str) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address; connections are answered once the server is ready.
+    """Bind the address; connections wait until the server is ready.
 
     Raises:
-        ConfigurationError: somebody else has it, or it is not one of this machine's.
+        ConfigurationError: the address is in use, or does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # without it a second server could bind the same address
+        listener.listen()  # without `listen`, a second server could bind the same address
     except OSError as exc:
         listener.close()
         raise ConfigurationError(
@@ -245,21 +248,21 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def warm_up(engine: Engine) -> None:
-    """Take a few steps before anybody waits for one: the first of each kind sets up the device's kernels."""
+    """Run a few steps before the first request: the first step of each kind sets up the device's kernels."""
     engine.add(GenerationRequest("warm-up", (0,) * 8, SamplingParams(max_new_tokens=3, ignore_eos=True)), None)
     while engine.has_work:
         engine.step()
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but a signal first drains: new requests get 503 from a server that still answers, the others finish."""
+    """uvicorn with a drain: after a signal, requests in flight finish, and new requests get 503."""
 
     def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float, example: str = "") -> None:
         """Serve `config`.
 
         Args:
-            config: the app, and how uvicorn serves it.
-            worker: drained before the end.
+            config: the app and uvicorn's settings.
+            worker: the worker to drain.
             drain_seconds: how long requests may take to finish.
             example: a first command to show; `{url}` in it becomes the server's address.
         """
@@ -271,11 +274,11 @@ class DrainingServer(uvicorn.Server):
         self._draining: concurrent.futures.Future[None] | None = None
         self._signalled = 0.0
         self.status = 0
-        """What the process is to end with."""
+        """Exit status of the process."""
         self._latest_end: threading.Timer | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Run until drained, or until the drain should long be over."""
+        """Run until drained, or until the latest time at which the drain should be over."""
         super().run(sockets)
         if self._latest_end is not None:
             self._latest_end.cancel()
@@ -287,7 +290,7 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where and how long it took, from the start of the process on."""
+        """Listen, and log the address and the time since the start of the process."""
         await super().startup(sockets)
         if self.started and sockets and not self.should_exit:
             host, port = sockets[0].getsockname()[:2]
@@ -309,13 +312,13 @@ class DrainingServer(uvicorn.Server):
             return
         self._signalled = now
         self._end_after(self._drain_seconds + LATEST_SECONDS)
-        # In an empty context: a signal may interrupt a request, whose id is not for these log entries.
+        # Use an empty context: a signal may interrupt a request, whose id must not be in these log entries.
         self._draining = contextvars.Context().run(
             asyncio.run_coroutine_threadsafe, self._drain(signal.Signals(sig).name), self._loop
         )
 
     async def on_tick(self, counter: int) -> bool:
-        """Look, ten times a second, whether to go on: an engine that has failed for good ends the process."""
+        """Called ten times a second: ends the process if the engine has failed permanently."""
         if self._worker.has_failed and not self.status:
             log.error(
                 "the engine has failed for good: the process ends with %d, so that its supervisor restarts it",
@@ -326,7 +329,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _end_after(self, seconds: float) -> None:
-        """End the process after that time, even if something hangs."""
+        """End the process after this time, even if a thread hangs."""
         if self._latest_end is None:
             self._latest_end = threading.Timer(seconds, self._end_late)
             self._latest_end.daemon = True

@@ -1,7 +1,7 @@
-"""All settings in one frozen object, built once and passed down; nothing else reads the environment.
+"""All settings in one frozen object, which is built once and passed on; no other module reads the environment.
 
-Each comes from an option of `prelude serve`, else from the environment (`PRELUDE_HOST`, …), else from its default.
-A misspelt `PRELUDE_…` variable is an error: a setting that silently does nothing is worse than none.
+A setting's value comes from the option of `prelude serve`, else from the environment (`PRELUDE_HOST`, …), else it is
+the default. A misspelt `PRELUDE_…` variable is an error: a setting that silently does nothing is worse than none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ENV_PREFIX = "PRELUDE_"
 EMBEDDED_MODEL = "embedded"
 
 CLIENT_VARIABLES = ("PRELUDE_URL", "PRELUDE_API_KEY")
-"""Where `prelude prompts` looks for a server; a shell that has them may start one all the same."""
+"""Variables of client commands such as `prelude prompts`, which a shell that starts a server may have too."""
 
 
 OPTIMISATIONS = frozenset({"compiled", "fused", "graphs", "packed"})
-"""What can be switched off; see `server/engine/fast/optimise.py`."""
+"""Optimisations that can be switched off; see `server/engine/fast/optimise.py`."""
 
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\\?#@*\s]+")
@@ -33,11 +33,11 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\\?#@*\s]+")
 SpecialTokensInInput = Literal["text", "control"]
 
 Memory = Literal["auto"] | ByteSize
-"""A size in bytes, written as people write it (512MiB, 2000000), or left to the server."""
+"""A size in bytes (512MiB, 2000000), or "auto" to let the server decide."""
 
 
 class Settings(BaseSettings):
-    """Everything that can be set about a server."""
+    """All settings of a server."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
@@ -230,17 +230,17 @@ class Settings(BaseSettings):
     @field_validator("api_keys_file", "prompts_dir", "jobs_dir", "data_dir", "cache_dir")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
-        try:  # a file of variables, such as systemd's, is read by no shell that would replace ~
+        try:  # no shell expands ~ in files of variables, such as systemd's
             return None if path is None else path.expanduser()
         except RuntimeError as exc:
             raise ValueError(f"there is no user {path.parts[0] if path else ''}") from exc
 
     @classmethod
     def load(cls, **options: Any) -> Settings:
-        """Build the settings from options (those that are not None win) and the environment.
+        """Build the settings from options and the environment; options that are not None take precedence.
 
         Raises:
-            ConfigurationError: a value does not fit, or a PRELUDE_… variable is not a setting.
+            ConfigurationError: a value is invalid, or a PRELUDE_… variable is not a setting.
         """
         check_variables()
         try:
@@ -251,7 +251,7 @@ class Settings(BaseSettings):
 
 
 def _listed(value: str, form: re.Pattern[str], what: str) -> str:
-    """A list with commas in one way of writing it: small letters, no spaces."""
+    """Normalise a comma-separated list: lower case, no spaces."""
     parts = [part.strip().lower() for part in value.split(",")]
     for part in parts:
         if not form.fullmatch(part):
@@ -266,7 +266,7 @@ def check_variables() -> None:
         ConfigurationError: a PRELUDE_… variable is not a setting.
     """
     known = [ENV_PREFIX + name.upper() for name in Settings.model_fields]
-    # pydantic reads names in any case, so a misspelt one is looked for in any case too.
+    # pydantic ignores the case of names, so this check does too.
     unknown = sorted(
         name
         for name in os.environ

@@ -1,11 +1,11 @@
-"""Progress bars of training, here or on a server."""
+"""Progress bars of training, on this machine or on a server."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
+if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
     from tqdm import tqdm
 
     from server.client import Job
@@ -14,18 +14,18 @@ if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answe
 
 
 def describe(score: TeacherForcedScore) -> str:
-    """A measurement in words."""
+    """Format a measurement as text."""
     return in_words(score.exact_match, score.loss)
 
 
 def in_words(exact_match: float | None, loss: float | None) -> str:
-    """The same of figures that a server tells; what is not finite it leaves out."""
+    """Format figures from a server, which leaves out figures that are not finite."""
     match = "unknown" if exact_match is None else f"{exact_match:.1%}"
     return f"validation exact match {match}, loss {'not finite' if loss is None else f'{loss:.4f}'}"
 
 
 class Bars:
-    """Progress bars: of the teacher's rows, of the search for a learning rate, of the steps of training."""
+    """Progress bars for the teacher's rows, the search for a learning rate, and the training steps."""
 
     def __init__(self, task: str, steps: int, taught: int) -> None:
         from tqdm import tqdm
@@ -43,27 +43,27 @@ class Bars:
             self._bar.close()
 
     def on_taught(self) -> None:
-        """A row that the teacher has been asked about."""
+        """Count a row that the teacher has answered."""
         self._on("teacher", "row", self._taught).update()
 
     def on_sweep_step(self, progress: TrainingProgress) -> None:
-        """A step of the search."""
+        """Count a step of the search."""
         self._on("learning rate", "step", None).update()
 
     def on_tried(self, tried: Tried) -> None:
-        """A learning rate that was tried."""
+        """Show the result of a learning rate."""
         self._on("learning rate", "step", None).write(
             f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}"
         )
 
     def on_step(self, progress: TrainingProgress) -> None:
-        """A step of training; what is measured on the way is written above the bar."""
+        """Show a training step; measurements are written above the bar."""
         is_first = self._shown != self._task
         bar = self._on(self._task, "step", self._steps)
         if is_first and progress.step > 1:
             bar.write(f"goes on from step {progress.step - 1}")
         bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
-        bar.update(progress.step - bar.n)  # a run that goes on does not begin at 0
+        bar.update(progress.step - bar.n)  # a resumed run does not begin at 0
         if score := progress.validation:
             bar.write(f"step {progress.step}: {describe(score)}")
 
@@ -91,11 +91,11 @@ class JobBar:
         self._bar.close()
 
     def write(self, line: str) -> None:
-        """A line above the bar, on stderr as the bar is: stdout is for what the job came to."""
+        """Write a line above the bar, to stderr like the bar; stdout is for the job's result."""
         self._bar.write(line, file=sys.stderr)
 
     def show(self, job: Job) -> None:
-        """How far it has come."""
+        """Show a job's progress."""
         self._bar.set_description(f"{job['task']}: {standing(job)}", refresh=False)
         if job.get("loss") is not None:
             speed = job.get("tokens_per_second") or 0
@@ -111,7 +111,7 @@ class JobBar:
 
 
 def standing(job: Job) -> str:
-    """Where a job stands, in a word or two."""
+    """The state of a job, in a few words."""
     if job["cancelling"]:
         return "is being cancelled"
     if job["state"] == "queued":

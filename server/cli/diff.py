@@ -19,27 +19,27 @@ Rows = NDArray[np.float64]
 """`[virtual tokens, width]`."""
 
 WHERE_AND_WHEN = frozenset({"task", "created_at"})
-"""What a server writes into a manifest of the copy at hand, not of the soft prompt."""
+"""Manifest fields that a server writes about a downloaded copy, not about the soft prompt."""
 DERIVED = frozenset({"digest", "prefix_hash", "peft_type", "num_virtual_tokens", "hidden_size"})
-"""What a manifest repeats of numbers and config; where a side has it not, they are compared all the same."""
+"""Manifest fields that repeat facts about the tensor and config, which are compared directly."""
 
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it lies in the file."""
+    """A tensor as stored in the file."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
 
     def numbers(self) -> Rows | None:
-        """`[rows, width]` in float64; None without any, and for dtypes that no soft prompt has."""
+        """The numbers `[rows, width]` in float64; None for an empty tensor or an unsupported dtype."""
         if self.dtype not in _NUMPY_DTYPES or not self.shape or not self.data:
             return None
         values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype])
-        if self.dtype == "BF16":  # which numpy does not know: the upper half of a float32
+        if self.dtype == "BF16":  # numpy has no bfloat16: it is the upper half of a float32
             values = (values.astype("<u4") << 16).view("<f4")
         return values.astype(np.float64).reshape(self.shape[0], -1)
 
@@ -56,7 +56,7 @@ class ComparedSoftPrompt:
 
 @dataclass(frozen=True)
 class FieldChange:
-    """A field that the two sides do not say the same of; None where a side does not have it."""
+    """A field with different values on the two sides; None if a side lacks it."""
 
     name: str
     a: Any
@@ -65,7 +65,7 @@ class FieldChange:
 
 @dataclass(frozen=True)
 class RowChange:
-    """One virtual token on both sides; the cosine is None where a norm is 0, figures are None where not finite."""
+    """One virtual token on both sides. The cosine is None if a norm is 0; figures are None if not finite."""
 
     row: int
     cosine: float | None
@@ -76,7 +76,7 @@ class RowChange:
 
 @dataclass(frozen=True)
 class TensorChange:
-    """A tensor on both sides; `rows` are compared where both have the same width, as far as both go."""
+    """A tensor on both sides; `rows` compares the rows that both have, if the widths are equal."""
 
     name: str
     dtype_a: str | None
@@ -104,7 +104,7 @@ class Comparison:
         return not self.manifest and not self.config and all(tensor.identical for tensor in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The comparison as a JSON object."""
         return {"identical": self.identical, **asdict(self)}
 
 
@@ -128,9 +128,9 @@ def read_content(directory: Path, name: str) -> ComparedSoftPrompt:
 
 
 def compare(a: ComparedSoftPrompt, b: ComparedSoftPrompt) -> Comparison:
-    """Everything that differs of two soft prompts, whatever they are called and whenever they were published.
+    """Find all differences between two soft prompts, except their names and times of publishing.
 
-    Fields that are null count as fields that are not there.
+    Null fields count as missing.
     """
     names = sorted({*a.tensors, *b.tensors})
     return Comparison(
@@ -180,7 +180,7 @@ def _compare_tensors(name: str, a: Tensor | None, b: Tensor | None) -> TensorCha
 def _compare_rows(a: Rows | None, b: Rows | None) -> Iterator[RowChange]:
     if a is None or b is None or a.shape[1] != b.shape[1]:
         return
-    for index, (row_a, row_b) in enumerate(zip(a, b, strict=False)):  # the shorter one ends the comparison
+    for index, (row_a, row_b) in enumerate(zip(a, b, strict=False)):  # stops at the end of the shorter tensor
         with np.errstate(all="ignore"):
             norm_a, norm_b = float(np.linalg.norm(row_a)), float(np.linalg.norm(row_b))
             cosine = float(row_a @ row_b) / (norm_a * norm_b) if norm_a and norm_b else float("nan")
@@ -189,5 +189,5 @@ def _compare_rows(a: Rows | None, b: Rows | None) -> Iterator[RowChange]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows neither NaN nor infinity."""
+    """The value, or None for NaN and infinity, which JSON cannot represent."""
     return value if np.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""How a command shows an error: a sentence and its remedy, never a traceback.
+"""Shows a command's errors as a sentence and a remedy, without a traceback.
 
-Messages quote servers and files, which must not be able to steer the terminal.
+Messages quote servers and files, which must not be able to control the terminal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from server.errors import PreludeError
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Print what went wrong and what to do about it, instead of a traceback; exit with 2."""
+    """Context manager: print an error and its remedy instead of a traceback, and exit with 2."""
     try:
         yield
     except PreludeError as exc:
@@ -25,5 +25,5 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text that means nothing but itself: no escape sequences, no line of its own."""
+    """Text without escape sequences, line ends and other control characters."""
     return "".join(character if character.isprintable() else " " for character in text)

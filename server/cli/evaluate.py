@@ -20,7 +20,7 @@ from server.cli.options import with_options_of
 from server.errors import ConfigurationError
 from server.settings import Settings
 
-if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
+if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
     from server.evaluation.report import Report
     from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -110,7 +110,7 @@ def _shots_path(data: Path, given: Path | None) -> Path:
 
 
 def _command(task: str, options: Mapping[str, object], teacher_chat: bool) -> str:
-    """What measures the same again, as the card tells it."""
+    """The command that repeats this evaluation, for the card."""
     given = [[option, str(value)] for option, value in options.items() if value]
     flags = ["--teacher-chat"] if teacher_chat else []
     return shlex.join(["prelude", "eval", task, *itertools.chain.from_iterable(given), *flags])
@@ -118,7 +118,7 @@ def _command(task: str, options: Mapping[str, object], teacher_chat: bool) -> st
 
 @contextmanager
 def _row_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar that counts answered rows, and says whose."""
+    """A progress bar that counts answered rows and shows the current system."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="row", dynamic_ncols=True) as bar:

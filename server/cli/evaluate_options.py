@@ -1,4 +1,4 @@
-"""Options of `prelude eval`: their kinds and help, in the order of --help. The command is in evaluate.py."""
+"""Options of `prelude eval`: each option's type, help and place in --help. The command is in evaluate.py."""
 
 from __future__ import annotations
 

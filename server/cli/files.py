@@ -1,4 +1,4 @@
-"""Soft prompts as files of the user: found in a directory, a zip or on the hub, and written as a directory."""
+"""The user's soft prompt files: finds them in a directory, a zip or on the hub, and writes directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
 FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
-"""What a soft prompt consists of; the same names as in soft_prompts/formats.py, which imports torch."""
+"""The files of a soft prompt; repeated from soft_prompts/formats.py, because that module imports torch."""
 PICKLE_FILE = "adapter_model.bin"
 CONVERT = "Convert it: load it with PEFT and call save_pretrained(..., safe_serialization=True)."
 MAX_PULLED_BYTES = 2**32
@@ -32,22 +32,22 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 @dataclass(frozen=True)
 class Upload:
-    """Files to send: the two or three of a soft prompt, or one zip."""
+    """Files to send: the two or three files of a soft prompt, or one zip."""
 
     name: str
-    """What the directory, the zip or the repository is called."""
+    """Name of the directory, zip or repository."""
     files: tuple[Path, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     def task(self, given: str | None) -> str:
-        """The task to publish as: the one given, else what the source is called.
+        """The task to publish as: the given name, else the source's name.
 
         Raises:
-            InvalidTaskName: no task can be called so.
+            InvalidTaskName: the name is not a valid task name.
         """
         if given is not None:
             return check_task_name(given)
@@ -59,10 +59,10 @@ class Upload:
 
 
 def find_upload(source: str) -> Upload:
-    """Find what is to be sent: a local path wins over a repository of the same name on the hub.
+    """Find the files to send; a local path takes precedence over a hub repository of the same name.
 
     Raises:
-        InvalidSoftPrompt: there is nothing of that name, or it holds no soft prompt.
+        InvalidSoftPrompt: nothing has that name, or it contains no soft prompt.
     """
     with _readings(source):
         found = _find_locally(source)
@@ -78,10 +78,10 @@ def find_upload(source: str) -> Upload:
 
 
 def local_path(text: str) -> Path:
-    """A path as people write it, also where no shell has replaced its ~.
+    """A path with `~` expanded, even if no shell has done so.
 
     Raises:
-        InvalidSoftPrompt: there is no such user.
+        InvalidSoftPrompt: the user after `~` does not exist.
     """
     try:
         return Path(text).expanduser()
@@ -111,10 +111,10 @@ def _files_of(directory: Path, shown: str) -> tuple[Path, ...]:
 
 
 def check_target(directory: Path, *, force: bool) -> None:
-    """Refuse to write over what is there.
+    """Refuse to overwrite existing files.
 
     Raises:
-        ConfigurationError: the directory holds something already, is none, or cannot be looked at.
+        ConfigurationError: the path is a non-empty directory (without `force`), not a directory, or not accessible.
     """
     with _writings(directory):
         is_directory = directory.is_dir()
@@ -129,7 +129,7 @@ def check_target(directory: Path, *, force: bool) -> None:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Write the files of a downloaded soft prompt into a directory, and nothing else that the zip may hold.
+    """Write the files of a downloaded soft prompt into a directory; other files in the zip are ignored.
 
     Raises:
         InvalidSoftPrompt: the zip is damaged, or lacks a file.
@@ -149,12 +149,12 @@ def unpack(archive: Path, directory: Path) -> None:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A directory to fill; what is in it takes its place under the real name at the end of the block, or not at all.
+    """Context manager: a folder to fill, whose files are all moved to `directory` if the block succeeds.
 
-    Files of other names that were there stay, so that a README of an older soft prompt is not lost.
+    Existing files with other names stay, so that the README of an older soft prompt is not lost.
 
     Raises:
-        ConfigurationError: it cannot be written to.
+        ConfigurationError: the directory cannot be written.
     """
     with _writings(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _readings(shown: str) -> Iterator[None]:
-    """What the file system refuses, as our error."""
+    """Context manager: turn OSErrors of reading into InvalidSoftPrompt."""
     try:
         yield
     except OSError as exc:
@@ -183,7 +183,7 @@ def _readings(shown: str) -> Iterator[None]:
 
 @contextmanager
 def _writings(directory: Path) -> Iterator[None]:
-    """The same for what is to be written."""
+    """Context manager: turn OSErrors of writing into ConfigurationError."""
     try:
         yield
     except OSError as exc:
@@ -219,17 +219,17 @@ def _pickled(shown: str) -> InvalidSoftPrompt:
 
 
 def _from_hub(repository: str, revision: str | None) -> Upload:
-    """Download what is needed of a repository into the hub's own cache; HF_TOKEN, HF_ENDPOINT, … are its library's.
+    """Download the needed files of a repository into the hub's cache; the hub's library reads HF_TOKEN, HF_ENDPOINT, ….
 
     Raises:
-        InvalidSoftPrompt: it cannot be had, or holds no soft prompt.
+        InvalidSoftPrompt: the download fails, or the repository contains no soft prompt.
     """
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.utils.logging import set_verbosity_error
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what becomes an error here
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # it would also warn about what is an error here
     if not sys.stderr.isatty():
         disable_progress_bars()
     shown = repository if revision is None else f"{repository}@{revision}"
@@ -254,7 +254,7 @@ def _from_hub(repository: str, revision: str | None) -> Upload:
             f"There is no directory {repository} here, and no repository {repository} on the hub that you may see.",
             remedy="Check the name; for a private repository, log in with `hf auth login` or HF_TOKEN.",
         ) from exc
-    except Exception as exc:  # its HTTP library differs from version to version, and so do its errors
+    except Exception as exc:  # its HTTP library, and so its exceptions, differ between versions
         raise InvalidSoftPrompt(
             f"There is no directory {repository} here, and the hub cannot be asked: {_first_line(exc)}.",
             remedy="Check the path, or try again once the hub can be reached.",
@@ -268,10 +268,10 @@ def _first_line(exc: Exception) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text that somebody wrote into a file.
+    """Read a text file.
 
     Raises:
-        ConfigurationError: there is none, or it is not UTF-8.
+        ConfigurationError: the file does not exist or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")

@@ -14,12 +14,12 @@ from server.cli.errors import printable
 from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
 from server.errors import PreludeError, UnknownJob
 
-if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+if TYPE_CHECKING:  # each command loads what it needs, so that --help is fast
     from server.client import Job, PreludeClient
 
 LOOK_SECONDS = 1.0
 AWAY_SECONDS = 120.0
-"""How long a server may be away, for example while it restarts; it then resumes its jobs."""
+"""How long to wait for a server that does not answer, for example because it restarts; it then resumes its jobs."""
 ENDED = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
 OVER = tuple(ENDED)
 
@@ -104,10 +104,10 @@ def send(
 
 
 def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
-    """The job of this id, or the newest one of this task; with `runs`, one that runs before one that waits or is over.
+    """The job with this id, or the newest job of this task; with `runs`, running jobs take precedence.
 
     Raises:
-        UnknownJob: there is none.
+        UnknownJob: there is no such job.
     """
     found = [job for job in client.jobs() if named in (job["id"], job["task"])]
     if runs:
@@ -118,10 +118,10 @@ def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
 
 
 def follow_to_its_end(client: PreludeClient, job: Job) -> None:
-    """Show a job until it has ended, then its result.
+    """Show a job's progress until it has ended, then its result.
 
     Raises:
-        PreludeError: it failed or was cancelled, or its server has been away for too long.
+        PreludeError: the job failed or was cancelled, or the server did not answer for too long.
     """
     from server.cli.bars import JobBar
 
@@ -141,10 +141,10 @@ def follow_to_its_end(client: PreludeClient, job: Job) -> None:
 
 
 def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
-    """The job as it is now; a server that is away for a moment is waited for.
+    """The current state of a job; waits for a server that temporarily does not answer.
 
     Raises:
-        PreludeError: it has been away for too long, or does not know the job any more.
+        PreludeError: the server did not answer for too long, or no longer has the job.
     """
     end = time.monotonic() + AWAY_SECONDS
     is_told = False
@@ -161,10 +161,10 @@ def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
 
 
 def print_end(job: Job, url: str) -> None:
-    """What a job came to.
+    """Print the result of a job.
 
     Raises:
-        PreludeError: it failed, or was cancelled.
+        PreludeError: the job failed or was cancelled.
     """
     from server.cli.bars import in_words
 
@@ -179,7 +179,7 @@ def print_end(job: Job, url: str) -> None:
 
 
 def staged(job: Job, name: str, url: str) -> str:
-    """Why a result does not answer yet, and how it would."""
+    """The reason why a version is not live, and the command that activates it."""
     bound = job["spec"].get("activate")
     missed = " because it did not keep to its bound" if isinstance(bound, dict) else ""
     return f"staged{missed}; to make it live: prelude prompts activate {name} --url {url}"

@@ -1,7 +1,7 @@
 """The log of a command, on standard error: for people, or as JSON for log collectors.
 
-Modules log through the standard library. structlog renders what they and the libraries say, with what is bound to the
-request that it was said for.
+Modules log through the standard library. structlog renders these entries and those of libraries, with the context
+variables of the request that they belong to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Form = Literal["console", "json"]
 
 
 def configure_logging(level: str, form: Form = "console") -> None:
-    """Show what is of a level or above; libraries' words on every request and every layer are not of interest."""
+    """Show entries of a level or above, without libraries' entries for every request and every layer."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -29,9 +29,9 @@ def configure_logging(level: str, form: Form = "console") -> None:
 
 
 def formatter(form: Form) -> logging.Formatter:
-    """Writes a record of the standard library as one line, and its traceback.
+    """A formatter that writes a log record as one line, followed by its traceback.
 
-    A traceback never shows variables, which hold texts; that is what structlog would do of itself where rich is
+    Tracebacks never show variables, which may contain users' texts; by default, structlog shows them if rich is
     installed.
     """
     common: list[Processor] = [
@@ -65,7 +65,7 @@ def formatter(form: Form) -> logging.Formatter:
 
 
 def _forge_nothing(logger: object, name: str, event: EventDict) -> EventDict:
-    """Let no text that others chose look like another entry; structlog quotes what would look like another field."""
+    """Escape line ends, so that foreign text cannot forge an entry; structlog itself prevents forged fields."""
     for key, value in event.items():
         if isinstance(value, str):
             event[key] = one_line(value)
@@ -79,7 +79,7 @@ def _indented_traceback(out: TextIO, exc_info: ExcInfo) -> None:
 
 
 def _drop_copies(logger: object, name: str, event: EventDict) -> EventDict:
-    """Without copies of the message: uvicorn's in colours, and what another handler's formatter has left."""
+    """Remove copies of the message: uvicorn's coloured one, and those that another handler's formatter has left."""
     for copy in ("color_message", "message", "asctime"):
         event.pop(copy, None)
     return event

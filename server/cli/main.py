@@ -1,6 +1,6 @@
-"""The command line: every command builds its settings, calls the part that does the work, and prints.
+"""The command line: each command builds its settings, calls the part that does the work, and prints the result.
 
-What loads torch is imported by the commands that need it, so that --help answers at once.
+Modules that load torch are imported only by commands that need them, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(
     bound_primitives()
     expand_segments()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets "?", not a traceback
+        # A character that the terminal lacks becomes "?" instead of an exception.
+        sys.stdout.reconfigure(errors="replace")
 
 
 def serve(**options: Any) -> None:
@@ -66,10 +67,10 @@ def serve(**options: Any) -> None:
 
 @contextlib.contextmanager
 def imports_kept() -> Iterator[None]:
-    """Import without garbage collection, and exempt what was imported from it for good.
+    """Context manager: import without garbage collection, and permanently exempt the imported objects from it.
 
-    Modules stay until the end. Without this, collections look through half a million of their objects again and again:
-    a fifth of the time of a start.
+    Modules are never freed. Without this, collections would repeatedly scan half a million of their objects, which
+    takes a fifth of the start's time.
     """
     gc.disable()
     try:

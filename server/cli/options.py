@@ -1,4 +1,4 @@
-"""Options of commands, made of a class: of the settings for `prelude serve`, so that the two can never differ."""
+"""Creates commands' options from a class; those of `prelude serve` from the settings, so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Options = TypeVar("Options")
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    """A setting's description, its variable and its default; in parentheses, as square brackets are markup."""
+    """A setting's description, variable and default; in parentheses, because square brackets are markup."""
     default = field.get_default()
     shown = f"; default: {default.human_readable() if isinstance(default, ByteSize) else default}"
     return f"{field.description} (env: {ENV_PREFIX}{name.upper()}{'' if default is None else shown})"
 
 
 def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**options` one option per setting; those that are not given are None."""
+    """Give a command that takes `**options` one option per setting; options that are not given are None."""
     parameters = [
         inspect.Parameter(
             name,
@@ -46,7 +46,7 @@ def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_options_of(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Give a command one option per field of a dataclass; it takes them all as one value."""
+    """Give a command one option per field of a dataclass; the command receives one instance of it."""
     hints = get_type_hints(options, include_extras=True)
     parameters = [
         inspect.Parameter(
@@ -67,7 +67,7 @@ def with_options_of(options: type[Options]) -> Callable[[Callable[[Options], Non
 
 
 def _with_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
-    """A command as typer sees it: with these parameters."""
+    """A wrapper of a command with these parameters in its signature, for typer."""
 
     def run(**given: Any) -> None:
         command(**given)

@@ -13,7 +13,7 @@ from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, con
 from server.errors import InvalidTaskName
 from server.soft_prompts.names import split_version
 
-if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+if TYPE_CHECKING:  # each command loads what it needs, so that --help is fast
     pass
 
 

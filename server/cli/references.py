@@ -1,4 +1,4 @@
-"""Tasks and versions as commands name them: `sms_spam`, `sms_spam@3`, a directory; and what to do with them."""
+"""Resolves references to tasks and versions on the command line: `sms_spam`, `sms_spam@3`, or a directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.cli.errors import printable
 from server.errors import ConfigurationError, InvalidTaskName
 from server.soft_prompts.names import split_version
 
-if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+if TYPE_CHECKING:  # each command loads what it needs, so that --help is fast
     from server.cli.diff import ComparedSoftPrompt
     from server.client import PreludeClient, VersionList
 
@@ -22,10 +22,10 @@ _SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
 
 
 def whole_task(reference: str) -> str:
-    """The name of a task, where a version cannot be meant.
+    """The name of a task, where a version is not allowed.
 
     Raises:
-        InvalidTaskName: a version is named.
+        InvalidTaskName: the reference contains a version.
     """
     task, number = split_version(reference)
     if number is not None:
@@ -34,17 +34,17 @@ def whole_task(reference: str) -> str:
 
 
 def echo_live(listed: VersionList) -> None:
-    """Print what is live now."""
+    """Print the live version, or the canary."""
     from server.cli.tables import live_sentence
 
     typer.echo(printable(live_sentence(listed)))
 
 
 def only_live(listed: VersionList) -> int:
-    """The version that answers, if it is one.
+    """The number of the only live version.
 
     Raises:
-        InvalidTaskName: none does, or several do.
+        InvalidTaskName: no version or several versions are live.
     """
     from server.cli.tables import live_sentence
 
@@ -65,7 +65,7 @@ def download(client: PreludeClient, task: str, number: int, directory: Path) -> 
 
 
 def content_of(client: PreludeClient, side: str) -> ComparedSoftPrompt:
-    """One side of a diff; what has a slash is a directory."""
+    """One side of a diff; a reference with a slash is a directory."""
     from server.cli.diff import read_content
     from server.cli.files import local_path
 
@@ -79,7 +79,7 @@ def content_of(client: PreludeClient, side: str) -> ComparedSoftPrompt:
 
 
 def confirm_delete(listed: VersionList, reference: str, number: int | None, if_match: str | None) -> str | None:
-    """Ask, and answer the state that the user has decided on; not on a terminal nobody can be asked."""
+    """Ask for confirmation; returns the ETag of the state that was confirmed. Raises an error without a terminal."""
     from server.cli.tables import live_sentence
 
     if not sys.stdin.isatty():
@@ -91,10 +91,10 @@ def confirm_delete(listed: VersionList, reference: str, number: int | None, if_m
 
 
 def parse_weights(shares: list[str]) -> dict[int, int]:
-    """Weights by version of shares such as `3=90 4=10`.
+    """Parse shares such as `3=90 4=10` into weights by version.
 
     Raises:
-        ConfigurationError: they are no shares, or not 100 in all.
+        ConfigurationError: a share is invalid, or the sum is not 100.
     """
     remedy = "Write each version once, 100 in all: 3=90 4=10."
     weights: dict[int, int] = {}

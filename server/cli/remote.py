@@ -1,4 +1,4 @@
-"""What commands for a running server share: its address and key, its refusals as sentences, uploads."""
+"""Shared parts of commands for a running server: address and key, error messages, uploads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from server.errors import (
 )
 from server.settings import check_variables
 
-if TYPE_CHECKING:  # each command loads what it needs, so that --help answers at once
+if TYPE_CHECKING:  # each command loads what it needs, so that --help is fast
     from server.client import OnSent, PreludeClient
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 BIG_BYTES = 2**22
-"""From here on an upload takes long enough for a progress bar."""
+"""Uploads of this size or more get a progress bar."""
 
 REMEDIES: dict[type[PreludeError], str] = {
     UnknownTask: "`prelude prompts list` lists the tasks, `prelude prompts list TASK` its versions.",
@@ -36,7 +36,7 @@ REMEDIES: dict[type[PreludeError], str] = {
     UnknownJob: "`prelude jobs list` lists the training jobs.",
     PreconditionFailed: "Look at it again with `prelude prompts list TASK`, decide again, and give its new state.",
 }
-"""What to do here where the server speaks of requests."""
+"""Remedies for the command line, where the server's own remedies describe requests."""
 
 UrlOption = Annotated[str, typer.Option("--url", envvar="PRELUDE_URL", help="Address of the server.")]
 KeyOption = Annotated[
@@ -49,17 +49,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help, a paragraph a line."""
+    """The examples at the end of a command's help, one paragraph each."""
     return "\n\n".join(["Examples:", *commands])
 
 
 @contextmanager
 def connected(url: str, key: str | None) -> Iterator[PreludeClient]:
-    """A client of the server; its refusals get remedies that a user of the shell can follow."""
+    """Context manager: a client of the server, whose errors get remedies for the command line."""
     from server.client import PreludeClient
 
     with errors_as_sentences():
-        check_variables()  # a misspelt PRELUDE_URL would lead to another server
+        check_variables()  # with a misspelt PRELUDE_URL, the command would use the wrong server
         try:
             with PreludeClient(url, key) as client:
                 yield client
@@ -71,7 +71,7 @@ def connected(url: str, key: str | None) -> Iterator[PreludeClient]:
 
 @contextmanager
 def upload_bar(name: str, num_bytes: int) -> Iterator[OnSent | None]:
-    """A progress bar for a big upload, if somebody watches."""
+    """Context manager: a progress bar for a large upload on a terminal."""
     if num_bytes < BIG_BYTES or not sys.stderr.isatty():
         yield None
         return

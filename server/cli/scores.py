@@ -1,4 +1,4 @@
-"""What `prelude eval` prints: one line for each system, with intervals, and the differences."""
+"""Prints the result of `prelude eval`: one line for each system, with intervals, and the differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"better": "green", "worse": "red"}
 
 
 def print_report(report: Report, out: Console) -> None:
-    """The whole result."""
+    """Print the whole result."""
     about = report.about
     out.print(_text(f"{about.name} on {about.rows:,} rows of {about.data}, {about.model} in {about.dtype}"))
     if report.warning:
@@ -66,5 +66,5 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text that means nothing but itself: a label may hold brackets and control characters."""
+    """Text without markup or control characters, which labels may contain."""
     return Text(printable(text), style=style)

@@ -1,6 +1,6 @@
-"""Printing: tables for people, complete and without colours in a pipe, and JSON for programs.
+"""Prints tables for people (in a pipe: complete and without colours) and JSON for programs.
 
-Everything that a server or a file says is shown as text: neither its brackets nor its control characters mean anything.
+Text from a server or a file is shown literally: its brackets and control characters have no effect.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from server.cli.bars import in_words, standing
 from server.cli.errors import printable
 from server.cli.files import CONFIG_FILE, MANIFEST_FILE, TENSOR_FILE
 
-if TYPE_CHECKING:  # a command loads only what it prints
+if TYPE_CHECKING:  # each command loads only what it prints
     from server.cli.diff import Comparison, FieldChange, TensorChange
     from server.client import Job, PromptEntry, VersionList
     from server.keys.key import ApiKey
 
 UNLIMITED = 1_000_000
-"""Width of a table that goes into a pipe, where readers need whole lines."""
+"""Width of a table in a pipe, whose readers need complete lines."""
 NONE = "–"
 DIFFERENCE = "max |a-b|"
 
@@ -36,19 +36,19 @@ _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 def console() -> Console:
-    """The console for stdout, as wide as the terminal; outside of one, nothing is cut or coloured."""
+    """The console for stdout, as wide as the terminal; without a terminal, nothing is truncated or coloured."""
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(width=UNLIMITED, force_terminal=False, color_system=None, highlight=False)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document."""
+    """Print a JSON document."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_tasks(entries: Sequence[PromptEntry], out: Console) -> None:
-    """All tasks: what answers, what kind it is, and what is broken."""
+    """Print all tasks: the live version, its type, and errors."""
     if not entries:
         out.print("No tasks yet: publish one with `prelude prompts push`.")
         return
@@ -72,7 +72,7 @@ def print_tasks(entries: Sequence[PromptEntry], out: Console) -> None:
 
 
 def print_versions(listed: VersionList, out: Console) -> None:
-    """A task's versions, newest first, and the ETag that --if-match takes."""
+    """Print a task's versions, newest first, and the ETag for --if-match."""
     table = _table(
         "version", "live", "when", "who", "size", "metrics", right={"version", "size"}, wrap={"who", "metrics"}
     )
@@ -89,17 +89,17 @@ def print_versions(listed: VersionList, out: Console) -> None:
             _text(_metrics(version.get("metrics", {}))),
         )
     _print(table, out)
-    if "etag" in listed and out.is_terminal:  # a pipe gets the table alone; --json has the state as well
+    if "etag" in listed and out.is_terminal:  # a pipe gets only the table; --json also has the state
         out.print(_text(f"state {listed['etag']}, for --if-match", "dim"))
 
 
 def _metrics(metrics: Mapping[str, object]) -> str:
-    """Figures on one line; intervals and hashes are for the manifest."""
+    """Format the figures among the metrics on one line; intervals and hashes are left out."""
     return ", ".join(f"{name} {_metric(value)}" for name, value in metrics.items() if isinstance(value, int | float))
 
 
 def print_jobs(jobs: Sequence[Job], out: Console) -> None:
-    """Training jobs, newest first: each one's progress or result."""
+    """Print training jobs, newest first, with progress or result."""
     if not jobs:
         out.print("No training jobs yet: send one with `prelude train --url`.")
         return
@@ -117,7 +117,7 @@ def print_jobs(jobs: Sequence[Job], out: Console) -> None:
 
 
 def _result(job: Job) -> str:
-    """What has become of a job, or the newest measurement of one that runs."""
+    """The result of a job, or the newest measurement of a running job."""
     if "error" in job:
         return job["error"]["error"]
     score = job.get("validation")
@@ -128,7 +128,7 @@ def _result(job: Job) -> str:
 
 
 def print_keys(keys: Sequence[ApiKey], out: Console) -> None:
-    """API keys, without what tells them."""
+    """Print API keys, without their hashes."""
     table = _table("id", "name", "scopes", "tasks", "since", wrap={"name", "scopes", "tasks"})
     for key in keys:
         table.add_row(
@@ -142,7 +142,7 @@ def print_keys(keys: Sequence[ApiKey], out: Console) -> None:
 
 
 def live_sentence(listed: VersionList) -> str:
-    """What is live, as one line."""
+    """The live version or canary, as one line."""
     traffic = listed.get("traffic", {})
     if len(traffic) > 1:
         return f"{listed['task']}: versions {shares(traffic)} are live"
@@ -152,13 +152,13 @@ def live_sentence(listed: VersionList) -> str:
 
 
 def shares(traffic: Mapping[str, int] | None) -> str:
-    """Weights as people read them: 3 (90 %), 4 (10 %)."""
+    """Format weights: 3 (90 %), 4 (10 %)."""
     weights = sorted((traffic or {}).items(), key=lambda item: int(item[0]))
     return ", ".join(f"{version} ({weight} %)" for version, weight in weights)
 
 
 def print_comparison(comparison: Comparison, out: Console) -> None:
-    """Only what differs, side by side, and the tensors."""
+    """Print the fields that differ, side by side, and all tensors."""
     fields = {MANIFEST_FILE: comparison.manifest, CONFIG_FILE: comparison.config}
     tables = [_fields_table(title, comparison, changes) for title, changes in fields.items() if changes]
     tables.append(_tensors_table(comparison))
@@ -206,7 +206,7 @@ def _rows_table(tensor: TensorChange) -> Table:
 
 
 def _table(*titles: str, right: Collection[str] = (), wrap: Collection[str] = ()) -> Table:
-    """A table without lines, which cut and awk can take apart; on a narrow terminal only `wrap` gives way."""
+    """A table without lines, which cut and awk can parse; on a narrow terminal only the columns in `wrap` shrink."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in titles:
         justify: Literal["right", "left"] = "right" if title in right else "left"
@@ -215,19 +215,19 @@ def _table(*titles: str, right: Collection[str] = (), wrap: Collection[str] = ()
 
 
 def _print(table: Table, out: Console) -> None:
-    """Print a table without the blanks that rich leaves at the ends of lines."""
+    """Print a table without rich's trailing spaces."""
     with out.capture() as capture:
         out.print(table)
     out.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def _text(value: object, style: str = "") -> Text:
-    """Text that means nothing but itself: no markup either."""
+    """Text without markup or control characters."""
     return Text(printable(str(value)), style=style)
 
 
 def _value(value: Any) -> Text:
-    """A field as JSON writes it, so that a template's line ends are seen, but without quotes; hashes are cut short."""
+    """A value as JSON, so that line ends are visible, but without quotes and with shortened hashes."""
     if value is None:
         return _text(NONE, "dim")
     written = json.dumps(value, ensure_ascii=False)
@@ -249,7 +249,7 @@ def _metric(value: Any) -> str:
 
 
 def _ago(when: str) -> str:
-    """How long ago a moment was, in its largest unit; a moment that cannot be read is shown as it is."""
+    """The age of a time in its largest unit; an unreadable time is shown unchanged."""
     try:
         moment = datetime.fromisoformat(when)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where `prelude eval` finds soft prompts: in the inbox, as a server would serve them, or in the store."""
+"""Finds the soft prompts of `prelude eval`: in the inbox, as a server would serve them, or in the store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Named = tuple[str, SoftPrompt]
 
 @dataclass(frozen=True)
 class Found:
-    """What is evaluated, and the other versions that it is compared with."""
+    """The evaluated soft prompt, and the versions that it is compared with."""
 
     name: str
     version: int | None
@@ -42,15 +42,15 @@ def find(
     compare: tuple[int, int] | None,
     others: Sequence[int],
 ) -> Found:
-    """The soft prompts of an evaluation.
+    """Find the soft prompts of an evaluation.
 
     Args:
-        settings: where the inbox and the store are.
-        model: the frozen model that they must fit.
-        reference: a task of the inbox, or `task@version` of the store.
+        settings: name the inbox and the store.
+        model: the frozen model, which the soft prompts must fit.
+        reference: a task in the inbox, or `task@version` in the store.
         directory: a PEFT directory, instead of the inbox's.
-        compare: two versions of the store: the second is what the evaluation is about.
-        others: further versions of the store.
+        compare: two versions in the store, the second of which is evaluated.
+        others: further versions in the store.
 
     Raises:
         InvalidSoftPrompt, UnknownTask, InvalidTaskName, VersionUnavailable, StoreError.
@@ -69,11 +69,12 @@ def find(
 
 
 def _stored(settings: Settings, model: ModelSpec, task: str, versions: Sequence[int]) -> dict[int, SoftPrompt]:
-    """Versions of a task, from the store that the settings name; nothing is written to it."""
+    """Read versions of a task from the store, without writing to it."""
     if not versions:
         return {}
     scheme, _, path = settings.store_url.partition(":")
-    if scheme == "file" and not Path(path.removeprefix("//")).expanduser().is_dir():  # else it would be made
+    # Otherwise opening the store would create it.
+    if scheme == "file" and not Path(path.removeprefix("//")).expanduser().is_dir():
         raise UnknownTask(
             f"There is no store at {settings.store_url}, so there are no versions.",
             remedy="Let PRELUDE_STORE name the server's store.",
@@ -83,9 +84,9 @@ def _stored(settings: Settings, model: ModelSpec, task: str, versions: Sequence[
 
 
 def _of_inbox(settings: Settings, model: ModelSpec, task: str, directory: Path | None) -> SoftPrompt:
-    """What a server that starts with this inbox answers `task` with, or the one in a directory.
+    """The soft prompt with which a server with this inbox would answer `task`, or the one in a directory.
 
-    It is published as a server publishes it, but to a store that is gone afterwards.
+    It is published like on a server, but to a temporary store.
     """
     with tempfile.TemporaryDirectory(prefix="prelude-eval-") as store:
         registry = Registry(Store(LocalObjects(Path(store))), model, settings.max_virtual_tokens)

@@ -20,7 +20,7 @@ from server.errors import ConfigurationError
 from server.settings import Settings
 from server.train.config import TrainingConfig
 
-if TYPE_CHECKING:  # torch is loaded by the command itself, so that --help answers at once
+if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
     from server.train.inputs import TaskFiles, TaskRows
 
 ABANDONED_SECONDS = 30 * 24 * 3600.0
@@ -60,7 +60,7 @@ def train(options: TrainOptions) -> None:
 
 
 def config_of(options: TrainOptions) -> TrainingConfig:
-    """The hyperparameters that the options say.
+    """The hyperparameters from the options.
 
     Raises:
         ConfigurationError: names the options that do not fit.
@@ -85,7 +85,7 @@ def config_of(options: TrainOptions) -> TrainingConfig:
 
 
 def files_of(options: TrainOptions, settings: Settings) -> TaskFiles:
-    """The task's files, and what is written about it."""
+    """The task's files and its descriptive fields."""
     from server.train.inputs import TaskFiles
 
     data, validation = options.data, options.validation
@@ -102,13 +102,13 @@ def files_of(options: TrainOptions, settings: Settings) -> TaskFiles:
 
 
 def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: Settings, *, fresh: bool) -> None:
-    """Read the rows, and only then load the model; train, and write the PEFT directory.
+    """Read the rows, then load the model, train, and write the PEFT directory.
 
     Raises:
-        PreludeError: something does not fit; before any step is run, unless the loss gets out of hand.
+        PreludeError: an input is invalid (raised before the first step), or the loss diverges.
     """
     rows = read_rows(files, config)
-    # Torch takes seconds to load, and whoever has mistyped a path need not wait for it.
+    # Torch takes seconds to load; a mistyped path is reported before.
     from server.cli.bars import Bars, describe
     from server.engine.model.frozen import FrozenModel
     from server.train.dtype import training_settings
@@ -151,10 +151,10 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
 def train_there(
     files: TaskFiles, config: TrainingConfig, activate: object, url: str, key: str | None, *, detach: bool
 ) -> None:
-    """Read the rows here, where an error costs nothing, and send them to a server as a job.
+    """Read and check the rows locally, then send them to a server as a job.
 
     Raises:
-        PreludeError: something does not fit, here or there.
+        PreludeError: an input is invalid, or the server refuses the job.
     """
     if isinstance(files.training, tuple) or isinstance(files.validation, tuple):
         raise ConfigurationError("A job takes one data file.", remedy="Train several tasks on this machine.")
@@ -171,10 +171,10 @@ def train_there(
 
 
 def refuse(purpose: str, remedy: str, **given: object) -> None:
-    """Refuse options that mean nothing where the training is to be done.
+    """Refuse options that have no effect in this kind of training.
 
     Raises:
-        ConfigurationError: one of them is given.
+        ConfigurationError: one of the options is given.
     """
     for name, value in given.items():
         if value:
@@ -182,7 +182,7 @@ def refuse(purpose: str, remedy: str, **given: object) -> None:
 
 
 def read_rows(files: TaskFiles, config: TrainingConfig) -> TaskRows:
-    """Read and check all rows; tell what was read, and what is odd about it."""
+    """Read and check all rows; prints a summary and warnings."""
     from server.train.inputs import read_task
 
     rows, is_distilled = read_task(files, config), config.teacher_template is not None
@@ -207,7 +207,7 @@ def drop_old(checkpoints: Path) -> None:
 
 
 def measured_before(directory: Path) -> float | None:
-    """The validation exact match of what lies there already, if it lies there and says so."""
+    """The validation exact match in the manifest of an existing directory, if there is one."""
     try:
         value = json.loads((directory / "manifest.json").read_bytes())["metrics"]["validation_exact_match"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -234,7 +234,8 @@ def make_config(**fields: Any) -> TrainingConfig:
         return TypeAdapter(TrainingConfig).validate_python(fields)
     except ValidationError as exc:
         names = {"learning_rate": "lr"}
-        problems = {str(error["loc"][0]): error["msg"] for error in exc.errors()}  # of a choice of types the last one
+        # For a union type, the last error counts.
+        problems = {str(error["loc"][0]): error["msg"] for error in exc.errors()}
         raise ConfigurationError(
             "; ".join(
                 f"--{names.get(field, field).replace('_', '-')} is {fields[field]!r}: {problem}"

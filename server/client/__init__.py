@@ -1,11 +1,11 @@
-"""A client of a running server, for its soft prompts and training jobs: a method per route, replies as plain JSON.
+"""A client for a server's soft prompts and training jobs: one method for each route, replies as plain JSON.
 
     with PreludeClient("http://127.0.0.1:8000") as client:
         client.publish("sms_spam", [Path("sms_spam/adapter_config.json"), Path("sms_spam/adapter_model.safetensors")])
         client.roll_back("sms_spam")
 
-What the server refuses is raised as the class of `server.errors` that it was refused with, in the server's own words.
-Neither torch nor the engine is imported, so a command that asks a server answers at once.
+A refusal is raised as the server's own class of `server.errors`, with the server's message. Neither torch nor the
+engine is imported, so commands start fast.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ _JOB_LIST = TypeAdapter(JobList)
 
 
 class TaskVersions(replies.VersionList):
-    """The versions of a task, newest first, and what is live. `etag` is what `expect` of the next change takes."""
+    """The versions of a task, newest first, and the live version. Pass `etag` as `expect` of the next change."""
 
     etag: NotRequired[str]
 
 
 class Pushed(replies.PublishReply):
-    """What a publish made; `created` is False where nothing had to change."""
+    """The result of a publish; `created` is False if nothing had to change."""
 
     created: NotRequired[bool]
 
@@ -45,7 +45,7 @@ _PUSHED = TypeAdapter(Pushed)
 
 
 class PreludeClient(Connection):
-    """A connection to one server; `expect` of a change is an ETag, such as "42", or "*" for any state of the task."""
+    """A connection to one server. `expect` of a change is an ETag such as "42", or "*" for any state of the task."""
 
     def prompts(self) -> Iterator[PromptSummary]:
         """All tasks by name, page after page."""
@@ -81,11 +81,11 @@ class PreludeClient(Connection):
 
         Args:
             task: the name to publish under.
-            files: sent under their own names.
-            activate: let the version answer requests; otherwise it is only kept.
+            files: the files to send, under their own names.
+            activate: make the version live; otherwise it is only staged.
             dry_run: only validate.
-            expect: the ETag of the state that this change is meant for.
-            on_sent: told of every piece that has been sent.
+            expect: the ETag that the task must have.
+            on_sent: called after each piece that was sent.
         """
         params = {"activate": activate, "dry_run": dry_run}
         path = _path(task)
@@ -97,15 +97,15 @@ class PreludeClient(Connection):
                 return pushed
 
     def activate(self, task: str, version: int, *, expect: str | None = None) -> TaskVersions:
-        """Let a version answer the task's requests."""
+        """Make a version the only live version of the task."""
         return self._versions("POST", f"{_path(task)}/activate", expect, json={"version": version})
 
     def roll_back(self, task: str, *, expect: str | None = None) -> TaskVersions:
-        """Return to what was live before."""
+        """Restore the previously live version or canary."""
         return self._versions("POST", f"{_path(task)}/rollback", expect)
 
     def set_traffic(self, task: str, weights: Mapping[int, int], *, expect: str | None = None) -> TaskVersions:
-        """Let versions share the task's requests, by percentages that sum to 100."""
+        """Divide the task's requests between versions, by percentages that sum to 100."""
         body = {str(version): weight for version, weight in weights.items()}
         return self._versions("PUT", f"{_path(task)}/traffic", expect, json=body)
 
@@ -129,13 +129,13 @@ class PreludeClient(Connection):
     def train(
         self, spec: Mapping[str, Any], data: Path, validation: Path | None = None, *, on_sent: OnSent | None = None
     ) -> JobBody:
-        """Queue a training job; what it learns becomes a version of its task.
+        """Queue a training job, whose result becomes a version of its task.
 
         Args:
             spec: the body of `POST /training/jobs`: `task`, `config` and so on.
-            data: JSONL rows to learn from.
-            validation: rows to measure on; None holds out a tenth of the others.
-            on_sent: told of every piece that has been sent.
+            data: JSONL file with training rows.
+            validation: JSONL file with validation rows; if None, a tenth of the training rows is held out.
+            on_sent: called after each piece that was sent.
         """
         named = {"data": data} | ({} if validation is None else {"validation": validation})
         with ExitStack() as stack:
@@ -156,18 +156,18 @@ class PreludeClient(Connection):
             return self.body(response, _JOB)
 
     def job_log(self, job_id: str) -> str:
-        """The end of what a job's process has printed."""
+        """The last part of the output of a job's process."""
         with self.request("GET", f"{_job_path(job_id)}/log") as response:
             response.read()
             return response.text
 
     def cancel_job(self, job_id: str) -> JobBody:
-        """End a job; nothing is published. One that is over stays as it is."""
+        """Cancel a job; nothing is published. A finished job does not change."""
         with self.request("POST", f"{_job_path(job_id)}/cancel") as response:
             return self.body(response, _JOB)
 
     def delete_job(self, job_id: str) -> None:
-        """Forget a job that is over."""
+        """Delete a finished job."""
         with self.request("DELETE", _job_path(job_id)):
             pass
 
@@ -191,7 +191,7 @@ def _job_path(job_id: str) -> str:
     """The path of a job.
 
     Raises:
-        UnknownJob: no job is called so; what has a slash in it must not become another path.
+        UnknownJob: the id is invalid; an id with a slash must not become another path.
     """
     if not _JOB_ID.fullmatch(job_id):
         raise UnknownJob(f"There is no training job {job_id[:80]!r}.")

@@ -1,4 +1,4 @@
-"""Connections to a server: requests with their key and timeout, failures as our own errors."""
+"""Connections to a server: sends requests with key and timeout, and raises failures as PreludeError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.errors import ConfigurationError, PreconditionFailed, PreludeError, 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 CHANGE_SECONDS = 600.0
-"""A publish waits until the soft prompt's prefix is computed, behind the requests that are running."""
+"""Time limit of a change; a publish waits until the soft prompt's prefix is computed beside running requests."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 TLS_REMEDY = (
@@ -33,11 +33,11 @@ _PASSWORD = re.compile(r"//.*@")
 Reply = TypeVar("Reply")
 
 OnSent = Callable[[int], None]
-"""Told how many more bytes of an upload have been sent."""
+"""Called with the number of bytes of an upload that were just sent."""
 
 
 class ServerUnreachable(PreludeError, code="server_unreachable", status=503, family="overloaded"):
-    """No server answers at the address, or what answers is not one."""
+    """No server answers at the address, or the reply is not from a Prelude server."""
 
     default_remedy = "Start a server with `prelude serve`, or name another one with --url or PRELUDE_URL."
 
@@ -46,11 +46,11 @@ class Connection:
     """A connection to one server."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        """Connect with the first request.
+        """Prepare a connection; it is opened with the first request.
 
         Raises:
-            ConfigurationError: the address is not one, or it has a password beside the key.
-            Unauthorized: the key has characters that no key has.
+            ConfigurationError: the address is invalid, or contains a password although a key is given.
+            Unauthorized: the key contains characters that no key has.
         """
         address = _address(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
@@ -77,7 +77,7 @@ class Connection:
         self._http.close()
 
     def body(self, response: httpx.Response, kind: TypeAdapter[Reply]) -> Reply:
-        """What a reply holds, with fields that a newer server may have added, if it is what ours would answer."""
+        """A reply's JSON, checked against its schema; fields that a newer server has added are accepted."""
         response.read()
         try:
             body: Reply = response.json()
@@ -90,7 +90,7 @@ class Connection:
 
     @contextmanager
     def request(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
-        """Send a request and hand out the reply with its body still to be read; failures become our errors."""
+        """Context manager: send a request and yield the unread reply; failures become PreludeErrors."""
         seconds = READ_SECONDS if method == "GET" else CHANGE_SECONDS
         try:
             timeouts = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
@@ -115,7 +115,7 @@ class Connection:
             ) from exc
 
     def _refusal(self, response: httpx.Response) -> PreludeError:
-        """The server's error as the class that it was raised as there."""
+        """The server's error, as the class that the server raised."""
         try:
             body = response.json()
             message, code, remedy = str(body["error"]), str(body["code"]), str(body["remedy"])
@@ -129,14 +129,14 @@ class Connection:
 
 
 class ReportingFile(io.FileIO):
-    """A file that tells how much of it has been read."""
+    """A file that reports how much of it has been read."""
 
     def __init__(self, path: Path, on_read: OnSent | None) -> None:
         super().__init__(path)
         self._on_read = on_read
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file; what is handed out counts as sent."""
+        """Read like any file; the returned bytes count as sent."""
         data = super().read(size) or b""
         if self._on_read is not None:
             self._on_read(len(data))
@@ -159,14 +159,14 @@ def _address(url: str) -> httpx.URL:
 
 def _checked_key(key: str) -> str:
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise Unauthorized(  # without the key: errors end up in logs
+        raise Unauthorized(  # does not quote the key, because errors end up in logs
             "The API key has spaces or other characters that no key has.", remedy="Copy it again, as one line."
         )
     return key
 
 
 def if_match(expect: str | None) -> dict[str, str]:
-    """The header for an ETag, which people write with or without its quotes."""
+    """The If-Match header for an ETag, which may be written with or without quotes."""
     if expect is None:
         return {}
     tag = expect.strip().strip('"')
@@ -176,7 +176,7 @@ def if_match(expect: str | None) -> dict[str, str]:
 
 
 def _error_classes() -> dict[str, type[PreludeError]]:
-    """Every class of the error tree by its code."""
+    """All classes of the error tree by code."""
     found: dict[str, type[PreludeError]] = {}
     queue: list[type[PreludeError]] = [PreludeError]
     while queue:

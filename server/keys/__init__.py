@@ -1,1 +1,1 @@
-"""API keys and their rights."""
+"""API keys and their permissions."""

@@ -1,7 +1,7 @@
-"""The keys file: JSON with hashes of keys, never a key.
+"""The keys file: JSON with hashes of keys, never the keys themselves.
 
-`{"keys": [{"id": "4f0c9a1e", "name": "ci", "sha256": "…", "scopes": ["publish"], "tasks": ["team-a-*"],
-"created_at": "2026-11-24T09:00:00Z"}]}`; a key without `tasks` is for all.
+`{"keys": [{"id": "4f0c9a1e", "name": "ci", "sha256": "…", "scopes": ["publish"], "tasks": ["team-a-*"], "created_at":
+"2026-11-24T09:00:00Z"}]}`; a key without `tasks` may use all tasks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from server.validation import Location, first_problems
 Keys = tuple[ApiKey, ...]
 
 MAX_BYTES = 2**22
-"""Of a keys file, some ten thousand keys; a running server reads it again whenever it changes."""
+"""Maximum size of a keys file: about ten thousand keys. A running server reads the file again whenever it changes."""
 
 
 class _Content(BaseModel):
-    """The whole file."""
+    """The content of a keys file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,15 +45,16 @@ class _Content(BaseModel):
 
 
 def how_to_make_a_key(path: Path) -> str:
-    """The remedy where there is none."""
+    """The remedy for a missing or empty keys file."""
     return f"Make one with `prelude keys create --file {path} --name NAME --scope admin` (or generate, or publish)."
 
 
 def read_keys(path: Path) -> Keys:
-    """The keys of a file, in its order; it may hold none, as the last one may have been revoked.
+    """The keys of a file, in its order; it may be empty, because the last key may have been revoked.
 
     Raises:
-        ConfigurationError: it cannot be read, or an entry does not fit; names the entry, and quotes no value of it.
+        ConfigurationError: the file cannot be read, or an entry is invalid; the error names the entry without quoting
+            values.
     """
     try:
         data = _read_regular(path)
@@ -67,15 +68,15 @@ def read_keys(path: Path) -> Keys:
         raise ConfigurationError(
             f"The keys file {path} does not fit: {first_problems(exc, _location_text)}.",
             remedy="Mend what it names, or restore the file; `prelude keys` writes it in the right form.",
-        ) from None  # the cause quotes the file
+        ) from None  # the cause would quote the file
 
 
 def _read_regular(path: Path) -> bytes:
-    """The bytes of a file; nobody waits for what a pipe in its place may bring.
+    """The bytes of a regular file; a pipe would block the reader.
 
     Raises:
-        OSError: it is missing, or may not be read.
-        ConfigurationError: it is no regular file, or larger than any keys file.
+        OSError: the file is missing or not readable.
+        ConfigurationError: it is not a regular file, or larger than `MAX_BYTES`.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         state = os.fstat(file.fileno())
@@ -93,10 +94,10 @@ def _read_regular(path: Path) -> bytes:
 
 
 def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
-    """Make a key, put it into the file, and answer it with the text that its holder gets; nobody can tell it again.
+    """Create a key and add it to the file; returns it with the secret text for its holder, which is not stored.
 
     Raises:
-        ConfigurationError: the file cannot be changed, or there can be no such key.
+        ConfigurationError: the file cannot be changed, or the key's fields are invalid.
     """
     try:
         key, text = make_key(name, scopes, tasks)
@@ -110,7 +111,7 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str]
 
 
 def revoke_key(path: Path, key_id: str) -> ApiKey:
-    """Take a key out of the file, and answer it.
+    """Remove a key from the file and return it.
 
     Raises:
         ConfigurationError: the file cannot be changed, or has no such key.
@@ -120,7 +121,7 @@ def revoke_key(path: Path, key_id: str) -> ApiKey:
     def without(keys: Keys) -> Iterable[ApiKey]:
         revoked.extend(key for key in keys if key.id == key_id)
         if not revoked:
-            raise ConfigurationError(  # without what was given: it may be a whole key
+            raise ConfigurationError(  # does not quote the argument, which may be a whole key
                 f"{path} has no key of that id.",
                 remedy="Give an id from `prelude keys list`: the part of a key between its two underscores.",
             )
@@ -131,11 +132,11 @@ def revoke_key(path: Path, key_id: str) -> ApiKey:
 
 
 def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_new: bool = False) -> None:
-    """Replace the file in one step: a reader sees the old keys or the new ones.
+    """Replace the file atomically: a reader sees either the old keys or the new keys.
 
-    The draft beside it is also the lock: two changes at once could otherwise bring a revoked key back.
+    The draft file is also the lock; otherwise two concurrent changes could restore a revoked key.
     """
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # a link is preserved
     draft = path.with_name(f"{path.name}.new")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -160,12 +161,12 @@ def _rewrite(path: Path, change: Callable[[Keys], Iterable[ApiKey]], *, may_be_n
         if isinstance(exc, OSError):
             raise _cannot_write(path, exc) from exc
         raise
-    with contextlib.suppress(OSError):  # the keys are replaced, also where folders cannot be synced
+    with contextlib.suppress(OSError):  # the keys are replaced, even if the folder cannot be synced
         sync(path.parent)
 
 
 def _make_alike(descriptor: int, old: os.stat_result) -> None:
-    """Let those read the new file who could read the old one: else a server would not hear of a revocation."""
+    """Give the new file the old file's owner and mode, so that a server can still read it and sees a revocation."""
     new = os.fstat(descriptor)
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         os.fchown(descriptor, old.st_uid, old.st_gid)
@@ -185,6 +186,6 @@ def _to_json(keys: Iterable[ApiKey]) -> str:
 
 
 def _location_text(location: Location) -> str:
-    """Where a problem is, as `key 2, tasks 1`."""
+    """The location of a problem as text: `key 2, tasks 1`."""
     text = "".join(f" {part + 1}" if isinstance(part, int) else f", {part[:80]}" for part in location)
     return re.sub(r"^, keys (?=\d)", ", key ", text).removeprefix(", ")

@@ -1,8 +1,8 @@
-"""An API key: an id, the hash of a secret, and its scopes and tasks.
+"""An API key: an id, the hash of a secret, and the key's scopes and tasks.
 
-A key as people hold it is `prelude_<id>_<secret>`, and the secret is 256 random bits. A reader of a hash cannot get
-to its secret: there is nothing to guess, unlike with a password, so one plain SHA-256 is enough, and it costs a request
-a microsecond where a slow hash would cost it a tenth of a second.
+The text of a key is `prelude_<id>_<secret>`; the secret is 256 random bits. Unlike a password, it cannot be guessed
+from its hash, so one plain SHA-256 is sufficient. It takes a request a microsecond; a slow hash would take a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NO_HASH = "0" * 64
-"""Compared with where there is no such key, so that the time of a refusal does not tell which ids exist."""
+"""Compared if the key does not exist, so that the time of a refusal does not reveal which ids exist."""
 
 _PRESENTED = re.compile(r"prelude_([a-z0-9]{4,32})_([0-9a-f]{64})")
 
@@ -41,11 +41,11 @@ def _check_pattern(pattern: str) -> str:
 
 
 TaskPattern = Annotated[str, AfterValidator(_check_pattern)]
-"""A task's name in which `*` stands for any characters, also none."""
+"""A task name in which `*` matches any number of characters, including none."""
 
 
 class Scope(StrEnum):
-    """What a key may do; every key may also look at the tasks that it is for."""
+    """What a key may do; every key may also read its own tasks."""
 
     GENERATE = "generate"
     PUBLISH = "publish"
@@ -81,19 +81,19 @@ class ApiKey(BaseModel):
         return self
 
     def may(self, scope: Scope) -> bool:
-        """Whether the key has a scope; `admin` is all of them."""
+        """Whether the key has a scope; `admin` includes all scopes."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
     def is_for(self, task: str) -> bool:
-        """Whether the key is for a task."""
+        """Whether the key may use a task."""
         return self.tasks is None or any(matches(pattern, task) for pattern in self.tasks)
 
 
 def make_key(name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
-    """A new key, and the text that its holder gets; nobody can tell it again.
+    """Create a key; returns it with the secret text for its holder, which is not stored.
 
     Raises:
-        pydantic.ValidationError: there can be no such key.
+        pydantic.ValidationError: a field is invalid.
     """
     secret = secrets.token_hex(32)
     key = ApiKey(
@@ -108,18 +108,18 @@ def make_key(name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) ->
 
 
 def split_key(presented: str) -> tuple[str, str]:
-    """Id and secret of a key as it is presented; both empty if it has not the form of one."""
+    """The id and secret in a key's text; both empty if it does not have the form of a key."""
     match = _PRESENTED.fullmatch(presented)
     return (match[1], match[2]) if match else ("", "")
 
 
 def is_secret_of(key: ApiKey | None, secret: str) -> bool:
-    """Whether a secret is a key's, in a time that does not tell how nearly it is; never if there is no key."""
+    """Whether a secret belongs to a key, compared in constant time; False if `key` is None."""
     return hmac.compare_digest(_hash(secret), NO_HASH if key is None else key.sha256)
 
 
 def matches(pattern: str, task: str) -> bool:
-    """Whether a pattern covers a task's name; no pattern may hold another of fnmatch's special characters than `*`."""
+    """Whether a pattern matches a task's name; `*` is the only special character that patterns may contain."""
     return fnmatchcase(task, pattern)
 
 

@@ -1,4 +1,4 @@
-"""The keys of a running server, which follows its file: a revoked key stops working without a restart."""
+"""The keys of a running server, which follows changes of the file: a revoked key stops working without a restart."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from server.keys.key import ApiKey, Scope, is_secret_of, split_key
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often to look, at most, whether the file has changed."""
+"""Minimum time between two checks of the file."""
 PATIENCE_SECONDS = 0.1
-"""How long a request waits for a look: a file system that hangs must not stop the event loop."""
+"""How long a request waits for a check; a file system that hangs must not block the event loop."""
 
 Stamp = tuple[int, ...]
 
 
 class ApiKeys:
-    """The keys of a file, as of a second ago.
+    """The keys of a file, at most about a second old.
 
-    A file that becomes unreadable, or vanishes, leaves the keys as they were: a slip of the hand must not lock
-    everybody out. The log says so, once for each state of the file.
+    If the file becomes unreadable or is removed, the last keys stay valid, so that an accident does not lock out all
+    users. This is logged once for each state of the file.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the file for the first time.
 
         Raises:
-            ConfigurationError: it cannot be read, does not fit, or holds no key, so that nobody could do anything.
+            ConfigurationError: the file cannot be read, is invalid, or contains no key.
         """
         self._path = path
-        self._stamp = _stamp(path)  # before the file is read: what changes meanwhile is seen at the next look
+        self._stamp = _stamp(path)  # taken before the file is read, so that the next check sees changes made meanwhile
         self._looked = time.monotonic()
-        self._look_ends = threading.Lock()  # held by the thread that looks
+        self._look_ends = threading.Lock()  # held by the thread that checks
         self._keys = self._read()
         if not self._keys:
             raise ConfigurationError(
@@ -48,19 +48,19 @@ class ApiKeys:
             )
 
     def find(self, presented: str) -> ApiKey | None:
-        """The key that somebody presents; None if it is not one of ours, or not any more."""
+        """The key with this text; None if it does not exist or was revoked."""
         self._follow_file()
         key_id, secret = split_key(presented)
         key = self._keys.get(key_id)
         return key if is_secret_of(key, secret) else None
 
     def get(self, key_id: str) -> ApiKey | None:
-        """The key of an id as it is now; None if there is none, or it was revoked. Safe from any thread."""
+        """The current key with this id; None if it does not exist or was revoked. Safe from any thread."""
         self._follow_file()
         return self._keys.get(key_id)
 
     def why_not(self, key_id: str, scopes: Iterable[Scope], tasks: Iterable[str]) -> str | None:
-        """Why a key that was once allowed something no longer is, as a sentence; None if it still is."""
+        """The reason, as a sentence, why a key no longer allows something; None if it still does."""
         key = self.get(key_id)
         if key is None:
             return f"The key {key_id} was revoked."
@@ -73,7 +73,7 @@ class ApiKeys:
         return None
 
     def _follow_file(self) -> None:
-        """Look whether the file has changed, on a thread; while one look has no answer, there is no other."""
+        """Check on a thread whether the file has changed; at most one check runs at a time."""
         if time.monotonic() - self._looked < LOOK_SECONDS or not self._look_ends.acquire(blocking=False):
             return
         self._looked = time.monotonic()
@@ -109,7 +109,7 @@ class ApiKeys:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """What differs between two states of a file, also one put in its place; None if there is none."""
+    """A value that changes with the file, including when it is replaced; None if there is no file."""
     try:
         state = path.stat()
     except OSError:
@@ -120,5 +120,5 @@ def _stamp(path: Path) -> Stamp | None:
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
-    except OSError:  # it vanished after it was read
+    except OSError:  # the file was removed after it was read
         return 0

@@ -1,1 +1,1 @@
-"""What a soft prompt is: an immutable value, its validation, and PEFT's files in and out."""
+"""The soft prompt: an immutable value, its validation, and reading and writing PEFT's files."""

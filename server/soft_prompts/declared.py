@@ -1,7 +1,7 @@
-"""Checks `adapter_config.json` against the frozen model: nothing that it declares is ignored silently.
+"""Checks `adapter_config.json` against the frozen model; no declaration is ignored silently.
 
-A key either contradicts what would be served, and the soft prompt is refused; or it only says how the numbers came
-about; or it is reported in a note, which the publisher reads.
+A key that contradicts the tensor or the model causes a refusal. Keys about training are accepted. Any other key is
+reported to the publisher in a note.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERVED_TYPES = (*EMBEDDING_TYPES, *KV_TYPES, MULTITASK)
 SERVED_TASK_TYPES = (None, "CAUSAL_LM")
 
 TENSORS = {MULTITASK: ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")}
-"""The tensors of a soft prompt's file; of every other kind it is `prompt_embeddings` alone."""
+"""The tensors of a soft prompt's file, by peft_type; all other types have only `prompt_embeddings`."""
 
 CHECKED_KEYS = {
     *("base_model_name_or_path", "cpt_token_ids", "modules_to_save", "num_attention_heads", "num_layers", "num_ranks"),
@@ -36,18 +36,18 @@ TRAINING_KEYS = {
     *("peft_version", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_state_dict_path"),
     *("prompt_tuning_init_task", "prompt_tuning_init_text", "revision", "tokenizer_kwargs", "tokenizer_name_or_path"),
 }
-"""Keys that PEFT writes about how the numbers came about; PEFT itself needs none of them to apply them."""
+"""Keys that PEFT writes about training; PEFT itself does not need them to apply a soft prompt."""
 
 MOST_NAMES = 5
 RETRAIN = "Train it on {model}, or serve the model that it was trained on."
 
 
 def peft_type_of(config: dict[str, Any]) -> str:
-    """The kind of soft prompt that a config declares.
+    """The peft_type that a config declares.
 
     Raises:
-        InvalidSoftPrompt: it declares none.
-        UnsupportedPeftType: an adapter of another kind, or of a model that is no decoder-only language model.
+        InvalidSoftPrompt: the config declares none.
+        UnsupportedPeftType: the type is not served, or the adapter is not for a decoder-only language model.
     """
     peft_type = config.get("peft_type")
     served = ", ".join(SERVED_TYPES)
@@ -77,15 +77,15 @@ def peft_type_of(config: dict[str, Any]) -> str:
 
 
 def check_tensor_names(peft_type: str, names: Iterable[str], file_name: str) -> None:
-    """Refuse a tensor that serving the soft prompt would drop.
+    """Refuse tensors that the server would ignore.
 
     Raises:
-        InvalidSoftPrompt: names the first one, and says what it is.
+        InvalidSoftPrompt: names and describes the first such tensor.
     """
     expected = TENSORS.get(peft_type, ("prompt_embeddings",))
     found = set(names)
     extra = sorted(found.difference(expected))
-    if extra and found.issuperset(expected):  # else what is missing says more
+    if extra and found.issuperset(expected):  # otherwise the error about missing tensors is more helpful
         meaning, remedy = _meaning(extra[0])
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise InvalidSoftPrompt(
@@ -96,16 +96,16 @@ def check_tensor_names(peft_type: str, names: Iterable[str], file_name: str) -> 
 def check_declared(config: dict[str, Any], peft_type: str, rows: int, model: ModelSpec) -> None:
     """Refuse a config that contradicts the tensor or the frozen model.
 
-    Layers and heads that differ can have the right width and mean something else.
+    The number of layers and heads is checked too: with other numbers, the width could be right but the meaning wrong.
 
     Args:
-        config: the adapter's.
-        peft_type: what it declares.
-        rows: virtual tokens of the tensor.
+        config: the adapter's config.
+        peft_type: the type that it declares.
+        rows: number of virtual tokens in the tensor.
         model: the frozen model.
 
     Raises:
-        InvalidSoftPrompt: names the key, what it says and what is expected.
+        InvalidSoftPrompt: names the key, its value and the expected value.
     """
     ids = config.get("cpt_token_ids") if peft_type == "CPT" else None
     lengths = {"num_virtual_tokens": config.get("num_virtual_tokens")}
@@ -133,10 +133,10 @@ def check_declared(config: dict[str, Any], peft_type: str, rows: int, model: Mod
 
 
 def check_multitask(config: dict[str, Any], tasks: int, ranks: int) -> None:
-    """Refuse a config that declares other numbers of tasks and ranks than the tensors have.
+    """Refuse a config whose number of tasks or ranks differs from the tensors'.
 
     Raises:
-        InvalidSoftPrompt: names the key, what it says and what the tensors have.
+        InvalidSoftPrompt: names the key, its value and the tensors' value.
     """
     for key, held in {"num_tasks": tasks, "num_ranks": ranks}.items():
         if config.get(key) not in (None, held):
@@ -147,9 +147,9 @@ def check_multitask(config: dict[str, Any], tasks: int, ranks: int) -> None:
 
 
 def notes_of(config: dict[str, Any], manifest: Manifest, model: ModelSpec) -> tuple[str, ...]:
-    """What a publisher should know of a soft prompt that is taken all the same, a sentence each.
+    """Warnings for the publisher of an accepted soft prompt, one sentence each.
 
-    That the base model has another name proves nothing: it is often the path of a local copy.
+    A different name of the base model is only a warning, because the name is often the path of a local copy.
     """
     notes = []
     base = config.get("base_model_name_or_path")
@@ -174,7 +174,7 @@ def notes_of(config: dict[str, Any], manifest: Manifest, model: ModelSpec) -> tu
 
 
 def _meaning(tensor: str) -> tuple[str, str]:
-    """What a tensor beside the virtual tokens is, and what to do."""
+    """A description of an additional tensor, and a remedy."""
     parts = tensor.split(".")
     if any("lora" in part.lower() for part in parts):
         return "a LoRA matrix", "Merge the adapter into the model, or train a soft prompt alone."

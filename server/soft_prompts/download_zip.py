@@ -1,4 +1,4 @@
-"""A soft prompt as a zip, which `PeftModel.from_pretrained` loads after unpacking, and which an upload accepts."""
+"""Packs a soft prompt into a zip. Uploads accept it, and `PeftModel.from_pretrained` loads the unpacked files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
-"""One time for all files, so that the same content is the same bytes."""
+"""A constant time for all files, so that the same content gives the same bytes."""
 
 
 def zip_soft_prompt(soft_prompt: SoftPrompt, model: ModelSpec) -> bytes:
-    """The three files of a PEFT directory in one zip, the same bytes every time."""
+    """Pack the three files of a PEFT directory into a zip; the bytes are reproducible."""
     buffer = io.BytesIO()
     with tempfile.TemporaryDirectory(prefix="prelude-download-") as folder, zipfile.ZipFile(buffer, "w") as archive:
         save_soft_prompt(Path(folder), soft_prompt, model)

@@ -1,7 +1,7 @@
-"""PEFT directories in and out: `adapter_config.json` + `adapter_model.safetensors` [+ `manifest.json`].
+"""Reads and writes PEFT directories: `adapter_config.json` + `adapter_model.safetensors` [+ `manifest.json`].
 
-Everything is decided by the config and the safetensors header before a tensor is allocated, and nothing is ever
-unpickled. `load_soft_prompts` answers a list because one multitask directory holds one soft prompt per task row.
+All checks use the config and the safetensors header, before any tensor is allocated; pickles are never read.
+`load_soft_prompts` returns a list, because a multitask directory contains one soft prompt for each task.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ MANIFEST_FILE = "manifest.json"
 
 MAX_JSON_BYTES = 2**20
 MAX_MULTITASK_BYTES = 2**28
-"""What the rows of a multitask soft prompt may unfold to; as files they are low-rank and small."""
+"""Maximum size of all tensors of a multitask soft prompt; its files store them in a small low-rank form."""
 PICKLE_FILES = ("adapter_model.bin", "decoder.pt", "encoder.pt", "adapter_model.pt", "adapter_model.pth")
 
 
 def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int) -> list[SoftPrompt]:
-    """Load and validate every soft prompt of a PEFT directory: one, or one per row of a multitask one.
+    """Load and validate the soft prompts of a PEFT directory: one, or one per task of a multitask soft prompt.
 
     Raises:
-        InvalidSoftPrompt: a file is missing or malformed, or the numbers do not fit the model.
-        UnsupportedPeftType: an adapter of another kind.
+        InvalidSoftPrompt: a file is missing or malformed, or the tensor does not fit the model.
+        UnsupportedPeftType: the adapter is not a soft prompt.
         BaseModelMismatch: the manifest names another frozen model.
     """
     config = parse_json_object(_read_small(directory / CONFIG_FILE), CONFIG_FILE)
     manifest_path = directory / MANIFEST_FILE
-    # A link that leads nowhere is no manifest that was left out: without its template the task would answer otherwise.
+    # A dangling link is an error, not a missing manifest: without its template, the task would give other answers.
     manifest = Manifest.parse(_read_small(manifest_path)) if os.path.lexists(manifest_path) else Manifest()
     peft_type = peft_type_of(config)
     check_base_model(manifest, model)
@@ -71,20 +71,20 @@ def load_soft_prompts(directory: Path, model: ModelSpec, max_virtual_tokens: int
 
 
 def save_soft_prompt(directory: Path, soft_prompt: SoftPrompt, model: ModelSpec) -> None:
-    """Write a PEFT directory that `PeftModel.from_pretrained` loads, with our manifest beside it."""
+    """Write a PEFT directory that `PeftModel.from_pretrained` loads, with Prelude's manifest."""
     tensors = {"prompt_embeddings": soft_prompt.tensor}
     _write(directory, peft_config(soft_prompt, model), soft_prompt.manifest, tensors)
 
 
 def save_multitask(directory: Path, tensors: dict[str, torch.Tensor], manifest: Manifest, model: ModelSpec) -> None:
-    """Write the PEFT directory of a multitask soft prompt, from what its tasks share and the factors of each."""
+    """Write the PEFT directory of a multitask soft prompt, from the shared embeddings and each task's factors."""
     shared = SoftPrompt("PROMPT_TUNING", tensors["prompt_embeddings"], manifest)
     tasks, _, rank = tensors["prefix_task_cols"].shape
     config = peft_config(shared, model) | {
         "num_ranks": rank,
         "num_tasks": tasks,
         "peft_type": MULTITASK,
-        "prompt_tuning_init": "RANDOM",  # what it began with, which PEFT asks for and does not use
+        "prompt_tuning_init": "RANDOM",  # PEFT requires this key but does not use it when loading
     }
     _write(directory, config, manifest, tensors)
 
@@ -96,7 +96,7 @@ def _write(directory: Path, config: dict[str, Any], manifest: Manifest, tensors:
     (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(plain, directory / TENSOR_FILE, {"format": "pt"})
-    (directory / TENSOR_FILE).chmod(0o644)  # safetensors leaves it readable to its owner alone
+    (directory / TENSOR_FILE).chmod(0o644)  # safetensors makes the file readable only to its owner
 
 
 def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def peft_config(soft_prompt: SoftPrompt, model: ModelSpec) -> dict[str, Any]:
     kv = soft_prompt.is_kv_prefix
     config: dict[str, Any] = {
         "base_model_name_or_path": model.name,
-        # PEFT takes the length of a CPT soft prompt from the ids that it began with; loaded, it needs no more of them.
+        # PEFT takes the length of a CPT soft prompt from its initial ids; it needs nothing else of them when loading.
         "cpt_token_ids": [0] * soft_prompt.num_virtual_tokens if soft_prompt.peft_type == "CPT" else None,
         "inference_mode": True,
         "num_attention_heads": model.num_key_value_heads if kv else None,
@@ -131,7 +131,7 @@ def _read_small(path: Path) -> bytes:
 
 @contextmanager
 def _open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open the tensor file, or say what lies in its place."""
+    """Open the tensor file; if it is missing, the error names a pickle that was found instead."""
     if not path.exists():
         pickles = [name for name in PICKLE_FILES if (path.parent / name).exists()]
         if pickles:
@@ -156,7 +156,7 @@ def _single_tensor(
 def _multitask_rows(
     tensors: TensorFile, config: dict[str, Any], model: ModelSpec, max_virtual_tokens: int
 ) -> list[torch.Tensor]:
-    """Multitask prompt tuning (Wang et al. 2023): per task, the shared embeddings times a low-rank matrix.
+    """The tensors of multitask prompt tuning (Wang et al. 2023): shared embeddings times low-rank matrices.
 
     Shapes: prompt_embeddings `[n, d]`, prefix_task_cols `[tasks, n, r]`, prefix_task_rows `[tasks, r, d]`.
     """
@@ -169,7 +169,7 @@ def _multitask_rows(
             f"prefix_task_cols {list(cols)} and prefix_task_rows {list(rows)} do not fit prompt_embeddings "
             f"{list(shape)}: expected [tasks, n, r] and [tasks, r, d]."
         )
-    # The unfolded rows, and the larger of the two factors: its rank may exceed n, where it buys nothing.
+    # Size of the product or of the larger factor: the rank may exceed n, although this is useless.
     if cols[0] * max(shape[0], cols[2]) * shape[1] * 4 > MAX_MULTITASK_BYTES:
         raise InvalidSoftPrompt(
             f"{cols[0]} tasks of {shape[0]} virtual tokens take more than {MAX_MULTITASK_BYTES} bytes when unpacked.",

@@ -1,4 +1,4 @@
-"""Limits of a manifest. Only a publish checks them: what a store already holds is read, however large."""
+"""Limits of a manifest. Only a publish checks them; a manifest that is already in a store is read at any size."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from server.soft_prompts.manifest import MANIFEST_NAME, Manifest
 
 MAX_MANIFEST_BYTES = 2**16
 MAX_ENTRIES = 5000
-"""Fields and items of all objects and lists of a manifest."""
+"""Maximum number of fields and items in all objects and lists of a manifest."""
 MAX_DESCRIPTION = 1000
-"""Characters; every list of tasks shows them."""
+"""In characters. Every list of tasks shows the description."""
 MAX_METRICS_BYTES = 2**12
-"""As JSON; every list of versions shows them."""
+"""Size as JSON. Every list of versions shows the metrics."""
 MAX_LABELS = 500
 MAX_LABEL_BYTES = 2**14
-"""Of all labels together. No text has more tokens than bytes, so this bounds their tokens too."""
+"""Size of all labels together. A text never has more tokens than bytes, so this also limits their tokens."""
 MAX_ROWS_BYTES = 2**22
-"""What the rows of a multitask soft prompt may keep of their manifest: every one keeps what changes answers."""
+"""Maximum size of the manifests of all tasks of a multitask soft prompt; each repeats the fields that change
+answers."""
 
 
 def check_manifest(manifest: Manifest, rows: int = 1) -> None:
-    """Refuse a manifest that is too large to be kept in memory, shown in lists, or used by requests.
+    """Refuse a manifest that is too large for memory, for lists, or for requests.
 
     Args:
-        manifest: of a soft prompt that is to be published.
-        rows: tasks that it is for, more than one for a multitask soft prompt.
+        manifest: the manifest of a soft prompt to publish.
+        rows: number of tasks; more than one for a multitask soft prompt.
 
     Raises:
-        InvalidSoftPrompt: says how much it has of what, and how much it may have.
+        InvalidSoftPrompt: names the limit and the manifest's value.
     """
     size = len(manifest.to_json().encode())
     labels = manifest.labels or ()
@@ -52,7 +53,7 @@ def check_manifest(manifest: Manifest, rows: int = 1) -> None:
 
 
 def num_entries(value: Any) -> int:
-    """Fields and items of all objects and lists in a JSON value."""
+    """Number of fields and items in all objects and lists of a JSON value."""
     total, level = 0, [value]
     while level:
         item = level.pop()

@@ -1,7 +1,8 @@
-"""The manifest: what a soft prompt declares about itself beside its numbers.
+"""The manifest: a soft prompt's metadata.
 
-Everything in it is optional, because a PEFT directory has none. Four fields change answers (`input_template`,
-`system_message`, `generation`, `labels`) and are therefore part of a version's identity; the others are for people.
+All fields are optional, because PEFT directories have no manifest. Four fields change answers (`input_template`,
+`system_message`, `generation`, `labels`) and are therefore part of a version's identity; the other fields are for
+people.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from server.validation import first_problems, without_nulls
 INPUT_FIELD = "{input}"
 SYSTEM_FIELD = "{system}"
 SystemMessage = Literal["ignore", "refuse", "template"]
-"""What a task does with a chat's system message: leave it out, answer 400, or let the template read it."""
+"""How a task handles a chat's system message: ignore it, refuse it with 400, or pass it to the template."""
 MANIFEST_NAME = "manifest.json"
 MAX_DEPTH = 64
-"""Objects and lists within each other. What is deeper could be parsed, but not everywhere written again."""
+"""Maximum nesting of objects and lists. Deeper values could be parsed, but not serialised everywhere."""
 ANSWER_FIELDS = ("input_template", "system_message", "generation", "labels")
 
 
 class _Part(BaseModel):
-    """An object of the manifest; a field that is null counts as left out, whether it is known or not."""
+    """An object of the manifest. A null field counts as left out, whether it is known or not."""
 
     @model_validator(mode="before")
     @classmethod
@@ -37,7 +38,7 @@ class _Part(BaseModel):
 
 
 class GenerationDefaults(_Part):
-    """Sampling defaults of a task; a request's own field wins. Unknown names are errors: they would do nothing."""
+    """Sampling defaults of a task; a request's own fields take precedence. Unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,19 +64,20 @@ class GenerationDefaults(_Part):
         least: str = "min_new_tokens",
         most: str = "max_new_tokens",
     ) -> SamplingParams:
-        """The request's field, else the task's, else the server's default.
+        """Merge sampling parameters: the request's values, then the task's, then the server's defaults.
 
         Args:
-            own: the fields of SamplingParams that the request sets itself.
-            room: positions that virtual and input tokens leave free. A default never makes a request too long, an
-                explicit figure may.
-            seed: where neither names one.
-            least: what the request's front end calls `min_new_tokens`.
-            most: what it calls `max_new_tokens`.
+            own: the fields of SamplingParams that the request sets.
+            room: positions that virtual and input tokens leave free. Defaults are reduced to fit; the request's own
+                values are not.
+            seed: the seed if neither the request nor the task sets one.
+            least: the front end's name for `min_new_tokens`, for errors.
+            most: the front end's name for `max_new_tokens`, for errors.
 
         Raises:
-            InvalidRequest: the request asks for more tokens at least than at most; a default of the task gives way.
-            InputTooLong: for more at least than there is room for.
+            InvalidRequest: the request's minimum exceeds its maximum number of new tokens; a task's default minimum is
+                reduced instead.
+            InputTooLong: the request's minimum exceeds the room.
         """
         fields: dict[str, Any] = {"seed": seed, **self.model_dump(exclude_none=True), **own}
         is_own = "max_new_tokens" in own
@@ -88,14 +90,14 @@ class GenerationDefaults(_Part):
                 param=least,
             )
         if not is_own:
-            if wanted > room > 0:  # where there is no room at all, the input is what is too long
+            if wanted > room > 0:  # without any room, the error is that the input is too long
                 raise InputTooLong(
                     f"{least} is {wanted:,}, but after the input the context has room for {room:,} new tokens.",
                     remedy=f"Lower {least}, or shorten the input.",
                     param=least,
                 )
             limit = max(1, min(limit, room))
-        # What only the task asks for at least gives way, as its max_new_tokens does.
+        # A minimum that only the task sets is reduced to fit, like its max_new_tokens.
         return SamplingParams(
             **{**fields, "max_new_tokens": limit, "min_new_tokens": min(fields.get("min_new_tokens", 0), limit)}
         )
@@ -108,11 +110,11 @@ class BaseModelRef(BaseModel):
 
     name: str | None = Field(None, max_length=1000)
     fingerprint: str | None = Field(None, max_length=256)
-    """Both are quoted when they do not fit."""
+    """Errors quote both fields, so both have a length limit."""
 
 
 class Manifest(_Part):
-    """`manifest.json`. Unknown fields are kept as they are: a newer Prelude may have written them."""
+    """`manifest.json`. Unknown fields are preserved, because a newer Prelude may have written them."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -127,7 +129,8 @@ class Manifest(_Part):
     description: str | None = None
     input_template: str | None = None
     system_message: SystemMessage | None = None
-    """`template` is `{system}` of the input_template, or the model's chat template where the task has none."""
+    """`template` fills `{system}` in the input_template; for a task without one, the model's chat template gets the
+    message."""
     generation: GenerationDefaults = GenerationDefaults()
     labels: tuple[str, ...] | None = None
     training: dict[str, Any] | None = None
@@ -151,7 +154,7 @@ class Manifest(_Part):
 
     @property
     def on_system_message(self) -> SystemMessage:
-        """What happens to a chat's system message; by default only the model's chat template reads it."""
+        """How a chat's system message is handled; by default only the model's chat template gets it."""
         return self.system_message or self._default_on_system_message
 
     @property
@@ -163,8 +166,8 @@ class Manifest(_Part):
         """Read manifest.json.
 
         Raises:
-            InvalidSoftPrompt: it is not JSON, a field has the wrong form (the message names the field), or it could not
-                be written again (half of a surrogate pair, nested too deeply).
+            InvalidSoftPrompt: the file is not JSON, a field is invalid (the message names it), or the value could not
+                be serialised again (lone surrogate, nested too deeply).
         """
         try:
             manifest = cls.model_validate(parse_json_object(data, "manifest.json"))
@@ -180,7 +183,7 @@ class Manifest(_Part):
         return manifest
 
     def answering(self) -> Manifest:
-        """The fields that change answers, and no other."""
+        """A manifest with only the fields that change answers."""
         return Manifest(**{name: getattr(self, name) for name in ANSWER_FIELDS})
 
     def answers_identity(self) -> str:
@@ -190,20 +193,21 @@ class Manifest(_Part):
             "generation": self.generation.model_dump(mode="json", exclude_none=True),
             "labels": self.labels,
         }
-        if self.on_system_message != self._default_on_system_message:  # the default keeps the digests of older versions
+        # The default is left out, so that digests of older versions stay valid.
+        if self.on_system_message != self._default_on_system_message:
             fields["system_message"] = self.on_system_message
         return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     def render(self, text: str, system: str = "") -> TemplatedText:
         """Put a request's text, and a system message if the template reads it, into the template.
 
-        Without a template the text is the client's own, special tokens included.
+        Without a template the text is used unchanged, special tokens included.
         """
         if self.input_template is None:
             return TemplatedText(text)
         parts = [(self.input_template, False)]
         fields = {INPUT_FIELD: text, SYSTEM_FIELD: system} if self.system_message == "template" else {INPUT_FIELD: text}
-        for name, value in fields.items():  # a value is never looked through for another field
+        for name, value in fields.items():  # values are never searched for further fields
             parts = [
                 piece
                 for part, is_user in parts
@@ -212,7 +216,7 @@ class Manifest(_Part):
         return TemplatedText.of(*parts)
 
     def to_json(self) -> str:
-        """The file's text: sorted, indented, without the fields that are not set."""
+        """The file's content: sorted, indented, without unset fields."""
         fields = self.model_dump(mode="json", exclude_none=True)
         if not fields.get("generation"):
             fields.pop("generation", None)
@@ -220,7 +224,7 @@ class Manifest(_Part):
 
 
 def _filled(template: str, name: str, value: str) -> Iterator[tuple[str, bool]]:
-    """The parts of a template with the user's value in the place of a field."""
+    """The parts of a template with a field replaced by the user's value."""
     before, *others = template.split(name)
     yield before, False
     for after in others:
@@ -232,10 +236,10 @@ _HALF_A_PAIR = re.compile("[\\ud800-\\udfff]")
 
 
 def check_pairs(text: str, value: Any) -> None:
-    """Refuse JSON that escapes half a surrogate pair, as text and as its value: nobody can write it down again.
+    """Refuse JSON with a lone surrogate, which could not be written to a file again.
 
     Raises:
-        ValueError: says so.
+        ValueError: the value contains a lone surrogate.
     """
     if "\\ud" in text.lower() and _HALF_A_PAIR.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("it holds half of a surrogate pair")
@@ -245,9 +249,8 @@ def parse_json_object(data: bytes | str, name: str) -> dict[str, Any]:
     """Parse one small JSON object of a soft prompt.
 
     Raises:
-        InvalidSoftPrompt: not UTF-8 (with or without a byte order mark), not JSON, too deeply nested, not an object, it
-            escapes half a surrogate pair, which cannot be written down again, or an object in it names a field twice:
-            readers would disagree on which one counts.
+        InvalidSoftPrompt: the data is not UTF-8 (with or without a byte order mark), not JSON, not an object or nested
+            too deeply; it contains a lone surrogate; or an object has a field twice, which parsers handle differently.
     """
     remedy = f"Mend or leave out {name}." if name == MANIFEST_NAME else None
     try:

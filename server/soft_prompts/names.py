@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 from server.errors import InvalidTaskName, UnknownTask
 
-if TYPE_CHECKING:  # the client checks names too, and does without torch
+if TYPE_CHECKING:  # the client also imports this module, and does not load torch
     from server.soft_prompts.soft_prompt import SoftPrompt
 
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 REACH = 50
-"""Names before and after a misspelt one, in order, that it is compared with."""
+"""Number of names before and after a misspelt name, in sorted order, to compare it with."""
 
 
 def check_task_name(name: str) -> str:
-    """Answer the name if a task may have it.
+    """Return the name if it is a valid task name.
 
     Raises:
-        InvalidTaskName: it has other characters, is empty, or is too long.
+        InvalidTaskName: the name contains other characters, is empty, or is too long.
     """
     if not TASK_NAME.fullmatch(name):
         raise InvalidTaskName(f"{name[:80]!r} cannot be the name of a task.")
@@ -34,7 +34,7 @@ def split_version(reference: str) -> tuple[str, int | None]:
     """Split `task@3` into task and version.
 
     Raises:
-        InvalidTaskName: the task's name or the version's number is not one.
+        InvalidTaskName: the task's name or the version's number is invalid.
     """
     name, at, version = reference.partition("@")
     if at and not _VERSION.fullmatch(version):
@@ -45,14 +45,14 @@ def split_version(reference: str) -> tuple[str, int | None]:
 
 
 def names_of(name: str, contents: Sequence[SoftPrompt]) -> list[str]:
-    """The tasks that publishing these contents under a name makes; rows of a multitask soft prompt are numbered."""
+    """The tasks that a publish of these contents creates; tasks of a multitask soft prompt are numbered."""
     if len(contents) == 1 and not contents[0].is_multitask_row:
         return [name]
     return [f"{name}-{row}" for row in range(len(contents))]
 
 
 def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
-    """The error for a task that nobody published, with the names that it may have been meant for."""
+    """The error for an unknown task, with similar names."""
     near = difflib.get_close_matches(name, _worth_comparing(name, list(known)), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     error = UnknownTask(f"There is no task {name!r}.{hint}")
@@ -61,7 +61,7 @@ def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
 
 
 def _worth_comparing(name: str, known: list[str]) -> list[str]:
-    """Those that begin or end as it does: ten thousand comparisons would delay everybody by a third of a second."""
+    """Names that begin or end like this one: comparing ten thousand names would block the event loop for 0.3 s."""
     if len(known) <= 2 * REACH:
         return known
     found: set[str] = set()

@@ -1,7 +1,8 @@
-"""The soft prompt: an immutable value with two hashes, and the rules that it must satisfy.
+"""The soft prompt: an immutable value with two hashes, and the checks that it must pass.
 
-Its `prefix_hash` identifies the numbers (the key of everything the engine caches); its `digest` identifies the numbers
-and what else changes answers (the key of a version's content). Neither depends on a name, so no cache can go stale.
+Its `prefix_hash` identifies the tensor and is the key of the engine's caches. Its `digest` identifies the tensor and
+the manifest fields that change answers, and is the key of a version's content. Neither depends on a name, so caches
+never become stale.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from server.soft_prompts.manifest import Manifest
 EMBEDDING_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
 KV_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Numbers that a soft prompt may be stored in, by safetensors' names."""
+"""Dtypes of stored soft prompts, by safetensors' names."""
 
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt:
-    """Learned virtual tokens of one task's version.
+    """The learned virtual tokens of one version of a task.
 
     Attributes:
-        peft_type: PEFT's name of the method that made it; decides how `tensor` is read.
+        peft_type: PEFT's name of the training method; determines the meaning of `tensor`.
         tensor: `[num_virtual_tokens, hidden_size]` for embeddings, or
             `[num_virtual_tokens, layers * 2 * kv_heads * head_dim]` for a KV prefix. Never written to.
-        manifest: what the soft prompt says about itself.
-        is_multitask_row: whether it was split off a multitask soft prompt; only the name of its task depends on it.
-        notes: sentences for the publisher on what its files say and the server does not use; no part of its identity.
+        manifest: the soft prompt's manifest.
+        is_multitask_row: whether it comes from a multitask soft prompt; only affects the task's name.
+        notes: warnings for the publisher about declarations that the server does not use; not part of its identity.
         prefix_hash: sha256 over name, dtype, shape and bytes of `tensor`, and whether it is a KV prefix.
         digest: sha256 over `prefix_hash` and the manifest's fields that change answers.
     """
@@ -51,17 +52,17 @@ class SoftPrompt:
 
     @property
     def is_kv_prefix(self) -> bool:
-        """True where `tensor` holds keys and values rather than input embeddings."""
+        """Whether `tensor` contains keys and values instead of input embeddings."""
         return self.peft_type in KV_TYPES
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Positions that the soft prompt takes at the start of every sequence."""
+        """Number of positions that the soft prompt occupies at the start of every sequence."""
         return int(self.tensor.shape[0])
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor."""
+        """Size of the tensor in bytes."""
         return self.tensor.numel() * self.tensor.element_size()
 
 
@@ -69,7 +70,7 @@ def _prefix_hash(tensor: torch.Tensor, is_kv_prefix: bool) -> str:
     kind = "kv_prefix" if is_kv_prefix else "prompt_embeddings"
     header = f"{kind} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n"
     digest = hashlib.sha256(header.encode())
-    # Bytes as they lie on disk: safetensors is little-endian, and so is every machine that torch runs on.
+    # The same bytes as on disk: safetensors is little-endian, as is every machine that torch runs on.
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -78,8 +79,8 @@ def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_vi
     """Refuse a tensor by its header alone, before any memory is allocated for it.
 
     Raises:
-        InvalidSoftPrompt: keys and values for a model that also keeps a recurrent state; wrong rank or width for the
-            model, no rows, or more rows than allowed.
+        InvalidSoftPrompt: a KV prefix for a model with recurrent state, a wrong rank or width, no rows, or too many
+            rows.
     """
     if peft_type in KV_TYPES and model.state_width:
         raise InvalidSoftPrompt(
@@ -110,17 +111,17 @@ def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_vi
 
 
 def check_size(peft_type: str, num_virtual_tokens: int, model: ModelSpec, max_virtual_tokens: int) -> None:
-    """Refuse what could not be served once it is trained.
+    """Refuse to train a soft prompt that could not be served.
 
     Raises:
-        InvalidSoftPrompt: as `check_shape`.
+        InvalidSoftPrompt: see `check_shape`.
     """
     width = model.kv_width if peft_type in KV_TYPES else model.hidden_size
     check_shape(peft_type, (num_virtual_tokens, width), model, max_virtual_tokens)
 
 
 def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:
-    """Refuse NaN and infinity, also those that only appear once the tensor is cast to the serving dtype.
+    """Refuse NaN and infinity, including values that become infinite in the serving dtype.
 
     Raises:
         InvalidSoftPrompt: names the first virtual token that is not finite.

@@ -1,11 +1,11 @@
-"""A safetensors file, checked by its header and then read piece by piece.
+"""Reads safetensors files: checks the header first, then reads single tensors.
 
-It is read, never mapped: a mapped file that somebody rewrites at that moment (the inbox is a folder for people) ends
-the whole process with SIGBUS. Nothing is allocated for what the header claims before the file's size bears it out.
+Files are read, never mapped: if someone rewrites a mapped file (the inbox is a folder for people), SIGBUS ends the
+whole process. Nothing is allocated for a header's claims before they agree with the file's size.
 
-The safetensors package cannot do this: `safe_open` maps the file to check its header, with `backend="pread"` too
-(0.8), and `deserialize` takes the whole file, of which it makes a copy. It also takes a tensor that is named twice,
-fields that it does not know, and a list in place of an entry.
+The safetensors package cannot be used: `safe_open` maps the file to check its header, even with `backend="pread"`
+(0.8), and `deserialize` takes the whole file and copies it. It also accepts duplicate tensor names, unknown fields, and
+lists instead of entries.
 
     8 bytes      length of the header, little-endian
     header       JSON: {"__metadata__": {…}, name: {"dtype": "F32", "shape": [20, 576], "data_offsets": [0, 46080]}, …}
@@ -41,13 +41,13 @@ BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""Size of a number by safetensors' name of its kind; most kinds are known only to say that they are not served."""
+"""Bits per number by safetensors' dtype; most dtypes are listed only to report that they are not served."""
 SEND_WHOLE = "Send the whole file as safetensors wrote it."
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the header says of one tensor; the offsets count from the first byte of the data."""
+    """The header's entry for a tensor; offsets are relative to the start of the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """An open safetensors file whose header fits the file."""
+    """An open safetensors file with a checked header."""
 
     name: str
     entries: dict[str, Entry]
@@ -65,10 +65,10 @@ class TensorFile:
     _data_start: int
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a tensor, once its dtype has passed.
+        """The shape of a tensor, after checking its dtype.
 
         Raises:
-            InvalidSoftPrompt: there is no such tensor, or its numbers are of a kind that is not served.
+            InvalidSoftPrompt: there is no such tensor, or its dtype is not served.
         """
         entry = self.entries.get(tensor)
         if entry is None:
@@ -82,10 +82,10 @@ class TensorFile:
         return entry.shape
 
     def read(self, tensor: str) -> torch.Tensor:
-        """Read a tensor whose shape has been asked for and accepted.
+        """Read a tensor whose shape was checked before.
 
         Raises:
-            InvalidSoftPrompt: the file has become shorter.
+            InvalidSoftPrompt: the file was truncated meanwhile.
         """
         entry = self.entries[tensor]
         self._file.seek(self._data_start + entry.begin)
@@ -98,16 +98,16 @@ class TensorFile:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a file to read it; a pipe in its place would block the reader for ever.
+    """Open a regular file for reading; a pipe would block the reader forever.
 
-    What it is decides, not what it is called, and a link counts as what it leads to.
+    Links are followed; the type of the file that they lead to counts.
 
     Raises:
-        InvalidSoftPrompt: it is a directory, a pipe, a socket or a device.
-        OSError: it is missing, or may not be read.
+        InvalidSoftPrompt: the path is a directory, a pipe, a socket or a device.
+        OSError: the file is missing or not readable.
     """
-    _check_regular(path, path.stat())  # before: merely to open a device can have effects
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that came in between does not wait either
+    _check_regular(path, path.stat())  # checked before opening, because even opening a device can have effects
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: a pipe created meanwhile does not block
     try:
         _check_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
@@ -121,7 +121,7 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header against its size.
 
     Raises:
-        InvalidSoftPrompt: it is of another format, cut off, damaged, or changes while it is read.
+        InvalidSoftPrompt: the file has another format, is truncated or damaged, or changes while it is read.
     """
     with open_regular(path) as file:
         before = os.fstat(file.fileno())
@@ -145,7 +145,7 @@ def _check_regular(path: Path, facts: os.stat_result) -> None:
 
 
 def _entries(header: bytes, name: str, data_bytes: int) -> dict[str, Entry]:
-    """The tensors of a header, in the order of their data, which they must cover without gap or overlap."""
+    """The tensors of a header in the order of their data, which they must cover without gaps or overlaps."""
     if not header.startswith(b"{"):
         raise _damaged(name, "its header does not begin with a brace.")
     try:

@@ -178,7 +178,7 @@ def test_a_long_name_is_not_compared_with_the_known_ones(server: LiveServer, pat
         assert reply.status_code in (400, 422)
         assert time.monotonic() - started < SECONDS
     started = time.monotonic()
-    assert server.client.get("/prompts", params={"l" * 50_000: "1"}).status_code == 422
+    assert server.client.get("/prompts", params={"l" * 8_000: "1"}).status_code == 422
     assert time.monotonic() - started < SECONDS
 
 

@@ -1,19 +1,19 @@
-"""What the worst bodies cost a server: how long its event loop stands still, and by how much its memory grows.
+"""Measures the worst bodies: how long they block the server's event loop, and by how much its memory grows.
 
-Every route of /openapi.json that takes a body is sent, one after the other, the worst that fits within its limit: many
-names, values, items, texts and errors, deep nesting, long names, huge numbers, texts full of escapes or of wide
-characters, each as the whole body and in each of the body's fields; forms with large fields and files, many parts, long
-headers, and files full of what looks like a boundary.
+Each route in /openapi.json that accepts a body gets the worst bodies within its limit, one after the other: many names,
+values, items, texts and errors, deep nesting, long names, huge numbers, texts full of escapes or wide characters, each
+as the whole body and in each of its fields; forms with large fields and files, many parts, long headers, and files full
+of text that resembles a boundary.
 
-In the server's process a task sleeps 5 ms at a time and notes by how much it wakes too late: the loop's lag. Of that,
-only what the process itself has computed meanwhile counts, or a neighbour on the same cores would be measured. Memory
-is the peak of the resident set above what it was before the request, once what was freed had been given back.
+In the server's process a task sleeps 5 ms at a time and records how late it wakes: the loop's lag. Only the part of a
+lag in which the process itself was computing counts, so that other processes on the same cores are not measured. Memory
+is the peak of the resident set minus its size before the request, after freed memory was returned.
 
     python benchmarks/bodies.py                    # all of them, some minutes
     python benchmarks/bodies.py --short            # a sample, 20 seconds
 
-Prints a table and, last, one line of JSON. Ends with 1 if a lag is over 100 ms, or memory grows by more than three
-times the route's limit (JSON) or the body (forms, which may be larger and lie on disk).
+Prints a table and, last, one line of JSON. Exits with 1 if a lag exceeds 100 ms, or if memory grows by more than three
+times the route's limit (JSON) or the body's size (forms, which may be larger and are stored on disk).
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ from server.settings import Settings
 MOST_LAG_MS = 100.0
 MOST_MEMORY = 3
 NOISE_BYTES = 8 * 2**20
-"""What a request may add whatever its body is: caches that are filled once, threads' stacks."""
+"""Memory that any request may add: caches that are filled once, threads' stacks."""
 ENGINE_BYTES = 512 * 2**20
-"""What a step of the engine may take beside, however small the body that it answers: logits of all scored tokens."""
+"""Additional memory that an engine step may take, even for a small body: the logits of all scored tokens."""
 FORM_BYTES = 24 * 2**20
 REPLY_SECONDS = 60.0
-"""A thousand inputs take longer; what is measured has been seen by then, and the client leaves."""
+"""Time limit of a client. A thousand inputs take longer, but the measurement is complete by then."""
 UNANSWERED = 599
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one came to."""
+    """The measured cost of one body."""
 
     status: int
     seconds: float
@@ -72,7 +72,7 @@ class Cost:
 
 
 def measure(port: int, process: int, case: Case) -> Cost:
-    """Send one, and look at the server."""
+    """Send one body and measure the server."""
     ask(port, "GET", "/bench/lag")
     status = Path(f"/proc/{process}/status")
     with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ def _kilobytes(status: Path, name: str) -> int:
 def ask(
     port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, bytes]:
-    """Status and body of a reply; 0 where the server hung up, `UNANSWERED` where the answer took too long."""
+    """Status and body of a reply; status 0 if the server closed the connection, `UNANSWERED` after a timeout."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REPLY_SECONDS)
     try:
         connection.request(method, path, body, headers or {})
@@ -109,11 +109,11 @@ def ask(
 
 
 def serve(port: int, folder: Path) -> None:
-    """The server, with the probe in it."""
+    """Run the server with a probe of its event loop."""
 
     def probed(settings: Settings, worker: EngineWorker, *others: Any) -> FastAPI:
         app = create_app(settings, worker, *others)
-        worker._engine.kv_cache.states.zero_()  # noqa: SLF001 - its pages are the server's, whoever uses them first
+        worker._engine.kv_cache.states.zero_()  # noqa: SLF001 - touches all pages now, so that no request is charged for them
         worst = [0.0]
         libc = ctypes.CDLL(None)
 
@@ -148,7 +148,7 @@ def serve(port: int, folder: Path) -> None:
 
 @contextmanager
 def started(folder: Path) -> Iterator[tuple[int, int]]:
-    """A server of its own; answers its port and its process."""
+    """Context manager: start a server; yields its port and process id."""
     shutil.copytree(ROOT / "prompts/sms_spam", folder / "prompts/sms_spam")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -204,11 +204,11 @@ def main() -> None:
         routes = {(case.method, case.path) for case in cases}
         count = options.sample or (80 if options.short else len(cases))
         cases = random.Random(7).sample(cases, min(count, len(cases)))
-        measure(port, process, cases[0])  # the first request of all fills caches
+        measure(port, process, cases[0])  # the very first request fills caches
         found: list[tuple[Case, Cost]] = []
         for case in tqdm(cases, desc="bodies", unit="body", mininterval=1 if sys.stderr.isatty() else 30):
             cost = measure(port, process, case)
-            if is_over(case, cost):  # once more: a first time may have been another's fault
+            if is_over(case, cost):  # repeated, because another process may have caused the first result
                 again = measure(port, process, case)
                 cost = min(cost, again, key=lambda one: (is_over(case, one), one.lag_ms))
             found.append((case, cost))

@@ -24,23 +24,23 @@ class Case:
     path: str
     shape: str
     parts: tuple[bytes, ...]
-    """Of the body; those that are large are shared with other cases."""
+    """The parts of the body; large parts are shared between cases."""
     content_type: str
     limit: int
 
     @property
     def body(self) -> bytes:
-        """All of it."""
+        """The whole body."""
         return b"".join(self.parts)
 
     @property
     def size(self) -> int:
-        """Bytes of the body."""
+        """Size of the body in bytes."""
         return sum(map(len, self.parts))
 
 
 def _filled(item: str, size: int, count: int, opening: str = "[", closing: str = "]") -> str:
-    """As many copies of an item as fit."""
+    """A list with as many copies of an item as fit."""
     return opening + ",".join([item] * min(count, size // (len(item) + 1))) + closing
 
 
@@ -50,7 +50,7 @@ def _named(value: str, size: int, count: int, name: str = "f{:06d}") -> str:
 
 
 def values(size: int, bounds: Bounds) -> dict[str, str]:
-    """The worst values that are read, none longer than `size` bytes, as JSON."""
+    """The worst accepted values as JSON, each at most `size` bytes."""
     count, lists, names = bounds.values - 64, bounds.containers - 64, bounds.names - 64
     wide = min(size, bounds.wide_bytes - 2**12)
     return {
@@ -80,7 +80,7 @@ def values(size: int, bounds: Bounds) -> dict[str, str]:
 
 
 def refused(size: int) -> dict[str, str]:
-    """What is refused before it is read, as large as it may arrive."""
+    """Values that are refused before they are parsed, as large as the limit allows."""
     return {
         "too many values": _filled("1", size, size),
         "too many lists": _filled("[]", size, size),
@@ -100,7 +100,7 @@ def refused(size: int) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What bodies are made of: JSON that is read, JSON that is refused, and contents of forms."""
+    """The material of bodies: JSON that is accepted, JSON that is refused, and contents of forms."""
 
     values: dict[str, bytes]
     refused: dict[str, bytes]
@@ -108,7 +108,7 @@ class Shapes:
 
     @classmethod
     def of(cls, limit: int, bounds: Bounds, form_bytes: int) -> Shapes:
-        """All of them within a limit of JSON, and contents of forms in this size."""
+        """All shapes within a limit on JSON, with form contents of this size."""
         contents = {
             "letters": b"a" * form_bytes,
             "line breaks": b"\r\n" * (form_bytes // 2),
@@ -125,7 +125,7 @@ class Shapes:
 
 
 def json_cases(method: str, path: str, schema: dict[str, Any], shapes: Shapes) -> Iterator[Case]:
-    """A route's worst bodies of JSON."""
+    """A route's worst JSON bodies."""
 
     def case(shape: str, *parts: bytes) -> Case:
         limit = json_limit(f"{method} {path}", JOB_PATHS)
@@ -146,7 +146,7 @@ def json_cases(method: str, path: str, schema: dict[str, Any], shapes: Shapes) -
 
 
 def places(schema: dict[str, Any], depth: int = 2) -> Iterator[tuple[str, ...]]:
-    """A schema's fields, and those of the objects in them."""
+    """The paths of a schema's fields, including fields of nested objects."""
     for name, field in schema.get("properties", {}).items():
         yield (name,)
         for kind in [field, *field.get("anyOf", ())]:
@@ -155,7 +155,7 @@ def places(schema: dict[str, Any], depth: int = 2) -> Iterator[tuple[str, ...]]:
 
 
 def put(body: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """A body with something in one place of it."""
+    """A copy of a body with a value at this path."""
     name, *rest = place
     inner = body.get(name)
     return {**body, name: put(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}

@@ -1,11 +1,11 @@
-"""Many streams at once: does each end whole, how long do they take, and what do they cost in memory.
+"""Opens many streams at once: does each end properly, how long do they take, and how much memory do they need?
 
-All clients connect and ask at the same moment, each for a few tokens, over as many tasks as asked for.
+All clients connect at the same moment and request a few tokens each, divided among `--tasks` tasks.
 
     python benchmarks/crowd.py
     python benchmarks/crowd.py --streams 500 --tokens 32
 
-Prints a table and, last, one line of JSON. It ends with 1 if a stream did not end as it should.
+Prints a table and, last, one line of JSON. Exits with 1 if a stream did not end properly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from server.settings import Settings
 
 
 async def stream(peer: Prelude, workload: Workload, client: httpx.AsyncClient, number: int) -> str:
-    """One stream; answers how it ended."""
+    """Run one stream; returns how it ended."""
     call = peer.call(workload, number % workload.tasks, random.Random(number))
     headers = {"content-type": "application/json"}
     try:
@@ -45,7 +45,7 @@ async def stream(peer: Prelude, workload: Workload, client: httpx.AsyncClient, n
 
 
 async def crowd(model: Model, url: str, process: psutil.Process, workload: Workload) -> dict[str, object]:
-    """Ask all at once."""
+    """Start all streams at once."""
     peer = Prelude(model)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:

@@ -1,8 +1,8 @@
-"""What one task's flood does to another: time to first token of a quiet task, alone and beside a flood.
+"""Measures the time to first token of a quiet task, alone and while another task is flooded.
 
-A few clients ask a quiet task one short request after the other, while none, or far more clients than there are places,
-ask another task for long answers. A server that takes whoever came first would let the quiet task wait behind the queue
-of the flood; one that is fair lets it wait for the step that runs.
+A few clients send short requests to a quiet task, one after the other, while another task gets either no requests, or
+requests for long answers from far more clients than there are slots. On a first-come-first-served server, the quiet
+task would wait for the flood's whole queue; on a fair server, it waits only for the current step.
 
     python benchmarks/fairness.py
     python benchmarks/fairness.py --rounds 1 --seconds 5
@@ -34,7 +34,7 @@ QUIET, FLOOD = 0, 1
 
 
 class OneTask(Prelude):
-    """Prelude, all requests for one task."""
+    """Prelude, with all requests for one task."""
 
     def __init__(self, model: Model, task: int) -> None:
         super().__init__(model)
@@ -46,7 +46,7 @@ class OneTask(Prelude):
 
 
 async def measure(model: Model, url: str, options: argparse.Namespace) -> list[tuple[Measured, Measured]]:
-    """Of each round the quiet task, alone and beside the flood."""
+    """Measure the quiet task in each round, alone and beside the flood."""
     quiet = Workload(options.quiet, options.quiet_tokens, tasks=2)
     flood = Workload(options.flood, options.flood_tokens, tasks=2)
     limits = httpx.Limits(max_connections=quiet.clients + flood.clients + 4)
@@ -56,7 +56,7 @@ async def measure(model: Model, url: str, options: argparse.Namespace) -> list[t
         for _ in tqdm(range(options.rounds), "rounds"):
             alone = await Load(OneTask(model, QUIET), quiet, client).run(options.seconds)
             flooding = asyncio.create_task(Load(OneTask(model, FLOOD), flood, client).run(options.seconds + 10))
-            await asyncio.sleep(5)  # until every place is taken
+            await asyncio.sleep(5)  # until every slot is taken
             beside = await Load(OneTask(model, QUIET), quiet, client).run(options.seconds)
             await flooding
             rounds.append((alone, beside))

@@ -1,6 +1,6 @@
-"""What it costs to hold a text to a grammar: llguidance, which Prelude uses, beside xgrammar, which it could use.
+"""Measures the cost of grammars with llguidance, which Prelude uses, and with xgrammar, an alternative.
 
-For each grammar, with the tokenizer of the embedded model:
+The figures for each grammar, with the tokenizer of the embedded model:
 
     compile   from the source to a matcher that can be asked, the first time
     start     to another matcher of the same grammar, as each request needs one
@@ -70,24 +70,24 @@ CASES = {
 
 
 class Walk(Protocol):
-    """A matcher under measurement."""
+    """A matcher to measure."""
 
     def mask(self) -> object:
-        """Which tokens may come next."""
+        """Compute the tokens that may come next."""
 
     def accept(self, token_id: int) -> None:
-        """Take the token that came."""
+        """Accept a token."""
 
 
 class LLGuidance:
-    """As the engine uses it."""
+    """llguidance, as the engine uses it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self.grammars = Grammars(tokenizer.backend_tokenizer, vocab_size, eos)
         self.walks = Walks(self.grammars)
         self._begun = 0
-        self.start(Grammar(GrammarKind.REGEX, "a"))  # the process that reads the tokenizer is started once
+        self.start(Grammar(GrammarKind.REGEX, "a"))  # starts the process that reads the tokenizer
 
     def forget(self) -> None:
         """Compile anew next time."""
@@ -113,7 +113,7 @@ class LLGuidance:
 
 
 class XGrammar:
-    """The same by xgrammar, filling a bit mask and unfolding it."""
+    """xgrammar, which fills a bit mask that is then unpacked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos: Sequence[int]) -> None:
         import xgrammar
@@ -157,7 +157,7 @@ class XGrammar:
 
 
 def timed(work: Callable[[], object], times: int) -> float:
-    """Median milliseconds."""
+    """Median time in milliseconds."""
     taken = []
     for _ in range(times):
         started = time.perf_counter()
@@ -167,7 +167,7 @@ def timed(work: Callable[[], object], times: int) -> float:
 
 
 def measure(library: LLGuidance | XGrammar, grammar: Grammar, ids: Sequence[int]) -> dict[str, float]:
-    """One grammar by one library."""
+    """Measure one grammar with one library."""
 
     def compile_anew() -> None:
         library.forget()

@@ -1,7 +1,7 @@
-"""The host's part of a step: scheduling, indices, sampling's lists, commit, detokenising, for many rows that decode.
+"""Measures the host's part of a step with many decoding rows: scheduling, indices, sampling, commit, detokenising.
 
-The model is replaced by logits that are there already, as narrow as they can be, so that hardly anything is computed:
-what is left is what a GPU would wait for. Time is the thread's own, so other processes disturb little.
+The model is replaced by precomputed, very narrow logits, so that almost nothing is computed: the remaining time is the
+time for which a GPU would wait. Only the thread's own processor time counts, so other processes have little effect.
 
     python benchmarks/host.py
     python benchmarks/host.py --rows 64 --rules greedy
@@ -40,28 +40,28 @@ RULES: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": True, "top_logprobs": 5},
 }
 WIDTH = 32
-"""Logits of a row."""
+"""Number of logits in a row."""
 INPUT_IDS = tuple(range(WIDTH))
 STEPS, WARM_UP = 100, 10
 
 
 class Logits:
-    """Stands in for captured graphs."""
+    """A substitute for captured graphs."""
 
     def __init__(self, rows: int) -> None:
         self._logits = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0))
 
     def takes(self, rows: int) -> bool:
-        """Any number."""
+        """Accept any number of rows."""
         return True
 
     def run(self, token_ids: Sequence[int], positions: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
-        """Logits that nobody has computed."""
+        """Return precomputed logits."""
         return self._logits[: len(token_ids)]
 
 
 def measure(rows: int, rules: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of the host per step."""
+    """Milliseconds on the host per step."""
     register_attention()
     model = model_with_bytes(make_module(ATTENTION_NAME, torch.device("cpu"), tiny=True), max_model_len=256)
     engine = Engine(model, KVCache(model.spec, rows), PrefixCache(2**20), rows, max(4096, rows))

@@ -1,4 +1,4 @@
-"""Clients of a server over HTTP, and the server: what the benchmarks that measure from outside have in common."""
+"""HTTP clients and a server process, shared by the benchmarks that measure over HTTP."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from peers import Call, Peer, Workload
 
 START_SECONDS = 300
 WARM_UP_SECONDS = 3.0
-"""At least; and every client has had an answer before anything is counted."""
+"""Minimum warm-up time; in addition, counting starts only after every client has had a reply."""
 
 
 @dataclass
 class Measured:
-    """What one server did in one round."""
+    """The measurements of one server in one round."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -35,7 +35,7 @@ class Measured:
     rss: int = 0
 
     def figures(self) -> dict[str, float]:
-        """By name; times in milliseconds."""
+        """The figures by name; times in milliseconds."""
         found = {
             "requests_per_second": len(self.first_token) / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
@@ -48,21 +48,21 @@ class Measured:
 
 
 def varied(tokens: int, dice: random.Random) -> int:
-    """A length of an answer, so many tokens on average: clients that all want as much fall into step."""
+    """A random answer length with mean `tokens`, because clients with equal lengths fall into step."""
     return max(1, dice.randint(tokens // 2, tokens * 3 // 2))
 
 
 class Load:
-    """Clients of one server."""
+    """The clients of one server."""
 
     def __init__(self, peer: Peer, workload: Workload, client: httpx.AsyncClient) -> None:
         self._peer, self._workload, self._client = peer, workload, client
         self._measured: Measured | None = None
-        self._cold = set(range(workload.clients))  # clients that have had no answer yet
+        self._cold = set(range(workload.clients))  # clients without a reply yet
         self._warm = asyncio.Event()
 
     async def run(self, seconds: float, warm_up_seconds: float = WARM_UP_SECONDS) -> Measured:
-        """Warm up, then count what ends within so many seconds."""
+        """Warm up, then count what ends within `seconds`."""
         tasks = [asyncio.create_task(self._ask(number)) for number in range(self._workload.clients)]
         await asyncio.sleep(warm_up_seconds)
         warm = asyncio.create_task(self._warm.wait())
@@ -81,7 +81,8 @@ class Load:
 
     async def _ask(self, number: int) -> None:
         dice = random.Random(time.time_ns() + number)
-        # A first answer of any length: clients that all began at once, and want as much, would stay in step for ever.
+        # The first answer has a random length: clients that start together with equal lengths would stay in step
+        # forever.
         workload = replace(self._workload, output_tokens=dice.randint(1, self._workload.output_tokens))
         for count in itertools.count(number):
             await self._send(self._peer.call(workload, count % self._workload.tasks, dice))
@@ -115,7 +116,7 @@ class Load:
 
 @contextlib.contextmanager
 def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A server of its own, once it answers; answers its address and its process."""
+    """Context manager: start a server and wait until it answers; yields its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -134,14 +135,14 @@ def started(peer: Peer, workload: Workload, folder: Path) -> Iterator[tuple[str,
             time.sleep(0.5)
         yield url, psutil.Process(process.pid)
     finally:
-        if process.poll() is None:  # whoever measured may have stopped it
+        if process.poll() is None:  # the measurement may have stopped it
             parent = psutil.Process(process.pid)
             family = [parent, *parent.children(recursive=True)]
             for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.terminate()
             _, left = psutil.wait_procs(family, timeout=20)
-            for member in left:  # one that first finishes what it was asked for, though nobody waits any more
+            for member in left:  # a server that first finishes abandoned requests
                 member.kill()
             process.wait()
 
@@ -153,7 +154,7 @@ def _answers(url: str) -> bool:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of a server and all that it started."""
+    """Resident bytes of a server and all its child processes."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,7 +163,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def peak_resident(process: psutil.Process) -> int:
-    """The most that each of them ever had resident, together; where the system does not tell, what it has now."""
+    """The sum of the processes' peak resident bytes; the current bytes if the system does not report peaks."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):

@@ -1,1 +1,1 @@
-"""One staged run on a borrowed GPU: `make bench-gpu`, or `python -m benchmarks.gpu` from the root of a checkout."""
+"""A staged benchmark run on a GPU: `make bench-gpu`, or `python -m benchmarks.gpu` in the root of a checkout."""

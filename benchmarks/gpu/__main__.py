@@ -1,16 +1,16 @@
-"""All that is worth measuring on a borrowed GPU, in nine minutes, whatever fails on the way.
+"""Measures and checks everything that needs a GPU, in nine minutes, even if stages fail.
 
-Each stage is a process of its own with a time limit; what becomes of it is one line of JSON, printed at once and added
-to a file. A stage that fails, hangs or dies is a line with its reason, and the next one runs. Nothing is downloaded,
-and no model is needed: weights are random, and the tokenizer has a token for each byte.
+Each stage is a separate process with a time limit. Its result is one line of JSON, which is printed at once and
+appended to a file. If a stage fails, hangs or dies, its line has the reason, and the next stage runs. Nothing is
+downloaded and no model is needed: weights are random, and the tokenizer has a token for each byte.
 
     python -m benchmarks.gpu                           # nine minutes
     python -m benchmarks.gpu --stages graphs decode    # these only
     python -m benchmarks.gpu --minutes 4               # as many as fit, in order of worth
     python -m benchmarks.gpu --rehearse                # tiny sizes on a CPU: does every line run?
 
-At its end it says in words what happened, and prints a table for RESULTS.md. Ends with status 0 if all stages went
-well, 1 if not; bars that are missed are told, and are no failure.
+At the end it prints a summary and a table for RESULTS.md. Exits with 0 if all stages succeeded, else with 1; missed
+bars are reported but are not failures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.gpu.summary import as_table, in_words
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the options, run the stages, print; answers the status."""
+    """Parse the options, run the stages, print; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU; figures mean nothing")
     parser.add_argument("--results", type=Path, default=Path("gpu.jsonl"), help="default %(default)s")
     options = parser.parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _interrupt)  # the stage's processes must not stay behind
+    before = signal.signal(signal.SIGTERM, _interrupt)  # the stage's processes must not survive
     asked = [stage for stage in STAGES if stage.name in options.stages]
     results: list[Result] = []
     try:
         for result in run_all(asked, options.results, 60 * options.minutes, rehearse=options.rehearse):
-            results.append(result)  # noqa: PERF402 - those there are count when it is broken off
+            results.append(result)  # noqa: PERF402 - after an interruption, the results so far count
     except KeyboardInterrupt:
         print("broken off", file=sys.stderr)
     finally:

@@ -1,8 +1,8 @@
-"""Clients that stream, cheap enough not to be what is measured: plain sockets, in processes of their own.
+"""Streaming clients that are cheap enough not to affect the measurement: plain sockets in separate processes.
 
     python benchmarks/gpu/clients.py PORT STREAMS WARM_UP SECONDS TOKENS
 
-Prints one line of JSON: tokens that came in the time, seconds to each first token, and replies that were no streams.
+Prints one line of JSON: received tokens, seconds to each first token, and the number of replies that were not streams.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ INPUT = "Which of these is the right answer, and why? " * 3
 
 
 class Counts:
-    """What all clients of a process have seen between two times."""
+    """The counts of all clients of a process between two times."""
 
     def __init__(self, begin: float, end: float) -> None:
         self.begin, self.end = begin, end
@@ -26,11 +26,12 @@ class Counts:
 
 
 async def client(port: int, number: int, tokens: int, counts: Counts) -> None:
-    """Ask again and again, by one connection for each stream."""
+    """Send requests repeatedly, with one connection for each stream."""
     turn = 0
     while time.monotonic() < counts.end:
         turn += 1
-        new = 1 + (tokens * (number + turn) // 7) % tokens if turn == 1 else tokens  # not all in step
+        # So that clients do not stay in step.
+        new = 1 + (tokens * (number + turn) // 7) % tokens if turn == 1 else tokens
         asked = {"inputs": f"{number} {turn} {INPUT}", "parameters": {"max_new_tokens": new, "ignore_eos_token": True}}
         content = json.dumps(asked).encode()
         head = f"POST /generate_stream HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
@@ -57,7 +58,7 @@ async def _read(reader: asyncio.StreamReader, began: float, counts: Counts) -> N
 
 
 async def run(port: int, streams: int, warm_up: float, seconds: float, tokens: int) -> Counts:
-    """All clients of this process."""
+    """Run all clients of this process."""
     begin = time.monotonic() + warm_up
     counts = Counts(begin, begin + seconds)
     tasks = [asyncio.create_task(client(port, number, tokens, counts)) for number in range(streams)]

@@ -1,4 +1,4 @@
-"""The device that stages run on, and how they wait for it and time it."""
+"""The device of the stages, and functions to wait for it and to time work on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MB, GB = 1e6, 1e9
 
 
 def device_of(run: Run) -> torch.device:
-    """The first CUDA device, or in a rehearsal the CPU.
+    """The first CUDA device; in a rehearsal, the CPU.
 
     Raises:
         Skipped: there is no CUDA.
@@ -30,13 +30,13 @@ def device_of(run: Run) -> torch.device:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done everything."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """The least time that a piece of work takes until the device has done it; once before, untimed."""
+    """The shortest time of several runs until the device has finished; the first run is not timed."""
     work()
     times = []
     for _ in range(rounds):
@@ -49,14 +49,14 @@ def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) ->
 
 
 def copied_per_second(device: torch.device, num_bytes: int) -> float:
-    """Bytes that the device reads and writes per second while it copies."""
+    """Bytes per second that the device reads and writes in a copy."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_of(lambda: target.copy_(source), device, 10)
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GB that are allocated, reserved by torch's allocator, and at most were allocated; zeros on a CPU."""
+    """GB allocated, GB reserved by torch's allocator, and the peak of allocated GB; zeros on a CPU."""
     if device.type != "cuda":
         return {"allocated_gb": 0.0, "reserved_gb": 0.0, "peak_gb": 0.0}
     return {

@@ -1,7 +1,7 @@
-"""Runs stages, each as a process of its own with a time limit, and makes one line of JSON of each, whatever happens.
+"""Runs each stage as a separate process with a time limit, and always writes one line of JSON for it.
 
-Needs nothing but the standard library: it must survive what it measures. A stage writes what it finds to a file as it
-goes, a line of JSON each, so a stage that hangs or dies leaves what it has found by then.
+Uses only the standard library, because it must survive the stages' failures. A stage writes each figure to a file at
+once, as a line of JSON, so a stage that hangs or dies leaves its figures so far.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LAST_LINES = 12
-"""Lines of a stage's output that its reason may hold."""
+"""Maximum number of lines of a stage's output in its reason."""
 LEAST_SECONDS = 5.0
-"""No stage starts with less time left."""
+"""Minimum remaining time to start a stage."""
 POLL_SECONDS = 0.02
 REHEARSAL_SECONDS = 600.0
-"""What each stage may take in a rehearsal: a busy machine imports torch for minutes."""
+"""Time limit of each stage in a rehearsal, because importing torch takes minutes on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What may run, and for how long at most."""
+    """A stage and its time limit."""
 
     name: str
     seconds: float
@@ -50,23 +50,23 @@ STAGES = (
     Stage("training", 50, "prompt tuning of an 8B model: tokens per second and memory, with and without recomputing"),
     Stage("peers", 20, "transformers' continuous batching, and soft prompts registered; takes all time that is left"),
 )
-"""In order of worth: whoever has less time has measured what matters."""
+"""Stages by importance, so that a shorter run measures what matters most."""
 
 MINUTES = sum(stage.seconds for stage in STAGES) / 60
 
 
 @dataclass
 class Result:
-    """What became of a stage.
+    """The result of a stage.
 
     Attributes:
-        status: "ok"; "skipped", with the reason; "failed": it says itself that something is wrong; "timed out"; "died".
-        seconds: how long it took.
+        status: "ok", "skipped" (see `reason`), "failed" (the stage itself reports a problem), "timed out" or "died".
+        seconds: the stage's duration.
         figures: by name.
         bars: each `{"figure", "value", "at_least"}`.
-        problems: checks that did not hold.
+        problems: failed checks.
         skipped: parts that could not run, each with the reason.
-        reason: why it is not ok.
+        reason: the reason if the status is not "ok".
     """
 
     stage: str
@@ -80,11 +80,11 @@ class Result:
 
     @property
     def went_well(self) -> bool:
-        """Whether nothing is wrong as far as it ran."""
+        """Whether the stage has no problem, as far as it ran."""
         return self.status in ("ok", "skipped")
 
     def take(self, line: str) -> None:
-        """Add one line of what a stage has written; one that is torn, or no object of ours, is a problem."""
+        """Add a line that a stage has written; a truncated or unknown line is a problem."""
         try:
             [(kind, value)] = json.loads(line).items()
             if kind == "figures":
@@ -101,7 +101,7 @@ class Result:
 
 
 def run_stage(name: str, command: Sequence[str], seconds: float) -> Result:
-    """Run a command whose last argument, added here, is the file for its results; raises for nothing that it does."""
+    """Run a command with the file for its results as an added last argument; never raises because of the command."""
     with tempfile.TemporaryDirectory(prefix="prelude-gpu-") as folder:
         written, log = Path(folder) / "results", Path(folder) / "log"
         began = time.monotonic()
@@ -128,7 +128,7 @@ def run_stage(name: str, command: Sequence[str], seconds: float) -> Result:
 
 
 def _judge(result: Result, code: int, limit: float | None, output: str) -> None:
-    """Set the status and the reason from how a process ended, if it has not said so itself."""
+    """Set the status and reason from how the process ended, if the stage has not set them."""
     ended = result.reason or result.status != "died"
     if limit is not None:
         result.status = "timed out"
@@ -141,7 +141,7 @@ def _judge(result: Result, code: int, limit: float | None, output: str) -> None:
 
 
 def _ended_within(pid: int, seconds: float) -> bool:
-    """Whether a child ends in time; it is left for `wait`, so that its number stays taken."""
+    """Whether a child ends in time; it is not reaped here, so that its pid stays valid until `wait`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
@@ -151,7 +151,7 @@ def _ended_within(pid: int, seconds: float) -> bool:
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all that it started: nothing may hold the device when the next stage begins."""
+    """Kill a process and its children, so that none uses the device when the next stage begins."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -163,7 +163,7 @@ def _last_lines(log: Path) -> str:
 
 
 def child_command(stage: Stage, *, rehearse: bool) -> list[str]:
-    """Starts a stage; see stage.py."""
+    """The command that starts a stage; see stage.py."""
     return [sys.executable, "-m", "benchmarks.gpu.stage", stage.name, *(["--rehearse"] if rehearse else [])]
 
 
@@ -175,14 +175,14 @@ def run_all(
     rehearse: bool,
     command: Callable[[Stage], list[str]] | None = None,
 ) -> Iterator[Result]:
-    """Run stages one after the other, each as soon as the one before is taken; appends and prints a line for each.
+    """Run stages one after the other as results are consumed; appends and prints a line for each.
 
     Args:
-        stages: in order.
-        results: the file of lines; kept if it is there.
-        seconds: for all together; the last of `STAGES` takes what the others have left.
-        rehearse: tiny sizes, and no race: every stage may take `REHEARSAL_SECONDS`.
-        command: what to start for a stage.
+        stages: the stages, in order.
+        results: the file of result lines; an existing file is appended to.
+        seconds: time limit of all stages together; the last of `STAGES` gets the remaining time.
+        rehearse: tiny sizes, and a limit of `REHEARSAL_SECONDS` for each stage.
+        command: returns the command for a stage.
     """
     end = time.monotonic() + (REHEARSAL_SECONDS * len(stages) if rehearse else seconds)
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Engines with random weights, as a server has them: of Llama-3.1-8B's shape, or tiny in a rehearsal."""
+"""Engines with random weights, built as in a server: with Llama-3.1-8B's shape, or tiny in a rehearsal."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, the settings for its engine, and the bytes of weights that a step reads: all but input embeddings."""
+    """A model, its engine's settings, and the bytes of weights that a step reads (all except input embeddings)."""
 
     model: FrozenModel
     settings: Settings
     weight_bytes: int
 
     def engine(self) -> Engine:
-        """As a server builds it."""
+        """Build the engine as a server does."""
         return build_engine(self.settings, self.model)
 
 
 def load(run: Run, *, optimised: bool = True, **options: Any) -> Loaded:
-    """Make the model on the device, note what that took, and make it fast."""
+    """Create the model on the device, record the time and memory, and optimise it."""
     device = device_of(run)
     small = {"max_sequences": 8, "max_model_len": 256, "max_batch_tokens": 64, "kv_memory": "16MiB"}
     settings = Settings.load(**(options | small if run.rehearse else options))
@@ -61,14 +61,14 @@ def load(run: Run, *, optimised: bool = True, **options: Any) -> Loaded:
 
 
 def soft_prompts(model: FrozenModel, count: int) -> list[SoftPrompt | None]:
-    """Random ones of `NUM_VIRTUAL_TOKENS`."""
+    """Random soft prompts of `NUM_VIRTUAL_TOKENS`."""
     dice = torch.Generator().manual_seed(0)
     shape = (NUM_VIRTUAL_TOKENS, model.spec.hidden_size)
     return [SoftPrompt("PROMPT_TUNING", torch.randn(shape, generator=dice) * 0.02) for _ in range(count)]
 
 
 def batch_of(size: int, prompts: list[SoftPrompt | None], new: int, tokens: int = 128, **rules: Any) -> Work:
-    """Requests, spread over soft prompts; no two inputs begin alike."""
+    """Requests, divided among soft prompts; all inputs begin differently."""
     return [
         (
             GenerationRequest(
@@ -84,7 +84,7 @@ def batch_of(size: int, prompts: list[SoftPrompt | None], new: int, tokens: int 
 
 
 def until_all_decode(engine: Engine, work: Work) -> None:
-    """Add requests, and step until every input is computed."""
+    """Add requests and run steps until every input is computed."""
     for request, prompt in work:
         engine.add(request, prompt)
     while len(engine.scheduler.waiting) or any(sequence.num_pending > 1 for sequence in engine.scheduler.running):
@@ -92,7 +92,7 @@ def until_all_decode(engine: Engine, work: Work) -> None:
 
 
 def end_all(engine: Engine, work: Work) -> None:
-    """Abort requests that still run."""
+    """Abort requests that are still running."""
     for request, _ in work:
         engine.abort(request.request_id)
     while engine.has_work:

@@ -1,10 +1,10 @@
-"""`prelude serve` around a model with random weights, in a process of its own; and misfortunes that a file calls for.
+"""`prelude serve` with random weights in a separate process, with faults that files trigger.
 
     python -m benchmarks.gpu.server FOLDER [--rehearse] [--tiny]
 
-The folder holds the store, the log, the port once it listens, and the files `oom` and `assert`: with the first, no
-step of more than `LARGE` tokens of input finds memory; with the second, the next step asks the device for a row that
-does not exist, which loses its context.
+The folder contains the store, the log, the port (once the server listens), and optionally two files. With `oom`, steps
+of more than `LARGE` input tokens run out of memory; with `assert`, the next step reads a row that does not exist on the
+device, which destroys its context.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LARGE = 64
 
 
 class Server:
-    """A process that serves."""
+    """A running server process."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self.process = process
         self.port = port
 
     def status_of(self, path: str) -> int | None:
-        """What a GET is answered with; None if nobody answers."""
+        """The status of a GET request; None without a reply."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as reply:
                 return int(reply.status)
@@ -47,7 +47,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(folder: Path, seconds: float, *, rehearse: bool, tiny: bool) -> Iterator[Server]:
-    """Start one and wait until it is ready; it is killed at the end, if it still runs."""
+    """Context manager: start a server and wait until it is ready; at the end it is killed if it still runs."""
     command = [sys.executable, "-m", "benchmarks.gpu.server", str(folder), *["--rehearse"] * rehearse]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
     process = subprocess.Popen([*command, *["--tiny"] * tiny], cwd=ROOT, env=environment)
@@ -124,7 +124,7 @@ def _allow_misfortunes(engine: Any, folder: Path) -> None:
         if len(inputs_embeds) > LARGE and (folder / "oom").exists():
             if device.type == "cpu":
                 raise torch.OutOfMemoryError("CUDA out of memory, in a rehearsal.")
-            torch.empty(2**40, dtype=torch.uint8, device=device)  # a terabyte, of torch's own allocator
+            torch.empty(2**40, dtype=torch.uint8, device=device)  # a terabyte, from torch's own allocator
         if (folder / "assert").exists():
             torch.zeros(1, device=device)[torch.tensor([7], device=device)]  # a CPU raises at once
         return forward(inputs_embeds, *others)
@@ -142,7 +142,7 @@ def _allow_misfortunes(engine: Any, folder: Path) -> None:
 
 
 def body(text: str, tokens: int, **parameters: Any) -> bytes:
-    """Of a request for a stream; a byte of the text is a token."""
+    """The body of a request for a stream; each byte of the text is a token."""
     asked = {"max_new_tokens": tokens, "ignore_eos_token": True, **parameters}
     return json.dumps({"inputs": text, "parameters": asked}).encode()
 

@@ -1,8 +1,8 @@
-"""A stage's side: what it notes goes to a file at once, and however it ends, it says so.
+"""The process of a stage: writes its figures to a file at once, and always reports how it ended.
 
     python -m benchmarks.gpu.stage NAME [--rehearse] RESULTS
 
-The driver starts this; it serves by hand as well, where one stage is looked into: the output is then on the screen.
+The driver starts this module. Started by hand to investigate a stage, its output goes to the terminal.
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ TRACEBACK_LINES = 8
 
 
 class Skipped(Exception):
-    """The stage cannot run here; says why."""
+    """The stage cannot run on this machine; the message gives the reason."""
 
 
 class Run:
-    """What a stage notes.
+    """Records the results of a stage.
 
     Attributes:
-        rehearse: whether sizes are to be tiny, on a CPU: to see that every line runs.
+        rehearse: use tiny sizes on a CPU, only to check that every line runs.
     """
 
     def __init__(self, results: Path, *, rehearse: bool) -> None:
-        """Notes go to the end of a file."""
+        """Append results to a file."""
         self.rehearse = rehearse
         self._results = results
 
     def note(self, **figures: Any) -> None:
-        """Keep figures, by name."""
+        """Record figures by name."""
         self._write({"figures": {name: rounded(value) for name, value in figures.items()}})
 
     def bar(self, figure: str, value: float, at_least: float) -> None:
-        """Keep a figure that is meant to reach something; to miss it is no failure."""
+        """Record a figure with a target; missing the target is not a failure."""
         self.note(**{figure: value})
         self._write({"bar": {"figure": figure, "value": rounded(value), "at_least": at_least}})
 
     def check(self, holds: bool, problem: str) -> None:
-        """What must hold; the stage goes on, and has failed if it does not."""
+        """Record a problem if a condition does not hold; the stage continues, but has failed."""
         if not holds:
             self._write({"problem": problem})
 
     def skip(self, part: str, why: str = "needs CUDA") -> None:
-        """A part cannot run here."""
+        """Record that a part cannot run on this machine."""
         self._write({"skipped": f"{part}: {why}"})
 
     def needs(self, *modules: str) -> None:
-        """Raise `Skipped` with the names of all modules that are not installed."""
+        """Raise `Skipped` if modules are not installed, with all their names."""
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing:
             raise Skipped(f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed")
 
     def end(self, status: str, reason: str = "") -> None:
-        """The last line."""
+        """Write the last line."""
         self._write({"end": {"status": status, "reason": reason}})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -77,14 +77,14 @@ class Run:
 
 
 def rounded(value: Any) -> Any:
-    """Four significant digits of each number with a fraction."""
+    """Round all floats to four significant digits."""
     if isinstance(value, dict):
         return {name: rounded(one) for name, one in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def execute(measure: Callable[[Run], None], run: Run) -> None:
-    """Measure; whatever is raised is the reason of the last line."""
+    """Run a stage; an exception becomes the reason in the last line."""
     try:
         measure(run)
     except Skipped as exc:
@@ -96,7 +96,7 @@ def execute(measure: Callable[[Run], None], run: Run) -> None:
             run.end("failed", _last_lines(exc))
         else:
             run.end("skipped", f"needs {package}, which is not installed")
-    except Exception as exc:  # noqa: BLE001 - a stage that fails is a line, whatever it is
+    except Exception as exc:  # noqa: BLE001 - any failure of a stage becomes a line
         traceback.print_exc()
         run.end("failed", _last_lines(exc))
     else:
@@ -109,16 +109,16 @@ def _last_lines(exc: BaseException) -> str:
 
 
 def main() -> None:
-    """Be a stage's process."""
+    """Run a stage as a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("results", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    sys.path.insert(1, str(Path(__file__).parents[1]))  # the other benchmarks import one another from there
+    sys.path.insert(1, str(Path(__file__).parents[1]))  # for imports of the other benchmarks
     for prepare in (share_cores, bound_primitives, expand_segments):  # as a server does, before torch is imported
         prepare()
-    logging.basicConfig(level=logging.INFO)  # why there is no fast path, for example
+    logging.basicConfig(level=logging.INFO)  # for example, the reason for a missing fast path
     run = Run(options.results, rehearse=options.rehearse)
 
     def measure(run: Run) -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     execute(measure, run)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # whatever a lost device makes of the interpreter's end
+    os._exit(0)  # skips the interpreter's shutdown, which may fail on a lost device
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run came to: in words, and as a table for RESULTS.md."""
+"""The summary of a run: as text, and as a table for RESULTS.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.driver import Result
 
 
 def in_words(results: Sequence[Result]) -> str:
-    """Which stages went well, what is wrong with the others, and which bars were missed."""
+    """A text with the successful stages, the problems of other stages, and the missed bars."""
     well = [result for result in results if result.status == "ok"]
     lines = [f"{len(well)} of {len(results)} stages went well."]
     for result in results:

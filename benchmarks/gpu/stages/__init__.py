@@ -1,1 +1,1 @@
-"""What is measured and checked, a module for each stage; each has `measure(run)` and imports only what it needs."""
+"""The stages, one module each; a module has `measure(run)` and imports only what it needs."""

@@ -1,7 +1,7 @@
-"""Whether flash attention keeps what `varlen_rows.py` relies on, against the reference of the tests.
+"""Checks the properties of flash attention that `varlen_rows.py` relies on, against the tests' reference.
 
-Slots in any order, NaN in every position that nobody has filled, heads of all sizes, windows, sinks, decodes and
-chunks; the longest slot as the bound on keys, as in captured graphs; one sequence of 8,000 positions, which is split.
+Cases: slots in any order, NaN in all unfilled positions, heads of all sizes, windows, sinks, decodes and chunks; the
+longest slot as the bound on keys, as in captured graphs; one sequence of 8,000 positions, which is split.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from server.engine.memory.kv_cache import KVCache
 from tests.engine.varlen_reference import reference_varlen_attn
 
 LARGEST_DIFFERENCE = 2e-2
-"""Between the device and float64 rounded to bfloat16, for values of a standard deviation of 1."""
+"""Largest difference between the device and float64 rounded to bfloat16, for values with a standard deviation of 1."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call or two."""
+    """A case of one or two calls."""
 
     head_dim: int
     heads: tuple[int, int]
@@ -44,7 +44,7 @@ class Case:
 
 
 def cases(*, rehearse: bool) -> Iterator[Case]:
-    """All that are tried, the most usual first."""
+    """All cases, the most common first."""
     dims, heads, windows = (64,), ((8, 2),), (None, 8)
     if not rehearse:
         dims, heads = (128, 64, 96, 256), ((32, 8), (8, 8), (8, 2))
@@ -60,7 +60,7 @@ def cases(*, rehearse: bool) -> Iterator[Case]:
 
 
 def measure(run: Run) -> None:
-    """Try every case; those that differ are problems."""
+    """Run every case; differences are problems."""
     device = device_of(run)
     if run.rehearse:
         run.skip("flash attention itself")
@@ -77,7 +77,7 @@ def measure(run: Run) -> None:
 
 @torch.inference_mode()
 def _difference(case: Case, device: torch.device, seed: int) -> float:
-    """The greatest one between the device's answer and the reference's; NaN counts as such."""
+    """The largest difference between the device's result and the reference; NaN counts as a difference."""
     heads, kv_heads = case.heads
     on_host, on_device = (KVCache(_spec(case, torch.device(place)), 4, shortest_slot=32) for place in ("cpu", device))
     dice = random.Random(seed)
@@ -117,7 +117,7 @@ def _spec(case: Case, device: torch.device) -> ModelSpec:
 
 
 def _spans(cache: KVCache, case: Case, dice: random.Random) -> list[Span]:
-    """Sequences in slots of any length and order; decodes first, as a step has them."""
+    """Sequences in slots of any length and order; decodes first, as in a step."""
     if case.kind == "alone":
         slot = cache.allocator.allocate(case.longest)
         assert slot is not None
@@ -135,7 +135,7 @@ def _spans(cache: KVCache, case: Case, dice: random.Random) -> list[Span]:
 def _layout(cache: KVCache, attention: VarlenAttention, spans: Sequence[Span], case: Case) -> VarlenRows:
     if case.kind != "graph":
         return VarlenRows.of(cache, attention, spans)
-    # As a captured graph lays a step out: the bound on keys is the longest slot, whatever is in it.
+    # Like in a captured graph, the bound on keys is the longest slot, whatever its content.
     device = cache.states.device
     starts = torch.tensor([*(span.slot.start for span in spans), 0], dtype=torch.int32, device=device)
     ends = torch.tensor([span.end for span in spans], dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
-"""The tests that need CUDA, and an engine's answers on CUDA beside those of a CPU in float32.
+"""Runs the tests that need CUDA, and compares an engine's answers on CUDA with those on a CPU in float32.
 
-In float32 the answers must be the same but for ties. In bfloat16 a model of random weights is often near to a tie, so
-what is compared there is how long the answers agree.
+In float32 the answers must be equal except for ties. In bfloat16 a model with random weights is often near a tie, so
+the comparison is how long the answers agree.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from server.engine.model.frozen import FrozenModel
 
 ROOT = Path(__file__).parents[3]
 TESTS = ("tests/engine/fast/test_decode_graphs.py", "tests/engine/attention/test_varlen_rows.py")
-"""Those with the marker `cuda`."""
+"""The tests with the marker `cuda`."""
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "gpt2")
 LEAST_AGREEMENT = {torch.float32: 0.95, torch.bfloat16: 0.4}
-"""Share of the tokens that come before the first that differs; in float32 a tie may still fall otherwise."""
+"""Minimum share of tokens before the first difference; in float32, ties may still differ."""
 
 
 def measure(run: Run) -> None:
-    """The answers first: what the tests need may not be installed."""
-    run.needs("pytest", "hypothesis", "pytest_asyncio", "pytest_timeout")  # also to import the builders of the tests
+    """Compare answers first, because the tests' packages may not be installed."""
+    run.needs("pytest", "hypothesis", "pytest_asyncio", "pytest_timeout")  # also needed to import the tests' builders
     from tests.engine.optimised import rough
 
     device = device_of(run)
@@ -57,14 +57,14 @@ def _engine(rough: Callable[..., FrozenModel], architecture: str, dtype: torch.d
 
 
 def _tokens(engine: Engine) -> dict[str, list[int]]:
-    """Chunked prefills, soft prompts of both kinds, decoding beyond every window."""
+    """Generated tokens of chunked prefills, soft prompts of both kinds, and decoding beyond every window."""
     from tests.engine.optimised import answers
 
     return {name: outcome.token_ids for name, outcome in answers(engine, arrive_every=2).items()}
 
 
 def _agreement(got: dict[str, list[int]], expected: dict[str, list[int]]) -> float:
-    """Share of the expected tokens that come before the first that differs."""
+    """Share of the expected tokens before the first difference."""
     same = 0
     for name, ids in expected.items():
         pairs = zip(ids, got[name], strict=False)

@@ -1,7 +1,7 @@
-"""An 8B model with random weights: what it takes of memory, what the plan leaves, and how fast it decodes.
+"""Measures an 8B model with random weights: its memory, the memory plan, and the speed of decoding.
 
-A share of the bandwidth is the time in which the device copies as many bytes as a step must read (all weights but the
-input embeddings, and the keys and values so far), divided by the time that the step takes.
+The share of the bandwidth is the time in which the device copies the bytes that a step must read (all weights except
+the input embeddings, and the keys and values so far), divided by the step's time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS, ROUNDS = 30, 3
 
 
 def measure(run: Run) -> None:
-    """Load, plan, take the worst step, decode, mix tasks."""
+    """Load the model, plan memory, run the worst step, decode, mix tasks."""
     loaded = load(run, max_sequences=256, max_model_len=1024, max_batch_tokens=8192)
     free = free_memory(loaded.model.device)
     settings, model = loaded.settings, loaded.model
@@ -60,7 +60,7 @@ def measure(run: Run) -> None:
 
 
 def _worst_step(run: Run, engine: Engine, planned: float) -> None:
-    """As many tokens of input as a step takes, all scored, beside drawn decodes: what does it take beyond the plan?"""
+    """Compare the worst step's memory with the plan: all possible input tokens, scored, beside sampled decodes."""
     device, length = engine.model.device, engine.model.spec.max_model_len - 8
     budget, most = (8192, 256) if not run.rehearse else (64, 8)
     rules = SamplingParams(max_new_tokens=1, ignore_eos=True)
@@ -95,7 +95,7 @@ def _worst_step(run: Run, engine: Engine, planned: float) -> None:
 
 
 def _decode(run: Run, engine: Engine, batch: int, weights_s: float, position_s: float) -> None:
-    """Steps in which that many sequences decode, beside the time that reading what they need takes."""
+    """Time steps in which `batch` sequences decode, and compare them with the time of reading their data."""
     work = batch_of(batch, [None], 3 + 2 * STEPS)
     until_all_decode(engine, work)
     running = engine.scheduler.running
@@ -120,7 +120,7 @@ def _decode(run: Run, engine: Engine, batch: int, weights_s: float, position_s: 
 
 
 def _busy_ms(engine: Engine, steps: int = 5) -> float:
-    """Milliseconds of a step in which the device computes, as the profiler sees its kernels; on a CPU, operators."""
+    """Milliseconds of a step in which the device is busy, from the profiler's kernel times; on a CPU, operators."""
     cuda = engine.model.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
@@ -132,11 +132,11 @@ def _busy_ms(engine: Engine, steps: int = 5) -> float:
 
 
 def _mixed(run: Run, engine: Engine, batch: int) -> None:
-    """The same batch on no task, one, and eight, in turn."""
+    """Run the same batch with no task, one task and eight tasks, in turn."""
     prompts = soft_prompts(engine.model, TASKS)
     kinds = {"no_task": [None], "one_task": prompts[:1], "eight_tasks": prompts}
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(ROUNDS + 1):  # the first only warms up, and computes the prefixes
+    for number in range(ROUNDS + 1):  # the first round only warms up and computes the prefixes
         for name, chosen in kinds.items():
             found = tokens_per_second(engine, batch_of(batch, chosen, 8 if run.rehearse else 64))
             speeds[name] += [found] if number else []

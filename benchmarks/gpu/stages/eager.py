@@ -1,6 +1,6 @@
-"""Where the time goes in steps that are not replayed: chunks beside decodes, calls of the attention, rules of sampling.
+"""Measures steps without CUDA graphs: chunks beside decodes, calls of the attention, sampling rules.
 
-Every real load has prefills in most steps, and such a step is launched operator by operator.
+Under realistic load, most steps contain prefills and are launched operator by operator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LABELS = tuple((tuple(range(40 + i, 42 + i))) for i in range(4))
 
 
 def measure(run: Run) -> None:
-    """Steps, then calls, then rules."""
+    """Measure steps, then attention calls, then sampling rules."""
     engine = load(run, max_sequences=256, max_model_len=16384, max_batch_tokens=8448, kv_memory="48GiB").engine()
     for decodes in (0, 4) if run.rehearse else (0, 64, 255):
         _chunks(run, engine, decodes, (16, 32) if run.rehearse else (512, 2048, 8192))
@@ -53,7 +53,7 @@ def measure(run: Run) -> None:
 
 
 def _chunks(run: Run, engine: Engine, decodes: int, chunks: tuple[int, ...]) -> None:
-    """Steps that prefill one chunk beside sequences that decode."""
+    """Time steps that prefill one chunk beside decoding sequences."""
     work = batch_of(decodes, [None], 100, 8)
     until_all_decode(engine, work)
     for chunk in chunks:
@@ -73,7 +73,7 @@ def _chunks(run: Run, engine: Engine, decodes: int, chunks: tuple[int, ...]) -> 
 
 @torch.inference_mode()
 def _calls(run: Run, engine: Engine) -> None:
-    """A layer's attention of 255 decodes and a chunk of 4,096 tokens: by one call, and by two as a step makes them."""
+    """Time a layer's attention for 255 decodes and a chunk of 4,096 tokens: in one call, and in two as in a step."""
     cache, heads = engine.kv_cache, engine.model.spec.num_attention_heads or 1
     decodes, chunk = (3, 40) if run.rehearse else (255, 4096)
     spans = [Span(Slot(256, 256 * i), 200, 1) for i in range(decodes)]
@@ -93,7 +93,8 @@ def _calls(run: Run, engine: Engine) -> None:
     one = VarlenRows(cache, attention, two.position_ids, pool_positions, [(tokens, part)])
     rules = AttentionRules(dim**-0.5)
     for name, layout in (("one_call", one), ("two_calls", two)):
-        seconds = seconds_of(lambda layout=layout: layout.attend(0, query, key, value, rules), device, 10)  # type: ignore[misc]
+        # Type: ignore[misc].
+        seconds = seconds_of(lambda layout=layout: layout.attend(0, query, key, value, rules), device, 10)
         run.note(**{f"attention_{name}_ms": 1000 * seconds})
     _host_of_a_call(run, engine, attention, starts, ends)
 
@@ -101,7 +102,7 @@ def _calls(run: Run, engine: Engine) -> None:
 def _host_of_a_call(
     run: Run, engine: Engine, attention: VarlenAttention, starts: torch.Tensor, ends: torch.Tensor
 ) -> None:
-    """Microseconds of the host for one call of the operator, and of the function around it."""
+    """Microseconds on the host for one call of the operator, and of its wrapper function."""
     device, rows = starts.device, min(64, len(ends) - 1)
     keys, values = engine.kv_cache.states[0]
     heads = engine.model.spec.num_attention_heads or 1
@@ -126,7 +127,7 @@ def _host_of_a_call(
 
 
 def _rule(run: Run, engine: Engine, rows: int, name: str, rules: dict[str, Any]) -> None:
-    """Decoding steps of rows that are all chosen by the same rules."""
+    """Time decoding steps in which all rows have the same sampling rules."""
     work = batch_of(rows, [None], 40, 8, **rules)
     until_all_decode(engine, work)
     times, host = [], []
@@ -140,7 +141,7 @@ def _rule(run: Run, engine: Engine, rows: int, name: str, rules: dict[str, Any])
 
 
 def _labels(run: Run, engine: Engine, rows: int) -> None:
-    """Classifications per second, each by four labels of two tokens."""
+    """Measure classifications per second, each with four labels of two tokens."""
     seconds = []
     for _ in range(2):
         rules = SamplingParams(max_new_tokens=0)

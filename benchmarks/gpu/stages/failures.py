@@ -1,4 +1,4 @@
-"""What clients, probes and the process do when a step finds no memory, and when the device's context is lost."""
+"""Checks clients, probes and the process after a step runs out of memory, and after the device's context is lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Client(threading.Thread):
         self.ended_at = 0.0
 
     def run(self) -> None:
-        """Read to the end, whatever comes."""
+        """Read to the end of the stream."""
         try:
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
             connection.request("POST", "/generate_stream", self._body, {"Content-Type": "application/json"})
@@ -50,7 +50,7 @@ class Client(threading.Thread):
 
     @property
     def end(self) -> str:
-        """In a word."""
+        """How the stream ended, in one word."""
         if self.cut is not None:
             return "cut"
         if not self.events:
@@ -59,7 +59,7 @@ class Client(threading.Thread):
 
 
 def measure(run: Run) -> None:
-    """One tiny server, first without memory, then without its device."""
+    """Test a tiny server first without memory, then without its device."""
     run.needs(*server.NEEDED)
     device_of(run)
     start = 120.0 if run.rehearse else 30.0
@@ -73,7 +73,7 @@ def measure(run: Run) -> None:
 
 
 def _no_memory(run: Run, live: server.Server, folder: Path) -> None:
-    """A request that is too large ends with an error; those beside it, and those after it, with their answers."""
+    """A request that is too large must end with an error; concurrent and later requests must succeed."""
     small = _started(live, STREAMS, "short", 64 if run.rehearse else 400)
     (folder / "oom").touch()
     large = Client(live.port, "long " * 80, 4)
@@ -98,7 +98,7 @@ def _no_memory(run: Run, live: server.Server, folder: Path) -> None:
 
 
 def _lost_device(run: Run, live: server.Server, folder: Path) -> None:
-    """Every stream ends, probes fail as long as anybody answers them, and the process ends to be started again."""
+    """Every stream must end, probes must fail, and the process must end so that it is restarted."""
     streams = _started(live, STREAMS, "short", 400)
     (folder / "assert").touch()
     began = time.monotonic()

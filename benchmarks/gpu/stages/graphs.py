@@ -1,7 +1,8 @@
-"""Captured graphs: what they read stays alive, whatever the allocator lends meanwhile; and a capture that fails.
+"""Checks that captured graphs keep their tensors alive, and what happens after a failed capture.
 
-Replays of all buckets in random order, between which freed memory is taken again and filled with other numbers, beside
-the same work without graphs. Families that are fused, with and without shared key heads, and such that are not.
+All buckets are replayed in random order, and between replays freed memory is reallocated and filled with other numbers.
+Results are compared with the same work without graphs, for fused model families with and without shared key heads, and
+for families that are not fused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.support import TINY, byte_tokenizer, make_engine, tiny_module
 
 SEQUENCES = 6
 LARGEST_DIFFERENCE = 1e-2
-"""Between a replay and the same work done eagerly, of the greatest logit."""
+"""Largest difference between a replay and the same work without a graph, relative to the largest logit."""
 FAMILIES = {
     "llama, fused": ("llama", {"fused"}),
     "llama": ("llama", set()),
@@ -42,7 +43,7 @@ TINY["qwen3_moe"] = TINY["qwen3"] | {"num_experts": 4, "num_experts_per_tok": 2,
 
 @torch.inference_mode()
 def measure(run: Run) -> None:
-    """All families, then a capture that fails on purpose."""
+    """Check all families, then a capture that fails on purpose."""
     device = device_of(run)
     if device.type == "cuda" and "check_input_liveness" in inspect.signature(torch.cuda.graph).parameters:
         torch.cuda.graph = _checking_liveness(torch.cuda.graph)
@@ -58,13 +59,13 @@ def measure(run: Run) -> None:
             run.check(False, f"{name}: there is no fast path for it")
             continue
         differences[name] = _largest_difference(engine, device, 5 if run.rehearse else 50)
-        run.note(replays_differ_by=differences)  # at once: the next family may end the process
+        run.note(replays_differ_by=differences)  # written at once, because the next family may crash the process
         run.check(differences[name] <= LARGEST_DIFFERENCE, f"{name}: replays differ by {differences[name]:.3g}")
     _failing_capture(run, device)
 
 
 def _checking_liveness(graph: Any) -> Any:
-    """torch's own check of what this stage looks for."""
+    """Enable torch's own check for the same fault."""
 
     class Checking(graph):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -84,7 +85,7 @@ def _engine(family: str, parts: set[str], device: torch.device) -> Engine:
 
 
 def _largest_difference(engine: Engine, device: torch.device, replays: int) -> float:
-    """Between replays and eager steps over the same rows."""
+    """The largest difference between replays and eager steps over the same rows."""
     assert engine.runner.varlen is not None
     cache, dice = engine.kv_cache, random.Random(0)
     cache.states.normal_()
@@ -116,16 +117,17 @@ def _eagerly(forward: Forward) -> Forward:
 
 
 def _churn(device: torch.device, dice: random.Random) -> None:
-    """Take what is free in blocks of the sizes that steps use, fill it with numbers that no index may have; free it."""
+    """Allocate free memory in blocks of the sizes that steps use, fill it with invalid indices, and free it."""
     sizes = [dice.choice((1, 2, 7, 16, 64, 1024, 2**16)) for _ in range(64)]
     taken = [torch.full((size,), -(2**30), dtype=torch.int32, device=device) for size in sizes]
     del taken
 
 
 def _failing_capture(run: Run, device: torch.device) -> None:
-    """A forward that waits for the device cannot be captured; a server then takes eager steps, which must be right.
+    """A forward that waits for the device cannot be captured; the server then runs eager steps, which must be correct.
 
-    It neither captures again nor draws numbers on the device: after such a capture torch's own generator there raises.
+    It does not capture again or draw random numbers on the device, where torch's generator raises after a failed
+    capture.
     """
     engine = _engine("llama", {"fused"}, device)
     assert engine.runner.varlen is not None

@@ -1,4 +1,4 @@
-"""Tokens per second over HTTP at 64 and 256 streams, the processor time that they cost, and time to first token."""
+"""Measures tokens per second over HTTP with 64 and 256 streams, their processor time, and time to first token."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.gpu.devices import device_of
 from benchmarks.gpu.stage import Run
 
 PROCESSES = 8
-"""Of clients at most; each counts some thousand events a second."""
+"""Maximum number of client processes; each handles a few thousand events per second."""
 OUTPUT_TOKENS = 64
 START_SECONDS = 45.0
 
 
 def measure(run: Run) -> None:
-    """One server, one load after the other."""
+    """Measure one server under one load after the other."""
     run.needs(*server.NEEDED)
     device_of(run)
     began = time.perf_counter()

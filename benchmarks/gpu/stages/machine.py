@@ -1,4 +1,4 @@
-"""What the machine and its packages are, and what its device reaches: everything else hangs on it."""
+"""Records the machine and its packages, and the device's speed, which all other figures depend on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PACKAGES = {
     "grammars": ("llguidance",),
     "tests": ("pytest", "pytest_asyncio", "pytest_timeout", "hypothesis"),
 }
-"""What stages need beside torch and transformers; a stage that lacks a package is skipped."""
+"""Packages that stages need beside torch and transformers; a stage without its packages is skipped."""
 
 
 def measure(run: Run) -> None:
-    """Versions first: they are of use even where there is no device."""
+    """Record versions first, which are useful even without a device."""
     run.note(
         python=platform.python_version(),
         torch=torch.__version__,

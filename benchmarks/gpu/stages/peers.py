@@ -1,4 +1,4 @@
-"""transformers' continuous batching with the same weights, and how fast soft prompts are registered: good to know."""
+"""Measures transformers' continuous batching with the same weights, and the speed of registering soft prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PUBLISHERS = 32
 
 
 def measure(run: Run) -> None:
-    """The peer, then registering; where time is up, what is noted by then counts."""
+    """Measure the peer, then registering; if time runs out, the figures so far count."""
     device = device_of(run)
     if hasattr(transformers, "ContinuousBatchingConfig"):
         batch = 4 if run.rehearse else 256
@@ -45,7 +45,7 @@ def measure(run: Run) -> None:
 
 
 async def _register(engine: Engine, count: int) -> float:
-    """Seconds to publish soft prompts by several publishers at once, each durable and with its prefix computed."""
+    """Seconds in which several concurrent publishers publish soft prompts, durably and with computed prefixes."""
     worker = EngineWorker(engine)
     hidden = engine.model.spec.hidden_size
     with tempfile.TemporaryDirectory(prefix="prelude-gpu-") as folder, ThreadPoolExecutor(PUBLISHERS) as threads:

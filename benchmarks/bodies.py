@@ -79,11 +79,13 @@ def measure(port: int, process: int, case: Case) -> Cost:
         Path(f"/proc/{process}/clear_refs").write_text("5")
     before = _kilobytes(status, "VmRSS")
     began = time.perf_counter()
-    answer, _ = ask(port, case.method, case.path, case.body, {"Content-Type": case.content_type})
+    answer, reply = ask(port, case.method, case.path, case.body, {"Content-Type": case.content_type})
     seconds = time.perf_counter() - began
     time.sleep(0.02)
     grown = max(0, _kilobytes(status, "VmHWM") - before) * 1024
     lag = json.loads(ask(port, "GET", "/bench/lag")[1])["lag_ms"]
+    if answer == 202:  # a job that runs on would be measured with the bodies after it
+        ask(port, "DELETE", f"{case.path}/{json.loads(reply)['id']}")
     return Cost(answer, seconds, lag, grown)
 
 
@@ -208,9 +210,10 @@ def main() -> None:
         found: list[tuple[Case, Cost]] = []
         for case in tqdm(cases, desc="bodies", unit="body", mininterval=1 if sys.stderr.isatty() else 30):
             cost = measure(port, process, case)
-            if is_over(case, cost):  # repeated, because another process may have caused the first result
-                again = measure(port, process, case)
-                cost = min(cost, again, key=lambda one: (is_over(case, one), one.lag_ms))
+            for _ in range(3):  # once more: something else may have run at that moment
+                if is_over(case, cost):
+                    again = measure(port, process, case)
+                    cost = min(cost, again, key=lambda one: (is_over(case, one), one.lag_ms))
             found.append((case, cost))
     over = [(case, cost) for case, cost in found if is_over(case, cost)]
     print(f"\n{len(found):,} bodies to {len(routes)} routes; the slowest and the largest, and what misses the target\n")

@@ -8,7 +8,6 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -120,24 +119,34 @@ def check(outcome: list[SoftPrompt] | PreludeError, spec: ModelSpec) -> None:
         assert soft_prompt.manifest.render("x").text.count("x") >= 1
 
 
-@contextmanager
-def no_growth(rounds: int, *, by_rss: bool) -> Iterator[None]:
-    """Nothing piles up: Python's objects, and in a long run all memory of the process."""
+def check_growth(run: Callable[[], None], rounds: int, *, by_rss: bool) -> None:
+    """Nothing piles up: Python's objects, and in a long run all memory of the process.
+
+    What leaks, leaks at each run. Other threads of the process may keep something once, so a run may grow if the next
+    one does not.
+    """
     process = psutil.Process()
     gc.collect()
     rss = process.memory_info().rss
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    try:
-        yield
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
+    grown = _kept_by(run)
+    if grown >= LEAK * rounds:
+        grown = _kept_by(run)
     assert grown < LEAK * rounds, f"{grown:,} bytes of Python objects stay"
     if by_rss:
         grown = process.memory_info().rss - rss
         assert grown < 2 * LEAK * rounds, f"the process has grown by {grown:,} bytes"
+
+
+def _kept_by(run: Callable[[], None]) -> int:
+    """Bytes of Python objects that a run leaves."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        run()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_corpus_is_taken(corpus: list[Case], temporary: Path) -> None:
@@ -177,9 +186,12 @@ def test_mutations_are_soft_prompts_or_the_clients_errors(
     for _ in range(warm_up):
         mutation(soak.random)
     rounds = soak.count(200, 20_000)
-    with no_growth(rounds, by_rss=soak.full):
+
+    def mutations() -> None:
         for _ in soak.rounds(200, 20_000, f"mutated {'zips' if packed else 'files'}"):
             mutation(soak.random)
+
+    check_growth(mutations, rounds, by_rss=soak.full)
     # Dice that only ever break, or never do, would test nothing.
     assert taken > (warm_up + rounds) / 50
     assert refused > (warm_up + rounds) / 5

@@ -2,11 +2,11 @@
 
 The figures for each grammar, with the tokenizer of the embedded model:
 
-    compile   from the source to a matcher that can be asked, the first time
+    compile   from the source to a usable matcher, the first time
     start     to another matcher of the same grammar, as each request needs one
-    mask      taking a token and finding which may come next, for a batch of 32 texts that are all at another place, per
-              text and token; of llguidance with the way to its process and back
-    share     32 such masks, of a decode step of 32 rows (25 ms on the machine of RESULTS.md)
+    mask      accepting a token and computing the next mask, per text and token, in a batch of 32 texts at different
+              positions; for llguidance, including the way to its process and back
+    share     32 such masks relative to a decode step of 32 rows (25 ms on the machine of RESULTS.md)
 
     pip install xgrammar         # else only llguidance is measured
     python benchmarks/grammars.py

@@ -1,16 +1,16 @@
-"""What the event loop costs the engine's thread, and that one the event loop: they share one interpreter lock.
+"""Measures how much the event loop and the engine's thread slow each other down: they share one interpreter lock.
 
-The same requests, 64 in flight at any time, go in interleaved rounds
+The same requests, always 64 in flight, are sent in interleaved rounds:
 
-    direct    to an engine that is stepped in a loop of nothing else
+    direct    to an engine whose steps run in a plain loop
     worker    through the engine's thread to coroutines, as the API awaits it, without HTTP
     http      to `prelude serve`, as server-sent events
 
-each in a process of its own; those that wait do nothing. `worker` to `direct` is what handing over costs, and that who
-has an answer can ask again only after the next step has begun; `http` to `worker` adds HTTP, JSON and, on the same
-cores, this benchmark's clients, whose share of the processor is therefore told as well. In the server's process a task
-sleeps 5 ms at a time and notes by how much it wakes too late: the loop's lag, once while nothing happens, and under
-load. uvloop's timers tick in whole milliseconds.
+Each runs in a separate process; waiting processes are idle. The ratio of `worker` to `direct` shows the cost of passing
+results between threads; a client with a reply also sends its next request only after the next step has begun. The ratio
+of `http` to `worker` adds HTTP, JSON and this benchmark's clients, which use the same cores; their share of the
+processor time is therefore reported too. In the server's process a task sleeps 5 ms at a time and records how late it
+wakes (the loop's lag), both idle and under load. uvloop's timers have a resolution of one millisecond.
 
     python benchmarks/loop.py                      # two minutes
     python benchmarks/loop.py --rounds 1 --seconds 4
@@ -62,7 +62,7 @@ from server.settings import Settings  # noqa: E402
 
 STREAMS = 64
 OUTPUT_TOKENS = 32
-"""On average, from half to one and a half times as many: equal answers would let the clients fall into step."""
+"""Mean number of output tokens, varied from half to one and a half times, so that clients do not fall into step."""
 PROBE_SECONDS = 0.005
 IDLE_SECONDS = 3.0
 ENGINE_WARM_UP_SECONDS = 4.0
@@ -70,21 +70,21 @@ ENGINES = ("direct", "worker")
 
 
 class Probe:
-    """Notes by how many seconds a sleeping task of the event loop wakes too late; a service of the app."""
+    """A service that records by how many seconds a sleeping task of the event loop wakes too late."""
 
     def __init__(self) -> None:
-        """It does not sleep yet."""
+        """Prepare the probe."""
         self._late: list[float] = []
 
     def start(self) -> None:
-        """Begin; called on the event loop."""
+        """Start the task; called on the event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def stop(self) -> None:
-        """The task ends with its loop."""
+        """Do nothing: the task ends with its loop."""
 
     def take(self) -> list[float]:
-        """What was noted since the last time."""
+        """The delays since the last call."""
         late, self._late = self._late, []
         return late
 
@@ -96,7 +96,7 @@ class Probe:
 
 
 def serve_with_probe(folder: Path, port: int) -> None:
-    """`prelude serve` as it is, and one more task and route in its app."""
+    """Run `prelude serve` with an additional task and route in its app."""
     probe = Probe()
 
     def probed(settings: Settings, worker: EngineWorker, registry: Any, services: Sequence[Any], keys: Any) -> FastAPI:
@@ -109,12 +109,12 @@ def serve_with_probe(folder: Path, port: int) -> None:
 
 
 class Probed(PreludeBare):
-    """Such a server, in this file."""
+    """A server with the probe, started from this file."""
 
     name = "http"
 
     def __init__(self) -> None:
-        """Its clients send text, so it needs no model here."""
+        """Create the peer without a model, because its clients send text."""
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
@@ -126,7 +126,7 @@ class Probed(PreludeBare):
 
 
 def requests(engine: Engine) -> Iterator[GenerationRequest]:
-    """What `Probed` asks for, tokenised; streams ask for log-probabilities."""
+    """The requests of `Probed`, tokenised, with log-probabilities as in streams."""
     dice, workload = random.Random(0), Workload(STREAMS, OUTPUT_TOKENS)
     for number in itertools.count():
         ids = tuple(engine.model.text.encode(workload.text(dice)))
@@ -135,14 +135,14 @@ def requests(engine: Engine) -> Iterator[GenerationRequest]:
 
 
 class Direct:
-    """An engine that is stepped by its only thread."""
+    """An engine whose steps run on the process's only thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Nothing runs yet."""
+        """Take an engine."""
         self._engine, self._requests = engine, requests(engine)
 
     def tokens(self, seconds: float) -> int:
-        """So many seconds of steps."""
+        """Run steps for `seconds`; returns the number of tokens."""
         end, tokens = time.perf_counter() + seconds, 0
         while time.perf_counter() < end:
             tokens += self._step()
@@ -155,7 +155,7 @@ class Direct:
         return sum(delta.token is not None for delta in self._engine.step())
 
     def rate(self, seconds: float) -> float:
-        """Tokens per second, warmed up as HTTP is; ends with nothing in flight."""
+        """Tokens per second, after the same warm-up as over HTTP; aborts all requests at the end."""
         self.tokens(ENGINE_WARM_UP_SECONDS)
         began = time.perf_counter()
         tokens = self.tokens(seconds)
@@ -166,16 +166,16 @@ class Direct:
 
 
 class Awaited:
-    """An engine on its own thread, awaited by as many coroutines as there are streams."""
+    """An engine on its own thread, awaited by one coroutine for each stream."""
 
     def __init__(self, engine: Engine) -> None:
-        """Start the thread; on the event loop."""
+        """Start the thread; called on the event loop."""
         self._worker, self._requests = EngineWorker(engine), requests(engine)
         self._worker.start()
         self._tokens = 0
 
     async def rate(self, seconds: float) -> float:
-        """Tokens per second, as `Direct.rate`."""
+        """Tokens per second; see `Direct.rate`."""
         streams = [asyncio.create_task(self._ask()) for _ in range(STREAMS)]
         await asyncio.sleep(ENGINE_WARM_UP_SECONDS)
         before, began = self._tokens, time.perf_counter()
@@ -194,7 +194,7 @@ class Awaited:
 
 
 def run_engine(name: str) -> None:
-    """A child: for every line with a number of seconds, one with the tokens per second; the first line says ready."""
+    """The child process: prints "ready", then for each line with a number of seconds the tokens per second."""
     settings = Settings.load(max_sequences=STREAMS)
     if name == "direct":
         direct = Direct(server_serve.start_engine(settings))
@@ -209,7 +209,7 @@ def run_engine(name: str) -> None:
         while line := await asyncio.to_thread(sys.stdin.readline):
             print(await awaited.rate(float(line)), flush=True)
 
-    with ThreadPoolExecutor(1) as starter:  # as `serve` does it
+    with ThreadPoolExecutor(1) as starter:  # as in `serve`
         engine = starter.submit(server_serve.start_engine, settings).result()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work())
@@ -217,7 +217,7 @@ def run_engine(name: str) -> None:
 
 @contextmanager
 def engine_child(name: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that measures when it is told to."""
+    """Context manager: a child process that measures on request."""
     command = [sys.executable, __file__, "--child", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -229,7 +229,7 @@ def engine_child(name: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def rate_of(process: subprocess.Popen[str], seconds: float) -> float:
-    """One round in such a process."""
+    """Measure one round in a child process."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{seconds}\n")
@@ -252,19 +252,19 @@ async def rate_over_http(url: str, process: psutil.Process, seconds: float) -> t
 
 
 def processor_seconds(process: psutil.Process) -> float:
-    """That it has taken so far."""
+    """Processor time of a process so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def summary(late: Sequence[float]) -> dict[str, float]:
-    """Milliseconds: median and tails."""
+    """Median and tails in milliseconds."""
     found = {f"p{share}": 1000 * float(np.percentile(late, share)) for share in (50, 99, 99.9)}
     return {**found, "max": 1000 * max(late), "probes": len(late)}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Start all three, measure in turn."""
+    """Start all three processes and measure them in turn."""
     rates: dict[str, list[float]] = {name: [] for name in (*ENGINES, "http")}
     lags: list[float] = []
     shares: list[float] = []

@@ -1,16 +1,16 @@
-"""What ten thousand tasks cost a server that starts: seconds, and memory.
+"""Measures the start time and memory of a server with ten thousand tasks.
 
-Makes a store on a local folder, and opens the registry on it in a fresh process, without an engine:
+Creates a store in a local folder, and opens the registry on it in a new process, without an engine:
 
-    start       seconds to fold all events and to find out what can be served
-    idle        resident memory once it is open, nothing asked for yet
-    full        resident memory after every task was asked for once, so that the host budget is used up
+    start       seconds to read all events and to determine what can be served
+    idle        resident memory once the registry is open, before any request
+    full        resident memory after every task was requested once, so that the host budget is used up
 
     python benchmarks/many_tasks.py                 # 10,000 tasks, and ten to compare with
     python benchmarks/many_tasks.py --tasks 1000
 
-The store is written as a publish writes it, but without fsync: only what is read afterwards is measured. Prints a table
-and, last, one line of JSON.
+The store is written as a publish writes it, but without fsync, because only reading is measured. Prints a table and,
+last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ MB = 1e6
 
 
 def resident() -> float:
-    """Of this process."""
+    """Resident memory of this process."""
     gc.collect()
     memory: int = psutil.Process().memory_info().rss
     return memory / MB
 
 
 def measure(folder: Path, host_memory: int) -> dict[str, float]:
-    """Open the registry and ask for everything once; in a process that has done nothing else."""
+    """Open the registry and request every task once, in a new process."""
     before, began = resident(), time.perf_counter()
     registry = Registry(Store(LocalObjects(folder)), SPEC, 512, host_memory)
     seconds = time.perf_counter() - began
@@ -70,7 +70,7 @@ def measure(folder: Path, host_memory: int) -> dict[str, float]:
 
 
 def in_fresh_process(folder: Path, host_memory: int) -> dict[str, float]:
-    """The measurement."""
+    """Run `measure` in a new process."""
     command = [sys.executable, __file__, "--measure", str(folder), "--host-memory", str(host_memory)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -78,7 +78,7 @@ def in_fresh_process(folder: Path, host_memory: int) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Both stores, one after the other."""
+    """Measure both stores, one after the other."""
     rows = []
     for tasks in (FEW, options.tasks):
         with tempfile.TemporaryDirectory(prefix="prelude-tasks-", dir=options.folder) as folder:

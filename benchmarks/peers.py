@@ -1,14 +1,14 @@
-"""The servers that are measured side by side, each in its strongest form for the job.
+"""The servers to compare, each in its strongest configuration for the workload.
 
     prelude          soft prompts, published before the clock starts
     prelude-bare     the frozen model alone: the text without any prefix
     vllm-bare        vLLM, the text without any prefix
-    vllm-prefix      vLLM, behind a text of as many tokens as the soft prompt, which its prefix cache knows
-    vllm-embeds      vLLM, virtual tokens and text as raw prompt embeddings, which every request brings along
+    vllm-prefix      vLLM, after a text of as many tokens as the soft prompt, which its prefix cache contains
+    vllm-embeds      vLLM, virtual tokens and text as raw prompt embeddings, which every request contains
     transformers     `transformers serve` with continuous batching, the text without any prefix
     peft             PEFT's own `generate` behind FastAPI, which switches adapters between requests (peft_app.py)
 
-vLLM wants a virtual environment of its own (CONTRIBUTING.md); VLLM_PYTHON names its interpreter.
+vLLM needs a separate virtual environment (CONTRIBUTING.md); VLLM_PYTHON names its interpreter.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Workload:
-    """What the clients ask for.
+    """The clients' requests.
 
     Attributes:
-        clients: each sends one request after the other.
-        output_tokens: of every request, whatever the model would say.
-        num_virtual_tokens: of every soft prompt, and tokens of the text that stands for one.
-        tasks: how many of them the requests are spread over.
-        words: of an input text.
+        clients: number of clients; each sends one request after the other.
+        output_tokens: output tokens of every request, regardless of the model's end token.
+        num_virtual_tokens: length of every soft prompt, and of the text that replaces one.
+        tasks: number of tasks among which the requests are divided.
+        words: number of words in an input text.
     """
 
     clients: int
@@ -53,13 +53,13 @@ class Workload:
     words: int = 30
 
     def text(self, dice: random.Random) -> str:
-        """A text that was most likely never seen before."""
+        """A random text, most likely unique."""
         return " ".join(dice.choices(WORDS, k=self.words))
 
 
 @dataclass
 class Model:
-    """The frozen model's files, for clients that tokenise and embed on their own."""
+    """The frozen model's files, for clients that tokenise and embed texts themselves."""
 
     path: str
     tokenizer: PreTrainedTokenizerBase = field(init=False)
@@ -70,13 +70,13 @@ class Model:
         self.embeddings = load_file(Path(self.path, "model.safetensors"))["model.embed_tokens.weight"]
 
     def prefix_ids(self, workload: Workload, task: int) -> list[int]:
-        """Tokens of the text that stands for a soft prompt."""
+        """Tokens of the text that replaces a soft prompt."""
         dice = random.Random(f"prefix {task}")
         ids: list[int] = self.tokenizer.encode(" ".join(dice.choices(WORDS, k=workload.num_virtual_tokens)))
         return ids[: workload.num_virtual_tokens]
 
     def soft_prompt(self, workload: Workload, task: int) -> torch.Tensor:
-        """`[num_virtual_tokens, hidden_size]`: the embeddings of that text, which lead the model nowhere strange."""
+        """`[num_virtual_tokens, hidden_size]`: the embeddings of that text, so that outputs stay ordinary."""
         return self.embeddings[self.prefix_ids(workload, task)]
 
 
@@ -90,28 +90,28 @@ class Call:
 
 
 class Peer:
-    """A server: how it is started, made ready, and asked."""
+    """A server: how to start it, prepare it, and send it requests."""
 
     name = ""
     streams = True
 
     def __init__(self, model: Model) -> None:
-        """Serve this model."""
+        """Prepare to serve this model."""
         self.model = model
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
-        """What starts it; `folder` is its own."""
+        """The command that starts the server; `folder` is for its files."""
         raise NotImplementedError
 
     async def prepare(self, client: httpx.AsyncClient, workload: Workload) -> None:
-        """Publish what it needs, before anything is timed."""
+        """Publish the soft prompts that the workload needs, before the measurement."""
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
         """A request for one of the tasks."""
         raise NotImplementedError
 
     def is_token(self, line: str) -> bool:
-        """Whether a line of a stream brings a token."""
+        """Whether a line of a stream contains a token."""
         return line.startswith("data:") and not line.endswith("[DONE]")
 
 
@@ -183,7 +183,7 @@ class Vllm(Peer):
 
 
 class VllmPrefix(Vllm):
-    """vLLM behind a text that it has cached: in blocks short enough that the cache holds nearly all of it."""
+    """vLLM after a cached text, with blocks so short that nearly all of the text is cached."""
 
     name = "vllm-prefix"
     options = ("--block-size", "32")
@@ -193,7 +193,7 @@ class VllmPrefix(Vllm):
 
 
 class VllmEmbeds(Vllm):
-    """vLLM given raw embeddings."""
+    """vLLM with raw embeddings."""
 
     name = "vllm-embeds"
     options = ("--enable-prompt-embeds",)
@@ -217,7 +217,7 @@ class Transformers(Peer):
         script = Path(sys.executable).with_name("transformers")
         for file in Path(self.model.path).iterdir():
             (folder / file.name).symlink_to(file)
-        _change(folder / "config.json", architectures=["LlamaForCausalLM"])  # which this server must be told
+        _change(folder / "config.json", architectures=["LlamaForCausalLM"])  # this server requires it
         _change(folder / "generation_config.json", eos_token_id=None)  # so that no answer ends early
         self._served = str(folder)
         options = ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1"]
@@ -229,7 +229,7 @@ class Transformers(Peer):
         return Call("/v1/completions", json.dumps({**body, "temperature": 0, "stream": True}).encode())
 
     def is_token(self, line: str) -> bool:
-        """See `Peer`; the last line only says that it is over."""
+        """See `Peer`; the last line only marks the end."""
         return super().is_token(line) and '"finish_reason":"length"' not in line
 
 

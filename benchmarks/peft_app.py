@@ -1,7 +1,8 @@
-"""What a user would write without a server for soft prompts: PEFT's `generate` behind FastAPI, one request at a time.
+"""The server that a user might write without Prelude: PEFT's `generate` behind FastAPI, one request at a time.
 
-PEFT puts one active adapter on the whole model: requests of different tasks cannot share a batch. All of it runs on one
-thread, because every thread that multiplied would have helpers of its own, on the same cores. serve.py starts it:
+PEFT has one active adapter for the whole model, so requests of different tasks cannot share a batch. Everything runs on
+one thread, because each thread with matrix products would start its own helper threads on the same cores. serve.py
+starts it:
 
     python benchmarks/peft_app.py MODEL PORT TASKS NUM_VIRTUAL_TOKENS
 """
@@ -29,7 +30,7 @@ class Body(BaseModel):
 
 
 def create_app(path: str, tasks: int, num_virtual_tokens: int) -> FastAPI:
-    """Load the model and as many random adapters."""
+    """Load the model and one random adapter for each task."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)

@@ -1,6 +1,6 @@
-"""How pictures of figures look: legible on white and on black, because a page may be either, and quiet.
+"""The style of plots: plain, and legible on both white and black pages.
 
-The background is transparent, and the same figures make the same file.
+The background is transparent, and the same figures give the same file.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 INK = "#747c87"
-"""Of words and axes: more than 4 to 1 against white and against GitHub's dark page alike."""
+"""Colour of text and axes: a contrast of more than 4 to 1 both on white and on GitHub's dark page."""
 BLUE, GREEN, AMBER, RED, VIOLET = "#2f81f7", "#1a9e7a", "#d98a00", "#e5534b", "#8957e5"
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it, matplotlib draws so."""
+    """Context manager: matplotlib's settings for this style."""
     import matplotlib as mpl
 
     settings: Any = {
@@ -31,7 +31,7 @@ def style() -> Iterator[None]:
 
 
 def prepare_panel(panel: Any) -> None:
-    """A panel with lines to read heights by, and nothing else around the figures."""
+    """Give a panel horizontal grid lines, and remove all other decoration."""
     panel.set_facecolor("none")
     panel.set_xscale("log")
     panel.grid(axis="y", color=INK, alpha=0.25, linewidth=0.7)
@@ -40,6 +40,6 @@ def prepare_panel(panel: Any) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write it, as what the file's name says."""
+    """Write a figure, in the format of the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, transparent=True, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

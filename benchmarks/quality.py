@@ -1,15 +1,15 @@
-"""How good a task gets against how many numbers are learned for it: the classic picture of prompt tuning, on our model.
+"""Measures a task's quality against the number of trained parameters, for several methods on the embedded model.
 
-Every way learns from the same rows in the same order, with a learning rate that it finds itself, and is measured on the
-same test rows through the engine that serves: a classification by the label that is likeliest, a text by BLEU.
+All methods train on the same rows in the same order, with a searched learning rate, and are measured on the same test
+rows with the serving engine: classification by the likeliest label, text by BLEU.
 
-    zero-shot, 4-shot                   nothing is learned
+    zero-shot, 4-shot                   no training
     prompt_tuning-1 … prompt_tuning-100 virtual tokens (Lester et al. 2021)
     prefix_tuning-20                    keys and values of every layer (Li and Liang 2021)
     lora, full                          PEFT's LoRA of rank 8 on all linear layers; every weight
 
-It takes hours. Each figure is written to quality.jsonl as it is found, and one that is there is not measured again:
-what was broken off goes on, and more seeds or tasks add to the picture.
+A run takes hours. Each figure is written to quality.jsonl at once, and figures in the file are not measured again: an
+interrupted run can be resumed, and further seeds or tasks can be added.
 
     python benchmarks/quality.py DATA                 DATA holds rotten_tomatoes/train.jsonl, test.jsonl and so on
     python benchmarks/quality.py DATA --ways lora prompt_tuning-20 --tasks banking77 --seeds 0 1
@@ -62,7 +62,7 @@ SLACK = 8
 
 @dataclass(frozen=True)
 class Point:
-    """One figure of the picture."""
+    """One measured point."""
 
     task: str
     way: str
@@ -80,13 +80,13 @@ class Point:
 
     @property
     def key(self) -> tuple[str, str, int, int, int]:
-        """What makes it the same measurement."""
+        """The identity of the measurement."""
         return self.task, self.way, self.seed, self.steps, self.rows
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What training came to."""
+    """The result of training."""
 
     parameters: int = 0
     learning_rate: float | None = None
@@ -94,27 +94,27 @@ class Learned:
 
 
 class Bar:
-    """Steps of a run, and of the search before it."""
+    """A progress bar of a run and its learning-rate search."""
 
     def __init__(self, name: str) -> None:
         self._bar = tqdm(desc=name, unit="step", dynamic_ncols=True)
 
     def on_step(self, progress: TrainingProgress) -> None:
-        """Count one."""
+        """Count a step."""
         self._bar.set_postfix(loss=f"{progress.loss:.3f}", refresh=False)
         self._bar.update()
 
     def on_tried(self, tried: Tried) -> None:
-        """Tell what a learning rate came to."""
+        """Show the result of a learning rate."""
         self._bar.write(f"learning rate {tried.learning_rate:g}: validation loss {tried.loss:.4f}")
 
     def close(self) -> None:
-        """The run is over."""
+        """Close the bar at the end of the run."""
         self._bar.close()
 
 
 class Task:
-    """A data set, as one training and one evaluation after the other need it."""
+    """A data set, prepared for training and evaluation."""
 
     def __init__(self, folder: Path, rows: int) -> None:
         self.name = folder.name
@@ -125,7 +125,7 @@ class Task:
         self.labels = labels_of(self.training.rows)
 
     def work(self, model: FrozenModel, prefix: LearnedPrefix, num_virtual_tokens: int) -> TrainingProblem:
-        """What the training loop takes."""
+        """The input of the training loop."""
         lessons = [
             [Lesson((example,)) for example in encode_examples(data, model, TEMPLATE, num_virtual_tokens)]
             for data in (self.training, self.validation)
@@ -133,7 +133,7 @@ class Task:
         return TrainingProblem(model, prefix, Targets(), *lessons)
 
     def measure(self, engine: Engine, system: System) -> Estimate:
-        """Ask all test rows."""
+        """Evaluate all test rows."""
         host = OwnEngine(engine)
         questions = Questions(self.test, self.labels or (), host)
         about = EvaluationSubject(
@@ -150,12 +150,12 @@ class Task:
         return report.scores[system.name].figures[ACCURACY if self.labels else BLEU]
 
     def longest(self, model: FrozenModel) -> int:
-        """New tokens that an answer may have."""
+        """Maximum number of new tokens of an answer."""
         return SLACK + max(len(model.text.encode(row.target)) for row in self.test.rows)
 
 
 def learn(task: Task, model: FrozenModel, prefix: LearnedPrefix, config: TrainingConfig, way: str) -> Learned:
-    """Find a learning rate, then train; the prefix is left in its best state."""
+    """Search a learning rate, then train; the prefix ends in its best state."""
     work = task.work(model, prefix, config.num_virtual_tokens if way not in WAYS else 0)
     bar = Bar(f"{task.name} {way}")
     try:
@@ -180,7 +180,7 @@ def soft_prompt_point(task: Task, settings: Settings, way: str, config: Training
 
 
 def weights_point(task: Task, settings: Settings, way: str, config: TrainingConfig) -> tuple[Learned, Estimate]:
-    """Change weights and measure the changed model; in float32, where small changes of large weights are kept."""
+    """Train weights and measure the changed model, in float32, so that small changes of large weights are not lost."""
     settings = settings.model_copy(update={"dtype": "float32"})
     model = FrozenModel.load(settings)
     tuned = WAYS[way](model, config.seed)
@@ -191,7 +191,7 @@ def weights_point(task: Task, settings: Settings, way: str, config: TrainingConf
 
 
 def untrained_point(task: Task, settings: Settings, way: str, seed: int) -> tuple[Learned, Estimate]:
-    """Ask the frozen model alone."""
+    """Measure the frozen model alone."""
     engine = build_engine(settings, FrozenModel.load(settings))
     [asked] = baselines(
         RequestedBaselines.parse([way]),
@@ -206,7 +206,7 @@ def untrained_point(task: Task, settings: Settings, way: str, seed: int) -> tupl
 
 
 def find(task: Task, settings: Settings, way: str, options: argparse.Namespace, seed: int) -> Point:
-    """One figure."""
+    """Measure one point."""
     method, _, count = way.partition("-")
     fields = {"steps": options.steps, "seed": seed, "evaluations": options.evaluations}
     if way in UNTRAINED:
@@ -226,13 +226,13 @@ def find(task: Task, settings: Settings, way: str, options: argparse.Namespace, 
 
 
 def read_points(path: Path) -> list[Point]:
-    """What was found before."""
+    """The points of earlier runs."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [Point(**json.loads(line)) for line in lines]
 
 
 def main() -> None:
-    """Find what is not known yet."""
+    """Measure all missing points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the data sets")
     parser.add_argument("--tasks", nargs="+", default=TASKS)

@@ -1,9 +1,9 @@
-"""The figures of quality.py as a picture and as a table: quality against the numbers that were trained.
+"""Plots and tabulates the figures of quality.py: quality against the number of trained parameters.
 
     python benchmarks/quality_plot.py
     python benchmarks/quality_plot.py --points quality.jsonl --out quality.svg
 
-How it looks is in pictures.py.
+The style is in pictures.py.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ STYLES = {
     "lora": (AMBER, "D", "LoRA"),
     "full": (RED, "^", "full fine-tuning"),
 }
-"""Colour, mark and name."""
+"""Colour, marker and name of each method."""
 LINES = {"zero-shot": ":", "4-shot": "--"}
 TITLES = {"accuracy_choices": "accuracy", "bleu": "BLEU"}
 
 
 def shown(point: Point, value: float) -> float:
-    """Shares in percent, BLEU as it is."""
+    """The displayed value: shares in percent, BLEU unchanged."""
     return value if point.metric == "bleu" else 100 * value
 
 
 def median_point(points: Sequence[Point]) -> tuple[float, float, float]:
-    """Figure and interval: of one seed its own; of several their median, and how far they lie apart."""
+    """Value and interval: for one seed, its own; for several seeds, their median and range."""
     values = [shown(point, point.value) for point in points]
     if len(points) == 1:
         return values[0], shown(points[0], points[0].low), shown(points[0], points[0].high)
@@ -44,7 +44,7 @@ def median_point(points: Sequence[Point]) -> tuple[float, float, float]:
 
 
 def group(points: Iterable[Point]) -> dict[str, dict[str, list[Point]]]:
-    """By task and way, in the order in which a reader expects them."""
+    """Group points by task and method, in display order."""
     found: dict[str, dict[str, list[Point]]] = {}
     points = list(points)
     for way in (*UNTRAINED, *TRAINED):
@@ -55,7 +55,7 @@ def group(points: Iterable[Point]) -> dict[str, dict[str, list[Point]]]:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """A panel for each task, side by side."""
+    """Draw one panel for each task, side by side."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -79,7 +79,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 
 def draw_task(panel: Any, ways: dict[str, list[Point]]) -> None:
-    """One task's figures."""
+    """Draw one task's points."""
     for way, line in LINES.items():
         if way in ways:
             value, _, _ = median_point(ways[way])
@@ -99,7 +99,7 @@ def draw_task(panel: Any, ways: dict[str, list[Point]]) -> None:
 
 
 def magnitude(value: float) -> str:
-    """A number of numbers, in short."""
+    """A short form of a parameter count."""
     for size, name in ((1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:g}{name}"
@@ -107,7 +107,7 @@ def magnitude(value: float) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    """The same as Markdown."""
+    """The points as a Markdown table."""
     tasks = group(points)
     counts = {point.way: point.parameters for point in points}
     rows = [["", "trained numbers", *(f"`{name}`" for name in tasks)], ["---"] * (2 + len(tasks))]

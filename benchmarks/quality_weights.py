@@ -1,8 +1,7 @@
-"""What soft prompts are compared with: changes of the weights, learned by PEFT's LoRA or without any restraint.
+"""The methods that soft prompts are compared with: training weights, by PEFT's LoRA or in full.
 
-Both are trained by Prelude's own loop, on the same rows in the same order, and with the same search for a learning
-rate: to the loop they are a method that puts nothing before a row. Only benchmarks do this; the server's weights are
-frozen.
+Both are trained by Prelude's own loop, on the same rows in the same order and with the same learning-rate search: for
+the loop, they are a method without a prefix. Only benchmarks train weights; the server's weights are frozen.
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ RANK = 8
 
 
 class ChangedWeights(LearnedPrefix):
-    """Parameters of the model itself, as something to be learned."""
+    """The model's own parameters, as a method for the training loop."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
 
     def virtual_tokens(self, task: int) -> None:
-        """Nothing stands before a row."""
+        """None: there is no prefix."""
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Nothing is kept beside the model."""
+        """Empty: there are no parameters besides the model."""
         return {}
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model whose weights may change, and what makes it an ordinary one again."""
+    """A model with trainable weights, and the function that turns it into an ordinary model again."""
 
     weights: ChangedWeights
     finish: Callable[[], None]
 
 
 def lora(model: FrozenModel, seed: int) -> Tuned:
-    """LoRA (Hu et al. 2022) of rank 8 on every linear layer, as Dettmers et al. 2023 advise; merged when it is done."""
+    """LoRA (Hu et al. 2022) of rank 8 on every linear layer (as in Dettmers et al. 2023), merged after training."""
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model.module, config)
@@ -60,7 +59,7 @@ def lora(model: FrozenModel, seed: int) -> Tuned:
 
 
 def full(model: FrozenModel, seed: int) -> Tuned:
-    """All weights."""
+    """Full fine-tuning of all weights."""
     model.module.requires_grad_(True)
 
     def finish() -> None:

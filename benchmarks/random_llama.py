@@ -1,6 +1,6 @@
-"""A model of Llama-3.1-8B's shape with random weights, and how fast transformers' continuous batching serves it.
+"""A model of Llama-3.1-8B's shape with random weights, and its speed in transformers' continuous batching.
 
-Speed does not depend on what the numbers are, so nothing is downloaded. `gpu/` measures the engine with the same
+Speed does not depend on the values of weights, so nothing is downloaded. `gpu/` measures the engine with the same
 model:
 
     python benchmarks/random_llama.py --batch 256      # prints output tokens per second, or null
@@ -57,7 +57,7 @@ INPUT_TOKENS, OUTPUT_TOKENS = 128, 64
 
 
 def make_module(attention: str, device: torch.device, *, tiny: bool) -> PreTrainedModel:
-    """The model, made on the device; the same weights every time."""
+    """Create the model on the device, with reproducible weights."""
     torch.manual_seed(0)
     config = LlamaConfig(**(TINY if tiny else LLAMA_3_1_8B), bos_token_id=None, eos_token_id=None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -66,7 +66,7 @@ def make_module(attention: str, device: torch.device, *, tiny: bool) -> PreTrain
 
 
 def model_with_bytes(module: PreTrainedModel, max_model_len: int) -> FrozenModel:
-    """The model with a tokenizer that needs no file: a token for each byte, and names for all others."""
+    """The model with a tokenizer that needs no file: one token for each byte, and placeholders for all other ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     for i in range(len(alphabet), module.config.vocab_size):
@@ -79,26 +79,26 @@ def model_with_bytes(module: PreTrainedModel, max_model_len: int) -> FrozenModel
 
 
 def inputs(number: int, tokens: int = INPUT_TOKENS) -> tuple[int, ...]:
-    """Token ids of a request; no two begin alike, so that nobody's cache of prefixes helps."""
+    """Token ids of a request; all requests begin differently, so that prefix caches do not help."""
     return tuple((7 + 101 * number + 13 * i * (number + 1)) % 40_000 for i in range(tokens))
 
 
 def peer_tokens_per_second(options: argparse.Namespace) -> float | None:
-    """The best of two runs of the batch in transformers' continuous batching; None if it does not finish it."""
+    """The better of two runs of the batch in transformers' continuous batching; None if a run does not finish."""
     from transformers import ContinuousBatchingConfig
 
     module = make_module(
         "sdpa", options.device, tiny=options.tiny
-    )  # it takes flash attention instead where that is installed
+    )  # it uses flash attention instead if that is installed
     config = GenerationConfig(max_new_tokens=OUTPUT_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # Left to itself it takes nearly all memory, which on a CPU is zeroed first.
+    # By default it allocates nearly all memory, which on a CPU is zeroed first.
     limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512) if options.tiny else None
     ids = [list(inputs(i)) for i in range(options.batch)]
     speeds = []
     for _ in range(2):
         began = time.perf_counter()
         results = module.generate_batch(ids, generation_config=config, continuous_batching_config=limits)
-        # Without starting and stopping its thread: from the first request to the end of the last.
+        # From the first request to the end of the last one, without starting and stopping its thread.
         first = min((r.created_time for r in results.values()), default=began)
         last = max((r.lifespan[1] for r in results.values()), default=began)
         tokens = sum(len(result.generated_tokens) for result in results.values())

@@ -1,8 +1,8 @@
-"""Prelude beside what a user would pick instead, over HTTP, one server after the other on the same machine.
+"""Compares Prelude with alternative servers over HTTP, one server after the other on the same machine.
 
-Every server gets the same model, dtype and kind of texts, from clients that each send one request after the other for a
-fixed time. Rounds are interleaved: in each, every server is started, made ready, measured under one load after the
-other, each warmed up first, and stopped.
+Every server gets the same model, dtype and kind of texts. Each client sends one request after the other for a fixed
+time. Rounds are interleaved: in each round, every server is started, prepared, measured under one load after the other
+with a warm-up before each, and stopped.
 
     python benchmarks/serve.py                                        # all that can be started here; long
     python benchmarks/serve.py --peers prelude vllm-prefix --workloads classify --rounds 1 --seconds 10
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from server.engine.model.weights import resolve_checkpoint
 from server.settings import Settings
 
-WORKLOADS = {  # few clients first: what a server still does for clients that have left would slow down the next ones
+WORKLOADS = {  # few clients first, because a server's remaining work for earlier clients would slow down later ones
     "single": Workload(clients=1, output_tokens=32),
     "classify": Workload(clients=32, output_tokens=4),
     "generate": Workload(clients=64, output_tokens=32),
@@ -40,7 +40,7 @@ WORKLOADS = {  # few clients first: what a server still does for clients that ha
 
 
 async def measure(peer: Peer, workload: Workload, url: str, process: psutil.Process, seconds: float) -> Measured:
-    """One round of one server."""
+    """Measure one round of one server."""
     limits = httpx.Limits(max_connections=workload.clients + 4)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         await peer.prepare(client, workload)

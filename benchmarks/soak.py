@@ -1,12 +1,12 @@
-"""Ten minutes of everything at once: answers of all kinds, swaps, bad input and clients that leave, against one server.
+"""A stress test of one server with all kinds of load at once: answers, swaps, bad input, clients that disconnect.
 
     python benchmarks/soak.py                    # 10 minutes
     python benchmarks/soak.py --minutes 1
 
-Every reply is held against what its request may be answered with. At the end the server must be idle and ready, and end
-with 0 on SIGTERM; its log must be without a traceback, and its memory must not have grown by more than 5 % since it was
-warm (a fifth of the time). Prints what was done, what was unexpected, and, last, one line of JSON; ends with 1 if
-anything was.
+Every reply is checked against the replies that its request allows. At the end the server must be idle and ready, and
+exit with 0 on SIGTERM; its log must not contain a traceback, and its memory must not have grown by more than 5 % since
+the end of the warm-up (a fifth of the time). Prints the actions, the unexpected results and, last, one line of JSON;
+exits with 1 if there were unexpected results.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from server.settings import Settings
 WARM_SHARE = 0.2
 GROWTH_PERCENT = 5.0
 STOP_SECONDS = 30.0
-"""An idle server takes a second or two; its drain time is not for those that wait for nothing."""
+"""Time limit for the server to stop; an idle server takes a second or two."""
 MiB = 2**20
 
 
 class SmallPrelude(Prelude):
-    """A server whose caches are full soon: what still grows then is a leak."""
+    """A server with small caches, which fill up soon, so that later growth is a leak."""
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
@@ -51,7 +51,7 @@ class SmallPrelude(Prelude):
 
 
 async def run(url: str, process: psutil.Process, options: argparse.Namespace) -> Soak:
-    """All clients for all of the time, then until the server is idle."""
+    """Run all clients for the whole time, then wait until the server is idle."""
     limits = httpx.Limits(max_connections=options.clients + 4)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         soak = Soak(client, (await client.get("/info")).json()["hidden_size"])
@@ -84,7 +84,7 @@ async def run(url: str, process: psutil.Process, options: argparse.Namespace) ->
 
 
 def stop(process: psutil.Process) -> int | None:
-    """The status that a server ends with on SIGTERM; None if it does not."""
+    """The exit status of a server on SIGTERM; None if it does not end."""
     process.terminate()
     with contextlib.suppress(psutil.TimeoutExpired):
         status: int | None = process.wait(STOP_SECONDS)
@@ -93,7 +93,7 @@ def stop(process: psutil.Process) -> int | None:
 
 
 def growth(memory: list[tuple[float, int]]) -> tuple[float, float, float]:
-    """Megabytes once warm and at the end, and percent of growth; medians of a tenth of the time each."""
+    """Megabytes after the warm-up and at the end, and the growth in percent; medians over a tenth of the time each."""
     seconds = memory[-1][0]
 
     def around(share: float) -> float:
@@ -105,7 +105,7 @@ def growth(memory: list[tuple[float, int]]) -> tuple[float, float, float]:
 
 
 def main() -> int:
-    """Soak, stop the server, print; answers the exit status."""
+    """Run the test, stop the server, print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=24)

@@ -1,4 +1,4 @@
-"""What the clients of `soak.py` do, and what each reply may be."""
+"""The actions of the clients of `soak.py`, and the replies that each allows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TASKS = [f"soak-{i}" for i in range(8)]
 WORDS = ["the", "weather", "in", "a", "small", "town", "was", "never", "as", "bad", "people", "said", "it", "would"]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 GONE = 404
-"""A task or version may be deleted between any two requests; whoever asks for it then is told so."""
+"""Always allowed, because a task or version may be deleted between any two requests."""
 
 
 @dataclass
 class Soak:
-    """What is done to a server, and what it does.
+    """A server under test and the results.
 
     Attributes:
-        done: replies by action and status.
-        unexpected: what should not have happened.
-        memory: resident bytes of the server, with the second of each.
+        done: number of replies by action and status.
+        unexpected: unexpected results.
+        memory: the server's resident bytes over time, as (seconds, bytes).
     """
 
     client: httpx.AsyncClient
@@ -40,7 +40,7 @@ class Soak:
     memory: list[tuple[float, int]] = field(default_factory=list)
 
     async def ask(self, name: str, allowed: set[int], method: str, path: str, **options: Any) -> httpx.Response | None:
-        """One request; whatever is not allowed is noted."""
+        """Send one request; records a status that is not allowed."""
         try:
             reply = await self.client.request(method, path, **options)
         except httpx.HTTPError as exc:
@@ -53,12 +53,12 @@ class Soak:
         return reply
 
     def check(self, name: str, is_so: bool, reply: object) -> None:
-        """Note a reply that is not what was asked for."""
+        """Record a reply that does not match its request."""
         if not is_so:
             self.unexpected.append(f"{name}: {str(reply)[:300]}")
 
     def upload(self, dice: random.Random) -> list[tuple[str, tuple[str, bytes]]]:
-        """A soft prompt that was never seen before."""
+        """The files of a new random soft prompt."""
         generator = torch.Generator().manual_seed(dice.getrandbits(40))
         tensor = torch.randn(dice.choice([5, 20, 100]), self.hidden_size, generator=generator) * 0.05
         return [
@@ -68,12 +68,12 @@ class Soak:
 
 
 def text(dice: random.Random) -> str:
-    """Of a user, short or long."""
+    """A user's text, short or long."""
     return " ".join(dice.choices(WORDS, k=dice.choice([1, 10, 30, 200])))
 
 
 async def generate(soak: Soak, dice: random.Random) -> None:
-    """Text, by some of all parameters."""
+    """Generate text with a random choice of parameters."""
     parameters: dict[str, Any] = {"max_new_tokens": dice.randint(1, 24), "details": dice.random() < 0.3}
     some = (
         ("temperature", 0.8),
@@ -102,7 +102,7 @@ async def generate(soak: Soak, dice: random.Random) -> None:
 
 
 async def classify(soak: Soak, dice: random.Random) -> None:
-    """Labels scored."""
+    """Score labels."""
     body = {"inputs": text(dice), "parameters": {"choices": ["good", "bad", "neither of them", "goodness"]}}
     reply = await soak.ask("classify", {200, GONE}, "POST", "/generate", params={"task": dice.choice(TASKS)}, json=body)
     if reply is not None and reply.status_code == 200:
@@ -111,7 +111,7 @@ async def classify(soak: Soak, dice: random.Random) -> None:
 
 
 async def structured(soak: Soak, dice: random.Random) -> None:
-    """A text that must match."""
+    """Generate a text that must match a grammar."""
     grammar: Any = dice.choice([{"type": "regex", "value": "[0-9]{2}:[0-9]{2}"}, {"type": "json", "value": SCHEMA}])
     body = {"inputs": text(dice), "parameters": {"grammar": grammar, "max_new_tokens": 40, "temperature": 1.0}}
     reply = await soak.ask("structured", {200}, "POST", "/generate", json=body)
@@ -121,7 +121,7 @@ async def structured(soak: Soak, dice: random.Random) -> None:
 
 
 async def stream(soak: Soak, dice: random.Random) -> None:
-    """A stream, read to its end, slowly, or left."""
+    """Open a stream and read it to its end, read it slowly, or disconnect."""
     leave = dice.randint(1, 10) if dice.random() < 0.4 else None
     body = {"inputs": text(dice), "parameters": {"max_new_tokens": 30, "ignore_eos_token": True}}
     query, events = {"task": dice.choice(TASKS)}, 0
@@ -140,7 +140,7 @@ async def stream(soak: Soak, dice: random.Random) -> None:
 
 
 async def openai(soak: Soak, dice: random.Random) -> None:
-    """OpenAI's two routes."""
+    """Call OpenAI's two routes."""
     model = dice.choice(TASKS)
     if dice.random() < 0.5:
         body: dict[str, Any] = {
@@ -161,7 +161,7 @@ async def openai(soak: Soak, dice: random.Random) -> None:
 
 
 async def swap(soak: Soak, dice: random.Random) -> None:
-    """A change of a task."""
+    """Change a task."""
     task = dice.choice(TASKS)
     kind = dice.random()
     if kind < 0.4:
@@ -186,7 +186,7 @@ async def swap(soak: Soak, dice: random.Random) -> None:
 
 
 async def bad(soak: Soak, dice: random.Random) -> None:
-    """Something that must be refused, and no more than that."""
+    """Send a request that must be refused."""
     broken = io.BytesIO()
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("../adapter_config.json", "{}")
@@ -219,7 +219,7 @@ async def bad(soak: Soak, dice: random.Random) -> None:
 
 
 async def look(soak: Soak, dice: random.Random) -> None:
-    """What operators and clients look at."""
+    """Read the status routes."""
     path = dice.choice(["/prompts", "/v1/models", "/info", "/health", "/ready", "/metrics", "/openapi.json"])
     await soak.ask("look", {200}, "GET", path)
 

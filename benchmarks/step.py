@@ -1,10 +1,10 @@
-"""Where a step's time goes: the engine alone, without HTTP, against what it cannot do without.
+"""Measures the time of engine steps without HTTP, and compares it with lower bounds.
 
-Loads the model once for each set of optimisations (`PRELUDE_OPTIMISE`) and times, in interleaved rounds, steps in which
-every sequence decodes at about 170 positions, and prefills of whole inputs. Beside them, in the same rounds, two floors
+Loads the model once for each set of optimisations (`PRELUDE_OPTIMISE`). In interleaved rounds, times steps in which
+every sequence decodes at about 170 positions, and prefills of whole inputs. The same rounds measure two lower bounds
 for this machine and these weights:
 
-    products    the packed matrix products of such a step alone
+    products    only the packed matrix products of such a step
     roofline    the bytes that such a step must read, all matrices once and the keys and values of its positions, at
                 the bandwidth with which all cores read, or copy, a gigabyte in the same run
 
@@ -47,18 +47,18 @@ CONFIGURATIONS = ("none", "packed", "fused,packed", "all")
 FLOORS = ("products", "roofline")
 INPUT_TOKENS = 155
 STEPS = 10
-"""Timed in a round, after three that are not: the sequences are then about 170 positions long."""
+"""Number of timed steps in a round, after three untimed ones; the sequences are then about 170 positions long."""
 POSITIONS = 170
 PREFILLS = (37, 101, 256)
 PREFILLS_PER_ROUND = 6
 
 
 BUFFER_BYTES = 2**30
-"""Far more than a processor's cache holds."""
+"""Far larger than a processor's cache."""
 
 
 def bandwidth() -> float:
-    """Bytes a second that all cores read, or read and write in a copy, whichever is more."""
+    """Bytes per second of all cores: reading, or reading and writing in a copy, whichever is higher."""
     source = torch.ones(BUFFER_BYTES // 4)
     target = torch.empty_like(source)
     read = min(timed(source.sum) for _ in range(4))
@@ -67,7 +67,7 @@ def bandwidth() -> float:
 
 
 class Products:
-    """The matrix products of a step alone: one of each of a model's linear layers, those that share an input as one."""
+    """Only the matrix products of a step: one for each linear layer, with layers that share an input combined."""
 
     def __init__(self, engine: Engine) -> None:
         config = engine.model.module.config
@@ -87,7 +87,7 @@ class Products:
 
     @torch.inference_mode()
     def seconds(self, rows: int, kept: int) -> float:
-        """Time of one pass over `rows` tokens, of which so many have logits."""
+        """Time of one pass over `rows` tokens, `kept` of which have logits."""
         inputs = [
             [torch.randn(rows, linear.in_features, dtype=self._dtype) for linear in layer] for layer in self._layers
         ]
@@ -101,12 +101,12 @@ class Products:
 
 
 def request(name: str, tokens: int, new: int) -> GenerationRequest:
-    """A request without a soft prompt: a prefix that is copied in costs no step anything."""
+    """A request without a soft prompt, because copying a cached prefix takes no time in steps."""
     return GenerationRequest(name, tuple(range(5, 5 + tokens)), SamplingParams(max_new_tokens=new, ignore_eos=True))
 
 
 def decode_seconds(engine: Engine, batch: int) -> list[float]:
-    """Times of steps in which so many sequences decode."""
+    """Times of steps in which `batch` sequences decode."""
     for i in range(batch):
         engine.add(request(f"decode-{i}", INPUT_TOKENS, 200), None)
     while len(engine.scheduler.waiting) or any(sequence.num_pending > 1 for sequence in engine.scheduler.running):
@@ -118,7 +118,7 @@ def decode_seconds(engine: Engine, batch: int) -> list[float]:
 
 
 def prefill_seconds(engine: Engine, tokens: int) -> list[float]:
-    """Times of prefills of so many tokens, each with the choice of the first new one."""
+    """Times of prefills of `tokens` tokens, including the choice of the first new token."""
     times = []
     for _ in range(PREFILLS_PER_ROUND):
         engine.add(request("prefill", tokens, 1), None)
@@ -127,14 +127,14 @@ def prefill_seconds(engine: Engine, tokens: int) -> list[float]:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that something takes."""
+    """Seconds that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def measure(configurations: list[str], batches: list[int], rounds: int) -> tuple[dict[str, dict[str, float]], float]:
-    """Median milliseconds by kind of step and configuration, and both floors; the bytes a second of the second one."""
+    """Median milliseconds by kind of step and configuration with both lower bounds, and the memory bandwidth."""
     engines = {
         name: load_engine(Settings.load(optimise=name, max_sequences=max(batches)))
         for name in tqdm(configurations, "loading")
@@ -142,7 +142,7 @@ def measure(configurations: list[str], batches: list[int], rounds: int) -> tuple
     products, per_position = Products(engines["all"]), bytes_per_position(engines["all"].model.spec)
     fastest = 0.0
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for number in tqdm(range(rounds + 1), "rounds"):  # the first only warms up
+    for number in tqdm(range(rounds + 1), "rounds"):  # the first round only warms up
         for name, engine in engines.items():
             for batch in batches:
                 found = decode_seconds(engine, batch)

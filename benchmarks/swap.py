@@ -1,10 +1,10 @@
-"""How fast a published soft prompt answers, and what swapping costs those who are served meanwhile.
+"""Measures how fast a published soft prompt answers, and how much swaps slow down other requests.
 
-Starts `prelude serve` on loopback with a store of its own, and measures, over HTTP:
+Starts `prelude serve` on loopback with a new store, and measures over HTTP:
 
-    idle        PUT of a soft prompt to the first token of a request of thirty words for it, nobody else on the server
+    idle        from the PUT of a soft prompt to the first token of a request of thirty words for it, without other load
     idle, one   the same with a request of one word: nearly the swap alone
-    load        as idle, while clients generate on other versions of the same tasks
+    load        like idle, while clients generate with other versions of the same tasks
     throughput  output tokens per second of those clients, in interleaved rounds: without swaps, with one publish a
                 second (of a prefix that was never computed), with one activation (of a version whose prefix is known)
 
@@ -64,7 +64,7 @@ TASKS = ("one", "two", "three")
 SWAPS = ("none", "publish", "activate")
 START_SECONDS = 120
 KEPT = ("PRELUDE_DTYPE", "PRELUDE_MODEL", "PRELUDE_OPTIMISE")
-"""Settings that are left as the shell has them."""
+"""Settings that are taken from the shell's environment."""
 
 
 Form = list[tuple[str, tuple[str, bytes]]]
@@ -72,14 +72,14 @@ Form = list[tuple[str, tuple[str, bytes]]]
 
 @dataclass
 class Server:
-    """A server under measurement."""
+    """The measured server."""
 
     client: httpx.AsyncClient
     hidden_size: int
     published: int = 0
 
     def form(self) -> Form:
-        """A soft prompt that was never seen before, as an upload."""
+        """A new random soft prompt, as an upload."""
         self.published += 1
         generator = torch.Generator().manual_seed(self.published)
         tensor = torch.randn(NUM_VIRTUAL_TOKENS, self.hidden_size, generator=generator) * 0.05
@@ -90,14 +90,14 @@ class Server:
         ]
 
     async def publish(self, task: str, form: Form | None = None) -> int:
-        """Upload a new version; answers its number."""
+        """Upload a new version; returns its number."""
         reply = await self.client.put(f"/prompts/{task}", files=form or self.form())
         assert reply.status_code == 201, reply.text
         version: int = reply.json()["version"]
         return version
 
     async def activate(self, task: str, version: int) -> None:
-        """Let a version that is there answer."""
+        """Make an existing version live."""
         reply = await self.client.post(f"/prompts/{task}/activate", json={"version": version})
         assert reply.status_code == 200, reply.text
 
@@ -117,7 +117,7 @@ class Server:
         return replied - started, first_token - started
 
     async def generate(self, dice: random.Random) -> int:
-        """One request of the load; answers its output tokens."""
+        """Send one request of the load; returns its output tokens."""
         tokens = varied(OUTPUT_TOKENS, dice)
         reply = await self.client.post("/generate", params={"task": dice.choice(TASKS)}, json=body(tokens, dice))
         assert reply.status_code == 200, reply.text
@@ -125,14 +125,14 @@ class Server:
 
 
 def body(max_new_tokens: int, dice: random.Random | None = None, words: int = INPUT_WORDS) -> dict[str, Any]:
-    """A request."""
+    """The body of a request."""
     dice = dice or random.Random(0)
     text = " ".join(dice.choices(WORDS, k=words))
     return {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens, "ignore_eos_token": True}}
 
 
 class Load:
-    """Clients that ask one request after the other until the block ends, and count what they get."""
+    """Clients that send one request after the other until the block ends, and count output tokens."""
 
     def __init__(self, server: Server, clients: int) -> None:
         self._server = server
@@ -141,7 +141,7 @@ class Load:
 
     async def __aenter__(self) -> Load:
         self._tasks = [asyncio.create_task(self._ask(number)) for number in range(self._clients)]
-        await asyncio.sleep(2)  # until everybody is in
+        await asyncio.sleep(2)  # until all clients have started
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -153,24 +153,25 @@ class Load:
     async def _ask(self, number: int) -> None:
         dice = random.Random(number)
         while True:
-            tokens = await self._server.generate(dice)  # not in the line below: it would add to what was before
+            # Not inline below: `+=` would use the old value from before the await.
+            tokens = await self._server.generate(dice)
             self.tokens += tokens
 
     async def throughput(self, seconds: float, swap: str) -> float:
-        """Output tokens per second over so many seconds, with a swap in each, or none."""
+        """Output tokens per second over `seconds`, with one swap per second or none."""
         before, started = self.tokens, time.perf_counter()
         while (now := time.perf_counter() - started) < seconds:
             task, number = TASKS[int(now) % len(TASKS)], int(now)
             if swap == "publish":
                 await self._server.publish(task)
-            elif swap == "activate":  # of the task's first two versions, the one that does not answer
+            elif swap == "activate":  # the version that is not live, of the task's first two
                 await self._server.activate(task, 1 + (number // len(TASKS) + 1) % 2)
             await asyncio.sleep(max(0.0, min(number + 1, seconds) - (time.perf_counter() - started)))
         return (self.tokens - before) / (time.perf_counter() - started)
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """All three measurements."""
+    """Run all measurements."""
     for task in (*TASKS, *TASKS):
         await server.publish(task)
     result: dict[str, Any] = {}
@@ -197,7 +198,7 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
 
 
 def summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Milliseconds: medians and tails."""
+    """Medians and tails in milliseconds."""
     replies, tokens = (sorted(column) for column in zip(*times, strict=True))
     return {
         "publishes": len(times),
@@ -210,7 +211,7 @@ def summary(times: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 @contextmanager
 def prelude_serve(folder: Path) -> Iterator[str]:
-    """A server of its own; answers its address."""
+    """Context manager: start a server; yields its address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
     environment |= {name: os.environ[name] for name in KEPT if name in os.environ}
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--prompts-dir", str(folder / "prompts")]

@@ -1,4 +1,4 @@
-"""Stores with any number of tasks, written as a publish writes them, for the benchmarks that need thousands."""
+"""Creates stores with any number of tasks, in the format of a publish, for benchmarks that need thousands."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SPEC = ModelSpec(
 
 
 def task_name(number: int) -> str:
-    """Of the tasks of a store, counted from 1."""
+    """The name of a task, numbered from 1."""
     return f"customer-{number:06d}"
 
 
 def make_store(folder: Path, tasks: int) -> None:
-    """A version of each task, with a manifest like those that `prelude train` writes."""
+    """Write one version of each task, with a manifest like those of `prelude train`."""
     store = Store(LocalObjects(folder))
     manifest = json.loads((Path(__file__).parents[1] / "prompts" / "sms_spam" / "manifest.json").read_text())
     for number in tqdm(range(1, tasks + 1), f"publishing {tasks:,}", unit="task"):

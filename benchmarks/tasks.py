@@ -1,7 +1,7 @@
-"""What it costs to serve many tasks instead of one: speed, hits and memory, by the number of registered soft prompts.
+"""Measures speed, prefix hits and memory by the number of registered soft prompts.
 
-Registers 1, 8, 64, … 10,000 soft prompts of 20 virtual tokens, each number in `prelude serve` processes of its own, and
-sends requests whose tasks are drawn evenly (`uniform`) or as names and words are in life (`zipf`, exponent 1.1). The
+Registers 1, 8, 64, … 10,000 soft prompts of 20 virtual tokens, each number in separate `prelude serve` processes, and
+sends requests whose tasks are drawn uniformly (`uniform`) or from a Zipf distribution with exponent 1.1 (`zipf`). The
 budget for computed prefixes (PRELUDE_PREFIX_MEMORY) holds all of them, or a quarter:
 
     tok/s, req/s   medians of the rounds
@@ -14,11 +14,11 @@ budget for computed prefixes (PRELUDE_PREFIX_MEMORY) holds all of them, or a qua
     python benchmarks/tasks.py --plot docs/images/tasks.svg      # and a picture, as tasks_plot.py makes it of the JSON
     python benchmarks/tasks.py --short                           # two minutes
 
-Before anything is timed, each cache is brought to the state in which such requests keep it in the long run: all
-prefixes, or those of the tasks that were asked for last, in their order. Servers of one number of tasks run side by
-side and are measured in turn; those that wait take no requests. An answer has 16 tokens on average, from 8 to 24: were
-all of one length, the clients would fall into step, and a round would count their batches, not the server's speed.
-Prints a table and, last, one line of JSON.
+Before the measurement, each cache is filled as such requests would fill it in the long run: with all prefixes, or with
+those of the most recently requested tasks, in their order. Servers with the same number of tasks run side by side and
+are measured in turn; waiting servers get no requests. Answers have 16 tokens on average, from 8 to 24: with equal
+lengths, clients would fall into step, and a round would count their batches instead of the server's speed. Prints a
+table and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ OUTPUT_TOKENS = 16
 WARM_UP_SECONDS = 1.0
 ASKING_AT_ONCE = 64
 SERVER_BYTES = 1_500_000_000
-"""What a server takes beside prefixes, generously."""
+"""A generous estimate of a server's memory without prefixes."""
 MB = 1e6
 
 
 class ManyTasks(Prelude):
-    """A server on a store that was written before. Its clients send text, so it needs no model here."""
+    """A server with a prepared store. Its clients send text, so the peer needs no model."""
 
     def __init__(self, store: Path, choice: Choice, prefix_bytes: int | None) -> None:
-        """With a budget for prefixes, else the server's own."""
+        """Create the peer with a budget for prefixes; None for the server's default."""
         self._store, self._choice, self._prefix_bytes = store, choice, prefix_bytes
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
@@ -75,7 +75,7 @@ class ManyTasks(Prelude):
         return [*super().command(port, folder, workload), "--store", f"file:{self._store}", *budget]
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
-        """See `Peer`; the task is drawn, and how long the answer is."""
+        """See `Peer`; the task and the length of the answer are drawn."""
         workload = replace(workload, output_tokens=varied(workload.output_tokens, dice))
         return super().call(workload, self._choice.draw(dice), dice)
 
@@ -85,7 +85,7 @@ class ManyTasks(Prelude):
 
 @dataclass
 class Server:
-    """One that runs."""
+    """A running server."""
 
     url: str
     process: psutil.Process
@@ -93,12 +93,12 @@ class Server:
     info: dict[str, Any]
 
     def hits_and_misses(self) -> tuple[int, int]:
-        """Since it started."""
+        """Prefix hits and misses since the start."""
         prefixes = httpx.get(f"{self.url}/info", timeout=60).json()["prefixes"]
         return prefixes["hits"], prefixes["misses"]
 
     async def ask_for(self, tasks: Sequence[int]) -> None:
-        """One token of each of these tasks, in about this order."""
+        """Request one token of each of these tasks, approximately in this order."""
         waiting = iter(tasks)
         limits = httpx.Limits(max_connections=ASKING_AT_ONCE)
         with tqdm(total=len(tasks), desc=f"warming {len(tasks):,}", unit="task", leave=False) as bar:
@@ -116,7 +116,7 @@ class Server:
 
 @dataclass
 class Point:
-    """One row of the table: a number of tasks, a budget and a choice, and what was measured of it."""
+    """One row of the table: a number of tasks, a budget and a distribution, and their measurements."""
 
     count: int
     budget: str
@@ -132,7 +132,7 @@ class Point:
     warm_bytes: int = 0
 
     def measure(self, options: argparse.Namespace) -> float:
-        """One round; answers its output tokens per second."""
+        """Measure one round; returns its output tokens per second."""
         assert self.server is not None
         hits, misses = self.server.hits_and_misses()
         self.rounds.append(asyncio.run(self._load(options.clients, options.seconds)))
@@ -151,7 +151,7 @@ class Point:
             return await Load(self.peer, workload, client).run(seconds, WARM_UP_SECONDS)
 
     def figures(self) -> dict[str, Any]:
-        """As they are printed; times in milliseconds."""
+        """The printed figures; times in milliseconds."""
         rates = [measured.tokens / measured.seconds for measured in self.rounds]
         together = Measured(seconds=1.0, first_token=[t for measured in self.rounds for t in measured.first_token])
         times = together.figures()
@@ -177,7 +177,7 @@ class Bench:
     """Stores, servers and rounds."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
-        """Start the server with one task, which stays."""
+        """Start the server with one task, which runs until the end."""
         self._options, self._folder = options, folder
         self._numbers = itertools.count()
         self.base = Point(1, "all", "uniform")
@@ -189,7 +189,7 @@ class Bench:
         self.skipped: list[str] = []
 
     def points(self, count: int) -> list[Point]:
-        """What is measured of so many tasks, as far as there is memory for it."""
+        """The points for `count` tasks for which there is enough memory."""
         quarter = max(1, count // 4) * self.bytes_per_prefix
         found = [Point(count, "quarter", choice, quarter) for choice in ("uniform", "zipf")]
         everything = count * self.bytes_per_prefix
@@ -203,11 +203,12 @@ class Bench:
         return found
 
     def measure(self, points: list[Point], bar: tqdm[Any]) -> None:
-        """All rounds of one number of tasks; its servers end with it."""
+        """Measure all rounds of one number of tasks, then stop its servers."""
         count = points[0].count
         with ExitStack() as stack:
             store = self._store(count)
-            of_all = [point for point in points if point.budget == "all"]  # both find everything: one server
+            # Both find all prefixes, so they share a server.
+            of_all = [point for point in points if point.budget == "all"]
             for together in [of_all, *([point] for point in points if point not in of_all)]:
                 if together:
                     self._start(together, store, stack)
@@ -229,7 +230,7 @@ class Bench:
         return folder
 
     def _start(self, points: Sequence[Point], store: Path, stack: ExitStack) -> None:
-        """One server for these points, and its cache as they will keep it."""
+        """Start one server for these points and fill its cache."""
         first, count = points[0], points[0].count
         for point in points:
             point.peer = ManyTasks(store, Choice(point.choice, count), first.prefix_bytes)
@@ -239,7 +240,7 @@ class Bench:
         url, process = stack.enter_context(started(first.peer, Workload(self._options.clients, OUTPUT_TOKENS), folder))
         info = httpx.get(f"{url}/info", timeout=60).json()
         assert info["tasks"] == count, info
-        time.sleep(1)  # until what the start was busy with is done
+        time.sleep(1)  # until the work of the start is done
         server = Server(url, process, resident(process), info)
         for point in points:
             point.server, point.idle_bytes = server, server.idle_bytes
@@ -248,7 +249,7 @@ class Bench:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of tasks, one after the other."""
+    """Measure all numbers of tasks, one after the other."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="prelude-tasks-", dir=options.folder) as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
@@ -279,7 +280,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def per_task(rows: Iterable[Point]) -> dict[int, float]:
-    """Bytes that a task takes in a server that was asked for nothing: the median of the servers of each number."""
+    """Bytes per task in a server before any request: the median over the servers with each number of tasks."""
     idle: dict[int, list[int]] = defaultdict(list)
     for row in rows:
         idle[row.count].append(row.idle_bytes)
@@ -288,7 +289,7 @@ def per_task(rows: Iterable[Point]) -> dict[int, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     print(
         f"\n{result['model']}, {result['dtype']}, {result['machine']}; {result['clients']} clients, "
         f"{result['output_tokens']} tokens out on average, {result['num_virtual_tokens']} virtual tokens: "
@@ -305,7 +306,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['idle_mb']:>9.0f}"
         )
     for count, taken in result["idle_bytes_per_task"].items():
-        if count >= 512:  # of fewer, the servers' own differences are larger
+        if count >= 512:  # with fewer tasks, differences between servers are larger
             print(f"a task of {count:,} that nobody asked for takes {taken / 1000:.1f} KB of resident memory")
     for line in result["skipped"]:
         print(f"left out: {line}")

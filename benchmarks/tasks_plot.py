@@ -1,9 +1,9 @@
-"""The figures of tasks.py as a picture: speed, waiting and hits against the number of tasks.
+"""Plots the figures of tasks.py: throughput, time to first token and hits by the number of tasks.
 
     python benchmarks/tasks.py | tail -n 1 > tasks.json
     python benchmarks/tasks_plot.py tasks.json docs/images/tasks.svg
 
-How it looks is in pictures.py.
+The style is in pictures.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ STYLES = {
     ("quarter", "zipf"): (AMBER, "D", "--", 1.8, "room for a quarter, Zipf choices"),
     ("quarter", "uniform"): (RED, "^", "--", 1.8, "room for a quarter, even choices"),
 }
-"""Colour, mark, line, width and name; the first two lie on one another, so the lower one is the wider."""
+"""Colour, marker, line style, width and name; the first two lines overlap, so the lower one is wider."""
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Three panels, one below the other, over one axis of tasks."""
+    """Draw three panels, one below the other, with a common axis of tasks."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -73,7 +73,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """What was measured, in small print."""
+    """The caption: what was measured."""
     return (
         f"{result['model']}, {result['dtype']}, {result['machine']}; {result['clients']} clients, "
         f"{result['output_tokens']} tokens out on average,\n{result['num_virtual_tokens']} virtual tokens a task, "

@@ -1,9 +1,9 @@
-"""How much of the machine's matrix rate a training step gets: prompt tuning at 16 rows of 128 tokens.
+"""Measures which share of the machine's matrix rate a training step reaches: prompt tuning, 16 rows of 128 tokens.
 
-The rate is what torch's own products of the model's sizes reach, in the dtype that is trained in. A step's work is that
-of its matrix products, forward and backward: the frozen weights have no gradients, so 4 floating-point operations for
-each weight and token, and 4 for each weight of the output layer and target token. Attention, norms and the
-optimiser count as nothing: they are what is lost.
+The rate is that of torch's own products of the model's sizes, in the training dtype. A step's work is that of its
+matrix products, forward and backward: the frozen weights have no gradients, so it is 4 floating-point operations for
+each weight and token, and 4 for each weight of the output layer and target token. Attention, norms and the optimiser do
+not count as work.
 
     python benchmarks/training.py
     python benchmarks/training.py --method prefix_tuning --rounds 10
@@ -67,7 +67,7 @@ def step_work(model: FrozenModel, fed: int, targets: int) -> float:
 
 
 def main() -> None:
-    """Measure both, one after the other."""
+    """Measure the rate and the step, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="prompt_tuning")
     parser.add_argument("--rounds", type=int, default=10)

@@ -1,4 +1,4 @@
-"""Attention of a training step on the CPU, forward and backward: SDPA against the formula written out.
+"""Compares the attention of a training step on a CPU, forward and backward: SDPA and explicit operations.
 
     python benchmarks/training_attention.py
 
@@ -28,7 +28,7 @@ def seconds(product: torch.Tensor) -> float:
 
 
 def sdpa() -> float:
-    """One forward and backward by scaled_dot_product_attention."""
+    """Time one forward and backward with scaled_dot_product_attention."""
     query = torch.randn(ROWS, HEADS, TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
     key = torch.randn(ROWS, KV_HEADS, TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
     started = time.perf_counter()
@@ -37,7 +37,7 @@ def sdpa() -> float:
 
 
 def written_out() -> float:
-    """One forward and backward by the layout that training uses, its padding included."""
+    """Time one forward and backward with the layout that training uses, including padding."""
     query = torch.randn(HEADS, ROWS * TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
     key = torch.randn(KV_HEADS, ROWS * TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
     layout, rules = PackedRows([TOKENS] * ROWS), AttentionRules(DIM**-0.5)

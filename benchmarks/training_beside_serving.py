@@ -1,8 +1,8 @@
-"""What a training job beside a server costs those who are served: throughput, and time to first token.
+"""Measures how much a training job slows down requests: throughput and time to first token.
 
-Clients of the classify workload of serve.py ask a server for short answers, while no job runs, and while one does. The
-rounds are interleaved, because the machine is not the same from minute to minute. The job is a real one, asked for over
-HTTP; it is cancelled after each of its rounds.
+Clients of the classify workload of serve.py request short answers, in rounds with and without a running job. Rounds are
+interleaved, because the machine's speed varies from minute to minute. The job is a real one, started over HTTP and
+cancelled after each of its rounds.
 
     python benchmarks/training_beside_serving.py
     python benchmarks/training_beside_serving.py --rounds 1 --seconds 8
@@ -34,12 +34,12 @@ from server.settings import Settings
 
 START_SECONDS = 300
 LONG = {"steps": 999, "evaluations": 1, "learning_rate": 0.001, "batch_size": 16}
-"""So many that it does not come to its end, and so few that each step is recorded."""
+"""Enough steps that the job does not end, but so few that each step is recorded."""
 KEYS = ("tokens_per_second", "requests_per_second", "first_token_p50_ms", "first_token_p99_ms")
 
 
 def rows(workload: Workload) -> bytes:
-    """Texts of the workload's kind, with labels."""
+    """Training rows: texts of the workload's kind, with labels."""
     dice = random.Random(0)
     lines = [{"input": workload.text(dice), "target": dice.choice(("yes", "no"))} for _ in range(2000)]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -47,7 +47,7 @@ def rows(workload: Workload) -> bytes:
 
 @asynccontextmanager
 async def training(client: httpx.AsyncClient, data: bytes) -> AsyncIterator[dict[str, float]]:
-    """A job that is in its steps; answers steps and seconds once it was cancelled."""
+    """Context manager: a job that has begun its steps; reports steps and seconds after it was cancelled."""
     form = {"spec": json.dumps({"task": "bench-job", "config": LONG})}
     reply = await client.post("/training/jobs", data=form, files={"data": ("rows.jsonl", data)})
     reply.raise_for_status()
@@ -71,7 +71,7 @@ async def training(client: httpx.AsyncClient, data: bytes) -> AsyncIterator[dict
 async def measure(
     model: Model, url: str, workload: Workload, options: argparse.Namespace
 ) -> list[tuple[Measured, Measured, float]]:
-    """Of each round: without a job, with one, and how many steps a second that one took."""
+    """For each round: the measurements without and with a job, and the job's steps per second."""
     limits = httpx.Limits(max_connections=workload.clients + 4)
     data, peer, rounds = rows(workload), Prelude(model), []
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:

@@ -90,7 +90,7 @@ class LLGuidance:
         self.start(Grammar(GrammarKind.REGEX, "a"))  # starts the process that reads the tokenizer
 
     def forget(self) -> None:
-        """Compile anew next time."""
+        """Clear the cache, so that the next start compiles again."""
         for compiled in list(self.grammars._compiled.values()):  # noqa: SLF001
             self.grammars.discard(compiled)
 
@@ -125,7 +125,7 @@ class XGrammar:
         self._compiled: dict[Grammar, Any] = {}
 
     def forget(self) -> None:
-        """Compile anew next time."""
+        """Clear the cache, so that the next start compiles again."""
         self._compiler.clear_cache()
         self._compiled.clear()
 

@@ -7,11 +7,11 @@ budget for computed prefixes (PRELUDE_PREFIX_MEMORY) holds all of them, or a qua
     tok/s, req/s   medians of the rounds
     ratio          to a server with one task, which is measured again in every round; median of the rounds' ratios
     TTFT           from the request's first byte to the first token, over all rounds
-    hits           requests that found their prefix computed, as the server counts them
-    idle           resident memory of a server that has started with so many tasks and was asked for nothing yet
+    hits           requests whose prefix was cached, by the server's count
+    idle           resident memory of a server after its start with these tasks, before any request
 
     python benchmarks/tasks.py                                   # a quarter of an hour
-    python benchmarks/tasks.py --plot docs/images/tasks.svg      # and a picture, as tasks_plot.py makes it of the JSON
+    python benchmarks/tasks.py --plot docs/images/tasks.svg      # also draws a picture, like tasks_plot.py
     python benchmarks/tasks.py --short                           # two minutes
 
 Before the measurement, each cache is filled as such requests would fill it in the long run: with all prefixes, or with

@@ -112,7 +112,7 @@ class GrammarKind(StrEnum):
 
 
 MAX_SCHEMA_DEPTH = 124
-"""Maximum nesting of a JSON schema: llguidance's parser allows 128 levels, of which its own wrapping needs some."""
+"""Maximum nesting of a JSON schema: the 128 levels of llguidance's parser, less the levels of its own wrapping."""
 
 TOO_DEEP = f"it is nested more than {MAX_SCHEMA_DEPTH} deep"
 """Why a JSON schema cannot be used; several checks report it."""

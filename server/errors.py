@@ -120,7 +120,7 @@ class EmptyInput(InvalidRequest, code="empty_input"):
 class InputTooLong(InvalidRequest, code="input_too_long"):
     """The request can never fit the context, however long it waits.
 
-    `param` is the field that asks for more new tokens than there is room for; without it the input alone does not fit.
+    `param` is the field that requests more new tokens than fit; if it is None, the input alone does not fit.
     """
 
     default_remedy = "Shorten the input, or let /generate `truncate` it."

@@ -6,7 +6,7 @@ downloaded and no model is needed: weights are random, and the tokenizer has a t
 
     python -m benchmarks.gpu                           # nine minutes
     python -m benchmarks.gpu --stages graphs decode    # these only
-    python -m benchmarks.gpu --minutes 4               # as many as fit, in order of worth
+    python -m benchmarks.gpu --minutes 4               # as many as fit, by importance
     python -m benchmarks.gpu --rehearse                # tiny sizes on a CPU: does every line run?
 
 At the end it prints a summary and a table for RESULTS.md. Exits with 0 if all stages succeeded, else with 1; missed

@@ -16,14 +16,14 @@ from server.errors import Overloaded
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server takes; None is no limit."""
+    """The limits of a server; None means no limit."""
 
     in_flight: int | None = None
     """Choices that run or wait."""
     per_task: int | None = None
-    """The same, of one task."""
+    """Choices of one task that run or wait."""
     per_key: int | None = None
-    """The same, of one API key."""
+    """Choices of one API key that run or wait."""
     background: int | None = None
     """Choices of background requests, which the server makes itself (for example in an evaluation)."""
     request_timeout: float | None = None
@@ -31,7 +31,7 @@ class Limits:
 
 
 class Admission:
-    """What is in flight, by task and by key."""
+    """Counts choices in flight by task and by key, and refuses requests that exceed a limit."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -45,7 +45,7 @@ class Admission:
         """Count a request as in flight while the block runs, or until the yielded `leave` is called at its end.
 
         Raises:
-            Overloaded: a limit is reached; says which.
+            Overloaded: a limit is reached; the error names it.
         """
         choices = request.num_choices
         if request.is_background:

@@ -13,7 +13,7 @@ from server.contracts import Candidate, Scored, Token
 from server.engine.text.token_texts import TokenTexts
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot represent."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 _REPLACEMENT = "\ufffd".encode()
 

@@ -214,12 +214,12 @@ class CompletionBody(SamplingBody):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens to generate, if the request says so."""
+        """Maximum number of new tokens; None if the request does not set it."""
         return self.max_tokens
 
     @property
     def new_tokens_field(self) -> str:
-        """What says so, or would."""
+        """Name of the field that sets `new_tokens`."""
         return "max_tokens"
 
     @property
@@ -229,7 +229,7 @@ class CompletionBody(SamplingBody):
 
     @property
     def most_likely(self) -> int:
-        """Of how many of the most likely tokens the log-probability is asked for."""
+        """Number of most likely tokens whose log-probabilities are requested."""
         return self.logprobs or 0
 
 
@@ -314,12 +314,12 @@ class ChatBody(SamplingBody):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens to generate, if the request says so."""
+        """Maximum number of new tokens; None if the request does not set it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def new_tokens_field(self) -> str:
-        """What says so, or would."""
+        """Name of the field that sets `new_tokens`."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
@@ -336,5 +336,5 @@ class ChatBody(SamplingBody):
 
     @property
     def most_likely(self) -> int:
-        """Of how many of the most likely tokens the log-probability is asked for."""
+        """Number of most likely tokens whose log-probabilities are requested."""
         return self.top_logprobs or 0

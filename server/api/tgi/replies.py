@@ -47,7 +47,7 @@ def reply_of(
 async def events(
     first: Delta, deltas: AsyncGenerator[Delta], body: GenerateBody, prepared: Prepared, worker: EngineWorker
 ) -> AsyncGenerator[dict[str, Any]]:
-    """One event per token; the last one carries the whole text and, if asked for, details."""
+    """Yield one event per token; the last one has the whole text and, if requested, details."""
     parameters, choice = body.parameters, Choice(0)
     delta = first
     try:

@@ -115,7 +115,8 @@ def serve(port: int, folder: Path) -> None:
 
     def probed(settings: Settings, worker: EngineWorker, *others: Any) -> FastAPI:
         app = create_app(settings, worker, *others)
-        worker._engine.kv_cache.states.zero_()  # noqa: SLF001 - touches all pages now, so that no request is charged for them
+        # Touch all pages now, so that no request is charged for them.
+        worker._engine.kv_cache.states.zero_()  # noqa: SLF001
         worst = [0.0]
         libc = ctypes.CDLL(None)
 

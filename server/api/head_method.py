@@ -20,7 +20,7 @@ class HeadAsGet:
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await send(message)
-                # The reply ends here, even if it is a stream; its handler is told that the client has disconnected.
+                # The reply ends here, even if it is a stream: its handler receives a disconnect.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         asked = {**scope, "method": "GET"}  # a copy: uvicorn sends the reply by the method in its own scope

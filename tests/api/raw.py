@@ -10,7 +10,7 @@ PIECE = 2**13
 
 
 def answer(server: LiveServer, start: bytes, piece: bytes, pieces: int) -> bytes:
-    """What a client is told that goes on sending pieces."""
+    """The reply to a client that sends a start and then the same piece many times."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         received = b""
         try:

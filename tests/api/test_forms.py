@@ -125,7 +125,7 @@ async def test_a_form_is_whole_where_the_parser_comes_to_its_end(soak: Soak) -> 
 def _form(dice: random.Random, boundary: bytes) -> tuple[bytes, list[bytes]]:
     """A form of files, and what is in them."""
     head = b'Content-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-    # None of it is the boundary itself: a body whose content holds that is broken, whoever reads it.
+    # No content is the boundary itself: a body whose content contains it is broken for every parser.
     tricky = (b"\r\n", b"--", b"\r\n--", b"-", b"\r", b"data", b"\n--" + boundary[1:])
     contents = [b"".join(dice.choices(tricky, k=dice.randrange(6))) for _ in range(dice.randrange(1, 4))]
     body = b"".join(b"\r\n--" + boundary + b"\r\n" + head + content for content in contents)[2:]

@@ -22,7 +22,7 @@ from tests.support import RecordingModel, make_engine, request
 
 
 class HeldModel(RecordingModel):
-    """A frozen model whose forward waits while it is told to."""
+    """A frozen model whose forward waits until the test releases it."""
 
     def __init__(self, model: FrozenModel) -> None:
         super().__init__(model)

@@ -172,7 +172,7 @@ def test_what_is_no_file_of_keys_in_its_place_leaves_the_keys_valid(
     keys = ApiKeys(path)
     content = path.read_bytes()
     path.unlink()
-    os.mkfifo(path)  # whoever opens one waits for its writer
+    os.mkfifo(path)  # opening a pipe blocks until it has a writer
     assert keys.find(text) is not None
     assert "not a regular file" in errors(caplog)[-1]
     path.unlink()

@@ -66,7 +66,7 @@ def test_a_version_that_is_not_there_cannot_be_downloaded(server: LiveServer) ->
 
 
 def restarted(directory: Path, tasks: int) -> None:
-    """Leave a store with so many tasks behind."""
+    """Create a store with the given number of tasks."""
     with live_server(directory) as server:
         for seed in range(tasks):
             server.publish_random(f"t{seed}", seed)

@@ -45,7 +45,7 @@ def roomy_server(tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def _junk(size: int) -> Iterator[bytes]:
-    """A form with a tensor file of so many bytes, which is no tensor file."""
+    """A form whose tensor file has the given size and is not valid."""
     yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % CONFIG.encode()
     yield b'{"peft_type": "CPT"}\r\n'
     yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % TENSORS.encode()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.bodies import ORDERS, TEXTS, Bounds
+from server.api.bodies import MAX_NAME, ORDERS, TEXTS, Bounds
 from server.api.body_sizes import MAX_JSON_BYTES, MAX_ORDER_BYTES, json_limit
 from server.api.jobs.table import KINDS
 
@@ -71,7 +71,7 @@ def values(size: int, bounds: Bounds) -> dict[str, str]:
         "huge numbers": _filled("1" * 1000, size, count),
         "many names": _named("1", size, names),
         "names of texts": _named('"' + "a" * (size // names - 20) + '"', size, names),
-        "long names": _named("1", size, names, "{:0500d}"),
+        "long names": _named("1", size, names, f"{{:0{MAX_NAME}d}}"),
         "objects of many names": _filled('{"a":1,"b":[]}', size, names // 2),
         "messages": _filled('{"role":"user","content":"a"}', size, names // 2),
         "parts": _filled('{"type":"text","text":"a"}', size, names // 2),
@@ -90,6 +90,7 @@ def refused(size: int) -> dict[str, str]:
         "too deep": "[" * size,
         "too huge a number": "1" * size,
         "too huge a number in a text": '"' + "1" * (size - 2) + '"',
+        "too long names": _named("1", size, TEXTS.names - 64, "{:0500d}"),
         "too long a name": '{"' + "a" * (size - 8) + '":1}',
         "too wide": '"\U0001f600' + "a" * (size - 8) + '"',
         "a text without an end": '"' + "a" * (size - 2),

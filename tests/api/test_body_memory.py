@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 
+from server.api.bodies import BoundedRequest
 from server.api.body_sizes import FORM_BYTES, FREE_BYTES, BodyLimit
 from server.errors import Overloaded, PayloadTooLarge
 from tests.api.body_limits import DISK, HUGE, MEMORY
@@ -143,3 +145,24 @@ def test_a_body_beyond_what_all_may_hold_is_told_when_to_come_again(
 def _full(self: BodyLimit, more: int) -> None:
     if more > 0:
         raise Overloaded("It is full.")
+
+
+async def test_a_body_is_read_without_a_second_copy_and_parsed_without_one() -> None:
+    piece, count = b"a" * 2**16, 64
+
+    async def receive() -> dict[str, Any]:
+        nonlocal count
+        count -= 1
+        return {"type": "http.request", "body": piece, "more_body": count > 0}
+
+    size = count * len(piece)
+    request = BoundedRequest({"type": "http", "headers": []}, receive)
+    tracemalloc.start()
+    try:
+        body = await request.body()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(body) == size
+    assert peak < 1.5 * size
+    assert type(body) is bytes  # the parser copies any other kind

@@ -105,7 +105,6 @@ class CachedRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `interface.Layout.attend`."""
         self._kv_cache.write(layer, self._pool_positions, key, value)
         heads, tokens, dim = query.shape
         out = query.new_empty(tokens, heads, dim)

@@ -179,7 +179,6 @@ class CompiledRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `interface.Layout.attend`."""
         return self._attention.attend(layer, query, key, value, self._work, rules)
 
 

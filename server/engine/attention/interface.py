@@ -169,7 +169,7 @@ def attend_batch(
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap) * rules.softcap
         scores = scores + mask
-        weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query.dtype))
+        weights = scores.softmax(dim=-1, dtype=_wide(query.dtype))
         if rules.sinks is not None:
             sinks = rules.sinks.view(kv_heads, heads // kv_heads).repeat_interleave(q_len, dim=1).to(weights.dtype)
             weights = weights * (scores.to(weights.dtype).logsumexp(-1) - sinks).sigmoid().unsqueeze(-1)
@@ -177,7 +177,7 @@ def attend_batch(
     return out.reshape(batch, heads, q_len, dim)
 
 
-def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -227,7 +227,6 @@ class PackedRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `Layout.attend`."""
         if self.collected is not None:
             self.collected[layer] = (key, value)
         if self._pad_index.device != query.device:  # once per step, because the host waits for such a copy
@@ -287,14 +286,12 @@ class SharedStart:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `Layout.attend`."""
         size = self._num_shared
         start = self._start.attend(layer, query[:, :size], key[:, :size], value[:, :size], rules)
         rows = self._rows.attend(layer, query[:, size:], key[:, size:], value[:, size:], rules)
         return torch.cat([start, rows])
 
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """See `RecurrentLayout.recur`."""
         size = self._num_shared
         start, state = recurrence(inputs[None, :size], no_states(state_slice, inputs, 1))
         return torch.cat([start[0], self._rows.recur(state_slice, inputs[size:], recurrence, state)])
@@ -302,5 +299,4 @@ class SharedStart:
 
 def no_states(state_slice: StateSlice, inputs: torch.Tensor, rows: int) -> torch.Tensor:
     """Initial states of sequences: zeros `[rows, state width]`."""
-    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    return inputs.new_zeros(rows, state_slice.width, dtype=dtype)
+    return inputs.new_zeros(rows, state_slice.width, dtype=_wide(inputs.dtype))

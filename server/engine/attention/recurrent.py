@@ -60,11 +60,9 @@ class RecurrentRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `interface.Layout.attend`."""
         return self._layout.attend(layer, query, key, value, rules)
 
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """See `interface.RecurrentLayout.recur`."""
         states = torch.split(self._pool.read(state_slice, self._rows), self._sequences)
         outs, after = [], []
         for part, before in zip(torch.split(inputs, self._tokens), states, strict=True):

@@ -266,7 +266,6 @@ class VarlenRows:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `interface.Layout.attend`."""
         assert rules.softcap is None, "varlen_attention has looked at every layer"
         self._kv_cache.write(layer, self._pool_positions, key, value)
         keys, values = self._kv_cache.states[layer]  # [positions, kv_heads, dim] each, in place

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,17 +29,11 @@ LARGEST_BUCKET = 512
 
 Forward = Callable[[], torch.Tensor]
 
+GraphCapture = Callable[[Forward], Forward]
+"""Captures work on fixed memory and returns a function that replays it; each call overwrites the previous result.
 
-class GraphCapture(Protocol):
-    """Captures work on fixed memory."""
-
-    def __call__(self, forward: Forward) -> Forward:
-        """Capture `forward`; returns a function that replays it. Each call overwrites the previous result.
-
-        The returned function keeps `forward` alive: the graph reads tensors that `forward` references, whose memory
-        would otherwise be reused.
-        """
-        ...
+The returned function keeps the captured one alive: the graph reads tensors that it references, whose memory would
+otherwise be reused."""
 
 
 def buckets(max_sequences: int) -> list[int]:
@@ -50,11 +43,7 @@ def buckets(max_sequences: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """The model's forward over decoding rows, captured for each bucket.
-
-    Attributes:
-        buckets: the batch sizes, in ascending order.
-    """
+    """The model's forward over decoding rows, captured for each of `buckets`: batch sizes in ascending order."""
 
     def __init__(
         self,

@@ -63,11 +63,7 @@ class FusedRotary(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """One decoder layer, a drop-in replacement in transformers' loop over layers.
-
-    Attributes:
-        is_last: whether the layer may return only the needed rows.
-    """
+    """One decoder layer, a drop-in replacement in transformers' loop over layers."""
 
     def __init__(
         self,
@@ -79,18 +75,9 @@ class FusedLayer(nn.Module):
         *,
         pack: bool,
     ) -> None:
-        """Copy the weights of a layer for which `has_known_parts` is true.
-
-        Args:
-            layer: transformers' layer.
-            index: the layer's index in the model.
-            rules: the layer's requirements for attention beside causality.
-            head_dim: head size.
-            operators: implementations of norm, rotary embedding and gate.
-            pack: see `FrozenLinear`.
-        """
+        """Copy the weights of transformers' layer at this index, for which `has_known_parts` is true."""
         super().__init__()
-        self.is_last = False
+        self.is_last = False  # whether it may return only the needed rows
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         self._index, self._rules, self._head_dim, self._operators = index, rules, head_dim, operators
@@ -104,9 +91,8 @@ class FusedLayer(nn.Module):
         self._is_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
         self._attention_norm = _Norm.of(layer.input_layernorm)
         self._mlp_norm = _Norm.of(layer.post_attention_layernorm)
-        self._head_norms = (
-            [_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)] if _has_head_norms(attention) else []
-        )
+        has_head_norms = hasattr(attention, "q_norm")
+        self._head_norms = [_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)] if has_head_norms else []
 
     def forward(
         self,
@@ -162,10 +148,6 @@ class _Norm:
     @classmethod
     def of(cls, norm: Any) -> _Norm:
         return cls(norm.weight.detach(), float(norm.variance_epsilon))
-
-
-def _has_head_norms(attention: nn.Module) -> bool:
-    return hasattr(attention, "q_norm")
 
 
 def _joined(*linears: nn.Linear, pack: bool) -> FrozenLinear:

@@ -18,11 +18,7 @@ PACKED_FOR = 64
 
 
 class FrozenLinear(nn.Module):
-    """`x @ weight.T + bias`, without gradients.
-
-    Attributes:
-        is_packed: whether the weights are packed for the CPU.
-    """
+    """`x @ weight.T + bias`, without gradients."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool) -> None:
         """Take weights `[out_features, in_features]`; packing copies them, so the originals can be freed."""

@@ -24,13 +24,10 @@ NUMBERS_FOR_THREADS = 16384
 
 
 class Operators:
-    """The operations that a fused layer needs beside products and attention, in torch.
-
-    Attributes:
-        rotary_dtype: dtype of `cos` and `sin`; None means the model's own.
-    """
+    """The operations that a fused layer needs beside products and attention, in torch."""
 
     rotary_dtype: torch.dtype | None = None
+    """The dtype of `cos` and `sin`; None means the model's own."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Root mean square norm (Zhang and Sennrich 2019) over the last dimension."""
@@ -70,7 +67,6 @@ class CompiledOperators(Operators):
         self._kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """See `Operators`."""
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
         tokens = x.numel() // width
@@ -79,14 +75,12 @@ class CompiledOperators(Operators):
         return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
-        """See `Operators`."""
         tokens, heads, dim = x.shape
         addresses = (_address(x, x.dtype), _address(cos, torch.float32), _address(sin, torch.float32))
         self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *addresses, heads, num_rotated, dim)
         return x
 
     def silu_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See `Operators`."""
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(tokens, width)
         addresses = (_address(gate_up, gate_up.dtype), _address(out, gate_up.dtype))
@@ -94,7 +88,6 @@ class CompiledOperators(Operators):
         return out
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Operators`."""
         if logits.dtype not in COMPILED_DTYPES:
             return super().best(logits)
         logits = logits.contiguous()

@@ -49,12 +49,9 @@ LARGEST_DIFFERENCE = 1e-4
 
 
 def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | None) -> Kernels | None:
-    """Load and test the compiled kernels; None if they are switched off, not installed, or useless for this model.
+    """Load and test the compiled kernels; None if `parts` lacks "compiled", or this model or machine cannot use them.
 
-    Args:
-        model: the model that will use them.
-        parts: optimisations that are switched on; kernels need "compiled".
-        cache_dir: cache for machine code, if writable; unreadable entries are compiled again.
+    Their machine code is kept in `cache_dir`, if it is writable; unreadable entries are compiled again.
     """
     if "compiled" not in parts or model.device.type != "cpu" or model.dtype not in COMPILED_DTYPES:
         return None
@@ -137,20 +134,13 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
     if probe.rotated_dim != model.spec.head_dim:
         return False
 
-    def fused(index: int) -> FusedLayer:
-        layer = layers[index]
-        pack_layer = pack and can_pack(next(layer.parameters()))
-        return FusedLayer(layer, index, model.attention_rules[index], model.spec.head_dim, operators, pack=pack_layer)
-
     # All layers are compared before any is replaced, so at most one extra layer is in memory at a time.
     if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
-        log.info(
-            "the layers of %s do not behave like the Llama family's; they stay as transformers wrote them",
-            model.spec.name,
-        )
+        log.info("the layers of %s do not compute what the Llama family's do; they stay as they are", model.spec.name)
         return False
-    for index in range(len(layers)):
-        layers[index] = fused(index)
+    for index, layer in enumerate(layers):
+        packs, rules = pack and can_pack(next(layer.parameters())), model.attention_rules[index]
+        layers[index] = FusedLayer(layer, index, rules, model.spec.head_dim, operators, pack=packs)
     cast(FusedLayer, layers[-1]).is_last = model.keeps_early = True
     decoder.rotary_emb = FusedRotary(rotary, operators)
     return True
@@ -177,21 +167,15 @@ class _Probe:
         ids = torch.linspace(0, model.spec.vocab_size - 1, num_tokens, device=model.device).long()
         x = model.embed(ids).unsqueeze(0)
         self._x = x if x.dtype == torch.float64 else x.float()
-        # One row near the start of the context and one at its end, because some models change their behaviour with
-        # position.
-        starts = (7, model.spec.max_model_len - PROBE_ROWS[-1])
-        rows = [
-            torch.arange(start, start + n, device=model.device) for start, n in zip(starts, PROBE_ROWS, strict=True)
-        ]
-        self._position_ids = torch.cat(rows)[None]
+        # One row near the start of the context and one at its end, because some models change with the position.
+        first, last = PROBE_ROWS
+        end = model.spec.max_model_len
+        positions = [*range(7, 7 + first), *range(end - last, end)]
+        self._position_ids = torch.tensor(positions, device=model.device)[None]
         self._plain = rotary(self._x, position_ids=self._position_ids)
+        self.rotated_dim = self._plain[0].shape[-1]  # some models rotate only a part of each head
         self._fused = FusedRotary(rotary, Operators())(self._x, position_ids=self._position_ids)
         self._rules, self._head_dim = model.attention_rules, model.spec.head_dim
-
-    @property
-    def rotated_dim(self) -> int:
-        """Number of a head's dimensions that are rotated; some models rotate only a part of each head."""
-        return int(self._plain[0].shape[-1])
 
     def agree(self, index: int, layer: nn.Module) -> bool:
         """Whether a layer and its replacement add the same to their input."""

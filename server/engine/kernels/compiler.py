@@ -30,12 +30,7 @@ class Compiler:
     """Compiles the functions of one shape."""
 
     def __init__(self, *shape: object, keep: bool) -> None:
-        """Prepare to compile functions of one shape.
-
-        Args:
-            *shape: everything in which functions of the same name differ.
-            keep: whether to cache the machine code of loops on disk.
-        """
+        """Take everything in which functions of the same name differ; `keep` caches the loops' machine code on disk."""
         self._shape = "_".join(map(str, shape))
         self._keep = keep
 

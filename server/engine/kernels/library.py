@@ -21,13 +21,10 @@ STORED: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.f
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loops, compiled at their first use or loaded from the cache.
-
-    Attributes:
-        keep: whether to cache the machine code on disk.
-    """
+    """The loops, compiled at their first use or loaded from the cache."""
 
     keep: bool
+    """Whether to cache the machine code on disk."""
 
     def small(self, dtype: torch.dtype) -> SmallLoops:
         """The loops for norm, rotary embedding, gate and best token."""

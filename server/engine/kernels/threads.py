@@ -26,7 +26,6 @@ class Loop:
     """A compiled function of one argument: the address of int64 numbers, first a counter and the number of units."""
 
     def __init__(self, compiled: Any) -> None:
-        """Wrap a function that `numba.cfunc` has compiled."""
         self._compiled = compiled  # keeps the machine code alive
         self._address = compiled.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)

@@ -18,67 +18,37 @@ ROWS = 8
 
 
 class SpanColumns(NamedTuple):
-    """The columns of `spans`, which has a row for each sequence.
+    """The columns of `spans`, which has a row for each sequence."""
 
-    Attributes:
-        first_row: row of the sequence's first token in the flat row.
-        position: position of that token in its sequence.
-        tokens: number of tokens to compute.
-        slot: start of the sequence's slot in the cache.
-        scratch: index of its first scratch block.
-    """
-
-    first_row: int
-    position: int
-    tokens: int
-    slot: int
-    scratch: int
+    first_row: int  # of the sequence's first token in the flat row
+    position: int  # of that token in its sequence
+    tokens: int  # number of tokens to compute
+    slot: int  # start of the sequence's slot in the cache
+    scratch: int  # index of its first scratch block
 
 
 class AttentionArguments(NamedTuple):
-    """Arguments of the attention loops after the counter and the number of units. Arrays are passed as addresses.
+    """Arguments of the attention loops after the counter and the number of units. Arrays are passed as addresses."""
 
-    Attributes:
-        units: `[units, 3]` span, key head, block.
-        spans: `[spans, 5]`, see `SpanColumns`.
-        query: `[heads, tokens, dim]`.
-        query_step: numbers from one token to the next.
-        query_head_step: numbers from one head to the next.
-        key: `[kv_heads, tokens, dim]`.
-        key_step: as the query's.
-        key_head_step: as the query's.
-        value: `[kv_heads, tokens, dim]`.
-        value_step: as the query's.
-        value_head_step: as the query's.
-        keys: the layer's keys in the cache.
-        values: the layer's values in the cache.
-        scratch_keys: float32, blocks of `[dim, BLOCK]`.
-        scratch_values: float32, blocks of `[BLOCK, dim]`.
-        scaling: bits of a float32, see `float_bits`.
-        window: number of positions that a token sees, including itself.
-        out: `[tokens, heads, dim]`.
-        sinks: sinks of the query heads, in float32; 0 if there are none.
-    """
-
-    units: int
-    spans: int
-    query: int
-    query_step: int
-    query_head_step: int
-    key: int
+    units: int  # [units, 3]: span, key head, block
+    spans: int  # [spans, 5], see `SpanColumns`
+    query: int  # [heads, tokens, dim]
+    query_step: int  # numbers from one token to the next
+    query_head_step: int  # numbers from one head to the next
+    key: int  # [kv_heads, tokens, dim]
     key_step: int
     key_head_step: int
-    value: int
+    value: int  # [kv_heads, tokens, dim]
     value_step: int
     value_head_step: int
-    keys: int
+    keys: int  # the layer's keys in the cache
     values: int
-    scratch_keys: int
-    scratch_values: int
-    scaling: int
-    window: int
-    out: int
-    sinks: int
+    scratch_keys: int  # float32, blocks of [dim, BLOCK]
+    scratch_values: int  # float32, blocks of [BLOCK, dim]
+    scaling: int  # bits of a float32, see `float_bits`
+    window: int  # number of positions that a token sees, including itself
+    out: int  # [tokens, heads, dim]
+    sinks: int  # float32, of the query heads; 0 if there are none
 
 
 @functools.cache

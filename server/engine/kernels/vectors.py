@@ -102,20 +102,7 @@ def pointer(_: Any, address: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def add_products(
-    typing: Any,
-    rows: Any,
-    width: Any,
-    a: Any,
-    a0: Any,
-    a_step: Any,
-    b: Any,
-    b0: Any,
-    b_step: Any,
-    c: Any,
-    c0: Any,
-    n: Any,
-) -> Any:
+def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
     """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` are contiguous.
 
     `rows` and `width` are constants, which determine how many sums are in registers at a time. Each row is summed in
@@ -159,19 +146,7 @@ def _tiles(rows: int, vectors: int) -> Iterator[tuple[range, range]]:
 
 
 @intrinsic(prefer_literal=True)
-def dot_products(
-    typing: Any,
-    rows: Any,
-    width: Any,
-    q: Any,
-    q0: Any,
-    k: Any,
-    k0: Any,
-    k_step: Any,
-    out: Any,
-    out0: Any,
-    out_step: Any,
-) -> Any:
+def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
     """`out[r, p] = q[r, :] . k[p, :]` for one vector's length of positions `p`; rows of `q` are contiguous.
 
     `rows` and `width` are constants. Rows of `k` are read once, in order.

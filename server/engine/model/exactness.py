@@ -165,14 +165,12 @@ class _Shuffled:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """See `interface.Layout.attend`."""
         if self._narrow and rules.sliding_window is not None:
             rules = replace(rules, sliding_window=NARROW_WINDOW)
         query, key, value = (states[:, self.back] for states in (query, key, value))
         return self._rows.attend(layer, query, key, value, rules)[self.order]
 
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
-        """See `interface.RecurrentLayout.recur`."""
         assert self._recurrent is not None, "only models with a recurrent state ask for it"
         return self._recurrent.recur(state_slice, inputs[self.back], recurrence)[self.order]
 

@@ -81,14 +81,12 @@ class ShortConvolution(RecurrentLayer):
         self.state_slice = StateSlice(first, (own.conv.kernel_size[0] - 1) * own.conv.in_channels)
 
     def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
-        """See `RecurrentLayer.run`."""
         gate, out_gate, values = self.own.in_proj(hidden_states).chunk(3, dim=-1)
         mixed = layout.recur(self.state_slice, (gate * values)[0], self._convolve)
         out: torch.Tensor = self.own.out_proj(out_gate * mixed)
         return out
 
     def _convolve(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.Recurrence`."""
         out, after = convolve(self.own.conv, inputs, state)
         return out.to(inputs.dtype), after
 
@@ -111,7 +109,6 @@ class GatedDeltaNet(RecurrentLayer):
         self.state_slice = StateSlice(first, self._conv_width + own.num_v_heads * own.head_k_dim * own.head_v_dim)
 
     def run(self, hidden_states: torch.Tensor, layout: RecurrentLayout) -> torch.Tensor:
-        """See `RecurrentLayer.run`."""
         own = self.own
         if hasattr(own, "in_proj_qkvz"):  # Qwen3-Next
             parts = own.fix_query_key_value_ordering(own.in_proj_qkvz(hidden_states), own.in_proj_ba(hidden_states))
@@ -126,7 +123,6 @@ class GatedDeltaNet(RecurrentLayer):
         return out
 
     def _recur(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.Recurrence`."""
         own = self.own
         last, matrices = torch.tensor_split(state, [self._conv_width], dim=-1)
         values, beta, decay = torch.split(inputs, [own.conv_dim, own.num_v_heads, own.num_v_heads], dim=-1)

@@ -95,7 +95,7 @@ class GrammarQueue:
         while (compiled := self._grammars.hold(grammar)) is None:
             task = self._under_way.get(grammar)
             if task is None:
-                task = self._under_way[grammar] = asyncio.create_task(self._compile(grammar, owner))
+                task = self._under_way[grammar] = asyncio.create_task(self._try_twice(grammar, owner))
             self._wanted[grammar] += 1
             try:
                 await asyncio.shield(task)
@@ -105,6 +105,14 @@ class GrammarQueue:
                     del self._wanted[grammar], self._under_way[grammar]
                     task.cancel()
         return compiled
+
+    async def _try_twice(self, grammar: Grammar, owner: Owner) -> None:
+        """Compile a grammar, and once more if its process was killed, as the kernel does when memory is short."""
+        try:
+            await self._compile(grammar, owner)
+        except GenerationFailed as exc:
+            log.warning("a grammar is compiled again: %s", exc)
+            await self._compile(grammar, owner)
 
     async def _compile(self, grammar: Grammar, owner: Owner) -> None:
         attempt: Attempt | None = None

@@ -138,7 +138,11 @@ class Grammars:
         """
         key = _key(grammar)
         with self._lock:
-            if (compiled := self._compiled.get(key)) is not None:
+            compiled = self._compiled.get(key)
+            if compiled is not None and not compiled.users and compiled.process.has_ended:
+                del self._compiled[key]
+                compiled = None
+            if compiled is not None:
                 self._compiled.move_to_end(key)
                 compiled.users += 1
                 return compiled

@@ -92,6 +92,11 @@ class GrammarProcess:
         self.memory = max([self.memory, *(frame.mebibytes for frame in frames)])
         return frames
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, asked while no text uses it; the kernel may kill it when memory is short."""
+        return any(frame.state is GrammarState.ENDED for frame in self.receive())
+
     def yield_further(self) -> None:
         """Lower the process's priority, so that it also yields to the processes of other grammars."""
         self._do(Deed.YIELD)

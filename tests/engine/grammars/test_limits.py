@@ -15,7 +15,7 @@ from server.contracts import FinishReason, Grammar, GrammarKind
 from server.engine.admission_control import Limits
 from server.engine.grammars import walks as grammar_walks
 from server.engine.grammars.compile_queue import GrammarQueue, Turns
-from server.engine.grammars.compiled import Grammars
+from server.engine.grammars.compiled import Attempt, Grammars
 from server.engine.grammars.wire import GrammarState
 from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
@@ -301,6 +301,37 @@ async def test_one_compilation_serves_all_who_wait_for_it_and_outlives_any_of_th
     assert len(set(compiled)) == 1
     for one in compiled:
         grammars.release(one)
+
+
+async def test_a_grammar_whose_process_is_killed_while_it_compiles_is_compiled_again(grammars: Grammars) -> None:
+    queue = GrammarQueue(grammars)
+    before = {process.pid for process in own_processes()}
+    asked = asyncio.create_task(queue.compile(Grammar(GrammarKind.REGEX, "[ab]{90}(x|y|z){5,80}"), "owner"))
+    begin = grammars.begin
+
+    def begin_and_kill(grammar: Grammar) -> Attempt:
+        grammars.begin = begin  # type: ignore[method-assign]
+        attempt = begin(Grammar(GrammarKind.JSON_SCHEMA, multiples().source))  # compiles until it is killed
+        while not (new := [process for process in own_processes() if process.pid not in before]):
+            time.sleep(0.01)
+        new[0].kill()
+        return attempt
+
+    grammars.begin = begin_and_kill  # type: ignore[method-assign]
+    grammars.release(await asked)
+
+
+def test_an_unused_grammar_whose_process_was_killed_is_compiled_again(grammars: Grammars) -> None:
+    grammar, before = Grammar(GrammarKind.REGEX, "killed while unused"), {process.pid for process in own_processes()}
+    first = grammars.compile(grammar)
+    grammars.release(first)
+    for process in own_processes():
+        if process.pid not in before:
+            process.kill()
+    wait_until(lambda: first.process.has_ended)
+    second = grammars.compile(grammar)
+    assert second is not first
+    grammars.release(second)
 
 
 async def test_places_go_round_the_owners_and_back_from_those_who_leave() -> None:

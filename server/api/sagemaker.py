@@ -55,9 +55,7 @@ router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Ge
 
 
 @router.post(
-    INVOCATIONS,
-    response_model=list[GenerateReply] | ChatReply | CompletionReply,
-    responses=tgi.ERRORS | OR_STREAM,
+    INVOCATIONS, response_model=list[GenerateReply] | ChatReply | CompletionReply, responses=tgi.ERRORS | OR_STREAM
 )
 async def invoke(body: Body, request: Request, worker: WorkerDep, registry: RegistryDep, key_id: KeyIdDep) -> Response:
     """Accepts the bodies of `/`, `/v1/chat/completions` and `/v1/completions` and replies as those routes do.

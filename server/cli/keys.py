@@ -31,7 +31,7 @@ def create(
         list[Scope],
         typer.Option(
             help="What it may do; repeatable. generate: answers. publish: upload, activate, roll back, share traffic, "
-            "download, delete, train, evaluate. metrics: read /metrics. admin: everything.",
+            "download, delete, train, evaluate. metrics: read /metrics. admin: everything."
         ),
     ],
     tasks: Annotated[

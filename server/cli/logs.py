@@ -55,10 +55,7 @@ def formatter(form: Form) -> logging.Formatter:
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             _forge_nothing,
             structlog.dev.ConsoleRenderer(
-                colors=False,
-                pad_event_to=0,
-                sort_keys=False,
-                exception_formatter=_indented_traceback,
+                colors=False, pad_event_to=0, sort_keys=False, exception_formatter=_indented_traceback
             ),
         ]
     return structlog.stdlib.ProcessorFormatter(processors=last, foreign_pre_chain=common)

@@ -31,12 +31,7 @@ def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                str | None,
-                typer.Option(
-                    f"--{name.replace('_', '-')}",
-                    help=_help(name, field),
-                    show_default=False,
-                ),
+                str | None, typer.Option(f"--{name.replace('_', '-')}", help=_help(name, field), show_default=False)
             ],
         )
         for name, field in Settings.model_fields.items()

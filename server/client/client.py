@@ -119,10 +119,7 @@ class PreludeClient(Connection):
 
     def download(self, task: str, version: int, archive: Path) -> None:
         """Write a version's zip of PEFT files to a new file."""
-        with (
-            self.request("GET", f"{_path(task)}/versions/{version}/download") as response,
-            archive.open("xb") as file,
-        ):
+        with self.request("GET", f"{_path(task)}/versions/{version}/download") as response, archive.open("xb") as file:
             for chunk in response.iter_bytes():
                 file.write(chunk)
 

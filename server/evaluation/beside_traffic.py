@@ -91,12 +91,7 @@ async def _ask_all(
 
 
 async def _ask(
-    worker: EngineWorker,
-    evaluation: Evaluation,
-    system: System,
-    threads: Executor,
-    row: Row,
-    key_id: str | None,
+    worker: EngineWorker, evaluation: Evaluation, system: System, threads: Executor, row: Row, key_id: str | None
 ) -> Answer:
     asked = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
     for one in asked:

@@ -62,10 +62,7 @@ def classification(
 
 
 def written(
-    answers: Sequence[Answer],
-    system: System,
-    data: EvaluationData,
-    go_on: Callable[[], None] = lambda: None,
+    answers: Sequence[Answer], system: System, data: EvaluationData, go_on: Callable[[], None] = lambda: None
 ) -> Statistics:
     """Exact match, ROUGE-L, BLEU and perplexity; `go_on` is called before each row.
 

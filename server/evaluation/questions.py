@@ -157,13 +157,7 @@ class Questions:
         sampling = system.sampling(row, ids, host)
         is_fresh = system.soft_prompt is not None
         generated = GenerationRequest(
-            f"{name}-text",
-            ids,
-            sampling,
-            QUEUE,
-            key_id,
-            continues_text=not is_fresh,
-            is_background=is_background,
+            f"{name}-text", ids, sampling, QUEUE, key_id, continues_text=not is_fresh, is_background=is_background
         )
         given = self._label_ids or (self._target_ids(row),)
         scored = [

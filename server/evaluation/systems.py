@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from server.contracts import GenerationRequest, ModelSpec, SamplingParams
-from server.engine.text.model_text import ModelText, common_start
+from server.engine.text.model_text import ModelText
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.evaluation.data import EvaluationData
 from server.soft_prompts.manifest import INPUT_FIELD, Manifest
@@ -157,12 +157,6 @@ class System:
             text = host.text.render_chat([{"role": "user", "content": text.text}])
         ids = host.text.encode(text, add_special_tokens=not self.chat)
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
-
-    def sharing(self, rows: Sequence[Row], host: Host) -> System:
-        """A copy of this system in which the common beginning of all rows is computed once, as a soft prompt."""
-        if self.soft_prompt is not None or len(rows) == 1:
-            return self
-        return self.after(common_start(tuple(self.read(row, host)) for row in rows), host)
 
     def after(self, start: tuple[int, ...], host: Host) -> System:
         """The same, with tokens that all rows begin with computed once instead of in every row."""

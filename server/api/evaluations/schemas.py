@@ -28,9 +28,7 @@ class EvaluationRequest(RequestBody):
     references: Text | None = Field(None, description=f"Right answers, line by line: {_NAMED}", max_length=1000)
     shots: Text | None = Field(None, description=f"Training data, for k-shot: {_NAMED}", max_length=1000)
     baselines: list[Text] | None = Field(
-        None,
-        description="Some of zero-shot, instruction, 4-shot, @2. In a form, with commas.",
-        max_length=16,
+        None, description="Some of zero-shot, instruction, 4-shot, @2. In a form, with commas.", max_length=16
     )
     instruction: Text | None = Field(
         None, description="The instruction of the baselines.", min_length=1, max_length=10_000

@@ -105,11 +105,7 @@ def _by_id(words: TokenTexts, token: Scored, top: int) -> dict[str, Any]:
 
 def _entry(words: TokenTexts, token_id: int, logprob: float | None) -> dict[str, Any]:
     assert logprob is not None, "log-probabilities were asked for"
-    return {
-        "token": words.text_of(token_id),
-        "logprob": _finite(logprob),
-        "bytes": list(words.bytes_of(token_id)),
-    }
+    return {"token": words.text_of(token_id), "logprob": _finite(logprob), "bytes": list(words.bytes_of(token_id))}
 
 
 def _finite(logprob: float) -> float:

@@ -35,11 +35,7 @@ SAME = (
 )
 """Fields that have the same name in OpenAI's bodies and in SamplingParams."""
 
-FINISH_REASONS = {
-    FinishReason.LENGTH: "length",
-    FinishReason.EOS_TOKEN: "stop",
-    FinishReason.STOP_SEQUENCE: "stop",
-}
+FINISH_REASONS = {FinishReason.LENGTH: "length", FinishReason.EOS_TOKEN: "stop", FinishReason.STOP_SEQUENCE: "stop"}
 
 
 @dataclass(frozen=True)

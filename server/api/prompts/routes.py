@@ -46,11 +46,7 @@ router = APIRouter(
 )
 
 
-@router.get(
-    "",
-    responses={422: ERRORS[422]},
-    dependencies=[Reads],
-)
+@router.get("", responses={422: ERRORS[422]}, dependencies=[Reads])
 async def list_prompts(
     request: Request,
     registry: RegistryDep,
@@ -65,11 +61,7 @@ async def list_prompts(
     return reply(PromptList, prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get(
-    "/{task}",
-    responses=ERRORS,
-    dependencies=[Reads],
-)
+@router.get("/{task}", responses=ERRORS, dependencies=[Reads])
 async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) -> PromptDetail:
     """One task: its live version, all versions, and the manifest. A change accepts the ETag as If-Match."""
     found = registry.task(task)
@@ -83,12 +75,7 @@ async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) 
     )
 
 
-@router.put(
-    "/{task}",
-    status_code=201,
-    responses=PUBLISH_ERRORS,
-    dependencies=[Publishes],
-)
+@router.put("/{task}", status_code=201, responses=PUBLISH_ERRORS, dependencies=[Publishes])
 async def put_prompt(
     task: TaskName,
     files: Annotated[

@@ -41,11 +41,7 @@ PAGE = 100
 Number = Annotated[int, Path(ge=1, description="Number of a version.", examples=[1])]
 
 
-@router.get(
-    "/versions",
-    responses=ERRORS,
-    dependencies=[Reads],
-)
+@router.get("/versions", responses=ERRORS, dependencies=[Reads])
 async def list_versions(
     task: TaskName,
     registry: RegistryDep,
@@ -59,40 +55,21 @@ async def list_versions(
     return _versions(registry, registry.task(task), response, limit, before)
 
 
-@router.post(
-    "/activate",
-    responses=BODY_ERRORS,
-    dependencies=[Publishes],
-)
-async def activate(
-    task: TaskName,
-    body: ActivateBody,
-    change: ChangeDep,
-    response: Response,
-) -> VersionList:
+@router.post("/activate", responses=BODY_ERRORS, dependencies=[Publishes])
+async def activate(task: TaskName, body: ActivateBody, change: ChangeDep, response: Response) -> VersionList:
     """Make one version the only live version; ends a canary."""
     return _versions(change.registry, await change.make(change.registry.activate, task, body.version), response)
 
 
 @router.post(
-    "/rollback",
-    responses=ACTIVATE_ERRORS | responses(on_409="Nothing answered before."),
-    dependencies=[Publishes],
+    "/rollback", responses=ACTIVATE_ERRORS | responses(on_409="Nothing answered before."), dependencies=[Publishes]
 )
-async def roll_back(
-    task: TaskName,
-    change: ChangeDep,
-    response: Response,
-) -> VersionList:
+async def roll_back(task: TaskName, change: ChangeDep, response: Response) -> VersionList:
     """Restore the previously live version or canary; a second rollback goes back one more."""
     return _versions(change.registry, await change.make(change.registry.roll_back, task), response)
 
 
-@router.put(
-    "/traffic",
-    responses=BODY_ERRORS,
-    dependencies=[Publishes],
-)
+@router.put("/traffic", responses=BODY_ERRORS, dependencies=[Publishes])
 async def set_traffic(
     task: TaskName,
     weights: Annotated[
@@ -147,11 +124,7 @@ async def download(task: TaskName, version: Number, registry: RegistryDep, execu
     responses=CHANGE_ERRORS | responses(on_409="The version is live."),
     dependencies=[Publishes],
 )
-async def delete_version(
-    task: TaskName,
-    version: Number,
-    change: ChangeDep,
-) -> None:
+async def delete_version(task: TaskName, version: Number, change: ChangeDep) -> None:
     """Delete a version that is not live."""
     await change.make(change.registry.delete_version, task, version)
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
+from server.concurrency import running
 from server.contracts import Delta, FinishReason, Scored, Token, Usage
 
 
@@ -56,11 +56,9 @@ async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int
 
     If one fails, or the waiting task is cancelled, the others are aborted: nobody would read them.
     """
-    running = [asyncio.ensure_future(collect(deltas, num_choices)) for deltas in requests]
-    try:
-        return await asyncio.gather(*running)
-    finally:
-        await _cancelled(running)
+    async with running(*(collect(deltas, num_choices) for deltas in requests)) as collecting:
+        answers: list[list[Choice]] = await asyncio.gather(*collecting)
+        return answers
 
 
 async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tuple[int, Delta]]:
@@ -85,22 +83,12 @@ async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tup
             raise
         await arrived.put((number, None))
 
-    running = [asyncio.ensure_future(pump(number, deltas)) for number, deltas in enumerate(requests)]
-    try:
-        left = len(running)
+    async with running(*(pump(number, deltas) for number, deltas in enumerate(requests))) as pumps:
+        left = len(pumps)
         while left:
             number, added = await arrived.get()
             if added is not None:
                 yield number, added
                 continue
-            await running[number]  # raises what ended it
+            await pumps[number]  # raises what ended it
             left -= 1
-    finally:
-        await _cancelled(running)
-
-
-async def _cancelled(running: Sequence[asyncio.Future[Any]]) -> None:
-    """End tasks that may have ended already; each closes its request on the way."""
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)

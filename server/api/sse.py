@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.auth import why_no_longer
 from server.api.deadline import seconds_left
 from server.api.schemas import Responses, error_body
+from server.concurrency import running
 from server.errors import PreludeError, RequestAborted, Unauthorized
 
 T = TypeVar("T")
@@ -75,24 +76,18 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        sending = asyncio.ensure_future(self._send_all(scope, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        revoked = asyncio.ensure_future(_revoked(scope))
         seconds = seconds_left(Request(scope)) if self.is_answer else None
-        waiting = {sending, gone, revoked}
-        try:
-            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        async with (
+            contextlib.aclosing(self._events),
+            running(_disconnected(receive), _revoked(scope)) as (gone, revoked),
+        ):
+            async with running(self._send_all(scope, send)) as (sending,):
+                waiting = {sending, gone, revoked}
+                done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 log.info("a stream is cut off: its client did not read it within the time that a request may take")
             elif done == {revoked}:
-                sending.cancel()
-                await asyncio.gather(sending, return_exceptions=True)
                 await self._end(send, revoked.result())
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            await self._events.aclose()
 
     async def _end(self, send: Send, error: PreludeError) -> None:
         """Send an error as the last event, if the client reads at all."""
@@ -153,20 +148,14 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         RequestAborted: the client is gone; nobody will read the reply.
         Unauthorized: the request's key was revoked, or lost what the request needs.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
-    revoked = asyncio.ensure_future(_revoked(request.scope))
-    try:
+    async with running(work, _disconnected(request.receive), _revoked(request.scope)) as (task, gone, revoked):
         await asyncio.wait({task, gone, revoked}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return task.result()
+            result: T = task.result()
+            return result
         if revoked.done():
             raise revoked.result()
         raise RequestAborted("The client went away.")
-    finally:
-        for waiting in (gone, revoked, task):
-            waiting.cancel()
-        await asyncio.gather(task, gone, revoked, return_exceptions=True)
 
 
 async def _revoked(scope: Scope) -> Unauthorized:

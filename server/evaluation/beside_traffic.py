@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
+from server.concurrency import running
 from server.engine.worker import EngineWorker
 from server.errors import Overloaded
 from server.evaluation.evaluation import Evaluation
@@ -49,54 +51,40 @@ async def run_beside(
     on_row: Callable[[], None],
     key_id: str | None = None,
 ) -> Report:
-    """Ask all systems, one after the other, and report; cancelling it frees all that it holds.
+    """Run all systems, one after the other, and report; cancelling it frees everything that it uses in the engine.
 
     Raises:
         ServerDraining, RequestAborted, RequestTimedOut, GenerationFailed: as `EngineWorker.generate`.
     """
+
+    async def answer(system: System, row: Row) -> Answer:
+        requests = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
+        for request in requests:
+            await _finish(worker, request)
+        on_row()
+        return evaluation.questions.answer(*requests)
+
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
     for system in evaluation.systems:
         started = time.perf_counter()
-        answers[system.name] = await _ask_all(worker, evaluation, system, threads, at_once, on_row, key_id)
+        answers[system.name] = await _answer_all(evaluation.rows, partial(answer, system), at_once)
         seconds[system.name] = time.perf_counter() - started
     return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
 
 
-async def _ask_all(
-    worker: EngineWorker,
-    evaluation: Evaluation,
-    system: System,
-    threads: Executor,
-    at_once: int,
-    on_row: Callable[[], None],
-    key_id: str | None,
-) -> list[Answer]:
-    waiting = iter(enumerate(evaluation.rows))
+async def _answer_all(rows: Sequence[Row], answer: Callable[[Row], Awaitable[Answer]], at_once: int) -> list[Answer]:
+    waiting = iter(enumerate(rows))
     answers: dict[int, Answer] = {}
 
-    async def ask_in_turn() -> None:
+    async def answer_in_turn() -> None:
         for index, row in waiting:
-            answers[index] = await _ask(worker, evaluation, system, threads, row, key_id)
-            on_row()
+            answers[index] = await answer(row)
 
-    asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(at_once, len(evaluation.rows)))]
-    try:
-        await asyncio.gather(*asking)
-    finally:  # the first failure, or a cancellation of this coroutine, cancels the others
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-    return [answers[index] for index in range(len(evaluation.rows))]
-
-
-async def _ask(
-    worker: EngineWorker, evaluation: Evaluation, system: System, threads: Executor, row: Row, key_id: str | None
-) -> Answer:
-    asked = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
-    for one in asked:
-        await _finish(worker, one)
-    return evaluation.questions.answer(*asked)
+    # The first failure, or a cancellation of this coroutine, cancels the others.
+    async with running(*(answer_in_turn() for _ in range(min(at_once, len(rows))))) as answering:
+        await asyncio.gather(*answering)
+    return [answers[index] for index in range(len(rows))]
 
 
 async def _finish(worker: EngineWorker, asked: RowRequest) -> None:

@@ -140,7 +140,7 @@ class Task:
             self.name, None, system.name, "", host.model.name, host.model.dtype, self.test.name,
             self.test.sha256, len(self.test.rows), tuple(self.labels or ()),
         )  # fmt: skip
-        system = system.sharing(self.test.rows, host)
+        system = questions.checked(system, lambda: None)
         with tqdm(total=len(self.test.rows), unit="row", desc=system.name, leave=False) as bar:
 
             def count(name: str) -> None:
@@ -199,7 +199,7 @@ def untrained_point(task: Task, settings: Settings, way: str, seed: int) -> tupl
         OwnEngine(engine),
         TEMPLATE,
         shots=task.shots,
-        labels=task.labels,
+        labels=task.labels or (),
         seed=seed,
     )
     return Learned(), task.measure(engine, asked)

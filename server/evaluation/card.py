@@ -32,13 +32,7 @@ WAYS = {
 
 
 def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
-    """The card of what a report is about.
-
-    Args:
-        report: what was measured.
-        soft_prompt: for what it says about itself.
-        command: the command that reproduces the measurement.
-    """
+    """The card of a report on a soft prompt; `command` reproduces the measurement."""
     manifest = soft_prompt.manifest
     parts = [f"# {report.about.task}", *_about(report, soft_prompt), "## Measured", *_measured(report)]
     parts += [f"    PRELUDE_DTYPE={report.about.dtype} {command}"]
@@ -53,7 +47,7 @@ def write_card(directory: Path, card: str) -> Path:
     """Write the card to a directory's README.md: create the file, or replace the part between the marks.
 
     Raises:
-        ConfigurationError: there is a README.md that somebody wrote by hand, or the file cannot be written.
+        ConfigurationError: what `check_card` raises, or the file cannot be written.
     """
     path = directory / CARD_FILE
     check_card(directory)
@@ -67,7 +61,7 @@ def write_card(directory: Path, card: str) -> Path:
 
 
 def check_card(directory: Path) -> None:
-    """Find out before the work whether a card can be put there.
+    """Check whether a card can be written to a directory.
 
     Raises:
         ConfigurationError: there is no such directory, or a README.md without the marks.
@@ -90,7 +84,7 @@ def check_card(directory: Path) -> None:
 
 
 def write_metrics(directory: Path, report: Report) -> None:
-    """Put the figures into manifest.json, as `test_…` among its metrics.
+    """Write the figures to the metrics of manifest.json, as `test_…`.
 
     Raises:
         InvalidSoftPrompt: the manifest there cannot be read.
@@ -149,9 +143,9 @@ def _measured(report: Report) -> Iterable[str]:
         ],
     )
     if report.differences:
-        told = [report.sentence(other) for other in report.differences]
-        told += [report.agreement_sentence(TEACHER)] if TEACHER in report.agreement else []
-        yield "\n".join(f"- {sentence}" for sentence in told)
+        sentences = [report.sentence(other) for other in report.differences]
+        sentences += [report.agreement_sentence(TEACHER)] if TEACHER in report.agreement else []
+        yield "\n".join(f"- {sentence}" for sentence in sentences)
     yield "\n".join(_notes(report))
     if report.by_label and len(report.by_label) <= MOST_LABELS:
         rows = [[f"`{label}`", f"{right} of {rows}"] for label, (right, rows) in report.by_label.items()]
@@ -159,7 +153,7 @@ def _measured(report: Report) -> Iterable[str]:
 
 
 def _notes(report: Report) -> Iterable[str]:
-    """What the words of the table mean."""
+    """Explanations of the table's words."""
     if report.about.labels:
         yield (
             "- *accuracy* and *macro-F1*: the likeliest label, as `choices` scores them. *Generated*: what is written "
@@ -172,8 +166,8 @@ def _notes(report: Report) -> Iterable[str]:
         )
     alone = [name for name in report.differences if "@" not in name]
     for name in alone:
-        told = "the instruction, " if report.about.instruction else ""
-        way = WAYS.get(name, f"the frozen model continues a plain text of {told}examples and the input")
+        given = "the instruction, " if report.about.instruction else ""
+        way = WAYS.get(name, f"the frozen model continues a plain text of {given}examples and the input")
         yield f"- *{name}*: {way}."
     if alone:
         yield (

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from server.errors import InvalidTrainingData
 from server.train.data import MAX_LINE_BYTES, READ_BYTES, DataFile, labels_of, read_data
@@ -25,32 +25,25 @@ MOST_REFERENCES, MOST_REFERENCE_CHARACTERS = 100, 100_000
 MOST_BLANK_LINES = 1000
 """Maximum number of blank lines after the last row."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """A data file, ready to be asked.
-
-    Attributes:
-        name: its name in errors and reports.
-        rows: its rows, up to the limit if there is one.
-        references: for each row the texts that are right; its target where no references were given.
-        sha256: hash of the whole file.
-        labels: the file's distinct targets, where they look like classes.
-        instruction: what its folder says that the task is.
-    """
+    """The rows of a data file and of the files beside it."""
 
     name: str
+    """The file's name in errors and reports."""
     rows: Sequence[Row]
     references: tuple[tuple[str, ...], ...]
+    """The right answers of each row; its target if there are no references."""
     sha256: str
+    """Hash of the whole file, rows beyond the limit included."""
     labels: tuple[str, ...] | None = None
+    """The file's distinct targets, if they look like classes."""
     instruction: str | None = None
 
     @property
     def is_single_line(self) -> bool:
-        """Whether every target is one line: then the first line of an answer is the answer."""
+        """Whether every target is one line; if so, only the first line of an answer counts."""
         return not any("\n" in row.target.strip() for row in self.rows)
 
 
@@ -64,19 +57,19 @@ def read_evaluation_data(
     inside: Path | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> EvaluationData:
-    """Read and check a data file, and what lies beside it.
+    """Read and check a data file and the files beside it.
 
     Args:
         path: the data.
-        references: other references than those beside it.
-        references_name: what to call these.
-        limit: read at most this many rows.
+        references: file of references, instead of the one beside the data.
+        references_name: its name in errors.
+        limit: maximum number of rows.
         name: the name for errors and reports, if the path is not to be shown.
         inside: files beside the data are read only if they lie in this folder, symbolic links resolved.
         go_on: called before each line; if it raises, the reading ends.
 
     Raises:
-        InvalidTrainingData: something in it is not as it must be; names file and line.
+        InvalidTrainingData: a file or a line is invalid; names both.
     """
     whole = read_rows(path, name, go_on)
     beside = path.with_name(path.name.removesuffix(".jsonl") + REFERENCES)
@@ -105,17 +98,11 @@ def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = l
     Raises:
         InvalidTrainingData: names file and line.
     """
-    data = called(path, name, lambda: read_data(path, go_on=go_on))
-    return data if name is None else replace(data, path=Path(name))
-
-
-def called(path: Path, name: str | None, read: Callable[[], T]) -> T:
-    """Call `read`; in its errors, replace the file's path by the name that the user gave."""
+    if name is None:
+        return read_data(path, go_on=go_on)
     try:
-        return read()
+        return replace(read_data(path, go_on=go_on), path=Path(name))
     except InvalidTrainingData as exc:
-        if name is None:
-            raise
         raise InvalidTrainingData(exc.message.replace(str(path), name), remedy=exc.remedy) from exc
 
 

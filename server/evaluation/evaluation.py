@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from server.evaluation import metrics
-from server.evaluation import systems as ways
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
 from server.evaluation.questions import Answer, Questions, RowRequest
 from server.evaluation.report import EvaluationSubject, Report, SystemScore
 from server.evaluation.resource_limits import EvaluationBounds
-from server.evaluation.systems import Host, RequestedBaselines, System, TeacherText
+from server.evaluation.systems import Host, RequestedBaselines, System, TeacherText, baselines, of_soft_prompt
+from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.data import DataFile
 from server.train.rows import Row
@@ -30,9 +31,9 @@ class Evaluation:
     """Everything about an evaluation but the answers.
 
     Attributes:
-        about: what is evaluated, for the report.
-        systems: who is asked; the first is what the evaluation is about.
-        questions: how rows are asked.
+        about: the facts about the subject, for the report.
+        systems: the first is the subject.
+        questions: the rows as requests.
     """
 
     about: EvaluationSubject
@@ -41,7 +42,7 @@ class Evaluation:
 
     @property
     def rows(self) -> Sequence[Row]:
-        """The rows that every system is asked."""
+        """The rows, which every system answers."""
         return self.questions.data.rows
 
     @property
@@ -63,19 +64,13 @@ class Evaluation:
     def ask(
         self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
     ) -> tuple[RowRequest, ...]:
-        """A row as requests; see Questions."""
+        """See `Questions.ask`."""
         return self.questions.ask(system, row, key_id, is_background=is_background)
 
     def report(
         self, answers: Mapping[str, Answers], seconds: Mapping[str, float], go_on: Callable[[], None] = lambda: None
     ) -> Report:
-        """Build the report from all answers.
-
-        Args:
-            answers: of each system, by its name, in the order of the rows.
-            seconds: how long each took.
-            go_on: called between pieces of the work; if it raises, the work ends.
-        """
+        """Build the report from the answers and the duration of each system, by its name; answers in row order."""
         found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.systems}
         bootstrap = Bootstrap(len(self.rows))
         subject = self.systems[0].name
@@ -134,17 +129,17 @@ def prepare(
     bounds: EvaluationBounds | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Put an evaluation together, and check all of it.
+    """Build an evaluation, and check all of it.
 
     Args:
-        host: the engine that will be asked.
+        host: the engine that will answer.
         data: the rows.
-        subject: what is evaluated, and its name.
-        others: other versions, and their names.
-        wanted: baselines.
-        instruction: of the baselines; by default that of the data's folder.
-        shots: training data for k-shot.
-        teacher: a text of one's own, to be asked too.
+        subject: the evaluated soft prompt, after its name.
+        others: other versions, each after its name.
+        wanted: the baselines; the others of their arguments are those of `baselines`.
+        instruction: see `baselines`.
+        shots: see `baselines`.
+        teacher: see `baselines`.
         version: the subject's number, if it has one.
         bounds: resource limits; None is no limit.
         go_on: called between pieces of the work; if it raises, the work ends.
@@ -152,46 +147,15 @@ def prepare(
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.
     """
-    manifest = subject[1].manifest
+    name, soft_prompt = subject
+    manifest = soft_prompt.manifest
     labels = manifest.labels or data.labels or ()
     if bounds is not None:
         bounds.check_rows(data, len(labels))
     questions = Questions(data, labels, host, None if bounds is None else bounds.labels_at_once)
-    wanted = wanted or RequestedBaselines()
-    alone = (
-        ways.baselines(
-            wanted,
-            data,
-            host,
-            manifest,
-            instruction=instruction,
-            shots=shots,
-            labels=labels or None,
-            teacher=teacher,
-            go_on=go_on,
-        )
-        if wanted.names(teacher=teacher is not None)
-        else []
-    )
-    asked = [ways.of_soft_prompt(*one) for one in (subject, *others)]
-    instruction = (instruction or data.instruction) if any(one.preamble for one in alone) else None
-    about = _subject(host, data, subject, version, labels, instruction)
-    evaluation = Evaluation(about, (*asked, *alone), questions)
-    if bounds is not None:
-        bounds.check_reading(data, evaluation.systems)
-    return evaluation.checked(go_on)
-
-
-def _subject(
-    host: Host,
-    data: EvaluationData,
-    subject: tuple[str, SoftPrompt],
-    version: int | None,
-    labels: Sequence[str],
-    instruction: str | None,
-) -> EvaluationSubject:
-    name, soft_prompt = subject
-    return EvaluationSubject(
+    given: dict[str, Any] = {"instruction": instruction, "shots": shots, "labels": labels, "teacher": teacher}
+    alone = baselines(wanted or RequestedBaselines(), data, host, manifest, **given, go_on=go_on)
+    about = EvaluationSubject(
         task=name.partition("@")[0],
         version=version,
         name=name,
@@ -202,16 +166,20 @@ def _subject(
         data_sha256=data.sha256,
         rows=len(data.rows),
         labels=tuple(labels),
-        instruction=instruction,
-        known_from=_known_from(soft_prompt, data.sha256),
+        instruction=(instruction or data.instruction) if any(system.preamble for system in alone) else None,
+        known_from=_known_from(manifest, data.sha256),
     )
+    versions = [of_soft_prompt(*one) for one in (subject, *others)]
+    evaluation = Evaluation(about, (*versions, *alone), questions)
+    if bounds is not None:
+        bounds.check_reading(data, evaluation.systems)
+    return evaluation.checked(go_on)
 
 
-def _known_from(soft_prompt: SoftPrompt, sha256: str) -> str | None:
-    """Whether a data file is one that a soft prompt was made with, as its manifest tells."""
-    told = soft_prompt.manifest.training or {}
-    for part in ("training", "validation"):
-        hashes = told.get("data_sha256" if part == "training" else "validation_sha256")
+def _known_from(manifest: Manifest, sha256: str) -> str | None:
+    """`training` or `validation` if the manifest says that the soft prompt was made with this data file."""
+    for part, field in (("training", "data_sha256"), ("validation", "validation_sha256")):
+        hashes = (manifest.training or {}).get(field)
         if sha256 in (hashes if isinstance(hashes, list) else [hashes]):
             return part
     return None

@@ -84,11 +84,7 @@ def written(
 
 
 def check_installed() -> None:
-    """Check, before anything runs, that text can be measured.
-
-    Raises:
-        ConfigurationError: the extra `train` is not installed.
-    """
+    """Check (ConfigurationError) that the packages which measure text are installed."""
     _rouge_scorer()
     _sentence_bleu()
 
@@ -100,7 +96,7 @@ def share(hits: Sequence[bool | float]) -> Statistic:
 
 
 def accuracy(targets: Sequence[int | None], predicted: Sequence[int | None]) -> Statistic:
-    """Share of the rows whose label was found."""
+    """Share of the rows whose label was predicted."""
     return share([one is not None and one == other for one, other in zip(targets, predicted, strict=True)])
 
 

@@ -11,6 +11,7 @@ import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.contracts import Delta, FinishReason, GenerationRequest, Scored
 from server.engine.text.choice_scoring import LabelIds, encode_labels, judge
@@ -27,12 +28,12 @@ QUEUE = "(evaluation)"
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a row."""
+    """The answer of a system to a row."""
 
     text: str
-    """What was generated."""
+    """The generated text."""
     chosen: int | None = None
-    """Which label is the likeliest, in a classification."""
+    """Index of the likeliest label, in a classification."""
     loss: float = 0.0
     """Negative log-probability of the target with its end token, where text is written."""
     tokens: int = 0
@@ -41,7 +42,7 @@ class Answer:
 
 @dataclass
 class RowRequest:
-    """One request of a row, and what has come back of it so far."""
+    """One request of a row, and its results so far."""
 
     row: Row
     request: GenerationRequest
@@ -51,7 +52,7 @@ class RowRequest:
     """By the number of the label in this request."""
 
     def take(self, delta: Delta) -> bool:
-        """Take over what a step added; True once the request has ended.
+        """Add a step's delta; True once the request has ended.
 
         Raises:
             GenerationFailed: the engine could not finish it.
@@ -70,23 +71,23 @@ class Questions:
 
     Attributes:
         data: the rows.
-        labels: the classes; empty where text is written.
+        labels: the classes; empty if the answers are texts.
     """
 
     def __init__(
         self, data: EvaluationData, labels: Sequence[str], host: Host, labels_at_once: int | None = None
     ) -> None:
-        """Encode the labels once.
+        """Encode the labels, and check the rows.
 
         Args:
             data: the rows.
             labels: the classes, if there are any.
-            host: the engine that will be asked.
+            host: the engine that will answer.
             labels_at_once: number of labels that one request may score; with more labels, a row needs several requests.
 
         Raises:
             InvalidRequest: two labels are the same to the model.
-            InvalidTrainingData: a row's target is none of the labels.
+            InvalidTrainingData: a row can never fit the context, or its target is none of the labels.
         """
         self.data = data
         self.labels = tuple(labels)
@@ -139,9 +140,9 @@ class Questions:
         try:
             self._host.check(asked.request, asked.soft_prompt)
         except (EmptyInput, InputTooLong) as exc:
-            who = "" if system.soft_prompt is not None else f" for {system.name}"
+            suffix = "" if system.soft_prompt is not None else f" for {system.name}"
             raise InvalidTrainingData(
-                f"{self.data.name}, line {asked.row.line}{who}: {exc.message}",
+                f"{self.data.name}, line {asked.row.line}{suffix}: {exc.message}",
                 remedy="Draw fewer examples, or raise PRELUDE_MAX_MODEL_LEN."
                 if system.preamble and not system.chat
                 else "Shorten or leave out the row, or raise PRELUDE_MAX_MODEL_LEN.",
@@ -151,27 +152,19 @@ class Questions:
         self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
     ) -> tuple[RowRequest, ...]:
         """A row as the requests that a system answers: the first generates, the others score."""
-        host, prefix = self._host, system.prefix
-        ids = tuple(system.read(row, host))
+        ids = tuple(system.read(row, self._host))
         name = f"evaluation-{uuid.uuid4().hex}"
-        sampling = system.sampling(row, ids, host)
-        is_fresh = system.soft_prompt is not None
-        generated = GenerationRequest(
-            f"{name}-text", ids, sampling, QUEUE, key_id, continues_text=not is_fresh, is_background=is_background
-        )
+        request = partial(GenerationRequest, input_ids=ids, task=QUEUE, key_id=key_id, is_background=is_background)
+        sampling, is_alone = system.sampling(row, ids, self._host), system.soft_prompt is None
         given = self._label_ids or (self._target_ids(row),)
-        scored = [
-            GenerationRequest(
-                f"{name}-given-{begin}",
-                ids,
-                task=QUEUE,
-                key_id=key_id,
-                labels=given[begin : begin + self.labels_at_once],
-                is_background=is_background,
-            )
-            for begin in range(0, len(given), self.labels_at_once)
+        requests = [
+            request(f"{name}-text", sampling=sampling, continues_text=is_alone),
+            *(
+                request(f"{name}-given-{begin}", labels=given[begin : begin + self.labels_at_once])
+                for begin in range(0, len(given), self.labels_at_once)
+            ),
         ]
-        return tuple(RowRequest(row, request, prefix) for request in (generated, *scored))
+        return tuple(RowRequest(row, one, system.prefix) for one in requests)
 
     def answer(self, generated: RowRequest, *scored: RowRequest) -> Answer:
         """Combine the results of a row's requests into an answer."""

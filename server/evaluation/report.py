@@ -12,7 +12,7 @@ from server.evaluation.metrics import ACCURACY, ROUGE_L, Metric
 
 @dataclass(frozen=True)
 class EvaluationSubject:
-    """What was evaluated, and on what."""
+    """The subject of an evaluation, and its data."""
 
     task: str
     version: int | None
@@ -24,7 +24,7 @@ class EvaluationSubject:
     data_sha256: str
     rows: int
     labels: tuple[str, ...]
-    """The classes; empty where text is written."""
+    """The classes; empty if the answers are texts."""
     instruction: str | None = None
     """The instruction that baselines used, if any."""
     known_from: str | None = None
@@ -42,21 +42,17 @@ class SystemScore:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole result.
-
-    Attributes:
-        about: what was evaluated.
-        scores: by system; the first is what the evaluation is about.
-        differences: for each other system, the first system's advantage on the same rows.
-        by_label: (rightly chosen, rows) of the first, in a classification.
-        agreement: for each other system, the share of rows for which it chooses the same label as the first.
-    """
+    """The result of an evaluation; systems are keys by their names."""
 
     about: EvaluationSubject
     scores: Mapping[str, SystemScore]
+    """The subject's come first."""
     differences: Mapping[str, Mapping[Metric, Estimate]]
+    """The subject's advantage over each other system on the same rows."""
     by_label: Mapping[str, tuple[int, int]]
+    """In a classification: (rows that the subject classifies correctly, rows) of each label."""
     agreement: Mapping[str, Estimate] = field(default_factory=dict)
+    """For each other system, the share of rows for which it chooses the same label as the subject."""
 
     @property
     def main(self) -> Metric:
@@ -65,7 +61,7 @@ class Report:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What was measured."""
+        """The metrics of this kind of task."""
         return tuple(self.scores[self.about.name].figures)
 
     def verdict(self, other: str, metric: Metric | None = None) -> str:
@@ -82,12 +78,13 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON. Shares are of 1, BLEU is 0 to 100; intervals are `[low, high]`."""
         about = asdict(self.about)
+        labels = {label: {"correct": correct, "rows": rows} for label, (correct, rows) in self.by_label.items()}
         return {
             **{name: value for name, value in about.items() if name not in ("labels", "name") and value is not None},
             "kind": "classification" if self.about.labels else "text",
             "intervals": {"method": "bootstrap over rows", "level": 0.95, "resamples": RESAMPLES, "seed": SEED},
             "contestants": {name: self._score(name) for name in self.scores},
-            **({"labels": self._labels()} if self.by_label else {}),
+            **({"labels": labels} if labels else {}),
         }
 
     def _score(self, name: str) -> dict[str, Any]:
@@ -102,9 +99,6 @@ class Report:
                 for metric, of in self.differences[name].items()
             }
         return shown
-
-    def _labels(self) -> dict[str, dict[str, int]]:
-        return {label: {"correct": correct, "rows": rows} for label, (correct, rows) in self.by_label.items()}
 
     @property
     def warning(self) -> str | None:

@@ -14,49 +14,32 @@ REMEDY = "Set `limit`, or send a sample of the rows; `prelude eval` takes any nu
 
 @dataclass(frozen=True)
 class EvaluationBounds:
-    """Limits of one evaluation.
-
-    Attributes:
-        rows: maximum number of rows.
-        stored_characters: maximum number of characters of rows and references, which are in memory until it ends.
-        read_characters: maximum number of characters in all systems' inputs, which are tokenised before the first
-            request.
-        cells: maximum of rows times labels: the size of the matrix that is resampled.
-        labels_at_once: maximum number of labels that one request scores.
-    """
+    """Upper limits of one evaluation."""
 
     rows: int = 20_000
     stored_characters: int = 32 * 2**20
+    """Characters of rows and references, which are in memory until the evaluation ends."""
     read_characters: int = 256 * 2**20
+    """Characters of all systems' inputs, which are tokenised before the first request."""
     cells: int = 4_000_000
+    """Rows times labels: the size of the matrix that is resampled."""
     labels_at_once: int = 64
+    """Labels that one request scores."""
 
     def check_rows(self, data: EvaluationData, num_labels: int) -> None:
-        """Refuse too many rows, or too much text in them.
-
-        Raises:
-            InvalidTrainingData: says how much it is, and how much may be.
-        """
+        """Refuse (InvalidTrainingData) too many rows, or too much text in them."""
         rows = len(data.rows)
         _refuse_over(data, f"{rows:,} rows", rows, self.rows)
         _refuse_over(data, f"{rows:,} rows of {num_labels:,} labels", rows * num_labels, self.cells)
-        stored_characters = _characters(data) + sum(len(text) for several in data.references for text in several)
-        _refuse_over(
-            data, f"{stored_characters:,} characters of rows and references", stored_characters, self.stored_characters
-        )
+        stored = _characters(data) + sum(len(text) for several in data.references for text in several)
+        _refuse_over(data, f"{stored:,} characters of rows and references", stored, self.stored_characters)
 
     def check_reading(self, data: EvaluationData, systems: Sequence[System]) -> None:
-        """Refuse what takes too long to tokenise.
-
-        Raises:
-            InvalidTrainingData: says how much it is, and how much may be.
-        """
-        own = _characters(data)
+        """Refuse (InvalidTrainingData) what takes too long to tokenise."""
         around = sum(len(one.preamble) + len(one.template.input_template or "") for one in systems)
-        read = len(systems) * own + len(data.rows) * around
-        _refuse_over(
-            data, f"{read:,} characters to read, instructions and examples included,", read, self.read_characters
-        )
+        read = len(systems) * _characters(data) + len(data.rows) * around
+        what = f"{read:,} characters to read, instructions and examples included,"
+        _refuse_over(data, what, read, self.read_characters)
 
 
 def _characters(data: EvaluationData) -> int:

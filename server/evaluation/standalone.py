@@ -30,7 +30,7 @@ class OwnEngine:
 
 
 def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:
-    """Ask all systems, one after the other, and report.
+    """Run all systems, one after the other, and report.
 
     Raises:
         GenerationFailed: the engine could not finish a row; names file and line.
@@ -46,7 +46,7 @@ def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: Non
 
 
 def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnRow) -> Iterator[tuple[int, Answer]]:
-    """Line and answer of each row, as they are answered."""
+    """Yield line and answer of each row, in the order of their ends."""
     waiting = iter(evaluation.rows)
     running: dict[str, RowRequest] = {}  # by request id
     pairs: dict[int, tuple[RowRequest, ...]] = {}  # by line

@@ -28,6 +28,8 @@ from server.train.data import DataFile
 from server.train.rows import Row
 
 ZERO_SHOT, INSTRUCTION, TEACHER = "zero-shot", "instruction", "teacher"
+INPUT, TARGET = "Input: ", "\nAnswer:\n"
+"""Texts before inputs and targets of examples. A target begins a line, so its tokens are those of a label."""
 MOST_SHOTS = 256
 BASELINE_SLACK = 8
 """Number of new tokens that baselines may generate beyond the longest target."""
@@ -41,7 +43,7 @@ class Host(Protocol):
 
     @property
     def model(self) -> ModelSpec:
-        """What may be known of the frozen model."""
+        """The frozen model."""
 
     @property
     def text(self) -> ModelText:
@@ -56,14 +58,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class RequestedBaselines:
-    """Baselines as somebody asked for them.
-
-    Attributes:
-        zero_shot: the bare model in the task's template.
-        instruction: the bare model, told what to do.
-        shots: numbers of examples.
-        versions: other versions of the task.
-    """
+    """The baselines of an evaluation; `shots` are numbers of examples, `versions` those of the same task."""
 
     zero_shot: bool = False
     instruction: bool = False
@@ -71,7 +66,7 @@ class RequestedBaselines:
     versions: tuple[int, ...] = ()
 
     def names(self, *, teacher: bool = False) -> list[str]:
-        """Names of the baselines, in the order in which they are asked."""
+        """Names of the systems without a soft prompt, in their order."""
         alone = [ZERO_SHOT] * self.zero_shot + [INSTRUCTION] * self.instruction
         return [*alone, *(f"{count}-shot" for count in self.shots), *([TEACHER] * teacher)]
 
@@ -105,15 +100,12 @@ class RequestedBaselines:
 
 @dataclass(frozen=True)
 class TeacherText:
-    """The teacher's text, with a place for the input.
-
-    Attributes:
-        template: holds `{input}` once.
-        chat: it is sent as a user message.
-    """
+    """The teacher's text."""
 
     template: str
+    """Contains `{input}` once."""
     chat: bool = False
+    """Whether it is sent as a user message."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +113,13 @@ class System:
     """A system under evaluation: a soft prompt, or the frozen model alone.
 
     Attributes:
-        name: as reports call it.
         soft_prompt: None is the frozen model alone.
-        template: what an input is put into, for systems that do not use a chat.
+        template: the template of the input, for systems that do not use a chat.
         preamble: plain text before the template: instruction and examples.
         chat: the text is a user message, and goes through the chat template.
-        longest: new tokens that the frozen model alone gets.
-        stop: where its answer ends.
-        shared: what all rows begin with, as embeddings: the engine computes it once, as it does a soft prompt.
+        longest: maximum number of new tokens of the frozen model alone.
+        stop: its stop strings.
+        shared: the common beginning of all rows as embeddings: the engine computes it once, like a soft prompt.
     """
 
     name: str
@@ -142,7 +133,7 @@ class System:
 
     @property
     def prefix(self) -> SoftPrompt | None:
-        """What the engine puts before the tokens of a row."""
+        """The soft prompt before the tokens of a row."""
         return self.soft_prompt or self.shared
 
     @property
@@ -151,7 +142,7 @@ class System:
         return self.soft_prompt is None
 
     def read(self, row: Row, host: Host) -> list[int]:
-        """The tokens that the model reads of a row, after its prefix if there is one."""
+        """The token ids of a row, after the prefix if there is one."""
         text = self.template.render(row.input).behind(self.preamble)
         if self.chat:
             text = host.text.render_chat([{"role": "user", "content": text.text}])
@@ -159,7 +150,7 @@ class System:
         return ids[self.shared.num_virtual_tokens :] if self.shared is not None else ids
 
     def after(self, start: tuple[int, ...], host: Host) -> System:
-        """The same, with tokens that all rows begin with computed once instead of in every row."""
+        """This system, with the tokens that all rows begin with computed once instead of in every row."""
         if not start:
             return self
         return replace(self, shared=SoftPrompt("PROMPT_TUNING", host.embeddings_of(start)))
@@ -176,7 +167,7 @@ class System:
 
 
 def of_soft_prompt(name: str, soft_prompt: SoftPrompt) -> System:
-    """A version of a task, asked as a client asks it."""
+    """A version of a task, as clients use it."""
     return System(name, soft_prompt, soft_prompt.manifest)
 
 
@@ -188,29 +179,31 @@ def baselines(
     *,
     instruction: str | None = None,
     shots: DataFile | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
     teacher: TeacherText | None = None,
     seed: int = 0,
     go_on: Callable[[], None] = lambda: None,
 ) -> list[System]:
-    """The frozen model alone, in every way that is wanted.
+    """The requested baselines, each of which is the frozen model alone.
 
     Args:
-        wanted: which ways.
+        wanted: the names of the baselines.
         data: the rows; baselines may generate as many tokens as the longest target has, plus a few.
-        host: for its tokenizer.
+        host: the engine that will answer.
         manifest: the task's, for its template.
-        instruction: what to do, instead of what the data's folder says.
-        shots: the training data.
+        instruction: of the baselines; by default that of the data's folder.
+        shots: training data for k-shot.
         labels: the task's classes: examples are balanced over them.
-        teacher: a text of one's own; None is none.
-        seed: which examples are drawn.
+        teacher: the text of one more baseline.
+        seed: of the choice of examples.
         go_on: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest: there is no instruction, no training data or no chat template where one is needed.
         InvalidTrainingData: the training data has not enough rows.
     """
+    if not wanted.names(teacher=teacher is not None):
+        return []
     instruction = instruction or data.instruction
     longest = _longest_target(data, host, go_on) + BASELINE_SLACK
     found = []
@@ -242,7 +235,7 @@ def _few_shot(
     host: Host,
     instruction: str | None,
     shots: DataFile | None,
-    labels: Sequence[str] | None,
+    labels: Sequence[str],
     seed: int,
     longest: int,
 ) -> System:
@@ -254,8 +247,10 @@ def _few_shot(
             param="shots",
         )
     examples = draw_examples(shots, data, count, labels, seed)
+    parts = [] if instruction is None else [instruction]
+    parts += [f"{INPUT}{row.input}{TARGET}{row.target}" for row in examples]
+    preamble = "".join(f"{part}\n\n" for part in parts)
     stop = (f"\n\n{INPUT}",) if data.is_single_line else ()
-    preamble = few_shot_text(instruction, examples)
     if not host.text.length_bound.can_fit(preamble):
         raise InvalidTrainingData(f"{count} examples of {shots.path} do not fit the context.", remedy="Draw fewer.")
     template = Manifest(input_template=f"{INPUT}{{input}}{TARGET}")
@@ -271,23 +266,12 @@ def _longest_target(data: EvaluationData, host: Host, go_on: Callable[[], None])
     return longest
 
 
-INPUT, TARGET = "Input: ", "\nAnswer:\n"
-"""What stands before inputs and targets of examples. A target begins a line, so its tokens are those of a label."""
-
-
-def few_shot_text(instruction: str | None, examples: Sequence[Row]) -> str:
-    """Instruction and examples as plain text, up to where the row that is asked begins."""
-    parts = [] if instruction is None else [instruction]
-    parts += [f"{INPUT}{row.input}{TARGET}{row.target}" for row in examples]
-    return "".join(f"{part}\n\n" for part in parts)
-
-
 def draw_examples(
     shots: DataFile, data: EvaluationData, count: int, labels: Sequence[str] | None, seed: int
 ) -> list[Row]:
-    """A number of rows of the training data, in random order, as even over the labels as possible.
+    """`count` rows of the training data, in random order, balanced over the labels as far as possible.
 
-    A row whose input is evaluated is left out: its answer would be given away.
+    A row whose input is evaluated is left out, because it would reveal its answer.
 
     Raises:
         InvalidTrainingData: there are not enough rows.

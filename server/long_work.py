@@ -1,11 +1,12 @@
-"""Runs long work on a thread; the work stops between pieces if its caller is cancelled."""
+"""Work that ends with its caller: long work on a thread, which stops between pieces, and tasks that run at once."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from server.errors import Overloaded, RequestAborted
 from server.executors import Executor
@@ -42,6 +43,18 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
             await asyncio.wait({ended}, timeout=PIECE_SECONDS)
         raise
     return ended.result()
+
+
+@asynccontextmanager
+async def running(*work: Awaitable[Any]) -> AsyncIterator[Sequence[asyncio.Future[Any]]]:
+    """Context manager: start all; at the block's end, cancel those that still run, and wait until all have ended."""
+    started: Sequence[asyncio.Future[Any]] = [asyncio.ensure_future(one) for one in work]
+    try:
+        yield started
+    finally:
+        for future in started:
+            future.cancel()
+        await asyncio.gather(*started, return_exceptions=True)
 
 
 class Lane:

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from server.concurrency import running
 from server.contracts import Delta, FinishReason, Scored, Token, Usage
+from server.long_work import running
 
 
 @dataclass

@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 from server.api.auth import why_no_longer
 from server.api.deadline import seconds_left
 from server.api.schemas import Responses, error_body
-from server.concurrency import running
 from server.errors import PreludeError, RequestAborted, Unauthorized
+from server.long_work import running
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
-from server.concurrency import running
 from server.engine.worker import EngineWorker
 from server.errors import Overloaded
 from server.evaluation.evaluation import Evaluation
@@ -20,7 +19,7 @@ from server.evaluation.questions import Answer, RowRequest
 from server.evaluation.report import Report
 from server.evaluation.systems import System
 from server.executors import Executor
-from server.long_work import run_long
+from server.long_work import run_long, running
 from server.train.rows import Row
 
 ROWS_AT_ONCE = 32

@@ -20,6 +20,7 @@ from starlette.types import Scope as ASGIScope
 
 from server.api.bodies import BoundedRequest
 from server.api.deadline import in_time
+from server.api.deps import check_query
 from server.api.openai.errors import MODELS, OPENAI_ERRORS
 from server.api.schemas import responses
 from server.api.telemetry.record import record_of
@@ -54,19 +55,19 @@ Scrapes = Security(_check, scopes=[Scope.METRICS])
 
 
 class GuardedRoute(APIRoute):
-    """Asks for the key before FastAPI reads the body, and has it read within bounds.
+    """Checks the key and the query before FastAPI reads the body, which is read within bounds.
 
-    FastAPI's own dependencies come after it; a stranger's upload would lie on the server's disk by then. They check the
-    key again after the body has been read, so a key that was revoked during a long upload is refused.
+    FastAPI runs dependencies only after it has read the body: a stranger's upload would lie on the server's disk by
+    then. They check the key again, so a key that was revoked during a long upload is refused.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        """A route with one of `Reads`, `Generates` and `Publishes` among its dependencies, or its router's."""
+        """A route with `Reads`, `Generates` or `Publishes` among its dependencies or its router's."""
         options["responses"] = {**ERRORS, **(options.get("responses") or {})}
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, after the key was found good."""
+        """FastAPI's handler, after the checks."""
         handle = super().get_route_handler()
         guards = [item for item in self.dependencies if isinstance(item, SecurityParameter)]
         assert guards, f"{self.path} does not say who may use it"
@@ -74,6 +75,7 @@ class GuardedRoute(APIRoute):
 
         async def handle_if_allowed(request: Request) -> Response:
             authorise(request, *scopes)
+            check_query(request)
             with _discreet(request):
                 request = BoundedRequest(request.scope, request.receive)
                 if Scope.GENERATE not in scopes:
@@ -85,7 +87,7 @@ class GuardedRoute(APIRoute):
 
 
 def authorise(request: Request, *scopes: Scope) -> None:
-    """Find out whose request it is, and refuse what its key is not for; then `request.state.key_id` is set.
+    """Find a request's key, set `request.state.key_id`, and refuse what the key does not allow.
 
     Raises:
         Unauthorized: there is no key, or a wrong one.
@@ -110,7 +112,7 @@ def authorise(request: Request, *scopes: Scope) -> None:
 def allow_task(request: Request, task: str | None) -> None:
     """Refuse a task that the request's key is not for; None is the frozen model alone.
 
-    A key with task patterns is given to somebody for these tasks. The frozen model alone would answer anything else.
+    A key with task patterns is only for these tasks; the frozen model alone would answer anything.
 
     Raises:
         Forbidden: names the key's patterns.
@@ -134,10 +136,7 @@ def allow_task(request: Request, task: str | None) -> None:
 
 @dataclass
 class _Needed:
-    """The scopes and tasks that a request needed.
-
-    If its key loses one of them while the request runs, the request ends.
-    """
+    """The scopes and tasks that a request needed: if its key loses one of them, the request ends."""
 
     scopes: set[Scope] = field(default_factory=set)
     tasks: set[str] = field(default_factory=set)

@@ -7,7 +7,6 @@ store, waiting for a tokeniser thread, and a client that does not read its strea
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,26 +20,17 @@ GRACE_SECONDS = 0.5
 sent."""
 
 
-def seconds_spent(request: Request) -> float:
-    """How long ago a request arrived."""
-    return time.perf_counter() - record_of(request).started
-
-
 def seconds_left(request: Request) -> float | None:
-    """How long a request may still take, or None for as long as it likes; never negative."""
+    """Seconds that a request may still take, at least 0; None if there is no limit."""
     worker: EngineWorker | None = getattr(request.app.state, "worker", None) if "app" in request.scope else None
     if worker is None or worker.request_timeout is None:
         return None
-    return max(0.0, worker.request_timeout + GRACE_SECONDS - seconds_spent(request))
+    return max(0.0, worker.request_timeout + GRACE_SECONDS - record_of(request).seconds)
 
 
 @asynccontextmanager
 async def in_time(request: Request) -> AsyncIterator[None]:
-    """Cancel what takes longer than the request may.
-
-    Raises:
-        RequestTimedOut: it did.
-    """
+    """Context manager: raise RequestTimedOut in a block that takes longer than the request may."""
     try:
         async with asyncio.timeout(seconds_left(request)) as limit:
             yield

@@ -27,12 +27,12 @@ def _of_app(name: str) -> Any:
 
 
 async def _key_id(request: Request) -> str | None:
-    """The id of the key that the request came with, for the record of who changed what."""
+    """The id of the request's key, if it has one."""
     key_id: str | None = getattr(request.state, "key_id", None)
     return key_id
 
 
-async def known_query(request: Request) -> None:
+def check_query(request: Request) -> None:
     """Refuse a query parameter that the route does not have, or that comes twice.
 
     A misspelt `?task=` would otherwise be answered by the frozen model alone.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
-from server.contracts import Delta, GenerationRequest, TemplatedText
+from server.contracts import GenerationRequest, TemplatedText
 from server.engine.text.choice_scoring import encode_labels
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, UnknownToken, VersionUnavailable
@@ -141,38 +141,6 @@ async def prepare(
         labels=await _encode_labels(worker, wanted.labels, continue_text=soft_prompt is None),
     )
     return Prepared(request, resolved, soft_prompt, location)
-
-
-class Observer(Protocol):
-    """Observes the deltas of a request without changing them."""
-
-    @property
-    def seconds(self) -> float:
-        """Time since the HTTP request came."""
-
-    def take(self, delta: Delta) -> None:
-        """Called with each delta."""
-
-    def fail(self, error: BaseException) -> None:
-        """The request has ended by an error, or its client has left."""
-
-
-async def run(worker: EngineWorker, prepared: Prepared, observer: Observer) -> AsyncGenerator[Delta]:
-    """Have the engine answer a request: the deltas of all its choices, as they come.
-
-    Raises:
-        What `worker.generate` raises; the refusal of one of several texts says which.
-    """
-    with locating_errors(prepared.location):
-        try:
-            generated = worker.generate(prepared.request, prepared.soft_prompt, seconds=observer.seconds)
-            async with aclosing(generated) as deltas:
-                async for delta in deltas:
-                    observer.take(delta)
-                    yield delta
-        except BaseException as error:
-            observer.fail(error)
-            raise
 
 
 async def _encode_labels(

@@ -1,4 +1,4 @@
-"""Collects deltas into choices, of one request or of several that run at the same time."""
+"""Runs requests in the engine, one or several at the same time, and collects their deltas into choices."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from fastapi import Request
+
+from server.api.generation import Prepared, locating_errors
+from server.api.telemetry.observation import Observation
+from server.api.telemetry.record import record_of
 from server.contracts import Delta, FinishReason, Scored, Token, Usage
+from server.engine.worker import EngineWorker
 from server.long_work import running
 
 
 @dataclass
 class Choice:
-    """One choice of a request, as far as it has come."""
+    """One choice of a request so far."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
@@ -23,7 +29,7 @@ class Choice:
     usage: Usage | None = None
 
     def take(self, delta: Delta) -> None:
-        """Take over what a step added."""
+        """Add a step's delta."""
         assert self.finish_reason is None, "a choice ends once"
         if delta.token is not None:
             self.tokens.append(delta.token)
@@ -41,6 +47,25 @@ class Choice:
         """Mean log-probability of its tokens, by which choices are ranked; those of no tokens come last."""
         known = [token.logprob for token in self.tokens if token.logprob is not None]
         return sum(known) / len(known) if known else float("-inf")
+
+
+async def run(request: Request, worker: EngineWorker, prepared: Prepared) -> AsyncGenerator[Delta]:
+    """Yield the deltas of all choices of an engine request, as they come, and record them for its HTTP request.
+
+    Raises:
+        What `EngineWorker.generate` raises; an error about one of several texts names that text.
+    """
+    observation = Observation(request, prepared)
+    with locating_errors(prepared.location):
+        try:
+            seconds = record_of(request).seconds
+            async with aclosing(worker.generate(prepared.request, prepared.soft_prompt, seconds=seconds)) as deltas:
+                async for delta in deltas:
+                    observation.take(delta)
+                    yield delta
+        except BaseException as error:
+            observation.fail(error)
+            raise
 
 
 async def collect(deltas: AsyncIterator[Delta], num_choices: int = 1) -> list[Choice]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Tag
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.deps import KeyIdDep, RegistryDep, WorkerDep
 from server.api.error_format import ErrorFormat, Location
 from server.api.openai import chat, completions
 from server.api.openai.replies import ChatReply, CompletionReply
@@ -51,7 +51,7 @@ def _without_kind(location: Location) -> Location:
 
 INVOCATION_ERRORS = ErrorFormat(INVOCATIONS, union_fields=("inputs", "prompt"), location=_without_kind)
 
-router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
+router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates])
 
 
 @router.post(

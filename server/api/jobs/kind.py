@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import TypeAdapter
 
 from server.api.auth import GuardedRoute, Publishes, may_see
-from server.api.deps import known_query
 from server.engine.worker import EngineWorker
 from server.errors import PreludeError
 from server.executors import Executors
@@ -57,8 +56,7 @@ class News:
 
 def job_router(path: str, tag: str) -> APIRouter:
     """A router for jobs; its routes require a key that may publish."""
-    guards = [Publishes, Depends(known_query)]
-    return APIRouter(prefix=path, tags=[tag], route_class=GuardedRoute, dependencies=guards)
+    return APIRouter(prefix=path, tags=[tag], route_class=GuardedRoute, dependencies=[Publishes])
 
 
 class Jobs(ABC):

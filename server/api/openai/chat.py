@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.deps import RegistryDep, WorkerDep
 from server.api.openai.completions import ERRORS
 from server.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.api.openai.messages import chat_text
@@ -22,9 +22,7 @@ from server.api.sse import OR_STREAM, EventStream, unless_disconnected
 from server.contracts import ChatEnd, Delta, Token
 from server.engine.worker import EngineWorker
 
-router = APIRouter(
-    tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
-)
+router = APIRouter(tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates])
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.deps import RegistryDep, WorkerDep
 from server.api.generation import locating_errors, location_of
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
 from server.api.openai.logprobs import completion_logprobs, prompt_logprobs, text_offsets
@@ -38,9 +38,7 @@ ERRORS = (
     )
 )
 
-router = APIRouter(
-    tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)]
-)
+router = APIRouter(tags=["openai"], responses=ERRORS, route_class=GuardedRoute, dependencies=[Generates])
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from server.api.auth import GuardedRoute, Reads, allow_task, may_see
-from server.api.deps import RegistryDep, WorkerDep, known_query
+from server.api.deps import RegistryDep, WorkerDep
 from server.api.openai.errors import MISSING, REFUSALS, no_model
 from server.api.openai.translate import task_of
 from server.engine.worker import EngineWorker
@@ -16,11 +16,7 @@ from server.errors import InvalidTaskName, UnknownTask
 from server.registry.events import seconds_of
 
 router = APIRouter(
-    prefix="/v1/models",
-    tags=["openai"],
-    responses=REFUSALS,
-    route_class=GuardedRoute,
-    dependencies=[Reads, Depends(known_query)],
+    prefix="/v1/models", tags=["openai"], responses=REFUSALS, route_class=GuardedRoute, dependencies=[Reads]
 )
 
 

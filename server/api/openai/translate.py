@@ -15,12 +15,12 @@ from typing import Any
 from fastapi import Request
 
 from server.api.auth import allow_task
-from server.api.generation import Prepared, encode_text, find_soft_prompt, locating_errors, location_of, run
+from server.api.generation import Prepared, encode_text, find_soft_prompt, locating_errors, location_of
 from server.api.openai.errors import no_model
 from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
+from server.api.outputs import run
 from server.api.schemas import grammar_of, schema_text
-from server.api.telemetry.observation import Observation
 from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
@@ -192,7 +192,7 @@ def start_all(
     request: Request, worker: EngineWorker, prepared: Sequence[Prepared], choices: int
 ) -> list[AsyncGenerator[Delta]]:
     """The deltas of each request; a request starts when its first delta is requested."""
-    running = [(one, run(worker, one, Observation.of(request, one))) for one in prepared]
+    running = [(one, run(request, worker, one)) for one in prepared]
     return [deltas if one.request.n == choices else _repeated(deltas, choices) for one, deltas in running]
 
 

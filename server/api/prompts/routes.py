@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
+from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 
 from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
-from server.api.deps import RegistryDep, SettingsDep, TaskName, known_query
+from server.api.deps import RegistryDep, SettingsDep, TaskName
 from server.api.prompts.change_threads import PUBLISH_SECONDS, ChangeDep, in_time
 from server.api.prompts.preconditions import set_etag
 from server.api.prompts.uploads import unpacked_upload
@@ -41,9 +41,7 @@ PUBLISH_ERRORS: Responses = {
     ),
 }
 
-router = APIRouter(
-    prefix="/prompts", tags=["soft prompts"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
-)
+router = APIRouter(prefix="/prompts", tags=["soft prompts"], route_class=GuardedRoute)
 
 
 @router.get("", responses={422: ERRORS[422]}, dependencies=[Reads])

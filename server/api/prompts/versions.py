@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BeforeValidator, PositiveInt, StrictInt
 
 from server.api.auth import GuardedRoute, Publishes, Reads
-from server.api.deps import ExecutorsDep, RegistryDep, TaskName, known_query
+from server.api.deps import ExecutorsDep, RegistryDep, TaskName
 from server.api.generation import find_soft_prompt
 from server.api.prompts.change_threads import CHANGE_SECONDS, ChangeDep, in_time
 from server.api.prompts.preconditions import set_etag
@@ -31,9 +31,7 @@ UNAVAILABLE = responses(on_503="The version cannot be read or served.")
 ACTIVATE_ERRORS = CHANGE_ERRORS | UNAVAILABLE
 BODY_ERRORS = ACTIVATE_ERRORS | responses(400, 413)
 
-router = APIRouter(
-    prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute, dependencies=[Depends(known_query)]
-)
+router = APIRouter(prefix="/prompts/{task}", tags=["versions"], route_class=GuardedRoute)
 
 PAGE = 100
 """Maximum number of versions on a page."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars
 
 from server.api.telemetry.metrics import Metrics
-from server.api.telemetry.record import Record, RequestOutcome
+from server.api.telemetry.record import TOKENS, Record, RequestOutcome
 from server.errors import PreludeError
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ _ID = re.compile(r"[ -~]{1,128}")
 
 
 class Access:
-    """The outermost middleware."""
+    """The outermost middleware of the app."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -90,18 +89,15 @@ def _route(scope: Scope) -> str | None:
 def _line(scope: Scope, record: Record, route: str | None) -> dict[str, Any]:
     """The fields of a request's log line."""
     usage = record.usage
-    fields = {
+    fields: dict[str, Any] = {
         "method": scope["method"],
         "route": route,
         "status": record.status,
-        "seconds": round(time.perf_counter() - record.started, 6),
+        "seconds": round(record.seconds, 6),
         "key": scope["state"].get("key_id"),
         "task": record.task,
         "version": record.version,
         "outcome": None if record.outcome is None else str(record.outcome),
-        "input_tokens": None if usage is None else usage.input_tokens,
-        "virtual_tokens": None if usage is None else usage.virtual_tokens,
-        "cached_tokens": None if usage is None else usage.cached_tokens,
-        "output_tokens": None if usage is None else usage.output_tokens,
+        **({} if usage is None else {name: getattr(usage, name) for name in TOKENS}),
     }
     return {name: value for name, value in fields.items() if value is not None}

@@ -6,14 +6,14 @@ involved. The time between tokens has no task label: all tasks in a batch share 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 
 from server.api.telemetry.gauges import Gauges
-from server.api.telemetry.record import RequestOutcome
+from server.api.telemetry.record import TOKENS, RequestOutcome
 from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
 from server.contracts import Usage
 from server.engine.worker import EngineWorker
@@ -42,23 +42,17 @@ class Metrics:
     """
 
     def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int, board: JobBoard | None = None) -> None:
-        """Create the metrics, all zero.
-
-        Args:
-            worker: the source of the engine's gauges.
-            tasks: the source of the registry's gauges.
-            most_tasks: maximum number of tasks with their own label value.
-            board: the source of the gauges of training jobs.
-        """
+        """Create the metrics, all zero; at most `most_tasks` tasks have a label value of their own."""
         self.registry = CollectorRegistry()
         self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
         self._requests = self._counter("requests", "Requests for an answer, by how they ended.", "version", "outcome")
-        self._input_tokens = self._counter("input_tokens", "Tokens of texts, templates included.")
-        self._virtual_tokens = self._counter("virtual_tokens", "Virtual tokens in front of texts.")
-        self._cached_tokens = self._counter(
-            "cached_tokens", "Those of the virtual tokens whose keys and values were known already."
-        )
-        self._output_tokens = self._counter("output_tokens", "Generated tokens, counted when their request ends.")
+        texts = {
+            "input_tokens": "Tokens of texts, templates included.",
+            "virtual_tokens": "Virtual tokens in front of texts.",
+            "cached_tokens": "Those of the virtual tokens whose keys and values were known already.",
+            "output_tokens": "Generated tokens, counted when their request ends.",
+        }
+        self._tokens = {name: self._counter(name, texts[name]) for name in TOKENS}
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From the arrival of a request to its first token."
         )
@@ -66,24 +60,11 @@ class Metrics:
             "request_duration_seconds", "From the arrival of a request that finished to its last token."
         )
         self._queue = self._histogram("queue_seconds", "From the acceptance of a request that finished to its slot.")
-        self.inter_token = Histogram(
-            "prelude_inter_token_seconds",
-            "Between two tokens of a choice.",
-            registry=self.registry,
-            buckets=TOKEN_BUCKETS,
-        )
-        self.loads = Histogram(
-            "prelude_soft_prompt_load_seconds",
-            "Reading a soft prompt from the store.",
-            registry=self.registry,
-            buckets=LOAD_BUCKETS,
-        )
-        self._http = Counter(
-            "prelude_http_requests",
-            "HTTP requests of all routes.",
-            ["method", "route", "status"],
-            registry=self.registry,
-        )
+        self.inter_token = self._histogram("inter_token_seconds", "Between two tokens of a choice.", (), TOKEN_BUCKETS)
+        about = "Reading a soft prompt from the store."
+        self.loads = self._histogram("soft_prompt_load_seconds", about, (), LOAD_BUCKETS)
+        labels = ("method", "route", "status")
+        self._http = Counter("prelude_http_requests", "HTTP requests of all routes.", labels, registry=self.registry)
         self.registry.register(Gauges(worker, tasks, board))
         ProcessCollector(registry=self.registry)
 
@@ -99,13 +80,8 @@ class Metrics:
         self._requests.labels(name, number, outcome).inc()
         if outcome is RequestOutcome.REFUSED:
             return
-        for counter, tokens in (
-            (self._input_tokens, usage.input_tokens),
-            (self._virtual_tokens, usage.virtual_tokens),
-            (self._cached_tokens, usage.cached_tokens),
-            (self._output_tokens, usage.output_tokens),
-        ):
-            counter.labels(name).inc(tokens)
+        for field, counter in self._tokens.items():
+            counter.labels(name).inc(getattr(usage, field))
         if outcome is RequestOutcome.FINISHED:
             self._duration.labels(name).observe(seconds)
             self._queue.labels(name).observe(usage.queued_seconds)
@@ -133,15 +109,14 @@ class Metrics:
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"prelude_{name}", about, ["task", *labels], registry=self.registry)
 
-    def _histogram(self, name: str, about: str) -> Histogram:
-        return Histogram(f"prelude_{name}", about, ["task"], registry=self.registry, buckets=REQUEST_BUCKETS)
+    def _histogram(
+        self, name: str, about: str, labels: Sequence[str] = ("task",), buckets: Sequence[float] = REQUEST_BUCKETS
+    ) -> Histogram:
+        return Histogram(f"prelude_{name}", about, labels, registry=self.registry, buckets=buckets)
 
     def _forget(self, task: str, version: str | None) -> None:
         if version is not None:
             self._requests.remove_by_labels({"task": task, "version": version})
             return
-        for metric in (
-            *(self._requests, self._first_token, self._duration, self._queue),
-            *(self._input_tokens, self._virtual_tokens, self._cached_tokens, self._output_tokens),
-        ):
+        for metric in (self._requests, self._first_token, self._duration, self._queue, *self._tokens.values()):
             metric.remove_by_labels({"task": task})

@@ -8,17 +8,17 @@ from fastapi import Request
 
 from server.api.generation import Prepared
 from server.api.telemetry.metrics import Metrics
-from server.api.telemetry.record import Record, RequestOutcome, outcome_of, record_of
+from server.api.telemetry.record import RequestOutcome, outcome_of, record_of
 from server.contracts import Delta, Usage
 
 
 class Observation:
     """Observes one engine request from submission to end."""
 
-    def __init__(self, metrics: Metrics, record: Record, prepared: Prepared) -> None:
-        """Start observing; called before the request is submitted."""
-        self._metrics = metrics
-        self._record = record
+    def __init__(self, request: Request, prepared: Prepared) -> None:
+        """Start observing an engine request of this HTTP request, before it is submitted."""
+        self._metrics: Metrics = request.app.state.metrics
+        self._record = record = record_of(request)
         self._prepared = prepared
         self._last: dict[int, float] = {}  # choice -> time of its last token
         self._num_tokens = 0
@@ -26,16 +26,6 @@ class Observation:
         self._has_ended = False
         if prepared.resolved is not None:
             record.task, record.version = prepared.resolved.task, prepared.resolved.version
-
-    @classmethod
-    def of(cls, request: Request, prepared: Prepared) -> Observation:
-        """The observation of an engine request that belongs to an HTTP request."""
-        return cls(request.app.state.metrics, record_of(request), prepared)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the HTTP request arrived."""
-        return time.perf_counter() - self._record.started
 
     def take(self, delta: Delta) -> None:
         """Record a delta."""
@@ -45,7 +35,7 @@ class Observation:
             if last is not None:
                 self._metrics.inter_token.observe(now - last)
             elif not self._last:
-                self._metrics.first_token(self._record.task, now - self._record.started)
+                self._metrics.first_token(self._record.task, self._record.seconds)
             self._last[delta.index] = now
             self._num_tokens += 1
         if delta.usage is not None and (self._usage is None or delta.index == 0):
@@ -63,18 +53,18 @@ class Observation:
         self._has_ended = True
         usage, record = self._total(outcome), self._record
         record.add(outcome, usage)
-        self._metrics.ended(record.task, record.version, outcome, usage, self.seconds)
+        self._metrics.ended(record.task, record.version, outcome, usage, record.seconds)
 
     def _total(self, outcome: RequestOutcome) -> Usage:
         """The usage of all choices together. They share the input, and the first choice reports its usage."""
         if outcome is RequestOutcome.REFUSED:
             return Usage(0, 0, 0)
-        told = self._usage or Usage(0, 0, 0)
+        first = self._usage or Usage(0, 0, 0)
         soft_prompt = self._prepared.soft_prompt
         return Usage(
             virtual_tokens=0 if soft_prompt is None else soft_prompt.num_virtual_tokens,
             input_tokens=len(self._prepared.request.input_ids),
             output_tokens=self._num_tokens,
-            cached_tokens=told.cached_tokens,
-            queued_seconds=told.queued_seconds,
+            cached_tokens=first.cached_tokens,
+            queued_seconds=first.queued_seconds,
         )

@@ -23,6 +23,10 @@ class RequestOutcome(StrEnum):
     REFUSED = "refused"
 
 
+TOKENS = ("input_tokens", "virtual_tokens", "cached_tokens", "output_tokens")
+"""The numbers of tokens in `Usage`, each of which has a field in the log and a counter."""
+
+
 @dataclass
 class Record:
     """One HTTP request. The record never contains texts or keys, so they cannot get into the log."""
@@ -41,17 +45,17 @@ class Record:
     usage: Usage | None = None
     """The usage of all texts and choices together."""
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the request arrived."""
+        return time.perf_counter() - self.started
+
     def add(self, outcome: RequestOutcome, usage: Usage) -> None:
         """Add the outcome and usage of one text of the request."""
         if self.outcome in (None, RequestOutcome.FINISHED):
             self.outcome = outcome
-        so_far = self.usage or Usage(0, 0, 0)
-        self.usage = Usage(
-            so_far.virtual_tokens + usage.virtual_tokens,
-            so_far.input_tokens + usage.input_tokens,
-            so_far.output_tokens + usage.output_tokens,
-            so_far.cached_tokens + usage.cached_tokens,
-        )
+        before = self.usage or Usage(0, 0, 0)
+        self.usage = Usage(**{name: getattr(before, name) + getattr(usage, name) for name in TOKENS})
 
 
 def record_of(request: Request) -> Record:

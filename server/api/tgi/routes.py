@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute, allow_task
-from server.api.deps import KeyIdDep, RegistryDep, WorkerDep, known_query
+from server.api.deps import KeyIdDep, RegistryDep, WorkerDep
 from server.api.generation import (
     LONG_TEXT,
     GenerationOptions,
@@ -18,12 +18,10 @@ from server.api.generation import (
     location_of,
     prepare,
     refuse_too_long,
-    run,
 )
-from server.api.outputs import collect_all
+from server.api.outputs import collect_all, run
 from server.api.schemas import responses
 from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.api.telemetry.observation import Observation
 from server.api.tgi.replies import events, reply_of
 from server.api.tgi.schemas import (
     MAX_GENERATED,
@@ -50,7 +48,7 @@ ERRORS = responses(
     on_504="The request took too long.",
 )
 
-router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates, Depends(known_query)])
+router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates])
 
 TaskQuery = Query(
     None, description="The task, or task@version; without it the frozen model answers alone.", examples=["sms_spam"]
@@ -143,11 +141,11 @@ async def _answer(
         await asyncio.sleep(0)
     headers = _common(item.headers(worker) for item in prepared)
     if stream:
-        deltas = run(worker, prepared[0], Observation.of(request, prepared[0]))
+        deltas = run(request, worker, prepared[0])
         # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(deltas))
         return EventStream(events(first, deltas, body, prepared[0], worker), headers)
-    running = [run(worker, item, Observation.of(request, item)) for item in prepared]
+    running = [run(request, worker, item) for item in prepared]
     replies = await unless_disconnected(request, _replies(running, prepared, texts, parameters, worker))
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)

@@ -5,6 +5,7 @@ A tiny model is a real transformers architecture with random weights, built from
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -309,3 +310,12 @@ def run_engine(
                 outcome.error = delta.error
     engine.check_integrity()
     return outcomes
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """sha256 over all parameters and buffers, to prove that nothing has written to the frozen model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -48,10 +48,7 @@ class Admission:
             Overloaded: a limit is reached; the error names it.
         """
         choices = request.num_choices
-        if request.is_background:
-            self._check_background(choices)
-        else:
-            self._check(request, choices)
+        self._check(request, choices)
         self._count(request, choices)
         counted = True
 
@@ -67,17 +64,16 @@ class Admission:
             leave()
 
     def _check(self, request: GenerationRequest, choices: int) -> None:
-        """Refuse a live request that exceeds a limit. Background requests do not count towards these limits."""
-        task, key = request.task, request.key_id
-        self._refuse_over("in flight", self._in_flight, choices, self._limits.in_flight)
-        self._refuse_over(f"in flight for the task {task}", self._by_task[task], choices, self._limits.per_task)
+        """Refuse a request that exceeds a limit. Background requests count towards no limit of live requests."""
+        limits, task, key = self._limits, request.task, request.key_id
+        if request.is_background:
+            _refuse_over("in flight in the background", self._in_background, choices, limits.background)
+            return _refuse_over("in flight", self._in_flight + self._in_background, choices, limits.in_flight)
+        _refuse_over("in flight", self._in_flight, choices, limits.in_flight)
+        _refuse_over(f"in flight for the task {task}", self._by_task[task], choices, limits.per_task)
         if key is not None:
-            self._refuse_over(f"in flight for the key {key}", self._by_key[key], choices, self._limits.per_key)
-
-    def _check_background(self, choices: int) -> None:
-        """Refuse a background request over the limit of background requests, or over that of all requests."""
-        self._refuse_over("in flight in the background", self._in_background, choices, self._limits.background)
-        self._refuse_over("in flight", self._in_flight + self._in_background, choices, self._limits.in_flight)
+            _refuse_over(f"in flight for the key {key}", self._by_key[key], choices, limits.per_key)
+        return None
 
     def _count(self, request: GenerationRequest, choices: int) -> None:
         if request.is_background:
@@ -89,9 +85,8 @@ class Admission:
             if not counter[name]:
                 del counter[name]
 
-    @staticmethod
-    def _refuse_over(where: str, now: int, more: int, limit: int | None) -> None:
-        # A request with more choices than the limit could never be admitted, so it is admitted if nothing else is in
-        # flight.
-        if limit is not None and now and now + more > limit:
-            raise Overloaded(f"{now} answers are {where}, and the server takes {limit}.")
+
+def _refuse_over(where: str, now: int, more: int, limit: int | None) -> None:
+    # A request with more choices than the limit is admitted if nothing else is in flight: it could never be otherwise.
+    if limit is not None and now and now + more > limit:
+        raise Overloaded(f"{now} answers are {where}, and the server takes {limit}.")

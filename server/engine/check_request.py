@@ -24,7 +24,13 @@ def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, mo
         raise EmptyInput("The input contains no token.")
     if not all(request.labels):
         raise EmptyInput("A label contains no token.", remedy="Send at least one character in each.")
-    _check_tokens(request, model)
+    for token_ids, source in (
+        (request.input_ids, "The input"),
+        *((label, "A label") for label in request.labels),
+        ([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias"),
+        (sorted(request.sampling.stop_token_ids), "stop_token_ids"),
+    ):
+        model.text.check_tokens(token_ids, source)
     limit = model.spec.max_model_len
     needed = virtual + inputs + (label or new)
     if needed <= limit:
@@ -39,15 +45,5 @@ def check_request(request: GenerationRequest, soft_prompt: SoftPrompt | None, mo
         raise InputTooLong(message, remedy="Shorten the input or the labels.")
     if room < 1:
         raise InputTooLong(message)
-    raise InputTooLong(
-        message, remedy=f"Ask for at most {room} new tokens, or shorten the input.", param="max_new_tokens"
-    )
-
-
-def _check_tokens(request: GenerationRequest, model: FrozenModel) -> None:
-    """Refuse token ids outside the vocabulary in every field that has token ids."""
-    model.text.check_tokens(request.input_ids, "The input")
-    for label in request.labels:
-        model.text.check_tokens(label, "A label")
-    model.text.check_tokens([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
-    model.text.check_tokens(sorted(request.sampling.stop_token_ids), "stop_token_ids")
+    remedy = f"Ask for at most {room} new tokens, or shorten the input."
+    raise InputTooLong(message, remedy=remedy, param="max_new_tokens")

@@ -19,7 +19,7 @@ from server.engine.model.frozen import FrozenModel
 from server.engine.out_of_memory import run_with_less
 from server.engine.runner import Runner
 from server.engine.sampling.logit_rows import Batch
-from server.engine.sampling.next_token import NextToken
+from server.engine.sampling.sampler import NextToken
 from server.engine.scheduling.endings import ending, failure
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
@@ -31,17 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Continuous batching over one frozen model.
-
-    Attributes:
-        model: the frozen model.
-        kv_cache: the pool in which running sequences own slots.
-        prefixes: computed prefixes of soft prompts.
-        scheduler: the waiting and running sequences.
-        grammars: compiled grammars for generated text.
-        steps: number of batches run so far.
-        runner: runs a batch through the model.
-    """
+    """Continuous batching over one frozen model; `steps` is the number of batches so far."""
 
     def __init__(
         self,
@@ -59,9 +49,7 @@ class Engine:
         self.scheduler = Scheduler(model.spec, kv_cache, prefixes, max_sequences, max_batch_tokens, shared_bytes)
         self.grammars = Grammars(model.text.backend, model.spec.vocab_size, model.eos_token_ids)
         self._walks = Walks(self.grammars)
-        self._awaiting_grammar: dict[
-            Walk, tuple[Sequence, NextToken]
-        ] = {}  # drawn tokens that their grammars have not accepted yet
+        self._awaiting_grammar: dict[Walk, tuple[Sequence, NextToken]] = {}  # drawn tokens, not accepted yet
         self._unfinished: dict[str, int] = {}  # request id -> choices that have not ended
         self._special_ids = model.text.tokens.special_ids
         self.runner = Runner(model, kv_cache)
@@ -79,14 +67,7 @@ class Engine:
         assert self.has_work or not len(self.scheduler.shared), "a copy is counted that nobody waits with"
 
     def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Refuse a request that can never run; safe from any thread.
-
-        Raises:
-            EmptyInput: no input token.
-            InputTooLong: virtual tokens + input + new tokens exceed the context; names the lengths, and the field at
-                fault where the input alone would fit.
-            UnknownToken: the request contains a token id outside the model's vocabulary.
-        """
+        """Refuse a request that can never run; raises what `check_request` raises, and is safe from any thread."""
         check_request(request, soft_prompt, self.model)
 
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
@@ -136,10 +117,10 @@ class Engine:
         while self.has_work:
             self.step()
 
-    def rehearse(self, batch: Batch) -> None:
-        """Run a batch and discard its results; waits for the device."""
+    def run(self, batch: Batch) -> list[NextToken]:
+        """Run a batch, without applying its results; waits for the device."""
         with self.kv_cache.step():
-            self._run(batch)
+            return self.runner.run(batch, partial(self.scheduler.while_device_works, batch))
 
     def fail_all(self, message: str) -> list[Delta]:
         """End all requests with an error: after a step that raised, no slot's content can be trusted."""
@@ -170,12 +151,7 @@ class Engine:
         return deltas + self._take_accepted(is_idle=False)
 
     def _run_and_commit(self, batch: Batch) -> list[Delta]:
-        with self.kv_cache.step():
-            choices = self._run(batch)
-        return self._commit(batch, choices)
-
-    def _run(self, batch: Batch) -> list[NextToken]:
-        return self.runner.run(batch, partial(self.scheduler.while_device_works, batch))
+        return self._commit(batch, self.run(batch))
 
     def _commit(self, batch: Batch, choices: list[NextToken]) -> list[Delta]:
         """Apply the step's results to the sequences, and remove the sequences that end."""
@@ -186,7 +162,7 @@ class Engine:
             if sequence.needs_next_after(span) and not sequence.request.labels:
                 drawn.append((sequence, next(remaining)))
                 if sequence.siblings:
-                    drawn += [(who, next(remaining)) for who in sequence.siblings]
+                    drawn += [(sibling, next(remaining)) for sibling in sequence.siblings]
             if sequence.slot is not None:  # otherwise another choice of its request has failed in this step
                 try:
                     deltas += self._take_over(sequence, span, drawn)
@@ -213,13 +189,13 @@ class Engine:
         if sequence.request.labels and not sequence.label_ids:
             return self._begin_labels(sequence)
         if not drawn:
-            return [self._end(who, None, FinishReason.LENGTH) for who in (sequence, *sequence.siblings)]
+            return [self._end(choice, None, FinishReason.LENGTH) for choice in (sequence, *sequence.siblings)]
         if not sequence.siblings:
             return self._append(*drawn[0])
         siblings, sequence.siblings = sequence.siblings, []
         self.scheduler.share_input(sequence, siblings)
-        deltas = [delta for who, choice in drawn for delta in self._append(who, choice)]
-        self.scheduler.add_sharing([who for who in siblings if not (who.has_ended or who.awaits_grammar)])
+        deltas = [delta for choice, token in drawn for delta in self._append(choice, token)]
+        self.scheduler.add_sharing([one for one in siblings if not (one.has_ended or one.awaits_grammar)])
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
@@ -255,17 +231,17 @@ class Engine:
         for walk in self._walks.collect(also_slow=is_idle):
             if walk not in self._awaiting_grammar:  # another choice of its request has just failed
                 continue
-            who, choice = self._awaiting_grammar.pop(walk)
-            if walk.error is not None and not who.is_at_last_token:
-                deltas.append(self._fail(who, walk.error))
+            sequence, choice = self._awaiting_grammar.pop(walk)
+            if walk.error is not None and not sequence.is_at_last_token:
+                deltas.append(self._fail(sequence, walk.error))
                 continue
             try:
-                deltas += self._take(who, choice, is_complete=walk.is_complete)
+                deltas += self._take(sequence, choice, is_complete=walk.is_complete)
             except Exception as exc:  # noqa: BLE001 - it ends this request and no other
-                deltas.append(self._fail_alone(who, exc))
-            if who.slot is None and not who.has_ended:
-                beginning.append(who)
-        self.scheduler.add_sharing([who for who in beginning if who.request_id in self._unfinished])
+                deltas.append(self._fail_alone(sequence, exc))
+            if sequence.slot is None and not sequence.has_ended:
+                beginning.append(sequence)
+        self.scheduler.add_sharing([one for one in beginning if one.request_id in self._unfinished])
         return deltas
 
     def _take(self, sequence: Sequence, choice: NextToken, *, is_complete: bool = False) -> list[Delta]:
@@ -280,9 +256,8 @@ class Engine:
         elif reason is None and len(sequence.output_ids) >= params.max_new_tokens:
             reason = FinishReason.LENGTH
         token = Token(token_id, "", 0, choice.logprob, token_id in self._special_ids, choice.top)
-        certain, stopped = sequence.detokenizer.push(
-            token, is_last=reason is not None, is_text=by_id is None or params.include_stop
-        )
+        is_text = by_id is None or params.include_stop
+        certain, stopped = sequence.detokenizer.push(token, is_last=reason is not None, is_text=is_text)
         if stopped and by_id is None:
             reason = FinishReason.STOP_SEQUENCE
         last = certain.pop() if reason is not None else None
@@ -304,15 +279,8 @@ class Engine:
         is_last = not self._unfinished[request_id]
         if is_last:
             self._forget(request_id)
-        return Delta(
-            request_id,
-            token,
-            reason,
-            sequence.usage,
-            index=sequence.index,
-            scored=sequence.take_scored(),
-            is_last=is_last,
-        )
+        scored = sequence.take_scored()
+        return Delta(request_id, token, reason, sequence.usage, None, sequence.index, scored, is_last)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
         """End a request because one of its choices has failed."""

@@ -66,11 +66,11 @@ class EngineThread(threading.Thread):
         on_failure: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
-        """Wrap an engine; once the thread runs, no other thread may use it.
+        """Wrap an engine, which no other thread may use once this one runs; the callbacks are called on this thread.
 
         Args:
             engine: the engine.
-            deliver: receives the deltas of a step or command. All callbacks are called on this thread.
+            deliver: receives the deltas of a step or command.
             on_failure: called when the engine has failed permanently.
             on_end: called when the thread ends.
         """
@@ -107,8 +107,7 @@ class EngineThread(threading.Thread):
         """Accept a checked request and its compiled grammar."""
 
         def add() -> list[Delta]:
-            held = () if compiled is None else (compiled,)
-            self._engine.add(request, soft_prompt, *held)
+            self._engine.add(request, soft_prompt, compiled)
             return []
 
         self._commands.put(partial(self._alone, request.request_id, add))
@@ -190,8 +189,9 @@ class EngineThread(threading.Thread):
         except BaseException as exc:
             refuse_to_catch(exc)
             log.exception("an engine step failed; all requests in flight end with an error")
-            message = "The engine failed while it worked on this request; nothing else is affected."
-            deltas = self._engine.fail_all(message)
+            deltas = self._engine.fail_all(
+                "The engine failed while it worked on this request; nothing else is affected."
+            )
             try:
                 self._try_out()
             finally:
@@ -200,21 +200,15 @@ class EngineThread(threading.Thread):
             self._deliver(deltas)
 
     def _try_out(self) -> None:
-        """Check that the engine can run a step.
-
-        Raises:
-            Exception: all attempts failed.
-        """
+        """Check that the engine can run a step; raises the error of the last attempt."""
         for pause in RETRY_SECONDS:
             try:
-                self._engine.try_out()
+                return self._engine.try_out()
             except Exception:
                 log.exception("the engine cannot take a step")
                 self._engine.fail_all("The engine has failed.")
                 time.sleep(pause)
-            else:
-                return
-        self._engine.try_out()
+        return self._engine.try_out()
 
 
 def refuse_to_catch(exc: BaseException) -> None:

@@ -16,8 +16,7 @@ from server.engine.fast.operators import operators_with
 from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 from server.engine.sampling.logit_rows import Batch, LogitRows, tokens_of
-from server.engine.sampling.next_token import NextToken
-from server.engine.sampling.sampler import begin_choosing
+from server.engine.sampling.sampler import NextToken, begin_choosing
 from server.engine.to_device import Download, send, upload
 
 

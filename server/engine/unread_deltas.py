@@ -18,12 +18,7 @@ class Stream:
     """The deltas of one request that its front end has not read yet."""
 
     def __init__(self, streams: Streams, on_end: Callable[[], None]) -> None:
-        """Create an empty stream.
-
-        Args:
-            streams: counts the unread tokens of all streams.
-            on_end: called with the last delta, read or not.
-        """
+        """Create an empty stream among `streams`; `on_end` is called with the last delta, read or not."""
         self._streams = streams
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._on_end = on_end
@@ -63,14 +58,11 @@ class Stream:
 
 
 class Streams:
-    """The streams of all accepted requests.
-
-    Attributes:
-        unread: number of unread tokens and candidates in all streams.
-    """
+    """The streams of all accepted requests."""
 
     def __init__(self) -> None:
         self.unread = 0
+        """Number of unread tokens and candidates in all streams."""
         self._streams: dict[str, Stream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -96,14 +88,9 @@ class Streams:
                 self._idle.set()
 
     def hand_out(self, deltas: Iterable[Delta]) -> list[str]:
-        """Add a step's deltas to their streams.
-
-        Returns:
-            Requests to abort: if the limit is exceeded, the requests with the most unread tokens.
-        """
+        """Add deltas to their streams; returns the requests to abort because too much of their output is unread."""
         for delta in deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is not None:
+            if (stream := self._streams.get(delta.request_id)) is not None:
                 stream.put(delta)
         return self._drop_slowest()
 
@@ -120,6 +107,7 @@ class Streams:
         return self._idle.is_set()
 
     def _drop_slowest(self) -> list[str]:
+        """While the limit is exceeded, end the stream with the most unread tokens; returns the requests."""
         dropped = []
         while self.unread > MOST_UNREAD:
             request_id, stream = max(self._streams.items(), key=lambda item: item[1].unread)

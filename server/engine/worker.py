@@ -14,19 +14,13 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 
-import torch
-
-from server.contracts import Delta, FinishReason, GenerationRequest, ModelSpec, SamplingParams
+from server.contracts import Delta, FinishReason, GenerationRequest, SamplingParams
 from server.engine.admission_control import Admission, Limits
 from server.engine.engine import Engine
 from server.engine.engine_thread import TICK_SECONDS, EngineThread
 from server.engine.grammars.compile_queue import GrammarQueue
-from server.engine.memory.prefix_cache import PrefixCache
-from server.engine.memory.shared_inputs import SharedInputs
-from server.engine.memory.slots import SlotAllocator
-from server.engine.text.model_text import ModelText
 from server.engine.unread_deltas import Stream, Streams
 from server.errors import (
     GenerationFailed,
@@ -36,7 +30,7 @@ from server.errors import (
     RequestTimedOut,
     ServerDraining,
 )
-from server.executors import Executor, for_texts
+from server.executors import for_texts
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -60,13 +54,28 @@ UNLIMITED = 4096
 
 
 class EngineWorker:
-    """The engine's thread, and the streams of the requests in flight."""
+    """The engine's thread, and the streams of the requests in flight.
+
+    Attributes:
+        model: facts about the frozen model.
+        text: converts between texts and tokens.
+        embeddings_of: input embeddings `[tokens, hidden_size]` of token ids; safe from any thread.
+        check: refuses a request that can never run, see `check_request`; safe from any thread.
+        scheduler, slots, prefixes: the engine's; other threads may only read counters and budgets.
+        request_timeout: time limit of a request in seconds; None for no limit.
+        draining: whether no new requests are accepted.
+        threads: tokenises texts that are too long for the event loop's thread.
+    """
 
     def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
         """Wrap an engine, which must not be used otherwise; without `limits` it accepts any number of requests."""
         self._engine = engine
-        self._limits = limits or Limits()
-        self._admission = Admission(self._limits)
+        self.model, self.text = engine.model.spec, engine.model.text
+        self.embeddings_of, self.check = engine.model.embeddings_of, engine.check
+        self.scheduler, self.slots, self.prefixes = engine.scheduler, engine.kv_cache.allocator, engine.prefixes
+        limits = limits or Limits()
+        self.request_timeout = limits.request_timeout
+        self._admission = Admission(limits)
         self._grammars = GrammarQueue(engine.grammars)
         self._streams = Streams()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,18 +89,7 @@ class EngineWorker:
         )
         self._failed = False
         self.draining = False
-        self.threads: Executor = for_texts(self._limits.in_flight or UNLIMITED)
-        """Tokenises texts that are too long for the event loop's thread."""
-
-    @property
-    def model(self) -> ModelSpec:
-        """Facts about the frozen model."""
-        return self._engine.model.spec
-
-    @property
-    def request_timeout(self) -> float | None:
-        """Time limit of a request in seconds; None for no limit."""
-        return self._limits.request_timeout
+        self.threads = for_texts(limits.in_flight or UNLIMITED)
 
     @property
     def responsive(self) -> bool:
@@ -112,59 +110,16 @@ class EngineWorker:
         return len(self._streams)
 
     @property
-    def num_running(self) -> int:
-        """Choices that have a slot."""
-        return len(self._engine.scheduler.running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Choices that wait for a slot."""
-        return len(self._engine.scheduler.waiting)
-
-    @property
     def num_steps(self) -> int:
         """Number of steps so far."""
         return self._engine.steps
 
-    @property
-    def slots(self) -> SlotAllocator:
-        """The engine's slots; other threads may only read them."""
-        return self._engine.kv_cache.allocator
-
-    @property
-    def prefixes(self) -> PrefixCache:
-        """The engine's prefix cache; other threads may only read the counters and the budget."""
-        return self._engine.prefixes
-
-    @property
-    def shared(self) -> SharedInputs:
-        """The engine's copies of inputs that choices share; other threads may only read them."""
-        return self._engine.scheduler.shared
-
-    @property
-    def text(self) -> ModelText:
-        """The conversion between texts and tokens."""
-        return self._engine.model.text
-
-    def embeddings_of(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Input embeddings `[tokens, hidden_size]`; safe from any thread."""
-        return self._engine.model.embeddings_of(token_ids)
-
-    def check(self, request: GenerationRequest, soft_prompt: SoftPrompt | None) -> None:
-        """Refuse a request that can never run; safe from any thread.
-
-        Raises:
-            EmptyInput, InputTooLong: see `Engine.check`.
-        """
-        self._engine.check(request, soft_prompt)
-
     def start(self, is_wanted: Callable[[str], bool] = lambda prefix_hash: True) -> None:
         """Start the thread; results are passed to the running event loop.
 
-        Args:
-            is_wanted: whether a prefix may outlive the last sequence that uses it; called on the engine's thread.
+        The engine's thread calls `is_wanted` to ask whether a prefix may outlive the last sequence that uses it.
         """
-        self._engine.scheduler.is_wanted = is_wanted
+        self.scheduler.is_wanted = is_wanted
         self._loop = asyncio.get_running_loop()
         self._thread.begin()
         self._tick()
@@ -181,7 +136,7 @@ class EngineWorker:
 
         Args:
             request: the request.
-            soft_prompt: precedes the input.
+            soft_prompt: its virtual tokens precede the input.
             seconds: time that the request has already used of its time limit.
 
         Raises:
@@ -194,7 +149,7 @@ class EngineWorker:
             GenerationFailed: the engine could not finish the request.
         """
         self._refuse_if_closed()
-        self._engine.check(request, soft_prompt)
+        self.check(request, soft_prompt)
         with self._admission.of(request) as leave:  # called with the last delta, read or not
             async with contextlib.aclosing(self._deltas(request, soft_prompt, leave, seconds)) as deltas:
                 async for delta in deltas:
@@ -249,7 +204,7 @@ class EngineWorker:
 
     def _timer(self, request_id: str, stream: Stream, seconds: float) -> asyncio.TimerHandle | None:
         """A timer that ends a request that takes too long, even if its deltas are not read."""
-        limit = self._limits.request_timeout
+        limit = self.request_timeout
         if limit is None:
             return None
 
@@ -271,16 +226,16 @@ class EngineWorker:
             ServerDraining, RequestAborted, GenerationFailed: see `generate`.
         """
         assert self._loop is not None, "the worker runs before anything is published"
-        asyncio.run_coroutine_threadsafe(self._warm_all(soft_prompts), self._loop).result()
+
+        async def warm_all() -> None:
+            await asyncio.gather(*map(self._warm, soft_prompts))
+
+        asyncio.run_coroutine_threadsafe(warm_all(), self._loop).result()
 
     def drop_unused(self, prefix_hashes: Iterable[str]) -> None:
         """Drop prefixes, each when the last sequence that uses it ends."""
-        hashes = tuple(prefix_hashes)
-        if hashes:
+        if hashes := tuple(prefix_hashes):
             self._thread.drop_unused(hashes)
-
-    async def _warm_all(self, soft_prompts: Iterable[SoftPrompt]) -> None:
-        await asyncio.gather(*(self._warm(soft_prompt) for soft_prompt in soft_prompts))
 
     async def _warm(self, soft_prompt: SoftPrompt) -> None:
         request_id = f"warm-{uuid.uuid4().hex}"

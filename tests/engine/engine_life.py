@@ -21,7 +21,7 @@ from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.prefix_cache import PrefixCache
 from server.engine.memory.slots import Slot
 from server.engine.sampling.logit_rows import Batch
-from server.engine.sampling.next_token import NextToken
+from server.engine.sampling.sampler import NextToken
 from server.engine.scheduling.fair_queue import Running
 from server.engine.scheduling.sequence import Sequence
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -35,11 +35,11 @@ class WatchedEngine(Engine):
     on_batch: Callable[[Batch], None]
     breaks = False
 
-    def _run(self, batch: Batch) -> list[NextToken]:
+    def run(self, batch: Batch) -> list[NextToken]:
         self.on_batch(batch)
         if self.breaks:
             raise RuntimeError("out of memory, say")
-        return super()._run(batch)
+        return super().run(batch)
 
 
 class EngineLife(RuleBasedStateMachine):

@@ -14,11 +14,11 @@ from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
 from server.engine.runner import Runner
 from server.engine.sampling import sampler
-from server.engine.sampling.sampler import choose_next
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download
 from tests.engine.counting import Largest, Operators, Reads, count_uploads
 from tests.engine.fake_cuda import opaque_varlen_attn
+from tests.engine.sampling.choosing import choose_next
 from tests.engine.sampling.test_sampler import sequence
 from tests.support import TINY, make_engine, random_soft_prompt, request, tiny_model
 
@@ -143,7 +143,7 @@ def step_of(requests: list[GenerationRequest], tiny: FrozenModel, monkeypatch: p
 
     monkeypatch.setattr(Runner, "forward", forward)
     with Reads() as reads:
-        engine._run(batch)
+        engine.run(batch)
     names: list[str] = reads.names
     return names
 

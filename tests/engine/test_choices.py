@@ -65,7 +65,7 @@ def test_the_input_is_computed_once_for_all_choices(tiny: FrozenModel) -> None:
     while engine.has_work:
         batch = engine.scheduler.schedule()
         tokens.append(sum(span.count for _, span in batch))
-        engine._commit(batch, engine._run(batch))
+        engine._commit(batch, engine.run(batch))
     assert tokens == [60, 8, 8]
 
 
@@ -137,7 +137,7 @@ def test_first_draws_of_many_choices_are_shared_out_to_steps(tiny: FrozenModel) 
     while engine.has_work:
         batch = engine.scheduler.schedule()
         most = max(most, sum(1 + len(sequence.siblings) for sequence, _ in batch))
-        engine._commit(batch, engine._run(batch))
+        engine._commit(batch, engine.run(batch))
     assert most <= 16 + 12
 
 

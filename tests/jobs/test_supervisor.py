@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from server.engine.model.frozen import FrozenModel, weights_hash
+from server.engine.model.frozen import FrozenModel
 from server.errors import JobRuns, UnknownJob
 from server.jobs.folder import JobFolder
 from server.jobs.job import ActivateIf, Job, JobState
@@ -31,6 +31,7 @@ from server.train.train_task import train_task
 from tests.api.live import wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS, SLOW, Yard, make_yard, running, spec
 from tests.registry.fakes import MemoryObjects
+from tests.support import weights_hash
 from tests.train.rows import MOODS, write_rows
 
 LONG = LEARNS | {"steps": 80, "evaluations": 16, "learning_rate": 0.05}

@@ -43,17 +43,17 @@ class Gauges(Collector):
         return build
 
     def _engine(self) -> Iterator[Metric]:
-        worker, slots = self._worker, self._worker.slots
+        worker, slots, scheduler = self._worker, self._worker.slots, self._worker.scheduler
         is_ready = worker.responsive and not worker.draining
         used = sum(slot.length for slot in slots.used)
         yield _gauge("ready", "1 while new requests are taken and the engine steps, else 0.", is_ready)
-        yield _gauge("requests_running", "Choices that have a slot; most requests have one.", worker.num_running)
-        yield _gauge("requests_waiting", "Choices that wait for a slot.", worker.num_waiting)
+        yield _gauge("requests_running", "Choices that have a slot; most requests have one.", len(scheduler.running))
+        yield _gauge("requests_waiting", "Choices that wait for a slot.", len(scheduler.waiting))
         yield _counter("engine_steps", "Forwards of the model.", worker.num_steps)
         yield _gauge("kv_cache_positions", "Positions that the KV cache has.", slots.num_positions)
         yield _gauge("kv_cache_used_positions", "Positions in slots that are handed out.", used)
-        yield _gauge("shared_input_bytes", "Memory for copies of inputs that choices share.", worker.shared.num_bytes)
-        yield _gauge("shared_input_budget_bytes", "Memory that they may take.", worker.shared.budget_bytes)
+        yield _gauge("shared_input_bytes", "Memory for copies of shared inputs.", scheduler.shared.num_bytes)
+        yield _gauge("shared_input_budget_bytes", "Memory that they may take.", scheduler.shared.budget_bytes)
 
     def _prefixes(self) -> Iterator[Metric]:
         cache = self._worker.prefixes

@@ -51,12 +51,6 @@ WORKSPACES = 64 * MiB
 def measure_steps(model: FrozenModel, max_sequences: int, max_batch_tokens: int, longest_prefix: int) -> Steps | None:
     """What steps take beside weights and KV cache; None on a CPU, whose allocator does not count it.
 
-    Args:
-        model: the frozen model, ready to serve.
-        max_sequences: see `Engine`.
-        max_batch_tokens: see `Engine`.
-        longest_prefix: positions of the longest prefix.
-
     Raises:
         InsufficientMemory: the device has no memory for the largest step; says what would help.
     """
@@ -80,9 +74,9 @@ def _measure(model: FrozenModel, max_sequences: int, max_batch_tokens: int, long
     running = engine.scheduler.max_running
     slot = kv_cache.allocate(model.spec.max_model_len)
     assert slot is not None, "a slab holds the longest context"
-    largest = peak(model.device, lambda: engine.rehearse(largest_batch(model, slot, running, max_batch_tokens)))
+    largest = peak(model.device, lambda: engine.run(largest_batch(model, slot, running, max_batch_tokens)))
     bucket = buckets(running)[-1]
-    decoding = peak(model.device, lambda: engine.rehearse(decodes(model, slot, bucket, SamplingParams())))
+    decoding = peak(model.device, lambda: engine.run(decodes(model, slot, bucket, SamplingParams())))
     logits = bucket * model.spec.vocab_size * model.dtype.itemsize  # output logits of all smaller buckets together
     prefix = bytes_of(model.spec, longest_prefix)
     return Steps(largest, decoding + logits + WORKSPACES, prefix)
@@ -96,14 +90,7 @@ def peak(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def largest_batch(model: FrozenModel, slot: Slot, running: int, tokens: int) -> Batch:
-    """A batch that uses the whole token budget and computes logits for every token.
-
-    Args:
-        model: whose step.
-        slot: holds the longest context.
-        running: sequences that run.
-        tokens: of the step, at least one for each sequence.
-    """
+    """A batch of `tokens` tokens, at least one for each running sequence, that computes logits for every token."""
     num_decodes = running - 1 if tokens > running else running
     batch = decodes(model, slot, num_decodes, ALL_RULES)
     left = tokens - num_decodes

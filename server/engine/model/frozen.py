@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.contracts import ModelSpec
@@ -226,12 +225,3 @@ def _end_tokens(
             log.warning("%s names the end token %d; the model has the tokens 0 to %d only", source, token_id, rows - 1)
     first: list[int] = next((ids for ids in found.values() if ids), [])
     return frozenset(itertools.chain(*found.values())), min(first, default=None)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """sha256 over all parameters and buffers, to prove that nothing has written to the frozen model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch
 from server.contracts import Candidate
 from server.engine.fast.operators import Operators, at_least_float32
 from server.engine.sampling.filters import Changes, probabilities
-from server.engine.sampling.next_token import NextToken
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download, upload
 
@@ -33,18 +32,12 @@ DEVICE_NUMBERS_AT_ONCE = 2**25
 """The same for all other devices: 256 rows with a vocabulary of 128 thousand tokens."""
 
 
-def choose_next(
-    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], operators: Operators | None = None
-) -> list[NextToken]:
-    """Choose a token for each row of `logits` `[rows, vocab_size]`, without changing them; waits for the device.
+class NextToken(NamedTuple):
+    """A row's next token. `token_id` is None if the logits are not finite."""
 
-    Args:
-        logits: in any dtype; rules are applied in float32 or float64.
-        sequences: the sequence of each row.
-        eos_token_ids: tokens that end a generation.
-        operators: finds the best token; torch's operators if None.
-    """
-    return begin_choosing(logits, sequences, eos_token_ids, Download(), operators)()
+    token_id: int | None
+    logprob: float | None
+    top: tuple[Candidate, ...] = ()
 
 
 def begin_choosing(
@@ -55,9 +48,15 @@ def begin_choosing(
     operators: Operators | None = None,
     drawn_from: Rows[int] | None = None,
 ) -> Callable[[], list[NextToken]]:
-    """Start `choose_next` without waiting; the returned function reads the choices from `download`.
+    """Choose a token for each sequence without waiting; the returned function reads the choices from `download`.
 
-    `drawn_from` is the row of logits that each sequence draws from; by default its own.
+    Args:
+        logits: `[rows, vocab_size]` in any dtype, which stay as they are; rules are applied in float32 or float64.
+        sequences: the sequences that draw.
+        eos_token_ids: tokens that end a generation.
+        download: transfers the results.
+        operators: finds the best token; torch's operators if None.
+        drawn_from: the row of logits that each sequence draws from; by default its own.
     """
     rows = range(len(sequences)) if drawn_from is None else drawn_from
     plain, ruled = _sorted_out(sequences)

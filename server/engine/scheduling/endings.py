@@ -6,7 +6,7 @@ import logging
 import math
 
 from server.contracts import FinishReason
-from server.engine.sampling.next_token import NextToken
+from server.engine.sampling.sampler import NextToken
 from server.engine.scheduling.sequence import Sequence
 from server.errors import GenerationFailed, NotFinite
 
@@ -25,11 +25,11 @@ def ending(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> 
 def failure(sequence: Sequence, drawn: list[tuple[Sequence, NextToken]], prefix_is_finite: bool) -> Exception | None:
     """The error that ends a sequence after a step, or None."""
     is_finite = prefix_is_finite
-    for who, choice in drawn:
-        if who.error is not None:
-            log.error("the rules of a request fail; no other is affected", exc_info=who.error)
+    for choice, token in drawn:
+        if choice.error is not None:
+            log.error("the rules of a request fail; no other is affected", exc_info=choice.error)
             return GenerationFailed("The engine failed on this request; no other is affected.")
-        is_finite &= choice.token_id is not None
-    if is_finite and not (sequence.scored and any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored)):
+        is_finite &= token.token_id is not None
+    if is_finite and not any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored):
         return None
     return NotFinite("The model's output is not finite for this soft prompt and input.")

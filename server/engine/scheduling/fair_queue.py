@@ -10,8 +10,10 @@ with very many choices does not delay the small ones after it.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from typing import TypeVar
 
 from server.contracts import Queue
 from server.engine.scheduling.sequence import Sequence
@@ -22,9 +24,27 @@ IN_A_ROW = 8
 _Waiting = OrderedDict[Sequence, None]
 """Ordered; a member in the middle is found in constant time."""
 
+Name = TypeVar("Name", bound=Hashable)
+Queued = TypeVar("Queued")
 
-def _nobody(sequence: Sequence) -> bool:
-    return False
+
+def _fewest(
+    waiting: Iterable[tuple[Name, Queued]],
+    running: Counter[Name],
+    skipped: Container[Name],
+    head_of: Callable[[Name, Queued], Sequence | None],
+) -> Sequence | None:
+    """The head of the queue or key with the fewest running sequences, the first of equals; None if none has a head."""
+    best: Sequence | None = None
+    fewest = sys.maxsize
+    for name, queued in waiting:
+        count = running[name]
+        if count >= fewest or name in skipped or (first := head_of(name, queued)) is None:
+            continue
+        best, fewest = first, count
+        if not count:
+            break
+    return best
 
 
 class Running:
@@ -42,10 +62,7 @@ class Running:
         self.by_key[sequence.request.key_id] += 1
 
     def queues_at_share(self, capacity: int) -> set[Queue]:
-        """Queues that already run their fair share of `capacity`.
-
-        The capacity is divided equally among the keys, and each key's part equally among its queues.
-        """
+        """Queues that run their share: the capacity is divided equally among keys, and a key's among its queues."""
         if not self.by_key:
             return set()
         queues = Counter(key for _, key in self.by_queue)
@@ -58,11 +75,7 @@ class Running:
 
 
 class FairQueue:
-    """Queues by API key and task.
-
-    Keys with equally many running sequences take turns, and so do the queues of one key. Within a queue the order is
-    first in, first out, with the exceptions described in the module's docstring.
-    """
+    """Queues by API key and task; keys with equally many running sequences take turns, and so do a key's queues."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[str | None, OrderedDict[Queue, _Waiting]] = OrderedDict()
@@ -94,51 +107,22 @@ class FairQueue:
         running: Running | None = None,
         skipped_queues: Container[Queue] = (),
         skipped_keys: Container[str | None] = (),
-        must_skip: Callable[[Sequence], bool] = _nobody,
+        must_skip: Callable[[Sequence], bool] | None = None,
     ) -> Sequence | None:
-        """The sequence whose turn it is; None if nobody is left.
+        """The sequence whose turn it is; None if none is left.
 
-        Args:
-            running: who runs; nobody by default.
-            skipped_queues: queues to pass over.
-            skipped_keys: keys to pass over.
-            must_skip: predicate on the first sequence of a queue; if true, the queue is passed over.
+        A queue is passed over if it or its key is skipped, or if `must_skip` is true of its first sequence.
         """
-        running = running or Running()
-        best: Sequence | None = None
-        fewest = 0
-        for key, queues in self._keys.items():
-            count = running.by_key[key]
-            if key in skipped_keys or (best is not None and count >= fewest):
-                continue
-            first = self._head_of(queues, running, skipped_queues, must_skip)
-            if first is not None:
-                best, fewest = first, count
-                if not count:
-                    break
-        return best
+        now = running or Running()
 
-    def _head_of(
-        self,
-        queues: OrderedDict[Queue, _Waiting],
-        running: Running,
-        skipped_queues: Container[Queue],
-        must_skip: Callable[[Sequence], bool],
-    ) -> Sequence | None:
-        """The head of one key's queues; see `head`."""
-        best: Sequence | None = None
-        fewest = 0
-        for queue, waiting in queues.items():
-            count = running.by_queue[queue]
-            if queue in skipped_queues or (best is not None and count >= fewest):
-                continue
+        def of_queue(queue: Queue, waiting: _Waiting) -> Sequence | None:
             first = self._first(queue, waiting)
-            if must_skip(first):
-                continue
-            best, fewest = first, count
-            if not count:
-                break
-        return best
+            return None if must_skip is not None and must_skip(first) else first
+
+        def of_key(_: str | None, queues: OrderedDict[Queue, _Waiting]) -> Sequence | None:
+            return _fewest(queues.items(), now.by_queue, skipped_queues, of_queue)
+
+        return _fewest(self._keys.items(), now.by_key, skipped_keys, of_key)
 
     def take(self, sequence: Sequence) -> None:
         """Remove a head; its key goes to the end of the round, and its queue to the end of that key's."""
@@ -175,11 +159,7 @@ class FairQueue:
         return self._keys[sequence.request.key_id][sequence.request.queue]
 
     def _first(self, queue: Queue, waiting: _Waiting) -> Sequence:
-        """The next sequence of a queue: usually the first.
-
-        After `IN_A_ROW` siblings, it is the first sequence of a request that has not started, if that request has no
-        more choices than siblings wait before it.
-        """
+        """The next sequence of a queue: the first, or the one that may start after `IN_A_ROW` siblings."""
         first = next(iter(waiting))
         if self._in_a_row[queue] < IN_A_ROW:
             return first

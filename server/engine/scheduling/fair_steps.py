@@ -45,12 +45,7 @@ class FairSteps:
     """Shares out the token budget of each step."""
 
     def __init__(self, max_batch_tokens: int, next_chunk: Callable[[Sequence], int]) -> None:
-        """No step has been shared out.
-
-        Args:
-            max_batch_tokens: the token budget of a step.
-            next_chunk: how many tokens of a sequence one step can compute.
-        """
+        """Share out a budget of tokens; `next_chunk` says how many tokens of a sequence one step can compute."""
         self._max_batch_tokens = max_batch_tokens
         self._next_chunk = next_chunk
         self._least = max(RULES_COST, max_batch_tokens // STEP_PARTS)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import numpy as np
 
@@ -115,7 +114,7 @@ class Scheduler:
         sequence that ends during its prefill has no such proof.
         """
         if sequence.slot is None:
-            self._let_go_of_copy(sequence)
+            self._release_copy(sequence)
             return
         if sequence.index == 0:
             self.shared.release_unmade(sequence.request_id)
@@ -154,11 +153,7 @@ class Scheduler:
                 self._prefixes.drop(prefix_hash)
 
     def keep_prefix(self, sequence: Sequence) -> bool:
-        """If this sequence computes its soft prompt's prefix and has just completed it, keep a copy for all others.
-
-        Returns:
-            False if the prefix is not finite; it is not kept then.
-        """
+        """If this sequence has just completed its soft prompt's prefix, keep a copy; False if it is not finite."""
         check = self._prefix_checks.pop(sequence, None)
         if check is None:
             return True
@@ -186,11 +181,7 @@ class Scheduler:
             if self._computing.get(soft_prompt.prefix_hash) is not sequence:
                 continue
             prefix = self._kv_cache.view(span.slot, sequence.num_virtual_tokens)
-            if prefix.recurrent is None:
-                number = download.add(prefix.extremes())
-                self._prefix_checks[sequence] = partial(_all_finite, download, number)
-            else:  # whose state is written once the step has succeeded
-                self._prefix_checks[sequence] = partial(_is_finite, prefix)
+            self._prefix_checks[sequence] = _check_of(prefix, download)
 
     def check_integrity(self) -> None:
         """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
@@ -212,7 +203,7 @@ class Scheduler:
             work[one.request.key_id] += _work(one)
         skipped_queues: set[Queue] = set()
         running = Running(self.running)
-        must_skip = _nobody
+        must_skip: Callable[[Sequence], bool] | None = None
         while len(self.running) < self.max_running:
             if len(self.running) >= self._max_sequences:
                 skipped_queues |= running.queues_at_share(self._max_sequences)
@@ -242,11 +233,7 @@ class Scheduler:
             work[sequence.request.key_id] += _work(sequence)
 
     def _skipped_keys(self, running: Running, work: Counter[str | None]) -> set[str | None]:
-        """Keys that get no slot now.
-
-        These are keys whose running sequences have a full step's tokens to compute, and keys with their fair share of
-        slots when only the slots reserved for keys are left.
-        """
+        """Keys with a full step's tokens to compute and, when only reserved slots are left, keys with their share."""
         skipped = {key for key, tokens in work.items() if tokens >= self._max_batch_tokens}
         reserved_for_keys = (self.max_running - self._max_sequences) // 2
         if len(self.running) >= self.max_running - reserved_for_keys:
@@ -269,27 +256,22 @@ class Scheduler:
 
     def _attach_prefix(self, sequence: Sequence) -> None:
         """Copy the shared input or the cached prefix into the slot, or mark the sequence as computing it."""
+        soft_prompt = sequence.soft_prompt
         if sequence.shared is not None:
             self._kv_cache.copy_in(_slot(sequence), sequence.shared)
             sequence.num_computed = sequence.num_finite = sequence.num_input
-            self._let_go_of_copy(sequence)
-            return
-        soft_prompt = sequence.soft_prompt
-        if soft_prompt is None:
-            return
-        prefix = self._prefixes.get(soft_prompt.prefix_hash)
-        if prefix is None:
-            self._computing[soft_prompt.prefix_hash] = sequence
-        else:
+            self._release_copy(sequence)
+        elif soft_prompt is not None and (prefix := self._prefixes.get(soft_prompt.prefix_hash)) is not None:
             self._kv_cache.copy_in(_slot(sequence), prefix)
-            sequence.num_computed = sequence.num_virtual_tokens
-            sequence.cached_tokens = sequence.num_virtual_tokens
+            sequence.num_computed = sequence.cached_tokens = sequence.num_virtual_tokens
+        elif soft_prompt is not None:
+            self._computing[soft_prompt.prefix_hash] = sequence
 
     def _copied_bytes(self, sequence: Sequence) -> int:
         """Bytes of the copy of its input that this sequence will make for its siblings; 0 if it makes none."""
         return bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
 
-    def _let_go_of_copy(self, sequence: Sequence) -> None:
+    def _release_copy(self, sequence: Sequence) -> None:
         if sequence.shared is not None:
             sequence.shared = None
             self.shared.release_share(sequence.request_id)
@@ -323,16 +305,11 @@ def _makes_copy(sequence: Sequence) -> bool:
     return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
 
 
-def _all_finite(download: Download, number: int) -> bool:
-    return bool(np.isfinite(download.array(number)).all())
-
-
-def _is_finite(prefix: Computed) -> bool:
-    return prefix.is_finite
-
-
-def _nobody(sequence: Sequence) -> bool:
-    return False
+def _check_of(prefix: Computed, download: Download) -> Callable[[], bool]:
+    if prefix.recurrent is not None:  # it is written once the step has succeeded
+        return lambda: prefix.is_finite
+    extremes = download.add(prefix.extremes())
+    return lambda: bool(np.isfinite(download.array(extremes)).all())
 
 
 def _work(sequence: Sequence) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.contracts import GenerationRequest, SamplingParams, Scored, Usage
+from server.contracts import GenerationRequest, Scored, Usage
 from server.engine.memory.kv_cache import Computed
 from server.engine.memory.slots import Slot
 from server.engine.sampling.seen_tokens import SeenTokens
@@ -75,7 +75,10 @@ class Sequence:
         seed = self.sampling.seed
         self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
         self._uniform: float | None = None
-        self.seen = _seen_tokens(self.request)
+        repetition, presence = self.sampling.repetition_penalty, self.sampling.presence_penalty
+        has_penalties = repetition != 1.0 or presence or self.sampling.frequency_penalty
+        repeatable = self.request.input_ids if repetition != 1.0 else ()  # the other penalties count the output only
+        self.seen = SeenTokens(repeatable, presence, self.sampling.frequency_penalty) if has_penalties else None
         """What its penalties read, if it has any."""
         self.given_ids = self.request.input_ids + self.label_ids[:-1]
         self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
@@ -96,10 +99,11 @@ class Sequence:
         elif self.request.input_logprobs and self.index == 0 and not self.request.labels:
             self.scored = [Scored(self.request.input_ids[0], None)]
             self.targets = self.request.input_ids[1:]
-        self.is_plain = is_plain(self.sampling)
-        """Whether decoding is plain greedy; end tokens are still skipped until `min_new_tokens` is reached."""
         self.is_greedy = self.sampling.is_greedy
         """Whether its tokens are not drawn."""
+        has_rules = has_penalties or self.sampling.logprobs or self.sampling.logit_bias or self.sampling.grammar
+        self.is_plain = self.is_greedy and not has_rules
+        """Whether decoding is plain greedy; end tokens are still skipped until `min_new_tokens` is reached."""
 
     @property
     def request_id(self) -> str:
@@ -130,14 +134,8 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        inputs = len(self.request.input_ids)
-        return Usage(
-            self.num_virtual_tokens,
-            inputs,
-            len(self.output_ids),
-            self.cached_tokens,
-            queued_seconds=self.queued_seconds,
-        )
+        inputs, outputs = len(self.request.input_ids), len(self.output_ids)
+        return Usage(self.num_virtual_tokens, inputs, outputs, self.cached_tokens, self.queued_seconds)
 
     def scored_positions(self, span: Span) -> range:
         """The positions in this span whose logits give the probability of the next token of `targets`."""
@@ -194,17 +192,3 @@ def _mass(share: float) -> float:
     always remains.
     """
     return max(share, math.ulp(0.0)) if share < 1.0 else math.inf
-
-
-def _seen_tokens(request: GenerationRequest) -> SeenTokens | None:
-    """Of a request that has penalties; the repetition penalty counts the input too."""
-    params = request.sampling
-    given = request.input_ids if params.repetition_penalty != 1.0 else ()
-    has_penalties = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return SeenTokens(given, params.presence_penalty, params.frequency_penalty) if has_penalties else None
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether the request is plain greedy decoding: no rule changes the logits, and no log-probability is reported."""
-    is_changed = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return params.is_greedy and not (is_changed or params.logprobs or params.logit_bias or params.grammar)

@@ -50,8 +50,8 @@ def test_every_token_of_the_budget_is_computed_scored_and_drawn_from(
 @pytest.mark.parametrize("tokens", [8, 300])
 def test_it_runs_and_leaves_the_engine_as_it_was(tiny: FrozenModel, tokens: int) -> None:
     engine = make_engine(tiny, num_slabs=1, max_batch_tokens=tokens)
-    engine.rehearse(largest_batch(tiny, Slot(128, 0), 8, tokens))
-    engine.rehearse(decodes(tiny, Slot(128, 0), 8, SamplingParams()))
+    engine.run(largest_batch(tiny, Slot(128, 0), 8, tokens))
+    engine.run(decodes(tiny, Slot(128, 0), 8, SamplingParams()))
     assert not engine.has_work
     engine.check_integrity()
 
@@ -115,11 +115,11 @@ def test_peaks_are_what_the_largest_step_and_decoding_take_beyond_what_stays(
 def test_a_device_without_memory_for_the_largest_step_is_refused_with_the_remedy(
     tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rehearse(engine: Engine, batch: object) -> None:
+    def run(engine: Engine, batch: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     Device([1000]).install(monkeypatch)
-    monkeypatch.setattr(Engine, "rehearse", rehearse)
+    monkeypatch.setattr(Engine, "run", run)
     with pytest.raises(InsufficientMemory, match="a step of 64 tokens") as caught:
         measure_steps(on_cuda(tiny, monkeypatch), 4, 64, 16)
     assert "PRELUDE_MAX_BATCH_TOKENS" in caught.value.remedy

@@ -19,7 +19,7 @@ from server.engine.attention.interface import (
 )
 from server.engine.model.compatibility import refuse_unsupported
 from server.engine.model.exactness import own_logits, refuse_inexact
-from server.engine.model.frozen import FrozenModel, weights_hash
+from server.engine.model.frozen import FrozenModel
 from server.errors import UnsupportedModel
 from tests.engine.tiny_families import tiny_family
 from tests.support import (
@@ -33,6 +33,7 @@ from tests.support import (
     run_engine,
     tiny_model,
     tiny_module,
+    weights_hash,
 )
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from server.engine.model.frozen import FrozenModel, weights_hash
+from server.engine.model.frozen import FrozenModel
 from server.engine.model.weights import resolve_checkpoint
 from server.errors import ConfigurationError, EmbeddedModelMissing
 from server.settings import EMBEDDED_MODEL, Settings
 from tests.soak import Soak
-from tests.support import byte_tokenizer, tiny_module
+from tests.support import byte_tokenizer, tiny_module, weights_hash
 
 
 def test_the_embedded_model_is_the_documented_one(smollm2: FrozenModel) -> None:

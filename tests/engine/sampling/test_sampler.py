@@ -18,10 +18,11 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from server.engine.sampling.sampler import NUMBERS_AT_ONCE, choose_next
+from server.engine.sampling.sampler import NUMBERS_AT_ONCE
 from server.engine.scheduling.sequence import Sequence
 from server.engine.text.detokenizer import Detokenizer
 from server.engine.text.token_texts import TokenTexts
+from tests.engine.sampling.choosing import choose_next
 from tests.support import EOS, VOCAB_SIZE, byte_tokenizer, request
 
 NO_EOS: frozenset[int] = frozenset()

@@ -12,7 +12,7 @@ def tokens_per_step(engine: Engine) -> list[int]:
     while engine.has_work:
         batch = engine.scheduler.schedule()
         counts.append(sum(span.count for _, span in batch))
-        engine._commit(batch, engine._run(batch))
+        engine._commit(batch, engine.run(batch))
     return counts
 
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from server.contracts import GenerationRequest, Grammar
 from server.engine.grammars.compiled import Attempt, Compiled, Grammars
 from server.engine.grammars.limits import COMPILE_WALL_SECONDS
+from server.engine.grammars.wire import Deed
 from server.errors import GenerationFailed, PreludeError
 from server.executors import Executor
 
@@ -54,8 +55,19 @@ class GrammarQueue:
             run: called with the compiled grammar, which it must release.
             fail: called with the error if the grammar cannot be used.
         """
-        task = asyncio.create_task(self._run(grammar, request.key_id or request.task, run, fail))
-        self._pending[request.request_id] = task
+
+        async def compile_and_run() -> None:
+            try:
+                compiled = await self.compile(grammar, request.key_id or request.task)
+            except PreludeError as exc:
+                fail(exc)
+            except Exception:
+                log.exception("a grammar was not compiled")
+                fail(GenerationFailed("The grammar could not be compiled."))
+            else:
+                run(compiled)
+
+        task = self._pending[request.request_id] = asyncio.create_task(compile_and_run())
         task.add_done_callback(lambda _: self._pending.pop(request.request_id, None))
 
     def cancel(self, request_id: str) -> bool:
@@ -67,23 +79,6 @@ class GrammarQueue:
         """Cancel all requests whose grammars are not compiled yet."""
         for request_id in list(self._pending):
             self.cancel(request_id)
-
-    async def _run(
-        self,
-        grammar: Grammar,
-        owner: Owner,
-        run: Callable[[Compiled], object],
-        fail: Callable[[PreludeError], object],
-    ) -> None:
-        try:
-            compiled = await self.compile(grammar, owner)
-        except PreludeError as exc:
-            fail(exc)
-        except Exception:
-            log.exception("a grammar was not compiled")
-            fail(GenerationFailed("The grammar could not be compiled."))
-        else:
-            run(compiled)
 
     async def compile(self, grammar: Grammar, owner: Owner) -> Compiled:
         """Compile a grammar unless it is already compiled, and hold it.
@@ -126,7 +121,7 @@ class GrammarQueue:
                 attempt = None
             async with self._long.turn(owner):
                 attempt = attempt or await self._begin(grammar)
-                attempt.yield_further()
+                attempt.process.do(Deed.YIELD)
                 while not await self._waited(attempt, COMPILE_WALL_SECONDS):
                     pass
         finally:

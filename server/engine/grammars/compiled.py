@@ -51,16 +51,8 @@ class Compiled:
     """A compiled grammar and its process."""
 
     def __init__(self, key: bytes, process: GrammarProcess, first: bytes) -> None:
-        """Create a grammar without users.
-
-        Args:
-            key: hash of the grammar's source.
-            process: the grammar's process.
-            first: the mask of a text's first token.
-        """
-        self.key = key
-        self.process = process
-        self.first = first
+        """Create a grammar without users; `key` is its hash, and `first` the mask of a text's first token."""
+        self.key, self.process, self.first = key, process, first
         self.users = 0
         """Number of requests that hold the grammar; `Grammars` counts them."""
 
@@ -70,9 +62,7 @@ class Attempt:
 
     def __init__(self, grammars: Grammars, grammar: Grammar, process: GrammarProcess) -> None:
         """Start compiling in a new process."""
-        self._grammars = grammars
-        self._grammar = grammar
-        self._process = process
+        self._grammars, self._grammar, self.process = grammars, grammar, process
         self._lock = threading.Lock()
         self._closed = False
         self._until = time.monotonic() + COMPILE_WALL_SECONDS
@@ -86,7 +76,7 @@ class Attempt:
             GenerationFailed: the grammar's process ended for an unknown reason.
         """
         left = self._until - time.monotonic()
-        frames = self._process.receive(max(0.0, min(seconds, left)))
+        frames = self.process.receive(max(0.0, min(seconds, left)))
         if not frames and time.monotonic() < self._until:
             return False
         with self._lock:
@@ -95,11 +85,11 @@ class Attempt:
             self._closed = True  # `close` must no longer end the process
         if frames and frames[0].state is GrammarState.GOING:
             if not unpacked(frames[0].payload, self._grammars.vocab_size).any():
-                self._process.close()
+                self.process.close()
                 raise unusable(self._grammar, "No text of the model's tokens can match it")
-            self._grammars.keep(self._grammar, self._process, frames[0].payload)
+            self._grammars.keep(self._grammar, self.process, frames[0].payload)
             return True
-        self._process.close()
+        self.process.close()
         if not frames:
             raise unusable(self._grammar, f"it takes more than {COMPILE_WALL_SECONDS:g} s to compile")
         if frames[0].state is GrammarState.FAILED:
@@ -107,16 +97,12 @@ class Attempt:
         why = limit_reached(frames[0], f"it takes more than {COMPILE_SECONDS:g} s to compile")
         raise self._grammars.refuse(self._grammar, why)
 
-    def yield_further(self) -> None:
-        """Lower its process's priority, so that it also yields to the processes of other grammars."""
-        self._process.yield_further()
-
     def close(self) -> None:
         """Give up, unless the grammar is compiled."""
         with self._lock:
             closed, self._closed = self._closed, True
         if not closed:
-            self._process.close()
+            self.process.close()
 
 
 class Grammars:
@@ -155,7 +141,7 @@ class Grammars:
         """End one use of a grammar."""
         with self._lock:
             compiled.users -= 1
-        self._let_go()
+        self._end_unused()
 
     def begin(self, grammar: Grammar) -> Attempt:
         """Start compiling a grammar; takes a second or more for the first grammar, else milliseconds.
@@ -164,7 +150,7 @@ class Grammars:
             GenerationFailed: no process can be started.
             Overloaded: the grammars in use take all memory that grammars may take.
         """
-        self._let_go(spared=0)
+        self._end_unused(spared=0)
         if (memory := self.memory) > ALL_MEMORY_MIB:
             raise Overloaded(f"The grammars in use hold {memory} MiB, and the server allows {ALL_MEMORY_MIB}.")
         return Attempt(self, grammar, self._processes.make())
@@ -187,7 +173,7 @@ class Grammars:
             self._compiled[compiled.key] = compiled
         if before is not None and not before.users:
             before.process.close()
-        self._let_go()
+        self._end_unused()
 
     def refuse(self, grammar: Grammar, why: str) -> InvalidRequest:
         """The error of a grammar that exceeded a limit; the grammar is refused for a while."""
@@ -212,35 +198,30 @@ class Grammars:
     def memory(self) -> int:
         """Memory of all grammars together, in MiB."""
         with self._lock:
-            return sum(compiled.process.memory for compiled in self._compiled.values())
+            return _memory_of(self._compiled.values())
 
     def largest(self) -> Compiled | None:
         """The grammar that takes the most memory, if all grammars together exceed the limit; else None."""
         if self.memory <= ALL_MEMORY_MIB:
             return None
-        self._let_go()
+        self._end_unused()
         with self._lock:
-            all_of_them = list(self._compiled.values())
-        if sum(compiled.process.memory for compiled in all_of_them) <= ALL_MEMORY_MIB:
-            return None
-        return max(all_of_them, key=lambda compiled: compiled.process.memory)
+            if _memory_of(self._compiled.values()) <= ALL_MEMORY_MIB:
+                return None
+            return max(self._compiled.values(), key=lambda compiled: compiled.process.memory)
 
-    def _let_go(self, spared: int = 1) -> None:
+    def _end_unused(self, spared: int = 1) -> None:
         """End unused grammars, least recently used first, until they are within the limits on number and memory.
 
-        Args:
-            spared: number of unused grammars to keep in any case; a grammar that was just compiled is about to be held.
+        `spared` unused grammars are kept in any case: a grammar that was just compiled is about to be held.
         """
         with self._lock:
             idle = [compiled for compiled in self._compiled.values() if not compiled.users]
-            kept = sum(compiled.process.memory for compiled in idle)
-            in_use = sum(compiled.process.memory for compiled in self._compiled.values()) - kept
+            in_use = _memory_of(compiled for compiled in self._compiled.values() if compiled.users)
+            most = min(MAX_UNUSED_MIB, ALL_MEMORY_MIB - in_use)
             ended = []
-            while len(idle) > spared and (
-                len(idle) > MAX_UNUSED or kept > min(MAX_UNUSED_MIB, ALL_MEMORY_MIB - in_use)
-            ):
+            while len(idle) > spared and (len(idle) > MAX_UNUSED or _memory_of(idle) > most):
                 ended.append(idle.pop(0))
-                kept -= ended[-1].process.memory
                 del self._compiled[ended[-1].key]
         for compiled in ended:
             compiled.process.close()
@@ -251,6 +232,10 @@ class Grammars:
             self._refused.move_to_end(key)
             while len(self._refused) > REFUSED:
                 self._refused.popitem(last=False)
+
+
+def _memory_of(grammars: Iterable[Compiled]) -> int:
+    return sum(compiled.process.memory for compiled in grammars)
 
 
 def unpacked(mask: bytes, vocab_size: int) -> np.ndarray:
@@ -278,8 +263,7 @@ def limit_reached(frame: GrammarReply, too_slow: str) -> str:
     """Describe the limit that ended a process.
 
     Raises:
-        GenerationFailed: no limit ended it. For example, when memory runs out, the kernel first kills grammars
-            (SIGKILL).
+        GenerationFailed: no limit ended it; when memory runs out, the kernel kills grammars first (SIGKILL).
     """
     number = frame.payload[0]
     if number == signal.SIGPROF:

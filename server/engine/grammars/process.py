@@ -72,9 +72,7 @@ class Nursery:
     """Forks a process for each grammar and reports its end."""
 
     def __init__(self, control: socket.socket, tokenizer: llguidance.LLTokenizer) -> None:
-        """Prepare to receive commands from the server."""
-        self._control = control
-        self._tokenizer = tokenizer
+        self._control, self._tokenizer = control, tokenizer
         self._channels: dict[int, socket.socket] = {}  # pid -> socket on which its end is reported
         self._pids: dict[int, int] = {}  # number -> pid
 
@@ -195,9 +193,7 @@ class Texts:
     """The texts in progress of one grammar."""
 
     def __init__(self, channel: socket.socket, compiled: llguidance.LLMatcher, shared: int) -> None:
-        self._channel = channel
-        self._compiled = compiled
-        self._shared = shared
+        self._channel, self._compiled, self._shared = channel, compiled, shared
         self._matchers: dict[int, llguidance.LLMatcher] = {}
         self._orders: deque[tuple[int, int, int]] = deque()
         self._rest = b""
@@ -226,7 +222,7 @@ class Texts:
                 self._orders.append((action, walk, token_id))
         return bool(data)
 
-    def _answer(self, walk: int, token_id: int, goes_on: bool) -> bytes:
+    def _answer(self, walk: int, token_id: int, needs_mask: bool) -> bytes:
         begun = time.process_time()
         with _at_most(MASK_SECONDS):
             matcher = self._matchers.get(walk)
@@ -234,7 +230,7 @@ class Texts:
                 matcher = self._matchers[walk] = self._compiled.deep_copy()
             matcher.consume_token(token_id)
             state, payload = GrammarState.GOING, b""
-            if goes_on and not matcher.is_stopped():
+            if needs_mask and not matcher.is_stopped():
                 payload = matcher.compute_bitmask()  # after an error, this mask would allow the text to end
             if matcher.is_error():
                 state, payload = GrammarState.FAILED, matcher.get_error().encode()

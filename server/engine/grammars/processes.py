@@ -30,14 +30,9 @@ class GrammarProcess:
     """One grammar's process. One thread at a time may use it, except for `close`."""
 
     def __init__(self, channel: socket.socket, do: Callable[[Deed], object]) -> None:
-        """Take ownership of a process's socket.
-
-        Args:
-            channel: the socket.
-            do: executes a command that cannot be sent through the socket.
-        """
+        """Take ownership of a process's socket; `do` executes a command that cannot be sent through it."""
         self._channel = channel
-        self._do = do
+        self.do = do
         self._frames = GrammarReplies()
         self._unsent = bytearray()
         self._finalizer = weakref.finalize(self, channel.close)
@@ -97,19 +92,11 @@ class GrammarProcess:
         """Whether the process has ended, asked while no text uses it; the kernel may kill it when memory is short."""
         return any(frame.state is GrammarState.ENDED for frame in self.receive())
 
-    def yield_further(self) -> None:
-        """Lower the process's priority, so that it also yields to the processes of other grammars."""
-        self._do(Deed.YIELD)
-
-    def take_what_is_left(self) -> None:
-        """Let the process run only on otherwise idle cores from now on."""
-        self._do(Deed.IDLE)
-
     def close(self) -> None:
         """Kill the process; a thread that waits for it receives ENDED."""
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
-        self._do(Deed.KILL)
+        self.do(Deed.KILL)
 
 
 class GrammarProcesses:
@@ -120,9 +107,7 @@ class GrammarProcesses:
     """
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._backend = backend
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._backend, self._vocab_size, self._eos_token_ids = backend, vocab_size, eos_token_ids
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._starting = threading.Lock()

@@ -18,7 +18,7 @@ import numpy as np
 
 from server.engine.grammars.compiled import Compiled, Grammars, brief, limit_reached
 from server.engine.grammars.limits import MASK_SECONDS, REQUEST_SECONDS, STALLED_SECONDS, TOKEN_SECONDS
-from server.engine.grammars.wire import NO_EXTENSION, Action, GrammarReply, GrammarState
+from server.engine.grammars.wire import NO_EXTENSION, Action, Deed, GrammarReply, GrammarState
 from server.errors import GenerationFailed, InvalidRequest, PreludeError
 
 STEP_SECONDS, IDLE_SECONDS = 0.02, 0.005
@@ -34,20 +34,13 @@ AT_ONCE = 2
 
 
 class Walk:
-    """One text's progress through a grammar.
-
-    Attributes:
-        is_waiting: whether its last token has not been accepted yet, so that the mask is not known.
-        is_complete: whether the text matches and nothing can be added to it.
-        error: why the text cannot continue.
-    """
+    """One text's progress through a grammar."""
 
     def __init__(self, walks: RequestWalks, number: int) -> None:
-        self.of_request = walks
-        self.number = number
-        self.is_waiting = False
-        self.is_complete = False
-        self.error: PreludeError | None = None
+        self.of_request, self.number = walks, number
+        self.is_waiting = False  # whether its last token has not been accepted yet, so that the mask is not known
+        self.is_complete = False  # whether the text matches and nothing can be added to it
+        self.error: PreludeError | None = None  # why the text cannot continue
         self.mask = walks.compiled.first
 
     def allowed_bits(self) -> np.ndarray:
@@ -77,9 +70,9 @@ class RequestWalks:
         if self.seconds <= REQUEST_SECONDS + TOKEN_SECONDS * self.tokens:
             return None
         return InvalidRequest(
-            f"The grammar is too slow: to find what may come next took {self.seconds:.1f} s for {self.tokens} tokens; "
+            f"The grammar is too slow: finding what may come next took {self.seconds:.1f} s for {self.tokens} tokens; "
             f"the server allows {REQUEST_SECONDS:g} s and {1000 * TOKEN_SECONDS:g} ms for each.",
-            remedy="Simplify it: smaller bounds of repetitions, fewer alternatives; or ask for fewer texts at once.",
+            remedy="Simplify it (smaller bounds of repetitions, fewer alternatives), or request fewer texts at once.",
         )
 
 
@@ -90,17 +83,15 @@ class Walks:
         self._grammars = grammars
         self._numbers = itertools.count(1)
         self._requests: dict[str, RequestWalks] = {}
-        self._asked: dict[Compiled, dict[int, Walk]] = {}
-        """Texts whose reply has not arrived, by number."""
-        self._since: dict[Compiled, float] = {}
-        """Time of the last reply of each process that owes replies."""
+        self._sent: dict[Compiled, dict[int, Walk]] = {}  # texts whose reply has not arrived, by number
+        self._since: dict[Compiled, float] = {}  # time of the last reply of each process that owes replies
         self._slow: set[Compiled] = set()
         self._delayed: OrderedDict[RequestWalks, deque[tuple[Walk, Action, int]]] = OrderedDict()
 
     @property
     def has_work(self) -> bool:
         """Whether a text waits."""
-        return bool(self._asked or self._delayed)
+        return bool(self._sent or self._delayed)
 
     def begin(self, request_id: str, compiled: Compiled, count: int) -> list[Walk]:
         """Start the texts of a request, which holds its grammar until it ends."""
@@ -116,7 +107,7 @@ class Walks:
         self._delayed.pop(request, None)
         for walk in request.walks:
             compiled.process.order(Action.DROP, walk.number)
-            if self._asked.get(compiled, {}).pop(walk.number, None) is not None:
+            if self._sent.get(compiled, {}).pop(walk.number, None) is not None:
                 self._settle(compiled)
         compiled.process.flush()
         self._grammars.release(compiled)
@@ -131,45 +122,41 @@ class Walks:
         if request.compiled in self._slow:
             self._delayed.setdefault(request, deque()).append((walk, action, token_id))
         else:
-            self._ask(walk, action, token_id)
+            self._send(walk, action, token_id)
 
     def collect(self, *, also_slow: bool = False) -> list[Walk]:
-        """The texts whose tokens were accepted, or that have failed.
-
-        Args:
-            also_slow: wait for slow grammars too, because there is no other work.
-        """
-        self._ask_delayed()
+        """The texts whose tokens were accepted, or that have failed; waits for slow grammars only if `also_slow`."""
+        self._send_delayed()
         answered: list[Walk] = []
         until = time.monotonic() + (IDLE_SECONDS if also_slow else STEP_SECONDS)
-        while self._asked:
-            prompt_ones = self._asked.keys() - self._slow
-            left = max(0.0, until - time.monotonic()) if prompt_ones or (also_slow and not answered) else 0.0
+        while self._sent:
+            waits = self._sent.keys() - self._slow or (also_slow and not answered)
+            left = max(0.0, until - time.monotonic()) if waits else 0.0
             ready = self._wait(left)
             for compiled in ready:
                 answered += self._read(compiled)
             if not ready and not left:
                 break
-        self._slow |= self._asked.keys()
-        self._ask_delayed()
+        self._slow |= self._sent.keys()
+        self._send_delayed()
         return answered + self._stalled()
 
     def _wait(self, seconds: float) -> list[Compiled]:
         poll = select.poll()
-        processes = {compiled.process.fileno(): compiled for compiled in self._asked}
+        processes = {compiled.process.fileno(): compiled for compiled in self._sent}
         for descriptor, compiled in processes.items():
             poll.register(descriptor, select.POLLIN if compiled.process.flush() else select.POLLIN | select.POLLOUT)
         return [processes[descriptor] for descriptor, _ in poll.poll(1000 * seconds)]
 
-    def _ask(self, walk: Walk, action: Action, token_id: int) -> None:
+    def _send(self, walk: Walk, action: Action, token_id: int) -> None:
         compiled = walk.of_request.compiled
         self._since.setdefault(compiled, time.monotonic())
-        self._asked.setdefault(compiled, {})[walk.number] = walk
+        self._sent.setdefault(compiled, {})[walk.number] = walk
         compiled.process.order(action, walk.number, token_id)
 
-    def _ask_delayed(self) -> None:
+    def _send_delayed(self) -> None:
         """Send at most `AT_ONCE` slow grammars one token each; requests take turns."""
-        busy = self._slow & self._asked.keys()
+        busy = self._slow & self._sent.keys()
         for request in list(self._delayed):
             if len(busy) >= AT_ONCE:
                 return
@@ -177,7 +164,7 @@ class Walks:
                 continue
             busy.add(request.compiled)
             orders = self._delayed[request]
-            self._ask(*orders.popleft())
+            self._send(*orders.popleft())
             request.compiled.process.flush()
             self._delayed.move_to_end(request)
             if not orders:
@@ -191,7 +178,7 @@ class Walks:
                 answered += self._fail(compiled, _ended(frame))
                 break
             self._since[compiled] = time.monotonic()
-            if (walk := self._asked.get(compiled, {}).pop(frame.walk, None)) is not None:
+            if (walk := self._sent.get(compiled, {}).pop(frame.walk, None)) is not None:
                 self._take(walk, frame)
                 self._judge(walk.of_request, frame)
                 answered.append(walk)
@@ -208,7 +195,7 @@ class Walks:
             return
         self._slow.add(compiled)
         if frame.seconds > 10 * SLOW_SECONDS or request.is_costly:
-            compiled.process.take_what_is_left()
+            compiled.process.do(Deed.IDLE)
 
     def _take(self, walk: Walk, frame: GrammarReply) -> None:
         walk.is_waiting = False
@@ -217,12 +204,17 @@ class Walks:
         walk.mask = frame.payload
         if frame.state is GrammarState.FAILED:
             why = brief(frame.payload.decode(errors="replace"))
-            walk.error = _dead_end() if why.startswith(NO_EXTENSION) else _too_complex(why)
+            walk.error = _too_complex(why)
+            if why.startswith(NO_EXTENSION):
+                walk.error = InvalidRequest(
+                    "The grammar has a dead end: no token can follow the generated text, which does not match it yet.",
+                    remedy="Make sure that each alternative of the rule can be completed.",
+                )
 
     def _fail(self, compiled: Compiled, error: PreludeError) -> list[Walk]:
         """End a grammar's process, and refuse the grammar for a while; returns the texts that wait for it."""
         self._grammars.discard(compiled, error if isinstance(error, InvalidRequest) else None)
-        waiting = list(self._asked.pop(compiled, {}).values())
+        waiting = list(self._sent.pop(compiled, {}).values())
         self._since.pop(compiled, None)
         for request in [request for request in self._delayed if request.compiled is compiled]:
             waiting += [walk for walk, *_ in self._delayed.pop(request)]
@@ -231,15 +223,14 @@ class Walks:
         return waiting
 
     def _settle(self, compiled: Compiled) -> None:
-        if not self._asked.get(compiled, True):
-            del self._asked[compiled], self._since[compiled]
+        if not self._sent.get(compiled, True):
+            del self._sent[compiled], self._since[compiled]
 
     def _stalled(self) -> list[Walk]:
         """End processes that have not replied for `STALLED_SECONDS`."""
         long_ago = time.monotonic() - STALLED_SECONDS
         late = [compiled for compiled, since in self._since.items() if since < long_ago]
-        why = f"The grammar is too slow: nothing came for {STALLED_SECONDS:g} s."
-        error = InvalidRequest(why, remedy="Simplify it.")
+        error = InvalidRequest(f"The grammar is too slow: no reply for {STALLED_SECONDS:g} s.", remedy="Simplify it.")
         return [walk for compiled in late for walk in self._fail(compiled, error)]
 
 
@@ -254,10 +245,3 @@ def _ended(frame: GrammarReply) -> PreludeError:
 
 def _too_complex(why: str) -> PreludeError:
     return InvalidRequest(f"The grammar is too complex: {why}.", remedy="Simplify it.")
-
-
-def _dead_end() -> PreludeError:
-    return InvalidRequest(
-        "The grammar has a dead end: no token can follow the text that was generated, which does not match it yet.",
-        remedy="Mend the rule: see that each of its alternatives can be completed.",
-    )

@@ -64,22 +64,14 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
             remedy="Raise the first or lower the second.",
         )
     log_attention(model.spec, model.attention_rules)
-    most = most_running(settings.max_sequences, settings.max_batch_tokens)
-    steps = measure_steps(
-        model, settings.max_sequences, settings.max_batch_tokens, longest_prefix(settings, model.spec)
-    )
+    sequences, batch_tokens = settings.max_sequences, settings.max_batch_tokens
+    steps = measure_steps(model, sequences, batch_tokens, longest_prefix(settings, model.spec))
     planned = plan_memory(settings, model.spec, free_memory(model.device), steps)
     log.info("%s", planned)
     with _still_free("the KV cache", planned.granted, model.device):
-        kv_cache = KVCache(model.spec, planned.num_slabs, max_sequences=most)
-    engine = Engine(
-        model,
-        kv_cache,
-        PrefixCache(planned.prefix_bytes),
-        settings.max_sequences,
-        settings.max_batch_tokens,
-        planned.shared_bytes,
-    )
+        kv_cache = KVCache(model.spec, planned.num_slabs, max_sequences=most_running(sequences, batch_tokens))
+    prefixes = PrefixCache(planned.prefix_bytes)
+    engine = Engine(model, kv_cache, prefixes, sequences, batch_tokens, planned.shared_bytes)
     if "graphs" in settings.optimisations and model.spec.state_width and engine.runner.varlen is not None:
         log.info("decoding runs without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
     elif "graphs" in settings.optimisations:
@@ -104,11 +96,7 @@ def take_all(device: torch.device, num_bytes: int) -> None:
 
 @contextmanager
 def _still_free(purpose: str, num_bytes: int, device: torch.device) -> Iterator[None]:
-    """Context manager around an allocation that was planned when the memory was free.
-
-    Raises:
-        InsufficientMemory: another process has taken the memory.
-    """
+    """Context manager around an allocation that was planned when the memory was free."""
     try:
         yield
     except torch.OutOfMemoryError as exc:
@@ -125,17 +113,10 @@ def longest_prefix(settings: Settings, model: ModelSpec) -> int:
 
 
 def plan_memory(settings: Settings, model: ModelSpec, free: int, steps: Steps | None = None) -> MemoryPlan:
-    """Plan the size of the KV cache, and the budgets of computed prefixes and of copies of shared inputs.
-
-    Args:
-        settings: the server's settings.
-        model: the frozen model.
-        free: bytes that are free on its device.
-        steps: the measured memory of steps, if it was measured.
+    """Plan the KV cache, and the budgets of prefixes and of copies of shared inputs, within `free` bytes.
 
     Raises:
-        InsufficientMemory: they do not fit together, or the KV cache is too small for one sequence of the longest
-            context; the error names settings that would fit.
+        InsufficientMemory: see `plan`; the error names settings that would fit.
     """
     wanted = MemoryDemand(
         sequences=settings.max_sequences,

@@ -107,7 +107,8 @@ class EngineThread(threading.Thread):
         """Accept a checked request and its compiled grammar."""
 
         def add() -> list[Delta]:
-            self._engine.add(request, soft_prompt, compiled)
+            held = () if compiled is None else (compiled,)
+            self._engine.add(request, soft_prompt, *held)
             return []
 
         self._commands.put(partial(self._alone, request.request_id, add))

@@ -34,10 +34,7 @@ def run_with_less(
         batch: the step.
         run: runs a batch and applies its results.
         fail: ends a sequence with an error.
-        no_memory: the exception of the step.
-
-    Raises:
-        torch.OutOfMemoryError: even the decodes alone do not fit.
+        no_memory: the exception of the step; raised if even the decodes alone do not fit.
     """
     log.warning("the device has no memory for a step; it runs again with half as many tokens to prefill")
     if (smaller := halved(batch)) is not None:
@@ -45,7 +42,8 @@ def run_with_less(
         with contextlib.suppress(torch.OutOfMemoryError):
             return run(smaller)
     release_unused()
-    if (largest := largest_prefill(batch)) is None:
+    largest, span = max(batch, key=lambda share: share[1].count)
+    if span.count == 1:
         raise no_memory
     log.error("the device has no memory for %d tokens of input; their request fails", largest.num_pending)
     error = GenerationFailed("The device has no memory for this request.", remedy="Retry later, or shorten it.")
@@ -68,12 +66,6 @@ def halved(batch: Batch) -> Batch | None:
             smaller.append((sequence, Span(span.slot, span.start, count)))
             budget -= count
     return smaller
-
-
-def largest_prefill(batch: Batch) -> Sequence | None:
-    """The sequence with the most prefill tokens; None if all sequences decode."""
-    sequence, span = max(batch, key=lambda share: share[1].count)
-    return sequence if span.count > 1 else None
 
 
 def release_unused() -> None:

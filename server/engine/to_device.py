@@ -35,8 +35,8 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Te
 
 def send(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Copy a host tensor to a device in the given dtype; the host does not wait."""
-    on_its_way = tensor.to(dtype)
-    return on_its_way if is_host(device) else on_its_way.pin_memory().to(device, non_blocking=True)
+    tensor = tensor.to(dtype)
+    return tensor if is_host(device) else tensor.pin_memory().to(device, non_blocking=True)
 
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}

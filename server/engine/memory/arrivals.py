@@ -1,9 +1,8 @@
 """Copies KV prefixes to the device in pieces, beside the steps.
 
-Such a prefix can take a GiB. Copying it at once would keep everybody from decoding for a quarter of a second, so one
-piece is copied beside each step, and one prefix at a time. Sequences that need the prefix wait until it is copied, just
-as they wait for a prefix that another sequence is computing. On CUDA the pieces go through pinned memory on a stream of
-their own.
+Such a prefix can take a GiB. Copying it at once would stop all decoding for a quarter of a second, so one piece is
+copied beside each step, and one prefix at a time. Sequences that need the prefix wait until it is copied, just as they
+wait for a prefix that another sequence is computing. On CUDA the pieces go through pinned memory on their own stream.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator
-from typing import Protocol
 
 import torch
 
@@ -33,39 +31,13 @@ IDLE_SECONDS, PAUSE_SECONDS = 0.005, 0.0002
 again whether the device has freed a buffer."""
 
 
-class Copying(Protocol):
-    """A prefix that is being copied."""
-
-    @property
-    def prefix(self) -> Computed:
-        """Where it is copied to."""
-        ...
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether all pieces are copied, or queued so that work submitted after `settle` runs after them."""
-        ...
-
-    def advance(self) -> bool:
-        """Copy a piece; False if the device has to take earlier ones first.
-
-        Raises:
-            NotFinite: the piece holds NaN or infinity.
-        """
-        ...
-
-    def settle(self) -> None:
-        """Make the device wait for all copies made so far before it uses the prefix or reuses its memory.
-
-        Called once: after the last piece, or when the copy is cancelled.
-        """
-        ...
-
-
 class HostCopy:
     """A prefix that is copied within the host's memory, or by `StagedCopy` to a device.
 
     PEFT's layout is `[n, layers * 2 * heads * dim]`, ours `[layers, 2, n, heads, dim]`. A piece is contiguous in ours.
+
+    Attributes:
+        prefix: where it is copied to.
     """
 
     def __init__(self, soft_prompt: SoftPrompt, model: ModelSpec, piece_bytes: int) -> None:
@@ -86,17 +58,24 @@ class HostCopy:
 
     @property
     def has_arrived(self) -> bool:
-        """Whether no piece is left."""
+        """Whether all pieces are copied, or queued so that work submitted after `settle` runs after them."""
         return not self._pieces
 
     def advance(self) -> bool:
-        """Copy a piece."""
+        """Copy a piece; False if the device has to take earlier ones first.
+
+        Raises:
+            NotFinite: the piece holds NaN or infinity.
+        """
         piece = self._pieces.popleft()
         _check_finite(self._to[piece].copy_(self._from[piece]))
         return True
 
     def settle(self) -> None:
-        """Do nothing: the host has waited."""
+        """Make the device wait for all copies made so far before it uses the prefix or reuses its memory.
+
+        Called once: after the last piece, or when the copy is cancelled. Here the host has waited.
+        """
 
 
 class Staging:
@@ -146,8 +125,7 @@ class StagedCopy(HostCopy):
 
     def advance(self) -> bool:
         """Copy a piece, if there is a free buffer."""
-        buffer = self._staging.take()
-        if buffer is None:
+        if (buffer := self._staging.take()) is None:
             return False
         piece = self._pieces.popleft()
         target = self._to[piece]
@@ -161,7 +139,7 @@ class StagedCopy(HostCopy):
         self._staging.end()
 
 
-Start = Callable[[SoftPrompt], Copying]
+Start = Callable[[SoftPrompt], HostCopy]
 
 
 def copies_to(model: ModelSpec) -> Start:
@@ -172,7 +150,7 @@ def copies_to(model: ModelSpec) -> Start:
     piece_bytes = PIECE_BYTES["cuda"]
     staging: list[Staging] = []
 
-    def start(soft_prompt: SoftPrompt) -> Copying:
+    def start(soft_prompt: SoftPrompt) -> HostCopy:
         if not staging:
             staging.append(Staging(device, piece_bytes))
         return StagedCopy(soft_prompt, model, piece_bytes, staging[0])
@@ -187,22 +165,17 @@ class Arrivals:
     """
 
     def __init__(self, prefixes: PrefixCache, start: Start) -> None:
-        self._prefixes = prefixes
-        self._start = start
-        self._on_its_way: tuple[str, Copying] | None = None
+        self._prefixes, self._start = prefixes, start
+        self._on_its_way: tuple[str, HostCopy] | None = None
         self._failed: dict[str, PreludeError] = {}
 
     def bring(self, soft_prompt: SoftPrompt) -> bool:
-        """Return whether the prefix is in the cache.
-
-        If it is not and no other prefix is being copied, start copying it.
-        """
+        """Return whether the prefix is in the cache; if it is not and no other one is being copied, start its copy."""
         prefix_hash = soft_prompt.prefix_hash
         if prefix_hash not in self._prefixes and self._on_its_way is None and prefix_hash not in self._failed:
             try:
                 self._on_its_way = prefix_hash, self._start(soft_prompt)
             except (RuntimeError, PreludeError) as exc:
-                _refuse_to_hide(exc)
                 self._failed[prefix_hash] = _as_sentence(exc)
             self.advance()
             self.settle()
@@ -217,9 +190,9 @@ class Arrivals:
             try:
                 has_copied = copying.advance()
             except (RuntimeError, PreludeError) as exc:
-                _refuse_to_hide(exc)
+                error = _as_sentence(exc)
                 self.cancel(prefix_hash)
-                self._failed[prefix_hash] = _as_sentence(exc)
+                self._failed[prefix_hash] = error
                 return
             if time.monotonic() >= until:
                 return
@@ -268,14 +241,13 @@ def _check_finite(piece: torch.Tensor) -> None:
         raise NotFinite("The keys and values of this soft prompt are not finite.")
 
 
-def _refuse_to_hide(exc: Exception) -> None:
-    """Raise again what may have taken the device's context: the engine then sees whether it can take a step."""
+def _as_sentence(exc: Exception) -> PreludeError:
+    """The error of the waiting requests, without a traceback, whose frames hold the copy.
+
+    An error that may have destroyed the device's context is raised again: the engine then tries whether it can step.
+    """
     if isinstance(exc, torch.AcceleratorError):
         raise exc
-
-
-def _as_sentence(exc: Exception) -> PreludeError:
-    """The error for those who wait; without a traceback, whose frames hold the copy."""
     if isinstance(exc, PreludeError):
         return exc.with_traceback(None)
     if isinstance(exc, torch.OutOfMemoryError):

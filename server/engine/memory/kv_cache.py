@@ -16,15 +16,10 @@ from server.engine.memory.state_pool import StatePool, bytes_per_state
 
 
 class Computed(NamedTuple):
-    """A copy of the keys and values (and recurrent state) of a sequence's first positions.
+    """A copy of the keys and values (and recurrent state) of a sequence's first positions."""
 
-    Attributes:
-        states: their keys and values `[layers, 2, n, kv_heads, head_dim]`.
-        recurrent: the recurrent state after them `[state_width]`, in models that have one.
-    """
-
-    states: torch.Tensor
-    recurrent: torch.Tensor | None = None
+    states: torch.Tensor  # [layers, 2, n, kv_heads, head_dim]
+    recurrent: torch.Tensor | None = None  # [state_width], the state after them, in models that have one
 
     @property
     def num_bytes(self) -> int:
@@ -65,23 +60,13 @@ class KVCache:
         shortest_slot: int = SHORTEST_SLOT,
         max_sequences: int | None = None,
     ) -> None:
-        """Reserve the pool. On the CPU its pages are only touched as sequences fill them.
+        """Reserve room for `num_slabs` sequences of the longest context; a CPU's pages are touched as they are filled.
 
-        Args:
-            model: whose keys and values it holds.
-            num_slabs: how many sequences of the longest context it holds.
-            shortest_slot: positions of the shortest slot.
-            max_sequences: maximum number of sequences with a recurrent state; by default, the maximum number of slots.
+        `max_sequences` limits the sequences with a recurrent state; by default, as many as there can be slots.
         """
         self.allocator = SlotAllocator(num_slabs, model.max_model_len, shortest_slot)
         self.scratch = self.allocator.num_positions
-        shape = (
-            model.num_kv_layers,
-            2,
-            self.scratch + 1,
-            model.num_key_value_heads,
-            model.head_dim,
-        )
+        shape = (model.num_kv_layers, 2, self.scratch + 1, model.num_key_value_heads, model.head_dim)
         self.states = _zeros(shape, getattr(torch, model.dtype), torch.device(model.device))
         self.recurrent: StatePool | None = None
         if model.state_width:

@@ -31,58 +31,33 @@ SHARED_SHARE = 8
 
 @dataclass(frozen=True)
 class Steps:
-    """What a device's steps take beside the KV cache, in bytes.
+    """What a device's steps take beside the KV cache, in bytes."""
 
-    Attributes:
-        largest: the largest step's own tensors.
-        graphs: the captured graphs.
-        arriving: a prefix that is on its way to the device beside those in the cache.
-    """
-
-    largest: int = 0
-    graphs: int = 0
-    arriving: int = 0
+    largest: int = 0  # the largest step's own tensors
+    graphs: int = 0  # the captured graphs
+    arriving: int = 0  # a prefix that is on its way to the device beside those in the cache
 
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """What the settings and the model ask for.
+    """What the settings and the model ask for."""
 
-    Attributes:
-        sequences: that are to run at once.
-        running: maximum number of running sequences, including reserved slots.
-        max_model_len: positions of the longest context.
-        slab_length: positions of a slab, which holds one sequence of it.
-        position_bytes: keys and values of one position.
-        state_bytes: a sequence's recurrent state, whatever its length.
-        longest_prefix: positions of the longest prefix.
-        batch_tokens: of the largest step.
-        kv: bytes of the KV cache; None is 'auto'.
-        prefix: bytes of computed prefixes; None is 'auto'.
-        steps: what steps take; None where it was not measured.
-    """
-
-    sequences: int
-    running: int
-    max_model_len: int
-    slab_length: int
-    position_bytes: int
-    longest_prefix: int
-    batch_tokens: int
-    kv: int | None = None
-    prefix: int | None = None
-    steps: Steps | None = None
-    state_bytes: int = 0
+    sequences: int  # that are to run at once
+    running: int  # maximum number of running sequences, including reserved slots
+    max_model_len: int  # positions of the longest context
+    slab_length: int  # positions of a slab, which holds one sequence of the longest context
+    position_bytes: int  # keys and values of one position
+    longest_prefix: int  # positions
+    batch_tokens: int  # of the largest step
+    kv: int | None = None  # bytes of the KV cache; None is 'auto'
+    prefix: int | None = None  # bytes of computed prefixes; None is 'auto'
+    steps: Steps | None = None  # None where they were not measured
+    state_bytes: int = 0  # a sequence's recurrent state, whatever its length
 
     @property
     def slab(self) -> int:
         """Bytes of a slab."""
         return self.slab_length * self.position_bytes
-
-    @property
-    def longest_copy(self) -> int:
-        """Bytes of a copy of a sequence of the longest context, its recurrent state included."""
-        return self.slab + self.state_bytes
 
     @property
     def states(self) -> int:
@@ -100,24 +75,21 @@ class MemoryPlan:
     prefix_bytes: int
     shared_bytes: int
     positions_per_slab: int
-    total: int
-    """All that is planned, with what steps take."""
-    state_bytes: int = 0
-    """Of recurrent states, in models that have one."""
+    total: int  # all of it, with what steps take
+    state_bytes: int = 0  # recurrent states, in models that have one
     steps: Steps | None = None
 
     def __str__(self) -> str:
         positions = self.num_slabs * self.positions_per_slab
-        cut = "" if self.granted >= self.requested else f" of the {self.requested / MiB:,.0f} MiB asked for"
-        steps = ""
+        cut = "" if self.granted >= self.requested else f" of the {_mib(self.requested)} asked for"
+        parts = {"prefixes": self.prefix_bytes, "copies of shared inputs": self.shared_bytes}
+        if self.state_bytes:
+            parts["recurrent states"] = self.state_bytes
         if self.steps is not None:
-            steps = f"; largest step: {_mib(self.steps.largest)}; graphs: {_mib(self.steps.graphs)}"
+            parts |= {"largest step": self.steps.largest, "graphs": self.steps.graphs}
         return (
-            f"KV cache: {self.granted / MiB:,.0f} MiB{cut} = {positions:,} positions "
-            f"({self.num_slabs} sequences of {self.positions_per_slab:,}); prefixes: {_mib(self.prefix_bytes)}; "
-            f"copies of shared inputs: {_mib(self.shared_bytes)}"
-            + (f"; recurrent states: {_mib(self.state_bytes)}" if self.state_bytes else "")
-            + steps
+            f"KV cache: {_mib(self.granted)}{cut} = {positions:,} positions ({self.num_slabs} sequences of "
+            f"{self.positions_per_slab:,}); " + "; ".join(f"{name}: {_mib(size)}" for name, size in parts.items())
         )
 
 
@@ -151,7 +123,7 @@ def _parts(wanted: MemoryDemand, slabs: int) -> tuple[int, int, int]:
     granted = slabs * wanted.slab
     prefix = int(granted * PREFIX_SHARE) if wanted.prefix is None else wanted.prefix
     # One copy may always be made, of at most the longest context.
-    return granted, prefix, max(granted // SHARED_SHARE, wanted.longest_copy)
+    return granted, prefix, max(granted // SHARED_SHARE, wanted.slab + wanted.state_bytes)
 
 
 def _total(wanted: MemoryDemand, slabs: int, free: int) -> int:

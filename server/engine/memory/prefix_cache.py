@@ -23,16 +23,10 @@ class PrefixCache:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.num_bytes = 0
-        self.hits = 0
-        self.misses = 0
-        self.computed = 0
-        self.evicted = 0
+        self.budget_bytes, self.num_bytes = budget_bytes, 0
+        self.hits = self.misses = self.computed = self.evicted = 0
         self._prefixes: OrderedDict[str, Computed] = OrderedDict()
-        self._awaited: set[str] = set()
-        """Prefixes that were put in for a waiting sequence which has not read them yet; that first read counts as a
-        miss."""
+        self._awaited: set[str] = set()  # put in for a waiting sequence, whose first read counts as a miss
 
     def __len__(self) -> int:
         return len(self._prefixes)

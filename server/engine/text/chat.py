@@ -37,8 +37,7 @@ def render_chat(
     Args:
         tokenizer: has the template.
         messages: each has `role` and `content`, and optionally `name`.
-        encoder: distinguishes the template's control tokens from those in messages; if None, all count as the
-            template's.
+        encoder: tells the template's control tokens from those in messages; if None, all are the template's.
         length_bound: a text that can never fit is not searched for control tokens.
         end: where the text ends.
 
@@ -75,10 +74,9 @@ def render_chat(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], end: ChatEnd) -> str:
-    conversation = [dict(message) for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(
-            conversation,
+            [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=end is ChatEnd.ANSWER,
             continue_final_message=end is ChatEnd.CONTINUE,

@@ -12,26 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from server.contracts import Scored
+from server.engine.text.model_text import ModelText
 from server.errors import InvalidRequest
 
 LabelIds = tuple[int, ...]
-
-
-class Encodes(Protocol):
-    """An encoder of labels, such as `ModelText`."""
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text; training puts it after every target."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-
-    def encode_after_text(self, text: str) -> list[int]:
-        """Token ids of a text that continues another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +31,10 @@ class Judged:
     num_tokens: int
 
 
-def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool = False) -> tuple[LabelIds, ...]:
+def encode_labels(model: ModelText, labels: Sequence[str], *, continue_text: bool = False) -> tuple[LabelIds, ...]:
     """Token ids of labels, tokenised separately from the input, as training tokenises targets.
 
-    Args:
-        model: encodes the labels.
-        labels: the labels' texts.
-        continue_text: tokenise labels as continuations of the input, as for the frozen model alone.
+    With `continue_text`, labels are tokenised as continuations of the input, as for the frozen model alone.
 
     Raises:
         InvalidRequest: two labels have the same token ids.
@@ -61,29 +44,23 @@ def encode_labels(model: Encodes, labels: Sequence[str], *, continue_text: bool 
     ordered = sorted(zip(ids, labels, strict=True))
     for (one, text), (other, twin) in itertools.pairwise(ordered):
         if one == other:
-            raise InvalidRequest(
-                f"The choices {text[:80]!r} and {twin[:80]!r} are the same tokens.", remedy="Send one."
-            )
+            message = f"The choices {text[:80]!r} and {twin[:80]!r} are the same tokens."
+            raise InvalidRequest(message, remedy="Send one.")
     # In lexical order, a label that is the beginning of others is directly followed by one of them.
     if any(other[: len(one)] == one for (one, _), (other, _) in itertools.pairwise(ordered)):
-        end = model.end_token_id
-        if end is not None:
-            return tuple((*label, end) for label in ids)
+        ends = () if model.end_token_id is None else (model.end_token_id,)
+        return tuple(label + ends for label in ids)
     return tuple(ids)
 
 
 def judge(labels: Sequence[str], scored: Sequence[Sequence[Scored]], *, length_normalized: bool) -> list[Judged]:
     """Score labels by the log-probabilities of their tokens; keeps the order.
 
-    Args:
-        labels: the labels' texts.
-        scored: the scored tokens of each label.
-        length_normalized: compare means instead of sums, so that longer labels have no disadvantage.
+    With `length_normalized`, means are compared instead of sums, so that longer labels have no disadvantage.
     """
     totals = [math.fsum(token.logprob or 0.0 for token in tokens) for tokens in scored]
-    weights = [
-        total / len(tokens) if length_normalized else total for total, tokens in zip(totals, scored, strict=True)
-    ]
+    lengths = [len(tokens) if length_normalized else 1 for tokens in scored]
+    weights = [total / length for total, length in zip(totals, lengths, strict=True)]
     best = max(weights)
     # If all labels are impossible, they get equal probabilities.
     shares = [math.exp(weight - best) if best > -math.inf else 1.0 for weight in weights]

@@ -32,13 +32,9 @@ class Decoder:
     """
 
     def __init__(self, texts: TokenTexts, *, continues_text: bool = True, show_special: bool = False) -> None:
-        """Start with an empty text.
+        """Start with an empty text, which includes special tokens if `show_special`.
 
-        Args:
-            texts: the vocabulary.
-            continues_text: a leading space is part of the text; otherwise a space that the tokenizer would add is
-                removed.
-            show_special: include special tokens in the text.
+        With `continues_text`, a leading space is part of the text; otherwise one that the tokenizer adds is removed.
         """
         self._texts = texts
         self._skip_special = not show_special
@@ -127,14 +123,10 @@ class Detokenizer:
         """A stop string that ends within this number of leading characters of `_text` comes too early to count."""
 
     def push(self, token: Token, *, is_last: bool = False, is_text: bool = True) -> tuple[list[Token], bool]:
-        """Add a token; returns the tokens whose texts are now certain, and whether a stop string ends the text.
+        """Decode a token; returns the tokens whose texts are now certain, and whether a stop string ends the text.
 
-        If the token completes several stop strings, the one that begins first counts.
-
-        Args:
-            token: the next token; its text is decoded here.
-            is_last: whether it is the last token.
-            is_text: False for a token that only ends the text.
+        If the token completes several stop strings, the one that begins first counts. `is_text` is False for a token
+        that only ends the text.
         """
         text = self._decoder.step(token.id) if is_text else ""
         token = Token(token.id, text, self._num_characters, token.logprob, token.special, token.top)

@@ -35,12 +35,7 @@ class LengthBound:
     """
 
     def __init__(self, backend: Tokenizer, max_model_len: int) -> None:
-        """Read the vocabulary of a tokenizer.
-
-        Args:
-            backend: the tokenizer.
-            max_model_len: length of the context in tokens.
-        """
+        """Read the vocabulary of a tokenizer, for a context of `max_model_len` tokens."""
         self.max_model_len = max_model_len
         self._per_character = 1 / max(map(len, backend.get_vocab()), default=1)
         self._shares = _shares_of_bytes(backend)

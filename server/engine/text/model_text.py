@@ -56,12 +56,8 @@ class ModelText:
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with a BOS if the tokenizer adds one.
 
-        Other threads can run meanwhile: unlike the tokenizer's `encode`, its batch methods release the interpreter's
-        lock.
-
-        Args:
-            text: the text to encode.
-            add_special_tokens: False for a text that contains its special tokens, such as a rendered chat.
+        `add_special_tokens` is False for a text that contains its special tokens, such as a rendered chat. Other
+        threads can run meanwhile: the tokenizer's batch methods, unlike its `encode`, release the interpreter's lock.
 
         Raises:
             UnknownToken: the text contains a token of the tokenizer that has no embedding in the model.

@@ -43,36 +43,23 @@ class InputEncoder:
     """
 
     def __init__(self, backend: Tokenizer, *, unknown_id: int | None = None) -> None:
-        """Copy the tokenizer, which must not change any more.
-
-        Args:
-            backend: the tokenizer for raw texts.
-            unknown_id: the token for characters that the vocabulary lacks.
-        """
-        self._backend = backend
-        self._unknown_id = unknown_id
+        """Copy the tokenizer of raw texts, which must not change any more; `unknown_id` is its unknown token."""
+        self._backend, self._unknown_id = backend, unknown_id
         added = backend.get_added_tokens_decoder()
         self._contents = {token_id: token.content for token_id, token in added.items() if _is_control(token)}
         self._plain = _reading_as_text(backend, self._contents.values())
-        names = {token_id: _secret() for token_id in self._contents}
+        self._names = names = {token_id: _secret() for token_id in self._contents}
         self._cut = _secret()
-        self._plain.add_tokens(
-            [
-                *(_named(name, like=added[token_id]) for token_id, name in names.items()),
-                AddedToken(self._cut, normalized=False, special=False),
-            ]
-        )
-        self._names = names
+        named = [_named(name, like=added[token_id]) for token_id, name in names.items()]
+        self._plain.add_tokens([*named, AddedToken(self._cut, normalized=False, special=False)])
         self._cut_id = self._plain.token_to_id(self._cut)
         self._meant = {self._plain.token_to_id(name): token_id for token_id, name in names.items()}
         self._own_tokens = lru_cache(KNOWN_PARTS)(self._controls_of)
 
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, without control tokens from users' texts.
+        """Token ids of a text, without control tokens from users' texts; a plain `str` may contain special tokens.
 
-        Args:
-            text: a plain `str` may contain special tokens.
-            add_special_tokens: False for a text that contains its special tokens, such as a rendered chat.
+        `add_special_tokens` is False for a text that contains its special tokens, such as a rendered chat.
 
         Raises:
             InvalidRequest: a user's text cannot be distinguished from a special token.

@@ -14,32 +14,23 @@ from server.contracts import Delta, FinishReason, ModelSpec
 from server.engine.engine import Engine
 from server.engine.memory import arrivals
 from server.engine.memory.arrivals import Arrivals, HostCopy
-from server.engine.memory.kv_cache import Computed
 from server.engine.model.frozen import FrozenModel
 from server.errors import GenerationFailed, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.support import make_engine, random_kv_prompt, request, run_engine
 
 
-class FakeCopy:
+class FakeCopy(HostCopy):
     """A prefix that arrives once it has been advanced often enough."""
 
     def __init__(self, soft_prompt: SoftPrompt, model: ModelSpec, after: int) -> None:
-        self._left, self._copy = after, HostCopy(soft_prompt, model, 2**30)
-        self.advanced = self.settled = 0
-
-    @property
-    def prefix(self) -> Computed:
-        return self._copy.prefix
-
-    @property
-    def has_arrived(self) -> bool:
-        return self._copy.has_arrived
+        super().__init__(soft_prompt, model, 2**30)
+        self._left, self.advanced, self.settled = after, 0, 0
 
     def advance(self) -> bool:
         self.advanced += 1
         self._left -= 1
-        return self._left == 0 and self._copy.advance()
+        return self._left == 0 and super().advance()
 
     def settle(self) -> None:
         self.settled += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import numba
 from numba import types
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
 from numba.core.ccallback import CFunc
 
 from server.engine.kernels.arithmetic import REORDERED
@@ -73,7 +73,25 @@ class _Kept(CFunc):
         self._cache = _Cache(self._pyfunc)
 
 
+class _Place(UserProvidedCacheLocator):
+    """One place for all copies of Prelude: numba's would depend on where the source file is."""
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        return "loops"
+
+    def get_source_stamp(self) -> str:
+        """The directory's name contains it."""
+        return ""
+
+
+class _Files(CompileResultCacheImpl):
+    _locator_classes: list[type[object]] = [_Place]  # noqa: RUF012 - as the base class declares it
+
+
 class _Cache(FunctionCache):
+    _impl_class = _Files
+
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         """The processor and compiler; the file's name contains everything else."""
         return sig, codegen.magic_tuple()

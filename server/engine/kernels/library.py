@@ -39,11 +39,12 @@ class Kernels:
 def use_kernels(cache_dir: Path | None) -> Kernels:
     """The kernels, with machine code cached in a subdirectory of `cache_dir`; None disables the cache.
 
-    The subdirectory's name is a hash of all kernel sources, because numba itself notices only changes in a function's
-    own file.
+    The subdirectory's name is a hash of numba's version and all kernel sources, so every copy of Prelude with the same
+    sources finds the same machine code.
     """
     if cache_dir is not None:
         sources = sorted(Path(__file__).parent.glob("*.py"))
-        version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+        identity = [numba.__version__.encode(), *(source.read_bytes() for source in sources)]
+        version = hashlib.sha256(b"".join(identity)).hexdigest()[:16]
         numba.config.CACHE_DIR = str(cache_dir.expanduser() / version)  # type: ignore[attr-defined]
     return Kernels(keep=cache_dir is not None)

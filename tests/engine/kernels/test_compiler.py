@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import numba
 import numpy as np
@@ -39,6 +40,22 @@ def test_what_was_compiled_is_found_again() -> None:
         assert [loop._compiled.cache_hits for loop in vars(small).values()] == [hits] * 4
 
 
+@pytest.mark.usefixtures("cache_dir")
+def test_what_one_clone_compiled_another_clone_of_the_same_sources_finds(tmp_path: Path) -> None:
+    def nothing(arguments: object) -> None:
+        pass
+
+    clone = tmp_path / "clone" / Path(__file__).name
+    clone.parent.mkdir()
+    clone.write_bytes(b"# of another time\n")
+    hits = []
+    for path in (Path(__file__), clone):
+        code = nothing.__code__.replace(co_filename=str(path))
+        loop = Compiler("cloned", keep=True).loop(FunctionType(code, globals(), "nothing"))
+        hits.append(loop._compiled.cache_hits)
+    assert hits == [0, 1]
+
+
 def test_no_garbage_is_collected_while_a_loop_is_compiled() -> None:
     """Collections look through all that the compiler builds, time after time."""
     seen: list[str] = []
@@ -67,6 +84,7 @@ def test_no_garbage_is_collected_while_a_loop_is_compiled() -> None:
 ATTEND = """
 import sys, torch
 from pathlib import Path
+from types import FunctionType
 from server.engine.memory.kv_cache import KVCache
 from server.engine.memory.slots import Slot
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows

@@ -38,9 +38,7 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             "attention only."
         )
     if getattr(text_config, "hidden_size_per_layer_input", 0):
-        raise UnsupportedModel(
-            f"{kind} has embeddings for each layer, which need token ids; virtual tokens have none.",
-        )
+        raise UnsupportedModel(f"{kind} has embeddings for each layer, which need token ids; virtual tokens have none.")
     rope = getattr(text_config, "rope_parameters", None) or {}
     if "dynamic" in _rope_types(rope):
         raise UnsupportedModel(
@@ -95,11 +93,7 @@ class _AttentionProbe:
 
 @torch.inference_mode()
 def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, list[AttentionRules]]:
-    """Run two tokens through the model to find `kv_heads`, `head_dim` and the attention rules of each layer.
-
-    Args:
-        module: the model.
-        layers: number of layers with attention.
+    """Run two tokens through a model; returns `kv_heads`, `head_dim` and the rules of its `layers` attention layers.
 
     Raises:
         UnsupportedModel: not every layer calls Prelude's attention function, or the layers' shapes differ.

@@ -47,9 +47,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         if not native:
-            log.warning(
-                "%s multiplies no bfloat16, so PRELUDE_DTYPE=auto is float32, which takes twice the memory", device
-            )
+            log.warning("%s has no bfloat16, so PRELUDE_DTYPE=auto is float32, which takes twice the memory", device)
     else:
         capabilities = torch.cpu.get_capabilities()
         native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -6,8 +6,7 @@ Therefore a few tokens are computed both ways when the model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -71,7 +70,8 @@ def refuse_inexact(model: ModelInEngine) -> None:
     config = model.module.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     has_window = isinstance(window, int) and window < model.spec.max_model_len
-    ids = _probe_ids(model)
+    # From the middle of the vocabulary, because special tokens are often at its ends.
+    ids = torch.linspace(0, model.spec.vocab_size - 1, NUM_TOKENS + 2, device=model.device)[1:-1].long()
     exact = model.dtype in (torch.float32, torch.float64) and quantisation(model.module.config) is None
     largest = LARGEST_ERROR if exact else LARGEST_ERROR_HALF
     if has_window:
@@ -148,11 +148,7 @@ class _Shuffled:
     def __init__(self, kv_cache: KVCache, spans: Sequence[Span], tokens: int, *, narrow: bool) -> None:
         """Shuffle a step's tokens: `order` is their order in the flat row, `back` the inverse permutation.
 
-        Args:
-            kv_cache: stores keys and values.
-            spans: the spans of the step.
-            tokens: number of tokens in the step.
-            narrow: whether sliding windows are replaced by `NARROW_WINDOW`.
+        With `narrow`, sliding windows are replaced by `NARROW_WINDOW`.
         """
         rows = CachedRows(kv_cache, spans)
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
@@ -178,23 +174,12 @@ class _Shuffled:
 def own_logits(module: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """Logits `[tokens, vocab_size]` of the model's own forward over `input_ids` or `inputs_embeds` of one row."""
     batch = {name: tensor[None] for name, tensor in inputs.items()}
-    with _own_attention(module):
-        logits: torch.Tensor = module(**batch, use_cache=False).logits[0].float()
-    return logits
-
-
-@contextmanager
-def _own_attention(module: PreTrainedModel) -> Iterator[None]:
     module.set_attn_implementation("eager")
     try:
-        yield
+        logits: torch.Tensor = module(**batch, use_cache=False).logits[0].float()
     finally:
         module.set_attn_implementation(ATTENTION_NAME)
-
-
-def _probe_ids(model: ModelInEngine) -> torch.Tensor:
-    """Token ids `[NUM_TOKENS]` from the middle of the vocabulary, because special tokens are often at its ends."""
-    return torch.linspace(0, model.spec.vocab_size - 1, NUM_TOKENS + 2, device=model.device)[1:-1].long()
+    return logits
 
 
 def errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -123,14 +123,9 @@ class FrozenModel:
         module, tokenizer = loading.load(checkpoint.location, device, dtype)
         free = free_memory(device)
         length = device_defaults.max_model_len(settings, module.config, module.dtype, device.type, free)
+        special = settings.special_tokens_in_input
         with as_sentence(f"The model {checkpoint.location} cannot be used"):
-            model = cls(
-                module,
-                tokenizer,
-                name=checkpoint.name,
-                max_model_len=length,
-                special_tokens_in_input=settings.special_tokens_in_input,
-            )
+            model = cls(module, tokenizer, name=checkpoint.name, max_model_len=length, special_tokens_in_input=special)
             refuse_inexact(model)
         log.info("loaded %s", _size(module))
         return model
@@ -176,10 +171,7 @@ def _size(module: PreTrainedModel) -> str:
 
 
 def _fingerprint(config: PretrainedConfig, embeddings: torch.Tensor, kv_heads: int, head_dim: int) -> str:
-    """Identity of the frozen model: a hash of the config's sizes and of some embedding rows in bfloat16.
-
-    All served dtypes round to the same bfloat16 numbers, so the fingerprint does not depend on the dtype.
-    """
+    """A hash of the config's sizes and of some embedding rows in bfloat16, to which all served dtypes round alike."""
     fields = {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,

@@ -33,18 +33,15 @@ class Layers(NamedTuple):
 
 
 class RecurrentLayer(nn.Module):
-    """The replacement of a layer that keeps a recurrent state.
-
-    Attributes:
-        own: transformers' module, which provides the weights.
-        state_slice: position of the layer's state.
-    """
+    """The replacement of a layer that keeps a recurrent state."""
 
     state_slice: StateSlice
+    """Position of the layer's state."""
 
     def __init__(self, own: Any) -> None:
         super().__init__()
         self.own = own
+        """transformers' module, which provides the weights."""
 
     def forward(
         self,
@@ -63,7 +60,7 @@ class RecurrentLayer(nn.Module):
             return found
         if attention_mask is not None:
             raise UnsupportedModel(
-                "The model's recurrent layers use attention_mask, which the engine does not implement."
+                "The model's recurrent layers use attention_mask, which the engine does not support."
             )
         return self.run(hidden_states, layout)
 

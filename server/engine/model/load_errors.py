@@ -14,17 +14,27 @@ from server.engine.attention.interface import ATTENTION_NAME
 from server.errors import ConfigurationError, InsufficientMemory, PreludeError, UnsupportedModel
 
 REMEDY = "Download or convert the model again, or let PRELUDE_MODEL name another one."
+NAME_A_MODEL = "Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name."
 MAKE_ROOM = "Free memory, or choose a smaller model or a quantised checkpoint."
 MOST_CHARACTERS = 300
+
+_MEANINGS = {
+    "ignore_mismatched_sizes": "their shapes are not those that config.json asks for",
+    "weights_only": "its file is no plain tensors but a pickle, and what is in it is never run",
+    "Unrecognized configuration class": "it is no language model that generates text",
+    "trust_remote_code": "it needs code of its own, which is never run here",
+}
+"""What messages that contain these words mean."""
+
+
+def broken(message: str) -> ConfigurationError:
+    """The error of a model whose files have to be replaced."""
+    return ConfigurationError(message, remedy=REMEDY)
 
 
 @contextmanager
 def refusing_own_choice(kind: str) -> Iterator[None]:
-    """Context manager: refuse a model that looks up its attention in its own table, which lacks Prelude's.
-
-    Raises:
-        UnsupportedModel: this is the case.
-    """
+    """Context manager: raise UnsupportedModel for a model that looks its attention up in a table of its own."""
     try:
         yield
     except KeyError as exc:
@@ -37,11 +47,7 @@ def refusing_own_choice(kind: str) -> Iterator[None]:
 
 @contextmanager
 def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
-    """Context manager: turn any exception into one sentence that begins with `problem`.
-
-    Raises:
-        ConfigurationError: an exception other than a PreludeError was raised.
-    """
+    """Context manager: turn any exception but a PreludeError into a ConfigurationError that begins with `problem`."""
     try:
         yield
     except PreludeError:
@@ -68,16 +74,9 @@ def _reason(exc: Exception) -> str:
     text = " ".join(str(exc).split())
     if isinstance(exc, LookupError | AssertionError) or not text:
         text = f"{type(exc).__name__} {text}".strip()
-    if "ignore_mismatched_sizes" in text:
-        text = "their shapes are not those that config.json asks for"
-    if "weights_only" in text:
-        text = "its file is no plain tensors but a pickle, and what is in it is never run"
     if "does not recognize this architecture" in text:
         named = re.search(r"model type `([^`]{1,80})`", text)
         kind = repr(named[1]) if named else "such a"
         text = f"transformers {transformers.__version__} knows no {kind} models"
-    if "Unrecognized configuration class" in text:
-        text = "it is no language model that generates text"
-    if "trust_remote_code" in text:
-        text = "it needs code of its own, which is never run here"
+    text = next((meaning for words, meaning in _MEANINGS.items() if words in text), text)
     return (text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…").rstrip(".")

@@ -21,18 +21,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from server.engine.attention.interface import ATTENTION_NAME, register_attention
 from server.engine.model.compatibility import refuse_unsupported
-from server.engine.model.load_errors import REMEDY, as_sentence, refusing_own_choice
+from server.engine.model.load_errors import NAME_A_MODEL, as_sentence, broken, refusing_own_choice
 from server.engine.model.preflight import (
     FLOATS,
     Stored,
@@ -106,9 +100,8 @@ def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTr
     refuse_missing(location, loaded[1])
     with quietly(location), as_sentence(f"The tokenizer of {location} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-        is_empty = not tokenizer.encode("Hello", add_special_tokens=False)
-    if is_empty:
-        raise ConfigurationError(f"The tokenizer of {location} has no token for any text.", remedy=REMEDY)
+        if not tokenizer.encode("Hello", add_special_tokens=False):
+            raise broken(f"The tokenizer of {location} has no token for any text.")
     return module, tokenizer
 
 
@@ -136,30 +129,18 @@ def quietly(location: str) -> Iterator[None]:
 
 
 def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model with missing weights, which transformers would initialise randomly.
-
-    Raises:
-        ConfigurationError: names some of the missing weights.
-    """
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ConfigurationError(
-            f"The weights of {location} lack {len(missing)} tensors of its configuration: {_some(missing)}.",
-            remedy=REMEDY,
-        )
-    unused = sorted(info["unexpected_keys"])
-    if unused:
+    """Refuse a model with missing weights, which transformers would initialise randomly, and name some of them."""
+    if missing := sorted(info["missing_keys"]):
+        raise broken(f"The weights of {location} lack {len(missing)} tensors of its configuration: {_some(missing)}.")
+    if unused := sorted(info["unexpected_keys"]):
         log.warning("%s holds %d weights that the model does not use: %s", location, len(unused), _some(unused))
 
 
 def check_files(directory: Path) -> dict[str, Stored]:
-    """Refuse a directory with missing, truncated or unreadable files, before any file is loaded.
-
-    Returns:
-        The weights in safetensors files, by name.
+    """Return the weights in safetensors files, by name, of a directory whose files are all there and readable.
 
     Raises:
-        ConfigurationError: names the first bad file.
+        ConfigurationError: a file is missing, truncated or unreadable; names the first one.
     """
     with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
         names = {path.name for path in directory.iterdir()}
@@ -170,18 +151,16 @@ def check_files(directory: Path) -> dict[str, Stored]:
             remedy="Put the model's files in its place.",
         )
     if CONFIG not in names:
-        raise ConfigurationError(
-            f"{directory} holds no {CONFIG}, so it is not a model's directory.",
-            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
-        )
+        message = f"{directory} holds no {CONFIG}, so it is not a model's directory."
+        raise ConfigurationError(message, remedy=NAME_A_MODEL)
     found = {name: _object_in(directory / name) for name in SETTINGS_FILES if name in names}
     for template in (directory / name for name in names if name.endswith(".jinja")):
         with as_sentence(f"{template} is not UTF-8"):
             template.read_text(encoding="utf-8")
     if not isinstance(found[CONFIG].get("model_type"), str):
-        raise ConfigurationError(f"{directory / CONFIG} has no model_type.", remedy=REMEDY)
+        raise broken(f"{directory / CONFIG} has no model_type.")
     if not any("vocab" in name or name.startswith("tokenizer.") or name.endswith(VOCABULARIES) for name in names):
-        raise ConfigurationError(f"{directory} holds no tokenizer (tokenizer.json).", remedy=REMEDY)
+        raise broken(f"{directory} holds no tokenizer (tokenizer.json).")
     weights: dict[str, Stored] = {}
     for shard in _shards(directory, names, found.get(INDEX)):
         with as_sentence(f"{directory / shard} is cut or not a safetensors file"):
@@ -189,10 +168,9 @@ def check_files(directory: Path) -> dict[str, Stored]:
     # Masks and similar tensors may be integers.
     odd = [name for name, stored in weights.items() if stored.dtype not in FLOATS and name.endswith("weight")]
     if odd and "quantization_config" not in found[CONFIG]:
-        raise ConfigurationError(
+        raise broken(
             f"{directory} holds {len(odd)} weights as whole numbers or in 8 bits and fewer, and {CONFIG} has no "
-            f"quantization_config: {_some(odd)}.",
-            remedy=REMEDY,
+            f"quantization_config: {_some(odd)}."
         )
     return weights
 
@@ -206,7 +184,7 @@ def _object_in(path: Path) -> dict[str, Any]:
     with as_sentence(f"{path} is not valid JSON"):
         value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{path} must hold a JSON object, not {type(value).__name__}.", remedy=REMEDY)
+        raise broken(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
 
 
@@ -216,18 +194,15 @@ def _shards(directory: Path, names: set[str], index: dict[str, Any] | None) -> l
         return [WEIGHTS]
     if index is None:
         if not any(name.endswith((".bin", ".safetensors")) for name in names):
-            raise ConfigurationError(f"{directory} holds no weights ({WEIGHTS}, or {INDEX}).", remedy=REMEDY)
+            raise broken(f"{directory} holds no weights ({WEIGHTS}, or {INDEX}).")
         return []
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConfigurationError(f"{directory / INDEX} holds no weight_map from weights to files.", remedy=REMEDY)
+        raise broken(f"{directory / INDEX} holds no weight_map from weights to files.")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if shard not in names]
-    if missing:
-        raise ConfigurationError(
-            f"{directory} lacks {len(missing)} of the {len(shards)} files that {INDEX} names: {_some(missing)}.",
-            remedy=REMEDY,
-        )
+    if missing := [shard for shard in shards if shard not in names]:
+        count = f"{len(missing)} of the {len(shards)}"
+        raise broken(f"{directory} lacks {count} files that {INDEX} names: {_some(missing)}.")
     return shards
 
 
@@ -244,19 +219,15 @@ def _check_layers(location: str, names: Iterable[str], config: PretrainedConfig)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     most = max(numbers) + 1 if numbers else layers
     if not 1 <= layers <= most:
-        raise ConfigurationError(
-            f"{CONFIG} of {location} asks for {layers:,} layers; the weights hold {most:,}.", remedy=REMEDY
-        )
+        raise broken(f"{CONFIG} of {location} asks for {layers:,} layers; the weights hold {most:,}.")
 
 
 def _check_hub_id(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as exc:
-        raise ConfigurationError(
-            f"PRELUDE_MODEL is {name[:200]!r}: no directory, no .gguf file, and not a hub id.",
-            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
-        ) from exc
+        message = f"PRELUDE_MODEL is {name[:200]!r}: no directory, no .gguf file, and not a hub id."
+        raise ConfigurationError(message, remedy=NAME_A_MODEL) from exc
 
 
 def _some(names: list[str]) -> str:

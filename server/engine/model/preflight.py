@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from server.errors import ConfigurationError, InsufficientMemory, UnsupportedModel
+from server.engine.model.load_errors import broken
+from server.errors import InsufficientMemory, UnsupportedModel
 
 GiB = 2**30
 
@@ -108,16 +109,11 @@ def unpack(config: PretrainedConfig) -> bool:
 
 
 def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
-    """Refuse a quantised checkpoint with a method that transformers does not know, or with missing packages.
-
-    Raises:
-        UnsupportedModel: names the method or the packages.
-    """
+    """Raise UnsupportedModel for a quantisation that transformers does not know, or that needs missing packages."""
     method = quantisation(config)
-    missing = [name for name in NEEDED.get(method or "", ()) if not _is_installed(name)]
-    if missing:
+    if missing := [name for name in NEEDED.get(method or "", ()) if not _is_installed(name)]:
         raise UnsupportedModel(
-            f"The weights of {location} are quantised with {method}, and to read them takes packages that are not "
+            f"The weights of {location} are quantised with {method}, and reading them needs packages that are not "
             f"installed: {', '.join(missing)}.",
             remedy=f"Install what is missing where Prelude runs (pip install {' '.join(missing)}), or choose a "
             "checkpoint that is not quantised.",
@@ -132,22 +128,18 @@ def refuse_missing_packages(location: str, config: PretrainedConfig) -> None:
 
 
 def refuse_other_sizes(location: str, weights: Iterable[Stored], config: PretrainedConfig) -> None:
-    """Refuse a config that requires far more values than the checkpoint contains.
+    """Refuse a config that requires far more values than the checkpoint contains, and name both numbers.
 
     transformers would initialise all missing weights before it reports them, without any limit on memory and time.
-
-    Raises:
-        ConfigurationError: names both numbers.
     """
     quantised = quantisation(config) is not None
     # A quantised number takes at least one bit, and may be packed into integers of any size.
     held = sum(one.numbers * (8 * SIZES.get(one.dtype, 1) if quantised else 1) for one in weights)
-    asked = sum(one.numbers for one in made(config).values())
-    if asked > 2 * held + MADE_UP:
-        raise ConfigurationError(
+    expected = sum(one.numbers for one in made(config).values())
+    if expected > 2 * held + MADE_UP:
+        raise broken(
             f"The weights of {location} cannot be loaded: their shapes are not those that config.json asks for, which "
-            f"hold {asked:,} numbers in all; the files hold {held:,}.",
-            remedy="Download or convert the model again, or let PRELUDE_MODEL name another one.",
+            f"hold {expected:,} numbers in all; the files hold {held:,}."
         )
 
 
@@ -162,11 +154,7 @@ def _is_installed(package: str) -> bool:
 def refuse_too_large(
     location: str, weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Refuse a model whose weights alone exceed the free memory; see `weight_bytes` for the arguments.
-
-    Raises:
-        InsufficientMemory: names both sizes.
-    """
+    """Raise InsufficientMemory for a model whose `weight_bytes` exceed the free memory."""
     # Linux frees its file cache, for example of the weights themselves, when memory is needed.
     need = weight_bytes(weights, method, device, dtype)
     free = free_memory(device, with_cache=True)
@@ -186,13 +174,9 @@ def refuse_too_large(
 
 
 def weight_bytes(weights: Iterable[Stored], method: str | None, device: torch.device, dtype: torch.dtype) -> int:
-    """Minimum number of bytes that the loaded weights take.
+    """Minimum number of bytes that the stored weights take on a device, with floating-point numbers in `dtype`.
 
-    Args:
-        weights: the stored tensors.
-        method: the checkpoint's `quant_method`.
-        device: the device to load them to.
-        dtype: the dtype in which floating-point numbers are loaded.
+    `method` is the checkpoint's `quant_method`.
     """
     becomes_plain = _becomes_plain(method, device)
     total = 0
@@ -219,10 +203,8 @@ def _becomes_plain(method: str | None, device: torch.device) -> bool:
 def free_memory(device: torch.device, *, with_cache: bool = False) -> int:
     """Bytes that can still be allocated on a device; in a container, within its limit.
 
-    Args:
-        device: the device.
-        with_cache: whether caches count as free: on CUDA, unused memory that torch's allocator has reserved, which may
-            be fragmented; on a CPU, the container's file cache.
+    With `with_cache`, caches count as free: on CUDA, unused memory that torch's allocator has reserved, which may be
+    fragmented; on a CPU, the container's file cache.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if with_cache else 0

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from server.engine.model.load_errors import REMEDY, as_sentence
+from server.engine.model.load_errors import NAME_A_MODEL, as_sentence, broken
 from server.engine.model.loading import quietly, refuse_missing
 from server.engine.model.preflight import Stored, refuse_too_large
 from server.errors import ConfigurationError, EmbeddedModelMissing
@@ -54,27 +54,20 @@ def resolve_checkpoint(model: str, model_name: str | None, cache_dir: Path) -> M
     """
     # Even looking up a path can fail: no permission, a name that is too long, an unknown user.
     with as_sentence(f"PRELUDE_MODEL names {model[:200]}, which cannot be read", "Check the path and its permissions."):
-        return _resolve(model, model_name, cache_dir)
-
-
-def _resolve(model: str, model_name: str | None, cache_dir: Path) -> ModelCheckpoint:
-    path = _embedded_gguf() if model == EMBEDDED_MODEL else Path(model).expanduser()
-    default_name = EMBEDDED_NAME if model == EMBEDDED_MODEL else path.stem if path.suffix == ".gguf" else path.name
-    name = model_name or default_name
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigurationError(
-                f"PRELUDE_MODEL names {path}, which does not exist or is no file.", remedy="Name a GGUF file."
-            )
-        return ModelCheckpoint(str(_converted(path, cache_dir.expanduser())), name)
-    if path.is_dir():
-        return ModelCheckpoint(str(path), name)
-    if path.exists() or model.startswith(("/", "./", "../", "~")):
-        raise ConfigurationError(
-            f"PRELUDE_MODEL names {path}, which is neither a directory nor a .gguf file.",
-            remedy="Name a directory with config.json and safetensors, a GGUF file, or a hub id such as org/name.",
-        )
-    return ModelCheckpoint(model, name)
+        path = _embedded_gguf() if model == EMBEDDED_MODEL else Path(model).expanduser()
+        is_gguf = path.suffix == ".gguf"
+        name = model_name or (EMBEDDED_NAME if model == EMBEDDED_MODEL else path.stem if is_gguf else path.name)
+        if is_gguf and path.is_file():
+            return ModelCheckpoint(str(_converted(path, cache_dir.expanduser())), name)
+        if is_gguf:
+            message = f"PRELUDE_MODEL names {path}, which does not exist or is no file."
+            raise ConfigurationError(message, remedy="Name a GGUF file.")
+        if path.is_dir():
+            return ModelCheckpoint(str(path), name)
+        if path.exists() or model.startswith(("/", "./", "../", "~")):
+            message = f"PRELUDE_MODEL names {path}, which is neither a directory nor a .gguf file."
+            raise ConfigurationError(message, remedy=NAME_A_MODEL)
+        return ModelCheckpoint(model, name)
 
 
 def _embedded_gguf() -> Path:
@@ -90,7 +83,7 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
     """The cached float32 copy of a GGUF file, keyed by content and created atomically."""
     with as_sentence(f"{gguf} cannot be read", "Let the server's user read the file."), gguf.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise ConfigurationError(f"{gguf} is not a GGUF file.", remedy=REMEDY)
+            raise broken(f"{gguf} is not a GGUF file.")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_dir / f"{gguf.stem}-{digest[:16]}-{CONVERSION}"
@@ -146,12 +139,7 @@ def _convert(gguf: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
     if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":
-        _split_digits(tokenizer)
+        # transformers loses SmolLM's splitting of numbers into digits when it reads a GGUF file.
+        parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
     tokenizer.save_pretrained(target)
-
-
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore SmolLM's splitting of numbers into digits, which transformers loses when it reads a GGUF file."""
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )

@@ -66,14 +66,7 @@ class FusedLayer(nn.Module):
     """One decoder layer, a drop-in replacement in transformers' loop over layers."""
 
     def __init__(
-        self,
-        layer: nn.Module,
-        index: int,
-        rules: AttentionRules,
-        head_dim: int,
-        operators: Operators,
-        *,
-        pack: bool,
+        self, layer: nn.Module, index: int, rules: AttentionRules, head_dim: int, operators: Operators, *, pack: bool
     ) -> None:
         """Copy the weights of transformers' layer at this index, for which `has_known_parts` is true."""
         super().__init__()

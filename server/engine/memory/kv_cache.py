@@ -54,11 +54,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        model: ModelSpec,
-        num_slabs: int,
-        shortest_slot: int = SHORTEST_SLOT,
-        max_sequences: int | None = None,
+        self, model: ModelSpec, num_slabs: int, shortest_slot: int = SHORTEST_SLOT, max_sequences: int | None = None
     ) -> None:
         """Reserve room for `num_slabs` sequences of the longest context; a CPU's pages are touched as they are filled.
 

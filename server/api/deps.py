@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
@@ -57,6 +58,19 @@ BoardDep = Annotated[JobBoard, _of_app("jobs")]
 ExecutorsDep = Annotated[Executors, _of_app("executors")]
 MetricsDep = Annotated[Metrics, _of_app("metrics")]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request for an answer, and the parts of the server that answer it."""
+
+    request: Request
+    worker: WorkerDep
+    registry: RegistryDep
+    key_id: KeyIdDep
+
+
+CallDep = Annotated[Call, Depends()]
 
 # The pattern only tells OpenAPI: FastAPI would refuse what does not match in words of its own.
 TaskName = Annotated[

@@ -12,42 +12,22 @@ from server.errors import PreludeError
 Location = tuple[int | str, ...]
 
 
-def no_fields(path: str) -> Sequence[str]:
-    """The fields of a path that takes no body: none."""
-    return ()
-
-
-def own_status(error: PreludeError, status: int | None = None) -> int:
-    """The status of an error; `status` where it is not the error's own."""
-    return status or error.status
-
-
-def own_location(location: Location) -> Location:
-    """The default: the location of a problem exactly as pydantic reports it."""
-    return location
-
-
 @dataclass(frozen=True)
 class ErrorFormat:
-    """How the routes of a front end write errors down.
-
-    Attributes:
-        prefix: the path above those routes; "" is above all.
-        body: function that renders an error as JSON.
-        status: function that gives the HTTP status; the second argument is the status to use if it differs from the
-            error's own.
-        fields: of a path, the fields that its body may have: an unknown field may be a misspelt one of them.
-        union_fields: fields of several kinds, such as a text or a list: pydantic names the kind in the location too.
-        location: function that maps pydantic's location to the client's view of the body, without the names of our own
-            types.
-    """
+    """How the routes of a front end write errors down."""
 
     prefix: str = ""
+    """The path above those routes; "" is above all."""
     body: Callable[[PreludeError], Mapping[str, Any]] = error_body
-    status: Callable[[PreludeError, int | None], int] = own_status
-    fields: Callable[[str], Sequence[str]] = no_fields
+    """Renders an error as JSON."""
+    status: Callable[[PreludeError, int | None], int] = lambda error, status: status or error.status
+    """The HTTP status of an error; the second argument replaces the error's own, if given."""
+    fields: Callable[[str], Sequence[str]] = lambda path: ()
+    """The fields of a path's body, of which an unknown field may be a misspelling."""
     union_fields: tuple[str, ...] = ()
-    location: Callable[[Location], Location] = own_location
+    """Fields of several types, such as a text or a list: pydantic puts the type's name into the location."""
+    location: Callable[[Location], Location] = lambda location: location
+    """Maps pydantic's location to the client's view of the body, without the names of our own types."""
 
     def is_for(self, path: str) -> bool:
         """Whether a path is one of this front end's."""
@@ -56,12 +36,7 @@ class ErrorFormat:
 
 @dataclass(frozen=True)
 class ErrorFormats:
-    """The formats of all front ends.
-
-    Attributes:
-        default: for paths of none of the others.
-        others: each for its own prefix.
-    """
+    """The formats of all front ends; `default` is for paths of none of the others."""
 
     default: ErrorFormat = ErrorFormat()
     others: tuple[ErrorFormat, ...] = ()

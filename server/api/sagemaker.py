@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import Discriminator, Tag
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import KeyIdDep, RegistryDep, WorkerDep
+from server.api.deps import CallDep
 from server.api.error_format import ErrorFormat, Location
 from server.api.openai import chat, completions
 from server.api.openai.replies import ChatReply, CompletionReply
@@ -57,13 +57,13 @@ router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Ge
 @router.post(
     INVOCATIONS, response_model=list[GenerateReply] | ChatReply | CompletionReply, responses=tgi.ERRORS | OR_STREAM
 )
-async def invoke(body: Body, request: Request, worker: WorkerDep, registry: RegistryDep, key_id: KeyIdDep) -> Response:
+async def invoke(body: Body, call: CallDep) -> Response:
     """Accepts the bodies of `/`, `/v1/chat/completions` and `/v1/completions` and replies as those routes do.
 
     SageMaker passes no query on, so the task is `parameters.adapter_id`, or `model`.
     """
     if isinstance(body, GenerateBody):
-        return await tgi.generate_list(body, request, worker, registry, key_id, None)
+        return await tgi.generate_list(body, call)
     if isinstance(body, ChatBody):
-        return await chat.chat(body, request, worker, registry)
-    return await completions.complete(body, request, worker, registry)
+        return await chat.chat(body, call)
+    return await completions.complete(body, call)

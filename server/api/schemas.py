@@ -31,6 +31,7 @@ Text = Annotated[str, AfterValidator(is_text)]
 
 
 MAX_GRAMMAR_CHARACTERS = 2**18
+MAX_STOP_IDS = 128
 
 
 def grammar_of(kind: GrammarKind, text: str) -> Grammar:
@@ -78,6 +79,47 @@ class RequestBody(BaseModel):
         schema = handler(core_schema)
         handler.resolve_ref_schema(schema)["additionalProperties"] = {"type": "null"}
         return schema
+
+
+class SamplingFields(RequestBody):
+    """The sampling fields that both front ends have."""
+
+    model_config = ConfigDict(strict=True)
+
+    temperature: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy. Default: the task's own, else 0."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Sample from tokens with at least this share of the likeliest one's probability."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0, tokens of the output become less likely."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0, frequent tokens of the output become less likely."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=100,
+        allow_inf_nan=False,
+        description="Above 1, tokens of input and output become less likely.",
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=MAX_STOP_IDS, description="Tokens that end the text."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
+    )
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """The shared fields, and those with these names, that the request sets, as fields of SamplingParams."""
+        shared = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        fields = {name: value for name in (*shared, *names) if (value := getattr(self, name)) is not None}
+        if self.stop_token_ids is not None:
+            fields["stop_token_ids"] = frozenset(self.stop_token_ids)
+        return {**fields, "include_stop": bool(self.include_stop_str_in_output)}
 
 
 class ErrorBody(BaseModel):

@@ -29,13 +29,11 @@ KEY_SECONDS = 2.0
 READ_SECONDS = 2.0
 """How long a client may take to read why its stream ends."""
 
+EVENTS: Responses = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
 OR_STREAM: Responses = {
-    200: {
-        "description": "The reply; with `stream: true` the same as server-sent events.",
-        "content": {"text/event-stream": {}},
-    }
+    200: {**EVENTS[200], "description": "The reply; with `stream: true` the same as server-sent events."}
 }
-"""For OpenAPI, of routes that answer either way."""
+"""The OpenAPI description of routes that reply either way."""
 
 
 @dataclass(frozen=True)

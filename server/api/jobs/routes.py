@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from server.api.auth import may_see
 from server.api.jobs.followers import Followers
 from server.api.jobs.kind import Jobs, job_router
-from server.api.schemas import Responses, responses
-from server.api.sse import NumberedStream
+from server.api.schemas import responses
+from server.api.sse import EVENTS, NumberedStream
 from server.errors import InvalidRequest
 
 MISSING = responses(
@@ -19,7 +19,6 @@ MISSING = responses(
     on_429="Too much waits; Retry-After says when to come back.",
 )
 NOT_OVER = responses(on_409="The job is not over.")
-EVENTS: Responses = MISSING | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
 
 JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
 
@@ -53,7 +52,7 @@ def common_routes(kind: type[Jobs]) -> APIRouter:
         """One job: its state, progress and result."""
         return kind.of(request).show(job)
 
-    @router.get("/{job}/events", response_class=Response, responses=EVENTS, name=f"follow_{one}")
+    @router.get("/{job}/events", response_class=Response, responses=MISSING | EVENTS, name=f"follow_{one}")
     async def follow_job(
         request: Request,
         job: Any = found,

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import RegistryDep, WorkerDep
+from server.api.deps import CallDep
 from server.api.openai.completions import ERRORS
 from server.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.api.openai.messages import chat_text
 from server.api.openai.replies import ChatReply, usage_of
 from server.api.openai.schemas import ChatBody
-from server.api.openai.stream import OPENAI, Body, chunks
+from server.api.openai.stream import Body, stream
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
-from server.api.outputs import Choice, collect, merge
-from server.api.sse import OR_STREAM, EventStream, unless_disconnected
+from server.api.outputs import Choice, collect
+from server.api.sse import OR_STREAM, unless_disconnected
 from server.contracts import ChatEnd, Delta, Token
 from server.engine.worker import EngineWorker
 
@@ -66,9 +66,10 @@ class _Form:
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=OR_STREAM)
-async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
+async def chat(body: ChatBody, call: CallDep) -> Response:
     """Answer the last message of a conversation; with `stream: true` as server-sent events."""
-    target = await find_target(request, worker, registry, body, "chatcmpl")
+    request, worker = call.request, call.worker
+    target = await find_target(call, body, "chatcmpl")
     read = chat_text(worker, target.manifest, body.messages, body.end)
     inputs = await encode_all(worker, [read.text], add_special_tokens=read.add_special_tokens)
     n = body.n or 1
@@ -77,12 +78,8 @@ async def chat(body: ChatBody, request: Request, worker: WorkerDep, registry: Re
     form = _Form(worker, body)
     running = start_all(request, worker, [prepared], n)
     if body.stream:
-        deltas = merge(running)
-        # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
-        first = await unless_disconnected(request, anext(deltas))
-        choices = [[Choice(index) for index in range(n)]]
         head = target.head("chat.completion.chunk", worker)
-        return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
+        return await stream(request, running, n, headers, form.chunk, head, body.include_usage)
     ended = await unless_disconnected(request, collect(running[0], n))
     reply = {
         **target.head("chat.completion", worker),

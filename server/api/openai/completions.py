@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute
-from server.api.deps import RegistryDep, WorkerDep
+from server.api.deps import CallDep
 from server.api.generation import locating_errors, location_of
 from server.api.openai.errors import MISSING, REFUSALS, OpenAIErrorBody
 from server.api.openai.logprobs import completion_logprobs, prompt_logprobs, text_offsets
 from server.api.openai.replies import CompletionReply, usage_of
 from server.api.openai.schemas import CompletionBody
-from server.api.openai.stream import OPENAI, Body, chunks
+from server.api.openai.stream import Body, stream
 from server.api.openai.translate import FINISH_REASONS, encode_all, find_target, prepare_all, start_all
-from server.api.outputs import Choice, collect_all, merge
+from server.api.outputs import Choice, collect_all
 from server.api.schemas import responses
-from server.api.sse import OR_STREAM, EventStream, unless_disconnected
+from server.api.sse import OR_STREAM, unless_disconnected
 from server.contracts import Delta, Scored, Token
 from server.engine.worker import EngineWorker
 from server.errors import EmptyInput, InputTooLong, InvalidRequest
@@ -106,9 +106,10 @@ def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
 
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=OR_STREAM)
-async def complete(body: CompletionBody, request: Request, worker: WorkerDep, registry: RegistryDep) -> Response:
+async def complete(body: CompletionBody, call: CallDep) -> Response:
     """Continue texts; with `stream: true` as server-sent events."""
-    target = await find_target(request, worker, registry, body, "cmpl")
+    request, worker = call.request, call.worker
+    target = await find_target(call, body, "cmpl")
     texts, inputs = await _inputs(worker, body)
     echoed = body.logprobs if body.echo else None
     if echoed is None and body.max_tokens == 0:
@@ -119,11 +120,7 @@ async def complete(body: CompletionBody, request: Request, worker: WorkerDep, re
     form = _Form(worker, body, texts)
     running = start_all(request, worker, prepared, body.generated)
     if body.stream:
-        deltas = merge(running)
-        # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
-        first = await unless_disconnected(request, anext(deltas))
-        choices = [[Choice(index) for index in range(body.generated)] for _ in running]
-        return EventStream(chunks(first, deltas, choices, form.chunk, head, body.include_usage), headers, OPENAI)
+        return await stream(request, running, body.generated, headers, form.chunk, head, body.include_usage)
     requests = await unless_disconnected(request, collect_all(running, body.generated))
     return JSONResponse({**head, "choices": _answered(form, requests), "usage": usage_of(requests)}, headers=headers)
 

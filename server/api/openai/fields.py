@@ -13,7 +13,6 @@ from server.validation import without_nulls
 
 MAX_BIASES = 1024
 MAX_STOPS = 16
-MAX_STOP_IDS = 128
 
 _ID = re.compile(r"[0-9]{1,9}")
 
@@ -93,7 +92,6 @@ Stop = Annotated[
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 
-StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)]
 
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],

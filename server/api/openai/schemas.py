@@ -22,13 +22,12 @@ from server.api.openai.fields import (
     OnlyText,
     Schema,
     Stop,
-    StopTokenIds,
     TokenIds,
     UsualVerbosity,
 )
 from server.api.openai.messages import Message
 from server.api.openai.response_format import ResponseFormat
-from server.api.schemas import RequestBody, Text
+from server.api.schemas import RequestBody, SamplingFields, Text
 from server.contracts import ChatEnd
 
 MAX_CHOICES = 128
@@ -68,39 +67,15 @@ class StructuredOutputs(_Body):
         return self
 
 
-class SamplingBody(_Body):
+class SamplingBody(_Body, SamplingFields):
     """The fields that completions and chats share: the model, sampling, and how the reply is sent."""
 
     model: str = Field(description="A task, task@version, or the frozen model's name.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Texts for each input; 1.")
-    temperature: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy. Default: the task's own, else 0; not 1."
-    )
-    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
     top_k: int | None = Field(None, ge=-1, description="Sample from the k most likely tokens; 0 and -1 keep all.")
-    min_p: float | None = Field(
-        None, ge=0, le=1, description="Keep tokens with at least this share of the likeliest one's probability."
-    )
-    presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Above 0, tokens of the output become less likely."
-    )
-    frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Above 0, frequent tokens of the output become less likely."
-    )
-    repetition_penalty: float | None = Field(
-        None,
-        ge=0.01,
-        le=100,
-        allow_inf_nan=False,
-        description="Above 1, tokens of input and output become less likely.",
-    )
     logit_bias: LogitBias | None = Field(None, description="Token ids, and -100 to 100 to add to their logits.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="Makes sampling repeatable.")
     stop: Stop | None = Field(None, description="The text ends before the first of these; a text, or up to 16.")
-    stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the text, at most 128.")
-    include_stop_str_in_output: bool | None = Field(
-        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
-    )
     min_tokens: int | None = Field(None, ge=0, description="Minimum number of new tokens.")
     ignore_eos: bool | None = Field(None, description="Continue after the end-of-sequence token.")
     skip_special_tokens: bool | None = Field(None, description="False writes special tokens by their names.")

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Request
 
 from server.api.auth import allow_task
+from server.api.deps import Call
 from server.api.generation import Prepared, encode_text, find_soft_prompt, locating_errors, location_of
 from server.api.openai.errors import no_model
 from server.api.openai.response_format import ResponseFormat
@@ -24,16 +25,9 @@ from server.api.schemas import grammar_of, schema_text
 from server.contracts import Delta, FinishReason, GenerationRequest, Grammar, GrammarKind, TemplatedText
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
-from server.registry.registry import Registry
 from server.registry.task_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
-
-SAME = (
-    *("temperature", "top_p", "min_p", "ignore_eos"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-)
-"""Fields that have the same name in OpenAI's bodies and in SamplingParams."""
 
 FINISH_REASONS = {FinishReason.LENGTH: "length", FinishReason.EOS_TOKEN: "stop", FinishReason.STOP_SEQUENCE: "stop"}
 
@@ -73,9 +67,7 @@ def task_of(model: str, worker: EngineWorker) -> str | None:
     return None if model == worker.model.name else model
 
 
-async def find_target(
-    request: Request, worker: EngineWorker, registry: Registry, body: SamplingBody, kind: str
-) -> Target:
+async def find_target(call: Call, body: SamplingBody, kind: str) -> Target:
     """Find what `model` refers to.
 
     Raises:
@@ -83,17 +75,16 @@ async def find_target(
         Forbidden: the key may not use it.
         VersionUnavailable: the version cannot be read, or this model cannot serve it.
     """
-    task = task_of(body.model, worker)
+    task = task_of(body.model, call.worker)
     request_id = f"{kind}-{uuid.uuid4().hex}"
-    allow_task(request, task)
-    key_id = request.state.key_id
+    allow_task(call.request, task)
     if task is None:
-        return Target(request_id, body.model, None, None, key_id)
+        return Target(request_id, body.model, None, None, call.key_id)
     try:
-        resolved, soft_prompt = await find_soft_prompt(registry, task, body.user or request_id)
+        resolved, soft_prompt = await find_soft_prompt(call.registry, task, body.user or request_id)
     except (InvalidTaskName, UnknownTask) as exc:
         raise no_model(task, exc) from exc
-    return Target(request_id, body.model, resolved, soft_prompt, key_id)
+    return Target(request_id, body.model, resolved, soft_prompt, call.key_id)
 
 
 async def encode_all(
@@ -207,7 +198,7 @@ async def _repeated(deltas: AsyncGenerator[Delta], choices: int) -> AsyncGenerat
 
 def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:
     """The fields of SamplingParams that the request sets itself."""
-    fields = {name: getattr(body, name) for name in SAME if getattr(body, name) is not None}
+    fields = body.given("ignore_eos")
     if body.new_tokens is not None:
         fields["max_new_tokens"] = body.new_tokens
     if body.min_tokens is not None:
@@ -218,9 +209,6 @@ def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> d
         fields["seed"] = body.seed % 2**64
     if body.stop is not None:
         fields["stop"] = tuple(body.stop)
-    if body.stop_token_ids is not None:
-        fields["stop_token_ids"] = frozenset(body.stop_token_ids)
-    fields["include_stop"] = bool(body.include_stop_str_in_output)
     if body.logit_bias is not None:
         fields["logit_bias"] = _biases(worker, body.logit_bias)
     fields["show_special"] = body.skip_special_tokens is False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable
+from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from server.api.auth import Generates, GuardedRoute, allow_task
-from server.api.deps import KeyIdDep, RegistryDep, WorkerDep
+from server.api.deps import Call, CallDep, WorkerDep
 from server.api.generation import (
     LONG_TEXT,
     GenerationOptions,
@@ -21,8 +22,8 @@ from server.api.generation import (
 )
 from server.api.outputs import collect_all, run
 from server.api.schemas import responses
-from server.api.sse import OR_STREAM, EventStream, unless_disconnected
-from server.api.tgi.replies import events, reply_of
+from server.api.sse import EVENTS, OR_STREAM, EventStream, unless_disconnected
+from server.api.tgi.replies import Writer
 from server.api.tgi.schemas import (
     MAX_GENERATED,
     MAX_SCORED,
@@ -32,10 +33,7 @@ from server.api.tgi.schemas import (
     TokenizeBody,
     TokenizedBody,
 )
-from server.contracts import Delta
-from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
-from server.registry.registry import Registry
 
 ERRORS = responses(
     400,
@@ -50,55 +48,31 @@ ERRORS = responses(
 
 router = APIRouter(tags=["generate"], route_class=GuardedRoute, dependencies=[Generates])
 
-TaskQuery = Query(
-    None, description="The task, or task@version; without it the frozen model answers alone.", examples=["sms_spam"]
-)
+TaskQuery = Annotated[
+    str | None,
+    Query(description="The task, or task@version; without it the frozen model answers alone.", examples=["sms_spam"]),
+]
 Reply = GenerateReply | list[GenerateReply]
 
 
 @router.post("/", response_model=list[GenerateReply], responses=ERRORS | OR_STREAM)
-async def generate_list(
-    body: GenerateBody,
-    request: Request,
-    worker: WorkerDep,
-    registry: RegistryDep,
-    key_id: KeyIdDep,
-    task: str | None = TaskQuery,
-) -> Response:
+async def generate_list(body: GenerateBody, call: CallDep, task: TaskQuery = None) -> Response:
     """The same as /generate, for clients that are given only the server's address; the reply is always a list."""
     if isinstance(body.inputs, str) and not body.stream:
         body = body.model_copy(update={"inputs": [body.inputs]})
-    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
+    return await _answer(body, task, bool(body.stream), call)
 
 
 @router.post("/generate", response_model=Reply, responses=ERRORS | OR_STREAM)
-async def generate(
-    body: GenerateBody,
-    request: Request,
-    worker: WorkerDep,
-    registry: RegistryDep,
-    key_id: KeyIdDep,
-    task: str | None = TaskQuery,
-) -> Response:
+async def generate(body: GenerateBody, call: CallDep, task: TaskQuery = None) -> Response:
     """Generate text for a task, or choose one of several texts; with `stream: true`, as /generate_stream."""
-    return await _answer(body, task, bool(body.stream), request, worker, registry, key_id)
+    return await _answer(body, task, bool(body.stream), call)
 
 
-@router.post(
-    "/generate_stream",
-    response_class=Response,
-    responses=ERRORS | {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}},
-)
-async def generate_stream(
-    body: GenerateBody,
-    request: Request,
-    worker: WorkerDep,
-    registry: RegistryDep,
-    key_id: KeyIdDep,
-    task: str | None = TaskQuery,
-) -> Response:
+@router.post("/generate_stream", response_class=Response, responses=ERRORS | EVENTS)
+async def generate_stream(body: GenerateBody, call: CallDep, task: TaskQuery = None) -> Response:
     """Generate text for a task as server-sent events, one per token."""
-    return await _answer(body, task, True, request, worker, registry, key_id)
+    return await _answer(body, task, True, call)
 
 
 @router.post("/tokenize", responses={status: ERRORS[status] for status in (400, 413, 422, 429)})
@@ -111,16 +85,8 @@ async def tokenize(body: TokenizeBody, worker: WorkerDep) -> list[TokenizedBody]
     return [TokenizedBody(id=id_, text=text[start:stop], start=start, stop=stop) for id_, start, stop in found]
 
 
-async def _answer(
-    body: GenerateBody,
-    task: str | None,
-    stream: bool,
-    request: Request,
-    worker: EngineWorker,
-    registry: Registry,
-    key_id: str | None,
-) -> Response:
-    parameters = body.parameters
+async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call) -> Response:
+    parameters, request, worker = body.parameters, call.request, call.worker
     named = _one_task(task, parameters.adapter_id)
     allow_task(request, named)
     texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
@@ -128,41 +94,34 @@ async def _answer(
     _refuse_too_much(len(texts), parameters)
     if stream:
         _refuse_to_stream(body)
-    prepared = []
+    writers = []
     for number, text in enumerate(texts):
         location = location_of("inputs", number, len(texts))
         with locating_errors(location):
-            one = await prepare(
-                worker, registry, task=named, text=text, user=body.user, key_id=key_id, wanted=wanted, location=location
+            prepared = await prepare(
+                worker,
+                call.registry,
+                task=named,
+                text=text,
+                user=body.user,
+                key_id=call.key_id,
+                wanted=wanted,
+                location=location,
             )
-        _refuse_equal_texts(one, parameters)
-        prepared.append(one)
+        _refuse_equal_texts(prepared, parameters)
+        writers.append(Writer(worker, prepared, parameters, text))
         # A hundred short texts take as long as a long text, which would be encoded on another thread.
         await asyncio.sleep(0)
-    headers = _common(item.headers(worker) for item in prepared)
+    headers = _common(writer.prepared.headers(worker) for writer in writers)
+    running = [run(request, worker, writer.prepared) for writer in writers]
     if stream:
-        deltas = run(request, worker, prepared[0])
         # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
-        first = await unless_disconnected(request, anext(deltas))
-        return EventStream(events(first, deltas, body, prepared[0], worker), headers)
-    running = [run(request, worker, item) for item in prepared]
-    replies = await unless_disconnected(request, _replies(running, prepared, texts, parameters, worker))
+        first = await unless_disconnected(request, anext(running[0]))
+        return EventStream(writers[0].events(first, running[0]), headers)
+    answers = await unless_disconnected(request, collect_all(running, prepared.request.num_choices))
+    replies = [writer.reply(choices) for writer, choices in zip(writers, answers, strict=True)]
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
-
-
-async def _replies(
-    running: Sequence[AsyncIterator[Delta]],
-    prepared: Sequence[Prepared],
-    texts: Sequence[str],
-    parameters: GenerateParameters,
-    worker: EngineWorker,
-) -> list[GenerateReply]:
-    answers = await collect_all(running, prepared[0].request.num_choices)
-    return [
-        reply_of(choices, item, text, parameters, worker)
-        for choices, item, text in zip(answers, prepared, texts, strict=True)
-    ]
 
 
 def _common(headers: Iterable[dict[str, str]]) -> dict[str, str]:
@@ -214,22 +173,12 @@ def _refuse_to_stream(body: GenerateBody) -> None:
             raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Send it to /generate without stream.")
 
 
-SAME_NAMES = (
-    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
-)
-"""Parameters that have the same name in SamplingParams."""
-
-
 def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
     """Translate a request's parameters into the engine's names."""
-    fields = {name: getattr(parameters, name) for name in SAME_NAMES if getattr(parameters, name) is not None}
+    fields = parameters.given("max_new_tokens", "min_new_tokens", "top_k", "typical_p", "seed")
     best_of = parameters.best_of or 1
     if parameters.stop is not None:
         fields["stop"] = tuple(parameters.stop)
-    if parameters.stop_token_ids is not None:
-        fields["stop_token_ids"] = frozenset(parameters.stop_token_ids)
-    fields["include_stop"] = bool(parameters.include_stop_str_in_output)
     if parameters.ignore_eos_token is not None:
         fields["ignore_eos"] = parameters.ignore_eos_token
     if parameters.do_sample is False:

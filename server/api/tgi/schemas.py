@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from server.api.error_format import ErrorFormat
-from server.api.schemas import RequestBody, Text, grammar_of, schema_text
+from server.api.schemas import RequestBody, SamplingFields, Text, grammar_of, schema_text
 from server.contracts import Grammar, GrammarKind
 
 MAX_INPUTS = 128
@@ -18,7 +18,6 @@ MAX_GENERATED = 128
 MAX_SCORED = 2048
 """Maximum number of labels that one request scores: its inputs times `choices`."""
 MAX_STOP = 16
-MAX_STOP_IDS = 128
 MAX_TOP_TOKENS = 20
 
 NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate")
@@ -58,7 +57,7 @@ class GrammarBody(_Strict):
         return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))
 
 
-class GenerateParameters(_Strict):
+class GenerateParameters(SamplingFields):
     """Parameters by text-generation-inference's names.
 
     A null parameter takes the task's default, then greedy decoding.
@@ -70,37 +69,11 @@ class GenerateParameters(_Strict):
         None, ge=1, description="Maximum number of new tokens. Default: the task's own, else 128."
     )
     min_new_tokens: int | None = Field(None, ge=0, description="Minimum number of new tokens.")
-    temperature: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy; anything else samples."
-    )
     top_k: int | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the smallest set that reaches p.")
-    min_p: float | None = Field(
-        None, ge=0, le=1, description="Sample from tokens with at least this share of the likeliest one's probability."
-    )
     typical_p: float | None = Field(None, gt=0, le=1, description="Sample from the most typical tokens that reach p.")
-    repetition_penalty: float | None = Field(
-        None,
-        ge=0.01,
-        le=100,
-        allow_inf_nan=False,
-        description="Above 1, tokens of input and output become less likely.",
-    )
-    presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Above 0, tokens of the output become less likely."
-    )
-    frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Above 0, frequent tokens of the output become less likely."
-    )
     seed: int | None = Field(None, ge=0, lt=2**64, description="Makes sampling repeatable.")
     stop: list[Annotated[Text, Field(min_length=1, max_length=256)]] | None = Field(
         None, max_length=MAX_STOP, description="The text ends before the first of these."
-    )
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, max_length=MAX_STOP_IDS, description="Tokens that end the text."
-    )
-    include_stop_str_in_output: bool | None = Field(
-        None, description="Keep the stop string, or the token of stop_token_ids, at the end of the text."
     )
     ignore_eos_token: bool | None = Field(None, description="Continue after the end-of-sequence token.")
     grammar: GrammarBody | None = Field(None, description="What the text must match.")
@@ -212,30 +185,29 @@ class InputTokenBody(BaseModel):
     logprob: float | None
 
 
-class SequenceBody(BaseModel):
-    """One of several generated texts."""
-
-    generated_text: str
-    finish_reason: str = Field(description="length, eos_token or stop_sequence.")
-    generated_tokens: int
-    seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
-    prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")
-    tokens: list[TokenBody] = []
-    top_tokens: list[list[TokenBody]] | None = None
-
-
-class DetailsBody(BaseModel):
-    """The `details` of a reply."""
+class SequenceDetails(BaseModel):
+    """The details of a generated text."""
 
     finish_reason: str = Field(description="length, eos_token or stop_sequence.")
     generated_tokens: int
-    input_length: int = Field(description="Input tokens, without virtual ones.")
-    prompt_tokens: int = Field(description="The same as input_length, by LoRAX's name.")
-    virtual_tokens: int
     seed: int | None = Field(description="The seed that was used, if tokens were sampled.")
     prefill: list[InputTokenBody] = Field([], description="The input's tokens, with decoder_input_details.")
     tokens: list[TokenBody] = []
     top_tokens: list[list[TokenBody]] | None = Field(None, description="With top_n_tokens.")
+
+
+class SequenceBody(SequenceDetails):
+    """One of several generated texts."""
+
+    generated_text: str
+
+
+class DetailsBody(SequenceDetails):
+    """The `details` of a reply."""
+
+    input_length: int = Field(description="Input tokens, without virtual ones.")
+    prompt_tokens: int = Field(description="The same as input_length, by LoRAX's name.")
+    virtual_tokens: int
     best_of_sequences: list[SequenceBody] | None = Field(None, description="With best_of: the others.")
 
 
@@ -243,9 +215,9 @@ class ChoiceBody(BaseModel):
     """One of the texts to choose from."""
 
     text: str
-    probability: float = Field(description="Of this one, if it is one of them.")
-    logprob: float = Field(description="Log-probability of all its tokens.")
-    tokens: int = Field(description="How many it has.")
+    probability: float = Field(description="Probability of this text among the choices.")
+    logprob: float = Field(description="Sum of its tokens' log-probabilities.")
+    tokens: int = Field(description="Number of its tokens.")
 
 
 class GenerateReply(BaseModel):

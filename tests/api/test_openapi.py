@@ -25,6 +25,9 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 MAX_MODEL_LEN = 64
 """So short that no answer takes long."""
 
+SAME_BODIES = ["POST /", "POST /generate_stream", "POST /invocations"]
+"""Routes that take the bodies of /generate and of /v1; in the short form, coverage sends these bodies only there."""
+
 
 @dataclass(frozen=True)
 class Documented:
@@ -57,8 +60,13 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Documented]
 
 
 @pytest.mark.soak
-def test_every_answer_is_as_documented(soak: Soak, documented: Documented) -> None:
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
+def test_every_answer_is_as_documented(soak: Soak, documented: Documented, tmp_path: Path) -> None:
+    config = CONFIG
+    if not soak.full:
+        config = tmp_path / CONFIG.name
+        once = f"\n[[operations]]\ninclude-name = {SAME_BODIES}\nphases.coverage.enabled = false\n"
+        config.write_text(CONFIG.read_text(encoding="utf-8") + once, encoding="utf-8")
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
     options = {
         "--header": f"Authorization: Bearer {documented.key}",
         "--seed": str(soak.random.randrange(2**32)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import wait_until_ready
+from tests.test_readme import prelude, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_its_blocks_do_what_they_say(folder: Path) -> None:
+def test_its_blocks_do_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     assert all(json.loads(line).keys() == {"input", "target"} for line in bash(LOOK, folder).splitlines())
 
     assert "--steps 120 --evaluations 6" in TRAIN
@@ -46,7 +47,7 @@ def test_its_blocks_do_what_they_say(folder: Path) -> None:
     assert (folder / "prompts/tickets/adapter_model.safetensors").stat().st_size // 1000 == 46
     assert (folder / "prompts/tickets/loss.svg").exists()
 
-    measured = bash(f"{MEASURE.rstrip()} --limit 4", folder)
+    measured = prelude(f"{MEASURE.rstrip()} --limit 4")
     assert re.search(r"4-shot", measured)
     assert re.search(r"zero-shot", measured)
 

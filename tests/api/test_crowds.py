@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
 from server.serve import allow_many_connections
 from tests.api.live import LiveServer, wait_until
+from tests.soak import Soak
 
 ALLOWED_GROWTH = 48 * 2**20
 """Of a process that also holds the clients; a leak of slots or of queues would be more."""
@@ -72,9 +74,13 @@ def test_clients_that_vanish_while_they_wait_are_never_run(own_server: LiveServe
     assert own_server.engine.steps < 50, "those who had left were computed for"
 
 
-def test_two_thousand_open_streams_are_all_answered(own_server: LiveServer) -> None:
+@pytest.mark.soak
+def test_two_thousand_open_streams_are_all_answered(soak: Soak, own_server: LiveServer) -> None:
+    """In short, as many as need more descriptors, of both ends in one process, than a process usually gets (1,024)."""
     allow_many_connections()
-    answers = asyncio.run(ask_all(own_server, 2000, 3, leave=False))
+    streams = soak.count(600, 2000)
+    answers = asyncio.run(ask_all(own_server, streams, 3, leave=False))
+    assert len(answers) == streams
     assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
     assert all(answer.count(b"data:") == 3 for answer in answers)
     wait_until(lambda: own_server.is_idle, 20)

@@ -78,18 +78,6 @@ class Process:
         return self.popen.wait(seconds)
 
 
-Start = Callable[[str, list[str], dict[str, str], Path], Server]
-"""Runs code with arguments in an environment, and writes its output to a log."""
-
-
-def start_fresh(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
-    """In an interpreter that has imported nothing, as in a shell."""
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-
-
 def start_forked(code: str, arguments: list[str], environment: dict[str, str], log: Path) -> Server:
     """In a fork of a process that has imported what a server needs."""
     log.unlink(missing_ok=True)
@@ -97,15 +85,12 @@ def start_forked(code: str, arguments: list[str], environment: dict[str, str], l
 
 
 @contextmanager
-def prelude_serve(
-    directory: Path, program: str = "", start: Start = start_forked, /, **settings: str
-) -> Iterator[Process]:
+def prelude_serve(directory: Path, program: str = "", /, **settings: str) -> Iterator[Process]:
     """Start the command on a free port and wait until it is ready.
 
     Args:
         directory: for its log, its store and its inbox.
         program: code that runs before the command, in the same process.
-        start: how the process begins.
         settings: environment variables.
     """
     with socket.socket() as free:
@@ -121,7 +106,7 @@ def prelude_serve(
         **settings,
     }
     arguments = ["serve", "--port", str(port), "--prompts-dir", str(directory / "prompts")]
-    popen = start(f"{program}\n{COMMAND}", arguments, environment, log)
+    popen = start_forked(f"{program}\n{COMMAND}", arguments, environment, log)
     try:
         limits = httpx.Limits(keepalive_expiry=1.0)  # the server closes an idle connection after 5 s
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as client:

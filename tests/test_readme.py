@@ -61,16 +61,23 @@ CURLS = [b for b in blocks() if b.commands.startswith("curl")]
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server and all that it imports write."""
+    return tmp_path_factory.mktemp("log") / "serve.log"
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory, log: Path) -> Iterator[int]:
     """The server that `make run` starts, on a free port and with a store of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     store = tmp_path_factory.mktemp("store")
-    environ = os.environ | {"PRELUDE_PORT": str(port), "PRELUDE_STORE": f"file:{store}"}
-    with (tmp_path_factory.mktemp("log") / "serve.log").open("w+") as log:
+    settings = {"PRELUDE_PORT": str(port), "PRELUDE_STORE": f"file:{store}", "PRELUDE_LOG_FORMAT": "json"}
+    command = ["bash", "-c", block("make run").commands]
+    with log.open("w") as output:
         server = subprocess.Popen(
-            ["bash", "-c", block("make run").commands], cwd=ROOT, env=environ, stdout=log, stderr=log, process_group=0
+            command, cwd=ROOT, env=os.environ | settings, stdout=output, stderr=output, process_group=0
         )
         try:
             wait_until_ready(port, server)
@@ -104,6 +111,13 @@ def test_its_requests_are_answered_as_promised(curl: Block, port: int) -> None:
     answers = run.stdout.decode()
     answer, _ = json.JSONDecoder().raw_decode(answers[answers.rindex('{"generated_text"') :])
     assert rounded(answer) == rounded(curl.promised)
+
+
+def test_no_library_writes_into_the_log_of_a_server_that_starts(port: int, log: Path) -> None:
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [entry["level"] for entry in entries if entry["event"].startswith(f"ready on http://127.0.0.1:{port}")] == [
+        "info"
+    ]
 
 
 def rounded(value: object) -> object:

@@ -37,7 +37,7 @@ from server.serve import (
 )
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
-from tests.processes import COMMAND, prelude_serve, start_forked, start_fresh
+from tests.processes import COMMAND, prelude_serve, start_forked
 from tests.support import make_engine, random_soft_prompt
 
 
@@ -269,12 +269,12 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
 
 
 def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(tmp_path: Path) -> None:
-    with prelude_serve(tmp_path, "", start_fresh, PRELUDE_LOG_FORMAT="json") as process:
+    with prelude_serve(tmp_path, PRELUDE_LOG_FORMAT="json") as process:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
         assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
         process.popen.send_signal(signal.SIGTERM)
         assert process.ended_with(15) == 0
-    entries = [json.loads(line) for line in process.log.read_text().splitlines()]  # no library writes in between
+    entries = [json.loads(line) for line in process.log.read_text().splitlines()]
     assert [entry["level"] for entry in entries if entry["event"].startswith("ready on http://")] == ["info"]
     starts = ["loading", "loaded", "optimised", "KV cache", "0 tasks", "ready on", "try"]
     events = [entry["event"] for entry in entries if not entry["event"].startswith(("compiling", "converting"))]

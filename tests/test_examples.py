@@ -13,11 +13,13 @@ import pytest
 from tests.api.live import LiveServer, SteeredModel, live_server
 from tests.api.openai.support import TEMPLATE
 from tests.jobs.support import save_tiny_model
+from tests.processes import start_forked
 from tests.train.rows import MOODS, write_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPAM = "URGENT! You have won a prize. Text WIN to 81010"
 TASK = "sms_spam"
+OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_DATASETS_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 def run(name: str, *arguments: str) -> list[str]:
     """What a script prints, line by line; it may not look for anything outside this machine."""
-    offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_DATASETS_OFFLINE": "1"}
     process = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
-        env=os.environ | offline,
+        env=os.environ | OFFLINE,
         capture_output=True,
         text=True,
         check=False,
@@ -71,8 +72,14 @@ def test_a_task_is_trained_measured_and_asked(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_harness_writes_and_chooses(server: LiveServer, tmp_path: Path) -> None:
+    """In a fork that has imported torch and transformers, as the harness does."""
     server.model.tokenizer.save_pretrained(tmp_path)
-    written, chosen = run("evaluate_with_lm_eval.py", "--url", server.url, "--task", TASK, "--tokenizer", str(tmp_path))
+    code = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    script, log = EXAMPLES / "evaluate_with_lm_eval.py", tmp_path / "log.txt"
+    options = ["--url", server.url, "--task", TASK, "--tokenizer", str(tmp_path)]
+    process = start_forked(code, [str(script), *options], dict(os.environ | OFFLINE), log)
+    assert process.wait(120) == 0, log.read_text()
+    written, chosen = [line for line in log.read_text().splitlines() if line.startswith(("written", "chosen"))]
     assert written.startswith("written {'exact_match,none': ")
     assert chosen.startswith("chosen {'acc,none': ")
 

@@ -129,12 +129,13 @@ def harness(chats: LiveServer, tiny: FrozenModel, tasks: Path, tmp_path: Path) -
     return Harness(chats, tiny, tasks, tmp_path / "tokenizer")
 
 
-@pytest.fixture
-def real(smollm2: FrozenModel, tasks: Path, tmp_path: Path) -> Iterator[Harness]:
+@pytest.fixture(scope="module")
+def real(smollm2: FrozenModel, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     """With the embedded model, of whose tokens a word may be one, or several."""
-    smollm2.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with live_server(tmp_path, model=smollm2) as live:
-        yield Harness(live, smollm2, tasks, tmp_path / "tokenizer")
+    folder = tmp_path_factory.mktemp("real")
+    smollm2.tokenizer.save_pretrained(folder / "tokenizer")
+    with live_server(folder, model=smollm2) as live:
+        yield Harness(live, smollm2, tasks, folder / "tokenizer")
 
 
 def check_choices(harness: Harness, results: dict[str, Any], soft_prompt: SoftPrompt | None) -> None:

@@ -51,8 +51,7 @@ class PreludeClient(Connection):
         """All tasks by name, page after page."""
         after: dict[str, str] = {}
         while True:
-            with self.request("GET", "/prompts", params={"limit": PAGE, **after}) as response:
-                page = self.body(response, _PROMPT_PAGE)
+            page = self.json("GET", "/prompts", _PROMPT_PAGE, params={"limit": PAGE, **after})
             yield from page["prompts"]
             if "next" not in page:
                 return
@@ -77,16 +76,7 @@ class PreludeClient(Connection):
         expect: str | None = None,
         on_sent: OnSent | None = None,
     ) -> Pushed:
-        """Upload the files of a soft prompt, or one zip of them.
-
-        Args:
-            task: the name to publish under.
-            files: the files to send, under their own names.
-            activate: make the version live; otherwise it is only staged.
-            dry_run: only validate.
-            expect: the ETag that the task must have.
-            on_sent: called after each piece that was sent.
-        """
+        """Upload the files of a soft prompt, or one zip of them; without `activate`, the version is only staged."""
         params = {"activate": activate, "dry_run": dry_run}
         path = _path(task)
         with ExitStack() as stack:
@@ -128,29 +118,22 @@ class PreludeClient(Connection):
     ) -> JobBody:
         """Queue a training job, whose result becomes a version of its task.
 
-        Args:
-            spec: the body of `POST /training/jobs`: `task`, `config` and so on.
-            data: JSONL file with training rows.
-            validation: JSONL file with validation rows; if None, a tenth of the training rows is held out.
-            on_sent: called after each piece that was sent.
+        `spec` is the body of `POST /training/jobs`; data and validation are JSONL files.
         """
         named = {"data": data} | ({} if validation is None else {"validation": validation})
         with ExitStack() as stack:
             form = {
                 name: (file.name, stack.enter_context(ReportingFile(file, on_sent))) for name, file in named.items()
             }
-            with self.request("POST", JOBS, data={"spec": json.dumps(spec)}, files=form) as response:
-                return self.body(response, _JOB)
+            return self.json("POST", JOBS, _JOB, data={"spec": json.dumps(spec)}, files=form)
 
     def jobs(self) -> list[JobBody]:
         """All training jobs, newest first."""
-        with self.request("GET", JOBS) as response:
-            return self.body(response, _JOB_LIST)["jobs"]
+        return self.json("GET", JOBS, _JOB_LIST)["jobs"]
 
     def job(self, job_id: str) -> JobBody:
         """One training job as it is now."""
-        with self.request("GET", _job_path(job_id)) as response:
-            return self.body(response, _JOB)
+        return self.json("GET", _job_path(job_id), _JOB)
 
     def job_log(self, job_id: str) -> str:
         """The last part of the output of a job's process."""
@@ -160,13 +143,11 @@ class PreludeClient(Connection):
 
     def cancel_job(self, job_id: str) -> JobBody:
         """Cancel a job; nothing is published. A finished job does not change."""
-        with self.request("POST", f"{_job_path(job_id)}/cancel") as response:
-            return self.body(response, _JOB)
+        return self.json("POST", f"{_job_path(job_id)}/cancel", _JOB)
 
     def delete_job(self, job_id: str) -> None:
         """Delete a finished job."""
-        with self.request("DELETE", _job_path(job_id)):
-            pass
+        self._no_content(_job_path(job_id))
 
     def _versions(self, method: str, path: str, expect: str | None = None, **content: Any) -> TaskVersions:
         with self.request(method, path, headers=if_match(expect), **content) as response:
@@ -175,7 +156,7 @@ class PreludeClient(Connection):
                 listed["etag"] = response.headers["ETag"].removeprefix("W/").strip('"')
             return listed
 
-    def _no_content(self, path: str, expect: str | None) -> None:
+    def _no_content(self, path: str, expect: str | None = None) -> None:
         with self.request("DELETE", path, headers=if_match(expect)):
             pass
 
@@ -185,11 +166,7 @@ def _path(task: str) -> str:
 
 
 def _job_path(job_id: str) -> str:
-    """The path of a job.
-
-    Raises:
-        UnknownJob: the id is invalid; an id with a slash must not become another path.
-    """
+    """The path of a job; UnknownJob for an invalid id, because an id with a slash must not become another path."""
     if not _JOB_ID.fullmatch(job_id):
         raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
     return f"{JOBS}/{job_id}"

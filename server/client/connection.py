@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -46,12 +45,7 @@ class Connection:
     """A connection to one server."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        """Prepare a connection; it is opened with the first request.
-
-        Raises:
-            ConfigurationError: the address is invalid, or contains a password although a key is given.
-            Unauthorized: the key contains characters that no key has.
-        """
+        """Raise ConfigurationError or Unauthorized for an address or a key that no server can have."""
         address = _address(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         headers = {"User-Agent": f"prelude/{__version__}", "Accept": "application/json"}
@@ -71,9 +65,7 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._http.close()
 
     def body(self, response: httpx.Response, kind: TypeAdapter[Reply]) -> Reply:
@@ -87,6 +79,11 @@ class Connection:
                 f"What answers at {self.url} is not a Prelude server, or one of another version."
             ) from exc
         return body
+
+    def json(self, method: str, path: str, kind: TypeAdapter[Reply], **content: Any) -> Reply:
+        """Send a request and return its reply's JSON; see `request` and `body`."""
+        with self.request(method, path, **content) as response:
+            return self.body(response, kind)
 
     @contextmanager
     def request(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:

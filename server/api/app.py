@@ -97,8 +97,7 @@ def create_app(
 ) -> FastAPI:
     """Put the routes together. The engine's thread and the services live as long as the app.
 
-    One of the services runs training jobs. Without `board`, the app makes one whose jobs stay queued, because no
-    service runs them.
+    Without `board`, the app makes one whose jobs stay queued, because no service runs them.
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 

@@ -35,10 +35,10 @@ _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 
 
 class FormDisk:
-    """What the files of all forms under way take on disk together, and how much of it each key takes.
+    """The disk space that the files of all forms in flight use, in total and by API key.
 
-    While one API key has forms in progress, it may use half of the space; with two keys, each may use a third, and so
-    on, so some space is always left for another key. On a server without keys, one client may use all of it.
+    While n keys have forms in progress, each may use 1/(n+1) of the space, so some space is always left for another
+    key. On a server without keys, one client may use all of it.
     """
 
     def __init__(self, most: int) -> None:
@@ -47,16 +47,16 @@ class FormDisk:
         self._taken: Counter[str | None] = Counter()
 
     def check(self, key: str | None, more: int, whole: int) -> None:
-        """Refuse a form whose files would take too much of the disk.
+        """Refuse a form whose files would use too much of the disk.
 
         Args:
             key: the API key that sends the form.
-            more: bytes that have just come; for a form that starts, all bytes that it declares.
+            more: bytes that have just arrived; for a form that starts, all bytes that it declares.
             whole: bytes of the form up to and including these.
 
         Raises:
-            PayloadTooLarge: the form could not be taken even if nothing else were under way.
-            Overloaded: it could not beside the others.
+            PayloadTooLarge: the form would not fit even alone.
+            Overloaded: it does not fit beside the others.
         """
         alone = self._most if key is None else self._most // 2
         if whole > alone:
@@ -71,11 +71,7 @@ class FormDisk:
             raise Overloaded(f"The files of this key's forms in flight would take more than {share:,} bytes on disk.")
 
     def take(self, key: str | None, more: int, whole: int) -> None:
-        """Count more bytes of a form.
-
-        Raises:
-            PayloadTooLarge, Overloaded: as `check`.
-        """
+        """Count more bytes of a form, after `check`."""
         if more > 0:
             self.check(key, more, whole)
             self._taken[key] += more

@@ -31,11 +31,10 @@ has gone answers with a reset."""
 
 
 class Connections:
-    """Makes the protocol of each connection to one server; the limit on open files limits their number.
+    """Makes the protocol of each connection to one server, and limits their number.
 
-    If there are too many connections, the one that has waited longest for a request is closed. A client that opens many
-    connections therefore soon replaces its own, and enough file descriptors are left for the store, jobs and other
-    requests.
+    If there are too many, the one that has waited longest for a request is closed. A client that opens many connections
+    therefore soon replaces its own, and enough file descriptors are left for the store, jobs and other requests.
     """
 
     def __init__(self, most: int | None = None) -> None:

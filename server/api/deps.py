@@ -34,12 +34,9 @@ async def _key_id(request: Request) -> str | None:
 
 
 def check_query(request: Request) -> None:
-    """Refuse a query parameter that the route does not have, or that comes twice.
+    """Refuse (InvalidRequest) a query parameter that the route does not have, or that occurs twice.
 
-    A misspelt `?task=` would otherwise be answered by the frozen model alone.
-
-    Raises:
-        InvalidRequest: names the parameter and the nearest known one.
+    The frozen model alone would otherwise answer a misspelt `?task=`.
     """
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
     for name in request.query_params:

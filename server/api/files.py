@@ -16,11 +16,11 @@ upload_not_stored = partial(not_stored, what="The upload", where="its temporary 
 
 
 def copy_within(source: IO[bytes], target: Path, room: int, too_large: PreludeError) -> int:
-    """Copy a file; returns its number of bytes.
+    """Copy a file of at most `room` bytes; returns its number of bytes.
 
     Raises:
-        PreludeError: `too_large`, if it has more than `room` bytes.
-        OSError: it cannot be read or written.
+        PreludeError: `too_large`, which the caller gives.
+        OSError: a file cannot be read or written.
     """
     size = 0
     with target.open("wb") as file:

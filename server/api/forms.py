@@ -33,13 +33,12 @@ _EXTENDED_NAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 
 
 async def read_form(request: Request) -> FormData:
-    """A request's form; closing it closes its files. No fields if the request's body is no multipart form.
+    """A request's form; closing it closes its files. It has no fields if the body is not a multipart form.
 
     Raises:
-        InvalidRequest: it has too many parts, or too long a name.
-        PayloadTooLarge: its fields are too long.
-        HTTPException: (400) it cannot be read, or breaks off.
-        StoreError: there is no place for its files.
+        InvalidRequest, PayloadTooLarge: it has too many parts, too long names or too long fields.
+        HTTPException: (400) it cannot be read, or is incomplete.
+        StoreError: its files cannot be stored.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":

@@ -96,21 +96,20 @@ async def prepare(
     wanted: GenerationOptions | None = None,
     location: str | None = None,
 ) -> Prepared:
-    """Resolve, template and tokenise.
+    """Resolve the task, render its template, tokenise, and merge the sampling parameters.
 
     Args:
         worker: for the tokenizer and the model's limits.
         registry: where tasks are looked up.
         task: `task` or `task@version`; None is the frozen model alone.
         text: the user's text, before the task's template.
-        user: a value that identifies the user; in a canary, all requests with the same value go to the same version.
-        key_id: the key that it was asked with.
+        user: in a canary, all requests with the same value are answered by the same version.
+        key_id: id of the request's API key.
         wanted: everything else.
-        location: where the text stands in the body, if there are several.
+        location: location of the text in the body, if there are several.
 
     Raises:
-        UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput.
-        InputTooLong: the text can never fit, however it is tokenised.
+        UnknownTask, InvalidTaskName, VersionUnavailable, EmptyInput, InputTooLong.
         InvalidRequest: labels are the same to the model.
     """
     wanted = wanted or GenerationOptions()
@@ -151,14 +150,14 @@ async def _encode_labels(
 
 
 async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tuple[Resolved, SoftPrompt]:
-    """What a task's name stands for, and its soft prompt; from the store if it is not in memory, off the event loop.
+    """The version that a reference means, and its soft prompt; from the store if it is not in memory.
 
-    If the version is deleted while its blob is being read, the task's name is resolved again, because another version
-    may be live by then.
+    If the version is deleted while it is being read, the reference is resolved again, because another version may be
+    live by then.
 
     Raises:
         UnknownTask, InvalidTaskName.
-        VersionUnavailable: it cannot be read, or not be served by this model.
+        VersionUnavailable: the version cannot be read, or not be served by this model.
     """
     while True:
         resolved = registry.resolve(reference, key)
@@ -206,11 +205,7 @@ async def encode_text(
 
 
 def refuse_too_long(worker: EngineWorker, text: str) -> None:
-    """Refuse a text that can never fit, before it is tokenised.
-
-    Raises:
-        InputTooLong: names both lengths.
-    """
+    """Refuse (InputTooLong) a text that can never fit, before it is tokenised."""
     least = worker.text.length_bound.least_tokens(text)
     if least > worker.model.max_model_len:
         raise InputTooLong(

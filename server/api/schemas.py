@@ -35,11 +35,7 @@ MAX_STOP_IDS = 128
 
 
 def grammar_of(kind: GrammarKind, text: str) -> Grammar:
-    """A grammar for the engine.
-
-    Raises:
-        InvalidRequest: it is so long that compiling it would take seconds.
-    """
+    """A grammar for the engine; raises InvalidRequest if it is so long that compiling it would take seconds."""
     if len(text) > MAX_GRAMMAR_CHARACTERS:
         raise InvalidRequest(
             f"The grammar has {len(text):,} characters; at most {MAX_GRAMMAR_CHARACTERS:,} are taken.",
@@ -49,11 +45,7 @@ def grammar_of(kind: GrammarKind, text: str) -> Grammar:
 
 
 def schema_text(schema: Any) -> str:
-    """A JSON schema as text, if it is not one already.
-
-    Raises:
-        InvalidRequest: the schema was parsed but cannot be serialised again.
-    """
+    """A JSON schema as text; raises InvalidRequest if it is nested so deeply that it cannot be serialised."""
     try:
         return schema if isinstance(schema, str) else json.dumps(schema)
     except RecursionError as exc:

@@ -54,8 +54,7 @@ NATIVE = Dialect()
 class EventStream(Response):
     """Sends one `data:` line per value; an error after the first byte is an event too, never a silent end.
 
-    The generator is closed as soon as the client is gone, whether or not there is anything to send, and that frees what
-    the request holds in the engine.
+    The generator is closed as soon as the client has disconnected, which frees what the request holds in the engine.
     """
 
     media_type = "text/event-stream"
@@ -140,10 +139,10 @@ class NumberedStream(EventStream):
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Await something on behalf of a client, and cancel it if the client goes away first.
+    """Await something on behalf of a client, and cancel it if the client disconnects first.
 
     Raises:
-        RequestAborted: the client is gone; nobody will read the reply.
+        RequestAborted: the client has disconnected.
         Unauthorized: the request's key was revoked, or lost what the request needs.
     """
     async with running(work, _disconnected(request.receive), _revoked(request.scope)) as (task, gone, revoked):

@@ -61,7 +61,7 @@ class Bars:
         is_first = self._shown != self._task
         bar = self._on(self._task, "step", self._steps)
         if is_first and progress.step > 1:
-            bar.write(f"goes on from step {progress.step - 1}")
+            bar.write(f"resumes after step {progress.step - 1}")
         bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
         bar.update(progress.step - bar.n)  # a resumed run does not begin at 0
         if score := progress.validation:

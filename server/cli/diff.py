@@ -109,11 +109,7 @@ class Comparison:
 
 
 def read_content(directory: Path, name: str) -> ComparedSoftPrompt:
-    """Read a PEFT directory for a comparison.
-
-    Raises:
-        InvalidSoftPrompt: a file is missing or damaged.
-    """
+    """Read a PEFT directory for a comparison; raises InvalidSoftPrompt."""
     files = {file.name: file.read_bytes() for file in files_of(directory, name)}
     try:
         tensors = {
@@ -128,10 +124,7 @@ def read_content(directory: Path, name: str) -> ComparedSoftPrompt:
 
 
 def compare(a: ComparedSoftPrompt, b: ComparedSoftPrompt) -> Comparison:
-    """Find all differences between two soft prompts, except their names and times of publishing.
-
-    Null fields count as missing.
-    """
+    """Find all differences between two soft prompts, except their names and times of publishing."""
     names = sorted({*a.tensors, *b.tensors})
     return Comparison(
         a=a.name,

@@ -44,11 +44,7 @@ class Upload:
         return sum(file.stat().st_size for file in self.files)
 
     def task(self, given: str | None) -> str:
-        """The task to publish as: the given name, else the source's name.
-
-        Raises:
-            InvalidTaskName: the name is not a valid task name.
-        """
+        """The task to publish as: the given name, else that of the source; raises InvalidTaskName."""
         if given is not None:
             return check_task_name(given)
         if not TASK_NAME.fullmatch(self.name.lower()):
@@ -78,11 +74,7 @@ def find_upload(source: str) -> Upload:
 
 
 def local_path(text: str) -> Path:
-    """A path with `~` expanded, even if no shell has done so.
-
-    Raises:
-        InvalidSoftPrompt: the user after `~` does not exist.
-    """
+    """A path with `~` expanded, even if no shell has done so."""
     try:
         return Path(text).expanduser()
     except RuntimeError as exc:
@@ -90,11 +82,7 @@ def local_path(text: str) -> Path:
 
 
 def files_of(directory: Path, shown: str) -> tuple[Path, ...]:
-    """The files of a soft prompt in a directory.
-
-    Raises:
-        InvalidSoftPrompt: config or tensor is missing or cannot be read.
-    """
+    """The files of a soft prompt in a directory; raises InvalidSoftPrompt if one is missing or cannot be read."""
     with _readings(shown):
         return _files_of(directory, shown)
 
@@ -111,11 +99,7 @@ def _files_of(directory: Path, shown: str) -> tuple[Path, ...]:
 
 
 def check_target(directory: Path, *, force: bool) -> None:
-    """Refuse to overwrite existing files.
-
-    Raises:
-        ConfigurationError: the path is a non-empty directory (without `force`), not a directory, or not accessible.
-    """
+    """Refuse (ConfigurationError) to overwrite existing files, unless `force`, or what is not a directory."""
     with _writings(directory):
         is_directory = directory.is_dir()
         if directory.exists() and not is_directory:
@@ -129,11 +113,7 @@ def check_target(directory: Path, *, force: bool) -> None:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Write the files of a downloaded soft prompt into a directory; other files in the zip are ignored.
-
-    Raises:
-        InvalidSoftPrompt: the zip is damaged, or lacks a file.
-    """
+    """Write the files of a downloaded soft prompt into a directory; other files in the zip are ignored."""
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = [entry for entry in opened.infolist() if entry.filename in FILES]
@@ -152,9 +132,6 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """Context manager: a folder to fill, whose files are all moved to `directory` if the block succeeds.
 
     Existing files with other names stay, so that the README of an older soft prompt is not lost.
-
-    Raises:
-        ConfigurationError: the directory cannot be written.
     """
     with _writings(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -219,11 +196,7 @@ def _pickled(shown: str) -> InvalidSoftPrompt:
 
 
 def _from_hub(repository: str, revision: str | None) -> Upload:
-    """Download the needed files of a repository into the hub's cache; the hub's library reads HF_TOKEN, HF_ENDPOINT, ….
-
-    Raises:
-        InvalidSoftPrompt: the download fails, or the repository contains no soft prompt.
-    """
+    """Download the files of a repository into the hub's cache; the hub's library reads HF_TOKEN, HF_ENDPOINT, …."""
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.utils.logging import set_verbosity_error
@@ -268,11 +241,7 @@ def _first_line(exc: Exception) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        ConfigurationError: the file does not exist or is not UTF-8.
-    """
+    """Read a text file; raises ConfigurationError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:

@@ -104,11 +104,7 @@ def send(
 
 
 def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
-    """The job with this id, or the newest job of this task; with `runs`, running jobs take precedence.
-
-    Raises:
-        UnknownJob: there is no such job.
-    """
+    """The job with this id, or the newest job of this task; with `runs`, running jobs take precedence."""
     found = [job for job in client.jobs() if named in (job["id"], job["task"])]
     if runs:
         found.sort(key=lambda job: ("running", "queued", *OVER).index(job["state"]))
@@ -118,11 +114,7 @@ def find_job(client: PreludeClient, named: str, *, runs: bool = False) -> Job:
 
 
 def follow_to_its_end(client: PreludeClient, job: Job) -> None:
-    """Show a job's progress until it has ended, then its result.
-
-    Raises:
-        PreludeError: the job failed or was cancelled, or the server did not answer for too long.
-    """
+    """Show a job's progress until it has ended, then its result; raises PreludeError if it did not succeed."""
     from server.cli.bars import JobBar
 
     try:
@@ -134,38 +126,30 @@ def follow_to_its_end(client: PreludeClient, job: Job) -> None:
                 bar.show(job)
     except KeyboardInterrupt:
         named = f"{job['id']} --url {client.url}"
-        typer.echo(f"The job goes on. To see it again: prelude jobs follow {named}", err=True)
+        typer.echo(f"The job continues. To follow it again: prelude jobs follow {named}", err=True)
         typer.echo(f"To end it: prelude jobs cancel {named}", err=True)
         raise
     print_end(job, client.url)
 
 
 def look(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
-    """The current state of a job; waits for a server that temporarily does not answer.
-
-    Raises:
-        PreludeError: the server did not answer for too long, or no longer has the job.
-    """
+    """The current state of a job; waits up to AWAY_SECONDS for a server that does not answer."""
     end = time.monotonic() + AWAY_SECONDS
-    is_told = False
+    is_reported = False
     while True:
         try:
             return client.job(job["id"])
         except PreludeError as exc:
             if exc.status != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > end:
                 raise
-            if not is_told:
+            if not is_reported:
                 write(f"{printable(exc.message)} Trying again; the job is kept.")
-                is_told = True
+                is_reported = True
         time.sleep(LOOK_SECONDS)
 
 
 def print_end(job: Job, url: str) -> None:
-    """Print the result of a job.
-
-    Raises:
-        PreludeError: the job failed or was cancelled.
-    """
+    """Print the result of a job; raises PreludeError if it failed or was cancelled."""
     from server.cli.bars import in_words
 
     if job["state"] != "succeeded":

@@ -31,8 +31,7 @@ def configure_logging(level: str, form: Form = "console") -> None:
 def formatter(form: Form) -> logging.Formatter:
     """A formatter that writes a log record as one line, followed by its traceback.
 
-    Tracebacks never show variables, which may contain users' texts; by default, structlog shows them if rich is
-    installed.
+    Tracebacks never show variables, which may contain users' texts; structlog would if rich is installed.
     """
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,

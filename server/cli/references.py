@@ -22,11 +22,7 @@ _SHARE = re.compile(r"([1-9][0-9]{0,8})=([0-9]{1,3})")
 
 
 def whole_task(reference: str) -> str:
-    """The name of a task, where a version is not allowed.
-
-    Raises:
-        InvalidTaskName: the reference contains a version.
-    """
+    """The name of a task; raises InvalidTaskName if the reference contains a version."""
     task, number = split_version(reference)
     if number is not None:
         raise InvalidTaskName(f"{reference} is one version.", remedy=f"Name the task: {task}.")
@@ -41,11 +37,7 @@ def echo_live(listed: VersionList) -> None:
 
 
 def only_live(listed: VersionList) -> int:
-    """The number of the only live version.
-
-    Raises:
-        InvalidTaskName: no version or several versions are live.
-    """
+    """The number of the only live version; raises InvalidTaskName if there is none, or a canary."""
     from server.cli.tables import live_sentence
 
     live = listed.get("live")
@@ -91,11 +83,7 @@ def confirm_delete(listed: VersionList, reference: str, number: int | None, if_m
 
 
 def parse_weights(shares: list[str]) -> dict[int, int]:
-    """Parse shares such as `3=90 4=10` into weights by version.
-
-    Raises:
-        ConfigurationError: a share is invalid, or the sum is not 100.
-    """
+    """Parse shares such as `3=90 4=10` into weights by version; raises ConfigurationError."""
     remedy = "Write each version once, 100 in all: 3=90 4=10."
     weights: dict[int, int] = {}
     for share in shares:

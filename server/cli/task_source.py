@@ -51,9 +51,6 @@ def find(
         directory: a PEFT directory, instead of the inbox's.
         compare: two versions in the store, the second of which is evaluated.
         others: further versions in the store.
-
-    Raises:
-        InvalidSoftPrompt, UnknownTask, InvalidTaskName, VersionUnavailable, StoreError.
     """
     task, version = split_version(reference)
     if compare is not None:

@@ -60,11 +60,7 @@ def train(options: TrainOptions) -> None:
 
 
 def config_of(options: TrainOptions) -> TrainingConfig:
-    """The hyperparameters from the options.
-
-    Raises:
-        ConfigurationError: names the options that do not fit.
-    """
+    """The hyperparameters from the options; ConfigurationError names the options that do not fit."""
     return make_config(
         method=options.method,
         num_virtual_tokens=options.num_virtual_tokens,
@@ -102,11 +98,7 @@ def files_of(options: TrainOptions, settings: Settings) -> TaskFiles:
 
 
 def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: Settings, *, fresh: bool) -> None:
-    """Read the rows, then load the model, train, and write the PEFT directory.
-
-    Raises:
-        PreludeError: an input is invalid (raised before the first step), or the loss diverges.
-    """
+    """Read the rows, then load the model, train, and write the PEFT directory; invalid input ends it before a step."""
     rows = read_rows(files, config)
     # Torch takes seconds to load; a mistyped path is reported before.
     from server.cli.bars import Bars, describe
@@ -151,11 +143,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
 def train_there(
     files: TaskFiles, config: TrainingConfig, activate: object, url: str, key: str | None, *, detach: bool
 ) -> None:
-    """Read and check the rows locally, then send them to a server as a job.
-
-    Raises:
-        PreludeError: an input is invalid, or the server refuses the job.
-    """
+    """Read and check the rows locally, then send them to a server as a job."""
     if isinstance(files.training, tuple) or isinstance(files.validation, tuple):
         raise ConfigurationError("A job takes one data file.", remedy="Train several tasks on this machine.")
     read_rows(files, config)
@@ -171,11 +159,7 @@ def train_there(
 
 
 def refuse(purpose: str, remedy: str, **given: object) -> None:
-    """Refuse options that have no effect in this kind of training.
-
-    Raises:
-        ConfigurationError: one of the options is given.
-    """
+    """Refuse (ConfigurationError) options that have no effect in this kind of training."""
     for name, value in given.items():
         if value:
             raise ConfigurationError(f"--{name} is {purpose}.", remedy=remedy)
@@ -216,11 +200,7 @@ def measured_before(directory: Path) -> float | None:
 
 
 def make_config(**fields: Any) -> TrainingConfig:
-    """Hyperparameters from options.
-
-    Raises:
-        ConfigurationError: names the options that do not fit.
-    """
+    """Hyperparameters from options; ConfigurationError names the options that do not fit."""
     from pydantic import TypeAdapter, ValidationError
 
     if fields["learning_rate"] != "auto":

@@ -53,8 +53,7 @@ def read_keys(path: Path) -> Keys:
     """The keys of a file, in its order; it may be empty, because the last key may have been revoked.
 
     Raises:
-        ConfigurationError: the file cannot be read, or an entry is invalid; the error names the entry without quoting
-            values.
+        ConfigurationError: the file cannot be read, or is invalid; the error names the entry without quoting values.
     """
     try:
         data = _read_regular(path)
@@ -72,12 +71,7 @@ def read_keys(path: Path) -> Keys:
 
 
 def _read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; a pipe would block the reader.
-
-    Raises:
-        OSError: the file is missing or not readable.
-        ConfigurationError: it is not a regular file, or larger than `MAX_BYTES`.
-    """
+    """The bytes of a regular file of at most `MAX_BYTES`; a pipe would block the reader."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
@@ -111,11 +105,7 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str]
 
 
 def revoke_key(path: Path, key_id: str) -> ApiKey:
-    """Remove a key from the file and return it.
-
-    Raises:
-        ConfigurationError: the file cannot be changed, or has no such key.
-    """
+    """Remove a key from the file and return it; raises ConfigurationError."""
     revoked: list[ApiKey] = []
 
     def without(keys: Keys) -> Iterable[ApiKey]:

@@ -90,11 +90,7 @@ class ApiKey(BaseModel):
 
 
 def make_key(name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
-    """Create a key; returns it with the secret text for its holder, which is not stored.
-
-    Raises:
-        pydantic.ValidationError: a field is invalid.
-    """
+    """Create a key from valid fields (or raise ValidationError); returns it with its text, which is not stored."""
     secret = secrets.token_hex(32)
     key = ApiKey(
         id=secrets.token_hex(4),

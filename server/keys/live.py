@@ -32,11 +32,7 @@ class ApiKeys:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the file for the first time.
-
-        Raises:
-            ConfigurationError: the file cannot be read, is invalid, or contains no key.
-        """
+        """Read the file for the first time; raises ConfigurationError, also if it contains no key."""
         self._path = path
         self._stamp = _stamp(path)  # taken before the file is read, so that the next check sees changes made meanwhile
         self._looked = time.monotonic()

@@ -18,8 +18,7 @@ def parse_body(body: Body) -> EvaluationRequest:
     """Parse the fields of a form or of a JSON body.
 
     Raises:
-        ValidationError: a field does not fit.
-        InvalidRequest: the data is missing.
+        ValidationError, InvalidRequest: a field does not fit, or the data is missing.
     """
     fields = body.value
     if not body.is_json:
@@ -40,9 +39,7 @@ async def make_work(
     """Find the soft prompts and files of an evaluation; slower work is left to the evaluation itself.
 
     Raises:
-        UnknownTask, InvalidTaskName, VersionUnavailable.
-        InvalidRequest: versions or baselines are invalid, or a data file does not exist.
-        StoreError: the server cannot store the files.
+        PreludeError: a version, a baseline or a file does not exist, or the server cannot store the files.
     """
     request = order.fields
     wanted = RequestedBaselines.parse(request.baselines or ())

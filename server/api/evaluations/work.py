@@ -67,11 +67,7 @@ class EvaluationWork:
         self._limits = settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
 
     def prepare(self, go_on: GoOn) -> None:
-        """Read, check and tokenise the files.
-
-        Raises:
-            InvalidRequest, InvalidTrainingData, ConfigurationError: what `prepare` raises.
-        """
+        """Read, check and tokenise the files; raises what `evaluation.prepare` raises."""
         request = self.request
         data, shots = self._read(go_on)
         (resolved, soft_prompt), *others = self.versions
@@ -92,11 +88,7 @@ class EvaluationWork:
         self.folder.cleanup()
 
     async def run(self, on_piece: GoOn) -> None:
-        """Generate the answers of all rows, and write the report.
-
-        Raises:
-            PreludeError: what `run_beside` raises.
-        """
+        """Generate the answers of all rows, and write the report; raises what `run_beside` raises."""
         evaluation = self.evaluation
         assert evaluation is not None, "a job is prepared before it runs"
         at_once = rows_at_once(evaluation.questions.choices_per_row - 1, *self._limits)
@@ -104,7 +96,7 @@ class EvaluationWork:
         report = await run_beside(self.site.worker, evaluation, threads, at_once, on_piece, self.key_id)
         self.report, self.card = report, render_card(report, self.versions[0][1], self._command())
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free rows, soft prompts and files."""
         self.folder.cleanup()
         self.versions, self.evaluation = (), None

@@ -45,25 +45,17 @@ class Followers:
         self._watches: dict[tuple[str, str], _Watch] = {}
 
     def check_room(self) -> None:
-        """Refuse another follower.
-
-        Raises:
-            Overloaded: the maximum number of followers is reached.
-        """
+        """Raise Overloaded if the maximum number of followers is reached."""
         if sum(watch.followers for watch in self._watches.values()) >= MOST_FOLLOWERS:
             raise Overloaded(f"{MOST_FOLLOWERS} clients follow jobs already.", remedy="Poll the job itself instead.")
 
     async def events(self, jobs: Jobs, job_id: str, last: int) -> Events:
-        """Yield the events of a job.
-
-        The events are: the record's numbered lines after line `last`; state and progress on each change; the whole job
-        at its end.
+        """Yield the record's numbered lines after `last`, state and progress on each change, and the job at its end.
 
         Raises:
             Overloaded: see `check_room`.
             PreludeError: the job was deleted.
-            ServerDraining: the server shuts down before the job ends; a client that reconnects resumes after its last
-                event.
+            ServerDraining: the server shuts down first; a client that reconnects resumes after its last event.
         """
         with self._watching(jobs, job_id) as watch:
             number, offset, at = 0, 0, time.monotonic()

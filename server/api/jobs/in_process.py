@@ -58,7 +58,7 @@ class Work(Protocol):
         Cancelling it frees everything that it uses in the engine.
         """
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free rows and files. Called once, at the job's end."""
 
 
@@ -99,7 +99,7 @@ class InServerJob(Generic[W]):
     def end(self, state: JobState, error: PreludeError | None = None) -> None:
         """End the job and free its rows and files."""
         self.state, self.error, self.ended_at = state, error, now()
-        self.work.let_go()
+        self.work.release()
         self.prepared.set()
 
 
@@ -143,13 +143,10 @@ class InServerJobs(Jobs, Generic[W]):
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Context manager that counts one more job while its body is read.
-
-        The limit counts jobs that wait, run or are prepared, and jobs whose bodies are being read.
+        """Context manager: count one more job while its body is read, beside those that wait, run or are prepared.
 
         Raises:
-            ServerDraining: the server is shutting down.
-            Overloaded: too many jobs are waiting.
+            ServerDraining, Overloaded: the server is shutting down, or too many jobs are waiting.
         """
         if self._site.worker.draining or self._is_stopping:
             raise ServerDraining("The server is shutting down.")
@@ -284,10 +281,9 @@ async def accept(
 ) -> Any:
     """Handle POST: create the job from the request's body and queue it.
 
-    An error within the first second is the reply; a later error becomes the job's `error`.
+    An error of `make` or the preparation within the first second is the reply; a later one is the job's `error`.
 
     Raises:
-        PreludeError: an error of `make` or of the preparation.
         ServerDraining, Overloaded: the server accepts no more jobs.
         RequestAborted: the client has disconnected, so the job is cancelled.
     """

@@ -60,7 +60,7 @@ def job_router(path: str, tag: str) -> APIRouter:
 
 
 class Jobs(ABC):
-    """The jobs of one kind on a server. Every job has `id`, `task` and `state`.
+    """The jobs of one kind on a server. Each job has `id`, `task` and `state`.
 
     Attributes:
         router: the kind's path and own routes; `routes.py` adds the common routes.

@@ -138,13 +138,7 @@ def _answered(form: _Form, requests: Sequence[Sequence[Choice]]) -> list[Body]:
 
 
 async def _inputs(worker: EngineWorker, body: CompletionBody) -> tuple[list[str], list[list[int]]]:
-    """The texts to echo, and token ids of all inputs.
-
-    Raises:
-        InvalidRequest: a token id is outside the model's vocabulary.
-        EmptyInput: a text is empty.
-        InputTooLong: a text can never fit.
-    """
+    """The texts to echo, and token ids of all inputs; the error for an invalid input names it."""
     given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if isinstance(given[0], str):
         texts: list[str] = given

@@ -23,11 +23,7 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """`logprobs` of one choice of a completion.
 
-    Args:
-        words: gives the tokens' texts.
-        tokens: the tokens of the text, in order.
-        offsets: where each token begins in the text, in characters.
-        top: how many of the most likely tokens were requested; the token itself is added.
+    `offsets` are the tokens' beginnings in the text, in characters; `top` likely tokens are reported beside each.
     """
     return {
         "tokens": [words.text_of(token.id) for token in tokens],
@@ -47,10 +43,9 @@ def chat_logprobs(words: TokenTexts, tokens: Sequence[Token], top: int) -> dict[
 
 
 def prompt_logprobs(words: TokenTexts, given: Sequence[Scored], top: int | None) -> dict[str, Any]:
-    """vLLM's `prompt_logprobs`, a field with an object for each input token; no field if `top` is None.
+    """vLLM's field `prompt_logprobs`; no field if `top` is None.
 
-    The first token's object is null. Each other object contains, by id, the token itself and the `top` most likely
-    tokens.
+    Null for the first token; then, by their ids, the token itself and the `top` most likely tokens.
     """
     if top is None:
         return {}
@@ -58,10 +53,9 @@ def prompt_logprobs(words: TokenTexts, given: Sequence[Scored], top: int | None)
 
 
 def text_offsets(text: str, pieces: Sequence[bytes]) -> list[int]:
-    """The offsets, in characters, at which the tokens of a text begin.
+    """The offsets, in characters, at which the tokens of a text begin; a token may begin within a character.
 
-    A token may begin within a character. Tokens that the text does not show, such as a BOS that the tokenizer adds,
-    have no width; nor has the space that some tokenizers put before the first word.
+    Tokens that the text does not show, such as a BOS, have no width; nor has a space before the first word.
     """
     data = text.encode()
     at = characters = counted = 0

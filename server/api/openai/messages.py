@@ -109,8 +109,7 @@ def chat_text(
     messages are handled.
 
     Raises:
-        InvalidRequest: the task takes only one message, refuses system messages or does not support this `end`; or the
-            model has no chat template, or the template refuses these messages.
+        InvalidRequest: the task or the model does not support these messages or this `end`.
         EmptyInput: the task's only message, or the message to continue, is empty.
     """
     if end is not ChatEnd.ANSWER:

@@ -68,12 +68,11 @@ def task_of(model: str, worker: EngineWorker) -> str | None:
 
 
 async def find_target(call: Call, body: SamplingBody, kind: str) -> Target:
-    """Find what `model` refers to.
+    """The target that `model` refers to.
 
     Raises:
-        UnknownTask: there is no such model, or the name is not valid.
-        Forbidden: the key may not use it.
-        VersionUnavailable: the version cannot be read, or this model cannot serve it.
+        UnknownTask, Forbidden: there is no such model, or the key may not use it.
+        VersionUnavailable: the version cannot be read, or not be served by this model.
     """
     task = task_of(body.model, call.worker)
     request_id = f"{kind}-{uuid.uuid4().hex}"
@@ -90,11 +89,7 @@ async def find_target(call: Call, body: SamplingBody, kind: str) -> Target:
 async def encode_all(
     worker: EngineWorker, texts: Sequence[str | TemplatedText], *, add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Token ids of several texts.
-
-    Raises:
-        InputTooLong: a text can never fit the context.
-    """
+    """Token ids of several texts; raises InputTooLong if one can never fit the context."""
     ids = []
     for number, text in enumerate(texts):
         with locating_errors(location_of("prompt", number, len(texts))):
@@ -118,7 +113,7 @@ def prepare_all(
 
     Args:
         worker: for the model's limits.
-        target: what `model` refers to.
+        target: the target of `model`.
         inputs: token ids.
         body: the request's body.
         choices: number of texts to generate for each input.
@@ -126,8 +121,7 @@ def prepare_all(
         continues_text: the output continues the input text, even for a task.
 
     Raises:
-        InvalidRequest: the request is too large, contradicts itself, or names unknown tokens.
-        InputTooLong: the minimum number of new tokens does not fit the context.
+        InvalidRequest, InputTooLong: the request is too large, contradicts itself, or names unknown tokens.
     """
     _check_choices(len(inputs), choices, body)
     manifest = target.manifest
@@ -163,11 +157,7 @@ def prepare_all(
 
 
 def _check_choices(inputs: int, choices: int, body: CompletionBody | ChatBody) -> None:
-    """Refuse more choices than one request may have, and several texts if all would be the same.
-
-    Raises:
-        InvalidRequest: either is the case; the error names the limit.
-    """
+    """Refuse more choices than one request may have, and several texts if all would be the same."""
     if inputs * choices > MAX_CHOICES:
         raise InvalidRequest(
             f"{inputs} inputs with {choices} texts each are more than {MAX_CHOICES} choices.",

@@ -27,11 +27,10 @@ PUBLISH_SECONDS = 300.0
 async def in_time(
     seconds: float, executors: Executors, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run a change and return its result.
+    """Run a change on a thread and return its result.
 
     Raises:
-        StoreTimeout: the time limit has passed. A change that still waits for a thread is never made; a running change
-            may still succeed.
+        StoreTimeout: the time limit has passed. A change that still waits for a thread is never made.
         Overloaded: too many changes are waiting.
     """
     try:

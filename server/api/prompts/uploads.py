@@ -53,8 +53,7 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unp
     """Context manager: an upload's files in a temporary directory, which is always removed at the end.
 
     Raises:
-        StoreError: the temporary directory cannot be written or read.
-        PreludeError: what `unpack_upload` raises.
+        StoreError: the temporary directory cannot be written or read. Also what `unpack_upload` raises.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:

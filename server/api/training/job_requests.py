@@ -28,8 +28,7 @@ def parse_body(body: Body) -> JobRequest:
     """Parse the job from a JSON body, or from a form's field `spec`.
 
     Raises:
-        ValidationError: a field does not fit.
-        InvalidRequest: the form has no `spec`, or an unknown field.
+        ValidationError, InvalidRequest: a field does not fit, is unknown, or `spec` is missing.
     """
     if body.is_json:
         return parse_request(body.value)

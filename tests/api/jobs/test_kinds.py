@@ -62,7 +62,7 @@ class CountWork:
             await asyncio.sleep(self.seconds)
             on_piece()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.ended += 1
 
 
@@ -145,13 +145,13 @@ def test_a_body_over_the_bound_of_orders_is_refused(live: LiveServer) -> None:
 def test_a_drain_ends_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.api.app.KINDS", (*KINDS, Counts))
     works: list[CountWork] = []
-    let_go = CountWork.let_go
+    release = CountWork.release
 
     def noted(work: CountWork) -> None:
         works.append(work)
-        let_go(work)
+        release(work)
 
-    monkeypatch.setattr(CountWork, "let_go", noted)
+    monkeypatch.setattr(CountWork, "release", noted)
     with live_server(tmp_path) as server:
         path = ask(server, seconds=60.0).headers["location"]
         asyncio.run_coroutine_threadsafe(server.worker.drain(30), server.loop).result(30)

@@ -1,21 +1,23 @@
-"""Fixtures that tests of several parts share; models are loaded once per run."""
+"""Fixtures that tests of several parts share; models are loaded once per run.
+
+torch, and all that imports it, is imported by fixtures: the process that distributes the tests needs none of it.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import pytest
-import torch
 from hypothesis import settings
 
-from server.engine.model.frozen import FrozenModel
-from server.settings import Settings
 from tests import soak as soaking
 from tests.soak import Soak
-from tests.support import fast_smollm2, tiny_model
+
+if TYPE_CHECKING:
+    from server.engine.model.frozen import FrozenModel
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +43,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
     soaking.lift_timeouts(config, items)
     if not torch.cuda.is_available():
         for item in items:
@@ -51,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     """Tiny models are slower on many threads than on one; where tests run in several processes, each gets one."""
+    import torch
+
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
@@ -76,22 +82,33 @@ def soak(request: pytest.FixtureRequest, _screen: TextIO) -> Soak:
 @pytest.fixture(scope="session")
 def tiny() -> FrozenModel:
     """A tiny llama in float64, in which batching changes nothing that a test could see."""
+    from tests.support import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture(scope="session")
 def tiny32() -> FrozenModel:
     """A tiny llama in float32."""
+    import torch
+
+    from tests.support import tiny_model
+
     return tiny_model(dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> FrozenModel:
     """The embedded model in float32, the dtype in which answers are exact, as transformers loads it."""
+    from server.engine.model.frozen import FrozenModel
+    from server.settings import Settings
+
     return FrozenModel.load(Settings.load(dtype="float32"))
 
 
 @pytest.fixture(scope="session")
 def served_smollm2() -> FrozenModel:
     """The same as a server runs it, with everything that makes it faster."""
+    from tests.support import fast_smollm2
+
     return fast_smollm2("float32")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,18 @@ MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60
 
 
+@functools.cache
+def definitions(source: str) -> list[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions of a file, wherever in it they stand; it is parsed once for all checks."""
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
 def defined_twice(sources: Mapping[str, str]) -> dict[str, list[str]]:
     """Public classes that several of these files define, each with its files."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for name, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in definitions(source):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(name)
     return {name: files for name, files in found.items() if len(files) > 1}
@@ -33,7 +41,7 @@ def long_functions(source: str) -> dict[str, int]:
     """Functions that are too long, each with its lines from `def` to its end."""
     return {
         node.name: lines
-        for node in ast.walk(ast.parse(source))
+        for node in definitions(source)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (lines := (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
     }

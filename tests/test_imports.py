@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,10 +120,17 @@ def part_of(name: str) -> str:
     return part if part in {module.split(".")[1] for module in FILES} - {"__init__"} else ""
 
 
+@functools.cache
+def nodes_of(source: str) -> list[ast.Import | ast.ImportFrom | ast.Attribute]:
+    """The parts of a file that the checks look at; it is parsed once for all of them."""
+    kinds = ast.Import | ast.ImportFrom | ast.Attribute
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
 def imports_of(source: str, module: str = "server.x") -> Iterator[str]:
     """Full names of what a file imports, wherever in it the import stands."""
     package = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -154,7 +162,7 @@ def circle_in(graph: Mapping[str, Iterable[str | None]]) -> list[str] | None:
 def reads_environment(source: str) -> bool:
     """True if a file touches the environment's variables."""
     names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-    attributes = (node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute) and in_os(node))
+    attributes = (node.attr for node in nodes_of(source) if isinstance(node, ast.Attribute) and in_os(node))
     imported = (name.removeprefix("os.") for name in imports_of(source) if name.startswith("os."))
     return bool(names & {*attributes, *imported})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import LazyLoader, find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 
 from tests.api.live import LiveServer
@@ -21,6 +24,18 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 """A form that even a random model fills in within a few tokens."""
+
+
+def lazily(name: str) -> ModuleType:
+    """A library that is imported when it is first used: of several processes of tests, only one uses it."""
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = LazyLoader(spec.loader)
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def rendered(text: str) -> str:

@@ -6,17 +6,21 @@ import gc
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import litellm
 import pytest
 import pytest_asyncio
 
 from server.keys.file import add_key
 from server.keys.key import Scope
-from tests.api.clients.support import KEY, SCHEMA, chat_answer, rendered
+from tests.api.clients.support import KEY, SCHEMA, chat_answer, lazily, rendered
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import FROZEN, user
+
+if TYPE_CHECKING:
+    import litellm
+else:
+    litellm = lazily("litellm")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the 'model_[a-z_]+' attribute:pydantic.PydanticDeprecatedSince211"),

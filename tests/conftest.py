@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from server.engine.model.frozen import FrozenModel
 
 
+FIRST = tuple(
+    f"tests/{name}"
+    for name in (
+        "test_tutorial.py",
+        "test_serve.py",
+        "test_readme.py",
+        "api/test_openapi.py",
+        "test_examples.py",
+        "api/clients/",
+        "cli/test_commands.py",
+        "api/test_overload.py",
+    )
+)
+"""What takes longest runs first, so that no process of tests works on alone at the end. One process runs most of them:
+they share clients' libraries and the process that servers are forked from, which others then need not have."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     soaking.add_options(parser)
 
@@ -45,6 +62,7 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     soaking.lift_timeouts(config, items)
     if not torch.cuda.is_available():
         for item in items:

@@ -138,10 +138,9 @@ def create_app(
     _limit_requests(app, settings, keys)
     install_error_handlers(app, FORMATS)
     for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
-        app.include_router(module.router)
+        app.router.routes.extend(module.router.routes)  # include_router would make each anew, and parse its schemas
     for kind in KINDS:
-        app.include_router(kind.router)
-        app.include_router(common_routes(kind))
+        app.router.routes.extend([*kind.router.routes, *common_routes(kind).routes])
     app.router.routes.extend(pages.ROUTES)
     return app
 

@@ -168,6 +168,13 @@ def test_the_openapi_document_lists_every_route(server: LiveServer) -> None:
     } <= routes
 
 
+def test_an_app_makes_no_route_anew(server: LiveServer) -> None:
+    """It would parse the source of the schemas again, which Python 3.11 cannot do in two threads at once."""
+    one, other = ([route for route in _app(server).routes if isinstance(route, APIRoute)] for _ in range(2))
+    assert len(one) > 30
+    assert all(first is second for first, second in zip(one, other, strict=True))
+
+
 def test_every_documented_error_has_the_one_shape(server: LiveServer) -> None:
     for operation, details in _operations(server).items():
         for status, response in details["responses"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
@@ -23,6 +24,7 @@ NOT_OVER = responses(on_409="The job is not over.")
 JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
 
 
+@functools.cache
 def common_routes(kind: type[Jobs]) -> APIRouter:
     """A router with the common routes for one kind of job."""
     router = job_router(kind.router.prefix, str(kind.router.tags[0]))

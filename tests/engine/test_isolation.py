@@ -99,7 +99,7 @@ def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
     for i in range(64):
         soft_prompt = prompts[i % 3]
         ids = served_smollm2.text.encode(soft_prompt.manifest.render(f"{inputs[i % 4]}"))
-        work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=8, ignore_eos=True), soft_prompt))
+        work.append((request(str(i), ids, f"task {i % 3}", max_new_tokens=4, ignore_eos=True), soft_prompt))
     together = texts(
         run_engine(make_engine(served_smollm2, max_sequences=64, max_batch_tokens=256, num_slabs=72), work)
     )

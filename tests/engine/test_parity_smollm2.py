@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from tests.support import RecordingModel, fast_smollm2, logits_of_requests, make
 from tests.support import request as engine_request
 
 TEXTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n    return", "1 2 3 4 5"]
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 
 
+@cache
 def reference_module(dtype: torch.dtype) -> Any:
     """The embedded model as transformers loads and runs it."""
     settings = Settings.load()
@@ -32,7 +35,7 @@ def reference_module(dtype: torch.dtype) -> Any:
 
 
 @pytest.fixture(scope="module")
-def directories(smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Adapters of plausible size, saved by PEFT: embeddings like the vocabulary's, a small KV prefix."""
     found = {}
     for kind in KINDS:
@@ -45,7 +48,9 @@ def directories(smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory) 
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         found[kind] = tmp_path_factory.mktemp(kind)
         model.save_pretrained(str(found[kind]))
-    return found
+    yield found
+    reference_module.cache_clear()
+    reference_logits.cache_clear()
 
 
 def answer(model: FrozenModel, soft_prompt: SoftPrompt) -> list[list[int]]:
@@ -75,11 +80,15 @@ def forced_logits(model: FrozenModel, soft_prompt: SoftPrompt, answers: list[lis
 
 def expected_logits(directory: Path, dtype: torch.dtype, model: FrozenModel, answers: list[list[int]]) -> torch.Tensor:
     """The logits of transformers' own forward at the same places, each row in one."""
+    rows = tuple((*model.text.encode(text), *tokens[:-1]) for text, tokens in zip(TEXTS, answers, strict=True))
+    return reference_logits(directory, dtype, rows)
+
+
+@cache
+def reference_logits(directory: Path, dtype: torch.dtype, rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Of the last tokens of each row."""
     peft_model = PeftModel.from_pretrained(reference_module(dtype), str(directory))
-    found = []
-    for text, tokens in zip(TEXTS, answers, strict=True):
-        found.append(peft_logits(peft_model, model.text.encode(text) + tokens[:-1])[-NEW_TOKENS:].float())
-    return torch.cat(found)
+    return torch.cat([peft_logits(peft_model, row)[-NEW_TOKENS:].float() for row in rows])
 
 
 @pytest.mark.parametrize("model", ["smollm2", "served_smollm2"])

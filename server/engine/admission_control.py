@@ -18,16 +18,11 @@ from server.errors import Overloaded
 class Limits:
     """The limits of a server; None means no limit."""
 
-    in_flight: int | None = None
-    """Choices that run or wait."""
-    per_task: int | None = None
-    """Choices of one task that run or wait."""
-    per_key: int | None = None
-    """Choices of one API key that run or wait."""
-    background: int | None = None
-    """Choices of background requests, which the server makes itself (for example in an evaluation)."""
-    request_timeout: float | None = None
-    """Seconds that a request may take, waiting included."""
+    in_flight: int | None = None  # choices that run or wait
+    per_task: int | None = None  # of one task
+    per_key: int | None = None  # of one API key
+    background: int | None = None  # of requests that the server makes itself, for example in an evaluation
+    request_timeout: float | None = None  # seconds that a request may take, waiting included
 
 
 class Admission:

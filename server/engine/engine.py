@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -20,11 +21,10 @@ from server.engine.out_of_memory import run_with_less
 from server.engine.runner import Runner
 from server.engine.sampling.logit_rows import Batch
 from server.engine.sampling.sampler import NextToken
-from server.engine.scheduling.endings import ending, failure
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.text.detokenizer import Detokenizer
-from server.errors import GenerationFailed
+from server.errors import GenerationFailed, NotFinite
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Engine:
     def _take_over(self, sequence: Sequence, span: Span, drawn: list[tuple[Sequence, NextToken]]) -> list[Delta]:
         sequence.num_computed = end = span.end
         kept = self.scheduler.keep_prefix(sequence)
-        if error := failure(sequence, drawn, kept):
+        if error := _failure(sequence, drawn, kept):
             return [self._fail(sequence, error)]
         if end < sequence.num_known:
             return []
@@ -218,7 +218,7 @@ class Engine:
         """Append a generated token, or pass it to its grammar first."""
         token_id, walk = choice.token_id, sequence.walk
         assert token_id is not None, "a choice that is not finite has been dealt with"
-        if walk is None or ending(sequence, token_id, self.model.eos_token_ids) is not None:
+        if walk is None or sequence.ending(token_id, self.model.eos_token_ids) is not None:
             return self._take(sequence, choice)
         self._awaiting_grammar[walk] = (sequence, choice)
         self._walks.accept(walk, token_id, is_last=sequence.is_at_last_token)
@@ -249,7 +249,7 @@ class Engine:
         token_id = choice.token_id
         assert token_id is not None, "a choice that is not finite has been dealt with"
         params = sequence.sampling
-        reason = by_id = ending(sequence, token_id, self.model.eos_token_ids)
+        reason = by_id = sequence.ending(token_id, self.model.eos_token_ids)
         sequence.append(token_id)
         if reason is None and is_complete:
             reason = FinishReason.EOS_TOKEN
@@ -316,3 +316,16 @@ class Engine:
     ) -> Sequence:
         detokenizer = Detokenizer(self.model.text.tokens, request.sampling, continues_text=request.continues_text)
         return Sequence(request, soft_prompt, detokenizer, index, label_ids, walk)
+
+
+def _failure(sequence: Sequence, drawn: list[tuple[Sequence, NextToken]], prefix_is_finite: bool) -> Exception | None:
+    """The error that ends a sequence after a step, or None."""
+    is_finite = prefix_is_finite
+    for choice, token in drawn:
+        if choice.error is not None:
+            log.error("the rules of a request fail; no other is affected", exc_info=choice.error)
+            return GenerationFailed("The engine failed on this request; no other is affected.")
+        is_finite &= token.token_id is not None
+    if is_finite and not (sequence.scored and any(math.isnan(scored.logprob or 0.0) for scored in sequence.scored)):
+        return None
+    return NotFinite("The model's output is not finite for this soft prompt and input.")

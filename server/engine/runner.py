@@ -21,13 +21,7 @@ from server.engine.to_device import Download, send, upload
 
 
 class Runner:
-    """Runs each batch by the fastest method that the device supports.
-
-    Attributes:
-        compiled: compiled attention on a CPU, if available.
-        varlen: variable-length flash attention on CUDA, if available.
-        graphs: CUDA graphs that replay steps with decodes only, if they were captured.
-    """
+    """Runs each batch by the fastest method that the device supports."""
 
     def __init__(self, model: FrozenModel, kv_cache: KVCache) -> None:
         """Choose the attention for this model and KV cache."""
@@ -36,15 +30,13 @@ class Runner:
         self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self.varlen = varlen_attention(model.spec, model.attention_rules)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None  # replay steps with decodes only, once they are captured
 
     @torch.inference_mode()
     def run(self, batch: Batch, before_wait: Callable[[Download], None]) -> list[NextToken]:
         """Forward the batch, and sample a token for each sequence whose known tokens are now all computed.
 
-        Args:
-            batch: the step.
-            before_wait: called after the forward was launched, with the download of all results.
+        After the forward was launched, `before_wait` is called with the download of all results.
         """
         rows = LogitRows.of(batch)
         if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:

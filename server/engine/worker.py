@@ -3,9 +3,8 @@
 Results are passed to the event loop once per step. Every accepted request gets exactly one last Delta, whether it
 finishes, is aborted, or its step or the engine fails.
 
-The engine's thread is also the only thread in which torch uses several cores. OpenMP creates a team of helper threads
-for each thread that does. With more helpers than cores, helpers sleep between operations instead of being ready for the
-next one, and a step takes a third longer.
+The engine's thread is also the only one in which torch uses several cores: with a team of helpers for each thread,
+OpenMP's helpers would sleep between operations, and a step would take a third longer.
 """
 
 from __future__ import annotations

@@ -30,23 +30,14 @@ FEWEST_NUMBERS = 4
 
 @dataclass(frozen=True)
 class StepWork:
-    """The units of work of a step, which are the same in every layer.
+    """The units of work of a step, which are the same in every layer."""
 
-    Attributes:
-        spans: `[spans, 5]`: row in the flat row, position, tokens, start of the slot, first scratch block.
-        spread: `[units, 3]`: span, key head, block of positions.
-        attend: `[units, 3]`: span, key head, block of queries; -1 means all key heads, or a single token.
-        tokens: number of tokens of the flat row.
-        blocks: number of scratch blocks for each key head.
-        threads: number of threads to use.
-    """
-
-    spans: np.ndarray
-    spread: np.ndarray
-    attend: np.ndarray
-    tokens: int
-    blocks: int
-    threads: int
+    spans: np.ndarray  # [spans, 5], see `SpanColumns`
+    spread: np.ndarray  # [units, 3]: span, key head, block of positions
+    attend: np.ndarray  # [units, 3]: span, key head, block of queries; -1 means all key heads, or a single token
+    tokens: int  # of the flat row
+    blocks: int  # number of scratch blocks for each key head
+    threads: int  # number of threads to use
 
 
 class CompiledAttention:
@@ -166,12 +157,7 @@ class CompiledRows:
     """Serving layout over compiled attention; see `interface.Layout`."""
 
     def __init__(self, attention: CompiledAttention, spans: Sequence[Span]) -> None:
-        """Lay out a step.
-
-        Args:
-            attention: the loops for the KV cache.
-            spans: in the order of the flat row.
-        """
+        """Lay out a step, whose spans are in the order of the flat row."""
         self._attention = attention
         self._work = attention.plan(spans)
         self.position_ids = torch.from_numpy(TokenPositions.of(spans).position_ids)

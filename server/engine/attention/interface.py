@@ -28,16 +28,8 @@ ATTENTION_NAME = "prelude"
 # Keywords that models pass and this function can ignore: positions are already in the rotary embeddings, the layout
 # handles causality, and only the output is needed.
 _WITHOUT_EFFECT = {
-    "position_ids",
-    "cache_position",
-    "position_embeddings",
-    "is_causal",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "logits_to_keep",
-    "output_router_logits",
+    *("position_ids", "cache_position", "position_embeddings", "is_causal", "use_cache", "logits_to_keep"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
 }
 
 
@@ -60,18 +52,14 @@ class Layout(Protocol):
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        """Compute the attention of one layer.
+        """Compute one layer's attention `[tokens, heads, dim]`.
 
         Args:
             layer: the layer's index.
             query: `[heads, tokens, dim]`.
             key: `[kv_heads, tokens, dim]`; value likewise.
             rules: the layer's requirements beside causality.
-
-        Returns:
-            `[tokens, heads, dim]`.
         """
-        ...
 
 
 class StateSlice(NamedTuple):
@@ -92,12 +80,8 @@ class RecurrentLayout(Layout, Protocol):
     def recur(self, state_slice: StateSlice, inputs: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
         """Compute one layer's outputs `[tokens, …]` from its inputs `[tokens, width]`.
 
-        Args:
-            state_slice: position of the layer's state.
-            inputs: the layer's inputs for the flat row.
-            recurrence: the layer's computation; called for batches of sequences with equal numbers of tokens.
+        The layer's computation, `recurrence`, is called for batches of sequences with equal numbers of tokens.
         """
-        ...
 
 
 def attend_flat_row(
@@ -146,16 +130,13 @@ def register_attention() -> None:
 def attend_batch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rules: AttentionRules
 ) -> torch.Tensor:
-    """Attention of a batch of sequences; query heads that share a key head are folded into the query rows.
+    """Attention `[batch, heads, q_len, dim]`; query heads that share a key head are folded into the query rows.
 
     Args:
         query: `[batch, heads, q_len, dim]`.
         key: `[batch, kv_heads, kv_len, dim]`, any strides; value likewise.
         mask: `[batch or 1, 1, group * q_len, kv_len]` from `fold_mask`, in the query's dtype.
         rules: scaling, soft-cap and sinks; the mask already contains the window.
-
-    Returns:
-        `[batch, heads, q_len, dim]`.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads = key.shape[1]

@@ -1,9 +1,8 @@
 """Recurrent states in serving: one state of a fixed size for each running sequence, beside its keys and values.
 
-Some layers keep a state instead of, or beside, keys and values: the last inputs of a short convolution, or the matrix
-of a linear attention. A sequence's states of all such layers form one row of numbers. A state summarises all tokens so
-far. Unlike keys and values, it cannot be truncated to fewer tokens, and computing a token twice would count it twice.
-Therefore:
+Some layers keep the last inputs of a short convolution, or the matrix of a linear attention. A sequence's states of all
+such layers form one row of numbers. A state summarises all tokens so far: unlike keys and values, it cannot be
+truncated to fewer tokens, and computing a token twice would count it twice. Therefore:
 
 - Prefixes and copies of inputs contain the state at exactly their end, so chunks end there (`scheduler.py`).
 - A step's new states are stored only after the step has succeeded (`state_pool.py`).
@@ -35,13 +34,7 @@ class RecurrentRows:
     """
 
     def __init__(self, rows: ServingRows, pool: StatePool, spans: Sequence[Span]) -> None:
-        """Lay out a step.
-
-        Args:
-            rows: the layout for attention.
-            pool: stores the states.
-            spans: in the order of the flat row.
-        """
+        """Lay out a step, whose spans are in the order of the flat row; `rows` is the layout for attention."""
         self.position_ids = rows.position_ids
         self._layout, self._pool = rows, pool
         (self._rows,) = upload([pool.rows_of(span.slot for span in spans)], pool.states.device)

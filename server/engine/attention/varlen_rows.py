@@ -234,8 +234,7 @@ class VarlenRows:
         Args:
             kv_cache: stores keys and values.
             attention: `flash_attention` or an equivalent function.
-            position_ids: `[tokens]`, each token's position in its own sequence.
-            pool_positions: `[tokens]`, each token's position in the pool.
+            position_ids: `[tokens]`, positions in the tokens' own sequences; pool_positions likewise in the pool.
             parts: the parts of the flat row in order, each with its number of tokens.
         """
         self.position_ids = position_ids

@@ -1,9 +1,8 @@
 """The process that runs llguidance: `python -m server.engine.grammars.process DESCRIPTOR`, with a fork per grammar.
 
-A request's grammar may make llguidance use unlimited time, memory or stack, so the server's own process never calls it.
 This process reads the tokenizer once and then only forks. A fork compiles one grammar; then, after each token of each
 text, it computes which tokens may come next. The kernel ends a fork that exceeds its limit of processor time, memory or
-stack, whatever llguidance does. When the server ends, its sockets close, so this process and all forks end too.
+stack. When the server ends, its sockets close, so this process and all forks end too.
 """
 
 from __future__ import annotations
@@ -43,10 +42,6 @@ FURTHER = 10
 """The `nice` value of processes that compile for long, so that they also yield to other grammars. Processes whose masks
 are slow are scheduled as idle instead, if the system supports it: unlike with `nice` alone, an idle process never keeps
 a core from a thread of the engine that wakes up."""
-
-
-class Unusable(Exception):
-    """A grammar cannot be used; the message gives the reason."""
 
 
 def main() -> None:
@@ -243,7 +238,7 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tupl
     """Compile a grammar; returns a matcher at the beginning of a text, and the mask of the first token.
 
     Raises:
-        Unusable, ValueError: the grammar cannot be used; the message gives the reason.
+        ValueError: the grammar cannot be used; the message gives the reason.
     """
     limits = llguidance.LLParserLimits(**PARSER_LIMITS)
     source = source_of(grammar.kind, grammar.source)
@@ -251,19 +246,19 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tupl
         source = _after_space(source)
     compiled = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
     if compiled.is_error():
-        raise Unusable(compiled.get_error())
+        raise ValueError(compiled.get_error())
     first = compiled.deep_copy()
     may_be_empty = first.is_accepting()
     mask = first.compute_bitmask()
     if first.is_error() and not first.get_error().startswith(NO_EXTENSION):
-        raise Unusable(first.get_error())
+        raise ValueError(first.get_error())
     ends = bytearray(len(mask))
     for token_id in tokenizer.eos_tokens:
         ends[token_id // 8] |= 1 << token_id % 8
     if first.is_error():
         mask = bytes(ends) if may_be_empty else b""
     if not may_be_empty and not any(byte & ~end for byte, end in zip(mask, ends, strict=False)):
-        raise Unusable("No text can match it.")
+        raise ValueError("No text can match it.")
     return compiled, mask
 
 

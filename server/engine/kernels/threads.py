@@ -1,8 +1,4 @@
-"""Runs compiled loops on torch's own threads.
-
-Between two matrix products a loop must start within microseconds, so it runs on the threads that torch's OpenMP keeps
-awake for the next product. A second pool, such as numba's own threads, would put two threads on every core, and one of
-them would be asleep whenever it is needed.
+"""Runs compiled loops on torch's own threads, which OpenMP keeps awake between two matrix products.
 
 A loop is a compiled function that takes units of work from a shared counter until none are left. If one thread is late
 because its core is busy, the other threads do its share.

@@ -93,14 +93,10 @@ def largest_batch(model: FrozenModel, slot: Slot, running: int, tokens: int) -> 
     """A batch of `tokens` tokens, at least one for each running sequence, that computes logits for every token."""
     num_decodes = running - 1 if tokens > running else running
     batch = decodes(model, slot, num_decodes, ALL_RULES)
-    left = tokens - num_decodes
-    first = None
-    while left:
-        count = min(left, model.spec.max_model_len)
-        sequence = _sequence(model, ALL_RULES) if first is None else copy.copy(first)
-        first = first or sequence
-        batch.append((sequence, Span(slot, model.spec.max_model_len - count, count)))
-        left -= count
+    whole, length = _sequence(model, ALL_RULES), model.spec.max_model_len
+    for taken in range(0, tokens - num_decodes, length):
+        count = min(length, tokens - num_decodes - taken)
+        batch.append((copy.copy(whole), Span(slot, length - count, count)))
     drawing, _ = batch[-1]
     missing = rows_at_once(model.device, model.spec.vocab_size) - len(batch)
     drawing.siblings = [copy.copy(drawing) for _ in range(missing)]

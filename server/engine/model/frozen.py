@@ -44,10 +44,8 @@ class FrozenModel:
     Attributes:
         spec: facts about the model for the rest of the server.
         module: transformers' model; every parameter has `requires_grad=False`.
-        tokenizer: the model's tokenizer.
         text: converts texts to token ids and back; safe from any thread.
         eos_token_ids: tokens that end a generation, from the generation config, the config and the tokenizer.
-        attention_rules: each layer's requirements for attention.
         kernels: compiled kernels for the model; see `optimise.py`.
         keeps_early: whether the last layer computes only the rows whose logits are needed.
     """

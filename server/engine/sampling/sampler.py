@@ -244,10 +244,5 @@ def report_tokens(
 
 
 def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The rank `[rows]` of each given token: the number of tokens that are at least as likely, including itself.
-
-    Args:
-        logits: `[rows, vocab_size]`.
-        tokens: `[rows]`, one token id of each row.
-    """
+    """The rank `[rows]` of each given token `[rows]`: the number of tokens at least as likely, including itself."""
     return (logits >= logits.gather(1, tokens[:, None])).sum(dim=-1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.contracts import GenerationRequest, Scored, Usage
+from server.contracts import FinishReason, GenerationRequest, Scored, Usage
 from server.engine.memory.kv_cache import Computed
 from server.engine.memory.slots import Slot
 from server.engine.sampling.seen_tokens import SeenTokens
@@ -25,12 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Sequence:
-    """A choice from admission to its end; most requests have one.
+    """A choice from admission to its end; most requests have one. Its reference keeps its soft prompt in memory.
 
-    A sequence keeps a reference to the soft prompt it started with. That reference alone keeps the soft prompt in
-    memory; nothing else pins it. Its positions are, in this order: virtual tokens, given tokens, output tokens. The
-    given tokens are the input and, if a label is scored, all tokens of the label except the last one: that one is only
-    predicted, never fed to the model.
+    Its positions are, in this order: virtual tokens, given tokens, output tokens. The given tokens are the input and,
+    if a label is scored, all tokens of the label except the last one: that one is predicted, never fed to the model.
     """
 
     request: GenerationRequest
@@ -39,8 +37,7 @@ class Sequence:
     index: int = 0
     """Which choice of its request."""
     label_ids: tuple[int, ...] = ()
-    """Tokens of a label to score. Such a sequence generates nothing; only the log-probabilities of these tokens are
-    reported."""
+    """Tokens of a label to score; such a sequence generates nothing."""
     walk: Walk | None = None
     """Which tokens its grammar allows next."""
     siblings: list[Sequence] = field(default_factory=list)
@@ -51,8 +48,7 @@ class Sequence:
     num_computed: int = 0
     """Positions whose keys and values are in the slot."""
     num_finite: int = 0
-    """Positions whose keys and values are known to be finite. A position is known to be finite once a later token has
-    been drawn from finite logits."""
+    """Positions whose keys and values are finite for certain: a later token has been drawn from finite logits."""
     cached_tokens: int = 0
     """Virtual tokens whose keys and values came from the prefix cache; a sibling has its first choice's number."""
     accepted_at: float = field(default_factory=time.monotonic)
@@ -60,8 +56,7 @@ class Sequence:
     """Seconds from acceptance (`accepted_at`) to admission."""
     output_ids: list[int] = field(default_factory=list)
     decoded_in: int = 0
-    """The last step in which this sequence decoded while its API key was limited to a share of the step. `FairSteps`
-    uses it to let the key's sequences take turns."""
+    """The last step in which it decoded while its API key had a share of the step; `FairSteps` gives turns by it."""
     has_ended: bool = False
     """Whether its last Delta was made."""
     error: Exception | None = None
@@ -71,7 +66,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.sampling = self.request.sampling
-        """How its tokens are chosen."""
         seed = self.sampling.seed
         self.rng = random.Random(seed if self.index == 0 else f"{seed}/{self.index}")
         self._uniform: float | None = None
@@ -82,25 +76,20 @@ class Sequence:
         """What its penalties read, if it has any."""
         self.given_ids = self.request.input_ids + self.label_ids[:-1]
         self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
-        """Positions of its soft prompt."""
-        self.num_input = self.num_virtual_tokens + len(self.request.input_ids)
-        """Positions that it shares with its request's other choices."""
+        self.num_input = self.num_virtual_tokens + len(self.request.input_ids)  # shared by the request's choices
         self._num_given = self.num_virtual_tokens + len(self.given_ids)
         self.num_known = self._num_given + len(self.output_ids)
         """Number of positions whose token is known, whether or not the model has processed them yet."""
         self.needs_next_token = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
         """Whether generation continues after the given tokens."""
-        self.targets: tuple[int, ...] = ()
-        """The given tokens that are to be scored."""
-        self.first_target = self.num_virtual_tokens
-        """The position whose row says how likely the first of `targets` was."""
+        self.targets: tuple[int, ...] = ()  # the given tokens to score
+        self.first_target = self.num_virtual_tokens  # the position whose row says how likely the first of them was
         if self.label_ids:
             self.targets, self.first_target = self.label_ids[1:], self.num_input
         elif self.request.input_logprobs and self.index == 0 and not self.request.labels:
             self.scored = [Scored(self.request.input_ids[0], None)]
             self.targets = self.request.input_ids[1:]
         self.is_greedy = self.sampling.is_greedy
-        """Whether its tokens are not drawn."""
         has_rules = has_penalties or self.sampling.logprobs or self.sampling.logit_bias or self.sampling.grammar
         self.is_plain = self.is_greedy and not has_rules
         """Whether decoding is plain greedy; end tokens are still skipped until `min_new_tokens` is reached."""
@@ -163,6 +152,14 @@ class Sequence:
             return ()
         scored, self.scored = tuple(self.scored), []
         return scored
+
+    def ending(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """The finish reason if this token itself ends the text (end token, stop token id), else None."""
+        params = self.sampling
+        if token_id in eos_token_ids and (self.walk is not None or not params.ignore_eos):
+            return FinishReason.EOS_TOKEN
+        is_early = len(self.output_ids) < params.min_new_tokens  # only a grammar lets it come so soon
+        return FinishReason.STOP_SEQUENCE if token_id in params.stop_token_ids and not is_early else None
 
     def append(self, token_id: int) -> None:
         """Take a generated token."""

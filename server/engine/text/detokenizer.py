@@ -145,12 +145,8 @@ class Detokenizer:
 
     def _find_stop(self) -> tuple[int, int] | None:
         """Start and end of the first stop string in the held text; if several begin there, of the shortest."""
-        found = []
-        for stop in self._stop:
-            begin = self._text.find(stop, max(0, self._passed - len(stop) + 1))
-            if begin >= 0:
-                found.append((begin, begin + len(stop)))
-        return min(found, default=None)
+        begins = ((self._text.find(stop, max(0, self._passed - len(stop) + 1)), stop) for stop in self._stop)
+        return min(((begin, begin + len(stop)) for begin, stop in begins if begin >= 0), default=None)
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the held text that is the beginning of a stop string."""

@@ -82,12 +82,9 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
 
 
 def take_all(device: torch.device, num_bytes: int) -> None:
-    """Allocate the memory that a server will need on a CUDA device, and leave it in the allocator's cache.
+    """Allocate what a server will need on a CUDA device, so that no other process, such as a training job, takes it.
 
-    Other processes, such as a training job, then cannot take it.
-
-    Raises:
-        InsufficientMemory: another process has taken the memory.
+    It stays in the allocator's cache. Raises InsufficientMemory if another process has taken the memory.
     """
     release_unused()  # the captures' warm-up leaves memory to a stream that is not used again
     with _still_free("steps, prefixes and copies of inputs", num_bytes, device):

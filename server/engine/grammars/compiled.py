@@ -117,11 +117,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def hold(self, grammar: Grammar) -> Compiled | None:
-        """A compiled grammar, held until `release`; None if it is not compiled.
-
-        Raises:
-            InvalidRequest: the grammar has recently exceeded a limit.
-        """
+        """A compiled grammar, held until `release`; None if it is not compiled. Raises the error of a refused one."""
         key = _key(grammar)
         with self._lock:
             compiled = self._compiled.get(key)
@@ -156,11 +152,7 @@ class Grammars:
         return Attempt(self, grammar, self._processes.make())
 
     def compile(self, grammar: Grammar) -> Compiled:
-        """Compile a grammar unless it is already compiled, and hold it; blocks until it is compiled.
-
-        Raises:
-            InvalidRequest: the grammar cannot be used; the error gives the reason.
-        """
+        """Compile a grammar unless it is already compiled, and hold it; blocks, and raises what `wait` raises."""
         while (compiled := self.hold(grammar)) is None:
             self.begin(grammar).wait(COMPILE_WALL_SECONDS)
         return compiled

@@ -26,11 +26,7 @@ _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
 def lark_of(text: str) -> str:
-    """Convert an EBNF grammar to Lark; a Lark grammar is returned unchanged.
-
-    Raises:
-        Exception: the grammar cannot be read; llguidance's converter raises nothing narrower.
-    """
+    """Convert an EBNF grammar to Lark, and return Lark unchanged; raises any Exception if it cannot be read."""
     if _LARK.search(text):
         return text
     names = _names(text)

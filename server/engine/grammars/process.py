@@ -263,11 +263,7 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tupl
 
 
 def source_of(kind: GrammarKind, source: str) -> str:
-    """Convert a grammar to llguidance's own format.
-
-    Raises:
-        ValueError: the grammar cannot be read.
-    """
+    """Convert a grammar to llguidance's own format; raises ValueError if it cannot be read."""
     make = llguidance.LLMatcher
     if kind is GrammarKind.JSON_SCHEMA:
         return make.grammar_from_json_schema(source, overrides=ONE_SPACE)

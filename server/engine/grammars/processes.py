@@ -100,10 +100,9 @@ class GrammarProcess:
 
 
 class GrammarProcesses:
-    """Starts grammar processes for one tokenizer; safe from any thread.
+    """Forks grammar processes from a parent process that has read the tokenizer; safe from any thread.
 
-    All are forks of one parent process that has read the tokenizer. The parent is started with the first grammar, and
-    restarted if it ends.
+    The parent is started with the first grammar, and restarted if it ends.
     """
 
     def __init__(self, backend: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
@@ -116,11 +115,7 @@ class GrammarProcesses:
         self._closed = False
 
     def make(self) -> GrammarProcess:
-        """Start a process, which then waits for its grammar.
-
-        Raises:
-            GenerationFailed: no process can be started.
-        """
+        """Start a process, which then waits for its grammar; raises GenerationFailed if none can be started."""
         number = next(self._numbers)
         ours, theirs = socket.socketpair()
         with theirs:

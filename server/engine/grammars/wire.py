@@ -61,13 +61,10 @@ class GrammarState(IntEnum):
 class GrammarReply(NamedTuple):
     """A reply of a process."""
 
-    walk: int
-    """The text's number; 0 for the grammar itself."""
+    walk: int  # the text's number; 0 for the grammar itself
     state: GrammarState
-    seconds: float
-    """Processor time of this reply."""
-    mebibytes: int
-    """The process's memory, beyond the memory that all processes share."""
+    seconds: float  # processor time of this reply
+    mebibytes: int  # the process's memory, beyond the memory that all processes share
     payload: bytes
 
     def pack(self) -> bytes:

@@ -35,12 +35,7 @@ class Compiler:
         self._keep = keep
 
     def inline(self, function: Callable[..., Any]) -> Any:
-        """Compile a function that is inlined into the loops that use it.
-
-        Without inlining, the process that compiles a loop would call a separate copy of the function, and a process
-        that loads the loop from the cache would use an inlined copy. The two copies sum in different orders, so the
-        results of the first and the second start would differ.
-        """
+        """Compile a function that is always inlined into its loops, so that a first start sums as a second one does."""
         return numba.njit(nogil=True, forceinline=True, **_OPTIONS)(self._named(function))
 
     def loop(self, function: Callable[..., Any]) -> Loop:

@@ -41,11 +41,7 @@ class HostCopy:
     """
 
     def __init__(self, soft_prompt: SoftPrompt, model: ModelSpec, piece_bytes: int) -> None:
-        """Take the memory for it.
-
-        Raises:
-            torch.OutOfMemoryError: the device has none.
-        """
+        """Take the memory for it, if the device has any."""
         assert not model.state_width, "a soft prompt of keys and values is refused where they are not all"
         count, heads, head_dim = soft_prompt.num_virtual_tokens, model.num_key_value_heads, model.head_dim
         shape = (model.num_kv_layers, 2, count, heads, head_dim)
@@ -62,11 +58,7 @@ class HostCopy:
         return not self._pieces
 
     def advance(self) -> bool:
-        """Copy a piece; False if the device has to take earlier ones first.
-
-        Raises:
-            NotFinite: the piece holds NaN or infinity.
-        """
+        """Copy a piece; False if the device has to take earlier ones first. Raises NotFinite for NaN or infinity."""
         piece = self._pieces.popleft()
         _check_finite(self._to[piece].copy_(self._from[piece]))
         return True

@@ -97,11 +97,7 @@ class KVCache:
         self.states[layer, 1].index_copy_(0, positions, value.transpose(0, 1))
 
     def read(self, layer: int, start: int, count: int, stride: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of `count` neighbouring slots of `stride` positions, the first `length` of each.
-
-        Returns:
-            Two views `[count, kv_heads, length, head_dim]`; nothing is copied.
-        """
+        """Views `[count, kv_heads, length, head_dim]` of the first positions of slots `stride` positions apart."""
         _, _, _, kv_heads, head_dim = self.states.shape
         region = self.states[layer, :, start : start + count * stride]
         slots = region.view(2, count, stride, kv_heads, head_dim)[:, :, :length].transpose(2, 3)

@@ -26,7 +26,7 @@ class PrefixCache:
         self.budget_bytes, self.num_bytes = budget_bytes, 0
         self.hits = self.misses = self.computed = self.evicted = 0
         self._prefixes: OrderedDict[str, Computed] = OrderedDict()
-        self._awaited: set[str] = set()  # put in for a waiting sequence, whose first read counts as a miss
+        self._awaited: set[str] = set()  # prefixes that a waiting sequence has not read yet
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -61,10 +61,7 @@ class PrefixCache:
             self.evicted += 1
 
     def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> None:
-        """Keep a prefix and drop the least recently used ones beyond the budget.
-
-        `is_awaited`: a sequence is still waiting for this prefix, so its later `get` counts as a miss, not as a hit.
-        """
+        """Keep a prefix, within the budget; if a sequence waits for it, the first `get` counts as a miss."""
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self.make_room(prefix.num_bytes)
         self._prefixes[prefix_hash] = prefix

@@ -28,7 +28,7 @@ class Slot(NamedTuple):
 
 @dataclass
 class _Slab:
-    """One slab in use: which slot length it is cut into, and which of its slots are free (a heap of starts)."""
+    """One slab in use: the length of its slots, and which of them are free (a heap of starts)."""
 
     slot_length: int
     free: list[int] = field(default_factory=list)

@@ -22,11 +22,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Refuse models that, by their config alone, the engine cannot serve exactly.
-
-    Raises:
-        UnsupportedModel: names the unsupported property of the model.
-    """
+    """Raise UnsupportedModel for a model that, by its config alone, the engine cannot serve exactly."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{kind} is an encoder-decoder model; the engine serves decoder-only ones.")
@@ -138,9 +134,9 @@ def probe_attention(module: PreTrainedModel, layers: int) -> tuple[int, int, lis
     return kv_heads, head_dim, [probe.rules[layer] for layer in range(layers)]
 
 
-def _refuse_layers_without_layout(module: PreTrainedModel, heard: set[StateSlice]) -> None:
+def _refuse_layers_without_layout(module: PreTrainedModel, called: set[StateSlice]) -> None:
     """Refuse a model whose recurrent layers did not call the layout, and therefore ran over the whole flat row."""
-    if heard != {part.state_slice for part in module.modules() if isinstance(part, RecurrentLayer)}:
+    if called != {part.state_slice for part in module.modules() if isinstance(part, RecurrentLayer)}:
         raise UnsupportedModel(
             f"In transformers {transformers.__version__}, {module.config.model_type} does not hand the forward's "
             "keywords to its layers that keep a recurrent state.",

@@ -117,9 +117,8 @@ def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> 
     """
     tokens = len(ids)
     kv_cache = KVCache(replace(model.spec, max_model_len=tokens), num_slabs=2)
-    first, second = kv_cache.allocate(tokens), kv_cache.allocate(tokens)
-    assert first is not None, "a slab each"
-    assert second is not None, "a slab each"
+    first, second = (kv_cache.allocate(tokens) for _ in range(2))
+    assert first is not None and second is not None, "a slab each"  # noqa: PT018
     steps = (
         (Span(first, 0, tokens - 3), Span(second, 0, tokens - 1)),
         (Span(second, tokens - 1, 1), Span(first, tokens - 3, 3)),

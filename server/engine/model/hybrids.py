@@ -28,8 +28,7 @@ class Layers(NamedTuple):
     """The data that a model's layers store for a sequence."""
 
     num_attention_layers: int
-    state_width: int
-    """Number of values in the recurrent states of all layers together."""
+    state_width: int  # number of values in the recurrent states of all layers together
 
 
 class RecurrentLayer(nn.Module):
@@ -144,15 +143,12 @@ class GatedDeltaNet(RecurrentLayer):
 
 
 def convolve(conv: Any, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal convolution of each channel by itself, `[rows, tokens, width]`, in the dtype of its state.
+    """A causal convolution of each channel by itself, in the dtype of its state; returns outputs and the next state.
 
     Args:
         conv: the module with the weights.
-        inputs: `[rows, tokens, width]`.
+        inputs: `[rows, tokens, width]`, as the outputs.
         state: `[rows, (kernel_size - 1) * width]`, the inputs before these.
-
-    Returns:
-        The outputs, and the state after these inputs.
     """
     rows, tokens, width = inputs.shape
     seen = torch.cat([state.reshape(rows, -1, width), inputs.to(state.dtype)], dim=1)
@@ -168,10 +164,8 @@ def convolve(conv: Any, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torc
 class Kind(NamedTuple):
     """A kind of layer that keeps a recurrent state."""
 
-    layer_type: str
-    """The layer type's name in the config."""
-    attribute: str
-    """The attribute of a decoder layer that contains the module."""
+    layer_type: str  # its name in the config
+    attribute: str  # of a decoder layer that contains the module
     ours: Callable[[Any, int], RecurrentLayer]
 
 

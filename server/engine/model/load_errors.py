@@ -57,9 +57,9 @@ def as_sentence(problem: str, remedy: str = REMEDY) -> Iterator[None]:
             raise InsufficientMemory(f"{problem}: {_reason(exc)}.", remedy=MAKE_ROOM) from exc
         if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
             remedy = "Make room on the disk."
-        if isinstance(exc, ImportError):
+        elif isinstance(exc, ImportError):
             remedy = "Install what is missing where Prelude runs, or choose a model that does not need it."
-        if "does not recognize this architecture" in str(exc):
+        elif "does not recognize this architecture" in str(exc):
             remedy = "Update transformers (pip install --upgrade transformers), or choose another model."
         raise ConfigurationError(f"{problem}: {_reason(exc)}.", remedy=remedy) from exc
 

@@ -31,16 +31,12 @@ class Changes:
     vocab_size: int
     penalised: list[tuple[int, float, SeenTokens]] = field(default_factory=list)
     """For each row: its first flat index, its repetition penalty, and the tokens to penalise."""
-    biased: list[np.ndarray] = field(default_factory=list)
-    """Flat indices of each row's biases."""
+    biased: list[np.ndarray] = field(default_factory=list)  # flat indices of each row's biases
     biases: list[np.ndarray] = field(default_factory=list)
-    forbidden: list[int] = field(default_factory=list)
-    """Flat indices of tokens that must not come next."""
-    masked: list[int] = field(default_factory=list)
-    """Rows with a grammar, which determines the tokens that may come next."""
-    masks: list[np.ndarray] = field(default_factory=list)
-    failed: list[int] = field(default_factory=list)
-    """Rows whose rules raised an exception, which is in the sequence's `error`."""
+    forbidden: list[int] = field(default_factory=list)  # flat indices of tokens that must not come next
+    masked: list[int] = field(default_factory=list)  # rows with a grammar
+    masks: list[np.ndarray] = field(default_factory=list)  # the tokens that their grammars allow, one bit each
+    failed: list[int] = field(default_factory=list)  # rows whose rules raised what is in the sequence's `error`
 
     @classmethod
     def of(cls, sequences: Rows[Sequence], vocab_size: int, eos_token_ids: frozenset[int]) -> Changes:

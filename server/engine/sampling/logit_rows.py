@@ -23,16 +23,11 @@ Batch = list[tuple[Sequence, Span]]
 class LogitRows:
     """The needed rows of a batch. "Row" numbers are rows of logits, one for each needed row of the step."""
 
-    kept: np.ndarray
-    """`[rows]`: the index of each row in the step's flat row."""
-    next_rows: list[int] = field(default_factory=list)
-    """The row that each choice draws from; choices that share an input draw from the same row."""
-    drawing: list[Sequence] = field(default_factory=list)
-    """The sequences of those draws."""
-    labelled: list[tuple[int, Sequence]] = field(default_factory=list)
-    """Rows that score the first token of each label."""
-    only_decodes: bool = False
-    """Whether every sequence of the step computes one token and draws the next one."""
+    kept: np.ndarray  # [rows], the index of each row in the step's flat row
+    next_rows: list[int] = field(default_factory=list)  # that each choice draws from; the same for a shared input
+    drawing: list[Sequence] = field(default_factory=list)  # the sequences of those draws
+    labelled: list[tuple[int, Sequence]] = field(default_factory=list)  # rows that score each label's first token
+    only_decodes: bool = False  # whether every sequence of the step computes one token and draws the next one
     scored: list[tuple[int, Sequence, int, int]] = field(default_factory=list)
     """First row, sequence, index of its first target, and number of targets; consecutive rows score consecutive
     targets."""

@@ -1,8 +1,8 @@
 """Which sequences run in the next step. `fair_steps.py` decides how much of the step each one takes.
 
 A sequence is admitted when a slot is free that is long enough for all its positions. If no such slot is free, no later
-sequence overtakes it. A free slot goes to the key with the fewest running sequences, and of its tasks to the one with
-the fewest. One slot in five is reserved for tasks below their fair share, half of these for keys below theirs.
+sequence overtakes it. One slot in five is reserved for tasks below their fair share, half of these for keys below
+theirs. `fair_queue.py` decides whose turn it is.
 """
 
 from __future__ import annotations

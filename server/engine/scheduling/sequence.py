@@ -183,9 +183,5 @@ class Sequence:
 
 
 def _mass(share: float) -> float:
-    """The threshold that the cumulative probability before a token is compared with.
-
-    A share of 1 or more becomes infinity (no filter); 0 becomes the smallest positive number, so the likeliest token
-    always remains.
-    """
+    """The mass at which a filter ends: infinity for a share of 1; for 0 so little that the likeliest token remains."""
     return max(share, math.ulp(0.0)) if share < 1.0 else math.inf

@@ -35,11 +35,7 @@ class ModelText:
         *,
         special_tokens_in_input: SpecialTokensInInput = "text",
     ) -> None:
-        """Take a model's tokenizer, which must not change any more.
-
-        Raises:
-            UnsupportedModel: the tokenizer has no fast form.
-        """
+        """Take a model's tokenizer, which must not change any more; raises UnsupportedModel without a fast form."""
         self._ids: dict[int, int] = {}  # one object for each id: lists then take 8 bytes per token instead of 36
         self.backend = _plain_backend(tokenizer)
         self.tokens = TokenTexts(self.backend, tokenizer.all_special_ids)
@@ -75,11 +71,7 @@ class ModelText:
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], end: ChatEnd = ChatEnd.ANSWER) -> TemplatedText:
-        """Render a conversation with the model's chat template, up to `end`.
-
-        Raises:
-            InvalidRequest: the model has no chat template, or its template refuses these messages.
-        """
+        """Render a conversation with the model's chat template; see `chat.render_chat`."""
         return render_chat(self._tokenizer, messages, self._encoder, self.length_bound, end)
 
     def check_tokens(self, token_ids: Sequence[int], source: str = "The text") -> None:

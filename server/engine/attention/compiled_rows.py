@@ -6,7 +6,7 @@ sequence and depends only on its slot and length, so no other sequence can chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,12 +73,14 @@ class CompiledAttention:
             else:
                 chunks.append((index, span))
                 blocks += -(-span.end // BLOCK)
-        spread = [(i, h, b) for i, span in chunks for b in range(-(-span.end // BLOCK)) for h in self._heads()]
-        attend = [(i, h, q) for i, span in chunks for q in self._query_blocks(span) for h in self._heads()]
+        heads = range(self._kv_heads)
+        spread = [(i, h, b) for i, span in chunks for b in range(-(-span.end // BLOCK)) for h in heads]
+        # The last block of queries comes first, because it sees the most positions.
+        attend = [(i, h, q) for i, span in chunks for q in reversed(range(-(-span.count // QUERIES))) for h in heads]
         positions = sum(span.end for span in spans)
         threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
         # Reading a sequence as one unit is fastest, but with fewer sequences than threads, some threads would be idle.
-        attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else self._heads())]
+        attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else heads)]
         return StepWork(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
 
     def attend(
@@ -136,13 +138,6 @@ class CompiledAttention:
         if layer not in self._sinks:  # cached, because the weights are frozen
             self._sinks[layer] = rules.sinks.float().contiguous()
         return self._sinks[layer].data_ptr()
-
-    def _heads(self) -> range:
-        return range(self._kv_heads)
-
-    def _query_blocks(self, span: Span) -> Iterator[int]:
-        """The blocks of queries, last first, because the last block sees the most positions."""
-        return reversed(range(-(-span.count // QUERIES)))
 
     def _scratch_for(self, blocks: int) -> tuple[int, int]:
         """Addresses of reused scratch memory for this many blocks of keys and values."""

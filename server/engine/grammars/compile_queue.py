@@ -114,7 +114,7 @@ class GrammarQueue:
         try:
             async with self._short.turn(owner):
                 attempt = await self._begin(grammar)
-                if await self._waited(attempt, SHORT_SECONDS):
+                if await self._threads.run(attempt.wait, SHORT_SECONDS):
                     return
             if self._long.are_full:
                 attempt.close()
@@ -122,7 +122,7 @@ class GrammarQueue:
             async with self._long.turn(owner):
                 attempt = attempt or await self._begin(grammar)
                 attempt.process.do(Deed.YIELD)
-                while not await self._waited(attempt, COMPILE_WALL_SECONDS):
+                while not await self._threads.run(attempt.wait, COMPILE_WALL_SECONDS):
                     pass
         finally:
             if attempt is not None:
@@ -130,9 +130,6 @@ class GrammarQueue:
 
     async def _begin(self, grammar: Grammar) -> Attempt:
         return await self._threads.run(self._grammars.begin, grammar)
-
-    async def _waited(self, attempt: Attempt, seconds: float) -> bool:
-        return await self._threads.run(attempt.wait, seconds)
 
 
 class Turns:

@@ -44,12 +44,7 @@ class SmallLoops:
 
 @functools.cache
 def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
-    """Compile the loops, or load them from numba's cache.
-
-    Args:
-        stored: `uint16` for bfloat16, or `float32`.
-        keep: whether to cache the machine code on disk.
-    """
+    """Compile the loops, or load them from numba's cache; `stored` is `uint16` for bfloat16, or `float32`."""
     compiler = Compiler(np.dtype(stored), keep=keep)
     return SmallLoops(
         _norm_loop(compiler, stored),

@@ -193,7 +193,6 @@ def _report(
     logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
 ) -> Callable[[], list[Report]] | None:
     """Log-probabilities of choices under the model's own distribution, for rows that request them; None if none do."""
-    nothing: list[Report] = [(None, ())] * len(sequences)
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
     if not wanted:
         return None
@@ -205,7 +204,7 @@ def _report(
 
     def reports() -> list[Report]:
         reported = dict(zip(wanted, found(), strict=True))
-        return [reported.get(row, nothing[row]) for row in range(len(nothing))]
+        return [reported.get(row, (None, ())) for row in range(len(sequences))]
 
     return reports
 

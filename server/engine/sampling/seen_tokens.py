@@ -16,19 +16,6 @@ class SeenTokens:
             was generated, plus the frequency penalty times the number of times that it was generated.
     """
 
-    __slots__ = (
-        "_counts",
-        "_frequency",
-        "_highest",
-        "_ids",
-        "_lowest",
-        "_minus",
-        "_places",
-        "_presence",
-        "ids",
-        "minus",
-    )
-
     def __init__(self, given: Iterable[int] = (), presence: float = 0.0, frequency: float = 0.0) -> None:
         """Start with given tokens, which count as seen but not as generated."""
         self._presence, self._frequency = presence, frequency

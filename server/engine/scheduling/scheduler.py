@@ -167,12 +167,7 @@ class Scheduler:
         return is_finite
 
     def while_device_works(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
-        """What a step has to do beside its batch, before the host waits for the device."""
-        self._check_prefixes(batch, download)
-        self.arrivals.advance()
-
-    def _check_prefixes(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
-        """Queue a check of each prefix that this step completes, to be downloaded with the step's results."""
+        """Before the host waits for a step: queue checks of prefixes that it completes, and copy an arriving one."""
         self._prefix_checks.clear()  # of a step that has failed
         for sequence, span in batch:
             soft_prompt = sequence.soft_prompt
@@ -182,6 +177,7 @@ class Scheduler:
                 continue
             prefix = self._kv_cache.view(span.slot, sequence.num_virtual_tokens)
             self._prefix_checks[sequence] = _check_of(prefix, download)
+        self.arrivals.advance()
 
     def check_integrity(self) -> None:
         """Assert that slots belong to exactly those who run; called whenever the engine is idle."""
@@ -210,7 +206,8 @@ class Scheduler:
             sequence = self.waiting.head(running, skipped_queues, self._skipped_keys(running, work), must_skip)
             if sequence is None:
                 return
-            copied = self._copied_bytes(sequence)
+            # The copy of its input that it will make for its siblings.
+            copied = bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
             if copied and not self.shared.has_room(copied):
                 # From here on, admit only siblings of started requests, and requests that need no copy of their input.
                 must_skip = _makes_copy
@@ -266,10 +263,6 @@ class Scheduler:
             sequence.num_computed = sequence.cached_tokens = sequence.num_virtual_tokens
         elif soft_prompt is not None:
             self._computing[soft_prompt.prefix_hash] = sequence
-
-    def _copied_bytes(self, sequence: Sequence) -> int:
-        """Bytes of the copy of its input that this sequence will make for its siblings; 0 if it makes none."""
-        return bytes_of(self._model, sequence.num_input) if _makes_copy(sequence) else 0
 
     def _release_copy(self, sequence: Sequence) -> None:
         if sequence.shared is not None:

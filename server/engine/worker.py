@@ -40,7 +40,7 @@ STUCK_SECONDS = 60.0
 LOST_SECONDS = 300.0
 """A step that takes longer is assumed never to end; the server must be restarted."""
 
-RESTART = "Send the request to another replica, or again once the server has started again; its log says why."
+RESTART = "Send the request to another replica, or again after the server has restarted; its log gives the reason."
 
 READ_SECONDS = 2.0
 """How long shutdown waits for clients to read how their requests ended; clients that read nothing do not block it."""

@@ -19,8 +19,8 @@ MAKE_ROOM = "Free memory, or choose a smaller model or a quantised checkpoint."
 MOST_CHARACTERS = 300
 
 _MEANINGS = {
-    "ignore_mismatched_sizes": "their shapes are not those that config.json asks for",
-    "weights_only": "its file is no plain tensors but a pickle, and what is in it is never run",
+    "ignore_mismatched_sizes": "their shapes differ from those in config.json",
+    "weights_only": "its file is a pickle instead of plain tensors, and Prelude never runs what a pickle holds",
     "Unrecognized configuration class": "it is no language model that generates text",
     "trust_remote_code": "it needs code of its own, which is never run here",
 }

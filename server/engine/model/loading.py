@@ -147,7 +147,7 @@ def check_files(directory: Path) -> dict[str, Stored]:
         odd = sorted(name for name in names if _is_no_file(directory / name))
     if odd:  # opening a pipe would silently wait for its writer
         raise ConfigurationError(
-            f"{directory} holds what is neither a file nor a directory: {_some(odd)}.",
+            f"{directory} holds something that is neither a file nor a directory: {_some(odd)}.",
             remedy="Put the model's files in its place.",
         )
     if CONFIG not in names:

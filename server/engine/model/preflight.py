@@ -138,8 +138,8 @@ def refuse_other_sizes(location: str, weights: Iterable[Stored], config: Pretrai
     expected = sum(one.numbers for one in made(config).values())
     if expected > 2 * held + MADE_UP:
         raise broken(
-            f"The weights of {location} cannot be loaded: their shapes are not those that config.json asks for, which "
-            f"hold {expected:,} numbers in all; the files hold {held:,}."
+            f"The weights of {location} cannot be loaded: the shapes in config.json hold {expected:,} numbers in "
+            f"all, and the files hold {held:,}."
         )
 
 

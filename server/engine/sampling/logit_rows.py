@@ -37,7 +37,7 @@ class LogitRows:
         """The needed rows of a batch."""
         rows = cls(np.empty(0, dtype=np.int64))
         kept: list[int] = []
-        asking = 0
+        num_last = 0  # spans whose last row is needed
         first = 0  # index of the span's first token in the flat row
         for sequence, span in batch:
             if sequence.targets:
@@ -48,14 +48,14 @@ class LogitRows:
                     kept.extend(range(first + positions.start - span.start, first + positions.stop - span.start))
             first += span.count
             if sequence.needs_next_after(span):
-                asking += 1
-                rows._ask(sequence, len(kept))
+                num_last += 1
+                rows._draw(sequence, len(kept))
                 kept.append(first - 1)
         rows.kept = np.array(kept, dtype=np.int64)
-        rows.only_decodes = first == asking == len(kept) == len(batch)
+        rows.only_decodes = first == num_last == len(kept) == len(batch)
         return rows
 
-    def _ask(self, sequence: Sequence, row: int) -> None:
+    def _draw(self, sequence: Sequence, row: int) -> None:
         if sequence.request.labels:
             self.labelled.append((row, sequence))
             return
@@ -111,7 +111,7 @@ class _Target(NamedTuple):
 def _score(targets: list[_Target], logits: torch.Tensor, download: Download, *, with_ranks: bool) -> Callable[[], None]:
     rows = at_least_float32(rows_of(logits, [target.row for target in targets]))
     [ids] = upload([np.array([target.token_id for target in targets])], logits.device)
-    top = [max(who.request.input_top_logprobs, who.sampling.top_logprobs) for who, *_ in targets]
+    top = [max(one.request.input_top_logprobs, one.sampling.top_logprobs) for one, *_ in targets]
     reports = report_tokens(rows, ids, top, download)
     ranks = download.add(report_ranks(rows, ids)) if with_ranks else None
 

@@ -48,8 +48,7 @@ async def ask(worker: EngineWorker, request_id: str, grammar: Grammar | None, ne
     return len([delta async for delta in worker.generate(asked, None)])
 
 
-TIME_OR_MEMORY = "(128 MiB of memory|s to compile)"
-"""The machine's speed decides which is reached first."""
+TIME_OR_MEMORY = "(128 MiB of memory|s to compile)"  # the machine's speed decides which is reached first
 
 
 def own_processes() -> list[psutil.Process]:

@@ -59,13 +59,7 @@ class App(FastAPI):
     """FastAPI with middleware around the whole app, including the replies to unexpected errors."""
 
     def __init__(self, metrics: Metrics, origins: frozenset[str], **options: Any) -> None:
-        """An app without routes.
-
-        Args:
-            metrics: what requests are counted in.
-            origins: of pages that may read replies in a browser (CORS).
-            options: of FastAPI.
-        """
+        """An app without routes, whose replies the pages of `origins` may read (CORS); `options` are FastAPI's."""
         super().__init__(**options)
         self.state.metrics = metrics
         self._origins = origins

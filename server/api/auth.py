@@ -104,32 +104,29 @@ def authorise(request: Request, *scopes: Scope) -> None:
         return
     for scope in scopes:
         if not key.may(scope):
-            raise Forbidden(f"The key {key.id} lacks the scope {scope}; it has {_listed(key.scopes)}.")
+            raise Forbidden(f"The key {key.id} lacks the scope {scope}; it has {', '.join(key.scopes)}.")
     if "task" in request.path_params:
         allow_task(request, request.path_params["task"])
 
 
 def allow_task(request: Request, task: str | None) -> None:
-    """Refuse a task that the request's key is not for; None is the frozen model alone.
+    """Refuse (Forbidden) a task that the request's key is not for; None is the frozen model alone.
 
     A key with task patterns is only for these tasks; the frozen model alone would answer anything.
-
-    Raises:
-        Forbidden: names the key's patterns.
     """
     key = _key_of(request)
     if key is None or key.tasks is None:
         return
     if task is None:
         raise Forbidden(
-            f"The key {key.id} may only use tasks named {_listed(key.tasks)}, not for the frozen model alone.",
+            f"The key {key.id} may only use tasks named {', '.join(key.tasks)}, not for the frozen model alone.",
             remedy="Name one of them (?task=, or `model` under /v1), or use a key without task patterns.",
         )
     name = task.partition("@")[0]
     _needed(request.scope).tasks.add(name)
     if not key.is_for(name):
         raise Forbidden(
-            f"The key {key.id} may only use tasks named {_listed(key.tasks)}, not for {name[:80]!r}.",
+            f"The key {key.id} may only use tasks named {', '.join(key.tasks)}, not for {name[:80]!r}.",
             remedy="Name a task that it is for, or use another key.",
         )
 
@@ -193,7 +190,3 @@ def _presented(request: Request, keys: ApiKeys) -> ApiKey:
     if key is None:
         raise Unauthorized("The request's key is not one of this server's, or it was revoked.")
     return key
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return ", ".join(words)

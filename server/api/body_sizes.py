@@ -93,15 +93,7 @@ class BodyLimit:
     def __init__(
         self, app: ASGIApp, max_upload_bytes: int, memory: int, disk: int, job_paths: Sequence[str] = ()
     ) -> None:
-        """Wrap an app.
-
-        Args:
-            app: the app.
-            max_upload_bytes: of the files of a soft prompt.
-            memory: what all bodies may hold together, in bytes.
-            disk: what the files of all forms may take together, in bytes.
-            job_paths: of each kind of job.
-        """
+        """Wrap an app; `memory` and `disk` limit all bodies together; `job_paths` are those of all kinds of jobs."""
         self._app = app
         self._job_paths = job_paths
         self._max_upload_bytes = max_upload_bytes

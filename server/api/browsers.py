@@ -76,13 +76,9 @@ class OwnPagesOnly:
     def __init__(
         self, app: ASGIApp, *, hosts: frozenset[str] | None, origins: frozenset[str], formats: ErrorFormats
     ) -> None:
-        """Wrap an app.
+        """Wrap an app. Requests may come to this machine's own names and to `hosts`, or to any name if it is None.
 
-        Args:
-            app: what is behind it.
-            hosts: names by which requests may come, besides this machine's own; None is any.
-            origins: whose pages are let in all the same; `*` is any.
-            formats: in which refusals are written down.
+        Pages of `origins` are let in; `*` is any. `formats` render the refusals.
         """
         self._app = app
         self._hosts = hosts

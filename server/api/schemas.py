@@ -73,10 +73,14 @@ class RequestBody(BaseModel):
         return schema
 
 
-class SamplingFields(RequestBody):
-    """The sampling fields that both front ends have."""
+class StrictBody(RequestBody):
+    """An object whose values are not converted: "1" is no number."""
 
     model_config = ConfigDict(strict=True)
+
+
+class SamplingFields(StrictBody):
+    """The sampling fields that both front ends have."""
 
     temperature: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="0 is greedy. Default: the task's own, else 0."

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,11 +87,19 @@ def _check_directory(options: EvaluateOptions, directory: Path) -> None:
 
 
 def _write_card(options: EvaluateOptions, directory: Path, report: Report, soft_prompt: SoftPrompt) -> None:
-    from server.evaluation.card import render_card, write_card, write_metrics
+    from server.evaluation.card import eval_command, render_card, write_card, write_metrics
 
-    files = {"--data": options.data, "--references": options.references, "--shots-data": options.shots_data}
-    words = {"--baselines": options.baselines, "--instruction": options.instruction, "--limit": options.limit}
-    command = _command(options.task, {**files, "--teacher": options.teacher, **words}, options.teacher_chat)
+    given = {
+        "--data": options.data,
+        "--references": options.references,
+        "--shots-data": options.shots_data,
+        "--teacher": options.teacher,
+        "--baselines": options.baselines,
+        "--instruction": options.instruction,
+        "--limit": options.limit,
+        "--teacher-chat": options.teacher_chat,
+    }
+    command = eval_command(options.task, given)
     written = write_card(directory, render_card(report, soft_prompt, command))
     write_metrics(directory, report)
     typer.echo(f"\n{written} and its manifest.json: written")
@@ -107,13 +113,6 @@ def _shots_path(data: Path, given: Path | None) -> Path:
             remedy="Name it with --shots-data.",
         )
     return given or beside
-
-
-def _command(task: str, options: Mapping[str, object], teacher_chat: bool) -> str:
-    """The command that repeats this evaluation, for the card."""
-    given = [[option, str(value)] for option, value in options.items() if value]
-    flags = ["--teacher-chat"] if teacher_chat else []
-    return shlex.join(["prelude", "eval", task, *itertools.chain.from_iterable(given), *flags])
 
 
 @contextmanager

@@ -84,18 +84,13 @@ def local_path(text: str) -> Path:
 def files_of(directory: Path, shown: str) -> tuple[Path, ...]:
     """The files of a soft prompt in a directory; raises InvalidSoftPrompt if one is missing or cannot be read."""
     with _readings(shown):
-        return _files_of(directory, shown)
-
-
-def _files_of(directory: Path, shown: str) -> tuple[Path, ...]:
-    if not (directory / TENSOR_FILE).exists() and (directory / PICKLE_FILE).exists():
-        raise _pickled(shown)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (directory / name).exists():
-            raise InvalidSoftPrompt(
-                f"{shown} holds no {name}.", remedy="Name a directory that PEFT's save_pretrained wrote."
-            )
-    return tuple(_readable(directory / name) for name in FILES if (directory / name).exists())
+        if not (directory / TENSOR_FILE).exists() and (directory / PICKLE_FILE).exists():
+            raise _pickled(shown)
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            if not (directory / name).exists():
+                remedy = "Name a directory that PEFT's save_pretrained wrote."
+                raise InvalidSoftPrompt(f"{shown} holds no {name}.", remedy=remedy)
+        return tuple(_readable(directory / name) for name in FILES if (directory / name).exists())
 
 
 def check_target(directory: Path, *, force: bool) -> None:

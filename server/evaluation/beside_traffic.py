@@ -50,10 +50,9 @@ async def run_beside(
     on_row: Callable[[], None],
     key_id: str | None = None,
 ) -> Report:
-    """Run all systems, one after the other, and report; cancelling it frees everything that it uses in the engine.
+    """Run all systems, one after the other, and report; raises what `EngineWorker.generate` raises.
 
-    Raises:
-        ServerDraining, RequestAborted, RequestTimedOut, GenerationFailed: as `EngineWorker.generate`.
+    Cancelling it frees everything that it uses in the engine.
     """
 
     async def answer(system: System, row: Row) -> Answer:

@@ -5,7 +5,8 @@ In a README.md the card stands between two marks. What people write around them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,18 @@ def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(directory: Path, card: str) -> Path:
-    """Write the card to a directory's README.md: create the file, or replace the part between the marks.
+def eval_command(task: str, options: Mapping[str, object]) -> str:
+    """The shell command of an evaluation; options that are not set are left out."""
+    words = ["prelude", "eval", task]
+    for option, value in options.items():
+        if value:
+            values = () if value is True else value if isinstance(value, list | tuple) else (value,)
+            words += [option, *map(str, values)]
+    return shlex.join(words)
 
-    Raises:
-        ConfigurationError: what `check_card` raises, or the file cannot be written.
-    """
+
+def write_card(directory: Path, card: str) -> Path:
+    """Write the card to README.md: create it, or replace the part between the marks. Raises ConfigurationError."""
     path = directory / CARD_FILE
     check_card(directory)
     try:
@@ -61,11 +68,7 @@ def write_card(directory: Path, card: str) -> Path:
 
 
 def check_card(directory: Path) -> None:
-    """Check whether a card can be written to a directory.
-
-    Raises:
-        ConfigurationError: there is no such directory, or a README.md without the marks.
-    """
+    """Raise ConfigurationError if there is no such directory, or a README.md without the marks in it."""
     path = directory / CARD_FILE
     if not directory.is_dir():
         raise ConfigurationError(

@@ -93,11 +93,7 @@ def _may_read(path: Path, inside: Path | None) -> bool:
 
 
 def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = lambda: None) -> DataFile:
-    """Read a data file, which errors call by `name` if given; `go_on` is called before each line and may raise.
-
-    Raises:
-        InvalidTrainingData: names file and line.
-    """
+    """Read a data file, which errors (InvalidTrainingData) call by `name`; `go_on` is called before each line."""
     if name is None:
         return read_data(path, go_on=go_on)
     try:
@@ -109,11 +105,7 @@ def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = l
 def _read_references(
     path: Path, data: DataFile, limit: int | None, name: str | None, go_on: Callable[[], None]
 ) -> dict[int, tuple[str, ...]]:
-    """Line number -> references, of the first rows up to the limit.
-
-    Raises:
-        InvalidTrainingData: the file does not go line by line with the data.
-    """
+    """Line number -> references, of the first rows up to the limit."""
     shown = name or str(path)
     places = {row.line: place for place, row in enumerate(data.rows)}
     texts: dict[int, tuple[str, ...]] = {}

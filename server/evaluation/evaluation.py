@@ -28,13 +28,7 @@ Answers = list[Answer]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything about an evaluation but the answers.
-
-    Attributes:
-        about: the facts about the subject, for the report.
-        systems: the first is the subject.
-        questions: the rows as requests.
-    """
+    """Everything about an evaluation but the answers; the first system is the subject."""
 
     about: EvaluationSubject
     systems: tuple[System, ...]
@@ -51,12 +45,7 @@ class Evaluation:
         return len(self.rows) * len(self.systems)
 
     def checked(self, go_on: Callable[[], None]) -> Evaluation:
-        """Refuse rows that can never run, before any request is sent; return the evaluation to run.
-
-        Raises:
-            InvalidTrainingData: a row does not fit the context; names file and line.
-            ConfigurationError: what measures text is not installed.
-        """
+        """Refuse (InvalidTrainingData) rows that can never run, before any request; return the evaluation to run."""
         if not self.questions.labels:
             metrics.check_installed()
         return replace(self, systems=tuple(self.questions.checked(one, go_on) for one in self.systems))
@@ -136,10 +125,8 @@ def prepare(
         data: the rows.
         subject: the evaluated soft prompt, after its name.
         others: other versions, each after its name.
-        wanted: the baselines; the others of their arguments are those of `baselines`.
-        instruction: see `baselines`.
-        shots: see `baselines`.
-        teacher: see `baselines`.
+        wanted: the baselines.
+        instruction, shots, teacher: see `baselines`.
         version: the subject's number, if it has one.
         bounds: resource limits; None is no limit.
         go_on: called between pieces of the work; if it raises, the work ends.

@@ -64,11 +64,7 @@ def classification(
 def written(
     answers: Sequence[Answer], system: System, data: EvaluationData, go_on: Callable[[], None] = lambda: None
 ) -> Statistics:
-    """Exact match, ROUGE-L, BLEU and perplexity; `go_on` is called before each row.
-
-    Raises:
-        ConfigurationError: the extra `train` is not installed.
-    """
+    """Exact match, ROUGE-L, BLEU and perplexity; `go_on` is called before each row."""
     texts = [shown_text(answer.text, system, data) for answer in answers]
     lenient = system.is_lenient
     matches = [

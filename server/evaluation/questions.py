@@ -52,11 +52,7 @@ class RowRequest:
     """By the number of the label in this request."""
 
     def take(self, delta: Delta) -> bool:
-        """Add a step's delta; True once the request has ended.
-
-        Raises:
-            GenerationFailed: the engine could not finish it.
-        """
+        """Add a step's delta; True once the request has ended. Raises GenerationFailed."""
         if delta.finish_reason in (FinishReason.FAILED, FinishReason.ABORTED):
             raise GenerationFailed(f"Line {self.row.line} got no answer: {delta.error or 'it was aborted'}")
         if delta.token is not None:
@@ -67,23 +63,12 @@ class RowRequest:
 
 
 class Questions:
-    """The rows of one data file as requests, for any system.
-
-    Attributes:
-        data: the rows.
-        labels: the classes; empty if the answers are texts.
-    """
+    """The rows of one data file as requests, for any system; `labels` are empty if the answers are texts."""
 
     def __init__(
         self, data: EvaluationData, labels: Sequence[str], host: Host, labels_at_once: int | None = None
     ) -> None:
-        """Encode the labels, and check the rows.
-
-        Args:
-            data: the rows.
-            labels: the classes, if there are any.
-            host: the engine that will answer.
-            labels_at_once: number of labels that one request may score; with more labels, a row needs several requests.
+        """Encode the labels, and check the rows. With more than `labels_at_once`, a row needs several requests.
 
         Raises:
             InvalidRequest: two labels are the same to the model.
@@ -116,11 +101,10 @@ class Questions:
         return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
     def checked(self, system: System, go_on: Callable[[], None]) -> System:
-        """Refuse rows that do not fit the context before any request is sent; return the system to use.
+        """Return the system to use, which computes a common beginning of all rows only once.
 
         Raises:
-            InvalidTrainingData: names file and line.
-            PreludeError: what `go_on` raises, which is called before each row.
+            InvalidTrainingData: a row does not fit the context; names file and line.
         """
 
         def read() -> Iterator[tuple[int, ...]]:

@@ -30,11 +30,7 @@ class OwnEngine:
 
 
 def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:
-    """Run all systems, one after the other, and report.
-
-    Raises:
-        GenerationFailed: the engine could not finish a row; names file and line.
-    """
+    """Run all systems, one after the other, and report; GenerationFailed names file and line."""
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
     for system in evaluation.systems:

@@ -72,11 +72,7 @@ class RequestedBaselines:
 
     @classmethod
     def parse(cls, names: Sequence[str]) -> RequestedBaselines:
-        """From names: `zero-shot`, `instruction`, `4-shot`, `@2`.
-
-        Raises:
-            InvalidRequest: one of them is no baseline.
-        """
+        """From names: `zero-shot`, `instruction`, `4-shot`, `@2`; raises InvalidRequest for others."""
         shots: list[int] = []
         versions: list[int] = []
         for name in names:
@@ -271,10 +267,7 @@ def draw_examples(
 ) -> list[Row]:
     """`count` rows of the training data, in random order, balanced over the labels as far as possible.
 
-    A row whose input is evaluated is left out, because it would reveal its answer.
-
-    Raises:
-        InvalidTrainingData: there are not enough rows.
+    A row whose input is evaluated is left out, because it would reveal its answer. Raises InvalidTrainingData.
     """
     asked = {row.input for row in data.rows}
     rows = [row for row in shots.rows if row.input not in asked]

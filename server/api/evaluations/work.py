@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,7 +12,7 @@ from server.api.jobs.job_bodies import GivenFile
 from server.api.jobs.kind import Site
 from server.data_dir import resolve_data
 from server.evaluation.beside_traffic import labels_at_once, rows_at_once, run_beside
-from server.evaluation.card import render_card
+from server.evaluation.card import eval_command, render_card
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
 from server.evaluation.evaluation import Evaluation, prepare
 from server.evaluation.report import Report
@@ -33,15 +32,8 @@ Version = tuple[Resolved, SoftPrompt]
 class EvaluationWork:
     """One evaluation and its result.
 
-    Attributes:
-        request: the request's body.
-        wanted: the requested baselines.
-        files: data files by field; uploads are stored in `folder` until the evaluation is prepared.
-        versions: the evaluated version, then the versions it is compared with; empty after the end.
-        key_id: id of the API key that requested the evaluation.
-        rows: number of rows; 0 until they are read.
-        total: rows times systems.
-        report, card: the result; None until the evaluation is done.
+    `versions` are the evaluated version, then those that it is compared with; they are empty after the end. Uploads are
+    stored in `folder` until the evaluation is prepared. `total` is rows times systems.
     """
 
     request: EvaluationRequest
@@ -124,19 +116,16 @@ class EvaluationWork:
     def _command(self) -> str:
         """The shell command that repeats this evaluation, for the card."""
         request = self.request
-        parts = ["prelude", "eval", request.task, "--data", self.data]
         options = {
+            "--data": self.data,
             "--baselines": ",".join(request.baselines or ()),
             "--instruction": request.instruction,
             "--limit": request.limit,
+            "--teacher": request.teacher and "teacher.txt",
+            "--teacher-chat": bool(request.teacher and request.teacher_chat),
+            "--compare": request.compare,
         }
-        for option, value in options.items():
-            parts += [option, str(value)] if value else []
-        if request.teacher is not None:
-            parts += ["--teacher", "teacher.txt", *(["--teacher-chat"] if request.teacher_chat else [])]
-        if request.compare is not None:
-            parts += ["--compare", *map(str, request.compare)]
-        return shlex.join(parts)
+        return eval_command(request.task, options)
 
 
 def _named(resolved: Resolved, soft_prompt: SoftPrompt) -> tuple[str, SoftPrompt]:

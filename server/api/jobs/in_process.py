@@ -39,12 +39,7 @@ GoOn = Callable[[], None]
 
 
 class Work(Protocol):
-    """The work of a job. It keeps the result after the job's end.
-
-    Attributes:
-        task: the task that the job is about.
-        total: number of pieces of work; 0 until the job is prepared.
-    """
+    """The work of a job. It keeps the result after the end; `total` is its number of pieces, 0 until it is prepared."""
 
     task: str
     total: int
@@ -53,10 +48,7 @@ class Work(Protocol):
         """Read and check the input, on a thread. `go_on` is called between pieces and may raise to stop."""
 
     async def run(self, on_piece: GoOn) -> None:
-        """Do the work; `on_piece` is called after each piece.
-
-        Cancelling it frees everything that it uses in the engine.
-        """
+        """Do the work; `on_piece` is called after each piece. Cancelling it frees all that it uses in the engine."""
 
     def release(self) -> None:
         """Free rows and files. Called once, at the job's end."""
@@ -67,13 +59,7 @@ W = TypeVar("W", bound=Work)
 
 @dataclass
 class InServerJob(Generic[W]):
-    """One job, from its acceptance until it is deleted.
-
-    Attributes:
-        by: id of the API key that requested the job.
-        done: number of finished pieces of work.
-        prepared: set when the job is prepared or over.
-    """
+    """One job, from its acceptance until it is deleted; `prepared` is set when it is prepared or over."""
 
     work: W
     by: str | None

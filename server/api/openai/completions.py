@@ -51,14 +51,7 @@ class _Form:
     """The input texts that `echo` puts before the output; empty texts without `echo`."""
 
     def choice(self, number: int, choices: Sequence[Choice], at: int, index: int) -> Body:
-        """Render a choice that has ended.
-
-        Args:
-            number: index of the input.
-            choices: all choices of that input.
-            at: the choice to render, as an index into `choices`.
-            index: the choice's index in the reply.
-        """
+        """Render a choice that has ended: the one `at` this index of the input's choices, as `index` of the reply."""
         choice = choices[at]
         assert choice.finish_reason is not None, "the request has ended"
         return {

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from server.api.schemas import RequestBody
+from server.api.schemas import StrictBody
 
 
-class JsonSchema(RequestBody):
+class JsonSchema(StrictBody):
     """`response_format.json_schema`."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str = Field(max_length=64, description="For people.")
     description: str | None = Field(None, description="For people; the model does not see it.")
@@ -20,10 +18,8 @@ class JsonSchema(RequestBody):
     strict: bool | None = Field(None, description="Has no effect: the schema always holds.")
 
 
-class ResponseFormat(RequestBody):
+class ResponseFormat(StrictBody):
     """`response_format` in OpenAI's form, or in text-generation-inference's, to which huggingface_hub converts it."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["text", "json_object", "json_schema", "json"]
     value: dict[str, Any] | None = Field(

@@ -27,30 +27,21 @@ from server.api.openai.fields import (
 )
 from server.api.openai.messages import Message
 from server.api.openai.response_format import ResponseFormat
-from server.api.schemas import RequestBody, SamplingFields, Text
+from server.api.schemas import SamplingFields, StrictBody, Text
 from server.contracts import ChatEnd
 
 MAX_CHOICES = 128
 """Maximum number of choices of one request: inputs times texts for each input."""
 
 
-class _Body(RequestBody):
-    model_config = ConfigDict(strict=True)
-
-    @classmethod
-    def offered(cls) -> list[str]:
-        """Names of the fields that can have an effect."""
-        return [name for name, field in cls.model_fields.items() if Idle not in field.metadata]
-
-
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """`stream_options`."""
 
     include_usage: bool | None = Field(None, description="A last chunk without choices reports the token counts.")
     include_obfuscation: bool | None = Field(None, description="Has no effect: chunks are not padded.")
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(StrictBody):
     """`structured_outputs`: vLLM's way to constrain the output. Exactly one field must be set."""
 
     json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
@@ -67,7 +58,7 @@ class StructuredOutputs(_Body):
         return self
 
 
-class SamplingBody(_Body, SamplingFields):
+class SamplingBody(SamplingFields):
     """The fields that completions and chats share: the model, sampling, and how the reply is sent."""
 
     model: str = Field(description="A task, task@version, or the frozen model's name.")
@@ -107,6 +98,11 @@ class SamplingBody(_Body, SamplingFields):
         if value is not None and info.data.get("stream"):
             raise ValueError("cannot be streamed; set stream to false")
         return value
+
+    @classmethod
+    def offered(cls) -> list[str]:
+        """Names of the fields that can have an effect."""
+        return [name for name, field in cls.model_fields.items() if Idle not in field.metadata]
 
     @property
     def include_usage(self) -> bool:
@@ -200,26 +196,18 @@ class CompletionBody(SamplingBody):
         return self.logprobs or 0
 
 
+_CHAT: dict[str, Any] = {"model": "sms_spam", "messages": [{"role": "user", "content": "Win a prize now!"}]}
+
+
 class ChatBody(SamplingBody):
     """Body of /v1/chat/completions."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"model": "sms_spam", "messages": [{"role": "user", "content": "Win a prize now!"}]},
-                {
-                    "model": "sms_spam",
-                    "messages": [{"role": "user", "content": "Win a prize now!"}],
-                    "stream": True,
-                    "stream_options": {"include_usage": True},
-                },
-                {
-                    "model": "sms_spam",
-                    "messages": [{"role": "user", "content": "Win a prize now!"}],
-                    "logprobs": True,
-                    "top_logprobs": 2,
-                    "structured_outputs": {"choice": ["ham", "spam"]},
-                },
+                _CHAT,
+                {**_CHAT, "stream": True, "stream_options": {"include_usage": True}},
+                {**_CHAT, "logprobs": True, "top_logprobs": 2, "structured_outputs": {"choice": ["ham", "spam"]}},
             ]
         }
     )

@@ -18,7 +18,6 @@ from server.api.auth import allow_task
 from server.api.deps import Call
 from server.api.generation import Prepared, encode_text, find_soft_prompt, locating_errors, location_of
 from server.api.openai.errors import no_model
-from server.api.openai.response_format import ResponseFormat
 from server.api.openai.schemas import MAX_CHOICES, ChatBody, CompletionBody, SamplingBody
 from server.api.outputs import run
 from server.api.schemas import grammar_of, schema_text
@@ -28,6 +27,7 @@ from server.errors import InvalidRequest, InvalidTaskName, UnknownTask
 from server.registry.task_views import Resolved
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
+from server.validation import without_nulls
 
 FINISH_REASONS = {FinishReason.LENGTH: "length", FinishReason.EOS_TOKEN: "stop", FinishReason.STOP_SEQUENCE: "stop"}
 
@@ -188,23 +188,18 @@ async def _repeated(deltas: AsyncGenerator[Delta], choices: int) -> AsyncGenerat
 
 def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:
     """The fields of SamplingParams that the request sets itself."""
-    fields = body.given("ignore_eos")
-    if body.new_tokens is not None:
-        fields["max_new_tokens"] = body.new_tokens
-    if body.min_tokens is not None:
-        fields["min_new_tokens"] = body.min_tokens
-    if body.top_k is not None:
-        fields["top_k"] = max(0, body.top_k)
-    if body.seed is not None:
-        fields["seed"] = body.seed % 2**64
-    if body.stop is not None:
-        fields["stop"] = tuple(body.stop)
-    if body.logit_bias is not None:
-        fields["logit_bias"] = _biases(worker, body.logit_bias)
-    fields["show_special"] = body.skip_special_tokens is False
-    fields["logprobs"] = body.wants_logprobs
-    fields["top_logprobs"] = body.most_likely
-    return fields
+    own = {
+        "max_new_tokens": body.new_tokens,
+        "min_new_tokens": body.min_tokens,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
+        "seed": None if body.seed is None else body.seed % 2**64,
+        "stop": None if body.stop is None else tuple(body.stop),
+        "logit_bias": None if body.logit_bias is None else _biases(worker, body.logit_bias),
+        "show_special": body.skip_special_tokens is False,
+        "logprobs": body.wants_logprobs,
+        "top_logprobs": body.most_likely,
+    }
+    return {**body.given("ignore_eos"), **without_nulls(own)}
 
 
 def _asks_for_sampling(body: SamplingBody, choices: int) -> bool:
@@ -229,17 +224,13 @@ def _biases(worker: EngineWorker, biases: dict[str, float]) -> tuple[tuple[int, 
 def _grammar(body: CompletionBody | ChatBody) -> Grammar | None:
     """The grammar that the text must match, from `structured_outputs` or `response_format`."""
     form = body.structured_outputs
-    if form is not None:
-        if form.regex is not None:
-            return grammar_of(GrammarKind.REGEX, form.regex)
-        if form.grammar is not None:
-            return grammar_of(GrammarKind.EBNF, form.grammar)
-        if form.choice is not None:
-            return grammar_of(GrammarKind.CHOICE, json.dumps(form.choice))
-        return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(form.json_))
-    return _format_grammar(body.response_format) if isinstance(body, ChatBody) and body.response_format else None
-
-
-def _format_grammar(form: ResponseFormat) -> Grammar | None:
-    schema = form.schema_of_answer
-    return None if schema is None else grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))
+    if form is None:
+        schema = body.response_format.schema_of_answer if isinstance(body, ChatBody) and body.response_format else None
+        return None if schema is None else grammar_of(GrammarKind.JSON_SCHEMA, schema_text(schema))
+    if form.regex is not None:
+        return grammar_of(GrammarKind.REGEX, form.regex)
+    if form.grammar is not None:
+        return grammar_of(GrammarKind.EBNF, form.grammar)
+    if form.choice is not None:
+        return grammar_of(GrammarKind.CHOICE, json.dumps(form.choice))
+    return grammar_of(GrammarKind.JSON_SCHEMA, schema_text(form.json_))

@@ -33,13 +33,7 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 
 
 class Metrics:
-    """All values of /metrics.
-
-    Attributes:
-        registry: the Prometheus registry.
-        inter_token: seconds between two tokens of a choice.
-        loads: seconds taken to read a soft prompt from the store; observed on any thread.
-    """
+    """All values of /metrics; `loads` may be observed on any thread."""
 
     def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int, board: JobBoard | None = None) -> None:
         """Create the metrics, all zero; at most `most_tasks` tasks have a label value of their own."""

@@ -32,10 +32,8 @@ class TaskLabels:
     ) -> None:
         """Start without tasks.
 
-        Args:
-            most_tasks: maximum number of tasks with their own value.
-            answering: returns the live versions of a task; None if there is no such task.
-            forget: called with a task and None, or a task and a version, when their values are no longer used.
+        `answering` returns the live versions of a task, or None without such a task. `forget` is called with a task and
+        None, or a version, whose values are no longer used.
         """
         self._most_tasks = most_tasks
         self._answering = answering

@@ -34,6 +34,7 @@ from server.api.tgi.schemas import (
     TokenizedBody,
 )
 from server.errors import InvalidRequest
+from server.validation import without_nulls
 
 ERRORS = responses(
     400,
@@ -175,20 +176,18 @@ def _refuse_to_stream(body: GenerateBody) -> None:
 
 def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
     """Translate a request's parameters into the engine's names."""
-    fields = parameters.given("max_new_tokens", "min_new_tokens", "top_k", "typical_p", "seed")
     best_of = parameters.best_of or 1
-    if parameters.stop is not None:
-        fields["stop"] = tuple(parameters.stop)
-    if parameters.ignore_eos_token is not None:
-        fields["ignore_eos"] = parameters.ignore_eos_token
-    if parameters.do_sample is False:
-        fields["temperature"] = 0.0
-    if parameters.grammar is not None:
-        fields["grammar"] = parameters.grammar.grammar
-    fields["logprobs"] = stream or parameters.wants_details or best_of > 1
-    fields["top_logprobs"] = parameters.top_n_tokens or 0
+    own = {
+        "stop": None if parameters.stop is None else tuple(parameters.stop),
+        "ignore_eos": parameters.ignore_eos_token,
+        "grammar": None if parameters.grammar is None else parameters.grammar.grammar,
+        "logprobs": stream or parameters.wants_details or best_of > 1,
+        "top_logprobs": parameters.top_n_tokens or 0,
+        **({"temperature": 0.0} if parameters.do_sample is False else {}),
+    }
+    same = parameters.given("max_new_tokens", "min_new_tokens", "top_k", "typical_p", "seed")
     return GenerationOptions(
-        fields,
+        {**same, **without_nulls(own)},
         sample=_wants_sampling(parameters),
         truncate=parameters.truncate,
         n=best_of,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from server.api.error_format import ErrorFormat
-from server.api.schemas import RequestBody, SamplingFields, Text, grammar_of, schema_text
+from server.api.schemas import SamplingFields, StrictBody, Text, grammar_of, schema_text
 from server.contracts import Grammar, GrammarKind
 
 MAX_INPUTS = 128
@@ -24,11 +24,7 @@ NO_EFFECT_ON_CHOICES = ("adapter_id", "choices", "length_normalized", "truncate"
 """Parameters that are allowed together with `choices`; all others concern generation."""
 
 
-class _Strict(RequestBody):
-    model_config = ConfigDict(strict=True)
-
-
-class GrammarBody(_Strict):
+class GrammarBody(StrictBody):
     """A grammar that the generated text must match."""
 
     type: Literal["json", "json_schema", "regex", "lark", "ebnf"]
@@ -138,7 +134,7 @@ def _kind_of_inputs(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "texts" if isinstance(value, list) else None
 
 
-class GenerateBody(_Strict):
+class GenerateBody(StrictBody):
     """Body of /generate, /generate_stream and /."""
 
     model_config = ConfigDict(
@@ -228,7 +224,7 @@ class GenerateReply(BaseModel):
     choices: list[ChoiceBody] | None = Field(None, description="With `choices`, in their order.")
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(StrictBody):
     """Body of /tokenize."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Win a prize now!"}]})

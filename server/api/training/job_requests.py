@@ -52,12 +52,9 @@ class Start:
 
 
 async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id: str | None) -> Start | None:
-    """The soft prompt that a job is initialised from, if any.
+    """The soft prompt that a job is initialised from, if any, unless the request's key may not use that task.
 
     The name is resolved to a version now; later changes do not affect a queued job.
-
-    Raises:
-        Forbidden: the request's key may not use that task. UnknownTask, InvalidTaskName, VersionUnavailable.
     """
     name = spec.config.init_from
     if name is None or spec.config.init != "soft_prompt":
@@ -75,11 +72,7 @@ def submit(
     start: Start | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Job:
-    """Copy and check the data, and queue the job. `go_on` is called between pieces of the work and may raise to stop.
-
-    Raises:
-        PreludeError: nothing is queued.
-    """
+    """Copy and check the data, and queue the job; `go_on` is called between pieces and may raise to stop."""
     spec = order.fields.spec
     board.check(spec)
     if start is not None:

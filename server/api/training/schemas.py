@@ -37,11 +37,7 @@ _REQUEST = TypeAdapter(JobRequest)
 
 
 def parse_request(value: Any) -> JobRequest:
-    """Parse a job from a JSON value. A null field always means that the field is left out.
-
-    Raises:
-        ValidationError: a field is missing, unknown or invalid.
-    """
+    """Parse a job from JSON (or raise ValidationError). A null field always means that the field is left out."""
     # Validated as JSON, because pydantic's strict mode then accepts a list for a tuple.
     return _REQUEST.validate_json(to_json(_without_nulls(value), inf_nan_mode="constants"), strict=True)
 

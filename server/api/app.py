@@ -30,6 +30,7 @@ from server.api.prompts import routes as prompts
 from server.api.prompts import versions
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
+from server.api.tgi import many
 from server.api.tgi import routes as tgi
 from server.api.tgi.schemas import TGI_ERRORS
 from server.api.training.schemas import JOB_ERRORS
@@ -131,7 +132,7 @@ def create_app(
     app.state.started = int(time.time())
     _limit_requests(app, settings, keys)
     install_error_handlers(app, FORMATS)
-    for module in (tgi, sagemaker, completions, chat, models, prompts, versions, ops):
+    for module in (tgi, many, sagemaker, completions, chat, models, prompts, versions, ops):
         app.router.routes.extend(module.router.routes)  # include_router would make each anew, and parse its schemas
     for kind in KINDS:
         app.router.routes.extend([*kind.router.routes, *common_routes(kind).routes])

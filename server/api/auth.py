@@ -123,12 +123,12 @@ def allow_task(request: Request, task: str | None) -> None:
             remedy="Name one of them (?task=, or `model` under /v1), or use a key without task patterns.",
         )
     name = task.partition("@")[0]
-    _needed(request.scope).tasks.add(name)
     if not key.is_for(name):
         raise Forbidden(
             f"The key {key.id} may only use tasks named {', '.join(key.tasks)}, not for {name[:80]!r}.",
             remedy="Name a task that it is for, or use another key.",
         )
+    _needed(request.scope).tasks.add(name)
 
 
 @dataclass

@@ -75,6 +75,7 @@ class GenerationOptions:
         n: choices to generate.
         input_logprobs: report how likely the input's tokens are.
         labels: texts to score instead of generating any.
+        answer_ids: tokens that the answer begins with; the model continues them.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class GenerationOptions:
     n: int = 1
     input_logprobs: bool = False
     labels: Sequence[str] = ()
+    answer_ids: tuple[int, ...] = ()
 
 
 async def prepare(
@@ -122,7 +124,7 @@ async def prepare(
     manifest = Manifest() if soft_prompt is None else soft_prompt.manifest
     if wanted.truncate is None:
         refuse_too_long(worker, text)  # before a template makes a second text of it
-    input_ids = await encode_text(worker, manifest.render(text), wanted.truncate)
+    input_ids = [*await encode_text(worker, manifest.render(text), wanted.truncate), *wanted.answer_ids]
     defaults, sampling = manifest.generation, wanted.sampling
     if wanted.sample and not defaults.temperature:
         sampling = {**sampling, "temperature": 1.0}
@@ -136,7 +138,7 @@ async def prepare(
         key_id,
         n=wanted.n,
         input_logprobs=wanted.input_logprobs,
-        continues_text=soft_prompt is None,
+        continues_text=soft_prompt is None or bool(wanted.answer_ids),
         labels=await _encode_labels(worker, wanted.labels, continue_text=soft_prompt is None),
     )
     return Prepared(request, resolved, soft_prompt, location)

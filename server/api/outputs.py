@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -15,6 +16,8 @@ from server.api.telemetry.record import record_of
 from server.contracts import Delta, FinishReason, Scored, Token, Usage
 from server.engine.worker import EngineWorker
 from server.long_work import running
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -86,7 +89,7 @@ async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int
         return answers
 
 
-async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tuple[int, Delta]]:
+async def merge(requests: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
     """What several requests yield, as it comes, with the number of the request.
 
     If one fails the others are aborted; closing the iterator aborts all.
@@ -97,9 +100,9 @@ async def merge(requests: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[tup
                 yield 0, delta
         return
     # At most one delta of each request waits here; the rest stay in the worker's streams, which limit unread deltas.
-    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue(len(requests))
+    arrived: asyncio.Queue[tuple[int, T | None]] = asyncio.Queue(len(requests))
 
-    async def pump(number: int, deltas: AsyncIterator[Delta]) -> None:
+    async def pump(number: int, deltas: AsyncIterator[T]) -> None:
         try:
             async for delta in deltas:
                 await arrived.put((number, delta))

@@ -192,6 +192,7 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
     expected = {
         ("POST", "/generate"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/generate_stream"): {400, 404, 413, 422, 429, 500, 503, 504},
+        ("POST", "/generate_many"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/invocations"): {400, 404, 413, 422, 429, 500, 503, 504},
         ("POST", "/tokenize"): {400, 413, 422, 429},

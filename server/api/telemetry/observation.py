@@ -24,8 +24,10 @@ class Observation:
         self._num_tokens = 0
         self._usage: Usage | None = None
         self._has_ended = False
-        if prepared.resolved is not None:
-            record.task, record.version = prepared.resolved.task, prepared.resolved.version
+        resolved = prepared.resolved
+        self._task = None if resolved is None else resolved.task
+        self._version = None if resolved is None else resolved.version
+        record.answered_by(self._task, self._version)
 
     def take(self, delta: Delta) -> None:
         """Record a delta."""
@@ -35,7 +37,7 @@ class Observation:
             if last is not None:
                 self._metrics.inter_token.observe(now - last)
             elif not self._last:
-                self._metrics.first_token(self._record.task, self._record.seconds)
+                self._metrics.first_token(self._task, self._record.seconds)
             self._last[delta.index] = now
             self._num_tokens += 1
         if delta.usage is not None and (self._usage is None or delta.index == 0):
@@ -53,7 +55,7 @@ class Observation:
         self._has_ended = True
         usage, record = self._total(outcome), self._record
         record.add(outcome, usage)
-        self._metrics.ended(record.task, record.version, outcome, usage, record.seconds)
+        self._metrics.ended(self._task, self._version, outcome, usage, record.seconds)
 
     def _total(self, outcome: RequestOutcome) -> Usage:
         """The usage of all choices together. They share the input, and the first choice reports its usage."""

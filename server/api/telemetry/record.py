@@ -45,6 +45,13 @@ class Record:
     usage: Usage | None = None
     """The usage of all texts and choices together."""
 
+    _tasks: set[str | None] = field(default_factory=set)
+
+    def answered_by(self, task: str | None, version: int | None) -> None:
+        """Record what answers a text of the request; no task is named once several answer."""
+        self._tasks.add(task)
+        self.task, self.version = (task, version) if len(self._tasks) == 1 else (None, None)
+
     @property
     def seconds(self) -> float:
         """Seconds since the request arrived."""

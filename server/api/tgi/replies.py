@@ -21,7 +21,7 @@ from server.contracts import Delta, Token
 from server.engine.text.choice_scoring import judge
 from server.engine.worker import EngineWorker
 
-IN_STREAMS = {"finish_reason", "generated_tokens", "input_length", "prompt_tokens", "virtual_tokens", "seed"}
+IN_STREAMS = set(DetailsBody.model_fields) - {"prefill", "tokens", "top_tokens", "best_of_sequences"}
 """Fields of `details` in a stream's last event."""
 
 
@@ -99,6 +99,7 @@ class Writer:
             input_length=choice.usage.input_tokens,
             prompt_tokens=choice.usage.input_tokens,
             virtual_tokens=choice.usage.virtual_tokens,
+            cached_tokens=choice.usage.cached_tokens,
             **self._fields(choice, prefill),
         )
 

@@ -91,8 +91,8 @@ async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call
     named = _one_task(task, parameters.adapter_id)
     allow_task(request, named)
     texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-    wanted = _wanted(parameters, stream)
-    _refuse_too_much(len(texts), parameters)
+    wanted = options_of(parameters, stream)
+    refuse_too_much("inputs", len(texts), parameters)
     if stream:
         _refuse_to_stream(body)
     writers = []
@@ -139,15 +139,16 @@ def _one_task(query: str | None, adapter_id: str | None) -> str | None:
     return query if query is not None else adapter_id
 
 
-def _refuse_too_much(texts: int, parameters: GenerateParameters) -> None:
-    if parameters.choices is not None and texts * len(parameters.choices) > MAX_SCORED:
-        what, most = f"{len(parameters.choices)} choices", MAX_SCORED
-    elif texts * (parameters.best_of or 1) > MAX_GENERATED:
-        what, most = f"{parameters.best_of} texts", MAX_GENERATED
+def refuse_too_much(what: str, count: int, parameters: GenerateParameters) -> None:
+    """Refuse (InvalidRequest) a request for too many answers: `count` inputs or targets, with several answers each."""
+    if parameters.choices is not None and count * len(parameters.choices) > MAX_SCORED:
+        each, most = f"{len(parameters.choices)} choices", MAX_SCORED
+    elif count * (parameters.best_of or 1) > MAX_GENERATED:
+        each, most = f"{parameters.best_of} texts", MAX_GENERATED
     else:
         return
     raise InvalidRequest(
-        f"{texts} inputs with {what} each are more than {most} answers.", remedy="Send several requests."
+        f"{count} {what} with {each} each are more than {most} answers.", remedy="Send several requests."
     )
 
 
@@ -174,7 +175,7 @@ def _refuse_to_stream(body: GenerateBody) -> None:
             raise InvalidRequest(f"{name}: {what} cannot be streamed.", remedy="Send it to /generate without stream.")
 
 
-def _wanted(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
+def options_of(parameters: GenerateParameters, stream: bool) -> GenerationOptions:
     """Translate a request's parameters into the engine's names."""
     best_of = parameters.best_of or 1
     own = {

@@ -10,6 +10,8 @@ from server.api.error_format import ErrorFormat
 from server.api.schemas import SamplingFields, StrictBody, Text, grammar_of, schema_text
 from server.contracts import Grammar, GrammarKind
 
+MANY = "/generate_many"
+
 MAX_INPUTS = 128
 MAX_BEST_OF = 64
 MAX_CHOICES = 128
@@ -17,6 +19,8 @@ MAX_GENERATED = 128
 """Maximum number of texts that one request generates: its inputs times `best_of`."""
 MAX_SCORED = 2048
 """Maximum number of labels that one request scores: its inputs times `choices`."""
+MAX_TARGETS = 32
+MAX_ANSWER_IDS = 8192
 MAX_STOP = 16
 MAX_TOP_TOKENS = 20
 
@@ -134,7 +138,19 @@ def _kind_of_inputs(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "texts" if isinstance(value, list) else None
 
 
-class GenerateBody(StrictBody):
+class _AnsweredBody(StrictBody):
+    """The fields that bodies with one text or several share."""
+
+    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
+    user: str | None = Field(None, max_length=512, description="The user's id; a user stays on one side of a canary.")
+
+    @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)
+    @classmethod
+    def _null_is_default(cls, value: object) -> object:
+        return {} if value is None else value
+
+
+class GenerateBody(_AnsweredBody):
     """Body of /generate, /generate_stream and /."""
 
     model_config = ConfigDict(
@@ -154,14 +170,52 @@ class GenerateBody(StrictBody):
             _kind_of_inputs, custom_error_type="no_text", custom_error_message="must be a text or a list of texts"
         ),
     ] = Field(description="The text, or a list of texts; the task's input_template is applied to each.")
-    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
     stream: bool | None = Field(None, description="Answer as server-sent events, one per token.")
-    user: str | None = Field(None, max_length=512, description="The user's id; a user stays on one side of a canary.")
 
-    @field_validator("parameters", mode="before", json_schema_input_type=GenerateParameters | None)
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
+
+class TargetBody(StrictBody):
+    """One of the tasks that answer a text."""
+
+    task: str | None = Field(None, description="The task, or task@version; without it the frozen model answers.")
+
+
+class GenerateManyBody(_AnsweredBody):
+    """Body of /generate_many."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "Win a prize now!", "targets": [{"task": "sms_spam"}, {"task": "sms_spam@1"}, {}]},
+                {
+                    "inputs": "Win a prize now!",
+                    "targets": [{"task": "sms_spam"}, {}],
+                    "parameters": {"choices": ["ham", "spam"]},
+                },
+            ]
+        }
+    )
+
+    inputs: Text = Field(description="The text; each task's input_template is applied to it.")
+    targets: list[TargetBody] = Field(
+        min_length=1, max_length=MAX_TARGETS, description="What answers the text, each at the same time."
+    )
+    answer_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, max_length=MAX_ANSWER_IDS, description="Tokens that the answer begins with; the model continues them."
+    )
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> GenerateManyBody:
+        parameters = self.parameters
+        if parameters.adapter_id is not None:
+            raise ValueError("parameters.adapter_id names one task; name the tasks in targets instead")
+        whole = {"best_of": (parameters.best_of or 1) > 1, "decoder_input_details": parameters.decoder_input_details}
+        for name, is_given in whole.items():
+            if is_given:
+                raise ValueError(f"parameters.{name} cannot be streamed; leave it out, or send it to /generate")
+        for name in ("choices", "grammar"):
+            if self.answer_ids and getattr(parameters, name) is not None:
+                raise ValueError(f"parameters.{name} concerns a whole answer; leave out it or answer_ids")
+        return self
 
 
 class TokenBody(BaseModel):
@@ -204,6 +258,7 @@ class DetailsBody(SequenceDetails):
     input_length: int = Field(description="Input tokens, without virtual ones.")
     prompt_tokens: int = Field(description="The same as input_length, by LoRAX's name.")
     virtual_tokens: int
+    cached_tokens: int = Field(description="Virtual tokens whose keys and values were in the cache.")
     best_of_sequences: list[SequenceBody] | None = Field(None, description="With best_of: the others.")
 
 
@@ -242,5 +297,11 @@ class TokenizedBody(BaseModel):
 
 
 _FIELDS = [*GenerateBody.model_fields, *(f"parameters.{name}" for name in GenerateParameters.model_fields)]
+_FIELDS_OF_MANY = [*GenerateManyBody.model_fields, *(name for name in _FIELDS if "." in name)]
 
-TGI_ERRORS = ErrorFormat(fields=lambda path: _FIELDS, union_fields=("inputs",))
+
+def _fields(path: str) -> list[str]:
+    return _FIELDS_OF_MANY if path == MANY else _FIELDS
+
+
+TGI_ERRORS = ErrorFormat(fields=_fields, union_fields=("inputs",))

@@ -148,6 +148,7 @@ def test_details_have_the_shape_that_text_generation_inference_gives_them(server
         "tokens",
         "input_length",
         "prompt_tokens",
+        "cached_tokens",
         "virtual_tokens",
     }
     assert details["finish_reason"] == "length"

@@ -68,11 +68,8 @@ class EngineThread(threading.Thread):
     ) -> None:
         """Wrap an engine, which no other thread may use once this one runs; the callbacks are called on this thread.
 
-        Args:
-            engine: the engine.
-            deliver: receives the deltas of a step or command.
-            on_failure: called when the engine has failed permanently.
-            on_end: called when the thread ends.
+        `deliver` receives the deltas of a step or command; `on_failure` is called when the engine has failed
+        permanently, and `on_end` when the thread ends.
         """
         super().__init__(name="engine", daemon=True)
         self._engine = engine

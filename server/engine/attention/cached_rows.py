@@ -82,12 +82,7 @@ class CachedRows:
     """Serving layout over a KV cache; see `interface.Layout`."""
 
     def __init__(self, kv_cache: KVCache, spans: Sequence[Span]) -> None:
-        """Lay out a step.
-
-        Args:
-            kv_cache: stores keys and values.
-            spans: in the order of the flat row: decoding spans first, sorted by slot so that they form runs.
-        """
+        """Lay out a step; in the flat row, decoding spans come first, sorted by slot so that they form runs."""
         self._kv_cache = kv_cache
         token_positions = TokenPositions.of(spans)
         self.position_ids, self._pool_positions = upload(

@@ -36,17 +36,10 @@ COLUMN = SpanColumns(*range(len(SpanColumns._fields)))
 
 @dataclass(frozen=True)
 class AttentionLoops:
-    """The two loops of a step's attention, for one shape of heads.
+    """The two loops of a step's attention, for one shape of heads; both take `AttentionArguments`."""
 
-    Both take `AttentionArguments`.
-
-    Attributes:
-        spread: copies a chunk's positions into the cache and the scratch; a unit is (span, key head, block).
-        attend: computes attention; a unit is (span, key head, block of queries), with block -1 for a decoding token.
-    """
-
-    spread: Loop
-    attend: Loop
+    spread: Loop  # copies a chunk's positions into cache and scratch; a unit is (span, key head, block)
+    attend: Loop  # a unit is (span, key head, block of queries), with block -1 for a decoding token
 
 
 @functools.cache

@@ -34,10 +34,8 @@ again whether the device has freed a buffer."""
 class HostCopy:
     """A prefix that is copied within the host's memory, or by `StagedCopy` to a device.
 
-    PEFT's layout is `[n, layers * 2 * heads * dim]`, ours `[layers, 2, n, heads, dim]`. A piece is contiguous in ours.
-
-    Attributes:
-        prefix: where it is copied to.
+    PEFT's layout is `[n, layers * 2 * heads * dim]`, ours `[layers, 2, n, heads, dim]`. A piece is contiguous in ours,
+    which is the layout of `prefix`.
     """
 
     def __init__(self, soft_prompt: SoftPrompt, model: ModelSpec, piece_bytes: int) -> None:

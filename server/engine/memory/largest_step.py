@@ -83,7 +83,7 @@ def _measure(model: FrozenModel, max_sequences: int, max_batch_tokens: int, long
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Peak bytes that the given work allocates temporarily on a CUDA device."""
+    """Peak bytes that some work allocates temporarily on a CUDA device."""
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)

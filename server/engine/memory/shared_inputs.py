@@ -8,16 +8,12 @@ from __future__ import annotations
 
 
 class SharedInputs:
-    """Bytes of copies, by request.
-
-    Attributes:
-        budget_bytes: what they may take together.
-        num_bytes: what they take, or will take once their first choices have computed the input.
-    """
+    """Bytes of copies, by request."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
+        """What the copies take, or will take once their requests' first choices have computed the input."""
         self._bytes: dict[str, int] = {}
         self._waiting: dict[str, int] = {}  # request -> choices that wait with a copy, once there is one
 

@@ -18,11 +18,7 @@ from server.engine.memory.slots import Slot
 
 
 class StatePool:
-    """The states of running sequences, by their slots.
-
-    Attributes:
-        states: `[rows, state_width]`, in float32 or float64.
-    """
+    """The states of running sequences, by their slots: `states` is `[rows, state_width]`, in float32 or float64."""
 
     def __init__(self, model: ModelSpec, rows: int) -> None:
         """Reserve `rows` rows, all of them free."""

@@ -109,11 +109,7 @@ class FrozenModel:
 
     @classmethod
     def load(cls, settings: Settings) -> FrozenModel:
-        """Load the model that the settings name.
-
-        Raises:
-            ConfigurationError: the model cannot be found, or (UnsupportedModel) cannot be served.
-        """
+        """Load the model that the settings name; raises ConfigurationError if it cannot be found or served."""
         checkpoint = resolve_checkpoint(settings.model, settings.model_name, settings.cache_dir)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)

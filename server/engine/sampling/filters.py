@@ -55,11 +55,7 @@ class Changes:
         return bool(self.penalised or self.biased or self.forbidden or self.masked or self.failed)
 
     def _add(self, row: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
-        """Add one row's changes, all or none.
-
-        Raises:
-            IndexError: a token id is outside the vocabulary, so its flat index would be in another row.
-        """
+        """Add one row's changes, all or none; raises IndexError for an id whose flat index would be in another row."""
         first, seen, params = row * self.vocab_size, sequence.seen, sequence.sampling
         if seen is not None and not seen.are_within(self.vocab_size):
             raise self._unknown()

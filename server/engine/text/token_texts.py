@@ -27,8 +27,7 @@ class TokenTexts:
 
     Attributes:
         backend: the tokenizer's Rust part.
-        special_ids: tokens that are not part of the text: the given ids, and tokens that the tokenizer marks as
-            special.
+        special_ids: tokens that are no part of the text: the given ids, and those that the tokenizer marks as special.
         is_byte_level: whether a text is exactly its tokens' `decoded_bytes_of`, in UTF-8.
     """
 

@@ -96,7 +96,7 @@ $(SERVING): pyproject.toml constraints.txt $(VENV)/bin/python
 # Tests import from everywhere, in many processes: here all modules are compiled. Some packages keep files that no Python
 # of today can compile.
 $(DEVELOPMENT): $(SERVING)
-	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train,dev]"
+	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train,otel,dev]"
 	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 

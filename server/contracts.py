@@ -265,7 +265,9 @@ class Usage:
     cached_tokens: int = 0
     """Virtual tokens whose keys and values were cached."""
     queued_seconds: float = 0.0
-    """From the acceptance of the request to its first step."""
+    """From the acceptance of the request to its slot; includes the wait for a prefix that arrives or is computed."""
+    prefix_seconds: float = 0.0
+    """For the computation of its soft prompt's prefix after that; 0 if the prefix was in memory."""
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from server.api.app import create_app
 from server.api.browsers import is_loopback
 from server.api.connection import bounded_protocol
+from server.api.telemetry.tracing import open_tracing
 from server.background_service import Service
 from server.contracts import GenerationRequest, SamplingParams
 from server.engine.admission_control import Limits
@@ -67,7 +68,7 @@ def serve(settings: Settings) -> None:
     Raises:
         ConfigurationError, StoreError: it cannot start.
     """
-    keys = open_keys(settings)
+    keys, tracing = open_keys(settings), open_tracing(settings)
     allow_many_connections()
     # First, so that a port in use is reported before the model is loaded.
     with bind(settings.host, settings.port) as listener:
@@ -82,7 +83,7 @@ def serve(settings: Settings) -> None:
         worker = EngineWorker(engine, limits(settings))
         board = JobBoard(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
         services: list[Service] = [inbox, Syncer(registry, settings.sync_seconds), JobRunner(settings, registry, board)]
-        app = create_app(settings, worker, registry, services, keys, board)
+        app = create_app(settings, worker, registry, services, keys, board, tracing)
         keep_for_good()
         config = uvicorn.Config(
             app,

@@ -177,6 +177,11 @@ class Settings(BaseSettings):
     metrics_tasks: int = Field(
         100, ge=0, description="Tasks that have a label of their own in /metrics; later ones share one label."
     )
+    tracing: bool = Field(
+        False,
+        description="Send OpenTelemetry traces of requests; needs the extra 'otel'. The variables of OpenTelemetry "
+        "say where to and how many, such as OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_TRACES_SAMPLER.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest level to log: debug, info, warning or error."
     )

@@ -48,6 +48,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_upload_bytes": ("1MiB", 2**20),
     "drain_seconds": ("1.5", 1.5),
     "metrics_tasks": ("7", 7),
+    "tracing": ("true", True),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
 }

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -42,6 +42,9 @@ from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from server.api.telemetry.spans import Tracing
+
 log = logging.getLogger(__name__)
 
 FORMATS = ErrorFormats(TGI_ERRORS, (OPENAI_ERRORS, sagemaker.INVOCATION_ERRORS, JOB_ERRORS))
@@ -59,18 +62,19 @@ abandoned."""
 class App(FastAPI):
     """FastAPI with middleware around the whole app, including the replies to unexpected errors."""
 
-    def __init__(self, metrics: Metrics, origins: frozenset[str], **options: Any) -> None:
+    def __init__(self, metrics: Metrics, origins: frozenset[str], tracing: Tracing | None, **options: Any) -> None:
         """An app without routes, whose replies the pages of `origins` may read (CORS); `options` are FastAPI's."""
         super().__init__(**options)
         self.state.metrics = metrics
         self._origins = origins
+        self._tracing = tracing
 
     def build_middleware_stack(self) -> ASGIApp:
         """FastAPI's own, in ours."""
         stack = super().build_middleware_stack()
         if self._origins:
             stack = CORSMiddleware(stack, allow_origins=self._origins, **CORS)
-        return Access(SecurityHeaders(HeadAsGet(stack)), self.state.metrics)
+        return Access(SecurityHeaders(HeadAsGet(stack)), self.state.metrics, self._tracing)
 
 
 async def _within(seconds: float, ending: Sequence[Awaitable[None]]) -> None:
@@ -89,6 +93,7 @@ def create_app(
     services: Sequence[Service] = (),
     keys: ApiKeys | None = None,
     board: JobBoard | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Put the routes together. The engine's thread and the services live as long as the app.
 
@@ -109,12 +114,13 @@ def create_app(
         yield
         for jobs in app.state.kinds.values():
             await jobs.stop()
-        ending = [executors.ending.run(service.stop) for service in services]
+        ending = [executors.ending.run(service.stop) for service in (*services, tracing) if service is not None]
         await _within(STOP_SECONDS, [*ending, worker.stop()])
 
     app = App(
         metrics,
         settings.origins,
+        tracing,
         title="Prelude",
         version=__version__,
         description=DESCRIPTION,

@@ -24,6 +24,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.connection import bounded_protocol
+from server.api.telemetry.spans import Tracing
 from server.background_service import Service
 from server.engine.attention.interface import ATTENTION_NAME, Layout
 from server.engine.engine import Engine
@@ -169,7 +170,12 @@ def _train(folder: JobFolder, settings: Settings) -> None:
 
 @contextmanager
 def live_server(
-    directory: Path, *, max_sequences: int = 8, model: FrozenModel | None = None, **options: Any
+    directory: Path,
+    *,
+    max_sequences: int = 8,
+    model: FrozenModel | None = None,
+    tracing: Tracing | None = None,
+    **options: Any,
 ) -> Iterator[LiveServer]:
     """Run a server in a thread until the block ends; it must then be idle and stop by itself."""
     defaults = {
@@ -189,7 +195,7 @@ def live_server(
         Syncer(registry, settings.sync_seconds),
         JobRunner(settings, registry, board, start_eagerly),
     ]
-    app = create_app(settings, worker, registry, services, open_keys(settings), board)
+    app = create_app(settings, worker, registry, services, open_keys(settings), board, tracing)
     options = {"http": bounded_protocol(), "log_config": None, "lifespan": "on", "ws": "none"}
     with serving(uvicorn.Config(app, host="127.0.0.1", port=0, **options)) as port:
         url = f"http://127.0.0.1:{port}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.routing import Route
@@ -18,6 +18,9 @@ from structlog.contextvars import bind_contextvars
 from server.api.telemetry.metrics import Metrics
 from server.api.telemetry.record import TOKENS, Record, RequestOutcome
 from server.errors import PreludeError
+
+if TYPE_CHECKING:
+    from server.api.telemetry.spans import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +35,32 @@ _ID = re.compile(r"[ -~]{1,128}")
 class Access:
     """The outermost middleware of the app."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = _record(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        record = _record(headers)
         scope.setdefault("state", {})["record"] = record
         bind_contextvars(request_id=record.id)
+        added = {REQUEST_ID: record.id}
+        if self._tracing is not None and scope["path"] not in QUIET:
+            record.trace = self._tracing.begin(headers, scope["method"])
+            if record.trace.id is not None:
+                bind_contextvars(trace_id=record.trace.id)
+            added |= record.trace.headers
+        to_add = [(name.encode(), value.encode()) for name, value in added.items()]
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                headers = [*message.get("headers", ()), (REQUEST_ID.encode(), record.id.encode())]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": [*message.get("headers", ()), *to_add]}
             await send(message)
 
         try:
@@ -64,7 +75,10 @@ class Access:
             self._metrics.never_began(record.outcome)
         self._metrics.answered(scope["method"], route, record.status)
         is_quiet = route in QUIET and record.status == 200
-        log.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra=_line(scope, record, route))
+        line = _line(scope, record, route)
+        log.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra=line)
+        if record.trace is not None:
+            record.trace.end(line)
 
 
 def _record(headers: Headers) -> Record:

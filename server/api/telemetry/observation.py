@@ -20,6 +20,8 @@ class Observation:
         self._metrics: Metrics = request.app.state.metrics
         self._record = record = record_of(request)
         self._prepared = prepared
+        self._submitted = time.perf_counter()
+        self._first: float | None = None  # time of the first token
         self._last: dict[int, float] = {}  # choice -> time of its last token
         self._num_tokens = 0
         self._usage: Usage | None = None
@@ -37,6 +39,7 @@ class Observation:
             if last is not None:
                 self._metrics.inter_token.observe(now - last)
             elif not self._last:
+                self._first = now
                 self._metrics.first_token(self._task, self._record.seconds)
             self._last[delta.index] = now
             self._num_tokens += 1
@@ -55,6 +58,8 @@ class Observation:
         self._has_ended = True
         usage, record = self._total(outcome), self._record
         record.add(outcome, usage)
+        if record.trace is not None and outcome is not RequestOutcome.REFUSED:
+            record.trace.add_text(usage, self._submitted, self._first, time.perf_counter())
         self._metrics.ended(self._task, self._version, outcome, usage, record.seconds)
 
     def _total(self, outcome: RequestOutcome) -> Usage:
@@ -69,4 +74,5 @@ class Observation:
             output_tokens=self._num_tokens,
             cached_tokens=first.cached_tokens,
             queued_seconds=first.queued_seconds,
+            prefix_seconds=first.prefix_seconds,
         )

@@ -6,11 +6,15 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
 from server.contracts import Usage
 from server.errors import PreludeError, RequestAborted, RequestTimedOut
+
+if TYPE_CHECKING:
+    from server.api.telemetry.spans import Trace
 
 
 class RequestOutcome(StrEnum):
@@ -44,6 +48,8 @@ class Record:
     """How the request ended; for several texts, the outcome of the first text that did not finish."""
     usage: Usage | None = None
     """The usage of all texts and choices together."""
+    trace: Trace | None = None
+    """The request's span, if the server sends traces."""
 
     _tasks: set[str | None] = field(default_factory=set)
 

@@ -159,6 +159,7 @@ class Scheduler:
             return True
         soft_prompt = sequence.soft_prompt
         assert soft_prompt is not None, "only a soft prompt has a prefix"
+        sequence.prefix_seconds = time.monotonic() - sequence.accepted_at - sequence.queued_seconds
         self._stop_computing(sequence)
         prefix = self._kv_cache.view(_slot(sequence), sequence.num_virtual_tokens)
         if is_finite := check():

@@ -54,6 +54,8 @@ class Sequence:
     accepted_at: float = field(default_factory=time.monotonic)
     queued_seconds: float = 0.0
     """Seconds from acceptance (`accepted_at`) to admission."""
+    prefix_seconds: float = 0.0
+    """Seconds from admission until it has computed its soft prompt's prefix, if it computes one."""
     output_ids: list[int] = field(default_factory=list)
     decoded_in: int = 0
     """The last step in which it decoded while its API key had a share of the step; `FairSteps` gives turns by it."""
@@ -123,8 +125,14 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        inputs, outputs = len(self.request.input_ids), len(self.output_ids)
-        return Usage(self.num_virtual_tokens, inputs, outputs, self.cached_tokens, self.queued_seconds)
+        return Usage(
+            self.num_virtual_tokens,
+            len(self.request.input_ids),
+            len(self.output_ids),
+            self.cached_tokens,
+            self.queued_seconds,
+            self.prefix_seconds,
+        )
 
     def scored_positions(self, span: Span) -> range:
         """The positions in this span whose logits give the probability of the next token of `targets`."""

@@ -204,7 +204,7 @@ def test_the_page_on_operations_tells_every_field(own_server: LiveServer) -> Non
     own_server.publish_random("mood", 1)
     with logged() as log:
         own_server.client.post("/generate?task=mood", json=BODY, headers=with_id("one"))
-        fields = {*line_of(log, "one"), "key", "exception"}
+        fields = {*line_of(log, "one"), "key", "exception", "trace_id"}
     page = (ROOT / "docs/operations.md").read_text().partition("## Logs")[2]
     rows = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
     assert {field for row in rows for field in re.findall(r"`(\w+)`", row)} == fields

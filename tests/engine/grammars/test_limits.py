@@ -321,12 +321,11 @@ async def test_a_grammar_whose_process_is_killed_while_it_compiles_is_compiled_a
 
 
 def test_an_unused_grammar_whose_process_was_killed_is_compiled_again(grammars: Grammars) -> None:
-    grammar, before = Grammar(GrammarKind.REGEX, "killed while unused"), {process.pid for process in own_processes()}
+    grammar, before = Grammar(GrammarKind.REGEX, "killed while unused"), {*own_processes()}
     first = grammars.compile(grammar)
     grammars.release(first)
-    for process in own_processes():
-        if process.pid not in before:
-            process.kill()
+    for process in {*own_processes()} - before:
+        process.kill()
     wait_until(lambda: first.process.has_ended)
     second = grammars.compile(grammar)
     assert second is not first

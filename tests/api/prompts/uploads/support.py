@@ -20,7 +20,7 @@ def state_of(server: LiveServer) -> object:
     store = server.settings.prompts_dir / ".store"
     return (
         server.client.get("/prompts", params={"limit": 1000}).json(),
-        server.text("hello", LIVE, max_new_tokens=12),
+        server.text("hello", LIVE, max_new_tokens=4),
         {path: path.stat().st_mtime_ns for path in sorted(store.rglob("*")) if path.is_file()},
     )
 

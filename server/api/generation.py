@@ -65,26 +65,20 @@ def locating_errors(location: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a request wants besides an answer to its text.
-
-    Attributes:
-        sampling: the fields of SamplingParams that the request sets itself.
-        sample: the request asks for sampling without a temperature: the task's temperature applies, or 1 if the task
-            decodes greedily.
-        truncate: keep only this many input tokens, the last ones.
-        n: choices to generate.
-        input_logprobs: report how likely the input's tokens are.
-        labels: texts to score instead of generating any.
-        answer_ids: tokens that the answer begins with; the model continues them.
-    """
+    """The options of a request for an answer."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of SamplingParams that the request sets itself."""
     sample: bool = False
+    """Sampling without a temperature is requested: the task's applies, or 1 if the task decodes greedily."""
     truncate: int | None = None
+    """Keep only this many input tokens, the last ones."""
     n: int = 1
     input_logprobs: bool = False
     labels: Sequence[str] = ()
+    """Texts to score; nothing is generated then."""
     answer_ids: tuple[int, ...] = ()
+    """Tokens that the answer begins with; the model continues them."""
 
 
 async def prepare(

@@ -10,16 +10,11 @@ if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
 
     from server.client import Job
     from server.train.learning_rate import Tried
-    from server.train.record import TeacherForcedScore, TrainingProgress
-
-
-def describe(score: TeacherForcedScore) -> str:
-    """Format a measurement as text."""
-    return in_words(score.exact_match, score.loss)
+    from server.train.record import TrainingProgress
 
 
 def in_words(exact_match: float | None, loss: float | None) -> str:
-    """Format figures from a server, which leaves out figures that are not finite."""
+    """Format a measurement; a server leaves out figures that are not finite."""
     match = "unknown" if exact_match is None else f"{exact_match:.1%}"
     return f"validation exact match {match}, loss {'not finite' if loss is None else f'{loss:.4f}'}"
 
@@ -65,7 +60,7 @@ class Bars:
         bar.set_postfix(loss=f"{progress.loss:.3f}", speed=f"{progress.tokens_per_second:.0f} tokens/s", refresh=False)
         bar.update(progress.step - bar.n)  # a resumed run does not begin at 0
         if score := progress.validation:
-            bar.write(f"step {progress.step}: {describe(score)}")
+            bar.write(f"step {progress.step}: {in_words(score.exact_match, score.loss)}")
 
     def _on(self, description: str, unit: str, total: int | None) -> tqdm[Any]:
         if self._bar is not None and self._shown == description:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,6 @@ from server.cli.references import confirm_delete, content_of, download, echo_liv
 from server.cli.remote import DEFAULT_URL, JsonOption, KeyOption, UrlOption, connected, examples, upload_bar
 from server.errors import InvalidTaskName
 from server.soft_prompts.names import split_version
-
-if TYPE_CHECKING:  # each command loads what it needs, so that --help is fast
-    pass
-
 
 app = typer.Typer(
     name="prompts",

@@ -101,7 +101,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     """Read the rows, then load the model, train, and write the PEFT directory; invalid input ends it before a step."""
     rows = read_rows(files, config)
     # Torch takes seconds to load; a mistyped path is reported before.
-    from server.cli.bars import Bars, describe
+    from server.cli.bars import Bars, in_words
     from server.engine.model.frozen import FrozenModel
     from server.train.dtype import training_settings
     from server.train.output import check_writable, write_task
@@ -137,7 +137,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
         shutil.rmtree(trained.checkpoint, ignore_errors=True)
     score, step = trained.result.validation, trained.result.step
     what_was = "" if before is None else f"; what was there before had {before:.1%}"
-    typer.echo(f"{directory}: {describe(score)} (step {step}){what_was}")
+    typer.echo(f"{directory}: {in_words(score.exact_match, score.loss)} (step {step}){what_was}")
 
 
 def train_there(

@@ -7,6 +7,7 @@ perplexity.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,24 +176,20 @@ def _index(labels: Sequence[str], text: str, *, lenient: bool) -> int | None:
 
 
 def _rouge_scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as exc:
-        raise _missing("rouge-score", exc) from exc
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return _import("rouge-score", "rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def _sentence_bleu() -> Callable[[str, list[str]], Any]:
-    try:
-        from sacrebleu.metrics import bleu as sacre
-    except ImportError as exc:
-        raise _missing("sacrebleu", exc) from exc
-    score: Callable[[str, list[str]], Any] = sacre.BLEU(effective_order=True).sentence_score
+    bleu = _import("sacrebleu", "sacrebleu.metrics").BLEU(effective_order=True)
+    score: Callable[[str, list[str]], Any] = bleu.sentence_score
     return score
 
 
-def _missing(package: str, error: ImportError) -> ConfigurationError:
-    return ConfigurationError(
-        f"Written text is measured by {package}, which cannot be imported: {error}.",
-        remedy='Install it with `pip install "prelude-server[train]"`.',
-    )
+def _import(package: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"Written text is measured by {package}, which cannot be imported: {exc}.",
+            remedy='Install it with `pip install "prelude-server[train]"`.',
+        ) from exc

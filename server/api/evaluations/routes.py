@@ -14,21 +14,9 @@ from server.api.evaluations.work import EvaluationWork
 from server.api.jobs.in_process import InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import read_order
 from server.api.jobs.kind import job_router
-from server.api.jobs.routes import MISSING, JobId
+from server.api.jobs.routes import MISSING, JobId, start_route
 from server.api.schemas import responses
 from server.errors import EvaluationNotDone, UnknownEvaluation
-
-START_ERRORS = responses(
-    404,
-    on_400="The body cannot be read.",
-    on_413="The upload is too large.",
-    on_422="A field or a row does not fit; a row by its file and line.",
-    on_429="Too many evaluations wait already.",
-    on_500="The files cannot be kept, or what measures text is not installed.",
-    on_503="The server is shutting down, or the version cannot be served.",
-    on_507="There is no room for the files.",
-)
-
 
 router = job_router("/evaluations", "evaluations")
 
@@ -52,14 +40,7 @@ class Evaluations(InServerJobs[EvaluationWork]):
         )
 
 
-@router.post(
-    "",
-    status_code=202,
-    response_model=EvaluationBody,
-    response_model_exclude_none=True,
-    responses=START_ERRORS,
-    openapi_extra=request_body(),
-)
+@router.post("", **start_route(EvaluationBody, request_body()))
 async def start_evaluation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> Any:
     """Measure a task on a data file, beside live traffic; `GET /evaluations/{job}` reports the progress.
 

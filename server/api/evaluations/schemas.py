@@ -28,22 +28,22 @@ class EvaluationRequest(RequestBody):
     references: Text | None = Field(None, description=f"Right answers, line by line: {_NAMED}", max_length=1000)
     shots: Text | None = Field(None, description=f"Training data, for k-shot: {_NAMED}", max_length=1000)
     baselines: list[Text] | None = Field(
-        None, description="Some of zero-shot, instruction, 4-shot, @2. In a form, with commas.", max_length=16
+        None, description="Any of zero-shot, instruction, 4-shot, @2. In a form, separated by commas.", max_length=16
     )
     instruction: Text | None = Field(
         None, description="The instruction of the baselines.", min_length=1, max_length=10_000
     )
     teacher: Text | None = Field(
         None,
-        description="A text that holds {input} once, to be asked too: what the soft prompt was distilled from, or is "
-        "to replace. Says on how many rows both choose the same label.",
+        description="A text that contains {input} once, as one more baseline: the soft prompt's teacher, or a text "
+        "that it shall replace. The report says on how many rows both choose the same label.",
         min_length=1,
         max_length=100_000,
     )
     teacher_chat: bool | None = Field(None, description="Send that text as a user message.")
     limit: int | None = Field(None, description="Evaluate only this many rows from the beginning.", ge=1)
     compare: list[int] | None = Field(
-        None, description="Two versions: whether the second is better. In a form: 2,3.", min_length=2, max_length=2
+        None, description="Two versions to compare: is the second better? In a form: 2,3.", min_length=2, max_length=2
     )
 
 

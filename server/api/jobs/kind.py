@@ -60,26 +60,22 @@ def job_router(path: str, tag: str) -> APIRouter:
 
 
 class Jobs(ABC):
-    """The jobs of one kind on a server. Each job has `id`, `task` and `state`.
-
-    Attributes:
-        router: the kind's path and own routes; `routes.py` adds the common routes.
-        word: a job's name in operation ids; its plural is the only field of `listing`.
-        noun: a job's name in errors.
-        unknown: the error class for an unknown id.
-        body, listing: the reply models for one job and for all jobs.
-        words: the names that clients see for states, where they differ from the states' own.
-        outlives_server: whether a job resumes after a restart.
-    """
+    """The jobs of one kind on a server. Each job has `id`, `task` and `state`."""
 
     router: ClassVar[APIRouter]
+    """The kind's path and own routes; `routes.py` adds the common routes."""
     word: ClassVar[str]
+    """A job's name in operation ids; its plural is the only field of `listing`."""
     noun: ClassVar[str]
+    """A job's name in errors."""
     unknown: ClassVar[type[PreludeError]]
+    """The error for an unknown id."""
     body: ClassVar[Any]
     listing: ClassVar[Any]
     words: ClassVar[Mapping[JobState, str]] = {}
+    """The names that clients see for states, where they differ from the states' own."""
     outlives_server: ClassVar[bool]
+    """Whether a job resumes after a restart."""
 
     def __init__(self, site: Site) -> None:
         self._site = site

@@ -19,9 +19,25 @@ MISSING = responses(
     on_422="A parameter does not fit.",
     on_429="Too much waits; Retry-After says when to come back.",
 )
+REFUSED = responses(
+    404,
+    on_400="The body cannot be read.",
+    on_413="The files are too large.",
+    on_422="A field or a row does not fit; a row by its file and line.",
+    on_429="Too many jobs are waiting.",
+    on_500="The files cannot be kept, or what measures text is not installed.",
+    on_503="The server is shutting down, or a version cannot be served.",
+    on_507="There is no room for the files.",
+)
 NOT_OVER = responses(on_409="The job is not over.")
 
 JobId = Annotated[str, Path(description="Id of a job, as POST answered it.")]
+
+
+def start_route(body: Any, request_body: dict[str, Any]) -> dict[str, Any]:
+    """The options of a kind's POST route: its reply model, and the OpenAPI description of its body."""
+    reply = {"status_code": 202, "response_model": body, "response_model_exclude_none": True}
+    return {**reply, "responses": REFUSED, "openapi_extra": request_body}
 
 
 @functools.cache

@@ -78,7 +78,7 @@ NoText = Annotated[
 NoTool = Annotated[
     Literal["none", "auto"] | None,
     _only("none", "auto"),
-    Field(description="Without tools neither asks for any."),
+    Field(description="Neither has an effect, because there are no tools."),
     Idle,
 ]
 NoReasoning = Annotated[Literal["none"] | None, _only("none"), Field(description="Only none."), Idle]

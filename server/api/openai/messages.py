@@ -115,8 +115,8 @@ def chat_text(
     if end is not ChatEnd.ANSWER:
         _check_end(end, messages, manifest)
     # developer is OpenAI's newer name for what templates call system.
-    roles = ["system" if message.role == "developer" else message.role for message in messages]
-    system = [m.content for role, m in zip(roles, messages, strict=True) if role == "system" and m.content]
+    turns = [("system" if message.role == "developer" else message.role, message) for message in messages]
+    system = [message.content for role, message in turns if role == "system" and message.content]
     if system and manifest.on_system_message == "refuse":
         raise InvalidRequest(
             "This task refuses system messages: its manifest says so.",
@@ -126,12 +126,11 @@ def chat_text(
     ignored = manifest.on_system_message == "ignore"
     headers = {SYSTEM_MESSAGE: "ignored"} if system and ignored else {}
     if manifest.input_template is None:
-        turns = [_turn(role, message) for role, message in zip(roles, messages, strict=True)]
-        kept = [turn for turn in turns if not ignored or turn["role"] != "system"]
+        kept = [_turn(role, message) for role, message in turns if not ignored or role != "system"]
         if not kept:
             raise _without_a_user("This task ignores system messages, and there is no other.")
         return ChatText(worker.text.render_chat(kept, end), False, headers)
-    others = [message for role, message in zip(roles, messages, strict=True) if role != "system"]
+    others = [message for role, message in turns if role != "system"]
     if [message.role for message in others] != ["user"]:
         raise _without_a_user(
             "This task has an input_template, which takes one message of the user and no earlier turns; "

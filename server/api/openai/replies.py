@@ -15,14 +15,14 @@ ReasonToFinish = Literal["stop", "length"]
 class CachedTokens(BaseModel):
     """`prompt_tokens_details`."""
 
-    cached_tokens: int = Field(description="Virtual tokens whose keys and values were known already.")
+    cached_tokens: int = Field(description="Virtual tokens whose keys and values were cached.")
 
 
 class UsageBody(BaseModel):
     """Token counts of a whole request."""
 
     prompt_tokens: int = Field(description="Virtual tokens and input tokens of all inputs.")
-    completion_tokens: int = Field(description="Generated tokens, also those that best_of did not answer.")
+    completion_tokens: int = Field(description="Generated tokens, including those of texts that best_of left out.")
     total_tokens: int
     prompt_tokens_details: CachedTokens
 
@@ -46,7 +46,7 @@ class PromptToken(BaseModel):
 
 PromptLogprobs = Annotated[
     list[dict[str, PromptToken] | None] | None,
-    Field(description="With prompt_logprobs: of each input token but the first, tokens in its place by their ids."),
+    Field(description="With prompt_logprobs: for each input token but the first, tokens at its position, by id."),
 ]
 
 
@@ -63,8 +63,8 @@ class CompletionChoice(BaseModel):
 class _Reply(BaseModel):
     id: str
     created: int
-    model: str = Field(description="As the request named it; the header Prelude-Version says which version answered.")
-    system_fingerprint: str = Field(description="Changes with the frozen model and with what the version says.")
+    model: str = Field(description="As in the request; the header Prelude-Version has the version that answered.")
+    system_fingerprint: str = Field(description="Changes with the frozen model and with the content of the version.")
     usage: UsageBody
 
 

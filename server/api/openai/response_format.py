@@ -12,9 +12,9 @@ from server.api.schemas import StrictBody
 class JsonSchema(StrictBody):
     """`response_format.json_schema`."""
 
-    name: str = Field(max_length=64, description="For people.")
-    description: str | None = Field(None, description="For people; the model does not see it.")
-    schema_: dict[str, Any] = Field(alias="schema", description="What the answer must match.")
+    name: str = Field(max_length=64, description="Has no effect.")
+    description: str | None = Field(None, description="Has no effect: the model does not see it.")
+    schema_: dict[str, Any] = Field(alias="schema", description="A JSON schema that the answer must match.")
     strict: bool | None = Field(None, description="Has no effect: the schema always holds.")
 
 

@@ -223,7 +223,7 @@ class ChatBody(SamplingBody):
     continue_final_message: bool | None = Field(
         None, description="Continue the last message instead of answering it; excludes add_generation_prompt."
     )
-    logprobs: bool | None = Field(None, description="Answer the log-probability of every token.")
+    logprobs: bool | None = Field(None, description="Report the log-probability of every token.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Also for this many likely alternatives.")
     response_format: ResponseFormat | None = Field(None, description="What the answer must match.")
     modalities: OnlyText = None

@@ -87,7 +87,7 @@ class GenerateParameters(SamplingFields):
         None,
         min_length=1,
         max_length=MAX_CHOICES,
-        description="Generate nothing, but say how likely each of these texts is; the likeliest is the answer.",
+        description="Generate nothing; return the probability of each of these texts, and the likeliest as the answer.",
     )
     length_normalized: bool | None = Field(
         None, description="With choices: compare mean log-probabilities of their tokens instead of sums."

@@ -12,8 +12,8 @@ from typing_extensions import override
 from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep
 from server.api.jobs.job_bodies import read_order
 from server.api.jobs.kind import Jobs, Line, News, Site, job_router
-from server.api.jobs.routes import MISSING, JobId
-from server.api.schemas import Responses, responses
+from server.api.jobs.routes import MISSING, JobId, start_route
+from server.api.schemas import Responses
 from server.api.sse import unless_disconnected
 from server.api.training.job_requests import FILES, find_start, parse_body, submit
 from server.api.training.schemas import JOBS, job_body, request_body
@@ -28,16 +28,6 @@ MOST_CHECKS = 8
 """Maximum number of jobs that wait for the check of their data."""
 CANCEL_SECONDS, CANCEL_LOOKS = 5.0, 100
 
-REFUSED = responses(
-    on_400="The form cannot be read.",
-    on_404="There is no such task to begin with.",
-    on_413="The data is too large.",
-    on_422="A field, the task's name or the data does not fit.",
-    on_429="Too many jobs are waiting.",
-    on_500="The job could not be written.",
-    on_503="The server is shutting down, or what to begin with cannot be served.",
-    on_507="There is no space left to keep it.",
-)
 LOG: Responses = {**MISSING, 200: {"description": "Text.", "content": {"text/plain": {}}}}
 
 router = job_router(JOBS, "training")
@@ -108,14 +98,7 @@ class TrainingJobs(Jobs):
         return await self._site.executors.jobs.run(read)
 
 
-@router.post(
-    "",
-    status_code=202,
-    response_model=JobBody,
-    response_model_exclude_none=True,
-    responses=REFUSED,
-    openapi_extra=request_body(),
-)
+@router.post("", **start_route(JobBody, request_body()))
 async def create_job(
     request: Request,
     response: Response,
@@ -124,7 +107,7 @@ async def create_job(
     settings: SettingsDep,
     key_id: KeyIdDep,
 ) -> JobBody:
-    """Queue a training job, once its data has been found good. What it learns becomes a version of its task."""
+    """Check the data and queue a training job. Its result becomes a version of its task."""
     async with read_order(request, FILES, parse_body) as order:
         start = await find_start(request, order.fields.spec, registry, key_id)
         jobs: TrainingJobs = TrainingJobs.of(request)

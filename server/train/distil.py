@@ -111,17 +111,13 @@ def distilled_lessons(
     return [lessons[index] for index in range(len(own))]
 
 
-def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -> KeyValues | None:
-    """The teacher's keys and values of the last tokens before an input: an initial KV prefix close to the teacher.
-
-    Each of these tokens has attended to the whole text before it and keeps its distance to the input. Keys contain
-    their positions, so the text starts at a negative position. The very first token is kept too, because a model
-    attends to it from anywhere (attention sinks, Xiao et al. 2024).
+def teacher_ids(model: FrozenModel, config: TrainingConfig, data: DataFile) -> tuple[int, ...] | None:
+    """The tokens that all of the teacher's texts begin with, whose last keys and values are an initial KV prefix.
 
     Args:
         model: the frozen model.
         config: holds the teacher's text and the number of virtual tokens.
-        data: rows to put into it: what all of its texts begin with is what can be kept.
+        data: rows to put into it.
 
     Returns:
         None if `init` is `auto` and the teacher's keys and values cannot be used.
@@ -134,9 +130,7 @@ def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -
     count = config.num_virtual_tokens
     is_rotary = hasattr(model.module.base_model, "rotary_emb")
     if is_rotary and len(shared) >= count:
-        states = key_values_of(model, shared, first=count - len(shared))
-        kept = torch.tensor([0, *range(len(shared) - count + 1, len(shared))])
-        return tuple((key[:, kept].float().cpu(), value[:, kept].float().cpu()) for key, value in states)
+        return shared
     if config.init != "teacher":
         return None
     raise InvalidTrainingData(
@@ -144,6 +138,18 @@ def teacher_states(model: FrozenModel, config: TrainingConfig, data: DataFile) -
         + (f"its texts have {len(shared)} in common." if is_rotary else f"{model.spec.name} has no rotary positions."),
         remedy="Use fewer virtual tokens, or init auto." if is_rotary else "Use init auto.",
     )
+
+
+def text_states(model: FrozenModel, token_ids: Sequence[int], count: int) -> KeyValues:
+    """Keys and values of the last `count` tokens of a text, as an initial KV prefix close to the teacher.
+
+    Each of these tokens has attended to the whole text before it and keeps its distance to the input. Keys contain
+    their positions, so the text starts at a negative position. The very first token is kept too, because a model
+    attends to it from anywhere (attention sinks, Xiao et al. 2024).
+    """
+    states = key_values_of(model, token_ids, first=count - len(token_ids))
+    kept = torch.tensor([0, *range(len(token_ids) - count + 1, len(token_ids))])
+    return tuple((key[:, kept].float().cpu(), value[:, kept].float().cpu()) for key, value in states)
 
 
 @torch.no_grad()

@@ -47,30 +47,47 @@ def initial_values(
         InvalidTrainingData: the configured method of initialisation lacks its input, for example labels or a text.
     """
     if config.init == "soft_prompt":
-        assert start is not None, "the reader of the configuration has requested it"
-        try:
-            found = load_soft_prompts(start, model.spec, config.num_virtual_tokens)[0]
-        except InvalidSoftPrompt as exc:
-            raise InvalidTrainingData(
-                f"{config.init_from} cannot be the start: {exc.message}",
-                remedy="Name the PEFT directory of a soft prompt for this model.",
-            ) from exc
-        for note in found.notes:
-            log.warning("%s: %s", config.init_from, note)
-        check_start(config, found)
+        found = load_start(model, config, start)
         return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
-    ids = _first_ids(model, config, labels)
-    if config.method == "prefix_tuning":
-        return tuple((key.float().cpu(), value.float().cpu()) for key, value in key_values_of(model, ids))
+    seed = config.seed if config.init == "random" else None
+    is_kv_prefix = config.method == "prefix_tuning"
+    return values_of_tokens(model, initial_token_ids(model, config, labels), seed, is_kv_prefix=is_kv_prefix)
+
+
+def values_of_tokens(
+    model: FrozenModel, token_ids: Sequence[int], random_seed: int | None = None, *, is_kv_prefix: bool
+) -> torch.Tensor | KeyValues:
+    """Input embeddings, or keys and values, of real tokens; with a seed: random embeddings of the same scale."""
+    if is_kv_prefix:
+        return tuple((key.float().cpu(), value.float().cpu()) for key, value in key_values_of(model, token_ids))
     with torch.no_grad():
-        embeddings = model.embed(torch.tensor(ids, device=model.device)).float().cpu().clone()
-    if config.init == "random":
-        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(config.seed))
-        return noise * embeddings.std()
-    return embeddings
+        embeddings = model.embed(torch.tensor(token_ids, device=model.device)).float().cpu().clone()
+    if random_seed is None:
+        return embeddings
+    return torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(random_seed)) * embeddings.std()
 
 
-def _first_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> list[int]:
+def load_start(model: FrozenModel, config: TrainingConfig, directory: Path | None) -> SoftPrompt:
+    """The soft prompt that training begins with.
+
+    Raises:
+        InvalidTrainingData: it cannot be read, or is not of the kind and length of what is to be learned.
+    """
+    assert directory is not None, "the reader of the configuration has requested it"
+    try:
+        found = load_soft_prompts(directory, model.spec, config.num_virtual_tokens)[0]
+    except InvalidSoftPrompt as exc:
+        raise InvalidTrainingData(
+            f"{config.init_from} cannot be the start: {exc.message}",
+            remedy="Name the PEFT directory of a soft prompt for this model.",
+        ) from exc
+    for note in found.notes:
+        log.warning("%s: %s", config.init_from, note)
+    check_start(config, found)
+    return found
+
+
+def initial_token_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> list[int]:
     """Real tokens for all virtual ones."""
     ids: list[int] = []
     if config.init == "labels" or (config.init == "auto" and labels):

@@ -15,16 +15,17 @@ from server.durable import replace_file
 from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_size
+from server.soft_prompts.start import START_FIELD, Start
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, encode_examples
-from server.train.distil import distilled_lessons, teacher_states
-from server.train.initial import initial_values
+from server.train.distil import distilled_lessons
 from server.train.inputs import TaskFiles, TaskRows, read_task
 from server.train.learning_rate import BEGUN_AS_TEACHER, Tried, find_learning_rate
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
 from server.train.output import Trained
 from server.train.record import TrainingProgress, TrainingResult
+from server.train.start import begin
 from server.train.trainer import TrainingProblem, train
 
 Watch = Callable[[TrainingProgress], None]
@@ -70,16 +71,16 @@ def train_task(
         [lesson for task, data in enumerate(part) for lesson in _lessons(model, files, config, data, task, on_taught)]
         for part in (rows.training, rows.validation)
     )
-    own = teacher_states(model, config, rows.training[0]) if config.may_begin_as_teacher else None
-    initial = own or initial_values(model, config, config.labels or rows.labels[0], files.start_of(config))
+    labels = config.labels or rows.labels[0]
+    initial, start = begin(model, config, rows.training[0], labels, files.start_of(config))
     work = TrainingProblem(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     if fresh and folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    peaks = None if own is None else BEGUN_AS_TEACHER
+    peaks = None if start.teacher_tokens is None else BEGUN_AS_TEACHER
     learning_rate = _learning_rate(work, config, folder, on_sweep_step, on_tried, peaks)
     result = train(work, config, learning_rate, on_step, checkpoint=folder)
-    manifest = _manifest(model, files, config, rows, work, result, learning_rate)
+    manifest = _manifest(model, files, config, rows, work, result, learning_rate, start)
     return Trained(work.prefix.peft_type, result, manifest, folder)
 
 
@@ -150,6 +151,7 @@ def _manifest(
     work: TrainingProblem,
     result: TrainingResult,
     learning_rate: float,
+    start: Start,
 ) -> Manifest:
     longest = max(
         len(example.target_ids) for lesson in (*work.training, *work.validation) for example in lesson.examples
@@ -176,6 +178,7 @@ def _manifest(
             "learning_rate": learning_rate,
             "validation_sha256": _hashes(rows.validation),
             "rows": sum(len(data.rows) for data in rows.training),
+            **({START_FIELD: start.as_dict()} if start.fits_manifest else {}),
         },
         metrics={
             "validation_exact_match": round(result.validation.exact_match, 4),

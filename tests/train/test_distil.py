@@ -11,7 +11,7 @@ from server.engine.model.frozen import FrozenModel
 from server.errors import ConfigurationError, InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example
-from server.train.distil import KEPT_TOKENS, distilled_lessons, teacher_states
+from server.train.distil import KEPT_TOKENS, distilled_lessons, teacher_ids, text_states
 from server.train.forward import rows_logits
 from server.train.initial import initial_values
 from server.train.inputs import TaskFiles
@@ -107,8 +107,9 @@ def test_a_student_that_begins_as_its_teacher_begins_with_its_effect(tiny32: Fro
     assert config.may_begin_as_teacher
     students = [tuple(tiny32.text.encode(f"{row.input}\nAnswer:")) for row in INPUTS.rows]
     taught = distilled_lessons(tiny32, config, INPUTS, students, 5)
-    states = teacher_states(tiny32, config, INPUTS)
-    assert states is not None
+    ids = teacher_ids(tiny32, config, INPUTS)
+    assert ids is not None
+    states = text_states(tiny32, ids, config.num_virtual_tokens)
     assert {key.shape[1] for key, _ in states} == {config.num_virtual_tokens}
     begun = measure(tiny32, PrefixTuning(states), TeacherLabels(), taught)
     if count is None:
@@ -122,9 +123,9 @@ def test_a_student_that_begins_as_its_teacher_begins_with_its_effect(tiny32: Fro
 
 def test_a_teacher_that_says_less_than_the_student_is_no_beginning(tiny32: FrozenModel) -> None:
     config = TrainingConfig(method="prefix_tuning", num_virtual_tokens=100, teacher_template=TEACHER)
-    assert teacher_states(tiny32, config, INPUTS) is None
+    assert teacher_ids(tiny32, config, INPUTS) is None
     with pytest.raises(InvalidTrainingData, match=r"its texts have \d+ in common\. Use fewer virtual tokens"):
-        teacher_states(tiny32, replace(config, init="teacher"), INPUTS)
+        teacher_ids(tiny32, replace(config, init="teacher"), INPUTS)
 
 
 def test_rows_to_be_distilled_need_no_targets(tiny32: FrozenModel, tmp_path: Path) -> None:

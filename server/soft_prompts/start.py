@@ -1,0 +1,66 @@
+"""What a soft prompt was before training, as its manifest declares it under `training.start`.
+
+Only the difference between the learned values and these says what training added. The declaration holds token ids or
+hashes, not numbers: `train/start.py` computes the values again. It does not change answers, so the digest leaves it
+out, and a declaration that cannot be read counts as missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from server.soft_prompts.manifest import Manifest
+
+START_FIELD = "start"
+MOST_IDS = 1000
+"""Maximum number of token ids in a manifest, whose size is limited; a start of more tokens is not declared."""
+
+
+class Start(BaseModel):
+    """A start: real tokens, random numbers of their scale, the last tokens of a teacher's text, or a soft prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    initial_token_ids: tuple[int, ...] | None = None
+    """The token that each virtual token began as."""
+    random_seed: int | None = None
+    """With token ids: the numbers were drawn with this seed, on the scale of those tokens' embeddings."""
+    teacher_tokens: int | None = Field(None, ge=1)
+    """Number of tokens of the teacher's text before a row's input; the keys and values of the last ones were taken."""
+    token_ids_sha256: str | None = None
+    """Hash of the ids of these tokens."""
+    prefix_hash: str | None = None
+    """The prefix hash of the soft prompt that training began with."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Self:
+        if sum(value is not None for value in (self.initial_token_ids, self.teacher_tokens, self.prefix_hash)) != 1:
+            raise ValueError("a start names token ids, a teacher's tokens or a prefix hash, and only one of them")
+        return self
+
+    @property
+    def fits_manifest(self) -> bool:
+        """Whether a manifest within its limits can hold this declaration."""
+        return len(self.initial_token_ids or ()) <= MOST_IDS
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: what is set."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def declared_start(manifest: Manifest) -> Start | None:
+    """The start that a manifest declares; None if it declares none, or one that this version cannot read."""
+    declared = (manifest.training or {}).get(START_FIELD)
+    try:
+        return None if declared is None else Start.model_validate(declared)
+    except ValidationError:
+        return None
+
+
+def hash_of_ids(token_ids: Sequence[int]) -> str:
+    """sha256 of token ids."""
+    return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()

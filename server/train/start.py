@@ -1,0 +1,100 @@
+"""The start of a run: its values, its declaration for the manifest, and the values computed from a declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from server.engine.model.frozen import FrozenModel
+from server.errors import PreludeError
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.soft_prompts.start import Start, declared_start, hash_of_ids
+from server.train.config import TrainingConfig
+from server.train.data import DataFile
+from server.train.distil import Teacher, teacher_ids, text_states
+from server.train.initial import initial_token_ids, load_start, values_of_tokens
+from server.train.methods import KeyValues, join_key_values, split_key_values
+
+
+def begin(
+    model: FrozenModel, config: TrainingConfig, data: DataFile, labels: Sequence[str] | None, directory: Path | None
+) -> tuple[torch.Tensor | KeyValues, Start]:
+    """Initial values of a run, and their declaration.
+
+    Args:
+        model: the frozen model.
+        config: says how training begins.
+        data: rows, for the teacher's text.
+        labels: of the task, if it has any.
+        directory: the PEFT directory for `init=soft_prompt`.
+
+    Raises:
+        InvalidTrainingData: the configured start lacks its input, or does not fit.
+    """
+    if config.may_begin_as_teacher and (ids := teacher_ids(model, config, data)) is not None:
+        start = Start(teacher_tokens=len(ids), token_ids_sha256=hash_of_ids(ids))
+        return text_states(model, ids, config.num_virtual_tokens), start
+    if config.init == "soft_prompt":
+        found = load_start(model, config, directory)
+        values = split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
+        return values, Start(prefix_hash=found.prefix_hash)
+    start = declared_tokens(model, config, labels)
+    return _of_tokens(model, start, is_kv_prefix=config.method == "prefix_tuning"), start
+
+
+def declared_tokens(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> Start:
+    """The declaration of a start at real tokens, or at random numbers of their scale."""
+    ids = initial_token_ids(model, config, labels)
+    return Start(initial_token_ids=tuple(ids), random_seed=config.seed if config.init == "random" else None)
+
+
+def start_values(model: FrozenModel, soft_prompt: SoftPrompt, others: Sequence[SoftPrompt] = ()) -> torch.Tensor | None:
+    """What a soft prompt was before training, in float32 on the CPU, in the shape of its tensor.
+
+    Args:
+        model: the frozen model.
+        soft_prompt: its manifest declares the start.
+        others: soft prompts that it may have started from.
+
+    Returns:
+        None if the start is unknown: not declared, not for this model, or a soft prompt that is not among `others`.
+    """
+    start = declared_start(soft_prompt.manifest)
+    if start is None:
+        return None
+    if start.prefix_hash is not None:
+        shape = soft_prompt.tensor.shape
+        found = (other.tensor for other in others if other.prefix_hash == start.prefix_hash)
+        return next((tensor.detach().float().cpu() for tensor in found if tensor.shape == shape), None)
+    values: torch.Tensor | KeyValues | None = None
+    try:
+        if start.teacher_tokens is not None:
+            values = _of_teacher(model, soft_prompt, start)
+        else:
+            ids = start.initial_token_ids or ()
+            is_alike = len(ids) == soft_prompt.num_virtual_tokens and all(0 <= i < model.spec.vocab_size for i in ids)
+            if is_alike:
+                values = _of_tokens(model, start, is_kv_prefix=soft_prompt.is_kv_prefix)
+    except PreludeError:  # a declaration that does not fit this model
+        return None
+    if values is None or isinstance(values, torch.Tensor):
+        return values
+    return join_key_values(values)
+
+
+def _of_tokens(model: FrozenModel, start: Start, *, is_kv_prefix: bool) -> torch.Tensor | KeyValues:
+    return values_of_tokens(model, start.initial_token_ids or (), start.random_seed, is_kv_prefix=is_kv_prefix)
+
+
+def _of_teacher(model: FrozenModel, soft_prompt: SoftPrompt, start: Start) -> KeyValues | None:
+    """Keys and values of the teacher's last tokens, if its text still gives the declared tokens."""
+    training = soft_prompt.manifest.training or {}
+    template, count = training.get("teacher_template"), start.teacher_tokens or 0
+    if not isinstance(template, str) or not soft_prompt.is_kv_prefix or count < soft_prompt.num_virtual_tokens:
+        return None
+    ids = Teacher(model, template, bool(training.get("teacher_chat"))).encode("-")[:count]
+    if len(ids) > model.spec.max_model_len or hash_of_ids(ids) != start.token_ids_sha256:
+        return None
+    return text_states(model, ids, soft_prompt.num_virtual_tokens)

@@ -87,12 +87,7 @@ class GuardedRoute(APIRoute):
 
 
 def authorise(request: Request, *scopes: Scope) -> None:
-    """Find a request's key, set `request.state.key_id`, and refuse what the key does not allow.
-
-    Raises:
-        Unauthorized: there is no key, or a wrong one.
-        Forbidden: a scope is missing, or the path names a task that the key is not for.
-    """
+    """Find a request's key and set `request.state.key_id`; raises Unauthorized, or Forbidden for a scope or a task."""
     record_of(request).generates = Scope.GENERATE in scopes
     keys: ApiKeys | None = request.app.state.keys
     key = None if keys is None else _presented(request, keys)

@@ -177,14 +177,10 @@ async def find_soft_prompt(registry: Registry, reference: str, key: str) -> tupl
 async def encode_text(
     worker: EngineWorker, text: str | TemplatedText, truncate: int | None = None, *, add_special_tokens: bool = True
 ) -> list[int]:
-    """Token ids of a text that is ready for the model, the last `truncate` of them.
+    """Token ids of a text that is ready for the model, the last `truncate` of them; raises InputTooLong.
 
-    The tokenizer lets no other thread run while it works, a second for some million characters, so a text that can
+    The tokenizer blocks all other threads while it works, a second for some million characters, so a text that can
     never fit is refused, or cut, before.
-
-    Raises:
-        InputTooLong: the text does not fit the context.
-        InvalidRequest: a user's text in a template cannot be told from a special token.
     """
     whole = TemplatedText(text) if isinstance(text, str) else text
     if truncate is None:

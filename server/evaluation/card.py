@@ -87,12 +87,7 @@ def check_card(directory: Path) -> None:
 
 
 def write_metrics(directory: Path, report: Report) -> None:
-    """Write the figures to the metrics of manifest.json, as `test_…`.
-
-    Raises:
-        InvalidSoftPrompt: the manifest there cannot be read.
-        ConfigurationError: it cannot be written.
-    """
+    """Write the figures to the metrics of manifest.json, as `test_…`; raises InvalidSoftPrompt, ConfigurationError."""
     path = directory / MANIFEST_FILE
     try:
         manifest = Manifest.parse(path.read_bytes()) if path.exists() else Manifest()

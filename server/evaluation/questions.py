@@ -169,10 +169,7 @@ class Questions:
 
 
 def shown_text(text: str, system: System, data: EvaluationData) -> str:
-    """Prepare an answer for comparison: strip white space.
-
-    For the frozen model alone, keep only the first non-blank line, if every target is a single line.
-    """
+    """An answer, stripped; of the frozen model alone, only the first line if all targets are single lines."""
     text = text.strip()
     if system.is_lenient and data.is_single_line:
         return text.splitlines()[0].strip() if text else ""
@@ -180,10 +177,7 @@ def shown_text(text: str, system: System, data: EvaluationData) -> str:
 
 
 def is_same(text: str, target: str, *, lenient: bool) -> bool:
-    """Whether an answer equals a target.
-
-    If `lenient`, case is ignored, and so are ASCII punctuation and white space at either end of both.
-    """
+    """Whether an answer equals a target; `lenient` ignores case, and ASCII punctuation and white space at both ends."""
     if not lenient:
         return text.strip() == target.strip()
     return bool(text.strip()) and _bare(text) == _bare(target)

@@ -65,10 +65,7 @@ class Report:
         return tuple(self.scores[self.about.name].figures)
 
     def verdict(self, other: str, metric: Metric | None = None) -> str:
-        """`better`, `worse` or `no difference shown`: the evaluated system compared with another.
-
-        A difference counts as shown if its 95 % interval leaves out 0.
-        """
+        """`better`, `worse` or `no difference shown`, if the 95 % interval of the difference contains 0."""
         metric = metric or self.main
         difference = self.differences[other][metric]
         if difference.low <= 0.0 <= difference.high:

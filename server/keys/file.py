@@ -50,11 +50,7 @@ def how_to_make_a_key(path: Path) -> str:
 
 
 def read_keys(path: Path) -> Keys:
-    """The keys of a file, in its order; it may be empty, because the last key may have been revoked.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or is invalid; the error names the entry without quoting values.
-    """
+    """The keys of a file, in its order, perhaps none; ConfigurationError names invalid entries, but quotes no value."""
     try:
         data = _read_regular(path)
     except OSError as exc:
@@ -88,11 +84,7 @@ def _read_regular(path: Path) -> bytes:
 
 
 def add_key(path: Path, name: str, scopes: Sequence[Scope], tasks: Sequence[str] | None) -> tuple[ApiKey, str]:
-    """Create a key and add it to the file; returns it with the secret text for its holder, which is not stored.
-
-    Raises:
-        ConfigurationError: the file cannot be changed, or the key's fields are invalid.
-    """
+    """Create a key and add it to the file; returns it with its text, which is not stored. Raises ConfigurationError."""
     try:
         key, text = make_key(name, scopes, tasks)
     except ValidationError as exc:

@@ -15,11 +15,7 @@ from server.soft_prompts.names import split_version
 
 
 def parse_body(body: Body) -> EvaluationRequest:
-    """Parse the fields of a form or of a JSON body.
-
-    Raises:
-        ValidationError, InvalidRequest: a field does not fit, or the data is missing.
-    """
+    """Parse the fields of a form or of a JSON body; raises ValidationError or InvalidRequest."""
     fields = body.value
     if not body.is_json:
         for name in ("baselines", "compare"):

@@ -129,11 +129,7 @@ class InServerJobs(Jobs, Generic[W]):
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Context manager: count one more job while its body is read, beside those that wait, run or are prepared.
-
-        Raises:
-            ServerDraining, Overloaded: the server is shutting down, or too many jobs are waiting.
-        """
+        """Context manager: count one more job while its body is read; raises Overloaded or ServerDraining."""
         if self._site.worker.draining or self._is_stopping:
             raise ServerDraining("The server is shutting down.")
         if len(self._tasks) + self._arriving > MOST_WAITING:

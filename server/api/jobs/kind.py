@@ -42,7 +42,7 @@ class Site:
 
 @dataclass(frozen=True)
 class News:
-    """A job, and the lines added to its record since the last poll, between two offsets.
+    """A job, and the lines added to its record between two offsets.
 
     `progress` is sent to followers whenever it changes; None if the record contains the progress.
     """

@@ -91,10 +91,7 @@ class _Form:
 
 
 def _given(choices: Sequence[Choice]) -> Sequence[Scored]:
-    """The input's tokens, which all choices share.
-
-    The engine reports them once: with the first choice's first delta.
-    """
+    """The input's tokens, which the engine reports once, with the first choice."""
     return choices[0].scored
 
 

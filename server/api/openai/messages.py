@@ -86,12 +86,9 @@ class Message(BaseModel):
 
 @dataclass(frozen=True)
 class ChatText:
-    """The text of a chat for the model.
+    """The text of a chat for the model, and reply headers that report how the messages were read.
 
-    Attributes:
-        text: the rendered messages.
-        add_special_tokens: whether the tokenizer adds special tokens; a chat template writes its own.
-        headers: reply headers that report how the messages were read.
+    A chat template writes special tokens itself; otherwise the tokenizer adds them (`add_special_tokens`).
     """
 
     text: TemplatedText

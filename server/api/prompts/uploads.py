@@ -66,8 +66,7 @@ def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) 
     """Write the files of a soft prompt into a directory; returns the names of ignored files.
 
     Raises:
-        InvalidSoftPrompt: a file does not belong to a soft prompt or occurs twice, or the zip is unsafe or broken.
-        PayloadTooLarge: the extracted files exceed `max_bytes`.
+        InvalidSoftPrompt, PayloadTooLarge: a file does not belong, the zip is unsafe, or the files exceed `max_bytes`.
     """
     names = [_path(file.filename or "").name for file in files]
     if len(files) == 1 and names[0].lower().endswith(".zip"):

@@ -25,11 +25,7 @@ FILES = ("data", "validation")
 
 
 def parse_body(body: Body) -> JobRequest:
-    """Parse the job from a JSON body, or from a form's field `spec`.
-
-    Raises:
-        ValidationError, InvalidRequest: a field does not fit, is unknown, or `spec` is missing.
-    """
+    """Parse the job from a JSON body, or from a form's field `spec`; raises ValidationError or InvalidRequest."""
     if body.is_json:
         return parse_request(body.value)
     if (spec := body.value.pop("spec", None)) is None:

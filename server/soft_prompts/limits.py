@@ -1,4 +1,4 @@
-"""Limits of a manifest. Only a publish checks them; a manifest that is already in a store is read at any size."""
+"""Limits of a manifest. Only a publish checks them; a manifest that is already in a store is read as it is."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ answers."""
 
 
 def check_manifest(manifest: Manifest, rows: int = 1) -> None:
-    """Refuse a manifest that is too large for memory, for lists, or for requests.
+    """Refuse a manifest that is too large for memory, for lists, or for requests, or that names a label twice.
 
     Args:
         manifest: the manifest of a soft prompt to publish.
         rows: number of tasks; more than one for a multitask soft prompt.
 
     Raises:
-        InvalidSoftPrompt: names the limit and the manifest's value.
+        InvalidSoftPrompt: names the limit and the manifest's value, or the label.
     """
     size = len(manifest.to_json().encode())
     labels = manifest.labels or ()
@@ -50,6 +50,11 @@ def check_manifest(manifest: Manifest, rows: int = 1) -> None:
                 f"{MANIFEST_NAME} has {held:,} {what}; at most {limit:,} are taken.",
                 remedy="Keep in it what people and requests need, and the rest in another file.",
             )
+    if len(set(labels)) < len(labels):
+        repeated = next(label for number, label in enumerate(labels) if label in labels[:number])
+        raise InvalidSoftPrompt(
+            f"{MANIFEST_NAME} names the label {repeated[:80]!r} more than once.", remedy="Name each label once."
+        )
 
 
 def num_entries(value: Any) -> int:

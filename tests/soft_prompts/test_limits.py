@@ -46,6 +46,14 @@ def test_a_manifest_that_holds_too_much_is_refused_with_figures(name: str, tmp_p
     assert words in caught.value.message
 
 
+def test_a_label_named_twice_is_refused_at_upload_and_still_read_from_a_store(tmp_path: Path, spec: ModelSpec) -> None:
+    text = json.dumps({"labels": ["ham", "spam", "ham"]})
+    (peft_directory(tmp_path) / MANIFEST).write_text(text)
+    with pytest.raises(InvalidSoftPrompt, match="names the label 'ham' more than once"):
+        load_soft_prompts(tmp_path, spec, 16)
+    assert Manifest.parse(text).labels == ("ham", "spam", "ham")
+
+
 def test_a_manifest_within_every_bound_is_taken() -> None:
     check_manifest(
         Manifest(

@@ -104,26 +104,14 @@ def read_lines(path: Path, offset: int = 0, most: int = -1) -> tuple[list[dict[s
 
 def last_line_end(path: Path) -> int:
     """Where the last whole line of a record ends; 0 if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            begin = file.seek(max(0, size - TAIL_BYTES))
-            return begin + file.read(size - begin).rfind(b"\n") + 1
-    except FileNotFoundError:
-        return 0
+    begin, data = _tail(path)
+    return begin + len(data)
 
 
 def read_progress(path: Path) -> JobProgress:
     """How far a job has come, from the end of its record."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            data = file.read()
-    except FileNotFoundError:
-        return JobProgress()
-    whole = data[: data.rfind(b"\n") + 1]
-    lines = _parsed(whole[whole.find(b"\n") + 1 :] if size > TAIL_BYTES else whole)
+    begin, data = _tail(path)
+    lines = _parsed(data[data.find(b"\n") + 1 :] if begin else data)
     phase = next((line["phase"] for line in reversed(lines) if line["event"] == "phase"), "training" if lines else "")
     last = next((line for line in reversed(lines) if line["event"] == "step"), None)
     if last is None:
@@ -131,6 +119,18 @@ def read_progress(path: Path) -> JobProgress:
     is_ahead = lines[-1]["event"] != "step"  # a restarted process has not reached this step yet
     left = None if is_ahead else last["seconds_left"]
     return JobProgress(phase, last["step"], last["loss"], last["tokens_per_second"], left, last["validation"])
+
+
+def _tail(path: Path) -> tuple[int, bytes]:
+    """Where a record's last TAIL_BYTES begin, and these up to the end of the last whole line."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            begin = file.seek(max(0, size - TAIL_BYTES))
+            data = file.read(size - begin)
+    except FileNotFoundError:
+        return 0, b""
+    return begin, data[: data.rfind(b"\n") + 1]
 
 
 def _parsed(lines: bytes) -> list[dict[str, Any]]:

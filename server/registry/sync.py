@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from server.background_service import Service
 from server.errors import PreludeError
@@ -20,32 +21,25 @@ class Syncer(Service):
         super().__init__("sync", STOP_SECONDS)
         self._registry = registry
         self._seconds = seconds
-        self._compact_failure: type[Exception] | None = None  # kind of error that is already logged
+        self._failures: dict[str, type[Exception]] = {}  # problem -> kind of error that is already logged
 
     def _run(self) -> None:
-        failure: type[Exception] | None = None  # kind of error that is already logged
+        unseen = "changes of other servers are not seen"
         while not self._stop.wait(self._seconds):
-            try:
-                self._registry.sync()
-            except Exception as exc:
-                if type(exc) is not failure:
-                    is_ours = not isinstance(exc, PreludeError)
-                    log.warning("changes of other servers are not seen: %s", exc, exc_info=is_ours)
-                failure = type(exc)
-            else:
-                if failure is not None:
+            had_failed = unseen in self._failures
+            if self._succeeds(self._registry.sync, unseen):
+                if had_failed:
                     log.info("changes of other servers are seen again")
-                failure = None
-                self._compact()
+                self._succeeds(self._registry.compact, "the event log is not shortened")  # harmless: it stays longer
 
-    def _compact(self) -> None:
-        """Compact the event log. A failure is harmless: the log only stays longer."""
+    def _succeeds(self, work: Callable[[], None], problem: str) -> bool:
+        """Whether the work succeeded; logs a failure unless the last one was of the same kind."""
         try:
-            self._registry.compact()
+            work()
         except Exception as exc:
-            if type(exc) is not self._compact_failure:
-                is_ours = not isinstance(exc, PreludeError)
-                log.warning("the event log is not shortened: %s", exc, exc_info=is_ours)
-            self._compact_failure = type(exc)
-        else:
-            self._compact_failure = None
+            if type(exc) is not self._failures.get(problem):
+                log.warning("%s: %s", problem, exc, exc_info=not isinstance(exc, PreludeError))
+            self._failures[problem] = type(exc)
+            return False
+        self._failures.pop(problem, None)
+        return True

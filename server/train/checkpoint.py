@@ -56,7 +56,8 @@ def save_checkpoint(folder: Path, checkpoint: TrainingCheckpoint) -> None:
         "history": [asdict(measured) for measured in checkpoint.history],
     }
     temporary = folder / f".{FILE}"
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, _metadata(record))
+    metadata = {"record": json.dumps(record)}
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     sync(temporary)
     os.replace(temporary, folder / FILE)
     sync(folder)
@@ -82,7 +83,3 @@ def load_checkpoint(folder: Path) -> TrainingCheckpoint | None:
     )
     optimizer = {"state": state, "param_groups": record["groups"]}
     return TrainingCheckpoint(record["step"], parts["parameters"], parts["best"], optimizer, history)
-
-
-def _metadata(record: dict[str, Any]) -> dict[str, str]:
-    return {"record": json.dumps(record)}

@@ -27,11 +27,11 @@ async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -
     """
     is_cancelled = threading.Event()
 
-    def go_on() -> None:
+    def check_cancelled() -> None:
         if is_cancelled.is_set():
             raise RequestAborted("The work was cancelled before its end.")
 
-    running = threads.submit(work, go_on)
+    running = threads.submit(work, check_cancelled)
     ended = asyncio.wrap_future(running)
     # Always retrieve the exception, because a caller that is cancelled twice does not wait for the end of the work.
     ended.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -75,11 +75,7 @@ class Lane:
         self._entered = 0
 
     async def run(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """Like `run_long`, after waiting for the turn.
-
-        Raises:
-            Overloaded: too many items are waiting.
-        """
+        """Like `run_long`, after waiting for the turn; raises Overloaded if too many items are waiting."""
         if self._entered > self._most_waiting:
             raise Overloaded(f"{self._most_waiting} {self._work} wait already until their data is checked.")
         self._entered += 1

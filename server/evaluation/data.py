@@ -95,9 +95,9 @@ def _may_read(path: Path, inside: Path | None) -> bool:
 def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = lambda: None) -> DataFile:
     """Read a data file, which errors (InvalidTrainingData) call by `name`; `go_on` is called before each line."""
     if name is None:
-        return read_data(path, go_on=go_on)
+        return read_data(path, check_cancelled=go_on)
     try:
-        return replace(read_data(path, go_on=go_on), path=Path(name))
+        return replace(read_data(path, check_cancelled=go_on), path=Path(name))
     except InvalidTrainingData as exc:
         raise InvalidTrainingData(exc.message.replace(str(path), name), remedy=exc.remedy) from exc
 

@@ -57,11 +57,11 @@ def check_spec(spec: JobSpec, frame: Frame) -> None:
 
 
 def check_data(
-    spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame, go_on: Callable[[], None] = lambda: None
+    spec: JobSpec, folder: JobFolder, names: DataNames, frame: Frame, check_cancelled: Callable[[], None] = lambda: None
 ) -> None:
     """Read all rows as the run will.
 
-    `go_on` is called before each row; if it raises, the check stops with that error.
+    `check_cancelled` is called before each row; if it raises, the check stops with that error.
 
     Raises:
         InvalidTrainingData: names file and line, by the names that the client used.
@@ -70,7 +70,7 @@ def check_data(
     held = folder.validation if folder.validation.exists() else None
     files = TaskFiles(spec.task, folder.data, held, spec.input_template, spec.system_message)
     try:
-        rows = read_task(files, config, go_on)
+        rows = read_task(files, config, check_cancelled)
         for data in (*rows.training, *rows.validation):
             check_lengths(
                 data,
@@ -79,7 +79,7 @@ def check_data(
                 frame.encode,
                 frame.model.max_model_len,
                 can_fit=frame.can_fit,
-                go_on=go_on,
+                check_cancelled=check_cancelled,
             )
     except InvalidTrainingData as exc:
         raise InvalidTrainingData(

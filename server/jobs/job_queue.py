@@ -50,12 +50,7 @@ class JobBoard:
         self._checking = threading.Lock()  # checks run one at a time, because a large data file takes much memory
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse what can be refused without its data.
-
-        Raises:
-            PreludeError: as `check_spec`.
-            Overloaded: the queue is full.
-        """
+        """Refuse what can be refused without its data: as `check_spec`, or Overloaded if the queue is full."""
         check_spec(spec, self._frame)
         if len(self._queue()) >= MOST_QUEUED:
             raise Overloaded(
@@ -69,7 +64,7 @@ class JobBoard:
         names: DataNames,
         by: str | None,
         start: SoftPrompt | None = None,
-        go_on: Callable[[], None] = lambda: None,
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> Job:
         """Check a draft's data and queue it.
 
@@ -79,7 +74,7 @@ class JobBoard:
             names: the client's names for the data files.
             by: whose key asked for it.
             start: the soft prompt that `config.init_from` names, if any.
-            go_on: called between pieces of the work; if it raises, the work ends, and nothing is queued.
+            check_cancelled: called between pieces of the work; if it raises, the work ends, and nothing is queued.
 
         Raises:
             InvalidTrainingData: nothing is queued then.
@@ -89,8 +84,8 @@ class JobBoard:
             check_start(spec.config, start)
             save_soft_prompt(draft.start, start, self._frame.model)
         with self._checking:
-            go_on()
-            check_data(spec, draft, names, self._frame, go_on)
+            check_cancelled()
+            check_data(spec, draft, names, self._frame, check_cancelled)
         job = self.files.add(draft, spec, names, by)
         log.info("training job %s for %s is queued", job.id, spec.task)
         self.changed.set()
@@ -102,11 +97,7 @@ class JobBoard:
         return [replace(job, queue_position=positions.get(job.id)) for job in reversed(self.files.jobs())]
 
     def job(self, job_id: str) -> Job:
-        """One of them.
-
-        Raises:
-            UnknownJob: there is none of that id.
-        """
+        """The job with this id, with its position in the queue; raises UnknownJob if there is none."""
         job = self.files.job(job_id)
         if job.status.state != JobState.QUEUED:
             return job
@@ -136,12 +127,7 @@ class JobBoard:
             self.changed.set()
 
     def delete(self, job_id: str) -> None:
-        """Forget a job that is over; what it published stays.
-
-        Raises:
-            UnknownJob: there is none of that id.
-            JobRuns: it is not over.
-        """
+        """Delete a job (UnknownJob) that has ended (else JobRuns); what it published stays."""
         if not self.files.job(job_id).status.state.is_over:
             raise JobRuns(f"The training job {job_id} has not ended.")
         self.files.remove(job_id)

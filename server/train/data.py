@@ -83,13 +83,13 @@ class Example:
         return self.input_ids + self.target_ids[:-1]
 
 
-def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None] = lambda: None) -> DataFile:
+def read_data(path: Path, *, need_targets: bool = True, check_cancelled: Callable[[], None] = lambda: None) -> DataFile:
     """Read a whole data file.
 
     Args:
         path: of the file.
         need_targets: whether targets are required. Distillation ignores them; a missing target is stored as a dash.
-        go_on: called before each line; if it raises, the reading ends.
+        check_cancelled: called before each line; if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: the file is missing, empty or too long, or a line is not what it must be; names file and
@@ -101,7 +101,7 @@ def read_data(path: Path, *, need_targets: bool = True, go_on: Callable[[], None
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                go_on()
+                check_cancelled()
                 digest.update(line)
                 if len(rows) == MAX_ROWS or len(line) > MAX_LINE_BYTES:
                     raise _too_long(path, number, len(line))
@@ -187,7 +187,7 @@ def check_lengths(
     max_model_len: int,
     *,
     can_fit: CanFit = always,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> None:
     """Refuse the rows that `encode_examples` would refuse, without the model.
 
@@ -200,13 +200,13 @@ def check_lengths(
         encode: the tokenizer.
         max_model_len: tokens that the context holds.
         can_fit: whether texts may fit the context together; others are not tokenised.
-        go_on: called before each row; if it raises, the check ends.
+        check_cancelled: called before each row; if it raises, the check ends.
 
     Raises:
         InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
     """
     for row in data.rows:
-        go_on()
+        check_cancelled()
         if not can_fit(row.input, row.target):
             raise InvalidTrainingData(
                 f"{data.path}, line {row.line}: {len(row.input) + len(row.target):,} characters "

@@ -58,8 +58,8 @@ class TaskRows:
     labels: tuple[tuple[str, ...] | None, ...]
 
 
-def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None] = lambda: None) -> TaskRows:
-    """Read and check all rows; `go_on` is called before each line, and if it raises, the reading ends.
+def read_task(files: TaskFiles, config: TrainingConfig, check_cancelled: Callable[[], None] = lambda: None) -> TaskRows:
+    """Read and check all rows; `check_cancelled` is called before each line, and if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: the options contradict each other, or a file or row is invalid.
@@ -74,10 +74,12 @@ def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None
         )
     pairs = []
     for number, path in enumerate(paths):
-        data = read_data(path, need_targets=need, go_on=go_on)
-        pairs.append(
-            hold_out(data) if held is None else (data, read_data(held[number], need_targets=need, go_on=go_on))
-        )
+        data = read_data(path, need_targets=need, check_cancelled=check_cancelled)
+        if held is None:
+            pairs.append(hold_out(data))
+        else:
+            measured = read_data(held[number], need_targets=need, check_cancelled=check_cancelled)
+            pairs.append((data, measured))
     labels = [labels_of(training.rows) if need else None for training, _ in pairs]
     for (training, validation), of in zip(pairs, labels, strict=True):
         check_rows(training, validation, of)
@@ -90,11 +92,7 @@ def read_task(files: TaskFiles, config: TrainingConfig, go_on: Callable[[], None
 
 
 def check_kind(files: TaskFiles, config: TrainingConfig) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        InvalidTrainingData: says what does.
-    """
+    """Raise InvalidTrainingData if files and configuration contradict each other."""
     several = isinstance(files.training, tuple) and len(files.training) > 1
     if several != (config.method == "multitask_prompt_tuning"):
         raise InvalidTrainingData(

@@ -48,11 +48,11 @@ def best_of(history: Sequence[Measured]) -> int:
     A free text is hardly ever reproduced word for word, so its exact match is mostly chance, and the loss alone
     decides.
     """
-    is_told_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
+    decides_by_matches = max(measured.score.exact_match for measured in history) >= TELLING_MATCHES
 
     def rank(index: int) -> tuple[float, float]:
         score = history[index].score
-        return score.exact_match if is_told_by_matches else 0.0, -score.loss
+        return score.exact_match if decides_by_matches else 0.0, -score.loss
 
     return max(range(len(history)), key=rank)
 

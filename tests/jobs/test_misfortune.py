@@ -267,7 +267,7 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
     with board.files.draft() as draft:
         write_rows(draft.data, [*ROWS, (" " * 60_000 + "x", "yes")])
         with pytest.raises(InvalidTrainingData, match=r"rows.jsonl, line 21: 60,004 characters can never fit"):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=go_on)
     assert longest <= 1000
     assert looks > 20, "it asks at every row whether to go on"
 
@@ -285,6 +285,6 @@ def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: F
     with board.files.draft() as draft:
         write_rows(draft.data, ROWS)
         with pytest.raises(RequestAborted):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, go_on=go_on)
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=go_on)
     assert board.jobs() == []
     assert not list(settings.jobs_folder.glob(".new-*"))

@@ -45,11 +45,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk (fsync).
-
-    Raises:
-        OSError: the flush failed.
-    """
+    """Flush a file's content, or a folder's entries, to disk (fsync); raises OSError if that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -63,11 +63,7 @@ LATEST_SECONDS = 9.0
 
 
 def serve(settings: Settings) -> None:
-    """Run a server until it is stopped.
-
-    Raises:
-        ConfigurationError, StoreError: it cannot start.
-    """
+    """Run a server until it is stopped; raises ConfigurationError or StoreError if it cannot start."""
     keys, tracing = open_keys(settings), open_tracing(settings)
     allow_many_connections()
     # First, so that a port in use is reported before the model is loaded.
@@ -228,11 +224,7 @@ def check_exposure(settings: Settings, address: str) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind the address; connections wait until the server is ready.
-
-    Raises:
-        ConfigurationError: the address is in use, or does not belong to this machine.
-    """
+    """Bind the address; connections wait until the server is ready. ConfigurationError: it cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -265,11 +265,7 @@ def _listed(value: str, form: re.Pattern[str], what: str) -> str:
 
 
 def check_variables() -> None:
-    """Refuse a misspelt variable, which would silently do nothing.
-
-    Raises:
-        ConfigurationError: a PRELUDE_… variable is not a setting.
-    """
+    """Raise ConfigurationError for a misspelt PRELUDE_… variable, which would silently do nothing."""
     known = [ENV_PREFIX + name.upper() for name in Settings.model_fields]
     # pydantic ignores the case of names, so this check does too.
     unknown = sorted(

@@ -28,11 +28,7 @@ MiB = 2**20
 
 
 def check_fits(settings: Settings) -> None:
-    """Refuse to load a second copy onto a device that has no room for it; on a CPU there is nothing to check.
-
-    Raises:
-        InsufficientMemory: says what is free and what would be needed.
-    """
+    """Refuse to load a second copy onto a device without room for it (InsufficientMemory); a CPU needs no room."""
     device = choose_device(settings.device)
     if device.type != "cpu":
         need = int(ROOM * weight_bytes(settings, device))
@@ -40,11 +36,7 @@ def check_fits(settings: Settings) -> None:
 
 
 def check_room(need: int, free: int, device: str) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        InsufficientMemory: it does not.
-    """
+    """Raise InsufficientMemory, with both sizes, if less is free than a job needs."""
     if need > free:
         raise InsufficientMemory(
             f"Training needs a second copy of the frozen model on {device}, {need / MiB:,.0f} MiB with room to work, "

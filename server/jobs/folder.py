@@ -80,11 +80,7 @@ class JobFolder:
         write_json(self.path / STATUS, _STATUS.dump_python(status, mode="json"))
 
     def read(self) -> Job:
-        """The job as it is now.
-
-        Raises:
-            OSError, ValueError, TypeError, KeyError: the folder is not whole.
-        """
+        """The job as it is now; raises OSError, ValueError, TypeError or KeyError if the folder is not whole."""
         said = json.loads((self.path / "spec.json").read_bytes())
         status = _STATUS.validate_json((self.path / STATUS).read_bytes())
         return Job(
@@ -109,11 +105,7 @@ class JobsFolder:
 
     @contextmanager
     def draft(self) -> Iterator[JobFolder]:
-        """A folder for a job's data; gone afterwards, unless it was made a job.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
+        """A folder for a job's data, removed unless it became a job; raises StoreError if it cannot be written."""
         path = self.root / f".new-{new_job_id()}"
         try:
             path.mkdir(parents=True)
@@ -124,11 +116,7 @@ class JobsFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def add(self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None) -> Job:
-        """Make a draft a job, durably.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Make a draft a job, durably; raises OSError if it cannot be written."""
         copies = [draft.data, draft.validation, draft.start, *draft.start.glob("*")]
         for copy in copies:
             if copy.exists():
@@ -155,21 +143,13 @@ class JobsFolder:
         return self._states.all()
 
     def folder(self, job_id: str) -> JobFolder:
-        """The files of a job.
-
-        Raises:
-            UnknownJob: there is none of that id.
-        """
+        """The files of a job; raises UnknownJob if no job has that id."""
         if not JOB_ID.fullmatch(job_id) or not (self.root / job_id).is_dir():
             raise UnknownJob(f"There is no training job {job_id[:80]!r}.")
         return JobFolder(self.root / job_id)
 
     def job(self, job_id: str) -> Job:
-        """A job as it is now.
-
-        Raises:
-            UnknownJob: there is none of that id, or its folder cannot be read.
-        """
+        """A job as it is now; raises UnknownJob if no job has that id, or its folder cannot be read."""
         folder = self.folder(job_id)
         try:
             return folder.read()
@@ -223,9 +203,5 @@ class JobsFolder:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a file, durably.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Replace a file, durably; raises OSError if it cannot be written."""
     replace_file(path, json.dumps(value, indent=2).encode())

@@ -83,11 +83,7 @@ def _is_full(exc: Exception) -> bool:
 
 
 def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> None:
-    """Load the model, train, write the result.
-
-    Raises:
-        PreludeError: the job cannot be done.
-    """
+    """Load the model, train, write the result; raises PreludeError if the job cannot be done."""
     from server.engine.model.frozen import FrozenModel
     from server.jobs.check_memory import check_fits
     from server.train.dtype import training_settings

@@ -90,11 +90,7 @@ class ManifestText(str):
         return kept
 
     def parse(self) -> Manifest:
-        """The manifest as a new object.
-
-        Raises:
-            InvalidSoftPrompt: a newer Prelude wrote it.
-        """
+        """The manifest as a new object; raises InvalidSoftPrompt if a newer Prelude wrote it."""
         return Manifest.parse(str(self))
 
 

@@ -22,11 +22,7 @@ class BoundedLock:
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        """Wait for the lock.
-
-        Raises:
-            StoreTimeout: others hold it for WAIT_SECONDS.
-        """
+        """Wait for the lock; raises StoreTimeout if others hold it for WAIT_SECONDS."""
         if not self._lock.acquire(timeout=WAIT_SECONDS):
             raise StoreTimeout(f"Another change has waited for the store for {WAIT_SECONDS:.0f} seconds.")
 
@@ -36,11 +32,7 @@ class BoundedLock:
 
 
 def result_of(future: Future[T]) -> T:
-    """The result of a future, within WAIT_SECONDS.
-
-    Raises:
-        StoreTimeout: not within WAIT_SECONDS.
-    """
+    """The result of a future; raises StoreTimeout if it takes longer than WAIT_SECONDS."""
     try:
         return future.result(WAIT_SECONDS)
     except FutureTimeoutError as exc:

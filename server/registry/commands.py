@@ -144,11 +144,7 @@ def existing(state: RegistryState, name: str, expected: Expected = None) -> Task
 
 
 def check_expected(state: RegistryState, name: str, expected: Expected) -> None:
-    """Refuse a change whose precondition does not hold.
-
-    Raises:
-        PreconditionFailed: says what is so.
-    """
+    """Raise PreconditionFailed, with the task's state, unless the precondition holds."""
     task = _task(state, name)
     exists = bool(task.versions)
     if expected is None or (expected == "any" and exists) or (expected == "none" and not exists):
@@ -161,11 +157,7 @@ def check_expected(state: RegistryState, name: str, expected: Expected) -> None:
 
 
 def check_version(name: str, versions: Collection[int], number: int) -> None:
-    """Refuse a number that the task does not have.
-
-    Raises:
-        UnknownTask: names those that it has.
-    """
+    """Raise UnknownTask, with the newest versions, if the task has no version of this number."""
     if number not in versions:
         listed = ", ".join(map(str, sorted(versions)[-20:]))
         raise UnknownTask(f"Task {name!r} has no version {number}.", remedy=f"Its versions are {listed}.")

@@ -94,11 +94,7 @@ class VersionContent(_Strict):
         return f"{self.digest} {self.about.identity}"
 
     def parse_manifest(self) -> Manifest:
-        """The manifest as an object.
-
-        Raises:
-            InvalidSoftPrompt: a newer Prelude wrote it.
-        """
+        """The manifest as an object; raises InvalidSoftPrompt if a newer Prelude wrote it."""
         return self._text.manifest
 
     @property
@@ -239,11 +235,7 @@ class Event(_Strict):
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> Event:
-        """Read an event's file.
-
-        Raises:
-            StoreError: it is not one, or it is of a kind that only a newer Prelude knows.
-        """
+        """Read an event's file; raises StoreError if it is damaged, or of a kind that only a newer Prelude knows."""
         try:
             text = data.decode()  # strictly: json.loads lets halves of surrogate pairs through
             fields = json.loads(text)
@@ -260,11 +252,7 @@ class Event(_Strict):
 
 
 def _check_names(change: Change) -> None:
-    """Refuse names that this server would never give to a task or a blob, because no command could address them.
-
-    Raises:
-        ValueError: names the first one.
-    """
+    """Raise ValueError for a task or blob name that this server never gives: no command could address it."""
     for task in tasks_of(change):
         if not TASK_NAME.fullmatch(task):
             raise ValueError(f"{task[:80]!r} is no name of a task")

@@ -128,11 +128,7 @@ class LiveMap:
         return self.host.fetch(resolved.content)
 
     def task(self, name: str) -> Task:
-        """One task that has versions, live or not.
-
-        Raises:
-            InvalidTaskName, UnknownTask.
-        """
+        """One task that has versions, live or not; raises InvalidTaskName or UnknownTask."""
         task = self._tasks.get(check_task_name(name))
         if task is None:
             error = unknown_task(name, self._live_names())

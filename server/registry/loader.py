@@ -47,11 +47,7 @@ class Contents:
         self._max_virtual_tokens = max_virtual_tokens
 
     def load(self, content: VersionContent) -> SoftPrompt:
-        """Read a content and check that this model can serve it; on a thread of the host cache.
-
-        Raises:
-            VersionUnavailable: it cannot be read, or not be served.
-        """
+        """Read and check a content, on a thread of the host cache; VersionUnavailable if it cannot be served."""
         try:
             self.check_fit(content)
             soft_prompt = self._store.get_blob(content)
@@ -65,11 +61,7 @@ class Contents:
         return soft_prompt
 
     def require_fit(self, content: VersionContent) -> None:
-        """Refuse a content that this server cannot serve, without reading its blob.
-
-        Raises:
-            VersionUnavailable: a newer Prelude wrote it, or it does not fit the frozen model.
-        """
+        """Raise VersionUnavailable for a content that this server cannot serve; its blob is not read."""
         try:
             self.check_fit(content)
         except PreludeError as exc:

@@ -56,11 +56,7 @@ class Snapshots:
         self._checked: set[int] = set()
 
     def numbers(self) -> list[int]:
-        """Events at which there are snapshots, in order.
-
-        Raises:
-            StoreError: the store cannot be listed.
-        """
+        """Events at which there are snapshots, in order; raises StoreError if the store cannot be listed."""
         found = map(_NAME.fullmatch, self._objects.list("snapshots"))
         return sorted(int(match[1]) for match in found if match is not None)
 
@@ -89,19 +85,11 @@ class Snapshots:
         return state
 
     def write(self, state: RegistryState) -> None:
-        """Keep a state; another server may have done it already.
-
-        Raises:
-            StoreError: the store refuses.
-        """
+        """Keep a state, which another server may have kept already; raises StoreError if the store refuses."""
         self._objects.create(_key(state.last_event), encode(state))
 
     def prune(self) -> int | None:
-        """Remove old snapshots; answers up to which event the log may go too.
-
-        Raises:
-            StoreError: the store refuses.
-        """
+        """Remove old snapshots; returns the event up to which the log may go too. Raises StoreError."""
         numbers = self.numbers()
         old = [number for number in numbers if (self._objects.age(_key(number)) or 0.0) > GRACE_SECONDS]
         if not old or len(numbers) < 2:

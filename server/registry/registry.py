@@ -211,11 +211,7 @@ class Registry(LiveMap):
                         self._replace(state)
 
     def compact(self) -> None:
-        """Keep the event log short: write a snapshot now and then, and remove what old ones replace.
-
-        Raises:
-            StoreError: the store refuses.
-        """
+        """Write a snapshot now and then, and remove the events that old ones replace; raises StoreError."""
         self._store.compact(self._copy_state, self._state.last_event)
 
     # Within.

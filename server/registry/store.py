@@ -201,11 +201,7 @@ class Store:
         return self._objects.create(key, data)
 
     def put_blob(self, soft_prompt: SoftPrompt) -> VersionContent:
-        """Store a content durably under a name of its own, and return its description for an event.
-
-        Raises:
-            StoreError: the store refuses.
-        """
+        """Store a content durably under a name of its own, and return its description for an event; see `put`."""
         return content_of(soft_prompt, self.put(soft_prompt))
 
     def put(self, soft_prompt: SoftPrompt) -> str:
@@ -229,11 +225,7 @@ class Store:
         return blob
 
     def get_blob(self, content: VersionContent) -> SoftPrompt:
-        """Read a content and check that it is the one that its event promises.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
+        """Read a content and check its digest; raises StoreError if the blob is missing or damaged."""
         data = self._objects.get(_blob_key(content.blob))
         if data is None:
             raise StoreError(f"The store's blob {content.blob} is missing.", remedy=_RESTORE)

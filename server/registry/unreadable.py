@@ -50,11 +50,7 @@ class UnreadableText(ManifestText):
 
 
 def read_event(number: int, data: bytes, name: str) -> Entry:
-    """The event in a file, or what can be made out of it.
-
-    Raises:
-        StoreError: it is another event's file.
-    """
+    """The event in a file, or its readable parts; raises StoreError if the file is another event's."""
     try:
         event = Event.parse(data, name)
     except StoreError as exc:

@@ -77,11 +77,7 @@ def peft_type_of(config: dict[str, Any]) -> str:
 
 
 def check_tensor_names(peft_type: str, names: Iterable[str], file_name: str) -> None:
-    """Refuse tensors that the server would ignore.
-
-    Raises:
-        InvalidSoftPrompt: names and describes the first such tensor.
-    """
+    """Raise InvalidSoftPrompt, with a description, for a tensor that the server would ignore."""
     expected = TENSORS.get(peft_type, ("prompt_embeddings",))
     found = set(names)
     extra = sorted(found.difference(expected))
@@ -133,11 +129,7 @@ def check_declared(config: dict[str, Any], peft_type: str, rows: int, model: Mod
 
 
 def check_multitask(config: dict[str, Any], tasks: int, ranks: int) -> None:
-    """Refuse a config whose number of tasks or ranks differs from the tensors'.
-
-    Raises:
-        InvalidSoftPrompt: names the key, its value and the tensors' value.
-    """
+    """Raise InvalidSoftPrompt if the config's number of tasks or ranks differs from the tensors'."""
     for key, held in {"num_tasks": tasks, "num_ranks": ranks}.items():
         if config.get(key) not in (None, held):
             raise InvalidSoftPrompt(

@@ -236,11 +236,7 @@ _HALF_A_PAIR = re.compile("[\\ud800-\\udfff]")
 
 
 def check_pairs(text: str, value: Any) -> None:
-    """Refuse JSON with a lone surrogate, which could not be written to a file again.
-
-    Raises:
-        ValueError: the value contains a lone surrogate.
-    """
+    """Raise ValueError for JSON with a lone surrogate, which could not be written to a file again."""
     if "\\ud" in text.lower() and _HALF_A_PAIR.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("it holds half of a surrogate pair")
 

@@ -20,22 +20,14 @@ REACH = 50
 
 
 def check_task_name(name: str) -> str:
-    """Return the name if it is a valid task name.
-
-    Raises:
-        InvalidTaskName: the name contains other characters, is empty, or is too long.
-    """
+    """Return the name; raises InvalidTaskName if it has other characters, is empty, or is too long."""
     if not TASK_NAME.fullmatch(name):
         raise InvalidTaskName(f"{name[:80]!r} cannot be the name of a task.")
     return name
 
 
 def split_version(reference: str) -> tuple[str, int | None]:
-    """Split `task@3` into task and version.
-
-    Raises:
-        InvalidTaskName: the task's name or the version's number is invalid.
-    """
+    """Split `task@3` into task and version; raises InvalidTaskName if either is invalid."""
     name, at, version = reference.partition("@")
     if at and not _VERSION.fullmatch(version):
         raise InvalidTaskName(

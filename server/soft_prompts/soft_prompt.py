@@ -111,11 +111,7 @@ def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_vi
 
 
 def check_size(peft_type: str, num_virtual_tokens: int, model: ModelSpec, max_virtual_tokens: int) -> None:
-    """Refuse to train a soft prompt that could not be served.
-
-    Raises:
-        InvalidSoftPrompt: see `check_shape`.
-    """
+    """Refuse to train a soft prompt that could not be served; raises as `check_shape`."""
     width = model.kv_width if peft_type in KV_TYPES else model.hidden_size
     check_shape(peft_type, (num_virtual_tokens, width), model, max_virtual_tokens)
 
@@ -140,11 +136,7 @@ def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:
 
 
 def check_base_model(manifest: Manifest, model: ModelSpec) -> None:
-    """Refuse a soft prompt whose manifest names another frozen model by its fingerprint.
-
-    Raises:
-        BaseModelMismatch: names both models.
-    """
+    """Raise BaseModelMismatch if the manifest names another frozen model by its fingerprint."""
     trained_on = manifest.base_model
     if trained_on is None or trained_on.fingerprint is None or trained_on.fingerprint == model.fingerprint:
         return

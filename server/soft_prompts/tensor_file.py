@@ -65,11 +65,7 @@ class TensorFile:
     _data_start: int
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """The shape of a tensor, after checking its dtype.
-
-        Raises:
-            InvalidSoftPrompt: there is no such tensor, or its dtype is not served.
-        """
+        """The shape of a tensor; raises InvalidSoftPrompt if there is none of that name, or its dtype is not served."""
         entry = self.entries.get(tensor)
         if entry is None:
             held = ", ".join(name[:64] for name in sorted(self.entries)[:5])
@@ -82,11 +78,7 @@ class TensorFile:
         return entry.shape
 
     def read(self, tensor: str) -> torch.Tensor:
-        """Read a tensor whose shape was checked before.
-
-        Raises:
-            InvalidSoftPrompt: the file was truncated meanwhile.
-        """
+        """Read a tensor whose shape was checked; raises InvalidSoftPrompt if the file was truncated since."""
         entry = self.entries[tensor]
         self._file.seek(self._data_start + entry.begin)
         data = bytearray(self._file.read(entry.end - entry.begin))

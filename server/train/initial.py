@@ -103,11 +103,7 @@ def initial_token_ids(model: FrozenModel, config: TrainingConfig, labels: Sequen
 
 
 def check_start(config: TrainingConfig, found: SoftPrompt) -> None:
-    """Refuse to begin with a soft prompt that is not of the kind and length of what is to be learned.
-
-    Raises:
-        InvalidTrainingData: it is not.
-    """
+    """Raise InvalidTrainingData for a start of another kind or length than what is to be learned."""
     is_alike = found.is_kv_prefix == (config.method == "prefix_tuning")
     if found.num_virtual_tokens != config.num_virtual_tokens or not is_alike:
         raise InvalidTrainingData(

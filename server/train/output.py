@@ -42,11 +42,7 @@ class Trained:
 
 
 def check_writable(directory: Path) -> None:
-    """Check before training that `write_task` will be able to write the directory.
-
-    Raises:
-        ConfigurationError: it, or what it would be made in, cannot be written to.
-    """
+    """Check before training that `write_task` can write the directory; raises ConfigurationError if not."""
     try:
         for wanted in (directory, directory.parent):
             nearest = next(folder for folder in (wanted, *wanted.parents) if folder.exists())

@@ -10,12 +10,7 @@ class Service(ABC):
     """Runs `_run` on a thread from `start` to `stop`; `_run` must check `_stop` often and return once it is set."""
 
     def __init__(self, name: str, stop_seconds: float) -> None:
-        """Prepare the thread without starting it.
-
-        Args:
-            name: the thread's name.
-            stop_seconds: how long `stop` waits for the thread; a thread that hangs in a store is abandoned.
-        """
+        """Prepare the thread; `stop` waits `stop_seconds` for it, then abandons it: it may hang in a store."""
         self._stop_seconds = stop_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

@@ -121,9 +121,5 @@ class Executors:
 
 
 def for_texts(most_waiting: int) -> Executor:
-    """The pool of the data plane, which tokenises long texts and large sets of labels.
-
-    Args:
-        most_waiting: maximum number of waiting texts: the number of requests that may be in flight.
-    """
+    """The pool of the data plane, which tokenises long texts and large sets of labels."""
     return Executor("texts", "texts", threads=4, most_waiting=most_waiting)

@@ -61,13 +61,7 @@ class Lane:
     """A queue for long work of one kind, which runs one item at a time; waiting items are limited and use no thread."""
 
     def __init__(self, threads: Executor, work: str, most_waiting: int) -> None:
-        """Create an empty queue.
-
-        Args:
-            threads: the pool that runs the work.
-            work: the work in the plural, for the refusal.
-            most_waiting: maximum number of waiting items.
-        """
+        """Create an empty queue; `work` names the work in the plural, for the refusal."""
         self._threads = threads
         self._work = work
         self._most_waiting = most_waiting

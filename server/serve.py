@@ -251,14 +251,7 @@ class DrainingServer(uvicorn.Server):
     """uvicorn with a drain: after a signal, requests in flight finish, and new requests get 503."""
 
     def __init__(self, config: uvicorn.Config, worker: EngineWorker, drain_seconds: float, example: str = "") -> None:
-        """Serve `config`.
-
-        Args:
-            config: the app and uvicorn's settings.
-            worker: the worker to drain.
-            drain_seconds: how long requests may take to finish.
-            example: a first command to show; `{url}` in it becomes the server's address.
-        """
+        """Serve `config`; `example` is a first command to show, in which `{url}` becomes the server's address."""
         super().__init__(config)
         self._example = example
         self._worker = worker

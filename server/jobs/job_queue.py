@@ -35,14 +35,7 @@ class JobBoard:
     """
 
     def __init__(self, settings: Settings, model: ModelSpec, encode: Encode, can_fit: CanFit = always) -> None:
-        """Nothing is read yet; the folder is made with the first job.
-
-        Args:
-            settings: where the folder lies.
-            model: the frozen model.
-            encode: its tokenizer.
-            can_fit: whether texts may fit the context together, found without tokenising them.
-        """
+        """Nothing is read yet; the folder is made with the first job. For `encode` and `can_fit` see `Frame`."""
         self.files = JobsFolder(settings.jobs_folder)
         self.changed = threading.Event()
         self.keys: ApiKeys | None = None

@@ -41,12 +41,7 @@ class Child(Protocol):
 
 
 def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = True) -> Child:
-    """Train a folder's job.
-
-    Args:
-        folder: of the job.
-        settings: the server's.
-        steps_back: whether the process runs at idle priority, so that the server gets the cores first.
+    """Train a folder's job in a process; with `steps_back` the process gets only the cores that the server leaves.
 
     Raises:
         OSError: no process can be made, or the folder not be written.
@@ -66,14 +61,7 @@ def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = Tru
 
 
 def write_order(folder: JobFolder, settings: Settings, parent: int, *, steps_back: bool) -> None:
-    """Write down what the process needs to know, beside the job itself.
-
-    Args:
-        folder: of the job.
-        settings: the server's.
-        parent: the process that it ends with.
-        steps_back: as above.
-    """
+    """Write down what the process needs beside the job itself; it ends with the process `parent`."""
     folder.failure.unlink(missing_ok=True)
     passed_on = settings.model_dump(mode="json", include=set(PASSED_ON))
     write_json(folder.order, {"parent": parent, "steps_back": steps_back, "settings": passed_on})

@@ -33,13 +33,7 @@ def publish_result(registry: Registry, folder: JobFolder, job: Job, check: Calla
     """Publish what a job has learned, live if its rule holds, else staged.
 
     If the server is killed in this function, the next server calls it again. A version with the same content is
-    therefore treated as the one that this job published.
-
-    Args:
-        registry: takes the result.
-        folder: of the job.
-        job: the job.
-        check: raises if the job's key may no longer publish; called right before publishing.
+    therefore treated as the one that this job published. `check` raises if the job's key may no longer publish.
 
     Raises:
         Withdrawn: the job was cancelled before anything was published.

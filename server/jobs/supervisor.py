@@ -63,14 +63,7 @@ class JobRunner(Service):
     """Runs the jobs of a `JobBoard`."""
 
     def __init__(self, settings: Settings, registry: Registry, board: JobBoard, start: Start = start_child) -> None:
-        """Nothing runs yet.
-
-        Args:
-            settings: of the server, and so of the frozen model.
-            registry: where results are published.
-            board: the jobs, and the server's API keys, against which a job's key is checked.
-            start: starts a job's process.
-        """
+        """Nothing runs yet. `registry` gets the results; `board.keys` decides whether a job's key may still run it."""
         super().__init__("jobs", STOP_SECONDS)
         self._start_child = start
         self._settings = settings

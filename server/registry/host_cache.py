@@ -114,10 +114,7 @@ class HostCache:
             self.num_bytes -= self._sizes.pop(digest)
 
     def _start_loader(self) -> None:
-        """Start another loader thread if the limit allows.
-
-        It is a daemon, so a store that does not answer cannot keep the process alive.
-        """
+        """Start another loader, if the limit allows: a daemon, because a store that hangs must not keep the process."""
         if self._num_loaders < LOADERS:
             threading.Thread(target=self._load_all, name="soft-prompts", daemon=True).start()
             self._num_loaders += 1

@@ -31,14 +31,9 @@ class Contents:
     def __init__(
         self, store: Store, model: ModelSpec, max_virtual_tokens: int, is_wanted: Callable[[str], bool]
     ) -> None:
-        """Nothing is read yet.
+        """Nothing is read yet; `is_wanted` says whether a version has these numbers, or is about to.
 
-        Args:
-            store: where they are.
-            model: the frozen model that they must fit.
-            max_virtual_tokens: the longest soft prompt that is taken.
-            is_wanted: whether a version has these numbers, or is about to; what was deleted while it was read is not
-                broken.
+        A content that was deleted while it was read is not broken.
         """
         self.broken: dict[str, str] = {}
         self._is_wanted = is_wanted
@@ -70,12 +65,7 @@ class Contents:
     def check_all(self, contents: Iterable[VersionContent], deleted: Collection[str] = ()) -> None:
         """At start, find the versions that cannot be served, from the events and the list of blobs.
 
-        Args:
-            contents: of all versions.
-            deleted: blobs of versions that were deleted, which are removed if they are still there.
-
-        Raises:
-            StoreError: the store cannot be listed.
+        Blobs of `deleted` versions are removed. Raises StoreError if the store cannot be listed.
         """
         contents = list(contents)
         missing = self._store.missing_blobs({content.blob for content in contents}, deleted)

@@ -191,16 +191,8 @@ def check_lengths(
 ) -> None:
     """Refuse the rows that `encode_examples` would refuse, without the model.
 
-    A token covers at least one byte, so only long rows need to be tokenised.
-
-    Args:
-        data: the rows.
-        manifest: for its template.
-        num_virtual_tokens: before each row.
-        encode: the tokenizer.
-        max_model_len: tokens that the context holds.
-        can_fit: whether texts may fit the context together; others are not tokenised.
-        check_cancelled: called before each row; if it raises, the check ends.
+    A token covers at least one byte, so only long rows need to be tokenised. `check_cancelled` is called before each
+    row; if it raises, the check ends.
 
     Raises:
         InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.

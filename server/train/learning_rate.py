@@ -42,14 +42,7 @@ def find_learning_rate(
     on_tried: Callable[[Tried], None],
     peaks: Sequence[float] | None = None,
 ) -> float:
-    """Try the method's default peaks and return the best; the prefix is reset afterwards.
-
-    Args:
-        work: what is to be learned.
-        config: of the run that is to come.
-        on_step: called after each step.
-        on_tried: called after each peak.
-        peaks: others than those that are usual.
+    """Try these peaks, or the method's usual ones, and return the best; the prefix is reset afterwards.
 
     Raises:
         InvalidTrainingData: none of them came to a finite loss.

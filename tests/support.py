@@ -307,7 +307,11 @@ def run_engine(
                 outcome.ends += 1
                 outcome.lasts += delta.is_last
                 outcome.finish_reason = delta.finish_reason
-                outcome.usage = delta.usage and replace(delta.usage, queued_seconds=0.0)  # a time is never the same
+                outcome.usage = delta.usage and replace(
+                    delta.usage,
+                    queued_seconds=0.0,
+                    prefix_seconds=0.0,  # a time is never the same
+                )
                 outcome.error = delta.error
     engine.check_integrity()
     return outcomes

@@ -40,14 +40,14 @@ def parse_body(body: Body) -> JobRequest:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartVersion:
     """The soft prompt that a job is initialised from, and its task@version."""
 
     name: str
     soft_prompt: SoftPrompt
 
 
-async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id: str | None) -> Start | None:
+async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id: str | None) -> StartVersion | None:
     """The soft prompt that a job is initialised from, if any, unless the request's key may not use that task.
 
     The name is resolved to a version now; later changes do not affect a queued job.
@@ -57,7 +57,7 @@ async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id
         return None
     allow_task(request, split_version(name)[0])
     resolved, soft_prompt = await find_soft_prompt(registry, name, key_id or "")
-    return Start(f"{resolved.task}@{resolved.version}", soft_prompt)
+    return StartVersion(f"{resolved.task}@{resolved.version}", soft_prompt)
 
 
 def submit(
@@ -65,7 +65,7 @@ def submit(
     order: Order[JobRequest],
     data_dir: Path | None,
     by: str | None,
-    start: Start | None = None,
+    start: StartVersion | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> Job:
     """Copy and check the data, and queue the job; `go_on` is called between pieces and may raise to stop."""

@@ -22,6 +22,7 @@ BELOW_CLI = BOTTOM | {
     "api",
     "train",
     "evaluation",
+    "interpret",
     "data_dir",
     "durable",
     "executors",
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_dir": {"errors"},
     "jobs": BOTTOM | {"durable", "keys", "log_lines", "openmp", "soft_prompts", "registry", "engine", "train"},
     "evaluation": BOTTOM | {"durable", "soft_prompts", "engine", "train", "executors", "long_work"},
+    "interpret": BOTTOM | {"durable", "soft_prompts", "engine", "train", "evaluation", "executors", "long_work"},
     "keys": {"errors", "durable", "validation"},
     "api": BOTTOM
     | {
@@ -64,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "train",
         "evaluation",
+        "interpret",
         "jobs",
         "keys",
     },

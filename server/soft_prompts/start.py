@@ -20,7 +20,7 @@ MOST_IDS = 1000
 """Maximum number of token ids in a manifest, whose size is limited; a start of more tokens is not declared."""
 
 
-class Start(BaseModel):
+class TrainingStart(BaseModel):
     """A start: real tokens, random numbers of their scale, the last tokens of a teacher's text, or a soft prompt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,11 +52,11 @@ class Start(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def declared_start(manifest: Manifest) -> Start | None:
+def declared_start(manifest: Manifest) -> TrainingStart | None:
     """The start that a manifest declares; None if it declares none, or one that this version cannot read."""
     declared = (manifest.training or {}).get(START_FIELD)
     try:
-        return None if declared is None else Start.model_validate(declared)
+        return None if declared is None else TrainingStart.model_validate(declared)
     except ValidationError:
         return None
 

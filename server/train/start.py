@@ -10,7 +10,7 @@ import torch
 from server.engine.model.frozen import FrozenModel
 from server.errors import PreludeError
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.soft_prompts.start import Start, declared_start, hash_of_ids
+from server.soft_prompts.start import TrainingStart, declared_start, hash_of_ids
 from server.train.config import TrainingConfig
 from server.train.data import DataFile
 from server.train.distil import Teacher, teacher_ids, text_states
@@ -20,7 +20,7 @@ from server.train.methods import KeyValues, join_key_values, split_key_values
 
 def begin(
     model: FrozenModel, config: TrainingConfig, data: DataFile, labels: Sequence[str] | None, directory: Path | None
-) -> tuple[torch.Tensor | KeyValues, Start]:
+) -> tuple[torch.Tensor | KeyValues, TrainingStart]:
     """Initial values of a run, and their declaration.
 
     Args:
@@ -34,20 +34,20 @@ def begin(
         InvalidTrainingData: the configured start lacks its input, or does not fit.
     """
     if config.may_begin_as_teacher and (ids := teacher_ids(model, config, data)) is not None:
-        start = Start(teacher_tokens=len(ids), token_ids_sha256=hash_of_ids(ids))
+        start = TrainingStart(teacher_tokens=len(ids), token_ids_sha256=hash_of_ids(ids))
         return text_states(model, ids, config.num_virtual_tokens), start
     if config.init == "soft_prompt":
         found = load_start(model, config, directory)
         values = split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
-        return values, Start(prefix_hash=found.prefix_hash)
+        return values, TrainingStart(prefix_hash=found.prefix_hash)
     start = declared_tokens(model, config, labels)
     return _of_tokens(model, start, is_kv_prefix=config.method == "prefix_tuning"), start
 
 
-def declared_tokens(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> Start:
+def declared_tokens(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> TrainingStart:
     """The declaration of a start at real tokens, or at random numbers of their scale."""
     ids = initial_token_ids(model, config, labels)
-    return Start(initial_token_ids=tuple(ids), random_seed=config.seed if config.init == "random" else None)
+    return TrainingStart(initial_token_ids=tuple(ids), random_seed=config.seed if config.init == "random" else None)
 
 
 def start_values(model: FrozenModel, soft_prompt: SoftPrompt, others: Sequence[SoftPrompt] = ()) -> torch.Tensor | None:
@@ -84,11 +84,11 @@ def start_values(model: FrozenModel, soft_prompt: SoftPrompt, others: Sequence[S
     return join_key_values(values)
 
 
-def _of_tokens(model: FrozenModel, start: Start, *, is_kv_prefix: bool) -> torch.Tensor | KeyValues:
+def _of_tokens(model: FrozenModel, start: TrainingStart, *, is_kv_prefix: bool) -> torch.Tensor | KeyValues:
     return values_of_tokens(model, start.initial_token_ids or (), start.random_seed, is_kv_prefix=is_kv_prefix)
 
 
-def _of_teacher(model: FrozenModel, soft_prompt: SoftPrompt, start: Start) -> KeyValues | None:
+def _of_teacher(model: FrozenModel, soft_prompt: SoftPrompt, start: TrainingStart) -> KeyValues | None:
     """Keys and values of the teacher's last tokens, if its text still gives the declared tokens."""
     training = soft_prompt.manifest.training or {}
     template, count = training.get("teacher_template"), start.teacher_tokens or 0

@@ -15,7 +15,7 @@ from server.durable import replace_file
 from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_size
-from server.soft_prompts.start import START_FIELD, Start
+from server.soft_prompts.start import START_FIELD, TrainingStart
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, encode_examples
 from server.train.distil import distilled_lessons
@@ -151,7 +151,7 @@ def _manifest(
     work: TrainingProblem,
     result: TrainingResult,
     learning_rate: float,
-    start: Start,
+    start: TrainingStart,
 ) -> Manifest:
     longest = max(
         len(example.target_ids) for lesson in (*work.training, *work.validation) for example in lesson.examples

@@ -13,7 +13,7 @@ from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.formats import save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.soft_prompts.start import Start, declared_start, hash_of_ids
+from server.soft_prompts.start import TrainingStart, declared_start, hash_of_ids
 from server.train.config import TrainingConfig
 from server.train.distil import Teacher
 from server.train.inputs import TaskFiles
@@ -93,7 +93,7 @@ def test_the_start_is_no_part_of_a_versions_identity(tiny32: FrozenModel) -> Non
 
 def test_a_start_is_one_thing() -> None:
     with pytest.raises(ValueError, match="only one of them"):
-        Start(initial_token_ids=(1,), teacher_tokens=3)
+        TrainingStart(initial_token_ids=(1,), teacher_tokens=3)
 
 
 @pytest.mark.parametrize("directory", SHIPPED, ids=lambda path: path.name)

@@ -77,7 +77,7 @@ class FusedLayer(nn.Module):
         self._heads = attention.q_proj.out_features // head_dim
         self._kv_heads = attention.k_proj.out_features // head_dim
         self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack)
-        self._o = _joined(attention.o_proj, pack=pack)
+        self.output_projection = _joined(attention.o_proj, pack=pack)
         self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, pack=pack)
         self._down = _joined(mlp.down_proj, pack=pack)
         self._activation = mlp.act_fn
@@ -105,7 +105,7 @@ class FusedLayer(nn.Module):
         attended = self._attend(self._norm(x, self._attention_norm), position_embeddings, layout)
         if self.is_last and kept is not None and len(kept) < len(x):
             x, attended = x[kept], attended[kept]
-        x = self._o.added_to(x, attended)
+        x = self.output_projection.added_to(x, attended)
         gate_up = self._gate_up(self._norm(x, self._mlp_norm))
         return self._down.added_to(x, self._gate(gate_up)).unsqueeze(0)
 

@@ -1,0 +1,224 @@
+"""The results of all measures: one form for the shell, HTTP, the card and pictures.
+
+Every class is an immutable pydantic model, so `model_dump(mode="json")` is the JSON form. P-values are one-sided; a
+p-value that is called adjusted is Benjamini–Hochberg's over the virtual tokens.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+LEVEL = 0.05
+"""False discovery rate, and the level of a single test."""
+
+
+class Result(BaseModel):
+    """A part of an interpretation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Spread(Result):
+    """The distribution of a statistic under its null."""
+
+    mean: float
+    sd: float
+    low: float
+    """5th percentile."""
+    high: float
+    """95th percentile."""
+    top: float
+    """99th percentile."""
+
+
+class Neighbour(Result):
+    """A vocabulary token near a vector."""
+
+    token_id: int
+    text: str
+    cosine: float
+
+
+class VirtualTokenGeometry(Result):
+    """Size and movement of one virtual token's embedding."""
+
+    norm: float
+    norm_percentile: float
+    """Percent of the vocabulary's embeddings that are shorter."""
+    cosine_to_start: float | None = None
+    relative_change: float | None = None
+    """‖p − p⁰‖ / ‖p⁰‖."""
+
+
+class LayerGeometry(Result):
+    """How far keys and values of one layer moved, as means over the virtual tokens."""
+
+    layer: int
+    key_norm: float
+    value_norm: float
+    key_cosine_to_start: float | None = None
+    value_cosine_to_start: float | None = None
+    key_relative_change: float | None = None
+    value_relative_change: float | None = None
+
+
+class Geometry(Result):
+    """Sizes, movement and effective ranks."""
+
+    effective_rank: float
+    effective_rank_of_change: float | None = None
+    tokens: tuple[VirtualTokenGeometry, ...] = ()
+    """Of input embeddings; empty for a KV prefix."""
+    layers: tuple[LayerGeometry, ...] = ()
+    """Of a KV prefix; empty for input embeddings."""
+    value_change: tuple[tuple[float, ...], ...] = ()
+    """`[layers][virtual tokens]`: ‖v − v⁰‖ / ‖v⁰‖ of a KV prefix."""
+
+
+class NearestOfToken(Result):
+    """The vocabulary around one virtual token: around its value, its start and its change."""
+
+    learned: tuple[Neighbour, ...]
+    start: tuple[Neighbour, ...] = ()
+    """Empty if the start is unknown, as are the fields below."""
+    change: tuple[Neighbour, ...] = ()
+    is_nearest_to_start: bool | None = None
+    """Whether the nearest token of the learned value is also the nearest token of the start."""
+    coherence: float
+    """Mean pairwise cosine of the neighbours of the learned value."""
+    start_coherence: float | None = None
+    change_coherence: float | None = None
+    p_change: float | None = None
+    """Of the cosine between the change and its nearest token, among random directions."""
+    p_change_coherence: float | None = None
+    p_change_adjusted: float | None = None
+    is_word_like: bool | None = None
+    """Whether the change is nearer to a token than random directions are, under the false discovery rate."""
+
+
+class Nearest(Result):
+    """Nearest tokens, beside their nulls."""
+
+    tokens: tuple[NearestOfToken, ...]
+    neighbours: int
+    """Number of neighbours, k."""
+    random_cosine: Spread
+    """Of random directions: the cosine to the nearest token."""
+    random_coherence: Spread
+    row_cosine: Spread
+    """Of real tokens: the cosine to the nearest other token."""
+    row_coherence: Spread
+    num_at_start: int | None = None
+    num_word_like: int | None = None
+    p_change: float | None = None
+    """The smallest adjusted p-value of a change."""
+    p_change_coherence: float | None = None
+    """Of the mean coherence of all changes."""
+
+
+class LensToken(Result):
+    """A token that the change raises."""
+
+    token_id: int
+    text: str
+    z: float
+    """Score in standard deviations over the vocabulary."""
+    p: float
+    """Under Gaussian changes of equal norm per layer."""
+
+
+class LabelScore(Result):
+    """The score of a label's first token."""
+
+    token_id: int
+    text: str
+    z: float
+
+
+class LabelTest(Result):
+    """Whether the lens raises the labels' first tokens more than tokens of like frequency."""
+
+    tokens: tuple[LabelScore, ...]
+    z: float
+    """Mean over the labels' first tokens."""
+    null: Spread
+    p: float
+
+
+class LensLayer(Result):
+    """The labels' mean z through one layer alone."""
+
+    layer: int
+    z: float
+    low: float
+    """5th percentile of token sets of like frequency."""
+    high: float
+
+
+class Lens(Result):
+    """The value-change lens: what the change of the values writes into the output."""
+
+    first_layer: int
+    """The lens sums the layers from here to the last one."""
+    num_layers: int
+    tokens: tuple[LensToken, ...]
+    """Tokens with the highest scores under the false discovery rate; may be empty."""
+    num_significant: int
+    labels: LabelTest | None = None
+    """None if the task has no labels."""
+    labels_in_start: int = 0
+    """Number of the labels' first tokens that are among the initial tokens; they are tested only if all of them are."""
+    control_form: LabelTest | None = None
+    """Negative control: the labels in a form that is not answered, after a space or capitalised."""
+    control_start: LabelTest | None = None
+    """Negative control: the values of the start alone."""
+    all_layers: LabelTest | None = None
+    """The label test through all layers."""
+    curve: tuple[LensLayer, ...] = ()
+
+
+class Interpretation(Result):
+    """What can be said of a soft prompt without data."""
+
+    task: str
+    digest: str
+    prefix_hash: str
+    peft_type: str
+    num_virtual_tokens: int
+    model: str
+    fingerprint: str
+    start_is_known: bool
+    start: str
+    """What the soft prompt began with, in words."""
+    verdict: str
+    """One sentence or two, made from the tests."""
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why; caveats."""
+    geometry: Geometry | None = None
+    nearest: Nearest | None = None
+    lens: Lens | None = None
+
+
+class TaskPair(Result):
+    """How alike two soft prompts are."""
+
+    one: str
+    other: str
+    change: float | None = None
+    """Cosine of the mean value changes; None if a start is unknown."""
+    p_change: float | None = None
+    raw: float
+    """Cosine of the mean values themselves, which mostly says whether they began alike."""
+    shares_start: bool = False
+    function: float | None = None
+    """Cosine of the mean shifts of the last hidden state."""
+
+
+class Similarity(Result):
+    """How alike several soft prompts are, by change and by function."""
+
+    tasks: tuple[str, ...]
+    pairs: tuple[TaskPair, ...]
+    reliability: tuple[float, ...] = ()
+    """Of each task, the cosine of the shifts on two halves of the probes: the most that two tasks can reach."""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,42 @@
+"""Keys and values of a soft prompt of either kind, as the model's attention layers see them."""
+
+from __future__ import annotations
+
+import torch
+
+from server.engine.attention.interface import PackedRows
+from server.engine.model.frozen import FrozenModel
+from server.soft_prompts.soft_prompt import SoftPrompt
+from server.train.methods import KeyValues
+
+
+@torch.no_grad()
+def prompt_states(model: FrozenModel, soft_prompt: SoftPrompt, tensor: torch.Tensor | None = None) -> KeyValues:
+    """Keys and values per attention layer, `[kv_heads, num_virtual_tokens, head_dim]` in float32 or float64.
+
+    Args:
+        model: the frozen model.
+        soft_prompt: says what kind of tensor it is.
+        tensor: another tensor of its shape, such as its start; by default its own.
+    """
+    tensor = soft_prompt.tensor if tensor is None else tensor
+    if soft_prompt.is_kv_prefix:
+        spec = model.spec
+        shape = (tensor.shape[0], spec.num_kv_layers, 2, spec.num_key_value_heads, spec.head_dim)
+        states = tensor.to(model.device).float().view(shape).permute(1, 2, 3, 0, 4)
+        return tuple((layer[0], layer[1]) for layer in states)
+    collected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    count = tensor.shape[0]
+    positions = torch.arange(count, device=model.device)
+    embedded = tensor.to(model.device, model.dtype)
+    model.forward(embedded, positions, PackedRows([count], collected=collected), positions[-1:])
+    return tuple((_wide(key), _wide(value)) for _, (key, value) in sorted(collected.items()))
+
+
+def mean_values(states: KeyValues) -> torch.Tensor:
+    """The mean value over the virtual tokens, `[layers, kv_heads * head_dim]`."""
+    return torch.stack([value.mean(1).flatten() for _, value in states])
+
+
+def _wide(states: torch.Tensor) -> torch.Tensor:
+    return states if states.dtype == torch.float64 else states.float()

@@ -1,0 +1,65 @@
+"""The verdict: one or two sentences, made only from the tests."""
+
+from __future__ import annotations
+
+from server.interpret.results import LEVEL, Geometry, Lens, Nearest
+
+UNKNOWN = "The start is unknown, so nothing can be said of what training added."
+CAVEAT = "The lens sees direct paths only, and takes attention as even over the virtual tokens."
+
+
+def verdict(geometry: Geometry, nearest: Nearest | None, lens: Lens | None) -> str:
+    """The verdict on a soft prompt whose start is known."""
+    said = [_of_tokens(nearest) if nearest is not None else _of_prefix(geometry)]
+    if lens is not None:
+        said.append(_of_lens(lens))
+    return " ".join(said)
+
+
+def _of_tokens(nearest: Nearest) -> str:
+    count, kept, words = len(nearest.tokens), nearest.num_at_start or 0, nearest.num_word_like or 0
+    start = f"{_share(kept, count)} still nearest to the {_tokens(count)} started from"
+    if words:
+        near = f"{_share(words, count)} word-like and learned: what training added is near a word"
+        return f"{near} (p = {written_p(nearest.p_change)}). {start}."
+    return f"{start}; what training added is near no word (p = {written_p(nearest.p_change)})."
+
+
+def _of_prefix(geometry: Geometry) -> str:
+    moved = max(geometry.layers, key=lambda layer: layer.value_relative_change or 0.0)
+    keys = [layer.key_cosine_to_start or 0.0 for layer in geometry.layers]
+    middle = sorted(keys)[len(keys) // 2]
+    return (
+        f"Keys and values have no nearest tokens. The keys stayed {'close to' if middle >= 0.9 else 'away from'} their "
+        f"start (median cosine {middle:.2f}); the values moved most in layer {moved.layer}, by "
+        f"{moved.value_relative_change or 0.0:.1f} times their length."
+    )
+
+
+def _of_lens(lens: Lens) -> str:
+    if lens.labels is not None:
+        verb = "raises" if lens.labels.p <= LEVEL else "does not raise"
+        return f"Through the model it {verb} the labels (p = {written_p(lens.labels.p)})."
+    if lens.tokens:
+        names = ", ".join(f"“{token.text}”" for token in lens.tokens)
+        return f"Through the model it raises {names}."
+    return "Through the model it raises no single token more than random changes do."
+
+
+def written_p(p: float | None) -> str:
+    """A p-value with as many digits as it has."""
+    if p is None:
+        return "unknown"
+    return f"{p:.1g}" if p < 0.001 else f"{p:.3f}".rstrip("0") if p < 0.01 else f"{p:.2f}"
+
+
+def _share(number: int, count: int) -> str:
+    if count == 1:
+        return "The virtual token is" if number else "The virtual token is not"
+    if number == count:
+        return f"All {count} virtual tokens are"
+    return f"{number or 'None'} of the {count} virtual tokens {'is' if number == 1 else 'are'}"
+
+
+def _tokens(count: int) -> str:
+    return "token it" if count == 1 else "tokens they"

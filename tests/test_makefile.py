@@ -22,7 +22,7 @@ def commands(target: str, venv: Path) -> list[str]:
 
 @pytest.mark.parametrize("target", ["run", "setup"])
 def test_a_server_is_installed_without_the_tools_of_development(target: str, tmp_path: Path) -> None:
-    installs = [line for line in commands(target, tmp_path) if "pip install" in line]
+    installs = [line for line in commands(target, tmp_path) if "pip install" in line and "nodejs" not in line]
     assert installs
     assert all("-c constraints.txt" in line and "--no-compile" in line for line in installs)
     assert '".[store,train]"' in installs[-1]
@@ -43,3 +43,11 @@ def test_what_a_start_imports_is_compiled_even_where_python_would_not_write_it(t
         line.startswith("env -u PYTHONDONTWRITEBYTECODE") and " server.serve" in line
         for line in commands("run", tmp_path)
     )
+
+
+def test_a_page_that_cannot_be_built_does_not_keep_the_server_from_starting(tmp_path: Path) -> None:
+    build, stamp, start = commands("run", tmp_path)[-3:]
+    assert "npm.py build ||" in build
+    assert stamp.startswith("touch")
+    assert "prelude serve" in start
+    assert not any("npm" in line for line in commands("setup", tmp_path))

@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "allow_anonymous": ("true", True),
     "allowed_hosts": ("GPU-box, 10.0.0.1,fe80::1", "gpu-box,10.0.0.1,fe80::1"),
     "cors_origins": ("https://App.example, http://localhost:3000", "https://app.example,http://localhost:3000"),
+    "ui": ("0", False),
     "prompts_dir": ("/data/prompts", Path("/data/prompts")),
     "store": ("file:/data/store", "file:/data/store"),
     "jobs_dir": ("/data/jobs", Path("/data/jobs")),

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from server import __version__
-from server.api import ops, pages, sagemaker
+from server.api import ops, pages, playground, sagemaker
 from server.api.body_sizes import BodyLimit
 from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.error_format import ErrorFormats
@@ -57,6 +58,14 @@ Name the task in a request; publish, replace and delete soft prompts while the s
 STOP_SECONDS = 3.5
 """Time limit for stopping the services and the engine's thread. A thread that hangs (for example in a store) is
 abandoned."""
+
+
+def api_routes() -> list[BaseRoute]:
+    """The routes that the OpenAPI document describes; all apps share them."""
+    modules = (tgi, many, sagemaker, completions, chat, models, prompts, versions, ops)
+    routers = [module.router for module in modules]
+    routers += [router for kind in KINDS for router in (kind.router, common_routes(kind))]
+    return [route for router in routers for route in router.routes]
 
 
 class App(FastAPI):
@@ -138,11 +147,10 @@ def create_app(
     app.state.started = int(time.time())
     _limit_requests(app, settings, keys)
     install_error_handlers(app, FORMATS)
-    for module in (tgi, many, sagemaker, completions, chat, models, prompts, versions, ops):
-        app.router.routes.extend(module.router.routes)  # include_router would make each anew, and parse its schemas
-    for kind in KINDS:
-        app.router.routes.extend([*kind.router.routes, *common_routes(kind).routes])
+    app.router.routes.extend(api_routes())  # include_router would make each anew, and parse its schemas
     app.router.routes.extend(pages.ROUTES)
+    if settings.ui:
+        app.router.routes.extend(playground.routes())
     return app
 
 

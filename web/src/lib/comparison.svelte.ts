@@ -1,0 +1,213 @@
+/** One run of Compare: a text, its targets, and what they answer, from one stream of POST /generate_many. */
+import { ApiError, send, type Body, type Schemas } from '../api/client';
+import { serverEvents } from '../api/sse';
+import { nameOf } from './tasks.svelte';
+import type { Candidate, Token } from './tokens';
+
+export type State = 'waiting' | 'running' | 'done' | 'failed' | 'stopped' | 'interrupted';
+export type ManyBody = Body<'/generate_many'>;
+
+/** Tokens of one piece of an answer: only the last piece changes while it grows. */
+const PIECE = 48;
+
+interface ManyEvent {
+  target: number;
+  event: 'start' | 'token' | 'choices' | 'error';
+  task?: string;
+  version?: number;
+  token?: Candidate;
+  top_tokens?: Candidate[];
+  generated_text?: string | null;
+  details?: Partial<Schemas['DetailsBody']> | null;
+  choices?: Schemas['ChoiceBody'][];
+  error?: string;
+  status?: number;
+  code?: string;
+  remedy?: string;
+  retry_after?: number;
+}
+
+/** What one target answers. */
+export class Column {
+  state = $state<State>('waiting');
+  version = $state<number | null>(null);
+  pieces = $state.raw<Token[][]>([]);
+  choices = $state.raw<Schemas['ChoiceBody'][] | null>(null);
+  error = $state.raw<ApiError | null>(null);
+  details = $state.raw<Partial<Schemas['DetailsBody']> | null>(null);
+  /** Milliseconds from the request to the first token, and to the last one so far. */
+  first = $state<number | null>(null);
+  last = $state<number | null>(null);
+  count = $state(0);
+  /** Tokens before which the answer was branched: these were given, not generated. */
+  given = 0;
+  #arrived: Token[] = [];
+  #ended: State | null = null;
+
+  constructor(
+    readonly target: string,
+    given: Token[] = [],
+    /** The answer that this one branches from. */
+    readonly origin: Column | null = null,
+  ) {
+    this.given = given.length;
+    this.#arrived = given;
+    this.#flushTokens();
+  }
+
+  get tokens(): Token[] {
+    return this.pieces.flat();
+  }
+
+  get text(): string {
+    return this.tokens.map((token) => (token.special ? '' : token.text)).join('');
+  }
+
+  get isOver(): boolean {
+    return this.state !== 'waiting' && this.state !== 'running';
+  }
+
+  /** Tokens a second after the first one; null until that can be known. */
+  get rate(): number | null {
+    const generated = this.count - this.given;
+    if (this.first === null || this.last === null || generated < 2) return null;
+    return (1000 * (generated - 1)) / Math.max(1, this.last - this.first);
+  }
+
+  take(event: ManyEvent, at: number): void {
+    if (event.event === 'start') {
+      this.version = event.version ?? null;
+      return;
+    }
+    if (event.event === 'error') {
+      const { error = '', status = 500, code = '', remedy = '', retry_after = null } = event;
+      this.error = new ApiError(error, status, code, remedy, null, retry_after);
+      this.#ended = 'failed';
+      return;
+    }
+    this.first ??= at;
+    this.last = at;
+    if (event.event === 'choices') {
+      this.choices = event.choices ?? [];
+      this.#ended = 'done';
+      return;
+    }
+    if (event.token) this.#arrived.push({ ...event.token, top: event.top_tokens ?? [] });
+    if (event.generated_text !== null && event.generated_text !== undefined) {
+      this.details = event.details ?? null;
+      this.#ended = 'done';
+    }
+  }
+
+  /** Show what has arrived; called once a frame. */
+  flush(): void {
+    if (this.#arrived.length) {
+      if (this.state === 'waiting') this.state = 'running';
+      this.#flushTokens();
+    }
+    if (this.#ended) this.state = this.#ended;
+  }
+
+  end(state: State): void {
+    this.flush();
+    if (!this.isOver) this.state = state;
+  }
+
+  #flushTokens(): void {
+    if (!this.#arrived.length) return;
+    const last = this.pieces.at(-1) ?? [];
+    const whole = last.length < PIECE && this.pieces.length ? [...last, ...this.#arrived] : this.#arrived;
+    const kept = whole === this.#arrived ? this.pieces : this.pieces.slice(0, -1);
+    const added: Token[][] = [];
+    for (let at = 0; at < whole.length; at += PIECE) added.push(whole.slice(at, at + PIECE));
+    this.count += this.#arrived.length;
+    this.#arrived = [];
+    this.pieces = [...kept, ...added];
+  }
+}
+
+/** Calls back at the next frame, or soon where the tab is hidden and there are no frames. */
+function soon(work: () => void): void {
+  if (document.hidden) setTimeout(work, 250);
+  else requestAnimationFrame(work);
+}
+
+export class Comparison {
+  columns = $state.raw<Column[]>([]);
+  error = $state.raw<ApiError | null>(null);
+  requestId = $state<string | null>(null);
+  body = $state.raw<ManyBody | null>(null);
+  #running = $state.raw<AbortController[]>([]);
+
+  get isRunning(): boolean {
+    return this.#running.length > 0;
+  }
+
+  /** Send a text to targets; what runs already is stopped. Resolves at the end. */
+  run(body: ManyBody): Promise<void> {
+    this.stop();
+    this.columns = body.targets.map(({ task }) => new Column(task ?? ''));
+    this.body = body;
+    return this.#stream(body, this.columns);
+  }
+
+  /** Continue the answer of one column from one of the alternatives to a token. */
+  branch(column: Column, index: number, alternative: Candidate): Promise<void> {
+    if (!this.body) return Promise.resolve();
+    const given = [...column.tokens.slice(0, index), { ...alternative, top: column.tokens[index]?.top ?? [] }];
+    const branch = new Column(column.target, given, column);
+    this.columns = this.columns.map((one) => (one === column ? branch : one));
+    const task = column.version === null ? column.target : `${nameOf(column.target)}@${column.version}`;
+    const target = task ? { task } : {};
+    return this.#stream({ ...this.body, targets: [target], answer_ids: given.map(({ id }) => id) }, [branch]);
+  }
+
+  /** Show the answer that a branch left. */
+  restore(branch: Column): void {
+    this.columns = this.columns.map((one) => (one === branch && branch.origin ? branch.origin : one));
+  }
+
+  /** Abort what runs; leaving the page does the same. */
+  stop(): void {
+    for (const abort of this.#running) abort.abort();
+    this.#running = [];
+  }
+
+  async #stream(body: ManyBody, columns: Column[]): Promise<void> {
+    const abort = new AbortController();
+    this.#running = [...this.#running, abort];
+    this.error = null;
+    this.requestId = null;
+    const started = performance.now();
+    let state: State = 'interrupted';
+    try {
+      const response = await send('post', '/generate_many', { json: body, signal: abort.signal });
+      this.requestId = response.headers.get('x-request-id');
+      await read(response, columns, started);
+    } catch (error) {
+      if (abort.signal.aborted) state = 'stopped';
+      else if (error instanceof ApiError) {
+        this.error = error;
+        state = 'failed';
+      }
+    }
+    for (const column of columns) column.end(state);
+    this.#running = this.#running.filter((one) => one !== abort);
+  }
+}
+
+async function read(response: Response, columns: Column[], started: number): Promise<void> {
+  let isWaiting = false;
+  const flush = () => {
+    isWaiting = false;
+    for (const column of columns) column.flush();
+  };
+  for await (const { data } of serverEvents(response.body!)) {
+    const event = JSON.parse(data) as ManyEvent;
+    columns[event.target]?.take(event, performance.now() - started);
+    if (!isWaiting) {
+      isWaiting = true;
+      soon(flush);
+    }
+  }
+}

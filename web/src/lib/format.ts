@@ -1,0 +1,39 @@
+/** Numbers as people read them. Intl does the rest. */
+const whole = new Intl.NumberFormat('en');
+const THIN = '\u202f';
+
+export const count = (value: number): string => whole.format(value);
+
+export function percent(share: number, digits = 1): string {
+  return `${(100 * share).toFixed(digits)}${THIN}%`;
+}
+
+export function seconds(value: number): string {
+  if (value < 1) return `${Math.round(1000 * value)}${THIN}ms`;
+  if (value < 60) return `${value.toFixed(value < 10 ? 2 : 1)}${THIN}s`;
+  const minutes = Math.floor(value / 60);
+  if (minutes < 60) return `${minutes}${THIN}min ${Math.round(value % 60)}${THIN}s`;
+  return `${Math.floor(minutes / 60)}${THIN}h ${minutes % 60}${THIN}min`;
+}
+
+export function bytes(value: number): string {
+  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
+  let index = 0;
+  while (value >= 1024 && index < units.length - 1) {
+    value /= 1024;
+    index += 1;
+  }
+  return `${index && value < 100 ? value.toFixed(1) : Math.round(value)}${THIN}${units[index]}`;
+}
+
+const moment = new Intl.DateTimeFormat('en', { dateStyle: 'medium', timeStyle: 'short' });
+
+export function time(iso: string): string {
+  const found = new Date(iso);
+  return Number.isNaN(found.getTime()) ? iso : moment.format(found);
+}
+
+/** A token's text where it stands alone: spaces and line ends can be seen. */
+export function visible(text: string): string {
+  return text.replace(/ /g, '·').replace(/\n/g, '↵').replace(/\t/g, '⇥') || '∅';
+}

@@ -1,0 +1,10 @@
+/** The views, in the order of the navigation; each is loaded when it is opened first. */
+import type { Component } from 'svelte';
+
+export interface View {
+  path: string;
+  title: string;
+  load: () => Promise<{ default: Component }>;
+}
+
+export const VIEWS: View[] = [{ path: 'compare', title: 'Compare', load: () => import('./Compare.svelte') }];

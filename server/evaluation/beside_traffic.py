@@ -54,6 +54,19 @@ async def run_beside(
 
     Cancelling it frees everything that it uses in the engine.
     """
+    answers, seconds = await ask_all_beside(worker, evaluation, threads, at_once, on_row, key_id)
+    return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
+
+
+async def ask_all_beside(
+    worker: EngineWorker,
+    evaluation: Evaluation,
+    threads: Executor,
+    at_once: int,
+    on_row: Callable[[], None],
+    key_id: str | None = None,
+) -> tuple[dict[str, list[Answer]], dict[str, float]]:
+    """Answers of all systems, in the order of the rows, and the seconds that each took; see `run_beside`."""
 
     async def answer(system: System, row: Row) -> Answer:
         requests = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
@@ -68,7 +81,7 @@ async def run_beside(
         started = time.perf_counter()
         answers[system.name] = await _answer_all(evaluation.rows, partial(answer, system), at_once)
         seconds[system.name] = time.perf_counter() - started
-    return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
+    return answers, seconds
 
 
 async def _answer_all(rows: Sequence[Row], answer: Callable[[Row], Awaitable[Answer]], at_once: int) -> list[Answer]:

@@ -64,13 +64,14 @@ class Bootstrap:
 
     def estimate(self, statistic: Statistic) -> Estimate:
         """A figure with its interval."""
-        return _estimate(statistic.value, self._figures(statistic))
+        return _estimate(statistic.value, self.figures(statistic))
 
     def difference(self, one: Statistic, other: Statistic) -> Estimate:
         """By how much the second figure is larger than the first on the same rows, with its interval."""
-        return _estimate(other.value - one.value, self._figures(other) - self._figures(one))
+        return _estimate(other.value - one.value, self.figures(other) - self.figures(one))
 
-    def _figures(self, statistic: Statistic) -> Floats:
+    def figures(self, statistic: Statistic) -> Floats:
+        """The figure on each resample, `[resamples]`."""
         return statistic.figure(self._counts @ statistic.rows)
 
 

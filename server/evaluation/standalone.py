@@ -31,6 +31,13 @@ class OwnEngine:
 
 def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None) -> Report:
     """Run all systems, one after the other, and report; GenerationFailed names file and line."""
+    return evaluation.report(*ask_all(engine, evaluation, on_row))
+
+
+def ask_all(
+    engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: None
+) -> tuple[dict[str, list[Answer]], dict[str, float]]:
+    """Answers of all systems, in the order of the rows, and the seconds that each took; see `run`."""
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float] = {}
     for system in evaluation.systems:
@@ -38,7 +45,7 @@ def run(engine: Engine, evaluation: Evaluation, on_row: OnRow = lambda name: Non
         answered = dict(_answers(engine, evaluation, system, on_row))
         answers[system.name] = [answered[row.line] for row in evaluation.rows]
         seconds[system.name] = time.perf_counter() - started
-    return evaluation.report(answers, seconds)
+    return answers, seconds
 
 
 def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnRow) -> Iterator[tuple[int, Answer]]:

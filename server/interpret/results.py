@@ -222,3 +222,79 @@ class Similarity(Result):
     reliability: tuple[float, ...] = ()
     """Of each task, the cosine of the shifts on two halves of the probes: the most that two tasks can reach."""
     notes: tuple[str, ...] = ()
+
+
+class Interval(Result):
+    """A figure with its 95 % interval, by bootstrap over the rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+class LadderStep(Result):
+    """A changed soft prompt, and how much of the learned one's quality it keeps."""
+
+    name: str
+    quality: Interval
+    ratio: Interval | None = None
+    """R = (Q(X) − Q(none)) / (Q(learned) − Q(none)); None if the learned one is not shown to be better than none."""
+
+
+class Sufficiency(Result):
+    """What suffices to have the effect of the soft prompt: the discretisation gap, and coarser forms."""
+
+    learned: Interval
+    none: Interval
+    steps: tuple[LadderStep, ...]
+    words_explain: bool | None = None
+    """Whether R of the nearest tokens lies above R of random tokens; None for a KV prefix, or without R."""
+
+
+class Removal(Result):
+    """What the quality loses if one virtual token is replaced."""
+
+    token: int
+    loss: Interval
+    """Q(learned) − Q(without it), on the same rows."""
+    p: float
+    """Two-sided, by the paired bootstrap; adjusted over the virtual tokens."""
+    effect: str
+    """`needed`, `harmful` or `none shown`."""
+
+
+class Necessity(Result):
+    """Leave one out: which virtual tokens the quality depends on."""
+
+    replaced_by: str
+    tokens: tuple[Removal, ...]
+    null: Spread
+    """Losses by the removal of a token that is drawn at random."""
+    needed: tuple[int, ...]
+    harmful: tuple[int, ...]
+
+
+class CausalInterpretation(Result):
+    """What experiments on rows show."""
+
+    task: str
+    digest: str
+    data: str
+    data_sha256: str
+    rows: int
+    metric: str
+    """`accuracy`, or `log-probability per token` where text is written."""
+    verdict: str
+    sufficiency: Sufficiency | None = None
+    necessity: Necessity | None = None
+
+
+class Influence(Result):
+    """Virtual token × output token: how much less likely an output token is when a virtual token's value is zeroed."""
+
+    tokens: tuple[str, ...]
+    """Texts of the output tokens."""
+    logprobs: tuple[float, ...]
+    """Of the output tokens, with all virtual tokens."""
+    influence: tuple[tuple[float, ...], ...]
+    """`[virtual tokens][output tokens]`: Δ log p, in nats; positive where the virtual token helps."""

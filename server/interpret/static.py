@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from server.engine.model.frozen import FrozenModel
+from server.interpret.function import shifts
 from server.interpret.geometry import embedding_geometry, prefix_geometry
 from server.interpret.lens import LabelTokens, value_change_lens
 from server.interpret.nearest import nearest_tokens, neighbour_null
@@ -108,10 +110,17 @@ class Interpreter:
         change = None if start is None else values - mean_values(prompt_states(self.model, soft_prompt, start))
         return TaskValues(task, values, change, declared_start(soft_prompt.manifest))
 
-    def compare(self, soft_prompts: Sequence[tuple[str, SoftPrompt]]) -> Similarity:
-        """Compare soft prompts by their changes."""
+    def compare(
+        self, soft_prompts: Sequence[tuple[str, SoftPrompt]], on_task: Callable[[], None] = lambda: None
+    ) -> Similarity:
+        """Compare soft prompts by their changes and by their function; `on_task` is called after each one."""
         everything = [soft_prompt for _, soft_prompt in soft_prompts]
-        return similarity([self.values_of(name, soft_prompt, everything) for name, soft_prompt in soft_prompts])
+        found = []
+        for name, soft_prompt in soft_prompts:
+            values = self.values_of(name, soft_prompt, everything)
+            found.append(replace(values, shifts=shifts(self.model, soft_prompt)))
+            on_task()
+        return similarity(found)
 
     def _lens(
         self, readout: Readout, soft_prompt: SoftPrompt, change: torch.Tensor, start: torch.Tensor, top: int

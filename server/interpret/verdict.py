@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from server.interpret.results import LEVEL, Geometry, Lens, Nearest
+from server.interpret.results import LEVEL, Geometry, Lens, Nearest, Necessity, Sufficiency
+from server.interpret.variants import NEAREST, RANDOM
 
 UNKNOWN = "The start is unknown, so nothing can be said of what training added."
 CAVEAT = "The lens sees direct paths only, and takes attention as even over the virtual tokens."
@@ -63,3 +64,33 @@ def _share(number: int, count: int) -> str:
 
 def _tokens(count: int) -> str:
     return "token it" if count == 1 else "tokens they"
+
+
+def causal_verdict(sufficiency: Sufficiency | None, necessity: Necessity | None) -> str:
+    """What the experiments show, in words."""
+    said = []
+    if sufficiency is not None:
+        said.append(_of_ladder(sufficiency))
+    if necessity is not None:
+        count, needed, harmful = len(necessity.tokens), necessity.needed, necessity.harmful
+        said.append(f"{len(needed) or 'None'} of the {count} virtual tokens {_is(len(needed))} shown to be needed")
+        said[-1] += f"; {len(harmful)} harm: {', '.join(map(str, harmful))}." if harmful else "; none is shown to harm."
+    return " ".join(said)
+
+
+def _of_ladder(found: Sufficiency) -> str:
+    if all(step.ratio is None for step in found.steps):
+        return "The soft prompt is not shown to be better than none on these rows, so nothing can explain it."
+    if found.words_explain is None:
+        return "There are no nearest tokens whose words could explain it."
+    ratios = {step.name: step.ratio for step in found.steps}
+    words, chance = ratios[NEAREST], ratios[RANDOM]
+    assert words is not None
+    assert chance is not None
+    verb = "explain it" if found.words_explain else "do not explain it"
+    kept, by_chance = (f"{one.value:.0%} ({one.low:.0%} to {one.high:.0%})" for one in (words, chance))
+    return f"The words {verb}: the nearest tokens keep {kept} of the gain, random tokens {by_chance}."
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"

@@ -13,7 +13,7 @@ from server.api.prompts.change_threads import PUBLISH_SECONDS, ChangeDep, in_tim
 from server.api.prompts.preconditions import set_etag
 from server.api.prompts.uploads import unpacked_upload
 from server.api.schemas import Responses, responses
-from server.errors import InvalidRequest, InvalidSoftPrompt
+from server.errors import InvalidRequest, InvalidSoftPrompt, UnknownTask
 from server.registry.registry import Registry
 from server.registry.task_views import Task
 from server.replies import PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion, reply
@@ -60,11 +60,21 @@ async def list_prompts(
 
 
 @router.get("/{task}", responses=ERRORS, dependencies=[Reads])
-async def get_prompt(task: TaskName, registry: RegistryDep, response: Response) -> PromptDetail:
-    """One task: its live version, all versions, and the manifest. A change accepts the ETag as If-Match."""
+async def get_prompt(
+    task: TaskName,
+    registry: RegistryDep,
+    response: Response,
+    version: Annotated[int | None, Query(ge=1, description="Whose manifest to show. Default: the live one.")] = None,
+) -> PromptDetail:
+    """One task: its live version, all versions, and a manifest. A change accepts the ETag as If-Match."""
     found = registry.task(task)
     set_etag(response, found.etag)
-    shown = found.live or found.versions[max(found.versions)]
+    if version is None:
+        shown = found.live or found.versions[max(found.versions)]
+    elif version in found.versions:
+        shown = found.versions[version]
+    else:
+        raise UnknownTask(f"The task {task} has no version {version}.")
     return reply(
         PromptDetail,
         **_summary(task, found, registry.errors.get(task)),

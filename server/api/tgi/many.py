@@ -93,8 +93,11 @@ class _Target:
         writer = Writer(self.call.worker, prepared, self.body.parameters, self.body.inputs)
         async with aclosing(run(self.call.request, self.call.worker, prepared)) as deltas:
             if self.options.labels:
-                reply = writer.reply(await collect(deltas, prepared.request.num_choices))
-                yield {"event": "choices", **reply.model_dump(exclude_unset=True)}
+                choices = await collect(deltas, prepared.request.num_choices)
+                usage = choices[0].usage
+                assert usage is not None, "a choice that has ended has its usage"
+                details = {"virtual_tokens": usage.virtual_tokens, "cached_tokens": usage.cached_tokens}
+                yield {"event": "choices", **writer.reply(choices).model_dump(exclude_unset=True), "details": details}
                 return
             async with aclosing(writer.events(await anext(deltas), deltas)) as events:
                 async for event in events:

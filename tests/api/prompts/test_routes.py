@@ -52,6 +52,17 @@ def test_new_content_is_served_from_the_next_request_on(server: LiveServer, tiny
     assert len(set(texts)) == 5
 
 
+def test_each_version_shows_its_own_manifest(server: LiveServer) -> None:
+    for version in (1, 2):
+        server.publish_random("prompts-shown", seed=version, manifest={"description": f"the {version}."})
+    for query, description in (({}, "the 2."), ({"version": 1}, "the 1."), ({"version": 2}, "the 2.")):
+        shown = server.client.get("/prompts/prompts-shown", params=query).json()
+        assert shown["manifest"]["description"] == description
+        assert shown["version"] == 2
+    assert_error(server.client.get("/prompts/prompts-shown?version=3"), 404, "unknown_task", "no version 3")
+    assert_error(server.client.get("/prompts/prompts-shown?version=0"), 422, "invalid_request", "version")
+
+
 def test_older_content_again_is_a_new_version(server: LiveServer) -> None:
     old, new = (random_soft_prompt(server.model.spec, seed=seed) for seed in (1, 2))
     assert [server.publish("prompts-back", content)["version"] for content in (old, new, old, old)] == [1, 2, 3, 3]

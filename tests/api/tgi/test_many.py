@@ -84,6 +84,8 @@ def test_choices_are_one_event_of_each_target(moods: LiveServer) -> None:
         alone = moods.generate("hello", task, **parameters).json()
         assert (chosen["event"], chosen["generated_text"]) == ("choices", alone["generated_text"])
         assert [it["text"] for it in chosen["choices"]] == ["yes", "no"]
+        virtual = 0 if task is None else 5
+        assert chosen["details"] == {"virtual_tokens": virtual, "cached_tokens": virtual}
         assert sum(it["probability"] for it in chosen["choices"]) == pytest.approx(1)
 
 

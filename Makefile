@@ -41,10 +41,10 @@ run: $(SERVING) $(PAGE) ## start the server on 127.0.0.1:8000; ARGS are options 
 # kept even where PYTHONDONTWRITEBYTECODE is set: to rewrite them takes each process six seconds.
 TEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=3 --dist=worksteal
 
-test: $(DEVELOPMENT) ## run the tests; ARGS are options of pytest
+test: $(DEVELOPMENT) $(PAGE) ## run the tests; ARGS are options of pytest
 	$(TEST) $(ARGS)
 
-coverage: $(DEVELOPMENT) ## run the tests and report which lines and branches they reach; a quarter slower
+coverage: $(DEVELOPMENT) $(PAGE) ## run the tests and report which lines and branches they reach; a quarter slower
 	$(TEST) --cov=server --cov-branch --cov-report=term $(ARGS)
 
 soak: $(DEVELOPMENT) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest

@@ -89,6 +89,7 @@ export class Column {
     this.last = at;
     if (event.event === 'choices') {
       this.choices = event.choices ?? [];
+      this.details = event.details ?? null;
       this.#ended = 'done';
       return;
     }

@@ -7,4 +7,7 @@ export interface View {
   load: () => Promise<{ default: Component }>;
 }
 
-export const VIEWS: View[] = [{ path: 'compare', title: 'Compare', load: () => import('./Compare.svelte') }];
+export const VIEWS: View[] = [
+  { path: 'compare', title: 'Compare', load: () => import('./Compare.svelte') },
+  { path: 'tasks', title: 'Tasks', load: () => import('./Tasks.svelte') },
+];

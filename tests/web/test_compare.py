@@ -1,0 +1,103 @@
+"""Compare: columns stream side by side, labels are bars, and tokens can be looked at and branched from by keyboard."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from playwright.sync_api import Browser, expect
+
+from tests.api.live import LiveServer
+from tests.web.watched import Watched, watching
+
+
+def test_two_columns_answer_and_the_address_keeps_what_was_asked(page: Watched) -> None:
+    shown = page.open("/compare?with=e2e_nlg&with=&max=16")
+    shown.get_by_label("Text").fill("name[The Punter], eatType[pub] & <b>")
+    page.run()
+    task, frozen = shown.locator("section.column").all()
+    for column in (task, frozen):
+        expect(column.locator(".answer")).to_have_text(re.compile(r"\w{3}"))
+        expect(column.locator("dl")).to_contain_text(re.compile(r"first token\s*[\d.]+"))
+    expect(task.locator("dl")).to_contain_text("hit")
+    expect(frozen.locator("dl")).to_contain_text("none")
+    answer = task.locator(".answer").text_content()
+    shown.reload()
+    expect(shown.get_by_label("Text")).to_have_value("name[The Punter], eatType[pub] & <b>")
+    page.run()
+    assert shown.locator("section.column .answer").first.text_content() == answer
+
+
+def test_labels_are_bars_by_probability_with_a_search(page: Watched) -> None:
+    shown = page.open("/compare?with=banking77&with=")
+    shown.get_by_label("Text").fill("I still have not received my new card.")
+    expect(shown.get_by_text("Score the 77 labels")).to_be_visible()
+    page.run()
+    table = shown.locator("section.column table").first
+    expect(table.locator("tr")).to_have_count(8)
+    expect(table.locator("tr").first).to_contain_text("card arrival")
+    shares = [float(text.split("\u202f")[0]) for text in table.locator(".number").all_text_contents()]
+    assert shares == sorted(shares, reverse=True)
+    shown.get_by_role("searchbox", name="Search labels").first.fill("exchange")
+    expect(table.locator("tr")).to_have_text([re.compile("exchange")] * 5)
+
+
+def test_a_token_shows_its_alternatives_and_branches_by_keyboard(page: Watched) -> None:
+    shown = page.open(f"/compare?with=&labels=0&max=12&text={quote('The capital of France is')}")
+    page.run()
+    tokens = shown.locator(".token")
+    first = tokens.first.text_content()
+    tokens.first.focus()
+    shown.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(shown.locator(".alternatives li")).to_have_count(5)
+    shown.keyboard.press("Escape")
+    expect(shown.locator(".alternatives")).to_have_count(0)
+    shown.keyboard.press("ArrowLeft")
+    shown.keyboard.press("Enter")
+    shown.keyboard.press("ArrowDown")
+    shown.keyboard.press("Enter")
+    back = shown.get_by_role("button", name="Back to the first answer")
+    expect(back).to_be_visible()
+    assert tokens.first.text_content() != first
+    back.click()
+    expect(tokens.first).to_have_text(first or "")
+
+
+def test_differences_are_marked_and_one_failure_leaves_the_other_column(page: Watched) -> None:
+    shown = page.open("/compare?with=sms_spam&with=nobody&labels=0&text=Win+a+prize+now")
+    page.run()
+    good, bad = shown.locator("section.column").all()
+    expect(good.locator(".token").first).to_be_visible()
+    expect(bad.get_by_role("alert")).to_contain_text("404")
+    shown = page.open("/compare?with=sms_spam&with=&labels=0&max=8&show=differences&text=Win+a+prize+now")
+    page.run()
+    expect(shown.locator("section.column").nth(1).locator(".marked").first).to_be_visible()
+
+
+def test_the_code_on_screen_is_the_request_without_the_key(page: Watched) -> None:
+    shown = page.open("/compare?with=sms_spam&with=&text=it's+me")
+    shown.get_by_role("button", name="Key", exact=True).click()
+    shown.get_by_label("Key, as").fill("prelude_secret")
+    shown.get_by_role("button", name="Use this key").click()
+    shown.get_by_role("button", name="View code").click()
+    code = shown.locator("dialog pre")
+    for language in ("curl", "Python", "OpenAI client"):
+        shown.get_by_role("button", name=language).click()
+        expect(code).to_contain_text("sms_spam")
+        expect(code).to_contain_text("PRELUDE_API_KEY")
+        expect(code).not_to_contain_text("prelude_secret")
+    shown.keyboard.press("Escape")
+    expect(shown.locator("dialog")).to_have_count(0)
+    assert "secret" not in shown.url
+
+
+def test_escape_stops_what_runs(browser: Browser, site: LiveServer) -> None:
+    with watching(browser, site.url) as page:
+        shown = page.open("/compare?with=&max=1500&text=Once+upon+a+time")
+        shown.locator("section.column").first.wait_for()
+        shown.keyboard.press("Control+Enter")
+        shown.locator(".token").first.wait_for()
+        shown.keyboard.press("Escape")
+        expect(shown.get_by_text("Stopped.")).to_be_visible()
+        expect(shown.get_by_role("button", name="Run")).to_be_visible()

@@ -1,0 +1,62 @@
+"""A browser's page that notes everything which must never happen on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
+
+
+class Watched:
+    """A page, and what went wrong on it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        """Start to watch a page of the server at `url`."""
+        self.page = page
+        self.url = url
+        self.problems: list[str] = []
+        self.refusals: set[int] = set()
+        """Statuses that the test provokes; the browser reports each on the console."""
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}"))
+        page.on("request", self._request)
+
+    def open(self, place: str) -> Page:
+        """Open a view by what stands after # in its address."""
+        self.page.goto(f"{self.url}/#{place}")
+        self.page.locator("main h1").first.wait_for(state="attached")
+        return self.page
+
+    def run(self) -> None:
+        """Press what runs a comparison, and wait for its end."""
+        self.page.keyboard.press("Control+Enter")
+        self.page.locator(".token, table, [role=alert]").first.wait_for()
+        self.page.locator("[aria-busy=true]").first.wait_for(state="detached")
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type not in ("error", "warning"):
+            return
+        if any(f"status of {status} " in message.text for status in self.refusals):
+            return
+        self.problems.append(f"console: {message.text}")
+
+    def _request(self, request: Request) -> None:
+        if not request.url.startswith((f"{self.url}/", "blob:", "data:")):
+            self.problems.append(f"foreign request: {request.url}")
+
+
+@contextmanager
+def watching(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
+    """A new page in a context of its own, which must have had no problem at the end of the block."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+    context.set_default_timeout(20_000)
+    try:
+        watched = Watched(context.new_page(), url)
+        yield watched
+        assert not watched.problems
+    finally:
+        context.close()

@@ -14,7 +14,7 @@ from server.errors import Overloaded
 from server.executors import Executor
 from server.long_work import Lane, run_long
 
-GoOn = Callable[[], None]
+CheckCancelled = Callable[[], None]
 
 
 def executor() -> Executor:
@@ -24,11 +24,11 @@ def executor() -> Executor:
 def test_work_whose_caller_is_cancelled_ends_before_the_caller_does() -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def work(go_on: GoOn) -> None:
+    def work(check_cancelled: CheckCancelled) -> None:
         begun.set()
         try:
             while True:
-                go_on()
+                check_cancelled()
                 time.sleep(0.01)
         finally:
             ended.set()
@@ -48,11 +48,11 @@ def test_work_whose_caller_is_cancelled_twice_leaves_no_error_behind() -> None:
     begun, released, ended = threading.Event(), threading.Event(), threading.Event()
     unseen: list[str] = []
 
-    def work(go_on: GoOn) -> None:
+    def work(check_cancelled: CheckCancelled) -> None:
         begun.set()
         released.wait(10)
         try:
-            go_on()
+            check_cancelled()
         finally:
             ended.set()
 
@@ -78,7 +78,7 @@ def test_a_lane_does_one_thing_at_a_time_and_refuses_what_may_not_wait() -> None
     at_once, most = 0, 0
     hold = threading.Event()
 
-    def work(go_on: GoOn) -> int:
+    def work(check_cancelled: CheckCancelled) -> int:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
@@ -105,7 +105,7 @@ def test_a_lane_does_one_thing_at_a_time_and_refuses_what_may_not_wait() -> None
 
 
 def test_what_work_raises_is_raised_by_its_caller() -> None:
-    def work(go_on: GoOn) -> None:
+    def work(check_cancelled: CheckCancelled) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

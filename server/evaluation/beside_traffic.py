@@ -55,7 +55,7 @@ async def run_beside(
     Cancelling it frees everything that it uses in the engine.
     """
     answers, seconds = await ask_all_beside(worker, evaluation, threads, at_once, on_row, key_id)
-    return await run_long(threads, lambda go_on: evaluation.report(answers, seconds, go_on))
+    return await run_long(threads, lambda check_cancelled: evaluation.report(answers, seconds, check_cancelled))
 
 
 async def ask_all_beside(

@@ -55,7 +55,7 @@ def read_evaluation_data(
     limit: int | None = None,
     name: str | None = None,
     inside: Path | None = None,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> EvaluationData:
     """Read and check a data file and the files beside it.
 
@@ -66,16 +66,16 @@ def read_evaluation_data(
         limit: maximum number of rows.
         name: the name for errors and reports, if the path is not to be shown.
         inside: files beside the data are read only if they lie in this folder, symbolic links resolved.
-        go_on: called before each line; if it raises, the reading ends.
+        check_cancelled: called before each line; if it raises, the reading ends.
 
     Raises:
         InvalidTrainingData: a file or a line is invalid; names both.
     """
-    whole = read_rows(path, name, go_on)
+    whole = read_rows(path, name, check_cancelled)
     beside = path.with_name(path.name.removesuffix(".jsonl") + REFERENCES)
     found = references or (beside if _may_read(beside, inside) else None)
     shown = references_name or (found.name if name and found else None)
-    texts = None if found is None else _read_references(found, whole, limit, shown, go_on)
+    texts = None if found is None else _read_references(found, whole, limit, shown, check_cancelled)
     rows = whole.rows[:limit]
     return EvaluationData(
         str(whole.path),
@@ -92,18 +92,18 @@ def _may_read(path: Path, inside: Path | None) -> bool:
     return path.exists() and (inside is None or path.resolve().is_relative_to(inside.resolve()))
 
 
-def read_rows(path: Path, name: str | None = None, go_on: Callable[[], None] = lambda: None) -> DataFile:
-    """Read a data file, which errors (InvalidTrainingData) call by `name`; `go_on` is called before each line."""
+def read_rows(path: Path, name: str | None = None, check_cancelled: Callable[[], None] = lambda: None) -> DataFile:
+    """Read a data file, which errors (InvalidTrainingData) call by `name`. Calls `check_cancelled` before each line."""
     if name is None:
-        return read_data(path, check_cancelled=go_on)
+        return read_data(path, check_cancelled=check_cancelled)
     try:
-        return replace(read_data(path, check_cancelled=go_on), path=Path(name))
+        return replace(read_data(path, check_cancelled=check_cancelled), path=Path(name))
     except InvalidTrainingData as exc:
         raise InvalidTrainingData(exc.message.replace(str(path), name), remedy=exc.remedy) from exc
 
 
 def _read_references(
-    path: Path, data: DataFile, limit: int | None, name: str | None, go_on: Callable[[], None]
+    path: Path, data: DataFile, limit: int | None, name: str | None, check_cancelled: Callable[[], None]
 ) -> dict[int, tuple[str, ...]]:
     """Line number -> references, of the first rows up to the limit."""
     shown = name or str(path)
@@ -112,7 +112,7 @@ def _read_references(
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                go_on()
+                check_cancelled()
                 if len(line) > MAX_LINE_BYTES:
                     raise InvalidTrainingData(
                         f"{shown}, line {number}: longer than {MAX_LINE_BYTES:,} bytes.", remedy=REFERENCE_LINE

@@ -44,11 +44,11 @@ class Evaluation:
         """Rows times systems."""
         return len(self.rows) * len(self.systems)
 
-    def checked(self, go_on: Callable[[], None]) -> Evaluation:
+    def checked(self, check_cancelled: Callable[[], None]) -> Evaluation:
         """Refuse (InvalidTrainingData) rows that can never run, before any request; return the evaluation to run."""
         if not self.questions.labels:
             metrics.check_installed()
-        return replace(self, systems=tuple(self.questions.checked(one, go_on) for one in self.systems))
+        return replace(self, systems=tuple(self.questions.checked(one, check_cancelled) for one in self.systems))
 
     def ask(
         self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
@@ -57,10 +57,13 @@ class Evaluation:
         return self.questions.ask(system, row, key_id, is_background=is_background)
 
     def report(
-        self, answers: Mapping[str, Answers], seconds: Mapping[str, float], go_on: Callable[[], None] = lambda: None
+        self,
+        answers: Mapping[str, Answers],
+        seconds: Mapping[str, float],
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> Report:
         """Build the report from the answers and the duration of each system, by its name; answers in row order."""
-        found = {one.name: self._statistics(one, answers[one.name], go_on) for one in self.systems}
+        found = {one.name: self._statistics(one, answers[one.name], check_cancelled) for one in self.systems}
         bootstrap = Bootstrap(len(self.rows))
         subject = self.systems[0].name
         return Report(
@@ -80,12 +83,12 @@ class Evaluation:
             else {},
         )
 
-    def _statistics(self, system: System, answers: Answers, go_on: Callable[[], None]) -> Statistics:
-        go_on()
+    def _statistics(self, system: System, answers: Answers, check_cancelled: Callable[[], None]) -> Statistics:
+        check_cancelled()
         questions = self.questions
         if questions.labels:
             return metrics.classification(answers, system, questions.data, questions.labels)
-        return metrics.written(answers, system, questions.data, go_on)
+        return metrics.written(answers, system, questions.data, check_cancelled)
 
     def _agreement(self, answers: Mapping[str, Answers], other: str) -> Statistic:
         """Share of the rows for which the first and another system choose the same label."""
@@ -141,7 +144,7 @@ def prepare(
         bounds.check_rows(data, len(labels))
     questions = Questions(data, labels, host, None if bounds is None else bounds.labels_at_once)
     given: dict[str, Any] = {"instruction": instruction, "shots": shots, "labels": labels, "teacher": teacher}
-    alone = baselines(wanted or RequestedBaselines(), data, host, manifest, **given, go_on=go_on)
+    alone = baselines(wanted or RequestedBaselines(), data, host, manifest, **given, check_cancelled=go_on)
     about = EvaluationSubject(
         task=name.partition("@")[0],
         version=version,

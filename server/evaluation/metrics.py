@@ -63,9 +63,9 @@ def classification(
 
 
 def written(
-    answers: Sequence[Answer], system: System, data: EvaluationData, go_on: Callable[[], None] = lambda: None
+    answers: Sequence[Answer], system: System, data: EvaluationData, check_cancelled: Callable[[], None] = lambda: None
 ) -> Statistics:
-    """Exact match, ROUGE-L, BLEU and perplexity; `go_on` is called before each row."""
+    """Exact match, ROUGE-L, BLEU and perplexity; `check_cancelled` is called before each row."""
     texts = [shown_text(answer.text, system, data) for answer in answers]
     lenient = system.is_lenient
     matches = [
@@ -74,8 +74,8 @@ def written(
     ]
     return {
         EXACT_MATCH: share(matches),
-        ROUGE_L: rouge_l(texts, data.references, go_on),
-        BLEU: bleu(texts, data.references, go_on),
+        ROUGE_L: rouge_l(texts, data.references, check_cancelled),
+        BLEU: bleu(texts, data.references, check_cancelled),
         PERPLEXITY: perplexity([answer.loss for answer in answers], [answer.tokens for answer in answers]),
     }
 
@@ -115,19 +115,19 @@ def macro_f1(targets: Sequence[int | None], predicted: Sequence[int | None], num
 
 
 def rouge_l(
-    texts: Sequence[str], references: Sequence[Sequence[str]], go_on: Callable[[], None] = lambda: None
+    texts: Sequence[str], references: Sequence[Sequence[str]], check_cancelled: Callable[[], None] = lambda: None
 ) -> Statistic:
     """ROUGE-L's F-measure with stemming (Lin 2004); for each row, the best over its references."""
     scorer = _rouge_scorer()
     best = []
     for text, several in zip(texts, references, strict=True):
-        go_on()
+        check_cancelled()
         best.append(max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in several))
     return share(best)
 
 
 def bleu(
-    texts: Sequence[str], references: Sequence[Sequence[str]], go_on: Callable[[], None] = lambda: None
+    texts: Sequence[str], references: Sequence[Sequence[str]], check_cancelled: Callable[[], None] = lambda: None
 ) -> Statistic:
     """sacrebleu's corpus BLEU (Papineni et al. 2002, Post 2018), 0 to 100, with all references of a row.
 
@@ -136,7 +136,7 @@ def bleu(
     score = _sentence_bleu()
     counted = []
     for text, several in zip(texts, references, strict=True):
-        go_on()
+        check_cancelled()
         counted.append(score(text, list(several)))
     rows = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in counted], dtype=np.float64)
     return Statistic(rows, _corpus_bleu)

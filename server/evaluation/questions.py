@@ -100,7 +100,7 @@ class Questions:
         """Choices that a row has at a time: one that generates, and the labels (or target) of one request."""
         return 1 + (min(len(self.labels), self.labels_at_once) or 1)
 
-    def checked(self, system: System, go_on: Callable[[], None]) -> System:
+    def checked(self, system: System, check_cancelled: Callable[[], None]) -> System:
         """Return the system to use, which computes a common beginning of all rows only once.
 
         Raises:
@@ -109,7 +109,7 @@ class Questions:
 
         def read() -> Iterator[tuple[int, ...]]:
             for row in self.data.rows:
-                go_on()
+                check_cancelled()
                 asked = self.ask(system, row)
                 for one in asked:
                     self._check(system, one)

@@ -178,7 +178,7 @@ def baselines(
     labels: Sequence[str] = (),
     teacher: TeacherText | None = None,
     seed: int = 0,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> list[System]:
     """The requested baselines, each of which is the frozen model alone.
 
@@ -192,7 +192,7 @@ def baselines(
         labels: the task's classes: examples are balanced over them.
         teacher: the text of one more baseline.
         seed: of the choice of examples.
-        go_on: called between pieces of the work; if it raises, the work ends.
+        check_cancelled: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest: there is no instruction, no training data or no chat template where one is needed.
@@ -201,7 +201,7 @@ def baselines(
     if not wanted.names(teacher=teacher is not None):
         return []
     instruction = instruction or data.instruction
-    longest = _longest_target(data, host, go_on) + BASELINE_SLACK
+    longest = _longest_target(data, host, check_cancelled) + BASELINE_SLACK
     found = []
     if wanted.zero_shot:
         template = Manifest(input_template=manifest.input_template, system_message=manifest.system_message)
@@ -253,11 +253,11 @@ def _few_shot(
     return System(f"{count}-shot", template=template, preamble=preamble, longest=longest, stop=stop)
 
 
-def _longest_target(data: EvaluationData, host: Host, go_on: Callable[[], None]) -> int:
+def _longest_target(data: EvaluationData, host: Host, check_cancelled: Callable[[], None]) -> int:
     """Tokens of the longest target."""
     longest = 0
     for target in dict.fromkeys(row.target for row in data.rows):
-        go_on()
+        check_cancelled()
         longest = max(longest, len(host.text.encode(target, add_special_tokens=False)))
     return longest
 

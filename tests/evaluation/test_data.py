@@ -109,10 +109,12 @@ def test_references_are_read_no_further_than_the_rows_go(folder: Path) -> None:
     (folder / "rows.references.jsonl").write_text(lines({"references": ["a"]}) * 100_000)
     looked = 0
 
-    def go_on() -> None:
+    def check_cancelled() -> None:
         nonlocal looked
         looked += 1
 
     with pytest.raises(InvalidTrainingData, match="has no line 5"):
-        read_evaluation_data(folder / "test.jsonl", references=folder / "rows.references.jsonl", go_on=go_on)
+        read_evaluation_data(
+            folder / "test.jsonl", references=folder / "rows.references.jsonl", check_cancelled=check_cancelled
+        )
     assert looked < 20

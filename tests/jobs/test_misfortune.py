@@ -260,14 +260,14 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
         board.check(spec(config=LEARNS | {"teacher_template": "{input} " + "word " * 700_000}))
     looks = 0
 
-    def go_on() -> None:
+    def check_cancelled() -> None:
         nonlocal looks
         looks += 1
 
     with board.files.draft() as draft:
         write_rows(draft.data, [*ROWS, (" " * 60_000 + "x", "yes")])
         with pytest.raises(InvalidTrainingData, match=r"rows.jsonl, line 21: 60,004 characters can never fit"):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=go_on)
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
     assert longest <= 1000
     assert looks > 20, "it asks at every row whether to go on"
 
@@ -276,7 +276,7 @@ def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: F
     board = JobBoard(settings, tiny32.spec, tiny32.text.encode)
     looks = 0
 
-    def go_on() -> None:
+    def check_cancelled() -> None:
         nonlocal looks
         looks += 1
         if looks == 10:
@@ -285,6 +285,6 @@ def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: F
     with board.files.draft() as draft:
         write_rows(draft.data, ROWS)
         with pytest.raises(RequestAborted):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=go_on)
+            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
     assert board.jobs() == []
     assert not list(settings.jobs_folder.glob(".new-*"))

@@ -24,7 +24,7 @@ from server.train.data import DataFile
 
 TRAINING = "train.jsonl"
 
-GoOn = Callable[[], None]
+CheckCancelled = Callable[[], None]
 Version = tuple[Resolved, SoftPrompt]
 
 
@@ -58,10 +58,10 @@ class EvaluationWork:
         settings = self.site.settings
         self._limits = settings.max_sequences + settings.max_queue, settings.max_per_task, settings.max_per_key
 
-    def prepare(self, go_on: GoOn) -> None:
+    def prepare(self, check_cancelled: CheckCancelled) -> None:
         """Read, check and tokenise the files; raises what `evaluation.prepare` raises."""
         request = self.request
-        data, shots = self._read(go_on)
+        data, shots = self._read(check_cancelled)
         (resolved, soft_prompt), *others = self.versions
         self.evaluation = prepare(
             self.site.worker,
@@ -74,12 +74,12 @@ class EvaluationWork:
             version=resolved.version,
             teacher=None if request.teacher is None else TeacherText(request.teacher, bool(request.teacher_chat)),
             bounds=EvaluationBounds(labels_at_once=labels_at_once(*self._limits)),
-            go_on=go_on,
+            go_on=check_cancelled,
         )
         self.rows, self.total = len(self.evaluation.rows), self.evaluation.num_questions
         self.folder.cleanup()
 
-    async def run(self, on_piece: GoOn) -> None:
+    async def run(self, on_piece: Callable[[], None]) -> None:
         """Generate the answers of all rows, and write the report; raises what `run_beside` raises."""
         evaluation = self.evaluation
         assert evaluation is not None, "a job is prepared before it runs"
@@ -93,7 +93,7 @@ class EvaluationWork:
         self.folder.cleanup()
         self.versions, self.evaluation = (), None
 
-    def _read(self, go_on: GoOn) -> tuple[EvaluationData, DataFile | None]:
+    def _read(self, check_cancelled: CheckCancelled) -> tuple[EvaluationData, DataFile | None]:
         """The rows, and the file that few-shot examples come from: by default train.jsonl beside a named data file."""
         request, files, data_dir = self.request, self.files, self.site.settings.data_dir
         source, references, shots = files["data"], files.get("references"), files.get("shots")
@@ -104,14 +104,14 @@ class EvaluationWork:
             limit=request.limit,
             name=source.name,
             inside=data_dir if request.data is not None else source.path.parent,
-            go_on=go_on,
+            check_cancelled=check_cancelled,
         )
         if not self.wanted.shots:
             return data, None
         if shots is None and request.data is not None:
             beside = str(PurePosixPath(request.data).with_name(TRAINING))
             shots = GivenFile(resolve_data(beside, data_dir), beside)
-        return data, None if shots is None else read_rows(shots.path, shots.name, go_on)
+        return data, None if shots is None else read_rows(shots.path, shots.name, check_cancelled)
 
     def _command(self) -> str:
         """The shell command that repeats this evaluation, for the card."""

@@ -35,7 +35,7 @@ LOOK_SECONDS = 0.25
 REPLY_SECONDS = 1.0
 """How long POST waits for a job's preparation, so that an error in a small job is the reply."""
 
-GoOn = Callable[[], None]
+CheckCancelled = Callable[[], None]
 
 
 class Work(Protocol):
@@ -44,10 +44,10 @@ class Work(Protocol):
     task: str
     total: int
 
-    def prepare(self, go_on: GoOn) -> None:
-        """Read and check the input, on a thread. `go_on` is called between pieces and may raise to stop."""
+    def prepare(self, check_cancelled: CheckCancelled) -> None:
+        """Read and check the input, on a thread. `check_cancelled` is called between pieces and may raise to stop."""
 
-    async def run(self, on_piece: GoOn) -> None:
+    async def run(self, on_piece: Callable[[], None]) -> None:
         """Do the work; `on_piece` is called after each piece. Cancelling it frees all that it uses in the engine."""
 
     def release(self) -> None:
@@ -195,7 +195,7 @@ class InServerJobs(Jobs, Generic[W]):
         assert running is not None, "it is a task"
         draining = asyncio.get_running_loop().create_task(self._cancel_once_draining(running))
         try:
-            await self._preparing.run(lambda go_on: self._prepare(job, go_on))
+            await self._preparing.run(lambda check_cancelled: self._prepare(job, check_cancelled))
             job.state = JobState.QUEUED
             job.prepared.set()
             async with self._site.turn:
@@ -219,16 +219,16 @@ class InServerJobs(Jobs, Generic[W]):
         finally:
             draining.cancel()
 
-    def _prepare(self, job: InServerJob[W], go_on: GoOn) -> None:
+    def _prepare(self, job: InServerJob[W], check_cancelled: CheckCancelled) -> None:
         """Prepare a job (on a thread), unless the server shuts down."""
 
-        def go_on_unless_draining() -> None:
-            go_on()
+        def check_cancelled_or_draining() -> None:
+            check_cancelled()
             if self._site.worker.draining:
                 raise ServerDraining("The server is shutting down.")
 
         job.state = JobState.PREPARING
-        job.work.prepare(go_on_unless_draining)
+        job.work.prepare(check_cancelled_or_draining)
 
     async def _cancel_once_draining(self, running: asyncio.Task[None]) -> None:
         """Cancel the job when the server drains: draining waits for clients' requests, not for jobs."""

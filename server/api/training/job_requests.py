@@ -66,9 +66,9 @@ def submit(
     data_dir: Path | None,
     by: str | None,
     start: StartVersion | None = None,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> Job:
-    """Copy and check the data, and queue the job; `go_on` is called between pieces and may raise to stop."""
+    """Copy and check the data, and queue the job; `check_cancelled` is called between pieces and may raise to stop."""
     spec = order.fields.spec
     board.check(spec)
     if start is not None:
@@ -84,4 +84,4 @@ def submit(
         if validation is not None:
             validation.copy(draft.validation, room)
         names = DataNames(data.name, None if validation is None else validation.name)
-        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt, go_on)
+        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt, check_cancelled)

@@ -51,10 +51,10 @@ class CountWork:
         self.task, self.seconds = request.task, request.seconds
         self.total = self.counted = self.ended = 0
 
-    def prepare(self, go_on: Any) -> None:
+    def prepare(self, check_cancelled: Any) -> None:
         if self.task == "refused":
             raise InvalidRequest("There is nothing to count.")
-        go_on()
+        check_cancelled()
         self.total = PIECES
 
     async def run(self, on_piece: Any) -> None:

@@ -33,7 +33,7 @@ from server.engine.engine import Engine
 from server.engine.model.device_defaults import as_served
 from server.engine.worker import EngineWorker
 from server.errors import ConfigurationError
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.supervisor import JobRunner
 from server.keys.live import ApiKeys
 from server.registry.inbox import Inbox
@@ -77,9 +77,13 @@ def serve(settings: Settings) -> None:
             inbox = Inbox(settings.prompts_dir, registry)
             starter.submit(publish_inbox, inbox, registry).result()
         worker = EngineWorker(engine, limits(settings))
-        board = JobBoard(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
-        services: list[Service] = [inbox, Syncer(registry, settings.sync_seconds), JobRunner(settings, registry, board)]
-        app = create_app(settings, worker, registry, services, keys, board, tracing)
+        job_queue = JobQueue(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
+        services: list[Service] = [
+            inbox,
+            Syncer(registry, settings.sync_seconds),
+            JobRunner(settings, registry, job_queue),
+        ]
+        app = create_app(settings, worker, registry, services, keys, job_queue, tracing)
         keep_for_good()
         config = uvicorn.Config(
             app,

@@ -38,7 +38,7 @@ from server.api.training.schemas import JOB_ERRORS
 from server.background_service import Service
 from server.engine.worker import EngineWorker
 from server.executors import Executors
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.keys.live import ApiKeys
 from server.registry.registry import Registry
 from server.settings import Settings
@@ -101,17 +101,17 @@ def create_app(
     registry: Registry,
     services: Sequence[Service] = (),
     keys: ApiKeys | None = None,
-    board: JobBoard | None = None,
+    job_queue: JobQueue | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """Put the routes together. The engine's thread and the services live as long as the app.
 
-    Without `board`, the app makes one whose jobs stay queued, because no service runs them.
+    Without `job_queue`, the app makes one whose jobs stay queued, because no service runs them.
     """
     assert keys is not None or settings.api_keys_file is None, "the settings name keys that the app was not given"
 
-    board = board or JobBoard(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
-    metrics = Metrics(worker, registry, settings.metrics_tasks, board)
+    job_queue = job_queue or JobQueue(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
+    metrics = Metrics(worker, registry, settings.metrics_tasks, job_queue)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -139,9 +139,9 @@ def create_app(
     )
     app.state.settings, app.state.worker, app.state.registry = settings, worker, registry
     app.state.executors = executors = Executors()
-    app.state.keys = board.keys = keys
-    app.state.jobs = board
-    app.state.site = site = Site(settings, worker, executors, board, keys)
+    app.state.keys = job_queue.keys = keys
+    app.state.jobs = job_queue
+    app.state.site = site = Site(settings, worker, executors, job_queue, keys)
     app.state.kinds = {kind.router.prefix: kind(site) for kind in KINDS}
     app.state.followers = Followers(worker)
     app.state.started = int(time.time())

@@ -12,7 +12,7 @@ from server.api.telemetry.metrics import Metrics
 from server.engine.worker import EngineWorker
 from server.errors import InvalidRequest
 from server.executors import Executors
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.registry.registry import Registry
 from server.settings import Settings
 from server.soft_prompts.names import TASK_NAME
@@ -51,7 +51,7 @@ def check_query(request: Request) -> None:
 WorkerDep = Annotated[EngineWorker, _of_app("worker")]
 RegistryDep = Annotated[Registry, _of_app("registry")]
 SettingsDep = Annotated[Settings, _of_app("settings")]
-BoardDep = Annotated[JobBoard, _of_app("jobs")]
+JobQueueDep = Annotated[JobQueue, _of_app("jobs")]
 ExecutorsDep = Annotated[Executors, _of_app("executors")]
 MetricsDep = Annotated[Metrics, _of_app("metrics")]
 KeyIdDep = Annotated[str | None, Depends(_key_id)]

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MOST_QUEUED = 100
 
 
-class JobBoard:
+class JobQueue:
     """All jobs of a folder.
 
     Attributes:

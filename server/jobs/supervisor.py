@@ -26,7 +26,7 @@ from server.jobs.check import as_failure
 from server.jobs.failures import broken, failure_of
 from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.launcher import Child, end_child, end_left_behind, identify, start_child
 from server.jobs.publish import Withdrawn, publish_result
 from server.jobs.record import count_steps
@@ -60,16 +60,16 @@ class _Running(NamedTuple):
 
 
 class JobRunner(Service):
-    """Runs the jobs of a `JobBoard`."""
+    """Runs the jobs of a `JobQueue`."""
 
-    def __init__(self, settings: Settings, registry: Registry, board: JobBoard, start: Start = start_child) -> None:
-        """Nothing runs yet. `registry` gets the results; `board.keys` decides whether a job's key may still run it."""
+    def __init__(self, settings: Settings, registry: Registry, job_queue: JobQueue, start: Start = start_child) -> None:
+        """Nothing runs yet. `registry` gets the results; `job_queue.keys` decides whether a key may still run a job."""
         super().__init__("jobs", STOP_SECONDS)
         self._start_child = start
         self._settings = settings
         self._registry = registry
-        self._board = board
-        self._files, self._changed = board.files, board.changed
+        self._job_queue = job_queue
+        self._files, self._changed = job_queue.files, job_queue.changed
         self._running: _Running | None = None
         self._unwritten: dict[str, Status] = {}
         """Final statuses that could not be written to the job's folder; the write is retried at each turn."""
@@ -231,7 +231,7 @@ class JobRunner(Service):
         return None if error is None else Failure(error.message, error.code, error.remedy)
 
     def _forbidden(self, job: Job) -> Forbidden | None:
-        keys = self._board.keys
+        keys = self._job_queue.keys
         why = None if keys is None or job.by is None else keys.why_not(job.by, [Scope.PUBLISH], [job.spec.task])
         if why is None:
             return None

@@ -31,7 +31,7 @@ from server.engine.engine import Engine
 from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker
 from server.jobs.folder import JobFolder
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.launcher import Child, write_order
 from server.jobs.process_main import main
 from server.jobs.supervisor import JobRunner
@@ -189,13 +189,13 @@ def live_server(
     worker = EngineWorker(engine, limits(settings))
     store = Store(open_objects(settings.store_url))
     registry = Registry(store, model.spec, settings.max_virtual_tokens, settings.host_memory)
-    board = JobBoard(settings, model.spec, worker.text.encode, worker.text.length_bound.can_fit)
+    job_queue = JobQueue(settings, model.spec, worker.text.encode, worker.text.length_bound.can_fit)
     services: list[Service] = [
         Inbox(settings.prompts_dir, registry),
         Syncer(registry, settings.sync_seconds),
-        JobRunner(settings, registry, board, start_eagerly),
+        JobRunner(settings, registry, job_queue, start_eagerly),
     ]
-    app = create_app(settings, worker, registry, services, open_keys(settings), board, tracing)
+    app = create_app(settings, worker, registry, services, open_keys(settings), job_queue, tracing)
     options = {"http": bounded_protocol(), "log_config": None, "lifespan": "on", "ws": "none"}
     with serving(uvicorn.Config(app, host="127.0.0.1", port=0, **options)) as port:
         url = f"http://127.0.0.1:{port}"

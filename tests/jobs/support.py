@@ -1,4 +1,4 @@
-"""A board and a runner around real processes, which train a tiny model from a folder."""
+"""A queue and a runner around real processes, which train a tiny model from a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.engine.attention.interface import ATTENTION_NAME
 from server.engine.model.frozen import FrozenModel
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.record import read_lines
 from server.jobs.supervisor import JobRunner, Start
 from server.registry.registry import Registry
@@ -55,34 +55,34 @@ class Yard:
 
     settings: Settings
     registry: Registry
-    board: JobBoard
+    job_queue: JobQueue
     runner: JobRunner
 
     def submit(self, asked: JobSpec, rows: Sequence[tuple[str, str]] = ROWS, by: str | None = None) -> Job:
         """Queue a job whose validation rows are its training rows."""
-        self.board.check(asked)
-        with self.board.files.draft() as draft:
+        self.job_queue.check(asked)
+        with self.job_queue.files.draft() as draft:
             write_rows(draft.data, rows)
             write_rows(draft.validation, MOODS)
-            return self.board.submit(draft, asked, DataNames("rows.jsonl", "held.jsonl"), by)
+            return self.job_queue.submit(draft, asked, DataNames("rows.jsonl", "held.jsonl"), by)
 
     def state(self, job: Job) -> JobState:
         """Where it stands now."""
-        return self.board.job(job.id).status.state
+        return self.job_queue.job(job.id).status.state
 
     def ended(self, job: Job) -> Job:
         """Wait for a job's end."""
         wait_until(lambda: self.state(job).is_over, SECONDS)
-        return self.board.job(job.id)
+        return self.job_queue.job(job.id)
 
     def steps(self, job: Job) -> list[int]:
         """Those in its record."""
-        lines = read_lines(self.board.files.folder(job.id).record)[0]
+        lines = read_lines(self.job_queue.files.folder(job.id).record)[0]
         return [line["step"] for line in lines if line["event"] == "step"]
 
     def files(self, job: Job) -> JobFolder:
         """Its folder."""
-        return self.board.files.folder(job.id)
+        return self.job_queue.files.folder(job.id)
 
 
 def make_yard(
@@ -90,8 +90,8 @@ def make_yard(
 ) -> Yard:
     """Nothing runs yet."""
     registry = registry or Registry(Store(MemoryObjects()), model.spec, 512)
-    board = JobBoard(settings, registry.model, model.text.encode)
-    return Yard(settings, registry, board, JobRunner(settings, registry, board, start))
+    job_queue = JobQueue(settings, registry.model, model.text.encode)
+    return Yard(settings, registry, job_queue, JobRunner(settings, registry, job_queue, start))
 
 
 @contextmanager

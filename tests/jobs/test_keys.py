@@ -27,7 +27,7 @@ def test_a_job_of_a_revoked_key_ends_with_a_sentence_and_publishes_nothing(
 ) -> None:
     yard = stubbed(settings, tiny32, SLEEP if when == "while it runs" else result)
     key, _ = add_key(keys_file, "team", [Scope.PUBLISH], ["mo*"])
-    yard.board.keys = ApiKeys(keys_file)
+    yard.job_queue.keys = ApiKeys(keys_file)
     job = yard.submit(spec(), by=key.id)
     with by_hand(yard):
         if when != "before it starts":
@@ -37,7 +37,7 @@ def test_a_job_of_a_revoked_key_ends_with_a_sentence_and_publishes_nothing(
         revoke_key(keys_file, key.id)
         yard.runner._turn()
         assert yard.runner._running is None
-    ended = yard.board.job(job.id)
+    ended = yard.job_queue.job(job.id)
     assert ended.status.state == JobState.FAILED
     assert ended.status.error is not None
     assert ended.status.error.code == "forbidden"
@@ -60,7 +60,7 @@ def test_a_job_whose_key_lost_what_it_needs_publishes_nothing(
 ) -> None:
     yard = stubbed(settings, tiny32, result)
     key, _ = add_key(keys_file, "team", scopes, tasks)  # as an operator has left it in the meantime
-    yard.board.keys = ApiKeys(keys_file)
+    yard.job_queue.keys = ApiKeys(keys_file)
     job = yard.submit(spec(), by=key.id)
     with running(yard):
         ended = yard.ended(job)

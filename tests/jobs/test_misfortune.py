@@ -16,7 +16,7 @@ from server.errors import InvalidRequest, InvalidTrainingData, RequestAborted, S
 from server.jobs import publish
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobState, Status
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.launcher import Child
 from server.jobs.process_main import FULL, _is_full
 from server.jobs.supervisor import JobRunner
@@ -56,7 +56,7 @@ def test_a_job_whose_folder_breaks_is_over_with_a_sentence_and_the_next_one_runs
 ) -> None:
     with running(stubbed(settings, tiny32)) as yard, logged() as log:
         job, later = yard.submit(spec()), yard.submit(spec())
-        wait_until(lambda: yard.board.job(job.id).status.pid is not None)  # written last
+        wait_until(lambda: yard.job_queue.job(job.id).status.pid is not None)  # written last
         assert yard.runner._running is not None
         child = yard.runner._running[1]
         DAMAGES[damage](yard.files(job).path)
@@ -69,7 +69,7 @@ def test_a_job_whose_folder_breaks_is_over_with_a_sentence_and_the_next_one_runs
 def test_a_folder_of_jobs_that_vanishes_whole_is_begun_anew(settings: Settings, tiny32: FrozenModel) -> None:
     with running(stubbed(settings, tiny32)) as yard:
         job = yard.submit(spec())
-        wait_until(lambda: yard.board.job(job.id).status.pid is not None)
+        wait_until(lambda: yard.job_queue.job(job.id).status.pid is not None)
         settings.jobs_folder.rename(settings.jobs_folder.with_name("gone"))
         wait_until(lambda: yard.runner._running is None, 10)
         wait_until(lambda: yard.runner._lock is None, 10)
@@ -93,7 +93,7 @@ def test_a_job_whose_process_cannot_be_started_fails_and_the_next_one_runs(
         jobs = [yard.submit(spec()) for _ in range(3)]
         wait_until(lambda: yard.state(jobs[2]) == JobState.RUNNING, 10)
     for job in jobs[:2]:
-        error = yard.board.job(job.id).status.error
+        error = yard.job_queue.job(job.id).status.error
         assert error is not None
         assert "cannot be started" in error.error
 
@@ -136,8 +136,8 @@ def test_a_cancelled_job_never_publishes_though_its_process_has_succeeded(
     with by_hand(yard):
         yard.runner._turn()
         finished(yard)
-        yard.board.cancel(job.id)
-        assert yard.board.job(job.id).is_cancelling
+        yard.job_queue.cancel(job.id)
+        assert yard.job_queue.job(job.id).is_cancelling
         yard.runner._turn()
     assert yard.state(job) == JobState.CANCELLED
     assert yard.registry.num_tasks == 0
@@ -151,15 +151,15 @@ def test_a_cancellation_right_before_the_publish_wins_and_one_after_it_is_not_ac
     jobs = [yard.submit(spec(task=task)) for task in ("early", "late")]
 
     def cancel_and_load(*given: object) -> object:
-        yard.board.cancel(jobs[0].id)
+        yard.job_queue.cancel(jobs[0].id)
         return load(*given)  # type: ignore[arg-type]
 
     put = yard.registry.publish
     seen: list[Job] = []
 
     def cancel_and_publish(*given: object, **options: object) -> object:
-        yard.board.cancel(jobs[1].id)
-        seen.append(yard.board.job(jobs[1].id))
+        yard.job_queue.cancel(jobs[1].id)
+        seen.append(yard.job_queue.job(jobs[1].id))
         return put(*given, **options)  # type: ignore[arg-type]
 
     with by_hand(yard):
@@ -208,11 +208,11 @@ def test_a_job_ends_once_in_whatever_phase_its_server_is_shut_down(
             objects.fails = lambda action, key: action == "create"
             first.runner._stop.set()
             first.runner._turn()
-            assert first.board.files.folder(job.id).publishing.exists()
+            assert first.job_queue.files.folder(job.id).publishing.exists()
             objects.fails = lambda action, key: False
         assert first.state(job) == (JobState.QUEUED if phase == "waiting" else JobState.RUNNING)
         if is_cancelled:
-            first.board.cancel(job.id)
+            first.job_queue.cancel(job.id)
     assert not [task for task, _ in ends if task == "mood"], "the next server ends it"
 
     second = stubbed(settings, tiny32, result, registry)
@@ -226,23 +226,23 @@ def test_a_job_ends_once_in_whatever_phase_its_server_is_shut_down(
     assert [task.name for task in registry.tasks() if task.name == "mood"] == ([] if is_cancelled else ["mood"])
     if not is_cancelled:
         assert list(registry.task("mood").versions) == [1]
-        assert second.board.job(job.id).status.restarts == (phase != "waiting")
+        assert second.job_queue.job(job.id).status.restarts == (phase != "waiting")
 
 
 def test_states_are_read_again_only_once_they_have_changed(settings: Settings, tiny32: FrozenModel) -> None:
     yard = stubbed(settings, tiny32)
     jobs = [yard.submit(spec()) for _ in range(2)]
-    assert yard.board.files.states() == {job.id: JobState.QUEUED for job in jobs}
+    assert yard.job_queue.files.states() == {job.id: JobState.QUEUED for job in jobs}
     for number in range(998):
         shutil.copytree(yard.files(jobs[0]).path, settings.jobs_folder / f"{jobs[0].id[:-12]}{number:012x}")
-    assert len(yard.board.files.states()) == 1000
+    assert len(yard.job_queue.files.states()) == 1000
     started = time.thread_time()  # of this thread alone, whatever else the machine does
-    assert len(yard.board.files.states()) == 1000
+    assert len(yard.job_queue.files.states()) == 1000
     assert time.thread_time() - started < 0.1
     yard.files(jobs[1]).write_status(Status(JobState.FAILED))
-    assert yard.board.files.states()[jobs[1].id] == JobState.FAILED
+    assert yard.job_queue.files.states()[jobs[1].id] == JobState.FAILED
     (yard.files(jobs[0]).path / "status.json").write_text("{}")
-    assert jobs[0].id not in yard.board.files.states()
+    assert jobs[0].id not in yard.job_queue.files.states()
 
 
 def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_tokenised(
@@ -255,25 +255,25 @@ def test_texts_that_can_never_fit_are_refused_by_their_characters_and_never_toke
         longest = max(longest, len(text if isinstance(text, str) else text.text))
         return tiny32.text.encode(text, add_special_tokens=add_special_tokens)
 
-    board = JobBoard(settings, tiny32.spec, encode, can_fit=lambda *texts: sum(map(len, texts)) <= 1000)
+    job_queue = JobQueue(settings, tiny32.spec, encode, can_fit=lambda *texts: sum(map(len, texts)) <= 1000)
     with pytest.raises(InvalidRequest, match="teacher's text does not fit"):
-        board.check(spec(config=LEARNS | {"teacher_template": "{input} " + "word " * 700_000}))
+        job_queue.check(spec(config=LEARNS | {"teacher_template": "{input} " + "word " * 700_000}))
     looks = 0
 
     def check_cancelled() -> None:
         nonlocal looks
         looks += 1
 
-    with board.files.draft() as draft:
+    with job_queue.files.draft() as draft:
         write_rows(draft.data, [*ROWS, (" " * 60_000 + "x", "yes")])
         with pytest.raises(InvalidTrainingData, match=r"rows.jsonl, line 21: 60,004 characters can never fit"):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
+            job_queue.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
     assert longest <= 1000
     assert looks > 20, "it asks at every row whether to go on"
 
 
 def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: FrozenModel) -> None:
-    board = JobBoard(settings, tiny32.spec, tiny32.text.encode)
+    job_queue = JobQueue(settings, tiny32.spec, tiny32.text.encode)
     looks = 0
 
     def check_cancelled() -> None:
@@ -282,9 +282,9 @@ def test_a_check_that_is_called_off_queues_nothing(settings: Settings, tiny32: F
         if looks == 10:
             raise RequestAborted("The client went away.")
 
-    with board.files.draft() as draft:
+    with job_queue.files.draft() as draft:
         write_rows(draft.data, ROWS)
         with pytest.raises(RequestAborted):
-            board.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
-    assert board.jobs() == []
+            job_queue.submit(draft, spec(), DataNames("rows.jsonl"), None, check_cancelled=check_cancelled)
+    assert job_queue.jobs() == []
     assert not list(settings.jobs_folder.glob(".new-*"))

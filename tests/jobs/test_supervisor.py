@@ -40,8 +40,8 @@ LONG = LEARNS | {"steps": 80, "evaluations": 16, "learning_rate": 0.05}
 
 def process_of(yard: Yard, job: Job) -> int:
     """The job's process, once it has left checkpoints."""
-    wait_until(lambda: yard.board.job(job.id).progress.step >= 30, SECONDS)
-    pid = yard.board.job(job.id).status.pid
+    wait_until(lambda: yard.job_queue.job(job.id).progress.step >= 30, SECONDS)
+    pid = yard.job_queue.job(job.id).status.pid
     assert pid is not None
     return pid
 
@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_goes_on_and_comes_to_the_same_result(yard: Yar
         job = yard.submit(spec(config=LONG))
         pid = process_of(yard, job)
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: yard.board.job(job.id).status.restarts == 1)
+        wait_until(lambda: yard.job_queue.job(job.id).status.restarts == 1)
         ended = yard.ended(job)
         whole = yard.ended(yard.submit(spec(config=LONG)))  # by a process of its own: sums depend on threads
     assert ended.status.state == JobState.SUCCEEDED, ended.status
@@ -118,17 +118,17 @@ def test_one_job_runs_at_a_time_in_the_order_of_their_making(yard: Yard) -> None
     with running(yard):
         jobs = [yard.submit(spec(config=SLOW)) for _ in range(3)]
         wait_until(lambda: yard.state(jobs[0]) == JobState.RUNNING)
-        assert [job.queue_position for job in yard.board.jobs()] == [2, 1, None]
-        yard.board.cancel(jobs[1].id)
+        assert [job.queue_position for job in yard.job_queue.jobs()] == [2, 1, None]
+        yard.job_queue.cancel(jobs[1].id)
         wait_until(lambda: yard.state(jobs[1]) == JobState.CANCELLED)
         with pytest.raises(JobRuns):
-            yard.board.delete(jobs[0].id)
-        yard.board.cancel(jobs[0].id)
+            yard.job_queue.delete(jobs[0].id)
+        yard.job_queue.cancel(jobs[0].id)
         wait_until(lambda: yard.state(jobs[2]) == JobState.RUNNING)
         assert yard.state(jobs[0]) == JobState.CANCELLED
-        yard.board.delete(jobs[0].id)
+        yard.job_queue.delete(jobs[0].id)
         with pytest.raises(UnknownJob):
-            yard.board.job(jobs[0].id)
+            yard.job_queue.job(jobs[0].id)
     assert yard.state(jobs[2]) == JobState.QUEUED, "a server that stops leaves it for the next one"
     assert yard.registry.num_tasks == 0
 
@@ -193,7 +193,7 @@ def test_a_server_that_was_killed_finds_its_jobs_and_the_process_that_it_left_is
     sleeping.runner._turn()
     assert sleeping.runner._lock is not None
     sleeping.runner._lock.close()  # as the system does for a process that is killed
-    status = sleeping.board.job(job.id).status
+    status = sleeping.job_queue.job(job.id).status
     assert status.state == JobState.RUNNING
     assert status.pid is not None
     assert psutil.pid_exists(status.pid)
@@ -213,7 +213,7 @@ def test_of_two_servers_on_a_folder_one_runs_jobs_until_it_stops(settings: Setti
             wait_until(lambda: one.state(job) == JobState.RUNNING)
         wait_until(lambda: two.runner._running is not None)
         assert one.runner._running is None or one.runner._running[1].poll() is not None
-        one.board.cancel(job.id)
+        one.job_queue.cancel(job.id)
         wait_until(lambda: two.state(job) == JobState.CANCELLED)
 
 
@@ -249,5 +249,5 @@ def test_only_the_newest_jobs_that_are_over_are_kept(
     monkeypatch.setattr("server.jobs.supervisor.KEPT", 2)
     with running(stubbed(settings, tiny32, "sys.exit(1)")) as yard:
         jobs = [yard.submit(spec()) for _ in range(4)]
-        wait_until(lambda: yard.board.files.ids() == [job.id for job in jobs[2:]], 20)
+        wait_until(lambda: yard.job_queue.files.ids() == [job.id for job in jobs[2:]], 20)
         wait_until(lambda: yard.state(jobs[3]).is_over)

@@ -20,7 +20,7 @@ from server.engine.worker import EngineWorker
 from server.errors import PreludeError
 from server.executors import Executors
 from server.jobs.job import JobState
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.keys.live import ApiKeys
 from server.settings import Settings
 
@@ -34,7 +34,7 @@ class Site:
     settings: Settings
     worker: EngineWorker
     executors: Executors
-    board: JobBoard
+    job_queue: JobQueue
     keys: ApiKeys | None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Lock of the one in-server job that runs."""

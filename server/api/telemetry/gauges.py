@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.engine.worker import EngineWorker
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.jobs.states import count_states
 from server.registry.events import KINDS
 from server.registry.registry import Registry
@@ -21,8 +21,8 @@ from server.registry.registry import Registry
 class Gauges(Collector):
     """A Prometheus collector over the worker and the registry."""
 
-    def __init__(self, worker: EngineWorker, registry: Registry, board: JobBoard | None) -> None:
-        self._board = board
+    def __init__(self, worker: EngineWorker, registry: Registry, job_queue: JobQueue | None) -> None:
+        self._job_queue = job_queue
         self._worker = worker
         self._registry = registry
 
@@ -85,7 +85,7 @@ class Gauges(Collector):
 
     def _jobs(self) -> Iterator[Metric]:
         jobs = GaugeMetricFamily("prelude_training_jobs", "Training jobs that are kept.", labels=["state"])
-        for state, count in count_states(self._board.files.states().values() if self._board else ()).items():
+        for state, count in count_states(self._job_queue.files.states().values() if self._job_queue else ()).items():
             jobs.add_metric([state.value], count)
         yield jobs
 

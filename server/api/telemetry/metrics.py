@@ -18,7 +18,7 @@ from server.api.telemetry.task_labels import OTHER, UNKNOWN, TaskLabels
 from server.contracts import Usage
 from server.engine.worker import EngineWorker
 from server.executors import Executor
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.registry.registry import Registry
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -35,7 +35,9 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 class Metrics:
     """All values of /metrics; `loads` may be observed on any thread."""
 
-    def __init__(self, worker: EngineWorker, tasks: Registry, most_tasks: int, board: JobBoard | None = None) -> None:
+    def __init__(
+        self, worker: EngineWorker, tasks: Registry, most_tasks: int, job_queue: JobQueue | None = None
+    ) -> None:
         """Create the metrics, all zero; at most `most_tasks` tasks have a label value of their own."""
         self.registry = CollectorRegistry()
         self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
@@ -59,7 +61,7 @@ class Metrics:
         self.loads = self._histogram("soft_prompt_load_seconds", about, (), LOAD_BUCKETS)
         labels = ("method", "route", "status")
         self._http = Counter("prelude_http_requests", "HTTP requests of all routes.", labels, registry=self.registry)
-        self.registry.register(Gauges(worker, tasks, board))
+        self.registry.register(Gauges(worker, tasks, job_queue))
         ProcessCollector(registry=self.registry)
 
     def first_token(self, task: str | None, seconds: float) -> None:

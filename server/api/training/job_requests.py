@@ -16,7 +16,7 @@ from server.api.jobs.job_bodies import Order, find_files
 from server.api.training.schemas import JobRequest, parse_request
 from server.errors import InvalidRequest, InvalidTrainingData
 from server.jobs.job import DataNames, Job, JobSpec
-from server.jobs.job_queue import JobBoard
+from server.jobs.job_queue import JobQueue
 from server.registry.registry import Registry
 from server.soft_prompts.names import split_version
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -61,7 +61,7 @@ async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id
 
 
 def submit(
-    board: JobBoard,
+    job_queue: JobQueue,
     order: Order[JobRequest],
     data_dir: Path | None,
     by: str | None,
@@ -70,7 +70,7 @@ def submit(
 ) -> Job:
     """Copy and check the data, and queue the job; `check_cancelled` is called between pieces and may raise to stop."""
     spec = order.fields.spec
-    board.check(spec)
+    job_queue.check(spec)
     if start is not None:
         spec = replace(spec, config=replace(spec.config, init_from=start.name))
     files = find_files(order, FILES, data_dir)
@@ -79,9 +79,9 @@ def submit(
         raise InvalidTrainingData(
             "There is no data to train on.", remedy="Upload a JSONL file as `data`, or name one of PRELUDE_DATA_DIR."
         )
-    with board.files.draft() as draft:
+    with job_queue.files.draft() as draft:
         room = MAX_DATA_BYTES - data.copy(draft.data)
         if validation is not None:
             validation.copy(draft.validation, room)
         names = DataNames(data.name, None if validation is None else validation.name)
-        return board.submit(draft, spec, names, by, None if start is None else start.soft_prompt, check_cancelled)
+        return job_queue.submit(draft, spec, names, by, None if start is None else start.soft_prompt, check_cancelled)

@@ -9,7 +9,7 @@ from functools import partial
 from fastapi import Request, Response
 from typing_extensions import override
 
-from server.api.deps import BoardDep, KeyIdDep, RegistryDep, SettingsDep
+from server.api.deps import JobQueueDep, KeyIdDep, RegistryDep, SettingsDep
 from server.api.jobs.job_bodies import read_order
 from server.api.jobs.kind import Jobs, Line, News, Site, job_router
 from server.api.jobs.routes import MISSING, JobId, start_route
@@ -49,15 +49,15 @@ class TrainingJobs(Jobs):
 
     @override
     async def all(self) -> Sequence[Job]:
-        return await self._site.executors.jobs.run(self._site.board.jobs)
+        return await self._site.executors.jobs.run(self._site.job_queue.jobs)
 
     @override
     async def get(self, job_id: str) -> Job:
-        return await self._site.executors.jobs.run(self._site.board.job, job_id)
+        return await self._site.executors.jobs.run(self._site.job_queue.job, job_id)
 
     @override
     async def cancel(self, job_id: str) -> None:
-        await self._site.executors.jobs.run(self._site.board.cancel, job_id)
+        await self._site.executors.jobs.run(self._site.job_queue.cancel, job_id)
         for _ in range(CANCEL_LOOKS):  # another server on the same folder may run it
             if (await self.get(job_id)).state.is_over:
                 return
@@ -65,14 +65,14 @@ class TrainingJobs(Jobs):
 
     @override
     async def delete(self, job_id: str) -> None:
-        await self._site.executors.jobs.run(self._site.board.delete, job_id)
+        await self._site.executors.jobs.run(self._site.job_queue.delete, job_id)
 
     @override
     async def news(self, job_id: str, offset: int | None) -> News:
         def look() -> News:
             # Read the job before its record, so that a finished job's record is complete.
-            job = self._site.board.files.job(job_id)
-            record = self._site.board.files.folder(job_id).record
+            job = self._site.job_queue.files.job(job_id)
+            record = self._site.job_queue.files.folder(job_id).record
             since = last_line_end(record) if offset is None else offset
             lines, until = read_lines(record, since)
             return News(job, since, until, lines)
@@ -81,7 +81,7 @@ class TrainingJobs(Jobs):
 
     @override
     async def read(self, job_id: str, offset: int, most: int) -> tuple[Sequence[Line], int]:
-        record = self._site.board.files.folder(job_id).record
+        record = self._site.job_queue.files.folder(job_id).record
         return await self._site.executors.jobs.run(read_lines, record, offset, most)
 
     async def log(self, job_id: str) -> bytes:
@@ -89,7 +89,7 @@ class TrainingJobs(Jobs):
 
         def read() -> bytes:
             try:
-                with self._site.board.files.folder(job_id).log.open("rb") as file:
+                with self._site.job_queue.files.folder(job_id).log.open("rb") as file:
                     file.seek(max(0, file.seek(0, 2) - LOG_BYTES))
                     return file.read()
             except FileNotFoundError:  # it has not begun yet
@@ -102,7 +102,7 @@ class TrainingJobs(Jobs):
 async def create_job(
     request: Request,
     response: Response,
-    board: BoardDep,
+    job_queue: JobQueueDep,
     registry: RegistryDep,
     settings: SettingsDep,
     key_id: KeyIdDep,
@@ -111,7 +111,7 @@ async def create_job(
     async with read_order(request, FILES, parse_body) as order:
         start = await find_start(request, order.fields.spec, registry, key_id)
         jobs: TrainingJobs = TrainingJobs.of(request)
-        work = partial(submit, board, order, settings.data_dir, key_id, start)
+        work = partial(submit, job_queue, order, settings.data_dir, key_id, start)
         job = await unless_disconnected(request, jobs.checks.run(work))
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)

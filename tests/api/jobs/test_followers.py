@@ -30,7 +30,7 @@ Event = Mapping[str, Any]
 
 @pytest.fixture
 def yard(tmp_path: Any, tiny32: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> Yard:
-    """A board whose jobs nobody runs."""
+    """A queue whose jobs nobody runs."""
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.02)
     return make_yard(Settings.load(prompts_dir=tmp_path / "prompts"), tiny32)
 
@@ -42,14 +42,14 @@ class Site:
         self.worker = SimpleNamespace(draining=False)
         worker = cast(EngineWorker, self.worker)
         self.followers = Followers(worker)
-        self.jobs = TrainingJobs(ServerSite(yard.settings, worker, Executors(), yard.board, None))
+        self.jobs = TrainingJobs(ServerSite(yard.settings, worker, Executors(), yard.job_queue, None))
 
     async def all_events(self, job: Job, last: int = 0) -> list[Event]:
         return [event async for event in self.followers.events(self.jobs, job.id, last)]
 
 
 def ends(yard: Yard, job: Job) -> None:
-    yard.files(job).write_status(replace(yard.board.job(job.id).status, state=JobState.SUCCEEDED))
+    yard.files(job).write_status(replace(yard.job_queue.job(job.id).status, state=JobState.SUCCEEDED))
 
 
 def record(yard: Yard, job: Job, *steps: int) -> None:
@@ -65,14 +65,14 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def test_a_job_that_many_follow_is_looked_at_as_often_as_for_one(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     job, looks = yard.submit(spec()), 0
-    read = yard.board.files.job
+    read = yard.job_queue.files.job
 
     def counted(job_id: str) -> Job:
         nonlocal looks
         looks += 1
         return read(job_id)
 
-    monkeypatch.setattr(yard.board.files, "job", counted)
+    monkeypatch.setattr(yard.job_queue.files, "job", counted)
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
 
     async def follow() -> None:

@@ -105,8 +105,35 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli.tables",
         "cli.task_source",
     },
+    "cli.inspect_options": set(),
+    "cli.inspection_tables": {"cli.errors", "interpret"},
+    "cli.inspection": COMMAND
+    | {
+        "contracts",
+        "soft_prompts",
+        "engine",
+        "evaluation",
+        "interpret",
+        "cli.inspect_options",
+        "cli.inspection_tables",
+        "cli.options",
+        "cli.references",
+        "cli.remote",
+        "cli.tables",
+        "cli.task_source",
+    },
     "cli.main": COMMAND
-    | {"serve", "openmp", "cli.options", "cli.prompts", "cli.jobs", "cli.keys", "cli.train", "cli.evaluate"},
+    | {
+        "serve",
+        "openmp",
+        "cli.options",
+        "cli.prompts",
+        "cli.jobs",
+        "cli.keys",
+        "cli.train",
+        "cli.evaluate",
+        "cli.inspection",
+    },
 }
 """What each part of `server` may import beside itself; a new part has to be given its place here."""
 IN_MODULES = ("cli",)

@@ -18,6 +18,7 @@ from server import __version__
 from server.cli import jobs, keys, prompts
 from server.cli.errors import errors_as_sentences
 from server.cli.evaluate import evaluate
+from server.cli.inspection import inspect
 from server.cli.logs import configure_logging
 from server.cli.options import with_settings_options
 from server.cli.train import train
@@ -82,6 +83,7 @@ def imports_kept() -> Iterator[None]:
 app.command()(with_settings_options(serve))
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(inspect)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

@@ -1,0 +1,41 @@
+"""Options of `prelude inspect`; the command is in inspection.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The options of `prelude inspect`."""
+
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK…", help="A task in the inbox, TASK@2 for a version in the store, or a PEFT directory."
+        ),
+    ]
+    compare: Annotated[bool, typer.Option("--compare", help="Compare several tasks, by change and by function.")] = (
+        False
+    )
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Rows for experiments: JSONL, each line {"input": "…", "target": "…"}. They take minutes.'),
+    ] = None
+    measures: Annotated[
+        str, typer.Option(help="Experiments to run with --data, separated by commas: sufficiency, necessity.")
+    ] = "sufficiency,necessity"
+    limit: Annotated[int, typer.Option(min=1, help="Use only this many rows from the beginning.")] = 200
+    top: Annotated[int, typer.Option(min=1, max=50, help="Number of neighbours, and of tokens of the lens.")] = 5
+    url: Annotated[
+        str | None, typer.Option(help="Download the soft prompt from this server, which must serve the same model.")
+    ] = None
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key, with --url.")
+    ] = None
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")] = None
+    svg: Annotated[Path | None, typer.Option(help="Write pictures to this folder as SVG.")] = None

@@ -1,0 +1,178 @@
+"""`prelude inspect`: what a soft prompt means, with tests."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.cli.errors import errors_as_sentences
+from server.cli.inspect_options import InspectOptions
+from server.cli.logs import configure_logging
+from server.cli.options import with_options_of
+from server.errors import ConfigurationError, InvalidRequest
+from server.settings import Settings
+
+if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
+    from server.contracts import ModelSpec
+    from server.engine.engine import Engine
+    from server.interpret.results import CausalInterpretation
+    from server.interpret.static import Interpreter
+    from server.soft_prompts.soft_prompt import SoftPrompt
+
+MEASURES = ("sufficiency", "necessity")
+
+
+@with_options_of(InspectOptions)
+def inspect(options: InspectOptions) -> None:
+    """Say what a soft prompt means: a verdict made from tests, then tables.
+
+    Without data: sizes and movement, nearest tokens of the value, of the start and of the change, and the tokens that
+    the change raises through the model. With --data also experiments: what keeps the effect, and which virtual tokens
+    it needs. With --compare: how alike several tasks are.
+    """
+    configure_logging("warning")
+    with errors_as_sentences():
+        measures = _checked(options)
+        from server.cli.inspection_tables import print_causal, print_similarity, print_static
+        from server.cli.tables import console
+        from server.engine.build import load_engine
+        from server.interpret.null_cache import NullCache
+        from server.interpret.static import Interpreter
+
+        settings, out = Settings.load(), console()
+        engine = load_engine(settings)
+        interpreter = Interpreter(engine.model, NullCache(settings.cache_dir / "interpretation"))
+        found = [(name, *_find(settings, engine.model.spec, options, name)) for name in options.tasks]
+        named = [(name, soft_prompt) for name, soft_prompt, _ in found]
+        document: dict[str, Any] = {}
+        if options.compare:
+            with _bar(len(named), "task") as on_task:
+                similarity = interpreter.compare(named, on_task)
+            print_similarity(similarity, out)
+            document["similarity"] = similarity.model_dump(mode="json")
+            _draw(options.svg, similarity=similarity)
+        else:
+            [(name, soft_prompt, others)] = found
+            static = interpreter.interpret(name, soft_prompt, others, top=options.top)
+            print_static(static, out)
+            document["static"] = static.model_dump(mode="json")
+            causal = None
+            if options.data is not None:
+                causal = _experiment(engine, interpreter, options, measures, found[0])
+                print_causal(causal, out)
+                document["causal"] = causal.model_dump(mode="json")
+            _draw(options.svg, static=static, causal=causal)
+        if options.json_file is not None:
+            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            _write(options.json_file, text)
+
+
+def _checked(options: InspectOptions) -> list[str]:
+    """The measures; refuses options that contradict each other."""
+    if options.compare != (len(options.tasks) > 1):
+        raise InvalidRequest(
+            "--compare takes at least two tasks, and without it one is inspected.", remedy="Add tasks, or leave it out."
+        )
+    measures = [name.strip() for name in options.measures.split(",") if name.strip()]
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown or not measures:
+        raise InvalidRequest(f"There is no measure {', '.join(unknown)!r}.", remedy=f"Name some of {MEASURES}.")
+    return measures
+
+
+def _find(
+    settings: Settings, model: ModelSpec, options: InspectOptions, name: str
+) -> tuple[SoftPrompt, list[SoftPrompt]]:
+    """A soft prompt, and those that it may have started from."""
+    from server.cli import task_source
+    from server.soft_prompts.declared import CONFIG_FILE
+    from server.soft_prompts.formats import load_soft_prompts
+    from server.soft_prompts.start import declared_start
+
+    if options.url is not None:
+        soft_prompt = _pulled(settings, model, options, name)
+    elif (Path(name) / CONFIG_FILE).is_file():
+        soft_prompt = load_soft_prompts(Path(name), model, settings.max_virtual_tokens)[0]
+    else:
+        soft_prompt = task_source.find(settings, model, name, None, None, []).soft_prompt
+    others = []
+    start = declared_start(soft_prompt.manifest)
+    if start is not None and start.prefix_hash is not None:
+        for directory in sorted(settings.prompts_dir.glob(f"*/{CONFIG_FILE}")):
+            others += load_soft_prompts(directory.parent, model, settings.max_virtual_tokens)
+    return soft_prompt, others
+
+
+def _pulled(settings: Settings, model: ModelSpec, options: InspectOptions, name: str) -> SoftPrompt:
+    from server.cli.references import download, only_live
+    from server.cli.remote import DEFAULT_URL, connected
+    from server.soft_prompts.formats import load_soft_prompts
+    from server.soft_prompts.names import split_version
+
+    task, number = split_version(name)
+    with tempfile.TemporaryDirectory(prefix="prelude-inspect-") as folder:
+        with connected(options.url or DEFAULT_URL, options.key) as client:
+            version = only_live(client.versions(task)) if number is None else number
+            download(client, task, version, Path(folder))
+        return load_soft_prompts(Path(folder), model, settings.max_virtual_tokens)[0]
+
+
+def _experiment(
+    engine: Engine,
+    interpreter: Interpreter,
+    options: InspectOptions,
+    measures: list[str],
+    subject: tuple[str, SoftPrompt, list[SoftPrompt]],
+) -> CausalInterpretation:
+    from server.evaluation.data import read_evaluation_data
+    from server.evaluation.standalone import OwnEngine, ask_all
+    from server.interpret.causal import conclude, plan
+
+    assert options.data is not None, "experiments need rows"
+    name, soft_prompt, others = subject
+    data = read_evaluation_data(options.data, limit=options.limit)
+    experiments = plan(interpreter, OwnEngine(engine), data, (name, soft_prompt), others=others, measures=measures)
+    with _bar(experiments.evaluation.num_questions, "row") as on_row:
+        answers, _ = ask_all(engine, experiments.evaluation, lambda _: on_row())
+    return conclude(experiments, answers)
+
+
+def _draw(folder: Path | None, **results: Any) -> None:
+    if folder is None:
+        return
+    from server.interpret.pictures import draw
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(folder, **results)
+    except OSError as exc:
+        raise _not_written(folder, "--svg", exc) from exc
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise _not_written(path, "--json", exc) from exc
+
+
+def _not_written(path: Path, option: str, exc: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} cannot be written: {exc.strerror or exc}.", remedy=f"Name another path with {option}."
+    )
+
+
+@contextmanager
+def _bar(total: int, unit: str) -> Iterator[Callable[[], None]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
+
+        def count() -> None:
+            bar.update()
+
+        yield count

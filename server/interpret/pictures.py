@@ -1,0 +1,155 @@
+"""Pictures of an interpretation as SVG: blue for what raises or is kept, orange for the opposite and for starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.errors import ConfigurationError
+from server.interpret.results import (
+    CausalInterpretation,
+    Geometry,
+    Interpretation,
+    Lens,
+    Necessity,
+    Similarity,
+    Sufficiency,
+)
+
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#2166ac", "#d95f02", "#bbbbbb"
+
+
+def draw(
+    folder: Path,
+    *,
+    static: Interpretation | None = None,
+    causal: CausalInterpretation | None = None,
+    similarity: Similarity | None = None,
+) -> list[Path]:
+    """Write the pictures of what was measured into a folder; returns their paths.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+        OSError: a picture cannot be written.
+    """
+    drawn: dict[str, Figure] = {}
+    if static is not None and static.lens is not None and static.lens.curve:
+        drawn["lens"] = lens_curve(static.lens)
+    if static is not None and static.geometry is not None and static.geometry.value_change:
+        drawn["change"] = change_map(static.geometry)
+    if causal is not None and causal.sufficiency is not None:
+        drawn["sufficiency"] = ladder(causal.sufficiency)
+    if causal is not None and causal.necessity is not None:
+        drawn["necessity"] = removals(causal.necessity)
+    if similarity is not None:
+        drawn["similarity"] = matrix(similarity)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.svg")
+        figure.savefig(paths[-1], metadata={"Date": None})
+    return paths
+
+
+def lens_curve(found: Lens) -> Figure:
+    """The labels' mean z through each layer, with the band of tokens of like frequency."""
+    figure, axes = _figure(6.4, 3.2)
+    layers = [one.layer for one in found.curve]
+    low, high = [one.low for one in found.curve], [one.high for one in found.curve]
+    axes.fill_between(layers, low, high, color=GREY, alpha=0.6, label="tokens of like frequency", linewidth=0)
+    axes.plot(layers, [one.z for one in found.curve], color=BLUE, marker="o", markersize=3, label="labels")
+    axes.axvline(found.first_layer - 0.5, color=ORANGE, linestyle=":", label="the lens begins")
+    axes.set(xlabel="layer", ylabel="mean z over the vocabulary", title="Value-change lens: labels, layer by layer")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def change_map(found: Geometry) -> Figure:
+    """‖Δv‖/‖v⁰‖ of each layer and virtual token."""
+    figure, axes = _figure(6.4, 4.2)
+    image = axes.imshow(found.value_change, aspect="auto", cmap="Blues", origin="lower")
+    axes.set(xlabel="virtual token", ylabel="layer", title="How far the values moved, ‖Δv‖ / ‖v⁰‖")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def ladder(found: Sufficiency) -> Figure:
+    """R of each variant with its interval; the quality itself where R is undefined."""
+    steps = found.steps[::-1]
+    has_ratio = all(step.ratio is not None for step in steps)
+    values = [(step.ratio if has_ratio else None) or step.quality for step in steps]
+    figure, axes = _figure(6.4, 1.2 + 0.28 * len(steps))
+    for row, (step, of) in enumerate(zip(steps, values, strict=True)):
+        colour = ORANGE if step.name in ("start", "random tokens") else BLUE
+        axes.plot([of.low, of.high], [row, row], color=colour, linewidth=2)
+        axes.plot([of.value], [row], color=colour, marker="o")
+    ends = (0.0, 1.0) if has_ratio else (found.none.value, found.learned.value)
+    for end, name in zip(ends, ("none", "learned"), strict=True):
+        axes.axvline(end, color=GREY, linestyle="--", zorder=0)
+        axes.annotate(name, (end, len(steps) - 0.4), ha="center", fontsize="small", color="0.4")
+    axes.set_yticks(range(len(steps)), [step.name for step in steps])
+    axes.set_ylim(-0.6, len(steps) + 0.1)
+    axes.set(xlabel="R, share of the gain that is kept" if has_ratio else "quality")
+    return figure
+
+
+def removals(found: Necessity) -> Figure:
+    """The loss by each removal with its interval; filled where it is shown."""
+    figure, axes = _figure(6.4, 3.2)
+    for one in found.tokens:
+        colour = ORANGE if one.effect == "harmful" else BLUE if one.effect == "needed" else "0.6"
+        axes.plot([one.token] * 2, [one.loss.low, one.loss.high], color=colour, linewidth=2)
+        axes.plot([one.token], [one.loss.value], color=colour, marker="o", markersize=4)
+    axes.axhline(0, color=GREY, zorder=0)
+    axes.set(xlabel="virtual token", ylabel="loss of quality", title=f"Leave one out (replaced by {found.replaced_by})")
+    axes.margins(x=0.03)
+    return figure
+
+
+def matrix(found: Similarity) -> Figure:
+    """Upper triangle: cosines of changes; lower: of functions; diagonal: split halves of the probes."""
+    count = len(found.tasks)
+    values: list[list[float]] = [[float("nan")] * count for _ in range(count)]
+    place = {task: index for index, task in enumerate(found.tasks)}
+    for index, value in enumerate(found.reliability):
+        values[index][index] = value
+    for pair in found.pairs:
+        one, other = place[pair.one], place[pair.other]
+        values[one][other] = float("nan") if pair.change is None else pair.change
+        values[other][one] = float("nan") if pair.function is None else pair.function
+    size = 2.2 + 0.62 * count
+    figure, axes = _figure(size, size * 0.9)
+    image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1)
+    axes.set_xticks(range(count), found.tasks, rotation=40, ha="right")
+    axes.set_yticks(range(count), found.tasks)
+    for row in range(count):
+        for column in range(count):
+            value = values[row][column]
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(
+                column,
+                row,
+                "–" if math.isnan(value) else f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
+    axes.set_title("Above: by change. Below: by function", fontsize="medium")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"Pictures are drawn by matplotlib, which cannot be imported: {exc}.",
+            remedy='Install it with `pip install "prelude-server[train]"`.',
+        ) from exc
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()

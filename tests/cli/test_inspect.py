@@ -1,0 +1,109 @@
+"""`prelude inspect` prints a verdict first, and draws what it measured."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from server.cli.inspection_tables import print_causal, print_similarity, print_static
+from server.cli.main import app
+from server.engine.model.frozen import FrozenModel
+from server.interpret.pictures import draw
+from server.interpret.results import (
+    CausalInterpretation,
+    Interpretation,
+    Interval,
+    LadderStep,
+    Necessity,
+    Removal,
+    Spread,
+    Sufficiency,
+)
+from server.interpret.static import Interpreter
+from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.interpret.support import begun_at, planted, token_states
+from tests.support import random_kv_prompt, random_soft_prompt
+
+START = (3, 40, 41, 250)
+ONE = Interval(value=0.5, low=0.4, high=0.6)
+CAUSAL = CausalInterpretation(
+    task="mood",
+    digest="0",
+    data="rows",
+    data_sha256="0",
+    rows=4,
+    metric="accuracy",
+    verdict="The words explain it.",
+    sufficiency=Sufficiency(learned=ONE, none=ONE, steps=(LadderStep(name="start", quality=ONE, ratio=ONE),)),
+    necessity=Necessity(
+        replaced_by="its start",
+        tokens=(Removal(token=0, loss=ONE, p=0.002, effect="needed"),),
+        null=Spread(mean=0, sd=0, low=0, high=0, top=0),
+        needed=(0,),
+        harmful=(),
+    ),
+)
+
+
+def printed(*results: Interpretation | CausalInterpretation) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=1000)
+    for result in results:
+        if isinstance(result, Interpretation):
+            print_static(result, console)
+        else:
+            print_causal(result, console)
+    return out.getvalue()
+
+
+def moved(model: FrozenModel) -> SoftPrompt:
+    tensor = token_states(model, START) + 0.1 * random_kv_prompt(model.spec, 4).tensor
+    return SoftPrompt("PREFIX_TUNING", tensor, begun_at(START, ("yes", "no")))
+
+
+def test_the_verdict_comes_first_and_tokens_are_shown_literally(tiny32: FrozenModel) -> None:
+    shown = printed(Interpreter(tiny32).interpret("planted", planted(tiny32, (58, 60, 62, 70), START)))
+    assert shown.splitlines()[0].startswith("All 4 virtual tokens are word-like and learned: what training added")
+    assert "'['" in shown
+    assert printed(CAUSAL).splitlines()[1] == "The words explain it."
+
+
+@pytest.mark.parametrize("kind", ["kv", "foreign kv", "foreign embeddings"])
+def test_every_kind_is_printed_and_its_json_form_is_read_again(tiny32: FrozenModel, kind: str) -> None:
+    made = {
+        "kv": moved(tiny32),
+        "foreign kv": random_kv_prompt(tiny32.spec),
+        "foreign embeddings": random_soft_prompt(tiny32.spec),
+    }
+    found = Interpreter(tiny32).interpret("x", made[kind])
+    assert "Effective rank" in printed(found)
+    assert Interpretation.model_validate(json.loads(found.model_dump_json())) == found
+
+
+def test_all_that_was_measured_is_drawn(tiny32: FrozenModel, tmp_path: Path) -> None:
+    interpreter = Interpreter(tiny32)
+    similarity = interpreter.compare([("a", moved(tiny32)), ("b", random_kv_prompt(tiny32.spec))])
+    print_similarity(similarity, Console(file=io.StringIO()))
+    static = interpreter.interpret("mood", moved(tiny32))
+    drawn = draw(tmp_path, static=static, causal=CAUSAL, similarity=similarity)
+    assert {path.stem for path in drawn} == {"lens", "change", "sufficiency", "necessity", "similarity"}
+    assert all("<svg" in path.read_text() for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["a", "b"], "--compare takes at least two tasks"),
+        (["a", "--compare"], "--compare takes at least two tasks"),
+        (["a", "--measures", "beauty"], "There is no measure 'beauty'"),
+    ],
+)
+def test_contradictions_are_refused_before_the_model_is_loaded(words: list[str], reason: str) -> None:
+    result = CliRunner().invoke(app, ["inspect", *words])
+    assert result.exit_code == 2
+    assert reason in " ".join(result.output.split())

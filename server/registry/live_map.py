@@ -25,7 +25,7 @@ from server.registry.loader import Contents
 from server.registry.state import WHOLE_STORE, RegistryState, StoredVersion
 from server.registry.store import Store
 from server.registry.task_views import Resolved, Task
-from server.registry.unreadable import Entry
+from server.registry.unreadable_events import Entry
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
 

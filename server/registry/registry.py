@@ -24,7 +24,7 @@ from server.registry.live_map import HOST_MEMORY, LiveMap
 from server.registry.state import RegistryState
 from server.registry.store import Behind, Store
 from server.registry.task_views import Published, Task
-from server.registry.unreadable import Entry
+from server.registry.unreadable_events import Entry
 from server.soft_prompts.names import check_task_name, names_of
 from server.soft_prompts.soft_prompt import SoftPrompt
 

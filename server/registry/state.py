@@ -28,7 +28,7 @@ from server.registry.events import (
     alone,
     tasks_of,
 )
-from server.registry.unreadable import Entry, Unreadable, UnreadableText
+from server.registry.unreadable_events import Entry, Unreadable, UnreadableText
 
 WHOLE_STORE = ".store"
 """Stands for all tasks; no task and no entry of the inbox can have this name."""

@@ -28,7 +28,7 @@ from server.registry.events import Delete, DeleteVersion, Event, Publish, Versio
 from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.state import RegistryState
-from server.registry.unreadable import Entry, read_event
+from server.registry.unreadable_events import Entry, read_event
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 

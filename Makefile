@@ -121,7 +121,7 @@ $(PAGE): $(shell find web -path web/node_modules -prune -o -type f ! -name opena
 # What checks the playground, and the types of the OpenAPI document of this very tree.
 $(PAGE_TOOLS): web/package-lock.json | $(DEVELOPMENT)
 	@{ $(NODE); }
-	$(NPM) ci --ignore-scripts --no-progress
+	$(NPM) tools
 	@touch $@
 
 # A venv that could not be finished is removed, so that the next `make` does not take it for a good one.

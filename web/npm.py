@@ -5,6 +5,7 @@ Node.js is the system's, where there is one that is new enough, otherwise that o
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -49,22 +50,31 @@ def run(*arguments: str) -> int:
     return subprocess.run([*command, *arguments], cwd=HERE, env=environ, check=False).returncode
 
 
-def is_installed() -> bool:
-    """Whether node_modules has what package-lock.json names; the tools of development may be there too."""
-    marker = HERE / "node_modules/.package-lock.json"
-    return marker.exists() and marker.stat().st_mtime > (HERE / "package-lock.json").stat().st_mtime
+def install(*, tools: bool) -> int:
+    """Install what package-lock.json names, with the tools of development or without, unless it is there."""
+    lock = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()
+    marker = HERE / "node_modules/.installed-from"
+    found = marker.read_text().split() if marker.exists() else []
+    tools = tools or "tools" in found  # a build does not remove them
+    if found[:1] == [lock] and ("tools" in found) == tools:
+        return 0
+    options = ("--ignore-scripts", "--no-progress", "--fetch-retries=1", "--fetch-timeout=20000")
+    status = run("ci", *options, *(() if tools else ("--omit=dev",)))
+    if status == 0:
+        marker.write_text(f"{lock} tools" if tools else lock)
+    return status
 
 
 def build() -> int:
     """Build the page into server/web/dist, after installing what that needs."""
-    quick = ("--ignore-scripts", "--omit=dev", "--no-progress", "--fetch-retries=1", "--fetch-timeout=20000")
-    status = 0 if is_installed() else run("ci", *quick)
-    return status or run("run", "build", "--silent", "--", "--logLevel=warn")
+    return install(tools=False) or run("run", "build", "--silent", "--", "--logLevel=warn")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`build` builds the page; all else is npm's."""
-    return build() if list(arguments) == ["build"] else run(*arguments)
+    """`build` builds the page, `tools` installs what checks it; all else is npm's."""
+    if list(arguments) == ["build"]:
+        return build()
+    return install(tools=True) if list(arguments) == ["tools"] else run(*arguments)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import quote
 
 from playwright.sync_api import Browser, expect
 
-from tests.api.live import LiveServer
+from tests.api.live import LiveServer, SteeredModel, live_server, wait_until
+from tests.web.relay import Relay
 from tests.web.watched import Watched, watching
 
 
@@ -101,3 +103,23 @@ def test_escape_stops_what_runs(browser: Browser, site: LiveServer) -> None:
         shown.keyboard.press("Escape")
         expect(shown.get_by_text("Stopped.")).to_be_visible()
         expect(shown.get_by_role("button", name="Run")).to_be_visible()
+
+
+def test_an_answer_that_the_server_left_unfinished_says_so_and_is_not_sent_again(
+    browser: Browser, tmp_path: Path
+) -> None:
+    model = SteeredModel()
+    with live_server(tmp_path, model=model) as live, Relay(live.port) as relay, watching(browser, relay.url) as page:
+        page.expected = ("net::ERR_INCOMPLETE_CHUNKED_ENCODING", "net::ERR_CONNECTION")
+        sent: list[str] = []
+        page.page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+        model.delay = 0.05
+        shown = page.open("/compare?with=&max=150&text=hello")
+        shown.locator("section.column").first.wait_for()
+        shown.keyboard.press("Control+Enter")
+        shown.locator(".token").nth(3).wait_for()
+        relay.cut()
+        expect(shown.get_by_role("alert")).to_contain_text("The connection ended before the answer did.")
+        expect(shown.get_by_role("button", name="Try again")).to_be_visible()
+        assert len(sent) == 1
+        wait_until(lambda: live.is_idle, 20)

@@ -20,6 +20,8 @@ class Watched:
         self.problems: list[str] = []
         self.refusals: set[int] = set()
         """Statuses that the test provokes; the browser reports each on the console."""
+        self.expected: tuple[str, ...] = ()
+        """Parts of other messages that the test provokes."""
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
         page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}"))
@@ -40,7 +42,8 @@ class Watched:
     def _console(self, message: ConsoleMessage) -> None:
         if message.type not in ("error", "warning"):
             return
-        if any(f"status of {status} " in message.text for status in self.refusals):
+        provoked = (*(f"status of {status} " for status in self.refusals), *self.expected)
+        if any(part in message.text for part in provoked):
             return
         self.problems.append(f"console: {message.text}")
 

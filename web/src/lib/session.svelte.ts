@@ -1,4 +1,6 @@
-/** The key and the theme: what belongs to this tab. */
+/** The key, the theme and the server's facts: what belongs to this tab. */
+import type { components } from '../api/schema';
+
 export type Theme = 'system' | 'light' | 'dark';
 
 const KEY = 'prelude-key';
@@ -27,6 +29,8 @@ class Session {
   /** Whether a request was refused for want of a key. */
   needsKey = $state(false);
   theme = $state<Theme>('system');
+  /** GET /info; null until it is there. */
+  info = $state.raw<components['schemas']['Info'] | null>(null);
   /** Counts up when the key changes: what was loaded with another key is stale. */
   generation = $state(0);
 

@@ -48,27 +48,41 @@ with httpx.stream(
             print(event["target"], event)`;
 }
 
+/** Chats apply a task's template; the frozen model continues the text as it is, which is a completion. */
 function openai(base: string, body: ManyBody, model: string, withKey: boolean): string {
   const key = withKey ? 'os.environ["PRELUDE_API_KEY"]' : '"none"';
-  const targets = body.targets.map((target) => target.task ?? model);
-  const parameters = body.parameters ?? {};
-  const options = [
-    parameters.max_new_tokens ? `\n        max_tokens=${parameters.max_new_tokens},` : '',
-    parameters.temperature ? `\n        temperature=${parameters.temperature},` : '',
-    parameters.choices
-      ? `\n        extra_body={"structured_outputs": {"choice": ${python(parameters.choices, 8)}}},`
-      : '',
-  ].join('');
+  const tasks = body.targets.flatMap(({ task }) => task ?? []);
+  const isFrozen = body.targets.some(({ task }) => !task);
+  const { max_new_tokens: most, temperature, choices } = body.parameters ?? {};
+  const options = (indent: string) =>
+    [
+      most ? `max_tokens=${most}` : '',
+      temperature ? `temperature=${temperature}` : '',
+      choices ? `extra_body={"structured_outputs": {"choice": ${python(choices, indent.length)}}}` : '',
+    ]
+      .filter(Boolean)
+      .map((option) => `\n${indent}${option},`)
+      .join('');
+  const chats = `
+for task in ${python(tasks)}:
+    reply = client.chat.completions.create(
+        model=task,
+        messages=[{"role": "user", "content": text}],${options('        ')}
+    )
+    print(task, reply.choices[0].message.content)
+`;
+  const completion = `
+reply = client.completions.create(
+    model=${JSON.stringify(model)},
+    prompt=text,${options('    ')}
+)
+print(${JSON.stringify(model)}, reply.choices[0].text)
+`;
   return `${withKey ? 'import os\n\n' : ''}from openai import OpenAI
 
 client = OpenAI(base_url=${JSON.stringify(`${base}/v1`)}, api_key=${key})
-
-for model in ${python(targets)}:
-    reply = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": ${python(body.inputs)}}],${options}
-    )
-    print(model, reply.choices[0].message.content)`;
+text = ${python(body.inputs)}
+${tasks.length ? chats : ''}${isFrozen ? completion : ''}`;
 }
 
 export function snippet(language: Language, base: string, body: ManyBody, model: string, withKey: boolean): string {

@@ -123,3 +123,25 @@ def test_an_answer_that_the_server_left_unfinished_says_so_and_is_not_sent_again
         expect(shown.get_by_role("button", name="Try again")).to_be_visible()
         assert len(sent) == 1
         wait_until(lambda: live.is_idle, 20)
+
+
+def test_eight_columns_stream_without_a_long_task(browser: Browser, tmp_path: Path) -> None:
+    model = SteeredModel()
+    with live_server(tmp_path, model=model) as live, watching(browser, live.url) as page:
+        model.delay = 0.03
+        shown = page.open(f"/compare?{'&'.join(['with='] * 8)}&max=90&text=hello")
+        expect(shown.locator("section.column")).to_have_count(8)
+        shown.evaluate(
+            """() => {
+              globalThis.long = [];
+              const note = (list) => globalThis.long.push(...list.getEntries().map(({ duration }) => duration));
+              new PerformanceObserver(note).observe({ type: 'longtask' });
+            }"""
+        )
+        page.run()
+        expect(shown.locator("section.column").nth(7).locator("dl")).to_contain_text("tokens/s")
+        rates = shown.locator("dl div:nth-child(2) dd").all_text_contents()
+        assert len(rates) == 8
+        assert all(float(rate) > 5 for rate in rates)
+        # Wide, because the machine does other things as well; alone there is none.
+        assert all(milliseconds < 200 for milliseconds in shown.evaluate("globalThis.long"))

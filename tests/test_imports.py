@@ -98,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "soft_prompts",
         "engine",
         "evaluation",
+        "cli.card_section",
         "cli.evaluate_options",
         "cli.files",
         "cli.options",
@@ -105,6 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli.tables",
         "cli.task_source",
     },
+    "cli.card_section": BOTTOM | {"soft_prompts", "engine", "evaluation", "interpret"},
     "cli.inspect_options": set(),
     "cli.inspection_tables": {"cli.errors", "interpret"},
     "cli.inspection": COMMAND

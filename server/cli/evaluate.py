@@ -68,7 +68,11 @@ def evaluate(options: EvaluateOptions) -> None:
             report = run(engine, evaluation, on_row)
         print_report(report, console())
         if options.card:
-            _write_card(options, directory, report, found.soft_prompt)
+            from server.cli.card_section import interpret_for_card
+
+            subject = (found.name, found.soft_prompt)
+            section = interpret_for_card(engine, settings.cache_dir, directory, rows, subject, _row_bar)
+            _write_card(options, directory, report, found.soft_prompt, section)
         if options.json_line:
             typer.echo(json.dumps(report.as_dict(), ensure_ascii=False))
 
@@ -86,7 +90,9 @@ def _check_directory(options: EvaluateOptions, directory: Path) -> None:
         )
 
 
-def _write_card(options: EvaluateOptions, directory: Path, report: Report, soft_prompt: SoftPrompt) -> None:
+def _write_card(
+    options: EvaluateOptions, directory: Path, report: Report, soft_prompt: SoftPrompt, section: str
+) -> None:
     from server.evaluation.card import eval_command, render_card, write_card, write_metrics
 
     given = {
@@ -100,7 +106,7 @@ def _write_card(options: EvaluateOptions, directory: Path, report: Report, soft_
         "--teacher-chat": options.teacher_chat,
     }
     command = eval_command(options.task, given)
-    written = write_card(directory, render_card(report, soft_prompt, command))
+    written = write_card(directory, render_card(report, soft_prompt, command, section))
     write_metrics(directory, report)
     typer.echo(f"\n{written} and its manifest.json: written")
 

@@ -18,6 +18,7 @@ from server.evaluation.systems import INSTRUCTION, TEACHER, ZERO_SHOT
 from server.soft_prompts.formats import MANIFEST_FILE
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
+from server.soft_prompts.start import START_FIELD
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- prelude eval: card -->", "<!-- prelude eval: end of card -->"
@@ -32,13 +33,23 @@ WAYS = {
 }
 
 
-def render_card(report: Report, soft_prompt: SoftPrompt, command: str) -> str:
-    """The card of a report on a soft prompt; `command` reproduces the measurement."""
+def render_card(report: Report, soft_prompt: SoftPrompt, command: str, interpretation: str | None = None) -> str:
+    """The card of a report on a soft prompt.
+
+    Args:
+        report: what was measured.
+        soft_prompt: what the report is about.
+        command: reproduces the measurement.
+        interpretation: a section in Markdown.
+    """
     manifest = soft_prompt.manifest
     parts = [f"# {report.about.task}", *_about(report, soft_prompt), "## Measured", *_measured(report)]
     parts += [f"    PRELUDE_DTYPE={report.about.dtype} {command}"]
+    if interpretation is not None:
+        parts.append(interpretation)
     if manifest.training:
-        parts += ["## Trained", _table(["", ""], [[name, _value(value)] for name, value in manifest.training.items()])]
+        rows = [[name, _value(value)] for name, value in manifest.training.items() if name != START_FIELD]
+        parts += ["## Trained", _table(["", ""], rows)]
     if manifest.licence:
         parts += ["## Licence", manifest.licence]
     return "\n\n".join(parts) + "\n"

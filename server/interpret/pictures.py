@@ -105,6 +105,7 @@ def removals(found: Necessity) -> Figure:
         axes.plot([one.token], [one.loss.value], color=colour, marker="o", markersize=4)
     axes.axhline(0, color=GREY, zorder=0)
     axes.set(xlabel="virtual token", ylabel="loss of quality", title=f"Leave one out (replaced by {found.replaced_by})")
+    axes.set_xticks(range(0, len(found.tokens), max(1, len(found.tokens) // 10)))
     axes.margins(x=0.03)
     return figure
 

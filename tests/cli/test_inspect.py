@@ -24,6 +24,7 @@ from server.interpret.results import (
     Spread,
     Sufficiency,
 )
+from server.interpret.section import card_section
 from server.interpret.static import Interpreter
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.interpret.support import begun_at, planted, token_states
@@ -107,3 +108,14 @@ def test_contradictions_are_refused_before_the_model_is_loaded(words: list[str],
     result = CliRunner().invoke(app, ["inspect", *words])
     assert result.exit_code == 2
     assert reason in " ".join(result.output.split())
+
+
+def test_a_card_shows_the_verdict_the_tests_and_the_pictures_that_there_are(tiny32: FrozenModel) -> None:
+    static = Interpreter(tiny32).interpret("mood", moved(tiny32))
+    section = card_section(static, CAUSAL, {"lens", "necessity"})
+    assert section.startswith(f"## What it means\n\n{static.verdict}\n\n| value-change lens |")
+    assert "The words explain it." in section
+    assert "](lens.svg)" in section
+    assert "](sufficiency.svg)" not in section
+    assert "| start | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) |" in section
+    assert "| 0 | 0.500 (0.400 to 0.600) | 0.002 | needed |" in section

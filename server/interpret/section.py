@@ -1,0 +1,82 @@
+"""The part of a card that says what a soft prompt means: verdict, label test, ladder, leave one out, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from server.interpret.results import CausalInterpretation, Interpretation, Interval
+from server.interpret.verdict import written_p
+
+PICTURES = {
+    "lens": "Labels through the value-change lens, layer by layer",
+    "sufficiency": "What keeps the effect",
+    "necessity": "Leave one out",
+}
+
+
+def card_section(static: Interpretation, causal: CausalInterpretation | None, pictures: Collection[str]) -> str:
+    """Markdown of an interpretation.
+
+    Args:
+        static: what can be said without data.
+        causal: what experiments show, if any were run.
+        pictures: names of the SVG files beside the card, without `.svg`; others are not shown.
+    """
+    parts = ["## What it means", static.verdict, *_labels(static, pictures)]
+    if causal is not None:
+        parts += [causal.verdict, *_experiments(causal, pictures)]
+    if static.start_is_known:
+        parts.append(" ".join(["The start is what the virtual tokens were before training.", *static.notes]))
+    return "\n\n".join(parts)
+
+
+def _labels(static: Interpretation, pictures: Collection[str]) -> Iterable[str]:
+    lens = static.lens
+    if lens is None or lens.labels is None:
+        return
+    tests = {
+        "labels": lens.labels,
+        "labels, all layers": lens.all_layers,
+        "control: a form that is not answered": lens.control_form,
+        "control: the start alone": lens.control_start,
+    }
+    rows = [
+        (name, f"{test.z:.2f}", f"{test.null.mean:.2f} ± {test.null.sd:.2f}", written_p(test.p))
+        for name, test in tests.items()
+        if test is not None
+    ]
+    yield _table(("value-change lens", "mean z", "tokens of like frequency", "p"), rows)
+    yield from _picture("lens", pictures)
+
+
+def _experiments(causal: CausalInterpretation, pictures: Collection[str]) -> Iterable[str]:
+    yield f"On {causal.rows:,} rows of `{causal.data}`: {causal.metric}, with 95 % intervals."
+    if causal.sufficiency is not None:
+        rows = [
+            (step.name, _interval(step.quality), "–" if step.ratio is None else _interval(step.ratio))
+            for step in causal.sufficiency.steps
+        ]
+        ends = (("learned", causal.sufficiency.learned), ("none", causal.sufficiency.none))
+        both = [(name, _interval(quality), "–") for name, quality in ends]
+        yield _table(("soft prompt", causal.metric, "share of the gain that it keeps"), [*both, *rows])
+        yield from _picture("sufficiency", pictures)
+    if causal.necessity is not None:
+        removed = [
+            (str(one.token), _interval(one.loss), written_p(one.p), one.effect) for one in causal.necessity.tokens
+        ]
+        yield _table((f"virtual token, replaced by {causal.necessity.replaced_by}", "loss", "p", "effect"), removed)
+        yield from _picture("necessity", pictures)
+
+
+def _picture(name: str, pictures: Collection[str]) -> Iterable[str]:
+    if name in pictures:
+        yield f"![{PICTURES[name]}]({name}.svg)"
+
+
+def _interval(of: Interval) -> str:
+    return f"{of.value:.3f} ({of.low:.3f} to {of.high:.3f})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

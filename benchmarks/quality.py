@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from quality_weights import PEAKS, WAYS
 from tqdm import tqdm
 
-from server.engine.build import build_engine
+from server.engine.build_engine import build_engine
 from server.engine.engine import Engine
 from server.engine.model.frozen import FrozenModel
 from server.evaluation.data import EvaluationData, read_evaluation_data, read_rows
@@ -49,7 +49,7 @@ from server.train.initial import initial_values
 from server.train.learning_rate import Tried, find_learning_rate
 from server.train.methods import LearnedPrefix, build_prefix
 from server.train.objectives import Lesson, Targets
-from server.train.record import TrainingProgress
+from server.train.run_history import TrainingProgress
 from server.train.trainer import TrainingProblem, train
 
 TASKS = ("rotten_tomatoes", "e2e_nlg")

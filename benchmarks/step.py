@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from server.contracts import GenerationRequest, SamplingParams  # noqa: E402
-from server.engine.build import load_engine  # noqa: E402
+from server.engine.build_engine import load_engine  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
 from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
 from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402

@@ -51,7 +51,7 @@ from task_store import NUM_VIRTUAL_TOKENS, SPEC, make_store, task_name
 from tasks_plot import draw
 from tqdm import tqdm
 
-from server.engine.build import free_memory
+from server.engine.build_engine import free_memory
 
 COUNTS = (8, 64, 512, 2000, 10_000)
 OUTPUT_TOKENS = 16

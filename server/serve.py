@@ -28,7 +28,7 @@ from server.api.telemetry.tracing import open_tracing
 from server.background_service import Service
 from server.contracts import GenerationRequest, SamplingParams
 from server.engine.admission_control import Limits
-from server.engine.build import load_engine
+from server.engine.build_engine import load_engine
 from server.engine.engine import Engine
 from server.engine.model.device_defaults import as_served
 from server.engine.worker import EngineWorker

@@ -13,7 +13,7 @@ from benchmarks.gpu.devices import device_of, memory
 from benchmarks.gpu.stage import Run
 from server.contracts import GenerationRequest, SamplingParams
 from server.engine.attention.interface import ATTENTION_NAME, register_attention
-from server.engine.build import build_engine
+from server.engine.build_engine import build_engine
 from server.engine.engine import Engine
 from server.engine.fast.optimise import load_kernels, optimise
 from server.engine.model.frozen import FrozenModel

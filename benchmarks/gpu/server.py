@@ -83,7 +83,7 @@ def main() -> None:
     from server import serve as serving_
     from server.cli.logs import configure_logging
     from server.engine.attention.interface import ATTENTION_NAME, register_attention
-    from server.engine.build import build_engine
+    from server.engine.build_engine import build_engine
     from server.engine.engine import Engine
     from server.engine.fast.optimise import load_kernels, optimise
     from server.settings import Settings

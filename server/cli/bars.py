@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
 
     from server.client import Job
     from server.train.learning_rate import Tried
-    from server.train.record import TrainingProgress
+    from server.train.run_history import TrainingProgress
 
 
 def in_words(exact_match: float | None, loss: float | None) -> str:

@@ -37,7 +37,7 @@ def evaluate(options: EvaluateOptions) -> None:
         from server.cli import task_source
         from server.cli.scores import print_report
         from server.cli.tables import console
-        from server.engine.build import load_engine
+        from server.engine.build_engine import load_engine
         from server.evaluation.data import read_evaluation_data, read_rows
         from server.evaluation.evaluation import prepare
         from server.evaluation.standalone import OwnEngine, run

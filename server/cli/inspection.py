@@ -39,7 +39,7 @@ def inspect(options: InspectOptions) -> None:
         measures = _checked(options)
         from server.cli.inspection_tables import print_causal, print_similarity, print_static
         from server.cli.tables import console
-        from server.engine.build import load_engine
+        from server.engine.build_engine import load_engine
         from server.interpret.null_cache import NullCache
         from server.interpret.static import Interpreter
 

@@ -40,7 +40,7 @@ from pydantic import TypeAdapter, ValidationError
 from server.durable import not_stored, replace_file, sync
 from server.errors import UnknownJob
 from server.jobs.job import JOB_ID, DataNames, Job, JobSpec, JobState, Status, new_job_id, now
-from server.jobs.record import read_progress
+from server.jobs.progress_log import read_progress
 from server.jobs.states import STATUS, States, job_ids
 
 log = logging.getLogger(__name__)

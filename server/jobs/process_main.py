@@ -21,7 +21,7 @@ from server.durable import NO_SPACE
 from server.errors import PreludeError
 from server.jobs.folder import JobFolder, write_json
 from server.jobs.job import Job, now
-from server.jobs.record import Recorder
+from server.jobs.progress_log import Recorder
 from server.log_lines import LineFormatter
 from server.openmp import bound_primitives, expand_segments, share_cores
 from server.settings import Settings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch must not be there before priorities and OpenMP's vari
     from server.engine.model.frozen import FrozenModel
     from server.train.learning_rate import Tried
     from server.train.output import Trained
-    from server.train.record import TrainingProgress
+    from server.train.run_history import TrainingProgress
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from server.jobs.folder import JobFolder
 from server.jobs.job import Failure, Job, JobState, Status, now
 from server.jobs.job_queue import JobQueue
 from server.jobs.launcher import Child, end_child, end_left_behind, identify, start_child
+from server.jobs.progress_log import count_steps
 from server.jobs.publish import Withdrawn, publish_result
-from server.jobs.record import count_steps
 from server.keys.key import Scope
 from server.registry.registry import Registry
 from server.settings import Settings

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from server.durable import sync
-from server.train.record import Measured, TeacherForcedScore
+from server.train.run_history import Measured, TeacherForcedScore
 
 FILE = "state.safetensors"
 _PARTS = ("parameters", "best", "optimizer")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from server.errors import InvalidTrainingData
 from server.train.config import TrainingConfig
 from server.train.methods import clone_state
-from server.train.record import TrainingProgress
+from server.train.run_history import TrainingProgress
 from server.train.trainer import TrainingProblem, train
 
 PEAKS = {"prompt_tuning": (5e-3, 2e-2, 8e-2), "prefix_tuning": (2e-3, 8e-3, 3e-2)}

@@ -16,7 +16,7 @@ from server.soft_prompts.declared import MULTITASK
 from server.soft_prompts.formats import save_multitask, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.record import TrainingResult
+from server.train.run_history import TrainingResult
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss.svg"

@@ -24,7 +24,7 @@ from server.train.learning_rate import BEGUN_AS_TEACHER, Tried, find_learning_ra
 from server.train.methods import build_prefix
 from server.train.objectives import Lesson, Objective, Targets, TeacherLabels, TeacherTokens
 from server.train.output import Trained
-from server.train.record import TrainingProgress, TrainingResult
+from server.train.run_history import TrainingProgress, TrainingResult
 from server.train.start import begin
 from server.train.trainer import TrainingProblem, train
 

@@ -23,7 +23,7 @@ from server.train.forward import target_logits
 from server.train.methods import LearnedPrefix, clone_state
 from server.train.objectives import Lesson, Objective
 from server.train.recompute import recomputes, recomputing
-from server.train.record import Measured, TeacherForcedScore, TrainingProgress, TrainingResult, best_of
+from server.train.run_history import Measured, TeacherForcedScore, TrainingProgress, TrainingResult, best_of
 
 CHECKPOINT_SECONDS = 30.0
 MEASURED_TOGETHER = 32

@@ -17,7 +17,7 @@ from server.engine.model.frozen import FrozenModel
 from server.jobs.folder import JobFolder
 from server.jobs.job import DataNames, Job, JobSpec, JobState
 from server.jobs.job_queue import JobQueue
-from server.jobs.record import read_lines
+from server.jobs.progress_log import read_lines
 from server.jobs.supervisor import JobRunner, Start
 from server.registry.registry import Registry
 from server.registry.store import Store

@@ -17,7 +17,7 @@ from server.jobs.check_memory import check_room, weight_bytes
 from server.jobs.folder import JobsFolder
 from server.jobs.job import JOB_ID, ActivateIf, DataNames, JobSpec, JobState, new_job_id
 from server.jobs.process_main import end_with
-from server.jobs.record import Recorder, read_lines, read_progress
+from server.jobs.progress_log import Recorder, read_lines, read_progress
 from server.settings import Settings
 from server.train.config import TrainingConfig
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from server.jobs.folder import JobsFolder
-from server.jobs.record import read_lines
+from server.jobs.progress_log import read_lines
 from tests.api.live import wait_until
 from tests.jobs.support import LEARNS, ROWS, SECONDS
 from tests.processes import prelude_serve

@@ -20,7 +20,7 @@ from server.jobs.folder import JobFolder
 from server.jobs.job import ActivateIf, Job, JobState
 from server.jobs.launcher import write_order
 from server.jobs.process_main import main
-from server.jobs.record import read_lines
+from server.jobs.progress_log import read_lines
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings

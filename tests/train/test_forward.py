@@ -13,7 +13,7 @@ from server.train.data import Example
 from server.train.forward import key_values_of, rows_logits, target_logits
 from server.train.methods import LearnedPrefix, PrefixTuning, join_key_values
 from server.train.objectives import Targets
-from server.train.record import TeacherForcedScore
+from server.train.run_history import TeacherForcedScore
 from server.train.trainer import measure
 from tests.support import HYBRIDS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module
 from tests.train.rows import examples_of, lessons_of, random_embeddings

@@ -22,7 +22,7 @@ from server.train.config import Method
 from server.train.inputs import TaskFiles
 from server.train.learning_rate import PEAKS, Tried
 from server.train.output import Trained, check_writable, write_task
-from server.train.record import TeacherForcedScore, TrainingProgress, TrainingResult
+from server.train.run_history import TeacherForcedScore, TrainingProgress, TrainingResult
 from server.train.train_task import train_task
 from tests.peft_reference import peft_greedy
 from tests.support import EOS, make_engine, random_soft_prompt, request, run_engine, tiny_model, tiny_module

@@ -16,7 +16,7 @@ from benchmarks.gpu.devices import GB, copied_per_second, memory, wait
 from benchmarks.gpu.engines import Work, batch_of, end_all, load, soft_prompts, tokens_per_second, until_all_decode
 from benchmarks.gpu.stage import Run
 from server.contracts import GenerationRequest, SamplingParams
-from server.engine.build import longest_prefix
+from server.engine.build_engine import longest_prefix
 from server.engine.engine import Engine
 from server.engine.memory.kv_cache import bytes_per_position
 from server.engine.memory.largest_step import measure_steps

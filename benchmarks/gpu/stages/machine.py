@@ -49,7 +49,7 @@ def measure(run: Run) -> None:
     size = 256 if run.rehearse else 8192
     left, right = torch.ones(2, size, size, dtype=torch.bfloat16, device=device)
     run.note(product_tflop_s=2 * size**3 / seconds_of(lambda: left @ right, device, 10) / 1e12)
-    import server.engine.build  # noqa: F401 - whether the engine stages can run at all
+    import server.engine.build_engine  # noqa: F401 - whether the engine stages can run at all
 
 
 def _device(device: torch.device) -> dict[str, object]:

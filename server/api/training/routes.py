@@ -19,7 +19,7 @@ from server.api.training.job_requests import FILES, find_start, parse_body, subm
 from server.api.training.schemas import JOBS, job_body, request_body
 from server.errors import UnknownJob
 from server.jobs.job import Job
-from server.jobs.record import last_line_end, read_lines
+from server.jobs.progress_log import last_line_end, read_lines
 from server.long_work import Lane
 from server.replies import JobBody, JobList
 

@@ -20,7 +20,7 @@ from server.engine.worker import EngineWorker
 from server.errors import Overloaded, ServerDraining, UnknownJob
 from server.executors import Executors
 from server.jobs.job import Job, JobState
-from server.jobs.record import Recorder
+from server.jobs.progress_log import Recorder
 from server.settings import Settings
 from server.train.config import TrainingConfig
 from tests.jobs.support import Yard, make_yard, spec

@@ -14,7 +14,7 @@ import transformers
 
 from server.contracts import FinishReason, GenerationRequest
 from server.engine.attention.interface import StateSlice
-from server.engine.build import build_engine, plan_memory
+from server.engine.build_engine import build_engine, plan_memory
 from server.engine.engine import Engine
 from server.engine.fast.optimise import _try_out
 from server.engine.kernels.library import Kernels
@@ -274,7 +274,7 @@ def test_the_engine_is_built_with_a_state_for_each_sequence_and_without_graphs(
     lfm2: FrozenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("server.engine.runner.varlen_attention", lambda *_: reference_varlen_attn)
-    with caplog.at_level(logging.INFO, "server.engine.build"):
+    with caplog.at_level(logging.INFO, "server.engine.build_engine"):
         engine = build_engine(Settings(max_sequences=4, max_batch_tokens=32), lfm2)
     assert engine.scheduler.max_running == 5
     assert len(states_of(engine).states) == 4, "there are no more slots"

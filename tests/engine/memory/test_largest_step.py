@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from server.contracts import SamplingParams
-from server.engine import build
-from server.engine.build import take_all
+from server.engine import build_engine
+from server.engine.build_engine import take_all
 from server.engine.engine import Engine
 from server.engine.memory import largest_step
 from server.engine.memory.kv_cache import Computed
@@ -148,9 +148,9 @@ def test_memory_that_runs_out_while_an_engine_is_built_is_a_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(FrozenModel, "load", lambda _: tiny)
-    monkeypatch.setattr(build, place, too_much)
+    monkeypatch.setattr(build_engine, place, too_much)
     with pytest.raises(InsufficientMemory) as caught:
-        build.load_engine(Settings(optimise="none", max_sequences=2, max_batch_tokens=32))
+        build_engine.load_engine(Settings(optimise="none", max_sequences=2, max_batch_tokens=32))
     assert caught.value.remedy
 
 

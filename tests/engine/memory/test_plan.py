@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine import build
+from server.engine import build_engine
 from server.engine.memory.plan import MemoryDemand, MemoryPlan, MiB, Steps, plan
 from server.engine.model.frozen import FrozenModel
 from server.engine.model.preflight import free_memory
@@ -171,9 +171,9 @@ def test_a_plan_begins_after_what_joining_weights_leaves_behind_has_been_given_b
         seen.append(device.free)
         return GiB
 
-    monkeypatch.setattr(build, "release_unused", device.empty_cache)
-    monkeypatch.setattr(build, "free_memory", free_memory)
-    build.build_engine(Settings(max_sequences=2, max_batch_tokens=32), tiny)
+    monkeypatch.setattr(build_engine, "release_unused", device.empty_cache)
+    monkeypatch.setattr(build_engine, "free_memory", free_memory)
+    build_engine.build_engine(Settings(max_sequences=2, max_batch_tokens=32), tiny)
     assert seen[-1] > 8 * GiB
 
 

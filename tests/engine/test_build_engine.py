@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.build import build_engine, plan_memory
+from server.engine.build_engine import build_engine, plan_memory
 from server.engine.memory.kv_cache import bytes_per_position
 from server.engine.memory.plan import MiB
 from server.engine.model.frozen import FrozenModel

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.train.record import Measured, TeacherForcedScore, best_of
+from server.train.run_history import Measured, TeacherForcedScore, best_of
 
 
 def history(*scores: tuple[float, float]) -> list[Measured]:

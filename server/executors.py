@@ -108,6 +108,7 @@ class Executors:
         changes: publishes and all other changes of tasks; each may wait minutes for the store.
         jobs: reads and writes the folders of training jobs.
         in_server: prepares jobs that run in the server, and their rows.
+        interpretation: interprets soft prompts.
         scrapes: renders metrics.
         ending: work at shutdown; nothing else may use its threads.
     """
@@ -116,6 +117,7 @@ class Executors:
         self.changes = Executor("changes", "changes of tasks", threads=6, most_waiting=32)
         self.jobs = Executor("training-jobs", "requests for training jobs", threads=4, most_waiting=128)
         self.in_server = Executor("in-server-jobs", "jobs in the server and their rows", threads=2, most_waiting=64)
+        self.interpretation = Executor("interpretation", "interpretations", threads=1, most_waiting=16)
         self.scrapes = Executor("scrapes", "scrapes", threads=1, most_waiting=4)
         self.ending = Executor("ending", "parts of the server", threads=8, most_waiting=8)
 

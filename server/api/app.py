@@ -27,8 +27,9 @@ from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS
 from server.api.openai import chat, completions, models
 from server.api.openai.errors import OPENAI_ERRORS
+from server.api.prompts import interpretation, versions
 from server.api.prompts import routes as prompts
-from server.api.prompts import versions
+from server.api.prompts.interpretation import Interpretations
 from server.api.telemetry.access import Access
 from server.api.telemetry.metrics import Metrics
 from server.api.tgi import many
@@ -62,7 +63,7 @@ abandoned."""
 
 def api_routes() -> list[BaseRoute]:
     """The routes that the OpenAPI document describes; all apps share them."""
-    modules = (tgi, many, sagemaker, completions, chat, models, prompts, versions, ops)
+    modules = (tgi, many, sagemaker, completions, chat, models, prompts, versions, interpretation, ops)
     routers = [module.router for module in modules]
     routers += [router for kind in KINDS for router in (kind.router, common_routes(kind))]
     return [route for router in routers for route in router.routes]
@@ -141,6 +142,7 @@ def create_app(
     app.state.executors = executors = Executors()
     app.state.keys = job_queue.keys = keys
     app.state.jobs = job_queue
+    app.state.interpretations = Interpretations(settings, worker, executors)
     app.state.site = site = Site(settings, worker, executors, job_queue, keys)
     app.state.kinds = {kind.router.prefix: kind(site) for kind in KINDS}
     app.state.followers = Followers(worker)

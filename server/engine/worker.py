@@ -58,6 +58,7 @@ class EngineWorker:
     Attributes:
         model: facts about the frozen model.
         text: converts between texts and tokens.
+        frozen: the model itself, for work beside the engine; its forward may run on another thread.
         embeddings_of: input embeddings `[tokens, hidden_size]` of token ids; safe from any thread.
         check: refuses a request that can never run, see `check_request`; safe from any thread.
         scheduler, slots, prefixes: the engine's; other threads may only read counters and budgets.
@@ -69,7 +70,7 @@ class EngineWorker:
     def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
         """Wrap an engine, which must not be used otherwise; without `limits` it accepts any number of requests."""
         self._engine = engine
-        self.model, self.text = engine.model.spec, engine.model.text
+        self.model, self.text, self.frozen = engine.model.spec, engine.model.text, engine.model
         self.embeddings_of, self.check = engine.model.embeddings_of, engine.check
         self.scheduler, self.slots, self.prefixes = engine.scheduler, engine.kv_cache.allocator, engine.prefixes
         limits = limits or Limits()

@@ -209,6 +209,7 @@ def test_each_route_documents_the_errors_that_it_gives(server: LiveServer) -> No
         ("POST", "/prompts/{task}/rollback"): {404, 409, 412, 422, 429, 500, 503, 507},
         ("PUT", "/prompts/{task}/traffic"): {400, 404, 412, 413, 422, 429, 500, 503, 507},
         ("GET", "/prompts/{task}/versions/{version}/download"): {404, 422, 429, 503},
+        ("GET", "/prompts/{task}/interpretation"): {404, 422, 429, 503},
         ("DELETE", "/prompts/{task}/versions/{version}"): {404, 409, 412, 422, 429, 500, 503, 507},
         ("GET", "/ready"): {500, 503},
     }

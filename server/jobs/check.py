@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from server.contracts import ModelSpec
 from server.errors import InvalidRequest, InvalidTaskName, InvalidTrainingData, PreludeError
 from server.jobs.folder import JobFolder
-from server.jobs.job import DataNames, JobSpec
+from server.jobs.job import DataNames, Failure, JobSpec
 from server.soft_prompts.names import check_task_name
 from server.soft_prompts.soft_prompt import check_size
 from server.train.config import contradiction
@@ -93,10 +93,6 @@ def in_their_words(text: str, folder: JobFolder, names: DataNames) -> str:
     return text.replace(str(folder.validation), names.validation or "the validation rows")
 
 
-def as_failure(exc: PreludeError, folder: JobFolder, names: DataNames) -> dict[str, str]:
-    """The fields of a `Failure`, which a job stores, for an error."""
-    return {
-        "error": in_their_words(exc.message, folder, names),
-        "code": exc.code,
-        "remedy": in_their_words(exc.remedy, folder, names),
-    }
+def as_failure(exc: PreludeError, folder: JobFolder, names: DataNames) -> Failure:
+    """The failure of a job that an error ended, without the server's paths."""
+    return Failure(in_their_words(exc.message, folder, names), exc.code, in_their_words(exc.remedy, folder, names))

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def _try(folder: JobFolder, job: Job, settings: Settings) -> int:
         from server.jobs.check import as_failure
 
         log.error("%s", exc)
-        write_json(folder.failure, as_failure(exc, folder, job.names))
+        write_json(folder.failure, asdict(as_failure(exc, folder, job.names)))
         return REFUSED
     return DONE
 

@@ -271,7 +271,7 @@ class JobRunner(Service):
                     if self._stop.wait(wait):
                         return  # the server is stopping; the next one publishes the result
                     continue
-                self._end(job, JobState.FAILED, error=Failure(**as_failure(exc, folder, job.names)))
+                self._end(job, JobState.FAILED, error=as_failure(exc, folder, job.names))
                 return
             except Exception as exc:
                 log.exception("the result of training job %s cannot be published", job.id)

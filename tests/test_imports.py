@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replies": {"validation"},
     "long_work": {"errors", "executors"},
     "soft_prompts": BOTTOM,
-    "registry": BOTTOM | {"durable", "soft_prompts"},
+    "registry": BOTTOM | {"durable", "executors", "soft_prompts"},
     "engine": BOTTOM | {"soft_prompts", "executors"},
     "durable": {"errors"},
     "train": BOTTOM | {"durable", "soft_prompts", "engine"},

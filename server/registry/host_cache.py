@@ -6,12 +6,14 @@ however many requests ask for it meanwhile; nobody else waits.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from server.executors import Executor
 from server.registry.events import VersionContent
 from server.soft_prompts.soft_prompt import SoftPrompt
 
@@ -57,8 +59,7 @@ class HostCache:
         self._sizes: dict[str, int] = {}  # of those that are kept, by digest
         self._loading: dict[str, Future[SoftPrompt]] = {}  # by blob: another blob of the same content may be intact
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[VersionContent, Future[SoftPrompt]]] = deque()
-        self._num_loaders = 0
+        self._loaders = Executor("soft-prompts", "soft prompts", threads=LOADERS, most_waiting=sys.maxsize)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -87,8 +88,7 @@ class HostCache:
             if loading is None:
                 loading = self._loading[content.blob] = Future()
                 loading.set_running_or_notify_cancel()  # one client's disconnect must not cancel the shared future
-                self._waiting.append((content, loading))
-                self._start_loader()
+                self._loaders.submit(self._load_and_keep, content, loading)
             return loading
 
     def put(self, soft_prompt: SoftPrompt) -> None:
@@ -112,22 +112,6 @@ class HostCache:
     def _drop(self, digest: str) -> None:
         if self._kept.pop(digest, None) is not None:
             self.num_bytes -= self._sizes.pop(digest)
-
-    def _start_loader(self) -> None:
-        """Start another loader, if the limit allows: a daemon, because a store that hangs must not keep the process."""
-        if self._num_loaders < LOADERS:
-            threading.Thread(target=self._load_all, name="soft-prompts", daemon=True).start()
-            self._num_loaders += 1
-
-    def _load_all(self) -> None:
-        """Load until nothing waits."""
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._num_loaders -= 1
-                    return
-                content, loading = self._waiting.popleft()
-            self._load_and_keep(content, loading)
 
     def _load_and_keep(self, content: VersionContent, loading: Future[SoftPrompt]) -> None:
         started = time.perf_counter()

@@ -11,6 +11,7 @@
     │   ├── UnknownToken               a text or a request contains a token without an embedding
     │   └── InvalidTaskName            a task is called by a name that no task can have
     ├── UnknownEvaluation              no evaluation has this id, or it was removed
+    ├── UnknownInterpretation          no interpretation has this id, or it was removed
     ├── EvaluationNotDone              the evaluation has no result, or not yet
     ├── Unauthorized                   the server requires a key, and the request has none or a wrong one
     ├── Forbidden                      the key is valid, but not for this
@@ -151,6 +152,12 @@ class UnknownEvaluation(PreludeError, code="unknown_evaluation", status=404):
     """No evaluation has this id; only the last hundred are kept, in memory."""
 
     default_remedy = "GET /evaluations lists all evaluations; a restart removes them."
+
+
+class UnknownInterpretation(PreludeError, code="unknown_interpretation", status=404):
+    """No interpretation has this id; only the last hundred are kept, in memory."""
+
+    default_remedy = "GET /interpretations lists all experiments; a restart removes them."
 
 
 class EvaluationNotDone(PreludeError, code="evaluation_not_done", status=409):

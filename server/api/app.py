@@ -21,6 +21,7 @@ from server.api.browsers import CORS, OwnPagesOnly, SecurityHeaders
 from server.api.error_format import ErrorFormats
 from server.api.errors import install_error_handlers
 from server.api.head_method import HeadAsGet
+from server.api.interpretations import of_task
 from server.api.jobs.followers import Followers
 from server.api.jobs.kind import Site
 from server.api.jobs.routes import common_routes
@@ -63,7 +64,7 @@ abandoned."""
 
 def api_routes() -> list[BaseRoute]:
     """The routes that the OpenAPI document describes; all apps share them."""
-    modules = (tgi, many, sagemaker, completions, chat, models, prompts, versions, interpretation, ops)
+    modules = (tgi, many, sagemaker, completions, chat, models, prompts, versions, interpretation, of_task, ops)
     routers = [module.router for module in modules]
     routers += [router for kind in KINDS for router in (kind.router, common_routes(kind))]
     return [route for router in routers for route in router.routes]

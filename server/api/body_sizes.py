@@ -31,6 +31,8 @@ pass while large ones are in progress."""
 FORM_BYTES = 2**20
 """The most bytes of a form that are kept in memory; its files are on disk."""
 
+_EXPERIMENT = re.compile(r"POST /prompts/[^/]+/interpretation/?")
+"""A job's request under the path of its task."""
 _UPLOAD = re.compile(r"PUT /prompts/[^/]+/?")
 
 
@@ -155,7 +157,7 @@ class BodyLimit:
         return kind == b"multipart/form-data" and bool(_UPLOAD.fullmatch(asked) or self._is_job(asked))
 
     def _is_job(self, asked: str) -> bool:
-        return asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]
+        return bool(_EXPERIMENT.fullmatch(asked)) or asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]
 
     def _limit(self, asked: str, is_form: bool) -> tuple[int, str]:
         """The size limit of a request's body, and the remedy that the error names."""
@@ -170,7 +172,8 @@ class BodyLimit:
 def json_limit(asked: str, job_paths: Sequence[str]) -> int:
     """The largest JSON body that a route accepts, by method and path."""
     path = asked.partition(" ")[2] + "/"
-    return MAX_ORDER_BYTES if path.startswith(tuple(f"{one}/" for one in job_paths)) else MAX_JSON_BYTES
+    is_job = path.startswith(tuple(f"{one}/" for one in job_paths)) or _EXPERIMENT.fullmatch(asked)
+    return MAX_ORDER_BYTES if is_job else MAX_JSON_BYTES
 
 
 def _key_id(scope: Scope) -> str | None:

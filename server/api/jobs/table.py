@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from server.api.evaluations.routes import Evaluations
+from server.api.interpretations.routes import ExperimentJobs
 from server.api.jobs.kind import Jobs
 from server.api.training.routes import TrainingJobs
 
-KINDS: tuple[type[Jobs], ...] = (TrainingJobs, Evaluations)
+KINDS: tuple[type[Jobs], ...] = (TrainingJobs, Evaluations, ExperimentJobs)

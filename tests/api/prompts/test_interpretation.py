@@ -22,11 +22,14 @@ from tests.support import make_engine, random_soft_prompt, tiny_model
 
 
 def test_an_interpretation_is_that_of_the_shell(server: LiveServer) -> None:
-    soft_prompt = server.publish_random("read", manifest={"training": {"start": {"initial_token_ids": [5, 6, 7]}}})
+    soft_prompt = server.publish_random(
+        "read", manifest={"training": {"start": {"initial_token_ids": [5, 6, 7, 8, 9]}}}
+    )
     reply = server.client.get("/prompts/read/interpretation", params={"top": 3})
     assert reply.status_code == 200, reply.text
     expected = Interpreter(server.model).interpret("read", soft_prompt, top=3)
     found = Interpretation.model_validate(reply.json())
+    assert found.start_is_known
     assert found.verdict == expected.verdict
     assert found.prefix_hash == soft_prompt.prefix_hash
     assert found.nearest is not None

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from server.errors import StoreError
-from server.registry.about import ManifestSummary, ManifestText, compact_json
+from server.registry.manifest_text import ManifestSummary, ManifestText, compact_json
 from server.soft_prompts.manifest import Manifest, check_pairs
 from server.soft_prompts.names import TASK_NAME
 from server.soft_prompts.soft_prompt import SoftPrompt

@@ -18,8 +18,8 @@ import zlib
 from typing import Any
 
 from server.errors import StoreError
-from server.registry.about import ManifestText
 from server.registry.events import VersionContent
+from server.registry.manifest_text import ManifestText
 from server.registry.objects import Objects
 from server.registry.state import RegistryState, StoredVersion, TaskState
 

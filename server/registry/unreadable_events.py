@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import StoreError
-from server.registry.about import ManifestSummary, ManifestText
 from server.registry.events import BLOB_NAME, Event, NewVersion, Publish, VersionContent
+from server.registry.manifest_text import ManifestSummary, ManifestText
 from server.soft_prompts.names import TASK_NAME
 
 MAX_TASKS = 1000

@@ -23,7 +23,7 @@ from server.api.errors import install_error_handlers
 from server.api.head_method import HeadAsGet
 from server.api.interpretations import of_task
 from server.api.jobs.followers import Followers
-from server.api.jobs.kind import Site
+from server.api.jobs.job_kind import Site
 from server.api.jobs.routes import common_routes
 from server.api.jobs.table import KINDS
 from server.api.openai import chat, completions, models

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from server.api.bodies import Body
+from server.api.evaluations.evaluation_work import EvaluationWork
 from server.api.evaluations.schemas import FILES, EvaluationRequest
-from server.api.evaluations.work import EvaluationWork
 from server.api.generation import find_soft_prompt
 from server.api.jobs.job_bodies import Order, find_files, keep_uploads
-from server.api.jobs.kind import Site
+from server.api.jobs.job_kind import Site
 from server.errors import InvalidRequest
 from server.evaluation.systems import RequestedBaselines
 from server.registry.registry import Registry

@@ -8,12 +8,12 @@ from fastapi import Request, Response
 from typing_extensions import override
 
 from server.api.deps import KeyIdDep, RegistryDep
+from server.api.evaluations.evaluation_work import EvaluationWork
 from server.api.evaluations.job_requests import make_work, parse_body
 from server.api.evaluations.schemas import FILES, EvaluationBody, EvaluationList, request_body
-from server.api.evaluations.work import EvaluationWork
 from server.api.jobs.in_process import InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import read_order
-from server.api.jobs.kind import job_router
+from server.api.jobs.job_kind import job_router
 from server.api.jobs.routes import MISSING, JobId, start_route
 from server.api.schemas import responses
 from server.errors import EvaluationNotDone, UnknownEvaluation

@@ -14,7 +14,7 @@ from server.api.interpretations.schemas import FILES, ExperimentBody, Experiment
 from server.api.interpretations.work import ExperimentWork
 from server.api.jobs.in_process import InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import find_files, keep_uploads, read_order
-from server.api.jobs.kind import job_router
+from server.api.jobs.job_kind import job_router
 from server.api.jobs.routes import start_route
 from server.api.prompts.interpretation import starts_of
 from server.errors import InvalidRequest, UnknownInterpretation

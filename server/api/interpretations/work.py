@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from server.api.interpretations.schemas import ExperimentRequest
 from server.api.jobs.job_bodies import GivenFile
-from server.api.jobs.kind import Site
+from server.api.jobs.job_kind import Site
 from server.errors import InvalidRequest
 from server.evaluation.beside_traffic import ask_all_beside, labels_at_once, rows_at_once
 from server.evaluation.data import read_evaluation_data

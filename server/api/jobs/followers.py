@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from server.api.jobs.kind import Jobs, Line, News
+from server.api.jobs.job_kind import Jobs, Line, News
 from server.engine.worker import EngineWorker
 from server.errors import Overloaded, PreludeError, ServerDraining
 

@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from typing_extensions import override
 
-from server.api.jobs.kind import Jobs, News, Site
+from server.api.jobs.job_kind import Jobs, News, Site
 from server.api.schemas import ErrorBody, error_body
 from server.api.sse import unless_disconnected
 from server.errors import Forbidden, Overloaded, PreludeError, RequestAborted, ServerDraining

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from server.api.auth import may_see
 from server.api.jobs.followers import Followers
-from server.api.jobs.kind import Jobs, job_router
+from server.api.jobs.job_kind import Jobs, job_router
 from server.api.schemas import responses
 from server.api.sse import EVENTS, NumberedStream
 from server.errors import InvalidRequest

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from server.api.deps import JobQueueDep, KeyIdDep, RegistryDep, SettingsDep
 from server.api.jobs.job_bodies import read_order
-from server.api.jobs.kind import Jobs, Line, News, Site, job_router
+from server.api.jobs.job_kind import Jobs, Line, News, Site, job_router
 from server.api.jobs.routes import MISSING, JobId, start_route
 from server.api.schemas import Responses
 from server.api.sse import unless_disconnected

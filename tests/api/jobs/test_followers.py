@@ -13,7 +13,7 @@ import pytest
 
 from server.api.jobs import followers as module
 from server.api.jobs.followers import Followers
-from server.api.jobs.kind import Site as ServerSite
+from server.api.jobs.job_kind import Site as ServerSite
 from server.api.training.routes import TrainingJobs
 from server.engine.model.frozen import FrozenModel
 from server.engine.worker import EngineWorker

@@ -17,7 +17,7 @@ from server.api.bodies import Body
 from server.api.deps import KeyIdDep
 from server.api.jobs.in_process import InServerBody, InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import read_order
-from server.api.jobs.kind import job_router
+from server.api.jobs.job_kind import job_router
 from server.api.jobs.table import KINDS
 from server.errors import InvalidRequest, UnknownEvaluation
 from tests.api.live import LiveServer, assert_error, live_server, wait_until

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from server.api.evaluations.schemas import EvaluationRequest
 from server.api.jobs.job_bodies import GivenFile
-from server.api.jobs.kind import Site
+from server.api.jobs.job_kind import Site
 from server.data_dir import resolve_data
 from server.evaluation.beside_traffic import labels_at_once, rows_at_once, run_beside
 from server.evaluation.card import eval_command, render_card

@@ -21,11 +21,11 @@ from server.errors import UnknownTask
 from server.registry import commands as plans
 from server.registry.events import Change, Event, Publish, VersionContent
 from server.registry.host_cache import HostCache
-from server.registry.loader import Contents
 from server.registry.state import WHOLE_STORE, RegistryState, StoredVersion
 from server.registry.store import Store
 from server.registry.task_views import Resolved, Task
 from server.registry.unreadable_events import Entry
+from server.registry.version_contents import Contents
 from server.soft_prompts.names import check_task_name, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
 

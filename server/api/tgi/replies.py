@@ -21,7 +21,7 @@ from server.contracts import Delta, Token
 from server.engine.text.choice_scoring import judge
 from server.engine.worker import EngineWorker
 
-IN_STREAMS = set(DetailsBody.model_fields) - {"prefill", "tokens", "top_tokens", "best_of_sequences"}
+IN_STREAMS = set(DetailsBody.model_fields) - {"prefill", "tokens", "top_tokens", "best_of_sequences", "influence"}
 """Fields of `details` in a stream's last event."""
 
 

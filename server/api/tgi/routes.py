@@ -23,6 +23,7 @@ from server.api.generation import (
 from server.api.outputs import collect_all, run
 from server.api.schemas import responses
 from server.api.sse import EVENTS, OR_STREAM, EventStream, unless_disconnected
+from server.api.tgi.influence import check_influence, influence_of
 from server.api.tgi.replies import Writer
 from server.api.tgi.schemas import (
     MAX_GENERATED,
@@ -93,6 +94,7 @@ async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call
     texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     wanted = options_of(parameters, stream)
     refuse_too_much("inputs", len(texts), parameters)
+    _refuse_influence(body)
     if stream:
         _refuse_to_stream(body)
     writers = []
@@ -110,6 +112,8 @@ async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call
                 location=location,
             )
         _refuse_equal_texts(prepared, parameters)
+        if parameters.influence:
+            check_influence(worker, prepared)
         writers.append(Writer(worker, prepared, parameters, text))
         # A hundred short texts take as long as a long text, which would be encoded on another thread.
         await asyncio.sleep(0)
@@ -121,6 +125,10 @@ async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call
         return EventStream(writers[0].events(first, running[0]), headers)
     answers = await unless_disconnected(request, collect_all(running, prepared.request.num_choices))
     replies = [writer.reply(choices) for writer, choices in zip(writers, answers, strict=True)]
+    if parameters.influence and replies[0].details is not None:
+        executors = request.app.state.executors
+        measured = influence_of(worker, executors, writers[0].prepared, answers[0][0].tokens)
+        replies[0].details.influence = await unless_disconnected(request, measured)
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
 
@@ -161,12 +169,27 @@ def _refuse_equal_texts(prepared: Prepared, parameters: GenerateParameters) -> N
         )
 
 
+def _refuse_influence(body: GenerateBody) -> None:
+    parameters = body.parameters
+    if not parameters.influence:
+        return
+    if not parameters.wants_details:
+        raise InvalidRequest("influence is a part of details.", remedy="Set `details` to true.", param="influence")
+    if (isinstance(body.inputs, list) and len(body.inputs) > 1) or (parameters.best_of or 1) > 1:
+        raise InvalidRequest(
+            "influence is measured for one answer at a time.",
+            remedy="Send one text in a request, without best_of.",
+            param="influence",
+        )
+
+
 def _refuse_to_stream(body: GenerateBody) -> None:
     parameters = body.parameters
     whole = {
         "inputs": isinstance(body.inputs, list),
         "parameters.best_of": (parameters.best_of or 1) > 1,
         "parameters.choices": parameters.choices is not None,
+        "parameters.influence": bool(parameters.influence),
         "parameters.decoder_input_details": bool(parameters.decoder_input_details),
     }
     for name, is_whole in whole.items():

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from server.api.error_format import ErrorFormat
 from server.api.schemas import SamplingFields, StrictBody, Text, grammar_of, schema_text
 from server.contracts import Grammar, GrammarKind
+from server.interpret.results import Influence
 
 MANY = "/generate_many"
 
@@ -100,6 +101,9 @@ class GenerateParameters(SamplingFields):
     )
     top_n_tokens: int | None = Field(
         None, ge=0, le=MAX_TOP_TOKENS, description="Details with this many of the most likely tokens at each position."
+    )
+    influence: bool | None = Field(
+        None, description="Details with the influence of each virtual token on each output token; not in a stream."
     )
     watermark: bool | None = Field(None, description="Only false.")
 
@@ -209,6 +213,7 @@ class GenerateManyBody(_AnsweredBody):
         if parameters.adapter_id is not None:
             raise ValueError("parameters.adapter_id names one task; name the tasks in targets instead")
         whole = {"best_of": (parameters.best_of or 1) > 1, "decoder_input_details": parameters.decoder_input_details}
+        whole["influence"] = parameters.influence
         for name, is_given in whole.items():
             if is_given:
                 raise ValueError(f"parameters.{name} cannot be streamed; leave it out, or send it to /generate")
@@ -260,6 +265,7 @@ class DetailsBody(SequenceDetails):
     virtual_tokens: int
     cached_tokens: int = Field(description="Virtual tokens whose keys and values were in the cache.")
     best_of_sequences: list[SequenceBody] | None = Field(None, description="With best_of: the others.")
+    influence: Influence | None = Field(None, description="With influence: Δ log p of each output token.")
 
 
 class ChoiceBody(BaseModel):

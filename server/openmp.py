@@ -6,9 +6,9 @@ event loop, uses a core, the early thread spins on the core that the late thread
 Beside one busy program, two cores gave a third of the tokens that they give with short spinning
 (`benchmarks/RESULTS.md`); on an idle machine, short spinning has no measurable cost.
 
-oneDNN generates and caches code for every number of rows of a product. Mixed requests have many different numbers, so a
-server would grow by half a gigabyte over thousands of steps. With a quarter of the default capacity, it soon grows by a
-fifth of a gigabyte, and then no more.
+oneDNN generates and caches code for every number of rows of a product. Steps are padded to few numbers
+(`engine/fast/row_buckets.py`), whose code for one model fits in the cache below. A model whose layers are not packed
+has many numbers; with a quarter of the default capacity it soon grows by a fifth of a gigabyte, and then no more.
 
 torch's allocator for CUDA divides segments of fixed size into blocks, and free blocks in different segments cannot
 serve one larger request. Expandable segments grow and shrink by pages, so free memory stays usable for requests of any
@@ -22,7 +22,7 @@ import os
 SPIN_COUNT = "3000"
 """Iterations of the waiting loop, about ten nanoseconds each."""
 
-KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "320", "LRU_CACHE_CAPACITY": "320"}
 """Capacity of the code caches of oneDNN and of torch's layer above it."""
 
 ALLOCATOR = "expandable_segments:True"

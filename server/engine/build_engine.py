@@ -12,6 +12,7 @@ from server.contracts import ModelSpec
 from server.engine.attention.varlen_rows import log_attention
 from server.engine.engine import Engine
 from server.engine.fast.decode_graphs import capture
+from server.engine.fast.linear import prepare_products
 from server.engine.fast.optimise import load_kernels, optimise
 from server.engine.memory.kv_cache import KVCache, bytes_per_position
 from server.engine.memory.largest_step import measure_steps
@@ -72,6 +73,7 @@ def build_engine(settings: Settings, model: FrozenModel) -> Engine:
         kv_cache = KVCache(model.spec, planned.num_slabs, max_sequences=most_running(sequences, batch_tokens))
     prefixes = PrefixCache(planned.prefix_bytes)
     engine = Engine(model, kv_cache, prefixes, sequences, batch_tokens, planned.shared_bytes)
+    prepare_products(model.module, batch_tokens, engine.scheduler.max_running)
     if "graphs" in settings.optimisations and model.spec.state_width and engine.runner.varlen is not None:
         log.info("decoding runs without CUDA graphs, because %s keeps a recurrent state", model.spec.name)
     elif "graphs" in settings.optimisations:

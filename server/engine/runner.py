@@ -13,6 +13,7 @@ from server.engine.attention.recurrent import RecurrentRows, ServingRows
 from server.engine.attention.varlen_rows import VarlenRows, varlen_attention
 from server.engine.fast.decode_graphs import DecodeGraphs
 from server.engine.fast.operators import operators_with
+from server.engine.fast.row_buckets import bucket
 from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 from server.engine.sampling.logit_rows import Batch, LogitRows, tokens_of
@@ -29,6 +30,7 @@ class Runner:
         self._kv_cache = kv_cache
         self._operators = operators_with(model.kernels)
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
+        self._pads = self.compiled is not None and kv_cache.recurrent is None  # to numbers of rows that products know
         self.varlen = varlen_attention(model.spec, model.attention_rules)
         self.graphs: DecodeGraphs | None = None  # replay steps with decodes only, once they are captured
 
@@ -59,20 +61,39 @@ class Runner:
 
     def forward(self, batch: Batch, kept_rows: np.ndarray) -> torch.Tensor:
         """Logits `[kept_rows, vocab_size]` of any batch."""
-        layout = self._lay_out([span for _, span in batch])
         ids, virtual = tokens_of(batch)
-        token_ids, kept = upload([np.array(ids), kept_rows], self._model.device)
+        if not self._pads:
+            return self._forward([span for _, span in batch], ids, virtual, kept_rows, 0)
+        rows, num_kept = bucket(len(ids)), len(kept_rows)
+        padding, num_computed = rows - len(ids), bucket(num_kept) if num_kept else 0
+        spans = [span for _, span in batch]
+        if num_computed < rows:
+            kept = np.pad(kept_rows, (0, num_computed - num_kept))
+            return self._forward(spans, ids, virtual, kept, padding)[:num_kept]
+        logits = self._forward(spans, ids, virtual, np.arange(rows), padding)
+        return logits[:num_kept] if num_kept == len(ids) else logits[torch.from_numpy(kept_rows)]
+
+    def _forward(
+        self,
+        spans: list[Span],
+        ids: list[int],
+        virtual: list[tuple[int, torch.Tensor]],
+        kept_rows: np.ndarray,
+        padding: int,
+    ) -> torch.Tensor:
+        layout = self._lay_out(spans, padding)
+        token_ids, kept = upload([np.array(ids + [0] * padding), kept_rows], self._model.device)
         embeddings = self._model.embed(token_ids)
         for first, rows in virtual:
             embeddings[first : first + len(rows)] = send(rows, self._model.device, self._model.dtype)
         return self._model.forward(embeddings, layout.position_ids, layout, kept)
 
-    def _lay_out(self, spans: list[Span]) -> ServingRows:
+    def _lay_out(self, spans: list[Span], padding: int) -> ServingRows:
         layout: ServingRows
         if self.varlen is not None:
             layout = VarlenRows.of(self._kv_cache, self.varlen, spans)
         elif self.compiled is not None:
-            layout = CompiledRows(self.compiled, spans)
+            layout = CompiledRows(self.compiled, spans, padding)
         else:
             layout = CachedRows(self._kv_cache, spans)
         return layout if self._kv_cache.recurrent is None else RecurrentRows(layout, self._kv_cache.recurrent, spans)

@@ -35,7 +35,8 @@ class StepWork:
     spans: np.ndarray  # [spans, 5], see `SpanColumns`
     spread: np.ndarray  # [units, 3]: span, key head, block of positions
     attend: np.ndarray  # [units, 3]: span, key head, block of queries; -1 means all key heads, or a single token
-    tokens: int  # of the flat row
+    tokens: int  # of the flat row, without padding
+    rows: int  # of the flat row
     blocks: int  # number of scratch blocks for each key head
     threads: int  # number of threads to use
 
@@ -61,7 +62,7 @@ class CompiledAttention:
         odd = kv_cache.states.shape[-1] % FEWEST_NUMBERS
         return None if kernels is None or odd or any(rule.softcap for rule in rules) else cls(kv_cache, kernels)
 
-    def plan(self, spans: Sequence[Span]) -> StepWork:
+    def plan(self, spans: Sequence[Span], padding: int = 0) -> StepWork:
         """Divide a step into units of work, largest first, so that all threads finish at about the same time."""
         rows, blocks, first_row = [], 0, 0
         chunks, decoding = [], []
@@ -81,7 +82,9 @@ class CompiledAttention:
         threads = torch.get_num_threads() if positions > POSITIONS_FOR_THREADS or chunks else 1
         # Reading a sequence as one unit is fastest, but with fewer sequences than threads, some threads would be idle.
         attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else heads)]
-        return StepWork(_table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, blocks, threads)
+        return StepWork(
+            _table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, first_row + padding, blocks, threads
+        )
 
     def attend(
         self,
@@ -98,8 +101,9 @@ class CompiledAttention:
         assert {states.dtype for states in (query, key, value)} == {self._states.dtype}, "stored as the cache is"
         assert key.shape == value.shape == (self._kv_heads, tokens, self._dim), "shaped as the cache is"
         assert dim == self._dim, "queries too"
-        assert tokens == work.tokens, "as many as were laid out"
+        assert tokens == work.rows, "as many as were laid out"
         out = query.new_empty(tokens, heads, dim)
+        out[work.tokens :] = 0
         turned, plain = self._scratch_for(work.blocks)
         query, key, value = (states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value))
         keys, values = self._layers[layer]
@@ -151,11 +155,15 @@ class CompiledAttention:
 class CompiledRows:
     """Serving layout over compiled attention; see `interface.Layout`."""
 
-    def __init__(self, attention: CompiledAttention, spans: Sequence[Span]) -> None:
-        """Lay out a step, whose spans are in the order of the flat row."""
+    def __init__(self, attention: CompiledAttention, spans: Sequence[Span], padding: int = 0) -> None:
+        """Lay out a step, whose spans are in the order of the flat row.
+
+        Rows of `padding` follow them. They attend to nothing, and nothing is stored of them.
+        """
         self._attention = attention
-        self._work = attention.plan(spans)
-        self.position_ids = torch.from_numpy(TokenPositions.of(spans).position_ids)
+        self._work = attention.plan(spans, padding)
+        position_ids = TokenPositions.of(spans).position_ids
+        self.position_ids = torch.from_numpy(np.concatenate((position_ids, np.zeros(padding, dtype=np.int64))))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules

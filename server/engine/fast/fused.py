@@ -77,9 +77,9 @@ class FusedLayer(nn.Module):
         self._heads = attention.q_proj.out_features // head_dim
         self._kv_heads = attention.k_proj.out_features // head_dim
         self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack)
-        self.output_projection = _joined(attention.o_proj, pack=pack)
+        self.output_projection = _joined(attention.o_proj, pack=pack, adds=True)
         self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, pack=pack)
-        self._down = _joined(mlp.down_proj, pack=pack)
+        self._down = _joined(mlp.down_proj, pack=pack, adds=True)
         self._activation = mlp.act_fn
         self._is_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
         self._attention_norm = _Norm.of(layer.input_layernorm)
@@ -143,13 +143,13 @@ class _Norm:
         return cls(norm.weight.detach(), float(norm.variance_epsilon))
 
 
-def _joined(*linears: nn.Linear, pack: bool) -> FrozenLinear:
+def _joined(*linears: nn.Linear, pack: bool, adds: bool = False) -> FrozenLinear:
     """One product that computes the results of several, side by side."""
     weights = [linear.weight for linear in linears]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would temporarily double the memory
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
-        return FrozenLinear(weight, pack=pack)
+        return FrozenLinear(weight, pack=pack, adds=adds)
     zeros = [weight.new_zeros(linear.out_features) for linear in linears]
     bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
-    return FrozenLinear(weight, bias, pack=pack)
+    return FrozenLinear(weight, bias, pack=pack, adds=adds)

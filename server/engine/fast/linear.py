@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
+
+from server.engine.fast.row_buckets import buckets
 
 PACKED_FOR = 64
 """The number of rows for which the block layout is optimised; any number can be multiplied."""
@@ -20,11 +23,17 @@ PACKED_FOR = 64
 class FrozenLinear(nn.Module):
     """`x @ weight.T + bias`, without gradients."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool) -> None:
-        """Take weights `[out_features, in_features]`; packing copies them, so the originals can be freed."""
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool, adds: bool = False
+    ) -> None:
+        """Take weights `[out_features, in_features]`; packing copies them, so the originals can be freed.
+
+        `adds` says that `added_to` will be called instead of `forward`.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.is_packed = pack
+        self._adds = adds
         self._bias = None if bias is None else bias.detach()
         self._weight = weight.detach()
         if pack:  # these operators exist only in a torch with oneDNN
@@ -45,6 +54,36 @@ class FrozenLinear(nn.Module):
             out: torch.Tensor = self._multiply_and_add(x, residual, self._weight, self._bias, "add")
             return out
         return residual + F.linear(x, self._weight, self._bias)
+
+    @property
+    def code(self) -> tuple[object, ...]:
+        """Layers for which this is equal share oneDNN's code for each number of rows."""
+        return self.in_features, self.out_features, self._weight.dtype, self._bias is None, self._adds
+
+    def prepare(self, rows: int) -> None:
+        """Let oneDNN generate its code for this number of rows."""
+        x = self._weight.new_zeros(rows, self.in_features, layout=torch.strided)
+        if self._adds:
+            self.added_to(x.new_zeros(rows, self.out_features), x)
+        else:
+            self(x)
+
+
+@torch.inference_mode()
+def prepare_products(module: nn.Module, most_rows: int, most_logits: int) -> None:
+    """Let oneDNN generate its code for all numbers of rows that steps will have, so that no request waits for it.
+
+    Args:
+        module: the model.
+        most_rows: of a step.
+        most_logits: rows of logits of an ordinary step; a product that large for each row of a step would take seconds.
+    """
+    linears = {part.code: part for part in module.modules() if isinstance(part, FrozenLinear) and part.is_packed}
+    widest = max((linear.out_features for linear in linears.values()), default=0)
+    for rows in tqdm(buckets(most_rows) if linears else [], desc="preparing products", leave=False, delay=1.0):
+        for linear in linears.values():
+            if rows <= most_logits or linear.out_features < widest:
+                linear.prepare(rows)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -17,6 +17,9 @@ from server.engine.scheduling.sequence import Sequence
 STEP_PARTS = 16
 """A key that is not alone may take what all other keys take together, plus the token budget divided by this number."""
 
+FEWEST = 3
+"""The fewest input tokens that a key may always compute in a step: an input of four is divided into two and two."""
+
 RULES_COST = 3
 """Cost of a decoding row that needs sampling or log-probabilities, relative to a greedy row (1)."""
 
@@ -70,7 +73,7 @@ class FairSteps:
         limits: dict[str | None, int] = {}
         for key, demand in demands.items():
             limit = self._least + sum(weights.values()) - weights[key]
-            limits[key] = min(demand.tokens, max(limit - demand.rows, limit // 2))
+            limits[key] = min(demand.tokens, max(limit - demand.rows, limit // 2, FEWEST))
             decoding += self._take_turns(demand, limit - limits[key])
         filling = [sequence for sequence in running if sequence.num_pending > 1]
         return self._fill(decoding, filling, limits)
@@ -96,12 +99,24 @@ class FairSteps:
         shares = [(sequence, 1) for sequence in decoding]
         for sequence in filling:
             key = sequence.request.key_id
-            count = min(self._next_chunk(sequence), budget, limits[key])
+            count = self._chunk(sequence, min(budget, limits[key]))
             if count > 0:
                 shares.append((sequence, count))
                 budget -= count
                 limits[key] -= count
         return shares
+
+    def _chunk(self, sequence: Sequence, most: int) -> int:
+        """How many tokens of an input to compute: all that a step can, or a part that leaves no single token.
+
+        Attention takes a single token for a decoded one, and rounds differently then. Without such parts, results do
+        not depend on how an input was divided.
+        """
+        wanted = self._next_chunk(sequence)
+        if wanted <= most or self._max_batch_tokens < 2 * FEWEST:
+            return min(wanted, most)
+        count = most - 1 if sequence.num_pending - most == 1 else most
+        return count if count > 1 else 0
 
 
 def _cost(sequence: Sequence) -> int:

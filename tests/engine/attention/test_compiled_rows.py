@@ -283,6 +283,21 @@ def test_the_scratch_is_float32_whatever_torchs_default_is(default: torch.dtype,
     assert attention._scratch.numel() * 4 == 2 * (plain - turned)
 
 
+def test_rows_of_padding_attend_to_nothing_and_nothing_is_stored_of_them(kernels: Kernels) -> None:
+    heads, rules = ALL_HEADS[1], AttentionRules(0.3)
+    rows = [Row.random(heads, 0, 3), Row.random(heads, 5, 1)]
+    pool, padded = Pool(rows, heads), Pool(rows, heads)
+    given = hand_over(rows, heads, "fused")
+    query, key, value = (torch.cat((one, torch.full_like(one[:, :3], float("nan"))), dim=1) for one in given)
+    expected = CompiledRows(CompiledAttention(pool.kv_cache, kernels), pool.spans).attend(LAYER, *given, rules)
+    layout = CompiledRows(CompiledAttention(padded.kv_cache, kernels), padded.spans, padding=3)
+    got = layout.attend(LAYER, query, key, value, rules)
+    assert torch.equal(got[:4], expected)
+    assert not got[4:].any()
+    assert torch.equal(padded.kv_cache.states.nan_to_num(), pool.kv_cache.states.nan_to_num())
+    assert layout.position_ids.tolist() == [0, 1, 2, 5, 0, 0, 0]
+
+
 def test_inputs_that_the_loops_would_misread_never_reach_them(kernels: Kernels) -> None:
     heads, rules = ALL_HEADS[1], AttentionRules(0.3)
     rows = [Row.random(heads, 0, 3)]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from server.engine.engine import Engine
 from server.engine.model.frozen import FrozenModel
+from server.engine.sampling.logit_rows import Batch
+from server.engine.sampling.sampler import NextToken
+from server.engine.to_device import Download
 from tests.engine.scheduling.steps import run, tokens_per_step
 from tests.support import make_engine, random_soft_prompt, request, run_engine
 
@@ -104,6 +108,26 @@ def test_inputs_of_several_keys_advance_with_any_token_budget(tiny: FrozenModel,
         engine.add(request(key, [1, 2, 3, 4], "task", key_id=key, max_new_tokens=2, ignore_eos=True), None)
     ended = [delta.request_id for _ in range(3 * 5) for delta in engine.step() if delta.finish_reason]
     assert sorted(ended) == ["a", "b", "c"], "each step computes one token at least"
+
+
+@pytest.mark.parametrize("length", range(4, 40))
+def test_an_input_is_never_divided_into_a_single_token(
+    tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    engine = make_engine(tiny, max_sequences=4, max_batch_tokens=8)
+    parts: list[int] = []
+    run_batch = engine.runner.run
+
+    def record(batch: Batch, before_wait: Callable[[Download], None]) -> list[NextToken]:
+        parts.extend(span.count for sequence, span in batch if span.start < len(sequence.request.input_ids))
+        return run_batch(batch, before_wait)
+
+    monkeypatch.setattr(engine.runner, "run", record)
+    for name, key, tokens in (("first", "a", length), ("second", "a", 13), ("third", "b", 9)):
+        engine.add(request(name, [5] * tokens, "task", key_id=key, max_new_tokens=1), None)
+    run(engine)
+    assert sum(parts) == length + 13 + 9
+    assert 1 not in parts
 
 
 def ended_in_order(engine: Engine) -> list[str]:

@@ -73,11 +73,12 @@ def port(tmp_path_factory: pytest.TempPathFactory, log: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     store = tmp_path_factory.mktemp("store")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     settings = {"PRELUDE_PORT": str(port), "PRELUDE_STORE": f"file:{store}", "PRELUDE_LOG_FORMAT": "json"}
     command = ["bash", "-c", block("make run").commands]
     with log.open("w") as output:
         server = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | settings, stdout=output, stderr=output, process_group=0
+            command, cwd=ROOT, env=environment | settings, stdout=output, stderr=output, process_group=0
         )
         try:
             wait_until_ready(port, server)

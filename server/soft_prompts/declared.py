@@ -29,6 +29,9 @@ CHECKED_KEYS = {
     *("num_tasks", "trainable_token_indices"),
 }
 MULTITASK_KEYS = {"num_ranks", "num_tasks"}
+FOR_PEOPLE = {"examples"}
+"""Fields of a manifest that only pages show."""
+
 TRAINING_KEYS = {
     *("auto_mapping", "cpt_mask", "cpt_tokens_type_mask", "encoder_dropout", "encoder_hidden_size"),
     *("encoder_num_layers", "encoder_reparameterization_type", "inference_mode", "init_weights", "num_frozen_tokens"),
@@ -156,7 +159,7 @@ def notes_of(config: dict[str, Any], manifest: Manifest, model: ModelSpec) -> tu
     if unused:
         names = _names(unused)
         notes.append(f"{CONFIG_FILE} has keys that no such soft prompt uses, and they change nothing: {names}.")
-    unknown = sorted(manifest.model_extra or ())
+    unknown = sorted({*(manifest.model_extra or ())} - FOR_PEOPLE)
     if unknown:
         notes.append(
             f"manifest.json has fields that this server does not know; they are kept and change nothing: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -36,7 +37,10 @@ def browser() -> Iterator[Browser]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        loop = asyncio.get_running_loop()
+        asyncio._set_running_loop(None)  # it would be in the way of all other tests; `watching` sets it again
         yield browser
+        asyncio._set_running_loop(loop)
         browser.close()
 
 

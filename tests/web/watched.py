@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class Watched:
 @contextmanager
 def watching(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     """A new page in a context of its own, which must have had no problem at the end of the block."""
+    asyncio._set_running_loop(browser._loop)  # other tests of this process may run loops of their own in between
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     context.set_default_timeout(20_000)
     try:
@@ -63,3 +65,4 @@ def watching(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
         assert not watched.problems
     finally:
         context.close()
+        asyncio._set_running_loop(None)

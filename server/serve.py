@@ -163,7 +163,7 @@ def keep_for_good() -> None:
 
 def publish_inbox(inbox: Inbox, registry: Registry) -> None:
     """Publish new content of the inbox, and log the served tasks."""
-    with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0) as bar:
+    with tqdm(desc="soft prompts", unit="task", leave=False, delay=1.0, disable=None) as bar:
 
         def show(name: str) -> None:
             bar.update()

@@ -60,7 +60,9 @@ class DecodeGraphs:
         device = kv_cache.states.device
         self._inputs = torch.zeros(3 * self.buckets[-1], dtype=torch.long, device=device)
         self._replays: dict[int, Forward] = {}
-        for bucket in tqdm(reversed(self.buckets), "capturing CUDA graphs", total=len(self.buckets), leave=False):
+        for bucket in tqdm(
+            reversed(self.buckets), "capturing CUDA graphs", total=len(self.buckets), leave=False, disable=None
+        ):
             self._fill(bucket, [], [], [])
             self._replays[bucket] = record(self._forward(bucket))
 

@@ -80,7 +80,7 @@ def prepare_products(module: nn.Module, most_rows: int, most_logits: int) -> Non
     """
     linears = {part.code: part for part in module.modules() if isinstance(part, FrozenLinear) and part.is_packed}
     widest = max((linear.out_features for linear in linears.values()), default=0)
-    for rows in tqdm(buckets(most_rows) if linears else [], desc="preparing products", leave=False, delay=1.0):
+    for rows in tqdm(buckets(most_rows) if linears else [], "preparing products", leave=False, delay=1.0, disable=None):
         for linear in linears.values():
             if rows <= most_logits or linear.out_features < widest:
                 linear.prepare(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -40,6 +42,15 @@ def test_products_of_every_shape_are_prepared_for_every_bucket(monkeypatch: pyte
     prepare_products(torch.nn.ModuleList([*layers, logits]), 64, 17)
     assert [rows for width, rows in made if width == 8] == buckets(64)
     assert [rows for width, rows in made if width == 32] == buckets(TILE)
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="oneDNN does not multiply float32 here")
+def test_a_log_that_is_no_terminal_shows_no_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FrozenLinear, "prepare", lambda self, rows: time.sleep(0.09))  # the bar waits for a second
+    prepare_products(FrozenLinear(torch.eye(8), pack=True), TILE, TILE)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_prepared_is_what_is_multiplied() -> None:

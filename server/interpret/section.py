@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
 from server.interpret.results import CausalInterpretation, Interpretation, Interval
@@ -12,6 +13,9 @@ PICTURES = {
     "sufficiency": "What keeps the effect",
     "necessity": "Leave one out",
 }
+
+WIDTH = 120
+"""Columns of a line of prose."""
 
 
 def card_section(static: Interpretation, causal: CausalInterpretation | None, pictures: Collection[str]) -> str:
@@ -27,7 +31,7 @@ def card_section(static: Interpretation, causal: CausalInterpretation | None, pi
         parts += [causal.verdict, *_experiments(causal, pictures)]
     if static.start_is_known:
         parts.append(" ".join(["The start is what the virtual tokens were before training.", *static.notes]))
-    return "\n\n".join(parts)
+    return "\n\n".join(part if part.startswith(("|", "!")) else textwrap.fill(part, WIDTH) for part in parts)
 
 
 def _labels(static: Interpretation, pictures: Collection[str]) -> Iterable[str]:

@@ -113,7 +113,10 @@ def test_contradictions_are_refused_before_the_model_is_loaded(words: list[str],
 def test_a_card_shows_the_verdict_the_tests_and_the_pictures_that_there_are(tiny32: FrozenModel) -> None:
     static = Interpreter(tiny32).interpret("mood", moved(tiny32))
     section = card_section(static, CAUSAL, {"lens", "necessity"})
-    assert section.startswith(f"## What it means\n\n{static.verdict}\n\n| value-change lens |")
+    first, _, rest = section.removeprefix("## What it means\n\n").partition("\n\n")
+    assert first.split() == static.verdict.split()
+    assert rest.startswith("| value-change lens |")
+    assert all(len(line) <= 120 for line in section.splitlines() if not line.startswith("|"))
     assert "The words explain it." in section
     assert "](lens.svg)" in section
     assert "](sufficiency.svg)" not in section

@@ -53,8 +53,12 @@ def test_a_log_that_is_no_terminal_shows_no_progress_bar(
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_prepared_is_what_is_multiplied() -> None:
-    for adds in (False, True):
-        linear = FrozenLinear(torch.eye(8), pack=can_pack(torch.zeros(1, 1)), adds=adds)
-        if linear.is_packed:
-            linear.prepare(3)
+@pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="oneDNN does not multiply float32 here")
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_is_prepared_is_what_is_multiplied(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None:
+    called: list[str] = []
+    linear = FrozenLinear(torch.eye(8), pack=True, adds=adds)
+    monkeypatch.setattr(linear, "_multiply", lambda *_: called.append("multiply"))
+    monkeypatch.setattr(linear, "_multiply_and_add", lambda *_: called.append("add"))
+    linear.prepare(3)
+    assert called == ["add" if adds else "multiply"]

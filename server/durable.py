@@ -26,8 +26,7 @@ def not_stored(exc: OSError, what: str, where: str) -> StoreError:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: readers see the old or the new content. An existing file keeps its mode.
 
-    Raises:
-        OSError: the file cannot be written; an old file is unchanged.
+    Raises OSError if the file cannot be written; an old file is unchanged then.
     """
     temporary = path.with_name(f".{path.name}")
     try:

@@ -26,13 +26,9 @@ class Executor:
     """A thread pool whose threads start when there is work and end when there is none, so it needs no shutdown."""
 
     def __init__(self, name: str, work: str, *, threads: int, most_waiting: int) -> None:
-        """Create a pool without threads.
+        """Create a pool without threads, of at most `threads`, for which at most `most_waiting` calls wait.
 
-        Args:
-            name: the threads' name.
-            work: the work in the plural, for the refusal: "changes of tasks".
-            threads: maximum number of threads; available as `most_threads`.
-            most_waiting: maximum number of waiting calls.
+        `work` names the work in the plural, for the refusal: "changes of tasks".
         """
         self._name = name
         self._work = work
@@ -45,10 +41,8 @@ class Executor:
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `work` on a thread and return its result; its log entries have the request's id.
 
-        Cancelling the caller cancels waiting work; running work is not interrupted.
-
-        Raises:
-            Overloaded: too much work waits for a thread.
+        Cancelling the caller cancels waiting work; running work is not interrupted. Raises Overloaded if too much work
+        waits.
         """
         return await asyncio.wrap_future(self.submit(work, *args, **kwargs))
 

@@ -20,10 +20,8 @@ PIECE_SECONDS = 5.0
 async def run_long(threads: Executor, work: Callable[[Callable[[], None]], T]) -> T:
     """Run `work` and return its result; `work` calls the function that it receives between its pieces.
 
-    If the caller is cancelled, that function raises. The work then ends, and after it the caller.
-
-    Raises:
-        Overloaded: too much work waits for a thread.
+    If the caller is cancelled, that function raises. The work then ends, and after it the caller. Raises Overloaded if
+    too much work waits for a thread.
     """
     is_cancelled = threading.Event()
 

@@ -119,11 +119,7 @@ def end_process(status: int) -> None:
 
 
 def start_engine(settings: Settings) -> Engine:
-    """Load the engine and run its first steps.
-
-    Raises:
-        ConfigurationError: the model cannot be loaded, or its KV cache cannot be allocated, as the settings require.
-    """
+    """Load the engine and run its first steps; raises what `load_engine` raises."""
     engine = load_engine(settings)
     warm_up(engine)
     return engine
@@ -186,8 +182,7 @@ def first_request(task: str | None, with_key: bool) -> str:
 def open_keys(settings: Settings) -> ApiKeys | None:
     """The API keys that requests must have; None if no keys are required.
 
-    Raises:
-        ConfigurationError: the keys file cannot be used, or the settings also allow anonymous requests.
+    Raises ConfigurationError if the keys file cannot be used, or the settings also allow anonymous requests.
     """
     if settings.api_keys_file is None:
         return None
@@ -201,10 +196,6 @@ def open_keys(settings: Settings) -> ApiKeys | None:
 
 def check_exposure(settings: Settings, address: str) -> None:
     """Refuse to be reachable from a network without keys, unless the settings allow it.
-
-    Args:
-        settings: the server's settings.
-        address: the resolved address of the listening socket.
 
     Raises:
         ConfigurationError: other users could reach the server, directly or through web pages in a local browser.

@@ -245,8 +245,7 @@ class Settings(BaseSettings):
     def load(cls, **options: Any) -> Settings:
         """Build the settings from options and the environment; options that are not None take precedence.
 
-        Raises:
-            ConfigurationError: a value is invalid, or a PRELUDE_… variable is not a setting.
+        Raises ConfigurationError for an invalid value, or a PRELUDE_… variable that is not a setting.
         """
         check_variables()
         try:

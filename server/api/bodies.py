@@ -99,11 +99,7 @@ class BoundedRequest(Request):
         return self._body
 
     async def form(self, **_: Any) -> FormData:  # type: ignore[override]  # ours is never a context manager
-        """The body as a form, read once; without fields if it is none.
-
-        Raises:
-            what `read_form` raises.
-        """
+        """The body as a form, read once; without fields if it is none. Raises what `read_form` raises."""
         if self._form is None:
             self._form = await read_form(self)
         return self._form
@@ -164,11 +160,7 @@ def media_type(request: Request) -> str:
 
 
 def parse_json(body: bytes, bounds: Bounds = TEXTS) -> Any:
-    """A body's JSON, in time and memory that its size and the bounds limit.
-
-    Raises:
-        as `BoundedRequest.json`.
-    """
+    """A body's JSON, in time and memory that its size and the bounds limit; raises as `BoundedRequest.json`."""
     _check_json(body, bounds)
     try:
         value = from_json(body[3:] if body.startswith(b"\xef\xbb\xbf") else body, cache_strings="none")

@@ -95,13 +95,8 @@ async def prepare(
     """Resolve the task, render its template, tokenise, and merge the sampling parameters.
 
     Args:
-        worker: for the tokenizer and the model's limits.
-        registry: where tasks are looked up.
         task: `task` or `task@version`; None is the frozen model alone.
-        text: the user's text, before the task's template.
         user: in a canary, all requests with the same value are answered by the same version.
-        key_id: id of the request's API key.
-        wanted: everything else.
         location: location of the text in the body, if there are several.
 
     Raises:

@@ -55,8 +55,7 @@ class Choice:
 async def run(request: Request, worker: EngineWorker, prepared: Prepared) -> AsyncGenerator[Delta]:
     """Yield the deltas of all choices of an engine request, as they come, and record them for its HTTP request.
 
-    Raises:
-        What `EngineWorker.generate` raises; an error about one of several texts names that text.
+    Raises what `EngineWorker.generate` raises; an error about one of several texts names that text.
     """
     observation = Observation(request, prepared)
     with locating_errors(prepared.location):

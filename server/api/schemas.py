@@ -67,7 +67,6 @@ class RequestBody(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema, which says that unknown fields may be null."""
         schema = handler(core_schema)
         handler.resolve_ref_schema(schema)["additionalProperties"] = {"type": "null"}
         return schema

@@ -64,7 +64,6 @@ class EventStream(Response):
     def __init__(
         self, events: AsyncGenerator[Mapping[str, Any]], headers: Mapping[str, str], dialect: Dialect = NATIVE
     ) -> None:
-        """Stream JSON values under these headers."""
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events

@@ -30,8 +30,7 @@ def interpret_for_card(
 ) -> str:
     """Interpret a soft prompt, draw pictures beside its card if matplotlib is installed, and return the card's section.
 
-    Raises:
-        ConfigurationError: a picture cannot be written.
+    Raises ConfigurationError for a picture that cannot be written.
     """
     interpreter = Interpreter(engine.model, NullCache(cache_dir / "interpretation"))
     static = interpreter.interpret(*subject)

@@ -45,12 +45,9 @@ def find(
     """Find the soft prompts of an evaluation.
 
     Args:
-        settings: name the inbox and the store.
-        model: the frozen model, which the soft prompts must fit.
         reference: a task in the inbox, or `task@version` in the store.
         directory: a PEFT directory, instead of the inbox's.
         compare: two versions in the store, the second of which is evaluated.
-        others: further versions in the store.
     """
     task, version = split_version(reference)
     if compare is not None:

@@ -39,8 +39,7 @@ class Admission:
     def of(self, request: GenerationRequest) -> Iterator[Callable[[], None]]:
         """Count a request as in flight while the block runs, or until the yielded `leave` is called at its end.
 
-        Raises:
-            Overloaded: a limit is reached; the error names it.
+        Raises Overloaded, which names the limit that is reached.
         """
         choices = request.num_choices
         self._check(request, choices)

@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 def load_engine(settings: Settings) -> Engine:
     """Load the frozen model, optimise it, and build its engine.
 
-    Raises:
-        ConfigurationError: the model cannot be loaded, or its KV cache cannot be allocated, as the settings require.
+    Raises ConfigurationError if the model cannot be loaded, or its KV cache allocated, as the settings require.
     """
     model = FrozenModel.load(settings)
     kernels = load_kernels(model, settings.optimisations, settings.cache_dir / "kernels")

@@ -42,7 +42,6 @@ class Engine:
         max_batch_tokens: int,
         shared_bytes: int | None = None,
     ) -> None:
-        """Put the parts together; `server.engine.build_engine` makes them from the settings."""
         self.model = model
         self.kv_cache = kv_cache
         self.prefixes = prefixes

@@ -25,7 +25,6 @@ class Runner:
     """Runs each batch by the fastest method that the device supports."""
 
     def __init__(self, model: FrozenModel, kv_cache: KVCache) -> None:
-        """Choose the attention for this model and KV cache."""
         self._model = model
         self._kv_cache = kv_cache
         self._operators = operators_with(model.kernels)

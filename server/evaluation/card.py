@@ -34,13 +34,9 @@ WAYS = {
 
 
 def render_card(report: Report, soft_prompt: SoftPrompt, command: str, interpretation: str | None = None) -> str:
-    """The card of a report on a soft prompt.
+    """The card of a report on a soft prompt; `command` reproduces the measurement.
 
-    Args:
-        report: what was measured.
-        soft_prompt: what the report is about.
-        command: reproduces the measurement.
-        interpretation: a section in Markdown.
+    `interpretation` is a section in Markdown.
     """
     manifest = soft_prompt.manifest
     parts = [f"# {report.about.task}", *_about(report, soft_prompt), "## Measured", *_measured(report)]

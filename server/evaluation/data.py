@@ -60,10 +60,8 @@ def read_evaluation_data(
     """Read and check a data file and the files beside it.
 
     Args:
-        path: the data.
         references: file of references, instead of the one beside the data.
         references_name: its name in errors.
-        limit: maximum number of rows.
         name: the name for errors and reports, if the path is not to be shown.
         inside: files beside the data are read only if they lie in this folder, symbolic links resolved.
         check_cancelled: called before each line; if it raises, the reading ends.

@@ -124,14 +124,8 @@ def prepare(
     """Build an evaluation, and check all of it.
 
     Args:
-        host: the engine that will answer.
-        data: the rows.
-        subject: the evaluated soft prompt, after its name.
         others: other versions, each after its name.
-        wanted: the baselines.
         instruction, shots, teacher: see `baselines`.
-        version: the subject's number, if it has one.
-        bounds: resource limits; None is no limit.
         go_on: called between pieces of the work; if it raises, the work ends.
 
     Raises:

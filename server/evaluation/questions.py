@@ -103,8 +103,7 @@ class Questions:
     def checked(self, system: System, check_cancelled: Callable[[], None]) -> System:
         """Return the system to use, which computes a common beginning of all rows only once.
 
-        Raises:
-            InvalidTrainingData: a row does not fit the context; names file and line.
+        The InvalidTrainingData for a row that does not fit the context names file and line.
         """
 
         def read() -> Iterator[tuple[int, ...]]:

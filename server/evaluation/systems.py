@@ -183,15 +183,10 @@ def baselines(
     """The requested baselines, each of which is the frozen model alone.
 
     Args:
-        wanted: the names of the baselines.
         data: the rows; baselines may generate as many tokens as the longest target has, plus a few.
-        host: the engine that will answer.
-        manifest: the task's, for its template.
         instruction: of the baselines; by default that of the data's folder.
         shots: training data for k-shot.
         labels: the task's classes: examples are balanced over them.
-        teacher: the text of one more baseline.
-        seed: of the choice of examples.
         check_cancelled: called between pieces of the work; if it raises, the work ends.
 
     Raises:

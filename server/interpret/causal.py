@@ -63,14 +63,8 @@ def plan(
     """Plan the experiments, and check all rows.
 
     Args:
-        interpreter: of the model that will be asked.
-        host: its engine.
-        data: the rows.
-        subject: the soft prompt and its name.
         others: soft prompts that it may have started from.
         measures: some of `MEASURES`.
-        version: the subject's number, if it has one.
-        bounds: resource limits; None is no limit.
         go_on: called between pieces of the work; if it raises, the work ends.
 
     Raises:

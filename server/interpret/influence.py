@@ -22,8 +22,7 @@ from server.train.methods import join_key_values
 def zeroed_prefixes(model: FrozenModel, soft_prompt: SoftPrompt) -> list[SoftPrompt]:
     """The soft prompt as a KV prefix, then one KV prefix for each virtual token without its values.
 
-    Raises:
-        InvalidRequest: the model keeps a recurrent state, which a KV prefix does not define.
+    Raises InvalidRequest if the model keeps a recurrent state, which a KV prefix does not define.
     """
     if model.spec.state_width:
         raise InvalidRequest(

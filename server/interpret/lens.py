@@ -54,13 +54,10 @@ def value_change_lens(
     """Tokens that a change raises, and the test of the labels.
 
     Args:
-        readout: the model's output path.
         variances: `[layers, V]`, see `Readout.variances`.
         change: mean value changes `[layers, kv_heads * head_dim]`.
         start: mean values of the start, of the same shape.
-        labels: first tokens of the labels, if the task has any.
         texts: of the scored tokens, `[V]`.
-        top: number of tokens to list.
     """
     count = len(change)
     first = 2 * count // 3

@@ -71,11 +71,8 @@ def nearest_tokens(
     """Neighbours in three columns, with the test of the change.
 
     Args:
-        vocabulary: the model's.
-        null: of this vocabulary and k.
         learned: the virtual tokens' embeddings `[n, d]`.
         start: what they were before training, `[n, d]`; None if that is unknown, which leaves no test.
-        k: number of neighbours.
     """
     near = vocabulary.nearest(vocabulary.centred(learned), k)
     coherence = vocabulary.coherence(near).tolist()

@@ -16,11 +16,7 @@ def necessity(
 ) -> Necessity:
     """The loss of quality by each removal, by the paired bootstrap.
 
-    Args:
-        bootstrap: of the rows.
-        learned: quality of the soft prompt; larger is better.
-        without: quality without each virtual token.
-        replaced_by: what took the token's place.
+    Qualities are larger if better; `without` has them by removed virtual token, which `replaced_by` took the place of.
     """
     losses = {index: bootstrap.difference(statistic, learned) for index, statistic in without.items()}
     p = [two_sided(bootstrap, learned, statistic) for statistic in without.values()]

@@ -28,7 +28,6 @@ class NullCache:
     """Named nulls, each a few tensors, in a folder; without a folder, nothing is kept."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Use a folder, which is created when it is first needed."""
         self._directory = None if directory is None else directory.expanduser()
 
     def get(self, name: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -11,11 +11,9 @@ DRAWS = 1000
 
 
 def p_values(observed: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
-    """One-sided Monte Carlo p-values `[n]`: (1 + #{null ≥ observed}) / (1 + draws) (Phipson and Smyth 2010).
+    """One-sided Monte Carlo p-values `[n]` of observed values `[n]` under a null `[draws]` (Phipson and Smyth 2010).
 
-    Args:
-        observed: `[n]`.
-        null: `[draws]`.
+    They are (1 + #{null ≥ observed}) / (1 + draws).
     """
     ordered = null.double().sort().values
     at_least = (len(ordered) - torch.searchsorted(ordered, observed.double().contiguous(), side="left")).double()

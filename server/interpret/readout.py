@@ -87,12 +87,7 @@ class Readout:
 
 @torch.no_grad()
 def find_readout(model: FrozenModel, token_ids: torch.Tensor) -> Readout | str:
-    """The direct path of a model, or a sentence that says what could not be found.
-
-    Args:
-        model: the frozen model, with or without the pass that makes it faster.
-        token_ids: the tokens to score.
-    """
+    """The direct path of a model, or a sentence that says what could not be found."""
     spec, head = model.spec, model.module.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = _layers(model.module, spec.num_hidden_layers)
     if found is None or not isinstance(head, nn.Module):

@@ -19,12 +19,9 @@ WIDTH = 120
 
 
 def card_section(static: Interpretation, causal: CausalInterpretation | None, pictures: Collection[str]) -> str:
-    """Markdown of an interpretation.
+    """Markdown of an interpretation, and of experiments if any were run.
 
-    Args:
-        static: what can be said without data.
-        causal: what experiments show, if any were run.
-        pictures: names of the SVG files beside the card, without `.svg`; others are not shown.
+    `pictures` are the names of the SVG files beside the card, without `.svg`; others are not shown.
     """
     parts = ["## What it means", static.verdict, *_labels(static, pictures)]
     if causal is not None:

@@ -15,8 +15,6 @@ def prompt_states(model: FrozenModel, soft_prompt: SoftPrompt, tensor: torch.Ten
     """Keys and values per attention layer, `[kv_heads, num_virtual_tokens, head_dim]` in float32 or float64.
 
     Args:
-        model: the frozen model.
-        soft_prompt: says what kind of tensor it is.
         tensor: another tensor of its shape, such as its start; by default its own.
     """
     tensor = soft_prompt.tensor if tensor is None else tensor

@@ -59,10 +59,7 @@ class Interpreter:
         """Interpret one soft prompt.
 
         Args:
-            task: its name, for the report.
-            soft_prompt: of this model.
             others: soft prompts that it may have started from.
-            top: number of neighbours and of tokens of the lens.
         """
         start = start_values(self.model, soft_prompt, others)
         geometry, nearest, notes = None, None, []

@@ -16,11 +16,7 @@ def sufficiency(
 ) -> Sufficiency:
     """R of each variant, with an interval over the same resamples of the rows.
 
-    Args:
-        bootstrap: of the rows.
-        learned: quality of the soft prompt; larger is better.
-        none: quality of the frozen model in the same template without virtual tokens.
-        variants: quality of each variant.
+    Qualities are larger if better; `none` is that of the frozen model in the same template without virtual tokens.
     """
     gain = bootstrap.difference(none, learned)
     steps = []

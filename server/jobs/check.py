@@ -61,10 +61,8 @@ def check_data(
 ) -> None:
     """Read all rows as the run will.
 
-    `check_cancelled` is called before each row; if it raises, the check stops with that error.
-
-    Raises:
-        InvalidTrainingData: names file and line, by the names that the client used.
+    `check_cancelled` is called before each row; if it raises, the check stops with that error. An InvalidTrainingData
+    names file and line, by the names that the client used.
     """
     config = spec.config
     held = folder.validation if folder.validation.exists() else None

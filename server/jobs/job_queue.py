@@ -62,10 +62,6 @@ class JobQueue:
         """Check a draft's data and queue it.
 
         Args:
-            draft: holds the data.
-            spec: what to do with it.
-            names: the client's names for the data files.
-            by: whose key asked for it.
             start: the soft prompt that `config.init_from` names, if any.
             check_cancelled: called between pieces of the work; if it raises, the work ends, and nothing is queued.
 

@@ -43,8 +43,7 @@ class Child(Protocol):
 def start_child(folder: JobFolder, settings: Settings, *, steps_back: bool = True) -> Child:
     """Train a folder's job in a process; with `steps_back` the process gets only the cores that the server leaves.
 
-    Raises:
-        OSError: no process can be made, or the folder not be written.
+    Raises OSError if no process can be made, or the folder cannot be written.
     """
     write_order(folder, settings, os.getpid(), steps_back=steps_back)
     with folder.log.open("ab") as output:

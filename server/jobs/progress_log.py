@@ -31,7 +31,6 @@ class Recorder:
     """Appends to a job's record; only its process does."""
 
     def __init__(self, path: Path, config: TrainingConfig) -> None:
-        """Go on with a record, or begin one."""
         self._steps = config.steps
         self._every = max(1, config.steps // LINES)
         _cut_torn_line(path)

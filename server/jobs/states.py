@@ -23,7 +23,6 @@ class States:
     """Follows the status files of a folder; safe from any thread."""
 
     def __init__(self, root: Path) -> None:
-        """Nothing is read yet; the folder need not exist."""
         self._root = root
         self._known: dict[str, tuple[Stamp, JobState | None]] = {}
         self._lock = threading.Lock()

@@ -27,7 +27,6 @@ class BoundedLock:
             raise StoreTimeout(f"Another change has waited for the store for {WAIT_SECONDS:.0f} seconds.")
 
     def __exit__(self, *error: object) -> None:
-        """Give the lock back."""
         self._lock.release()
 
 

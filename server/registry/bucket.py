@@ -39,8 +39,7 @@ class RemoteObjects:
     def __init__(self, url: str) -> None:
         """Open an existing bucket, and check that it responds and honours conditional writes.
 
-        Raises:
-            StoreError: the message says which of bucket, credentials, endpoint or network it is.
+        The StoreError says which of bucket, credentials, endpoint or network is at fault.
         """
         _check_url(url)
         self._url = url
@@ -49,25 +48,21 @@ class RemoteObjects:
         self._check_conditional_writes()
 
     def list(self, folder: str) -> list[str]:
-        """See Objects."""
         with self._refusals(f"list {folder}"):
             pages = obstore.list(self._store, prefix=folder, chunk_size=PAGE)
             names = [item["path"].removeprefix(f"{folder}/") for page in pages for item in page]
         return sorted(name for name in names if "/" not in name)
 
     def get(self, key: str) -> bytes | None:
-        """See Objects."""
         with self._refusals(f"read {key}"), _none_if_absent():
             return bytes(obstore.get(self._store, key).bytes())
         return None
 
     def create(self, key: str, data: bytes) -> bool:
-        """See Objects."""
         with self._refusals(f"write {key}"):
             return self._create(key, data)
 
     def delete(self, key: str) -> None:
-        """See Objects."""
         with self._refusals(f"delete {key}"), _none_if_absent():
             obstore.delete(self._store, key)
 

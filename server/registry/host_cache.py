@@ -39,13 +39,10 @@ class HostCache:
     def __init__(
         self, budget_bytes: int, load: Callable[[VersionContent], SoftPrompt], is_wanted: Callable[[str], bool]
     ) -> None:
-        """An empty cache.
+        """An empty cache of at most `budget_bytes`; `load` reads a content, or raises.
 
-        Args:
-            budget_bytes: what may stay.
-            load: reads a content, or raises.
-            is_wanted: whether a version with this digest exists; a content whose version was deleted during the load is
-                not cached.
+        `is_wanted` says whether a version with this digest exists: a content whose version was deleted during the load
+        is not cached.
         """
         self.budget_bytes = budget_bytes
         self.num_bytes = 0

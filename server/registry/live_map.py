@@ -68,8 +68,7 @@ class LiveMap:
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
         """Fold the store's events; tensors stay in the store until somebody asks for them.
 
-        Raises:
-            StoreError: the store cannot be listed or read.
+        Raises StoreError if the store cannot be listed or read.
         """
         self.model = model
         self.max_virtual_tokens = max_virtual_tokens
@@ -99,7 +98,6 @@ class LiveMap:
         """What `task` or `task@version` stands for now.
 
         Args:
-            reference: the name that a request gives.
             key: what identifies the client (its `user`, or the id of the request or of an API key): in a canary, the
                 same key resolves to the same version as long as the weights are the same.
 
@@ -177,11 +175,7 @@ class LiveMap:
     # Taking events over: one thread at a time.
 
     def _apply(self, events: Sequence[Entry]) -> list[VersionContent]:
-        """Take events over, with one assignment of the live map at the end.
-
-        Returns:
-            Contents that no version names any more.
-        """
+        """Take events over, by one assignment of the live map; returns contents that no version names any more."""
         touched: set[str] = set()
         removed: list[StoredVersion] = []
         problems = dict(self._state.problems)

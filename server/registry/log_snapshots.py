@@ -70,11 +70,7 @@ class Snapshots:
         return RegistryState()
 
     def read(self, number: int) -> RegistryState:
-        """The state at an event.
-
-        Raises:
-            StoreError: the snapshot is damaged or gone, or a newer Prelude wrote it.
-        """
+        """The state at an event; raises StoreError if it is damaged or gone, or a newer Prelude wrote it."""
         data = self._objects.get(_key(number))
         try:
             state = decode(b"" if data is None else data)

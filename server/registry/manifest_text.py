@@ -76,13 +76,7 @@ class ManifestText(str):
 
     @property
     def manifest(self) -> Manifest:
-        """The parsed manifest.
-
-        Callers that hold it at the same time share one object.
-
-        Raises:
-            InvalidSoftPrompt: a newer Prelude wrote it.
-        """
+        """The parsed manifest, shared by callers that hold it at once; raises InvalidSoftPrompt as `parse`."""
         kept: Manifest | None = self.__dict__.get("_kept", lambda: None)()
         if kept is None:
             kept = self.parse()

@@ -80,8 +80,7 @@ class Reserved(Protocol):
 def open_objects(url: str) -> Objects:
     """Open the store that PRELUDE_STORE names; a folder is created if needed.
 
-    Raises:
-        StoreError: the URL's kind is not supported, or the store cannot be opened.
+    Raises StoreError for a URL of another kind, or a store that cannot be opened.
     """
     scheme, colon, path = url.partition(":")
     if not colon or not path:
@@ -110,11 +109,7 @@ class LocalObjects:
     """
 
     def __init__(self, root: Path) -> None:
-        """Open the directory, or make it, durably; also removes what killed writers left in it.
-
-        Raises:
-            StoreError: it cannot be made.
-        """
+        """Open the directory, or make it, durably, or raise StoreError; removes what killed writers left in it."""
         self._root = root.absolute()
         with _refusals(f"be made in {root}", _USE_A_FOLDER):
             for folder in FOLDERS:
@@ -140,7 +135,6 @@ class LocalObjects:
             return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))
 
     def get(self, key: str) -> bytes | None:
-        """See Objects."""
         path = self._path(key)
         with _refusals(f"read {key}"):
             try:
@@ -149,7 +143,6 @@ class LocalObjects:
                 return None
 
     def create(self, key: str, data: bytes) -> bool:
-        """See Objects."""
         path = self._path(key)
         with _refusals(f"write {key}"):
             created = _link_whole(path, data)
@@ -168,7 +161,6 @@ class LocalObjects:
             path.unlink(missing_ok=True)
 
     def age(self, key: str) -> float | None:
-        """See Objects."""
         path = self._path(key)
         with _refusals(f"read {key}"):
             try:
@@ -177,7 +169,6 @@ class LocalObjects:
                 return None
 
     def release(self, reserve: str) -> None:
-        """See Reserved."""
         with contextlib.suppress(OSError):
             (self._root / reserve).unlink()
 

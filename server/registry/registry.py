@@ -64,12 +64,9 @@ class Registry(LiveMap):
         """Make validated contents versions of a task, or of `name-0`, `name-1`, … if there are several.
 
         Args:
-            name: the task's.
             soft_prompts: validated by `load_soft_prompts`.
-            source: who brings them.
             by: the key that it was done with, or the inbox's place.
             activate: let them answer; otherwise they can only be asked for by their number.
-            expected: what the client believes of the task.
             dry_run: do everything but the change.
 
         Raises:
@@ -114,8 +111,7 @@ class Registry(LiveMap):
     def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let one version answer, alone; ends a canary.
 
-        Raises:
-            UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
+        Raises UnknownTask, PreconditionFailed, VersionUnavailable or StoreError.
         """
         return self._let_answer(name, (version,), lambda: plans.activate(self._state, name, version, expected), by)
 
@@ -134,25 +130,19 @@ class Registry(LiveMap):
     def roll_back(self, name: str, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let what answered before answer again; twice in a row goes back twice.
 
-        Raises:
-            NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
+        Raises NothingToRollBackTo, UnknownTask, PreconditionFailed, VersionUnavailable or StoreError.
         """
         return self._let_answer(name, (), lambda: plans.roll_back(self._state, name, expected), by)
 
     def delete_version(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> None:
-        """Forget a version that does not answer.
-
-        Raises:
-            VersionInUse, UnknownTask, PreconditionFailed, StoreError.
-        """
+        """Forget a version that does not answer; raises VersionInUse, UnknownTask, PreconditionFailed or StoreError."""
         self.sync()
         self._change(lambda: plans.delete_version(self._state, name, version, expected), "api", by)
 
     def delete(self, name: str, *, by: str | None = None, expected: Expected = None) -> None:
         """Forget a task: no later request finds it, its contents leave the store.
 
-        Raises:
-            UnknownTask, PreconditionFailed, StoreError.
+        Raises UnknownTask, PreconditionFailed or StoreError.
         """
         self.sync()
         self._change(lambda: plans.delete(self._state, name, expected), "api", by)
@@ -194,8 +184,7 @@ class Registry(LiveMap):
     def sync(self) -> None:
         """Take over what other servers on the same store have changed since; what goes live is warmed first.
 
-        Raises:
-            StoreError: the store cannot be read.
+        Raises StoreError if the store cannot be read.
         """
         with self._syncing:
             try:
@@ -238,8 +227,7 @@ class Registry(LiveMap):
     def _warm_in_time(self, contents: Sequence[VersionContent]) -> list[SoftPrompt]:
         """Warm versions that other servers have made live; on threads, so that one that hangs delays no later event.
 
-        Returns:
-            Those that are warm. The others will answer all the same, as their change was acknowledged.
+        Returns those that are warm. The others will answer all the same, as their change was acknowledged.
         """
         waiting, warmed = deque(contents), list[SoftPrompt]()
 
@@ -299,8 +287,7 @@ class Registry(LiveMap):
     ) -> tuple[Event | None, Mapping[str, Task]]:
         """Append the planned event. If another server has taken its number, apply its events and plan again.
 
-        Returns:
-            The event, or None if there was nothing to change, and the live map as it left it.
+        Returns the event, or None if there was nothing to change, and the live map as it left it.
         """
         with self._changing:
             while True:

@@ -169,11 +169,7 @@ class RegistryState:
         self.prefixes = Counter(content.prefix_hash for content in contents)
 
     def take(self, entry: Entry) -> tuple[set[str], list[StoredVersion]]:
-        """Apply an event; if it cannot be read, or contradicts the state, record the problem and change nothing else.
-
-        Returns:
-            As `apply`.
-        """
+        """Like `apply`; of an event that cannot be read, or contradicts the state, only the problem is recorded."""
         if isinstance(entry, Event):
             try:
                 return self.apply(entry)
@@ -192,13 +188,9 @@ class RegistryState:
         return set(entry.tasks or ()), []
 
     def apply(self, event: Event) -> tuple[set[str], list[StoredVersion]]:
-        """Apply one more event.
+        """Apply one more event; returns the tasks that it changed, and the versions that it removed.
 
-        Returns:
-            The tasks that it changed, and the versions that it removed.
-
-        Raises:
-            StoreError: it contradicts the events before it.
+        Raises StoreError if it contradicts the events before it.
         """
         try:
             removed = self._change(event)

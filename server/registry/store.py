@@ -77,8 +77,7 @@ class Store:
     def load(self) -> RegistryState:
         """The state of all tasks: the newest snapshot that can be read, and the events after it.
 
-        Raises:
-            StoreError: the store cannot be listed or read, or an event is missing.
+        Raises StoreError if the store cannot be listed or read, or an event is missing.
         """
         while True:
             numbers = self.snapshots.numbers()
@@ -96,8 +95,7 @@ class Store:
     def events(self, after: int = 0) -> list[Entry]:
         """All events after a number, in order; for a server that starts. One that cannot be read stands for itself.
 
-        Raises:
-            StoreError: the store cannot be listed or read, or a number is missing.
+        Raises StoreError if the store cannot be listed or read, or a number is missing.
         """
         names = [name for name in self._objects.list("events") if _EVENT_NAME.fullmatch(name)]
         names = [name for name in names if name > _event_name(after)]
@@ -160,13 +158,9 @@ class Store:
                 self._objects.delete(f"events/{name}")
 
     def _check_reach(self, number: int) -> None:
-        """Check that an empty list of later events means that there are none.
+        """Raise Behind if later events were removed after a snapshot, which an empty list of them can also mean.
 
-        It can also mean that they were removed after a snapshot. Events stay for GRACE_SECONDS after the snapshot that
-        replaces them, so this is asked far more often than that.
-
-        Raises:
-            Behind: they were removed.
+        Events stay for GRACE_SECONDS after the snapshot that replaces them, so this is asked far more often than that.
         """
         if abs(time.time() - self._seen_at) < REACH_SECONDS:
             return
@@ -177,8 +171,7 @@ class Store:
     def append(self, event: Event) -> bool:
         """Write an event durably; False if another writer has taken its number.
 
-        Raises:
-            StoreError: the store failed. Whether the event was kept is unknown until it is read back.
+        After a StoreError it is unknown whether the event was kept, until it is read back.
         """
         try:
             self._check_reach(event.number - 1)
@@ -205,12 +198,9 @@ class Store:
         return content_of(soft_prompt, self.put(soft_prompt))
 
     def put(self, soft_prompt: SoftPrompt) -> str:
-        """Store a content durably, and return the name of its blob.
+        """Store a content durably, and return the name of its blob; raises StoreError if the store refuses.
 
         A row of a multitask soft prompt keeps only the part of its manifest that changes answers; the event has it all.
-
-        Raises:
-            StoreError: the store refuses.
         """
         manifest = soft_prompt.manifest
         metadata = {"peft_type": soft_prompt.peft_type, "manifest": manifest.to_json()}
@@ -243,8 +233,7 @@ class Store:
     def remove_blobs(self, contents: Iterable[VersionContent]) -> None:
         """Forget contents that no version names any more.
 
-        Raises:
-            StoreError: the store refuses; what is left is garbage, and collected later.
+        After a StoreError, what is left is garbage, and collected later.
         """
         for content in contents:
             self._objects.delete(_blob_key(content.blob))
@@ -252,15 +241,10 @@ class Store:
             self._objects.reserve()
 
     def missing_blobs(self, named: Collection[str], deleted: Collection[str] = ()) -> set[str]:
-        """Those of these blobs that the store does not have; also collects garbage.
+        """Those of the `named` blobs of versions that the store does not have; also collects garbage.
 
-        Args:
-            named: blobs of versions.
-            deleted: blobs of versions that were deleted: garbage at once, which a server that was killed left. Other
-                garbage may belong to a publish that is under way, and is collected after a day.
-
-        Raises:
-            StoreError: the store cannot be listed.
+        Blobs of `deleted` versions are garbage at once, which a server that was killed left. Other garbage may belong
+        to a publish that is under way, and is collected after a day. Raises StoreError if the store cannot be listed.
         """
         present = {name.removesuffix(".safetensors") for name in self._objects.list("blobs")}
         for blob in present.difference(named):

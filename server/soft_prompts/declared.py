@@ -93,18 +93,10 @@ def check_tensor_names(peft_type: str, names: Iterable[str], file_name: str) -> 
 
 
 def check_declared(config: dict[str, Any], peft_type: str, rows: int, model: ModelSpec) -> None:
-    """Refuse a config that contradicts the tensor or the frozen model.
+    """Refuse a config that contradicts the tensor, of `rows` virtual tokens, or the frozen model.
 
     The number of layers and heads is checked too: with other numbers, the width could be right but the meaning wrong.
-
-    Args:
-        config: the adapter's config.
-        peft_type: the type that it declares.
-        rows: number of virtual tokens in the tensor.
-        model: the frozen model.
-
-    Raises:
-        InvalidSoftPrompt: names the key, its value and the expected value.
+    The InvalidSoftPrompt names the key, its value and the expected value.
     """
     ids = config.get("cpt_token_ids") if peft_type == "CPT" else None
     lengths = {"num_virtual_tokens": config.get("num_virtual_tokens")}

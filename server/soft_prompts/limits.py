@@ -26,12 +26,8 @@ answers."""
 def check_manifest(manifest: Manifest, rows: int = 1) -> None:
     """Refuse a manifest that is too large for memory, for lists, or for requests, or that names a label twice.
 
-    Args:
-        manifest: the manifest of a soft prompt to publish.
-        rows: number of tasks; more than one for a multitask soft prompt.
-
-    Raises:
-        InvalidSoftPrompt: names the limit and the manifest's value, or the label.
+    `rows` is the number of tasks of a multitask soft prompt. The InvalidSoftPrompt names the limit and the manifest's
+    value, or the label.
     """
     size = len(manifest.to_json().encode())
     labels = manifest.labels or ()

@@ -67,7 +67,6 @@ class GenerationDefaults(_Part):
         """Merge sampling parameters: the request's values, then the task's, then the server's defaults.
 
         Args:
-            own: the fields of SamplingParams that the request sets.
             room: positions that virtual and input tokens leave free. Defaults are reduced to fit; the request's own
                 values are not.
             seed: the seed if neither the request nor the task sets one.

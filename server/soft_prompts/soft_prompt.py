@@ -78,9 +78,8 @@ def _prefix_hash(tensor: torch.Tensor, is_kv_prefix: bool) -> str:
 def check_shape(peft_type: str, shape: tuple[int, ...], model: ModelSpec, max_virtual_tokens: int) -> None:
     """Refuse a tensor by its header alone, before any memory is allocated for it.
 
-    Raises:
-        InvalidSoftPrompt: a KV prefix for a model with recurrent state, a wrong rank or width, no rows, or too many
-            rows.
+    Raises InvalidSoftPrompt for a KV prefix for a model with recurrent state, a wrong rank or width, no rows, or too
+    many.
     """
     if peft_type in KV_TYPES and model.state_width:
         raise InvalidSoftPrompt(
@@ -119,8 +118,7 @@ def check_size(peft_type: str, num_virtual_tokens: int, model: ModelSpec, max_vi
 def check_finite(tensor: torch.Tensor, serving_dtype: str) -> None:
     """Refuse NaN and infinity, including values that become infinite in the serving dtype.
 
-    Raises:
-        InvalidSoftPrompt: names the first virtual token that is not finite.
+    The InvalidSoftPrompt names the first virtual token that is not finite.
     """
     for stage, values in (
         ("", tensor),

@@ -112,8 +112,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file and check its header against its size.
 
-    Raises:
-        InvalidSoftPrompt: the file has another format, is truncated or damaged, or changes while it is read.
+    Raises InvalidSoftPrompt for another format, or a file that is truncated, damaged, or changed while it is read.
     """
     with open_regular(path) as file:
         before = os.fstat(file.fileno())

@@ -87,7 +87,6 @@ def read_data(path: Path, *, need_targets: bool = True, check_cancelled: Callabl
     """Read a whole data file.
 
     Args:
-        path: of the file.
         need_targets: whether targets are required. Distillation ignores them; a missing target is stored as a dash.
         check_cancelled: called before each line; if it raises, the reading ends.
 
@@ -192,10 +191,7 @@ def check_lengths(
     """Refuse the rows that `encode_examples` would refuse, without the model.
 
     A token covers at least one byte, so only long rows need to be tokenised. `check_cancelled` is called before each
-    row; if it raises, the check ends.
-
-    Raises:
-        InvalidTrainingData: a row does not fit the context; names file and line, and both lengths.
+    row; if it raises, the check ends. The InvalidTrainingData names file and line, and both lengths.
     """
     for row in data.rows:
         check_cancelled()
@@ -223,8 +219,7 @@ def _check_length(data: DataFile, row: Row, length: int, num_virtual_tokens: int
 def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0) -> tuple[DataFile, DataFile]:
     """Split a file's rows into those to train on and those to measure on; rows of one input stay together.
 
-    Raises:
-        InvalidTrainingData: it has one input only.
+    Raises InvalidTrainingData if it has one input only.
     """
     inputs = list(dict.fromkeys(row.input for row in data.rows))
     if len(inputs) < 2:
@@ -241,8 +236,7 @@ def hold_out(data: DataFile, share: float = 0.1, most: int = 500, seed: int = 0)
 def check_rows(training: DataFile, validation: DataFile, labels: Sequence[str] | None) -> None:
     """Refuse data that would train but teach nothing, or that cannot be evaluated.
 
-    Raises:
-        InvalidTrainingData: there is one row only, or a label to be measured on that no row teaches.
+    Raises InvalidTrainingData for a single row, or a label to be measured on that no row teaches.
     """
     if len(training.rows) < 2:
         raise InvalidTrainingData(

@@ -48,8 +48,7 @@ class Teacher:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of the long text with a row's input in it.
 
-        Raises:
-            ConfigurationError: it is to go through a chat template that the model does not have.
+        Raises ConfigurationError if it is to go through a chat template that the model does not have.
         """
         whole = Manifest(input_template=self.template).render(text)
         if not self.chat:
@@ -73,12 +72,7 @@ def distilled_lessons(
     """Run the teacher on each row and return its distributions as lessons.
 
     Args:
-        model: teacher and student.
-        config: contains the teacher's text and, if labels are distilled, the labels.
-        data: rows; their targets are not looked at.
         students: for each row, the token ids that the student reads after the virtual tokens.
-        max_new_tokens: of the teacher's answers.
-        on_row: called after each row.
 
     Raises:
         InvalidTrainingData: the teacher's text does not fit the context with a row's input.
@@ -113,11 +107,6 @@ def distilled_lessons(
 
 def teacher_ids(model: FrozenModel, config: TrainingConfig, data: DataFile) -> tuple[int, ...] | None:
     """The tokens that all of the teacher's texts begin with, whose last keys and values are an initial KV prefix.
-
-    Args:
-        model: the frozen model.
-        config: holds the teacher's text and the number of virtual tokens.
-        data: rows to put into it.
 
     Returns:
         None if `init` is `auto` and the teacher's keys and values cannot be used.

@@ -27,9 +27,7 @@ choose differently."""
 def training_settings(settings: Settings, seconds: Callable[[torch.dtype], float] | None = None) -> Settings:
     """The same, with the dtype that training takes; one that is not `auto` stays.
 
-    Args:
-        settings: of the server, or of the command.
-        seconds: how long a product takes in a dtype; None times one.
+    `seconds` says how long a product takes in a dtype; by default one is timed.
     """
     seconds = seconds or _seconds
     device = choose_device(settings.device)

@@ -21,10 +21,9 @@ from server.train.methods import KeyValues, LearnedPrefix
 def target_logits(
     model: FrozenModel, prefix: LearnedPrefix | None, examples: Sequence[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits at the target positions, with the learned prefix before each row; without a prefix if there is none.
+    """Logits at the target positions, and the targets; each row follows the learned prefix, if there is one.
 
-    Returns:
-        Logits `[target tokens, vocab_size]`, at least in float32, and the targets themselves.
+    Logits are `[target tokens, vocab_size]`, at least in float32.
     """
     if prefix is None:
         return rows_logits(model, examples)
@@ -85,8 +84,6 @@ def key_values_of(model: FrozenModel, token_ids: Sequence[int], first: int = 0) 
     """Keys and values of a text, per layer `[kv_heads, tokens, head_dim]`.
 
     Args:
-        model: the frozen model.
-        token_ids: of the text.
         first: position of its first token; of a model with rotary embeddings it may be before the start.
     """
     ids = torch.tensor(token_ids, device=model.device)

@@ -32,13 +32,10 @@ def initial_values(
     """Initial values of the method's parameters, in float32 on the CPU.
 
     Args:
-        model: the frozen model.
         config: its `init` says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens and 'text' those
             of a text, both filled up with sampled tokens; 'soft_prompt' takes another soft prompt's vectors; 'random'
             draws numbers of the same scale as those of real tokens; 'auto' is 'labels' if there are labels, else
             'vocab'. ('teacher' is handled in `distil.py`.)
-        labels: of the task, if it has any.
-        start: the PEFT directory for 'soft_prompt'.
 
     Returns:
         Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
@@ -70,8 +67,7 @@ def values_of_tokens(
 def load_start(model: FrozenModel, config: TrainingConfig, directory: Path | None) -> SoftPrompt:
     """The soft prompt that training begins with.
 
-    Raises:
-        InvalidTrainingData: it cannot be read, or is not of the kind and length of what is to be learned.
+    Raises InvalidTrainingData if it cannot be read, or is not of the kind and length of what is to be learned.
     """
     assert directory is not None, "the reader of the configuration has requested it"
     try:

@@ -61,8 +61,7 @@ class TaskRows:
 def read_task(files: TaskFiles, config: TrainingConfig, check_cancelled: Callable[[], None] = lambda: None) -> TaskRows:
     """Read and check all rows; `check_cancelled` is called before each line, and if it raises, the reading ends.
 
-    Raises:
-        InvalidTrainingData: the options contradict each other, or a file or row is invalid.
+    Raises InvalidTrainingData if the options contradict each other, or a file or row is invalid.
     """
     check_kind(files, config)
     need = config.teacher_template is None

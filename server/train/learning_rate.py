@@ -44,8 +44,7 @@ def find_learning_rate(
 ) -> float:
     """Try these peaks, or the method's usual ones, and return the best; the prefix is reset afterwards.
 
-    Raises:
-        InvalidTrainingData: none of them came to a finite loss.
+    Raises InvalidTrainingData if none of them came to a finite loss.
     """
     steps = min(MOST, max(FEWEST, round(config.steps * SHARE)))
     short = replace(config, steps=steps, evaluations=1, patience=None)

@@ -44,11 +44,9 @@ class PromptTuning(LearnedPrefix):
         self.prompt_embeddings = nn.Parameter(initial.clone())
 
     def virtual_tokens(self, task: int) -> torch.Tensor:
-        """See `LearnedPrefix`."""
         return self.prompt_embeddings
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """See `LearnedPrefix`."""
         return {"prompt_embeddings": _kept(self.prompt_embeddings)}
 
 
@@ -73,12 +71,10 @@ class PTuning(LearnedPrefix):
         self.norm = nn.LayerNorm(size)
 
     def virtual_tokens(self, task: int) -> torch.Tensor:
-        """See `LearnedPrefix`."""
         made: torch.Tensor = self.out(self.mlp(self.norm(self.embeddings)))
         return self.embeddings + made
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """See `LearnedPrefix`."""
         return {"prompt_embeddings": _kept(self.virtual_tokens(0))}
 
 
@@ -95,11 +91,9 @@ class MultitaskPromptTuning(LearnedPrefix):
         self.rows = nn.Parameter(torch.ones(num_tasks, rank, initial.shape[1]))
 
     def virtual_tokens(self, task: int) -> torch.Tensor:
-        """See `LearnedPrefix`."""
         return self.prompt_embeddings * (self.cols[task] @ self.rows[task])
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """See `LearnedPrefix`."""
         return {
             "prompt_embeddings": _kept(self.prompt_embeddings),
             "prefix_task_cols": _kept(self.cols),
@@ -124,7 +118,6 @@ class PrefixTuning(LearnedPrefix):
         """See `LearnedPrefix`."""
 
     def key_values(self) -> KeyValues:
-        """See `LearnedPrefix`."""
         return tuple((layer[0], layer[1]) for layer in self.states)
 
     def saved(self) -> dict[str, torch.Tensor]:

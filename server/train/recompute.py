@@ -22,13 +22,7 @@ and what norms, rotary embeddings, gates and softmax derive from it."""
 
 
 def recomputes(model: FrozenModel, config: TrainingConfig, examples: Sequence[Example]) -> bool:
-    """Whether a run computes activations twice; decided once, because a run's own caches change what is free.
-
-    Args:
-        model: the frozen model.
-        config: of the run.
-        examples: of the largest step.
-    """
+    """Whether a run computes activations twice; decided once, because a run's own caches change what is free."""
     if config.recompute == "auto":
         release_unused()  # of an earlier run
         return _activation_bytes(model, config, examples) > SHARE * free_memory(model.device)

@@ -40,7 +40,6 @@ class Rows(Sequence[Row]):
         self._lines.append(row.line)
 
     def __len__(self) -> int:
-        """How many rows there are."""
         return len(self._inputs)
 
     @overload
@@ -59,11 +58,9 @@ class Rows(Sequence[Row]):
         return some
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows in order."""
         return map(Row, self._inputs, self._targets, self._lines)
 
     def __eq__(self, other: object) -> bool:
-        """Whether another sequence holds the same rows in the same order."""
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))

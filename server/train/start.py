@@ -24,10 +24,6 @@ def begin(
     """Initial values of a run, and their declaration.
 
     Args:
-        model: the frozen model.
-        config: says how training begins.
-        data: rows, for the teacher's text.
-        labels: of the task, if it has any.
         directory: the PEFT directory for `init=soft_prompt`.
 
     Raises:
@@ -54,8 +50,6 @@ def start_values(model: FrozenModel, soft_prompt: SoftPrompt, others: Sequence[S
     """What a soft prompt was before training, in float32 on the CPU, in the shape of its tensor.
 
     Args:
-        model: the frozen model.
-        soft_prompt: its manifest declares the start.
         others: soft prompts that it may have started from.
 
     Returns:

@@ -47,17 +47,10 @@ def train_task(
     """Read, check, look for a learning rate, train.
 
     Args:
-        model: the frozen model; nothing is written to it.
-        files: data and what is said about it.
-        config: hyperparameters.
         on_step: called after each step of training; if it raises, the run ends.
         rows: the files' rows, if they have been read already.
         checkpoint: folder for checkpoints; the run resumes from one of the same data and configuration, if there is
             one.
-        fresh: start over instead of resuming.
-        on_tried: called after each learning rate that was tried.
-        on_sweep_step: called after each step of that search.
-        on_taught: called after each row that the teacher has answered.
 
     Raises:
         InvalidTrainingData: before any step is run; or the loss is not finite any more.

@@ -52,8 +52,6 @@ def train(
 
     Args:
         work: what is learned; its prefix is left in that state.
-        config: hyperparameters.
-        learning_rate: the peak.
         on_step: called after each step; if it raises, the run ends.
         checkpoint: folder for checkpoints: the run resumes from one if it exists, and writes its own there.
 

@@ -60,7 +60,6 @@ async def read_order(request: Request, files: Sequence[str], parse: Callable[[Bo
     """Context manager: read a job that the request's key may request; uploads stay open until the block ends.
 
     Args:
-        request: a request whose body has not been read yet.
         files: fields that may be files.
         parse: parses the fields of a body; it may raise pydantic's ValidationError.
 
@@ -119,8 +118,7 @@ class GivenFile:
 def find_files(order: Order[F], names: Sequence[str], data_dir: Path | None) -> dict[str, GivenFile]:
     """The files of an order by field; `names` lists the fields that may be files.
 
-    Raises:
-        InvalidRequest: a file is both uploaded and named, or the named file is not in PRELUDE_DATA_DIR.
+    Raises InvalidRequest for a file that is both uploaded and named, or that is not in PRELUDE_DATA_DIR.
     """
     found = {}
     for field in names:

@@ -112,10 +112,6 @@ def prepare_all(
     """Build the engine's requests, one for each input.
 
     Args:
-        worker: for the model's limits.
-        target: the target of `model`.
-        inputs: token ids.
-        body: the request's body.
         choices: number of texts to generate for each input.
         echoed_logprobs: report the log-probabilities of the input too, with this many likely tokens at each position.
         continues_text: the output continues the input text, even for a task.

@@ -52,8 +52,7 @@ class Unpacked(NamedTuple):
 def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unpacked]:
     """Context manager: an upload's files in a temporary directory, which is always removed at the end.
 
-    Raises:
-        StoreError: the temporary directory cannot be written or read. Also what `unpack_upload` raises.
+    Raises what `unpack_upload` raises, and StoreError if the temporary directory cannot be written or read.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="prelude-upload-") as folder:

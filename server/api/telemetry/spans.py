@@ -85,10 +85,8 @@ class Trace:
         """Add the phases of a text: queue, prefix, prefill and decode, one after the other.
 
         Args:
-            usage: how long the text waited.
             submitted: when it was given to the engine; this and the next two in seconds of `time.perf_counter`.
             first: when its first token came, if one came.
-            last: when it ended.
         """
         if not self._span.is_recording() or self._num_texts >= MOST_TEXTS:
             return

@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """What sends traces; None if no traces are wanted.
-
-    Raises:
-        ConfigurationError: OpenTelemetry is not installed.
-    """
+    """What sends traces; None if none are wanted. Raises ConfigurationError if OpenTelemetry is not installed."""
     if not settings.tracing:
         return None
     try:

@@ -50,8 +50,6 @@ class GrammarQueue:
         """Run a request once its grammar is compiled, unless it is cancelled first.
 
         Args:
-            request: its key or task takes the turn.
-            grammar: the grammar to compile.
             run: called with the compiled grammar, which it must release.
             fail: called with the error if the grammar cannot be used.
         """

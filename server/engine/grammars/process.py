@@ -237,8 +237,7 @@ class Texts:
 def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> tuple[llguidance.LLMatcher, bytes]:
     """Compile a grammar; returns a matcher at the beginning of a text, and the mask of the first token.
 
-    Raises:
-        ValueError: the grammar cannot be used; the message gives the reason.
+    The ValueError for a grammar that cannot be used gives the reason.
     """
     limits = llguidance.LLParserLimits(**PARSER_LIMITS)
     source = source_of(grammar.kind, grammar.source)

@@ -21,7 +21,6 @@ class StatePool:
     """The states of running sequences, by their slots: `states` is `[rows, state_width]`, in float32 or float64."""
 
     def __init__(self, model: ModelSpec, rows: int) -> None:
-        """Reserve `rows` rows, all of them free."""
         self.states = torch.zeros(rows, model.state_width, dtype=state_dtype(model), device=model.device)
         self._free = list(range(rows))
         self._rows: dict[Slot, int] = {}

@@ -17,8 +17,7 @@ NO_DRIVER = "Found no NVIDIA driver"
 def choose_device(device: str) -> torch.device:
     """Choose the device; 'auto' is the first CUDA device, else the CPU.
 
-    Raises:
-        ConfigurationError: CUDA is requested and cannot be used (with the reason), or the name is not a device.
+    Raises ConfigurationError for a name that is no device, or, with the reason, if CUDA cannot be used.
     """
     if device == "auto":
         if torch.cuda.is_available():

@@ -59,11 +59,7 @@ class FrozenModel:
         max_model_len: int,
         special_tokens_in_input: SpecialTokensInInput = "text",
     ) -> None:
-        """Take a loaded model, whose attention implementation is already Prelude's.
-
-        Raises:
-            UnsupportedModel: the engine cannot serve it, with the reason.
-        """
+        """Take a loaded model, whose attention is already Prelude's; raises UnsupportedModel with the reason."""
         self.kernels: Kernels | None = None
         self.keeps_early = False
         module.eval()  # type: ignore[no-untyped-call]

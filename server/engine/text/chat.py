@@ -35,11 +35,9 @@ def render_chat(
     The template writes the BOS that the model needs, so the text must be tokenised without adding one.
 
     Args:
-        tokenizer: has the template.
         messages: each has `role` and `content`, and optionally `name`.
         encoder: tells the template's control tokens from those in messages; if None, all are the template's.
         length_bound: a text that can never fit is not searched for control tokens.
-        end: where the text ends.
 
     Raises:
         InvalidRequest: the model has no chat template, its template is broken, or it refuses these messages.

@@ -77,8 +77,7 @@ class ModelText:
     def check_tokens(self, token_ids: Sequence[int], source: str = "The text") -> None:
         """Refuse ids without an embedding row: reading such a row would raise an error or, on CUDA, break the process.
 
-        Raises:
-            UnknownToken: names the first such id.
+        The UnknownToken that it raises names the first such id.
         """
         rows = self._num_embeddings
         if not token_ids or (max(token_ids) < rows and min(token_ids) >= 0):

@@ -32,7 +32,6 @@ class TokenTexts:
     """
 
     def __init__(self, backend: Tokenizer, special_ids: Collection[int] = ()) -> None:
-        """Determine how this tokenizer's decoder represents bytes."""
         self.backend = backend
         self._kinds = frozenset(part["type"] for part in parts_of(backend.decoder))
         self._byte_of = byte_level_alphabet()

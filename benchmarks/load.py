@@ -62,11 +62,12 @@ class Load:
         self._warm = asyncio.Event()
 
     async def run(self, seconds: float, warm_up_seconds: float = WARM_UP_SECONDS) -> Measured:
-        """Warm up, then count what ends within `seconds`."""
+        """Warm up, then count what ends within `seconds`; with no warm-up, count from the first request."""
         tasks = [asyncio.create_task(self._ask(number)) for number in range(self._workload.clients)]
-        await asyncio.sleep(warm_up_seconds)
-        warm = asyncio.create_task(self._warm.wait())
-        await asyncio.wait([warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        if warm_up_seconds:
+            await asyncio.sleep(warm_up_seconds)
+            warm = asyncio.create_task(self._warm.wait())
+            await asyncio.wait([warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
         self._measured = measured = Measured()
         began = time.perf_counter()
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)

@@ -44,6 +44,7 @@ class Workload:
         num_virtual_tokens: length of every soft prompt, and of the text that replaces one.
         tasks: number of tasks among which the requests are divided.
         words: number of words in an input text.
+        choices: texts of which the likeliest is the answer; empty for ordinary generation.
     """
 
     clients: int
@@ -51,6 +52,12 @@ class Workload:
     num_virtual_tokens: int = 100
     tasks: int = 8
     words: int = 30
+    choices: tuple[str, ...] = ()
+
+    @property
+    def figure(self) -> str:
+        """The figure by which servers are compared."""
+        return "requests_per_second" if self.output_tokens <= 4 else "tokens_per_second"
 
     def text(self, dice: random.Random) -> str:
         """A random text, most likely unique."""
@@ -94,6 +101,7 @@ class Peer:
 
     name = ""
     streams = True
+    chooses = False  # whether it takes workloads with `choices`
 
     def __init__(self, model: Model) -> None:
         """Prepare to serve this model."""
@@ -119,6 +127,7 @@ class Prelude(Peer):
     """This server."""
 
     name = "prelude"
+    chooses = True
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
@@ -137,7 +146,10 @@ class Prelude(Peer):
             (await client.put(f"/prompts/task-{task}", files=files)).raise_for_status()
 
     def call(self, workload: Workload, task: int, dice: random.Random) -> Call:
-        """See `Peer`."""
+        """See `Peer`; `choices` are answered in one piece."""
+        if workload.choices:
+            body = {"inputs": workload.text(dice), "parameters": {"choices": workload.choices}}
+            return Call("/generate", json.dumps(body).encode(), self._params(task))
         parameters = {"max_new_tokens": workload.output_tokens, "ignore_eos_token": True}
         body = {"inputs": workload.text(dice), "parameters": parameters}
         return Call("/generate_stream", json.dumps(body).encode(), self._params(task))
@@ -159,6 +171,7 @@ class Vllm(Peer):
     """vLLM's OpenAI server."""
 
     name = "vllm-bare"
+    chooses = True
     options: Sequence[str] = ()
 
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
@@ -178,8 +191,12 @@ class Vllm(Peer):
 
     @staticmethod
     def _completion(workload: Workload, **what: Any) -> Call:
-        sampling = {"max_tokens": workload.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-        return Call("/v1/completions", json.dumps({"model": "model", **what, **sampling}).encode())
+        body = {"model": "model", "max_tokens": workload.output_tokens, "temperature": 0, **what}
+        if workload.choices:
+            body |= {"structured_outputs": {"choice": workload.choices}}
+        else:
+            body |= {"ignore_eos": True, "stream": True}
+        return Call("/v1/completions", json.dumps(body).encode())
 
 
 class VllmPrefix(Vllm):

@@ -51,7 +51,7 @@ soak: $(DEVELOPMENT) ## storms, kills and fuzzing in full, up to an hour; ARGS a
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)
 
 # Servers of others: `transformers serve` where it starts; vLLM where VLLM_PYTHON names the interpreter that has it.
-BENCH_SERVE = $(VENV)/bin/python benchmarks/serve.py --workloads classify --rounds 1 --seconds 8 --peers
+BENCH_SERVE = $(VENV)/bin/python benchmarks/serve.py --workloads classify --pairs 1 --seconds 8 --first-seconds 8 --peers
 BENCH_PEERS = prelude prelude-bare peft $(if $(VLLM_PYTHON),vllm-bare vllm-prefix)
 
 bench: $(DEVELOPMENT) ## measure everything in short, in about 9 minutes: steps, swaps, many tasks, grammars, other servers

@@ -206,6 +206,8 @@ class GenerationRequest:
     """Whether the text continues the input; otherwise it begins like a training target, tokenised separately."""
     is_background: bool = False
     """Whether the server itself sends it, beside live requests: such requests have a separate share."""
+    is_part: bool = False
+    """Whether it belongs to a request that is accepted and counted already, see `EngineWorker.holding`."""
     labels: tuple[tuple[int, ...], ...] = ()
     """Token ids of continuations. If given, nothing is generated; each label is a choice, which is scored."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import pytest
@@ -76,6 +77,23 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nulls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the nulls of this run, instead of the one in the user's cache."""
+    from server.interpret.null_cache import NullCache
+    from server.settings import Settings
+
+    folder, users = tmp_path_factory.mktemp("nulls"), Settings.load().cache_dir / "interpretation"
+    true = NullCache.__init__
+
+    def initialise(self: NullCache, directory: Path | None = None) -> None:
+        true(self, folder if directory == users else directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NullCache, "__init__", initialise)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -39,10 +39,13 @@ class Admission:
     def of(self, request: GenerationRequest) -> Iterator[Callable[[], None]]:
         """Count a request as in flight while the block runs, or until the yielded `leave` is called at its end.
 
+        A part of another request is not counted, because that request is.
+
         Raises Overloaded, which names the limit that is reached.
         """
-        choices = request.num_choices
-        self._check(request, choices)
+        choices = 0 if request.is_part else request.num_choices
+        if choices:
+            self._check(request, choices)
         self._count(request, choices)
         counted = True
 

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
 from server.contracts import Delta, FinishReason, GenerationRequest, SamplingParams
 from server.engine.admission_control import Admission, Limits
@@ -148,12 +148,25 @@ class EngineWorker:
             RequestTimedOut: the request took too long.
             GenerationFailed: the engine could not finish the request.
         """
-        self._refuse_if_closed()
+        self._refuse_if_closed(request)
         self.check(request, soft_prompt)
         with self._admission.of(request) as leave:  # called with the last delta, read or not
             async with contextlib.aclosing(self._deltas(request, soft_prompt, leave, seconds)) as deltas:
                 async for delta in deltas:
                     yield delta
+
+    @contextlib.contextmanager
+    def holding(self, request: GenerationRequest) -> Iterator[None]:
+        """Context manager: count a request until the block ends, so that its parts (`is_part`) need no admission.
+
+        A shutdown waits for the block as for any accepted request.
+
+        Raises:
+            Overloaded, ServerDraining, GenerationFailed: see `generate`.
+        """
+        self._refuse_if_closed(request)
+        with self._admission.of(request), self._streams.open(f"held-{request.request_id}", lambda: None):
+            yield
 
     async def _deltas(
         self,
@@ -163,7 +176,7 @@ class EngineWorker:
         seconds: float = 0.0,
     ) -> AsyncGenerator[Delta]:
         """The deltas of a checked request, regardless of the admission limits."""
-        self._refuse_if_closed()
+        self._refuse_if_closed(request)
         with self._streams.open(request.request_id, on_end) as stream:
             self._begin(request, soft_prompt, stream)
             timer = self._timer(request.request_id, stream, seconds)
@@ -196,8 +209,8 @@ class EngineWorker:
             lambda error: stream.put(Delta(request.request_id, None, FinishReason.FAILED, error=error)),
         )
 
-    def _refuse_if_closed(self) -> None:
-        if self.draining:
+    def _refuse_if_closed(self, request: GenerationRequest) -> None:
+        if self.draining and not request.is_part:
             raise ServerDraining("The server is shutting down.")
         if self._failed:
             raise GenerationFailed("The engine has stopped.", remedy=RESTART)

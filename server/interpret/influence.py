@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from server.contracts import ModelSpec
 from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidRequest
 from server.interpret.results import Influence
@@ -19,17 +20,19 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.methods import join_key_values
 
 
-def zeroed_prefixes(model: FrozenModel, soft_prompt: SoftPrompt) -> list[SoftPrompt]:
-    """The soft prompt as a KV prefix, then one KV prefix for each virtual token without its values.
-
-    Raises InvalidRequest if the model keeps a recurrent state, which a KV prefix does not define.
-    """
-    if model.spec.state_width:
+def check_model(model: ModelSpec) -> None:
+    """Refuse (InvalidRequest) a model that keeps a recurrent state, which a KV prefix does not define."""
+    if model.state_width:
         raise InvalidRequest(
-            f"{model.spec.name} keeps a recurrent state, in which single virtual tokens cannot be zeroed.",
+            f"{model.name} keeps a recurrent state, in which single virtual tokens cannot be zeroed.",
             remedy="Ask for the answer without `influence`.",
             param="influence",
         )
+
+
+def zeroed_prefixes(model: FrozenModel, soft_prompt: SoftPrompt) -> list[SoftPrompt]:
+    """The soft prompt as a KV prefix, then one KV prefix for each virtual token without its values."""
+    check_model(model.spec)
     tensor = join_key_values(prompt_states(model, soft_prompt)).cpu()
     spec = model.spec
     found = [tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NoReturn, cast
 
@@ -259,3 +260,24 @@ async def test_a_thread_that_is_killed_leaves_nobody_waiting(
     assert all(isinstance(result, GenerationFailed) for result in results), results
     assert worker.has_failed
     assert not worker.responsive
+
+
+def test_a_shutdown_lets_the_parts_of_an_accepted_request_run(tiny: FrozenModel) -> None:
+    """Between two parts nothing is in the engine, and yet the request has not ended."""
+
+    async def serve() -> None:
+        worker = EngineWorker(make_engine(tiny))
+        worker.start()
+        accepted = request("whole", [1, 2, 3], max_new_tokens=2, ignore_eos=True)
+        with worker.holding(accepted):
+            draining = asyncio.ensure_future(worker.drain(20))
+            await asyncio.sleep(0.01)
+            assert not draining.done()
+            part = replace(accepted, request_id="part", is_part=True)
+            assert len([delta async for delta in worker.generate(part, None)]) == 2
+            with pytest.raises(ServerDraining):
+                await collect(worker, "another")
+        await asyncio.wait_for(draining, 5)
+        await worker.stop()
+
+    asyncio.run(serve())

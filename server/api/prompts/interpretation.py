@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -21,6 +22,7 @@ from server.interpret.null_cache import NullCache
 from server.interpret.results import Interpretation
 from server.interpret.static import TOP, Interpreter
 from server.registry.registry import Registry
+from server.registry.task_views import Task
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import declared_start
@@ -97,13 +99,24 @@ class Interpretations:
 async def starts_of(request: Request, registry: Registry, soft_prompt: SoftPrompt) -> list[SoftPrompt]:
     """The soft prompt that this one started from, if it did and a task that the request's key may see still has it."""
     start = declared_start(soft_prompt.manifest)
-    if start is None or start.prefix_hash is None:
+    # The set of all prefixes answers most requests; a registry may hold a million versions.
+    if start is None or start.prefix_hash is None or not registry.is_referenced(start.prefix_hash):
         return []
-    for task in registry.tasks():
+    executors: Executors = request.app.state.executors
+    may = partial(may_see, request)
+    reference = await executors.in_server.run(_version_with, registry.tasks, start.prefix_hash, may)
+    return [] if reference is None else [(await find_soft_prompt(registry, reference, ""))[1]]
+
+
+def _version_with(tasks: Callable[[], Sequence[Task]], prefix_hash: str, may: Callable[[str], bool]) -> str | None:
+    """`task@version` of the first version of these numbers among the tasks that one may see; for any thread."""
+    for task in tasks():
+        if not may(task.name):
+            continue
         for number, version in task.versions.items():
-            if version.content.prefix_hash == start.prefix_hash and may_see(request, task.name):
-                return [(await find_soft_prompt(registry, f"{task.name}@{number}", ""))[1]]
-    return []
+            if version.content.prefix_hash == prefix_hash:
+                return f"{task.name}@{number}"
+    return None
 
 
 @router.get(

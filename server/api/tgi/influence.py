@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 
+from fastapi import Request
+
 from server.api.generation import Prepared
-from server.contracts import FinishReason, GenerationRequest, SamplingParams, Token
+from server.api.outputs import Choice, collect_all, run
+from server.api.telemetry.observation import Observation
+from server.api.telemetry.record import record_of
+from server.contracts import Delta, FinishReason, SamplingParams, Token
 from server.engine.worker import EngineWorker
-from server.errors import GenerationFailed, InvalidRequest
+from server.errors import GenerationFailed, InvalidRequest, PreludeError
 from server.executors import Executors
-from server.interpret.influence import influence, zeroed_prefixes
+from server.interpret.influence import check_model, influence, zeroed_prefixes
 from server.interpret.results import Influence
 from server.long_work import running
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -35,6 +40,7 @@ def check_influence(worker: EngineWorker, prepared: Prepared) -> None:
             remedy="Name a task, or leave out `influence`.",
             param="influence",
         )
+    check_model(worker.model)
     virtual, new = prepared.soft_prompt.num_virtual_tokens, prepared.request.sampling.max_new_tokens
     if virtual * new > MOST_CELLS:
         raise InvalidRequest(
@@ -54,22 +60,38 @@ def check_influence(worker: EngineWorker, prepared: Prepared) -> None:
         )
 
 
-async def influence_of(
-    worker: EngineWorker, executors: Executors, prepared: Prepared, tokens: Sequence[Token]
-) -> Influence:
-    """Score an answer with the soft prompt, and once for each virtual token whose values are zero.
+async def answer_with_influence(
+    request: Request, worker: EngineWorker, prepared: Prepared
+) -> tuple[list[list[Choice]], Influence]:
+    """An answer and its heat map. The scorings count towards no limit: they belong to this one accepted request.
 
     Raises:
-        InvalidRequest: the model keeps a recurrent state.
-        Overloaded: too many requests wait.
+        What `EngineWorker.generate` raises.
+        Overloaded: too many interpretations wait.
         GenerationFailed: a scoring has failed.
     """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(worker.holding(prepared.request))
+        except PreludeError as error:
+            Observation(request, prepared).fail(error)
+            raise
+        prepared = replace(prepared, request=replace(prepared.request, is_part=True))
+        answers = await collect_all([run(request, worker, prepared)])
+        return answers, await _influence_of(request, worker, prepared, answers[0][0].tokens)
+
+
+async def _influence_of(
+    request: Request, worker: EngineWorker, prepared: Prepared, tokens: Sequence[Token]
+) -> Influence:
+    """Score an answer with the soft prompt, and once for each virtual token whose values are zero."""
     assert prepared.soft_prompt is not None, "it has been checked"
     texts = [worker.text.tokens.text_of(token.id) if token.special else token.text for token in tokens]
+    executors: Executors = request.app.state.executors
     prefixes = await executors.interpretation.run(zeroed_prefixes, worker.frozen, prepared.soft_prompt)
     if not tokens:
         return influence([[]] * len(prefixes), texts)
-    request = replace(
+    scoring_request = replace(
         prepared.request,
         sampling=SamplingParams(max_new_tokens=1),
         n=1,
@@ -80,15 +102,16 @@ async def influence_of(
 
     async def score(prefix: SoftPrompt) -> list[float]:
         async with turns:
-            return await _logprobs(worker, replace(request, request_id=uuid.uuid4().hex), prefix)
+            part, seconds = replace(scoring_request, request_id=uuid.uuid4().hex), record_of(request).seconds
+            return await _logprobs(worker.generate(part, prefix, seconds=seconds))
 
     async with running(*map(score, prefixes)) as scoring:
         return influence(await asyncio.gather(*scoring), texts)
 
 
-async def _logprobs(worker: EngineWorker, request: GenerationRequest, prefix: SoftPrompt) -> list[float]:
+async def _logprobs(generated: AsyncGenerator[Delta]) -> list[float]:
     found: list[float] = []
-    async with aclosing(worker.generate(request, prefix)) as deltas:
+    async with aclosing(generated) as deltas:
         async for delta in deltas:
             if delta.finish_reason in (FinishReason.FAILED, FinishReason.ABORTED):
                 raise GenerationFailed(f"The influence could not be measured: {delta.error or 'it was aborted'}")

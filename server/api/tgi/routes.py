@@ -23,7 +23,7 @@ from server.api.generation import (
 from server.api.outputs import collect_all, run
 from server.api.schemas import responses
 from server.api.sse import EVENTS, OR_STREAM, EventStream, unless_disconnected
-from server.api.tgi.influence import check_influence, influence_of
+from server.api.tgi.influence import answer_with_influence, check_influence
 from server.api.tgi.replies import Writer
 from server.api.tgi.schemas import (
     MAX_GENERATED,
@@ -123,12 +123,14 @@ async def _answer(body: GenerateBody, task: str | None, stream: bool, call: Call
         # The first token is awaited before the status is sent, so that a refusal is still a 4xx.
         first = await unless_disconnected(request, anext(running[0]))
         return EventStream(writers[0].events(first, running[0]), headers)
-    answers = await unless_disconnected(request, collect_all(running, prepared.request.num_choices))
+    measured = None
+    if parameters.influence:
+        answers, measured = await unless_disconnected(request, answer_with_influence(request, worker, prepared))
+    else:
+        answers = await unless_disconnected(request, collect_all(running, prepared.request.num_choices))
     replies = [writer.reply(choices) for writer, choices in zip(writers, answers, strict=True)]
-    if parameters.influence and replies[0].details is not None:
-        executors = request.app.state.executors
-        measured = influence_of(worker, executors, writers[0].prepared, answers[0][0].tokens)
-        replies[0].details.influence = await unless_disconnected(request, measured)
+    if measured is not None and replies[0].details is not None:
+        replies[0].details.influence = measured
     bodies = [reply.model_dump(exclude_unset=True) for reply in replies]
     return JSONResponse(bodies if isinstance(body.inputs, list) else bodies[0], headers=headers)
 

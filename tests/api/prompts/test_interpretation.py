@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from server.interpret.results import Interpretation
 from server.interpret.static import Interpreter
 from server.keys.file import add_key
 from server.keys.key import Scope
+from server.registry.task_views import Task
 from server.settings import Settings
 from tests.api.live import LiveServer, as_form, assert_error, live_server
 from tests.support import make_engine, random_soft_prompt, tiny_model
@@ -50,6 +52,29 @@ def test_a_start_that_is_not_declared_gives_no_verdict(server: LiveServer) -> No
     assert not found["start_is_known"]
     assert found["verdict"].startswith("The start is unknown")
     assert found["lens"] is None
+
+
+def test_the_soft_prompt_that_training_began_with_is_looked_for_off_the_event_loop(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = server.publish_random("begun-from", seed=3)
+    start = {"training": {"start": {"prefix_hash": first.prefix_hash}}}
+    server.publish_random("begun", seed=4, manifest=start)
+    server.publish_random("begun-lost", seed=5, manifest={"training": {"start": {"prefix_hash": "0" * 64}}})
+    walks: list[str] = []
+    true = server.registry.tasks
+
+    def tasks() -> list[Task]:
+        walks.append(threading.current_thread().name)
+        return true()
+
+    monkeypatch.setattr(server.registry, "tasks", tasks)
+    found = server.client.get("/prompts/begun/interpretation").json()
+    assert found["start_is_known"]
+    assert found["start"].startswith(f"the soft prompt {first.prefix_hash[:12]}")
+    assert walks == ["in-server-jobs"]
+    assert not server.client.get("/prompts/begun-lost/interpretation").json()["start_is_known"]
+    assert len(walks) == 1, "what no version has is not looked for"
 
 
 def test_what_cannot_be_interpreted_is_refused_with_a_reason(server: LiveServer) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.api.generation import Prepared
 from server.api.tgi import influence
-from tests.api.live import LiveServer, assert_error
-from tests.support import random_kv_prompt, random_soft_prompt
+from server.contracts import GenerationRequest
+from server.engine.worker import EngineWorker
+from server.errors import InvalidRequest
+from tests.api.live import LiveServer, assert_error, live_server, wait_until
+from tests.support import make_engine, random_kv_prompt, random_soft_prompt, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
@@ -44,3 +50,26 @@ def test_what_has_no_heat_map_is_refused_before_anything_runs(
     monkeypatch.setattr(influence, "MOST_BYTES", 20)
     assert_error(server.generate("a", refused, max_new_tokens=5, **ask), 422, "invalid_request", "bytes")
     assert server.engine.steps == steps
+
+
+def test_a_model_with_a_recurrent_state_is_refused_before_anything_runs() -> None:
+    model = tiny_model("qwen3_5_text")
+    prepared = Prepared(GenerationRequest("a", (65,)), None, random_soft_prompt(model.spec))
+    with pytest.raises(InvalidRequest, match="keeps a recurrent state"):
+        influence.check_influence(EngineWorker(make_engine(model)), prepared)
+
+
+def test_an_answer_and_its_heat_map_are_one_request_to_every_limit(tmp_path: Path) -> None:
+    """Otherwise the scorings would be refused after the answer has been generated, and others between the two."""
+    with live_server(tmp_path, max_per_task=1, max_queue=0, max_sequences=2) as live, ThreadPoolExecutor(1) as threads:
+        live.publish_random("one")
+        live.model.delay = 0.02
+        running = threads.submit(live.generate, "hello", "one", details=True, influence=True, max_new_tokens=3)
+        wait_until(lambda: live.in_flight > 0)
+        others = []
+        while not running.done():
+            others.append(live.generate("hello", "one", max_new_tokens=1).status_code)
+        assert running.result().status_code == 200, running.result().text
+        assert set(others[:-1]) == {429}, "nothing else of the task runs before the heat map is there"
+        assert live.generate("hello", "one", max_new_tokens=1).status_code == 200
+        wait_until(lambda: live.is_idle)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from server.errors import ConfigurationError
+from server.interpret.canvas import BLUE, GREY, ORANGE, canvas, signed
+from server.interpret.pictures_of_tokens import movement_map, token_table
 from server.interpret.results import (
     CausalInterpretation,
     Geometry,
@@ -19,8 +20,6 @@ from server.interpret.results import (
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREY = "#2166ac", "#d95f02", "#bbbbbb"
 
 
 def draw(
@@ -37,6 +36,10 @@ def draw(
         OSError: a picture cannot be written.
     """
     drawn: dict[str, Figure] = {}
+    if static is not None and static.nearest is not None:
+        drawn["tokens"] = token_table(static.nearest)
+    if static is not None and static.vocabulary_map is not None:
+        drawn["map"] = movement_map(static.vocabulary_map)
     if static is not None and static.lens is not None and static.lens.curve:
         drawn["lens"] = lens_curve(static.lens)
     if static is not None and static.geometry is not None and static.geometry.value_change:
@@ -56,12 +59,12 @@ def draw(
 
 def lens_curve(found: Lens) -> Figure:
     """The labels' mean z through each layer, with the band of tokens of like frequency."""
-    figure, axes = _figure(6.4, 3.2)
+    figure, [axes] = canvas(6.4, 3.2)
     layers = [one.layer for one in found.curve]
     low, high = [one.low for one in found.curve], [one.high for one in found.curve]
     axes.fill_between(layers, low, high, color=GREY, alpha=0.6, label="tokens of like frequency", linewidth=0)
     axes.plot(layers, [one.z for one in found.curve], color=BLUE, marker="o", markersize=3, label="labels")
-    axes.axvline(found.first_layer - 0.5, color=ORANGE, linestyle=":", label="the lens begins")
+    axes.axvline(found.first_layer - 0.5, color=ORANGE, linestyle=":", label="the lens sums the layers from here")
     axes.set(xlabel="layer", ylabel="mean z over the vocabulary", title="Value-change lens: labels, layer by layer")
     axes.legend(frameon=False, fontsize="small")
     return figure
@@ -69,8 +72,9 @@ def lens_curve(found: Lens) -> Figure:
 
 def change_map(found: Geometry) -> Figure:
     """‖Δv‖/‖v⁰‖ of each layer and virtual token."""
-    figure, axes = _figure(6.4, 4.2)
+    figure, [axes] = canvas(6.4, 4.2)
     image = axes.imshow(found.value_change, aspect="auto", cmap="Blues", origin="lower")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="virtual token", ylabel="layer", title="How far the values moved, ‖Δv‖ / ‖v⁰‖")
     figure.colorbar(image, ax=axes)
     return figure
@@ -81,7 +85,7 @@ def ladder(found: Sufficiency) -> Figure:
     steps = found.steps[::-1]
     has_ratio = all(step.ratio is not None for step in steps)
     values = [(step.ratio if has_ratio else None) or step.quality for step in steps]
-    figure, axes = _figure(6.4, 1.2 + 0.28 * len(steps))
+    figure, [axes] = canvas(6.4, 1.2 + 0.28 * len(steps))
     for row, (step, of) in enumerate(zip(steps, values, strict=True)):
         colour = ORANGE if step.name in ("start", "random tokens") else BLUE
         axes.plot([of.low, of.high], [row, row], color=colour, linewidth=2)
@@ -98,7 +102,7 @@ def ladder(found: Sufficiency) -> Figure:
 
 def removals(found: Necessity) -> Figure:
     """The loss by each removal with its interval; filled where it is shown."""
-    figure, axes = _figure(6.4, 3.2)
+    figure, [axes] = canvas(6.4, 3.2)
     for one in found.tokens:
         colour = ORANGE if one.effect == "harmful" else BLUE if one.effect == "needed" else "0.6"
         axes.plot([one.token] * 2, [one.loss.low, one.loss.high], color=colour, linewidth=2)
@@ -122,8 +126,8 @@ def matrix(found: Similarity) -> Figure:
         values[one][other] = float("nan") if pair.change is None else pair.change
         values[other][one] = float("nan") if pair.function is None else pair.function
     size = 2.2 + 0.62 * count
-    figure, axes = _figure(size, size * 0.9)
-    image = axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1)
+    figure, [axes] = canvas(size, size * 0.9)
+    image = axes.imshow(values, cmap=signed(), vmin=-1, vmax=1)
     axes.set_xticks(range(count), found.tasks, rotation=40, ha="right")
     axes.set_yticks(range(count), found.tasks)
     for row in range(count):
@@ -142,15 +146,3 @@ def matrix(found: Similarity) -> Figure:
     axes.set_title("Above: by change. Below: by function", fontsize="medium")
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise ConfigurationError(
-            f"Pictures are drawn by matplotlib, which cannot be imported: {exc}.",
-            remedy='Install it with `pip install "prelude-server[train]"`.',
-        ) from exc
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()

@@ -116,6 +116,18 @@ class Nearest(Result):
     """Of the mean coherence of all changes."""
 
 
+class VocabularyMap(Result):
+    """Places in the plane of the vocabulary's two main components, seen from the mean embedding."""
+
+    variance: tuple[float, float]
+    """Shares of the vocabulary's variance along the two axes."""
+    vocabulary: tuple[tuple[float, float], ...]
+    """A sample of tokens."""
+    start: tuple[tuple[float, float], ...] = ()
+    """Of the virtual tokens; empty if the start is unknown."""
+    learned: tuple[tuple[float, float], ...]
+
+
 class LensToken(Result):
     """A token that the change raises."""
 
@@ -196,6 +208,8 @@ class Interpretation(Result):
     """What could not be measured, and why; caveats."""
     geometry: Geometry | None = None
     nearest: Nearest | None = None
+    vocabulary_map: VocabularyMap | None = None
+    """None for a KV prefix."""
     lens: Lens | None = None
 
 

@@ -20,6 +20,7 @@ from server.interpret.similarity import TaskValues, similarity
 from server.interpret.states import mean_values, prompt_states
 from server.interpret.verdict import CAVEAT, UNKNOWN, verdict
 from server.interpret.vocabulary import Vocabulary
+from server.interpret.vocabulary_map import vocabulary_map
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import TrainingStart, declared_start
 from server.train.start import start_values
@@ -62,7 +63,7 @@ class Interpreter:
             others: soft prompts that it may have started from.
         """
         start = start_values(self.model, soft_prompt, others)
-        geometry, nearest, notes = None, None, []
+        geometry, nearest, places, notes = None, None, None, []
         states = prompt_states(self.model, soft_prompt)
         before = None if start is None else prompt_states(self.model, soft_prompt, start)
         if soft_prompt.is_kv_prefix:
@@ -74,6 +75,7 @@ class Interpreter:
             geometry = embedding_geometry(learned, first, self.vocabulary.norms)
             null = neighbour_null(self.vocabulary, top, self._cache, self.model.spec.fingerprint)
             nearest = nearest_tokens(self.vocabulary, null, learned, first, top)
+            places = vocabulary_map(self.vocabulary, self._cache, self.model.spec.fingerprint, learned, first)
         lens = None
         if isinstance(self.readout, str):
             notes.append(self.readout)
@@ -96,6 +98,7 @@ class Interpreter:
             notes=tuple(notes),
             geometry=geometry,
             nearest=nearest,
+            vocabulary_map=places,
             lens=lens,
         )
 

@@ -103,6 +103,16 @@ class Vocabulary:
         total = rows.sum(1).square().sum(-1) - rows.square().sum((1, 2))
         return total / max(1, k * (k - 1))
 
+    @torch.no_grad()
+    def covariance(self) -> torch.Tensor:
+        """`[d, d]`, of the embeddings."""
+        size = len(self.mean)
+        total = torch.zeros(size, size, device=self.mean.device, dtype=torch.float64)
+        for ids in torch.split(self.token_ids, ROWS_AT_ONCE):
+            centred = self.embed(ids) - self.mean
+            total += (centred.T @ centred).double()
+        return total / len(self.token_ids)
+
     def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
         for first in range(0, len(self.token_ids), ROWS_AT_ONCE):
             yield first, self.centred(self.embed(self.token_ids[first : first + ROWS_AT_ONCE]))

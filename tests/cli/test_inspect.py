@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from server.cli.inspection_tables import print_causal, print_similarity, print_s
 from server.cli.main import app
 from server.engine.model.frozen import FrozenModel
 from server.interpret.pictures import draw
+from server.interpret.pictures_of_tokens import written
 from server.interpret.results import (
     CausalInterpretation,
     Interpretation,
@@ -62,13 +64,17 @@ def printed(*results: Interpretation | CausalInterpretation) -> str:
     return out.getvalue()
 
 
+def interpret_planted(model: FrozenModel) -> Interpretation:
+    return Interpreter(model).interpret("planted", planted(model, (58, 60, 62, 70), START))
+
+
 def moved(model: FrozenModel) -> SoftPrompt:
     tensor = token_states(model, START) + 0.1 * random_kv_prompt(model.spec, 4).tensor
     return SoftPrompt("PREFIX_TUNING", tensor, begun_at(START, ("yes", "no")))
 
 
 def test_the_verdict_comes_first_and_tokens_are_shown_literally(tiny32: FrozenModel) -> None:
-    shown = printed(Interpreter(tiny32).interpret("planted", planted(tiny32, (58, 60, 62, 70), START)))
+    shown = printed(interpret_planted(tiny32))
     assert shown.splitlines()[0].startswith("All 4 virtual tokens are word-like and learned: what training added")
     assert "'['" in shown
     assert printed(CAUSAL).splitlines()[1] == "The words explain it."
@@ -94,6 +100,28 @@ def test_all_that_was_measured_is_drawn(tiny32: FrozenModel, tmp_path: Path) -> 
     drawn = draw(tmp_path, static=static, causal=CAUSAL, similarity=similarity)
     assert {path.stem for path in drawn} == {"lens", "change", "sufficiency", "necessity", "similarity"}
     assert all("<svg" in path.read_text() for path in drawn)
+
+
+def test_tokens_are_drawn_as_a_table_and_a_map_whatever_characters_they_have(
+    tiny32: FrozenModel, tmp_path: Path
+) -> None:
+    """Warnings, such as of a character without a glyph, are errors."""
+    known = interpret_planted(tiny32)
+    assert {path.stem for path in draw(tmp_path, static=known)} == {"tokens", "map"}
+    foreign = Interpreter(tiny32).interpret("x", random_soft_prompt(tiny32.spec))
+    assert {path.stem for path in draw(tmp_path, static=foreign)} == {"tokens", "map"}
+    assert written(" $a_b$ 中\n") == "␣$a_b$␣\\u4e2d\\n"
+
+
+def test_the_map_shows_starts_and_values_and_how_much_it_leaves_out(tiny32: FrozenModel) -> None:
+    found = interpret_planted(tiny32).vocabulary_map
+    assert found is not None
+    assert len(found.start) == len(found.learned) == len(START)
+    assert found.start != found.learned
+    assert 0 < found.variance[1] <= found.variance[0] < 1
+    embedded = tiny32.embed(torch.arange(258)).double()
+    variances = torch.linalg.eigvalsh(torch.cov(embedded.T)).flip(0)
+    assert found.variance[0] == pytest.approx(float(variances[0] / variances.sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

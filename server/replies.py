@@ -118,6 +118,10 @@ class PublishReply(TypedDict):
     """Declarations in the files that the server does not use, one sentence each."""
     ignored: NotRequired[list[str]]
     """Files that were sent but not used."""
+    manifest: NotRequired[dict[str, Any]]
+    """Of a dry run: the manifest that the version would have."""
+    prefix_hash: NotRequired[str]
+    """Of a dry run: identity of the tensor alone; a version with the same one has the same vectors."""
 
 
 class JobError(TypedDict):

@@ -128,6 +128,8 @@ async def put_prompt(
         tasks=[TaskVersion(task=item.task, version=item.version) for item in published.tasks],
         warnings=list(soft_prompts[0].notes) or None,
         ignored=ignored or None,
+        manifest=json.loads(first.content.manifest) if dry_run else None,
+        prefix_hash=first.content.prefix_hash if dry_run else None,
     )
 
 

@@ -119,6 +119,12 @@ def test_a_dry_run_validates_and_changes_nothing(own_server: LiveServer) -> None
     files = own_server.files(random_soft_prompt(own_server.model.spec, seed=1))
     reply = own_server.client.put("/prompts/dry", params={"dry_run": "true"}, files=as_form(files))
     assert (reply.status_code, reply.json()["version"], reply.json()["live"]) == (200, 1, False)
+    published = own_server.client.put("/prompts/other", files=as_form(files)).json()
+    version = own_server.client.get("/prompts/other/versions").json()["versions"][0]
+    assert reply.json()["prefix_hash"] == version["prefix_hash"]
+    assert reply.json()["manifest"]["num_virtual_tokens"] == published["num_virtual_tokens"]
+    assert not {"manifest", "prefix_hash"} & set(published)
+    assert own_server.client.delete("/prompts/other").status_code == 204
     assert_error(own_server.client.get("/prompts/dry"), 404, "unknown_task")
     del files["adapter_config.json"]
     reply = own_server.client.put("/prompts/dry", params={"dry_run": "true"}, files=as_form(files))

@@ -37,6 +37,9 @@ FIRST = tuple(
 """What takes longest runs first, so that no process of tests works on alone at the end. One process runs most of them:
 they share clients' libraries and the process that servers are forked from, which others then need not have."""
 
+MODULE = pytest.StashKey[Path]()
+"""The file of the test that ran last."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     soaking.add_options(parser)
@@ -54,10 +57,18 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """Let no collection look through what is imported again: each would stop the servers of tests for a second."""
-    gc.collect()
+    """Let no collection look through what is imported: each would stop the servers of tests for a second."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Exempt from collection what outlives a module of tests: models, libraries, what numba compiled."""
+    if item.path != item.config.stash.get(MODULE, None):
+        item.config.stash[MODULE] = item.path
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -94,8 +94,10 @@ async def test_what_can_never_fit_is_refused_before_it_is_accepted(worker: Engin
 
 async def test_a_failed_step_ends_everybody_with_an_error_and_the_engine_goes_on(tiny: FrozenModel) -> None:
     worker = EngineWorker(make_engine(FailingModel(tiny, fail_at=3)))
+    running = [begin(worker, str(i)) for i in range(12)]
+    await asyncio.sleep(0)  # all are with the engine before its first step, on a slow machine too
     worker.start()
-    results = await asyncio.gather(*(collect(worker, str(i)) for i in range(12)), return_exceptions=True)
+    results = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(result, GenerationFailed) for result in results), results
     assert len(await collect(worker, "after")) == 5
     assert worker.responsive

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import LazyLoader, find_spec, module_from_spec
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
+from server.cli.main import imports_kept
 from tests.api.live import LiveServer
 
 KEY = "none"
@@ -26,16 +26,22 @@ SCHEMA: dict[str, Any] = {
 """A form that even a random model fills in within a few tokens."""
 
 
-def lazily(name: str) -> ModuleType:
-    """A library that is imported when it is first used: of several processes of tests, only one uses it."""
-    spec = find_spec(name)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader = LazyLoader(spec.loader)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class Lazily:
+    """A library that is imported when it is first used: of several processes of tests, only one uses it.
+
+    pytest asks everything that a module of tests holds for private attributes; those import nothing.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)
+        if self._name not in sys.modules:
+            with imports_kept():
+                import_module(self._name)
+        return getattr(sys.modules[self._name], attribute)
 
 
 def rendered(text: str) -> str:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
 import pytest_asyncio
-from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field, SecretStr
 
-from tests.api.clients.support import KEY, SCHEMA, chat_answer, rendered
+from tests.api.clients.support import KEY, SCHEMA, Lazily, chat_answer, rendered
 from tests.api.live import LiveServer
 from tests.api.openai.support import FROZEN
 
-Chat = Callable[..., ChatOpenAI]
-Text = Callable[..., OpenAI]
+if TYPE_CHECKING:
+    import langchain_openai
+    from langchain_core import exceptions, messages, prompts
+else:
+    langchain_openai = Lazily("langchain_openai")
+    exceptions, messages, prompts = (Lazily(f"langchain_core.{part}") for part in ("exceptions", "messages", "prompts"))
+
+Chat = Callable[..., "langchain_openai.ChatOpenAI"]
+Text = Callable[..., "langchain_openai.OpenAI"]
 
 
 class Review(BaseModel):
@@ -48,9 +51,9 @@ async def async_connections() -> AsyncIterator[dict[str, Any]]:
 def chat(chats: LiveServer) -> Chat:
     """Makes a chat model."""
 
-    def make(model: str = FROZEN, **options: Any) -> ChatOpenAI:
+    def make(model: str = FROZEN, **options: Any) -> langchain_openai.ChatOpenAI:
         options = {"max_retries": 0, "max_completion_tokens": 12, **options}
-        return ChatOpenAI(model=model, base_url=f"{chats.url}/v1", api_key=SecretStr(KEY), **options)
+        return langchain_openai.ChatOpenAI(model=model, base_url=f"{chats.url}/v1", api_key=SecretStr(KEY), **options)
 
     return make
 
@@ -59,9 +62,9 @@ def chat(chats: LiveServer) -> Chat:
 def text(chats: LiveServer) -> Text:
     """Makes a model of plain text; LangChain's own temperature is 0.7."""
 
-    def make(model: str = FROZEN, **options: Any) -> OpenAI:
+    def make(model: str = FROZEN, **options: Any) -> langchain_openai.OpenAI:
         options = {"max_retries": 0, "max_tokens": 12, "temperature": 0, **options}
-        return OpenAI(model=model, base_url=f"{chats.url}/v1", api_key=SecretStr(KEY), **options)
+        return langchain_openai.OpenAI(model=model, base_url=f"{chats.url}/v1", api_key=SecretStr(KEY), **options)
 
     return make
 
@@ -72,7 +75,7 @@ def test_a_chat_with_the_frozen_model_and_with_a_task(
     chats.publish_random("langchain-chat", 1)
     for model, task in ((FROZEN, None), ("langchain-chat", "langchain-chat")):
         message = chat(model, **connections).invoke("hello")
-        assert isinstance(message, AIMessage)
+        assert isinstance(message, messages.AIMessage)
         assert message.content == chat_answer(chats, "hello", task, max_new_tokens=12)
         assert message.usage_metadata is not None
         assert message.usage_metadata["output_tokens"] <= 12
@@ -85,20 +88,22 @@ def test_a_conversation_with_a_system_message_and_what_was_answered(
 ) -> None:
     model = chat(**connections)
     before = model.invoke("hello")
-    message = model.invoke([SystemMessage("be brief"), HumanMessage("hello"), before, HumanMessage("and now?")])
+    message = model.invoke(
+        [messages.SystemMessage("be brief"), messages.HumanMessage("hello"), before, messages.HumanMessage("and now?")]
+    )
     read = f"<system>be brief\n<user>hello\n<assistant>{before.text}\n<user>and now?\n<assistant>"
     assert message.text == chats.text(read, max_new_tokens=12)
 
 
 def test_a_chain_with_a_prompt_template(chats: LiveServer, chat: Chat, connections: dict[str, Any]) -> None:
-    chain = ChatPromptTemplate.from_messages([("user", "Is {word} good?")]) | chat(**connections)
+    chain = prompts.ChatPromptTemplate.from_messages([("user", "Is {word} good?")]) | chat(**connections)
     assert chain.invoke({"word": "tea"}).text == chat_answer(chats, "Is tea good?", max_new_tokens=12)
 
 
 def test_a_streamed_chat(chats: LiveServer, chat: Chat, connections: dict[str, Any]) -> None:
-    whole: AIMessageChunk | None = None
+    whole: messages.AIMessageChunk | None = None
     for chunk in chat(stream_usage=True, **connections).stream("hello"):
-        assert isinstance(chunk, AIMessageChunk)
+        assert isinstance(chunk, messages.AIMessageChunk)
         whole = chunk if whole is None else whole + chunk
     assert whole is not None
     assert whole.text == chat_answer(chats, "hello", max_new_tokens=12)
@@ -108,8 +113,8 @@ def test_a_streamed_chat(chats: LiveServer, chat: Chat, connections: dict[str, A
 
 def test_a_batch_of_chats(chats: LiveServer, chat: Chat, connections: dict[str, Any]) -> None:
     texts = [f"text {i}" for i in range(6)]
-    messages = chat(**connections).batch(list(texts))
-    assert [m.text for m in messages] == [chat_answer(chats, given, max_new_tokens=12) for given in texts]
+    replies = chat(**connections).batch(list(texts))
+    assert [reply.text for reply in replies] == [chat_answer(chats, given, max_new_tokens=12) for given in texts]
 
 
 async def test_chats_without_blocking(chats: LiveServer, chat: Chat, async_connections: dict[str, Any]) -> None:
@@ -170,7 +175,7 @@ def test_refusals_are_classes_that_programs_catch(chat: Chat, text: Text, connec
         chat("langchain-nobody", **connections).invoke("hello")
     with pytest.raises(openai.NotFoundError, match="The model `langchain-nobody` does not exist"):
         text("langchain-nobody", **connections).invoke("hello")
-    with pytest.raises(ContextOverflowError):
+    with pytest.raises(exceptions.ContextOverflowError):
         chat(**connections).invoke("x" * 500)
     with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         chat(**connections).bind_tools([Review]).invoke("hello")

@@ -13,14 +13,14 @@ import pytest_asyncio
 
 from server.keys.file import add_key
 from server.keys.key import Scope
-from tests.api.clients.support import KEY, SCHEMA, chat_answer, lazily, rendered
+from tests.api.clients.support import KEY, SCHEMA, Lazily, chat_answer, rendered
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import FROZEN, user
 
 if TYPE_CHECKING:
     import litellm
 else:
-    litellm = lazily("litellm")
+    litellm = Lazily("litellm")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the 'model_[a-z_]+' attribute:pydantic.PydanticDeprecatedSince211"),

@@ -11,18 +11,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.soft_prompt import SoftPrompt
-from tests.api.clients.support import rendered
+from tests.api.clients.support import Lazily, rendered
 from tests.api.live import LiveServer, live_server
 from tests.api.openai.support import FROZEN
 from tests.support import make_engine, request, run_engine
+
+if TYPE_CHECKING:
+    from lm_eval import evaluator
+    from lm_eval import tasks as harness_tasks
+else:
+    evaluator, harness_tasks = Lazily("lm_eval.evaluator"), Lazily("lm_eval.tasks")
 
 ROWS = [
     {"text": "the film is 12 minutes long", "mood": "bad"},
@@ -54,11 +58,11 @@ class Harness:
             "max_retries": 1,
             **options.pop("model_args", {}),
         }
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             kind,
             model_args=arguments,
             tasks=[task],
-            task_manager=TaskManager(include_path=str(self.tasks), include_defaults=False),
+            task_manager=harness_tasks.TaskManager(include_path=str(self.tasks), include_defaults=False),
             bootstrap_iters=0,
             **options,
         )

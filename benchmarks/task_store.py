@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from server.contracts import ModelSpec
-from server.registry.events import Event, NewVersion, Publish
+from server.registry.events import Event, NewVersion, Publish, content_of
 from server.registry.objects import LocalObjects
 from server.registry.store import Store
 from server.soft_prompts.manifest import Manifest
@@ -45,7 +45,8 @@ def make_store(folder: Path, tasks: int) -> None:
         task = task_name(number)
         tensor = torch.randn(NUM_VIRTUAL_TOKENS, SPEC.hidden_size, generator=torch.Generator().manual_seed(number))
         about = Manifest.model_validate({**manifest, "task": task, "description": f"Is it spam, says {task}?"})
-        content = store.put_blob(SoftPrompt("PROMPT_TUNING", tensor, about))
+        soft_prompt = SoftPrompt("PROMPT_TUNING", tensor, about)
+        content = content_of(soft_prompt, store.put(soft_prompt))
         assert store.append(
             Event(number, "2026-01-01T00:00:00.000+00:00", "api", "key", Publish((NewVersion(task, 1, content),)))
         )

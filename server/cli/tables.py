@@ -52,20 +52,20 @@ def print_tasks(entries: Sequence[PromptEntry], out: Console) -> None:
     if not entries:
         out.print("No tasks yet: publish one with `prelude prompts push`.")
         return
-    table = _table(
+    table = columns(
         "task", "live", "type", "tokens", "description", right={"tokens"}, wrap={"task", "live", "description"}
     )
     for entry in entries:
-        description = _text(entry.get("description", ""))
+        description = plain(entry.get("description", ""))
         if "error" in entry:
-            description = _text(f"error: {entry['error']}", "red")
+            description = plain(f"error: {entry['error']}", "red")
         elif "version" not in entry:
-            description = _text("no version is live", "yellow")
+            description = plain("no version is live", "yellow")
         table.add_row(
-            _text(entry["task"], "bold"),
-            _text(shares(entry.get("traffic")) or entry.get("version", NONE)),
-            _text(entry.get("peft_type", NONE).lower()),
-            _text(entry.get("num_virtual_tokens", NONE)),
+            plain(entry["task"], "bold"),
+            plain(shares(entry.get("traffic")) or entry.get("version", NONE)),
+            plain(entry.get("peft_type", NONE).lower()),
+            plain(entry.get("num_virtual_tokens", NONE)),
             description,
         )
     _print(table, out)
@@ -73,7 +73,7 @@ def print_tasks(entries: Sequence[PromptEntry], out: Console) -> None:
 
 def print_versions(listed: VersionList, out: Console) -> None:
     """Print a task's versions, newest first, and the ETag for --if-match."""
-    table = _table(
+    table = columns(
         "version", "live", "when", "who", "size", "metrics", right={"version", "size"}, wrap={"who", "metrics"}
     )
     traffic = listed.get("traffic", {})
@@ -81,16 +81,16 @@ def print_versions(listed: VersionList, out: Console) -> None:
         share = traffic.get(str(version["version"]))
         marker = f"{share} %" if share is not None else "live" if version["live"] else ""
         table.add_row(
-            _text(version["version"], "bold green" if version["live"] else "bold"),
-            _text(marker, "green"),
-            _text(_ago(version["created_at"])),
-            _text(version.get("by") or version["source"]),
-            _text(_size(version["bytes"])),
-            _text(_metrics(version.get("metrics", {}))),
+            plain(version["version"], "bold green" if version["live"] else "bold"),
+            plain(marker, "green"),
+            plain(_ago(version["created_at"])),
+            plain(version.get("by") or version["source"]),
+            plain(_size(version["bytes"])),
+            plain(_metrics(version.get("metrics", {}))),
         )
     _print(table, out)
     if "etag" in listed and out.is_terminal:  # a pipe gets only the table; --json also has the state
-        out.print(_text(f"state {listed['etag']}, for --if-match", "dim"))
+        out.print(plain(f"state {listed['etag']}, for --if-match", "dim"))
 
 
 def _metrics(metrics: Mapping[str, object]) -> str:
@@ -103,15 +103,15 @@ def print_jobs(jobs: Sequence[Job], out: Console) -> None:
     if not jobs:
         out.print("No training jobs yet: send one with `prelude train --url`.")
         return
-    table = _table("job", "task", "state", "step", "when", "result", right={"step"}, wrap={"task", "result"})
+    table = columns("job", "task", "state", "step", "when", "result", right={"step"}, wrap={"task", "result"})
     for job in jobs:
         table.add_row(
-            _text(job["id"], "bold"),
-            _text(job["task"]),
-            _text(standing(job), _STATE_COLORS.get(job["state"], "")),
-            _text(f"{job['step']:,} of {job['steps']:,}"),
-            _text(_ago(job["created_at"])),
-            _text(_result(job)),
+            plain(job["id"], "bold"),
+            plain(job["task"]),
+            plain(standing(job), _STATE_COLORS.get(job["state"], "")),
+            plain(f"{job['step']:,} of {job['steps']:,}"),
+            plain(_ago(job["created_at"])),
+            plain(_result(job)),
         )
     _print(table, out)
 
@@ -129,14 +129,14 @@ def _result(job: Job) -> str:
 
 def print_keys(keys: Sequence[ApiKey], out: Console) -> None:
     """Print API keys, without their hashes."""
-    table = _table("id", "name", "scopes", "tasks", "since", wrap={"name", "scopes", "tasks"})
+    table = columns("id", "name", "scopes", "tasks", "since", wrap={"name", "scopes", "tasks"})
     for key in keys:
         table.add_row(
-            _text(key.id, "bold"),
-            _text(key.name),
-            _text(", ".join(key.scopes)),
-            _text("all" if key.tasks is None else ", ".join(key.tasks)),
-            _text(f"{key.created_at:%Y-%m-%d}"),
+            plain(key.id, "bold"),
+            plain(key.name),
+            plain(", ".join(key.scopes)),
+            plain("all" if key.tasks is None else ", ".join(key.tasks)),
+            plain(f"{key.created_at:%Y-%m-%d}"),
         )
     _print(table, out)
 
@@ -168,26 +168,26 @@ def print_comparison(comparison: Comparison, out: Console) -> None:
             out.print()
         _print(table, out)
     if comparison.identical:
-        out.print(_text(f"{comparison.a} and {comparison.b} are identical.", "green"))
+        out.print(plain(f"{comparison.a} and {comparison.b} are identical.", "green"))
 
 
 def _fields_table(title: str, comparison: Comparison, changes: Iterable[FieldChange]) -> Table:
     sides = (comparison.a, comparison.b)
-    table = _table(title, *sides, wrap={title, *sides})
+    table = columns(title, *sides, wrap={title, *sides})
     for change in changes:
-        table.add_row(_text(change.name, "bold"), _value(change.a), _value(change.b))
+        table.add_row(plain(change.name, "bold"), _value(change.a), _value(change.b))
     return table
 
 
 def _tensors_table(comparison: Comparison) -> Table:
     sides = (comparison.a, comparison.b)
-    table = _table(TENSOR_FILE, *sides, "identical", DIFFERENCE, right={DIFFERENCE}, wrap={TENSOR_FILE, *sides})
+    table = columns(TENSOR_FILE, *sides, "identical", DIFFERENCE, right={DIFFERENCE}, wrap={TENSOR_FILE, *sides})
     for tensor in comparison.tensors:
         table.add_row(
-            _text(tensor.name, "bold"),
+            plain(tensor.name, "bold"),
             _kind(tensor.dtype_a, tensor.shape_a),
             _kind(tensor.dtype_b, tensor.shape_b),
-            _text("yes", "green") if tensor.identical else _text("no", "red"),
+            plain("yes", "green") if tensor.identical else plain("no", "red"),
             _number("0" if tensor.identical else tensor.max_difference),
         )
     return table
@@ -195,22 +195,22 @@ def _tensors_table(comparison: Comparison) -> Table:
 
 def _rows_table(tensor: TensorChange) -> Table:
     titles = ("virtual token", "cosine", "norm a", "norm b", DIFFERENCE)
-    table = _table(*titles, right=titles)
+    table = columns(*titles, right=titles)
     for row in tensor.rows:
         table.add_row(
-            _text(row.row, "bold"),
+            plain(row.row, "bold"),
             _number(None if row.cosine is None else f"{row.cosine:.4f}"),
             *(_number(value) for value in (row.norm_a, row.norm_b, row.max_difference)),
         )
     return table
 
 
-def _table(*titles: str, right: Collection[str] = (), wrap: Collection[str] = ()) -> Table:
+def columns(*titles: str, right: Collection[str] = (), wrap: Collection[str] = (), header: str = "dim") -> Table:
     """A table without lines, which cut and awk can parse; on a narrow terminal only the columns in `wrap` shrink."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=header)
     for title in titles:
         justify: Literal["right", "left"] = "right" if title in right else "left"
-        table.add_column(_text(title), justify=justify, no_wrap=title not in wrap, overflow="fold")
+        table.add_column(plain(title), justify=justify, no_wrap=title not in wrap, overflow="fold")
     return table
 
 
@@ -221,7 +221,7 @@ def _print(table: Table, out: Console) -> None:
     out.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
-def _text(value: object, style: str = "") -> Text:
+def plain(value: object, style: str = "") -> Text:
     """Text without markup or control characters."""
     return Text(printable(str(value)), style=style)
 
@@ -229,19 +229,19 @@ def _text(value: object, style: str = "") -> Text:
 def _value(value: Any) -> Text:
     """A value as JSON, so that line ends are visible, but without quotes and with shortened hashes."""
     if value is None:
-        return _text(NONE, "dim")
+        return plain(NONE, "dim")
     written = json.dumps(value, ensure_ascii=False)
-    return _text(_HASH.sub(r"\1…", written[1:-1] if isinstance(value, str) else written))
+    return plain(_HASH.sub(r"\1…", written[1:-1] if isinstance(value, str) else written))
 
 
 def _kind(dtype: str | None, shape: Sequence[int] | None) -> Text:
-    return _text(NONE, "dim") if dtype is None or shape is None else _text(f"{dtype} {list(shape)}")
+    return plain(NONE, "dim") if dtype is None or shape is None else plain(f"{dtype} {list(shape)}")
 
 
 def _number(value: float | str | None) -> Text:
     if value is None:
-        return _text(NONE, "dim")
-    return _text(value if isinstance(value, str) else f"{value:.4g}")
+        return plain(NONE, "dim")
+    return plain(value if isinstance(value, str) else f"{value:.4g}")
 
 
 def _metric(value: Any) -> str:

@@ -69,7 +69,7 @@ async def ask_all_beside(
     """Answers of all systems, in the order of the rows, and the seconds that each took; see `run_beside`."""
 
     async def answer(system: System, row: Row) -> Answer:
-        requests = await threads.run(evaluation.ask, system, row, key_id, is_background=True)
+        requests = await threads.run(evaluation.questions.ask, system, row, key_id, is_background=True)
         for request in requests:
             await _finish(worker, request)
         on_row()

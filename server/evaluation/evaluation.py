@@ -1,7 +1,7 @@
 """One evaluation: requests for each system, and the report on the answers. Its caller runs the requests.
 
 `prelude eval` steps an engine of its own (`standalone.py`); a server asks the engine that serves (`beside_traffic.py`).
-Both call `prepare`, then `Evaluation.ask` for each row, then `Evaluation.report`.
+Both call `prepare`, then `Questions.ask` for each row, then `Evaluation.report`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.evaluation import metrics
 from server.evaluation.data import EvaluationData
 from server.evaluation.intervals import Bootstrap, Statistic
 from server.evaluation.metrics import Statistics
-from server.evaluation.questions import Answer, Questions, RowRequest
+from server.evaluation.questions import Answer, Questions
 from server.evaluation.report import EvaluationSubject, Report, SystemScore
 from server.evaluation.resource_limits import EvaluationBounds
 from server.evaluation.systems import Host, RequestedBaselines, System, TeacherText, baselines, of_soft_prompt
@@ -49,12 +49,6 @@ class Evaluation:
         if not self.questions.labels:
             metrics.check_installed()
         return replace(self, systems=tuple(self.questions.checked(one, check_cancelled) for one in self.systems))
-
-    def ask(
-        self, system: System, row: Row, key_id: str | None = None, *, is_background: bool = False
-    ) -> tuple[RowRequest, ...]:
-        """See `Questions.ask`."""
-        return self.questions.ask(system, row, key_id, is_background=is_background)
 
     def report(
         self,
@@ -119,14 +113,14 @@ def prepare(
     teacher: TeacherText | None = None,
     version: int | None = None,
     bounds: EvaluationBounds | None = None,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Build an evaluation, and check all of it.
 
     Args:
         others: other versions, each after its name.
         instruction, shots, teacher: see `baselines`.
-        go_on: called between pieces of the work; if it raises, the work ends.
+        check_cancelled: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: something is missing or does not fit.
@@ -138,7 +132,7 @@ def prepare(
         bounds.check_rows(data, len(labels))
     questions = Questions(data, labels, host, None if bounds is None else bounds.labels_at_once)
     given: dict[str, Any] = {"instruction": instruction, "shots": shots, "labels": labels, "teacher": teacher}
-    alone = baselines(wanted or RequestedBaselines(), data, host, manifest, **given, check_cancelled=go_on)
+    alone = baselines(wanted or RequestedBaselines(), data, host, manifest, **given, check_cancelled=check_cancelled)
     about = EvaluationSubject(
         task=name.partition("@")[0],
         version=version,
@@ -157,7 +151,7 @@ def prepare(
     evaluation = Evaluation(about, (*versions, *alone), questions)
     if bounds is not None:
         bounds.check_reading(data, evaluation.systems)
-    return evaluation.checked(go_on)
+    return evaluation.checked(check_cancelled)
 
 
 def _known_from(manifest: Manifest, sha256: str) -> str | None:

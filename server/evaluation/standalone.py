@@ -55,7 +55,7 @@ def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnR
     pairs: dict[int, tuple[RowRequest, ...]] = {}  # by line
 
     def submit(row: Row) -> None:
-        pairs[row.line] = evaluation.ask(system, row)
+        pairs[row.line] = evaluation.questions.ask(system, row)
         for asked in pairs[row.line]:
             running[asked.request.request_id] = asked
             engine.add(asked.request, asked.soft_prompt)

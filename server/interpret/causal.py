@@ -58,14 +58,14 @@ def plan(
     measures: Collection[str] = MEASURES,
     version: int | None = None,
     bounds: EvaluationBounds | None = None,
-    go_on: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> Experiments:
     """Plan the experiments, and check all rows.
 
     Args:
         others: soft prompts that it may have started from.
         measures: some of `MEASURES`.
-        go_on: called between pieces of the work; if it raises, the work ends.
+        check_cancelled: called between pieces of the work; if it raises, the work ends.
 
     Raises:
         InvalidRequest, InvalidTrainingData, ConfigurationError: rows are missing or do not fit.
@@ -82,7 +82,7 @@ def plan(
         wanted=RequestedBaselines(zero_shot=True),
         version=version,
         bounds=bounds,
-        go_on=go_on,
+        check_cancelled=check_cancelled,
     )
     # Only given texts are scored, so nothing but one token is generated.
     brief = tuple(replace(one, longest=1) if one.name == ZERO_SHOT else one for one in evaluation.systems)

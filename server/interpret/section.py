@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
-from server.interpret.results import CausalInterpretation, Interpretation, Interval
+from server.interpret.results import CausalInterpretation, Interpretation, Interval, Lens, Necessity, Sufficiency
 from server.interpret.verdict import written_p
 
 PICTURES = {
@@ -14,6 +14,9 @@ PICTURES = {
     "necessity": "Leave one out",
 }
 
+Row = tuple[str, ...]
+
+NONE = "–"
 WIDTH = 120
 """Columns of a line of prose."""
 
@@ -32,41 +35,48 @@ def card_section(static: Interpretation, causal: CausalInterpretation | None, pi
 
 
 def _labels(static: Interpretation, pictures: Collection[str]) -> Iterable[str]:
-    lens = static.lens
-    if lens is None or lens.labels is None:
-        return
+    if static.lens is not None and (rows := label_rows(static.lens)):
+        yield _table(("value-change lens", "mean z", "tokens of like frequency", "p"), rows)
+        yield from _picture("lens", pictures)
+
+
+def _experiments(causal: CausalInterpretation, pictures: Collection[str]) -> Iterable[str]:
+    yield f"On {causal.rows:,} rows of `{causal.data}`: {causal.metric}, with 95 % intervals."
+    if causal.sufficiency is not None:
+        head = ("soft prompt", causal.metric, "share of the gain that it keeps")
+        yield _table(head, ladder_rows(causal.sufficiency))
+        yield from _picture("sufficiency", pictures)
+    if causal.necessity is not None:
+        head = (f"virtual token, replaced by {causal.necessity.replaced_by}", "loss", "p", "effect")
+        yield _table(head, removal_rows(causal.necessity))
+        yield from _picture("necessity", pictures)
+
+
+def label_rows(lens: Lens) -> list[Row]:
+    """The tests of the labels as rows: name, mean z, the same of tokens of like frequency, p; empty without labels."""
     tests = {
         "labels": lens.labels,
         "labels, all layers": lens.all_layers,
         "control: a form that is not answered": lens.control_form,
         "control: the start alone": lens.control_start,
     }
-    rows = [
+    return [
         (name, f"{test.z:.2f}", f"{test.null.mean:.2f} ± {test.null.sd:.2f}", written_p(test.p))
         for name, test in tests.items()
         if test is not None
     ]
-    yield _table(("value-change lens", "mean z", "tokens of like frequency", "p"), rows)
-    yield from _picture("lens", pictures)
 
 
-def _experiments(causal: CausalInterpretation, pictures: Collection[str]) -> Iterable[str]:
-    yield f"On {causal.rows:,} rows of `{causal.data}`: {causal.metric}, with 95 % intervals."
-    if causal.sufficiency is not None:
-        rows = [
-            (step.name, _interval(step.quality), "–" if step.ratio is None else _interval(step.ratio))
-            for step in causal.sufficiency.steps
-        ]
-        ends = (("learned", causal.sufficiency.learned), ("none", causal.sufficiency.none))
-        both = [(name, _interval(quality), "–") for name, quality in ends]
-        yield _table(("soft prompt", causal.metric, "share of the gain that it keeps"), [*both, *rows])
-        yield from _picture("sufficiency", pictures)
-    if causal.necessity is not None:
-        removed = [
-            (str(one.token), _interval(one.loss), written_p(one.p), one.effect) for one in causal.necessity.tokens
-        ]
-        yield _table((f"virtual token, replaced by {causal.necessity.replaced_by}", "loss", "p", "effect"), removed)
-        yield from _picture("necessity", pictures)
+def ladder_rows(found: Sufficiency) -> list[Row]:
+    """The soft prompt, the frozen model and all variants as rows: name, quality, ratio."""
+    ends = [(name, _interval(quality), NONE) for name, quality in (("learned", found.learned), ("none", found.none))]
+    steps = [(one.name, _interval(one.quality), _interval(one.ratio) if one.ratio else NONE) for one in found.steps]
+    return [*ends, *steps]
+
+
+def removal_rows(found: Necessity) -> list[Row]:
+    """The virtual tokens as rows: number, loss without it, p, effect."""
+    return [(str(one.token), _interval(one.loss), written_p(one.p), one.effect) for one in found.tokens]
 
 
 def _picture(name: str, pictures: Collection[str]) -> Iterable[str]:

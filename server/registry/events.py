@@ -104,8 +104,7 @@ class VersionContent(_Strict):
 
 def content_of(soft_prompt: SoftPrompt, blob: str) -> VersionContent:
     """What an event says of a soft prompt."""
-    [content] = contents_of([soft_prompt], [blob])
-    return content
+    return contents_of([soft_prompt], [blob])[0]
 
 
 def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> list[VersionContent]:
@@ -116,13 +115,13 @@ def contents_of(soft_prompts: Sequence[SoftPrompt], blobs: Sequence[str]) -> lis
         manifest = soft_prompt.manifest
         if id(manifest) not in texts:
             texts[id(manifest)] = ManifestText(compact_json(json.loads(manifest.to_json())))
-        n, width = soft_prompt.tensor.shape
+        rows, width = soft_prompt.tensor.shape
         found.append(
             VersionContent(
                 digest=soft_prompt.digest,
                 prefix_hash=soft_prompt.prefix_hash,
                 peft_type=soft_prompt.peft_type,
-                shape=(n, width),
+                shape=(rows, width),
                 num_bytes=soft_prompt.num_bytes,
                 blob=blob,
                 manifest=texts[id(manifest)],
@@ -263,7 +262,7 @@ def _check_names(change: Change) -> None:
 
 _UNREADABLE = "Restore it from a backup of the store, or run the version of Prelude that wrote it."
 
-_EVENT = TypeAdapter(Event)
+_EVENT, _PUBLISH = TypeAdapter(Event), TypeAdapter(Publish)
 
 
 def tasks_of(change: Change) -> set[str]:
@@ -274,22 +273,14 @@ def tasks_of(change: Change) -> set[str]:
 
 
 def _publish_fields(change: Publish) -> dict[str, Any]:
-    fields: dict[str, Any] = {"kind": change.kind, "activate": change.activate}
-    manifests = {item.content.manifest for item in change.published}
-    is_shared = len(change.published) > 1 and len(manifests) == 1
-    if is_shared:
-        fields["manifest"] = json.loads(manifests.pop())
-    fields["published"] = [
-        {"task": item.task, "version": item.version, "content": _content_fields(item.content, is_shared)}
-        for item in change.published
-    ]
+    fields: dict[str, Any] = _PUBLISH.dump_python(change)
+    contents = [item["content"] for item in fields["published"]]
+    manifests = [content.pop("manifest") for content in contents]
+    if len(contents) > 1 and len(set(manifests)) == 1:
+        return {**fields, "manifest": json.loads(manifests[0])}
+    for content, manifest in zip(contents, manifests, strict=True):
+        content["manifest"] = json.loads(manifest)
     return fields
-
-
-def _content_fields(content: VersionContent, is_shared: bool) -> dict[str, Any]:
-    fields = {item.name: getattr(content, item.name) for item in dataclasses.fields(content)}
-    manifest = fields.pop("manifest")
-    return fields if is_shared else {**fields, "manifest": json.loads(manifest)}
 
 
 def _share_manifest(fields: Any) -> None:

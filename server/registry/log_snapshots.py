@@ -15,11 +15,14 @@ import json
 import logging
 import re
 import zlib
+from dataclasses import fields
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from server.errors import StoreError
 from server.registry.events import VersionContent
-from server.registry.manifest_text import ManifestText
+from server.registry.manifest_text import ManifestText, compact_json
 from server.registry.objects import Objects
 from server.registry.state import RegistryState, StoredVersion, TaskState
 
@@ -32,20 +35,14 @@ GRACE_SECONDS = 7 * 24 * 3600.0
 """Events are removed once a snapshot that replaces them has this age. Every server syncs far more often."""
 MOST_REMOVED = 2000
 """Objects that are removed in one go."""
-UNREADABLE = (
-    OSError,
-    EOFError,
-    zlib.error,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RecursionError,
-)
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """What reading a damaged snapshot raises; gzip raises OSError for a file that is none."""
 
 _NAME = re.compile(r"(\d{12})\.json\.gz")
+_TASK, _VERSION = TypeAdapter(TaskState), TypeAdapter(StoredVersion)
+_OF_TASK = ("history", "last_version", "last_event", "inbox")
+_OF_VERSION = ("number", "at", "source", "by")
+_OF_CONTENT = tuple(field.name for field in fields(VersionContent))
 
 
 class Snapshots:
@@ -115,33 +112,19 @@ def encode(state: RegistryState) -> bytes:
     manifests: dict[str, int] = {}
     with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as file:
 
-        def write(fields: dict[str, Any]) -> None:
-            file.write(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        def write(**fields: Any) -> None:
+            file.write(compact_json(fields).encode() + b"\n")
 
-        write(
-            {
-                "format": FORMAT,
-                "last_event": state.last_event,
-                "first_version": state.first_version,
-                "tasks": len(state.tasks),
-            }
-        )
+        head = {"last_event": state.last_event, "first_version": state.first_version}
+        write(format=FORMAT, **head, tasks=len(state.tasks))
         for name, task in state.tasks.items():
             for version in task.versions.values():
                 text = version.content.manifest
                 if text not in manifests:
                     manifests[text] = len(manifests)
-                    write({"manifest": text})
-            write(
-                {
-                    "task": name,
-                    "history": task.history,
-                    "last_version": task.last_version,
-                    "last_event": task.last_event,
-                    "inbox": task.inbox,
-                    "versions": [_version_fields(version, manifests) for version in task.versions.values()],
-                }
-            )
+                    write(manifest=text)
+            own = {field: getattr(task, field) for field in _OF_TASK}
+            write(task=name, **own, versions=[_version_fields(item, manifests) for item in task.versions.values()])
     return buffer.getvalue()
 
 
@@ -158,13 +141,10 @@ def decode(data: bytes) -> RegistryState:
             if "manifest" in fields:
                 manifests.append(ManifestText(fields["manifest"]))
                 continue
-            state.tasks[fields["task"]] = TaskState(
-                versions={item["number"]: _version(fields["task"], item, manifests) for item in fields["versions"]},
-                history=[tuple((int(number), int(weight)) for number, weight in now) for now in fields["history"]],
-                last_version=int(fields["last_version"]),
-                last_event=int(fields["last_event"]),
-                inbox={str(place): str(identity) for place, identity in fields["inbox"].items()},
-            )
+            task, own = fields["task"], {field: fields[field] for field in _OF_TASK}
+            versions = [_version(task, item, manifests) for item in fields["versions"]]
+            own["versions"] = {version.number: version for version in versions}
+            state.tasks[task] = _TASK.validate_python(own)
     if len(state.tasks) != head["tasks"]:
         raise ValueError(f"it has {len(state.tasks)} tasks and should have {head['tasks']}")
     state.last_event, state.first_version = int(head["last_event"]), int(head["first_version"])
@@ -173,36 +153,17 @@ def decode(data: bytes) -> RegistryState:
 
 
 def _version_fields(version: StoredVersion, manifests: dict[str, int]) -> dict[str, Any]:
-    content = version.content
-    return {
-        "number": version.number,
-        "at": version.at,
-        "source": version.source,
-        "by": version.by,
-        "digest": content.digest,
-        "prefix_hash": content.prefix_hash,
-        "peft_type": content.peft_type,
-        "shape": content.shape,
-        "num_bytes": content.num_bytes,
-        "blob": content.blob,
-        "manifest": manifests[content.manifest],
-    }
+    content = {field: getattr(version.content, field) for field in _OF_CONTENT}
+    content["manifest"] = manifests[version.content.manifest]
+    return {field: getattr(version, field) for field in _OF_VERSION} | content
 
 
 def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText]) -> StoredVersion:
-    rows, width = fields["shape"]
-    manifest = manifests[fields["manifest"]]
-    content = VersionContent(
-        fields["digest"],
-        fields["prefix_hash"],
-        fields["peft_type"],
-        (int(rows), int(width)),
-        int(fields["num_bytes"]),
-        fields["blob"],
-        manifest,
-    )
-    content.about  # noqa: B018 - read now, so that no list has to
-    return StoredVersion(task, int(fields["number"]), content, fields["at"], fields["source"], fields["by"])
+    own = {field: fields.pop(field) for field in _OF_VERSION}
+    content = {**fields, "manifest": manifests[fields["manifest"]]}
+    version = _VERSION.validate_python({"task": task, "content": content, **own})
+    version.content.about  # noqa: B018 - read now, so that no list has to
+    return version
 
 
 def _key(number: int) -> str:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
-from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent, content_of
+from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent
 from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.state import RegistryState
@@ -192,10 +192,6 @@ class Store:
                 except StoreFull:
                     objects.release(reserve)
         return self._objects.create(key, data)
-
-    def put_blob(self, soft_prompt: SoftPrompt) -> VersionContent:
-        """Store a content durably under a name of its own, and return its description for an event; see `put`."""
-        return content_of(soft_prompt, self.put(soft_prompt))
 
     def put(self, soft_prompt: SoftPrompt) -> str:
         """Store a content durably, and return the name of its blob; raises StoreError if the store refuses.

@@ -19,36 +19,11 @@ from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
 from server.train.forward import key_values_of
-from server.train.methods import KeyValues, split_key_values
+from server.train.methods import KeyValues
 
 log = logging.getLogger(__name__)
 
 COMMON_TOKENS = 5000
-
-
-def initial_values(
-    model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None, start: Path | None = None
-) -> torch.Tensor | KeyValues:
-    """Initial values of the method's parameters, in float32 on the CPU.
-
-    Args:
-        config: its `init` says how: 'vocab' samples common tokens; 'labels' takes the labels' tokens and 'text' those
-            of a text, both filled up with sampled tokens; 'soft_prompt' takes another soft prompt's vectors; 'random'
-            draws numbers of the same scale as those of real tokens; 'auto' is 'labels' if there are labels, else
-            'vocab'. ('teacher' is handled in `distil.py`.)
-
-    Returns:
-        Input embeddings `[num_virtual_tokens, hidden_size]`; for prefix tuning keys and values.
-
-    Raises:
-        InvalidTrainingData: the configured method of initialisation lacks its input, for example labels or a text.
-    """
-    if config.init == "soft_prompt":
-        found = load_start(model, config, start)
-        return split_key_values(found.tensor, model.spec) if found.is_kv_prefix else found.tensor.float()
-    seed = config.seed if config.init == "random" else None
-    is_kv_prefix = config.method == "prefix_tuning"
-    return values_of_tokens(model, initial_token_ids(model, config, labels), seed, is_kv_prefix=is_kv_prefix)
 
 
 def values_of_tokens(
@@ -84,7 +59,10 @@ def load_start(model: FrozenModel, config: TrainingConfig, directory: Path | Non
 
 
 def initial_token_ids(model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None) -> list[int]:
-    """Real tokens for all virtual ones."""
+    """Real tokens for all virtual ones: the labels' or those of a text, filled up with sampled common tokens.
+
+    With `init` random only their number and scale count.
+    """
     ids: list[int] = []
     if config.init == "labels" or (config.init == "auto" and labels):
         ids = [token for label in labels or () for token in model.tokenizer.encode(label, add_special_tokens=False)]

@@ -26,11 +26,10 @@ from server.evaluation.systems import (
 )
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
-from server.train.initial import initial_values
 from server.train.trainer import train
 from tests.evaluation.support import chat_model, data_of, prepared, shots_of, soft_prompt_of
 from tests.support import make_engine, random_soft_prompt, request, run_engine
-from tests.train.rows import LEARNS, MOODS, TEMPLATE, examples_of, work_of
+from tests.train.rows import LEARNS, MOODS, TEMPLATE, examples_of, initial_values, work_of
 
 TEXTS = tuple((text, "yes") for text in ("a", "two words", "x" * 60, "ünï", "b", "c d", "good", "last one"))
 LABELS = ("no", "yes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.contracts import ModelSpec
-from server.registry.events import content_of
+from server.registry.events import VersionContent, content_of
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.soft_prompts.soft_prompt import SoftPrompt
@@ -30,6 +30,10 @@ def content(seed: int, **manifest: object) -> SoftPrompt:
 
 def identity(soft_prompt: SoftPrompt) -> str:
     return content_of(soft_prompt, "").identity
+
+
+def put_blob(store: Store, soft_prompt: SoftPrompt) -> VersionContent:
+    return content_of(soft_prompt, store.put(soft_prompt))
 
 
 class Shelf:

@@ -14,6 +14,7 @@ from server.registry.registry import Registry
 from server.registry.store import ABANDONED_SECONDS, Store
 from server.soft_prompts.manifest import Manifest
 from tests.registry.fakes import MemoryObjects
+from tests.registry.shelf import put_blob
 from tests.support import random_kv_prompt, random_soft_prompt
 
 
@@ -68,7 +69,7 @@ def test_a_content_is_read_as_it_was_kept(objects: MemoryObjects, spec: ModelSpe
     store = Store(objects)
     manifest = {"description": "Größe", "input_template": "{input}\n", "labels": ["a"]}
     for soft_prompt in (random_soft_prompt(spec, manifest=manifest), random_kv_prompt(spec)):
-        content = store.put_blob(soft_prompt)
+        content = put_blob(store, soft_prompt)
         read = store.get_blob(content)
         assert torch.equal(read.tensor, soft_prompt.tensor)
         assert (read.peft_type, read.manifest, read.digest) == (
@@ -98,7 +99,7 @@ def test_rows_of_a_multitask_soft_prompt_keep_one_manifest_between_them(
 
 def test_equal_contents_have_blobs_of_their_own(objects: MemoryObjects, spec: ModelSpec) -> None:
     store = Store(objects)
-    one, other = store.put_blob(random_soft_prompt(spec)), store.put_blob(random_soft_prompt(spec))
+    one, other = put_blob(store, random_soft_prompt(spec)), put_blob(store, random_soft_prompt(spec))
     store.remove_blobs([one])
     assert one.digest == other.digest
     assert store.get_blob(other).digest == other.digest
@@ -108,7 +109,7 @@ def test_equal_contents_have_blobs_of_their_own(objects: MemoryObjects, spec: Mo
 
 def test_a_damaged_blob_is_noticed(objects: MemoryObjects, spec: ModelSpec) -> None:
     store = Store(objects)
-    content = store.put_blob(random_soft_prompt(spec, manifest={"labels": ["ham", "spam"]}))
+    content = put_blob(store, random_soft_prompt(spec, manifest={"labels": ["ham", "spam"]}))
     key = f"blobs/{content.blob}.safetensors"
     whole = objects.objects[key]
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
@@ -131,14 +132,14 @@ def test_a_damaged_blob_is_noticed(objects: MemoryObjects, spec: ModelSpec) -> N
 
 def test_only_old_garbage_is_collected(objects: MemoryObjects, spec: ModelSpec) -> None:
     store = Store(objects)
-    named, young, old = (store.put_blob(random_soft_prompt(spec, seed=seed)) for seed in range(3))
+    named, young, old = (put_blob(store, random_soft_prompt(spec, seed=seed)) for seed in range(3))
     objects.ages = {f"blobs/{content.blob}.safetensors": ABANDONED_SECONDS + 1 for content in (named, old)}
     assert store.missing_blobs([named.blob, "gone"]) == {"gone"}
     assert sorted(objects.blobs()) == sorted(f"{content.blob}.safetensors" for content in (named, young))
 
 
 def test_a_store_that_may_only_be_read_keeps_its_garbage(objects: MemoryObjects, spec: ModelSpec) -> None:
-    content = Store(objects).put_blob(random_soft_prompt(spec))
+    content = put_blob(Store(objects), random_soft_prompt(spec))
     objects.ages = {f"blobs/{content.blob}.safetensors": ABANDONED_SECONDS + 1}
     objects.fails = lambda action, key: action == "delete"
     assert Store(objects).missing_blobs([]) == set()

@@ -12,9 +12,10 @@ from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import Manifest
 from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example, encode_examples
-from server.train.methods import LearnedPrefix, PromptTuning
+from server.train.methods import KeyValues, LearnedPrefix, PromptTuning
 from server.train.objectives import Lesson, Targets
 from server.train.rows import Row
+from server.train.start import begin
 from server.train.trainer import TrainingProblem
 
 MOODS = (("good", "yes"), ("fine", "yes"), ("bad", "no"), ("poor", "no"))
@@ -28,6 +29,13 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
     lines = [json.dumps({"input": text, "target": target}, ensure_ascii=False) + "\n" for text, target in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def initial_values(
+    model: FrozenModel, config: TrainingConfig, labels: Sequence[str] | None, start: Path | None = None
+) -> torch.Tensor | KeyValues:
+    """The values that a run of this configuration begins with."""
+    return begin(model, config, DataFile(Path("rows.jsonl"), (), ""), labels, start)[0]
 
 
 def data_of(rows: Iterable[tuple[str, str]]) -> DataFile:

@@ -13,14 +13,13 @@ from server.train.config import TrainingConfig
 from server.train.data import DataFile, Example
 from server.train.distil import KEPT_TOKENS, distilled_lessons, teacher_ids, text_states
 from server.train.forward import rows_logits
-from server.train.initial import initial_values
 from server.train.inputs import TaskFiles
 from server.train.methods import PrefixTuning, PromptTuning
 from server.train.objectives import Lesson, TeacherLabels, TeacherTokens
 from server.train.train_task import train_task
 from server.train.trainer import TrainingProblem, measure, train
 from tests.support import EOS, byte_tokenizer, make_engine, request, run_engine, tiny_model, tiny_module
-from tests.train.rows import LEARNS, data_of, random_embeddings
+from tests.train.rows import LEARNS, data_of, initial_values, random_embeddings
 
 TEACHER = "Say what you think of it: {input}\nAnswer:"
 CONFIG = TrainingConfig(teacher_template=TEACHER, num_virtual_tokens=20)

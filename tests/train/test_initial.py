@@ -11,9 +11,9 @@ from server.errors import InvalidTrainingData
 from server.soft_prompts.formats import save_soft_prompt
 from server.train.config import TrainingConfig
 from server.train.forward import key_values_of
-from server.train.initial import initial_values
 from server.train.methods import join_key_values
 from tests.support import random_kv_prompt, random_soft_prompt
+from tests.train.rows import initial_values
 
 
 def rows_of(model: FrozenModel, embeddings: torch.Tensor) -> list[int]:

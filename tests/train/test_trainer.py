@@ -13,13 +13,12 @@ import torch
 from server.engine.model.frozen import FrozenModel
 from server.errors import InvalidTrainingData
 from server.train.config import Method, TrainingConfig
-from server.train.initial import initial_values
 from server.train.methods import PromptTuning, build_prefix
 from server.train.objectives import Targets
 from server.train.run_history import TeacherForcedScore, TrainingProgress, TrainingResult, best_of
 from server.train.trainer import TrainingProblem, learning_rate_factor, measure, train
 from tests.support import tiny_model, weights_hash
-from tests.train.rows import LEARNS, MOODS, examples_of, lessons_of, random_embeddings, work_of
+from tests.train.rows import LEARNS, MOODS, examples_of, initial_values, lessons_of, random_embeddings, work_of
 
 PEAK = 0.3
 

@@ -74,7 +74,7 @@ class EvaluationWork:
             version=resolved.version,
             teacher=None if request.teacher is None else TeacherText(request.teacher, bool(request.teacher_chat)),
             bounds=EvaluationBounds(labels_at_once=labels_at_once(*self._limits)),
-            go_on=check_cancelled,
+            check_cancelled=check_cancelled,
         )
         self.rows, self.total = len(self.evaluation.rows), self.evaluation.num_questions
         self.folder.cleanup()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from server.api.bodies import Body
 from server.api.evaluations.evaluation_work import EvaluationWork
-from server.api.evaluations.schemas import FILES, EvaluationRequest
+from server.api.evaluations.schemas import EvaluationRequest
 from server.api.generation import find_soft_prompt
 from server.api.jobs.job_bodies import Order, find_files, keep_uploads
 from server.api.jobs.job_kind import Site
@@ -14,28 +13,12 @@ from server.registry.registry import Registry
 from server.soft_prompts.names import split_version
 
 
-def parse_body(body: Body) -> EvaluationRequest:
-    """Parse the fields of a form or of a JSON body; raises ValidationError or InvalidRequest."""
-    fields = body.value
-    if not body.is_json:
-        for name in ("baselines", "compare"):
-            if name in fields:
-                fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
-    request = EvaluationRequest.model_validate(fields, strict=body.is_json)
-    if request.data is None and "data" not in body.files:
-        raise InvalidRequest(
-            "There is no `data`.", remedy="Send the rows as a file of a form, or their name.", param="data"
-        )
-    return request
-
-
 async def make_work(
     order: Order[EvaluationRequest], registry: Registry, site: Site, key_id: str | None
 ) -> EvaluationWork:
     """Find the soft prompts and files of an evaluation; slower work is left to the evaluation itself.
 
-    Raises:
-        PreludeError: a version, a baseline or a file does not exist, or the server cannot store the files.
+    Raises PreludeError if a version, a baseline or a file does not exist, or the server cannot store the files.
     """
     request = order.fields
     wanted = RequestedBaselines.parse(request.baselines or ())
@@ -50,6 +33,6 @@ async def make_work(
     numbers = [number for number in dict.fromkeys(others) if number != subject[0].version]
     against = [await find_soft_prompt(registry, f"{task}@{number}", "") for number in numbers]
     files, folder = await site.executors.in_server.run(
-        lambda: keep_uploads(find_files(order, FILES, site.settings.data_dir))
+        lambda: keep_uploads(find_files(order, request.files, site.settings.data_dir))
     )
     return EvaluationWork(request, wanted, files, folder, (subject, *against), site, key_id)

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from server.api.deps import KeyIdDep, RegistryDep
 from server.api.evaluations.evaluation_work import EvaluationWork
-from server.api.evaluations.job_requests import make_work, parse_body
-from server.api.evaluations.schemas import FILES, EvaluationBody, EvaluationList, request_body
+from server.api.evaluations.job_requests import make_work
+from server.api.evaluations.schemas import EvaluationBody, EvaluationList, EvaluationRequest
 from server.api.jobs.in_process import InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import read_order
 from server.api.jobs.job_kind import job_router
@@ -40,7 +40,7 @@ class Evaluations(InServerJobs[EvaluationWork]):
         )
 
 
-@router.post("", **start_route(EvaluationBody, request_body()))
+@router.post("", **start_route(EvaluationBody, EvaluationRequest.both_bodies()))
 async def start_evaluation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> Any:
     """Measure a task on a data file, beside live traffic; `GET /evaluations/{job}` reports the progress.
 
@@ -50,7 +50,7 @@ async def start_evaluation(request: Request, response: Response, registry: Regis
     """
 
     async def make() -> EvaluationWork:
-        async with read_order(request, FILES, parse_body) as order:
+        async with read_order(request, EvaluationRequest.files, EvaluationRequest.parse) as order:
             return await make_work(order, registry, request.app.state.site, key_id)
 
     return await accept(Evaluations.of(request), request, response, key_id, make)

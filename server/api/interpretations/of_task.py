@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.auth import GuardedRoute, Publishes
 from server.api.deps import KeyIdDep, RegistryDep, TaskName
 from server.api.interpretations.routes import start
-from server.api.interpretations.schemas import ExperimentBody, request_body
+from server.api.interpretations.schemas import ExperimentBody, ExperimentRequest
 from server.api.jobs.routes import start_route
 
 router = APIRouter(
@@ -20,7 +20,7 @@ router = APIRouter(
 )
 
 
-@router.post("", **start_route(ExperimentBody, request_body("data")))
+@router.post("", **start_route(ExperimentBody, ExperimentRequest.both_bodies(["data"])))
 async def start_interpretation_of_task(
     task: TaskName, request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep
 ) -> Any:

@@ -10,7 +10,7 @@ from typing_extensions import override
 from server.api.bodies import Body
 from server.api.deps import KeyIdDep, RegistryDep
 from server.api.generation import find_soft_prompt
-from server.api.interpretations.schemas import FILES, ExperimentBody, ExperimentList, ExperimentRequest, request_body
+from server.api.interpretations.schemas import ExperimentBody, ExperimentList, ExperimentRequest
 from server.api.interpretations.work import ExperimentWork
 from server.api.jobs.in_process import InServerJob, InServerJobs, accept
 from server.api.jobs.job_bodies import find_files, keep_uploads, read_order
@@ -42,7 +42,7 @@ class ExperimentJobs(InServerJobs[ExperimentWork]):
         )
 
 
-@router.post("", **start_route(ExperimentBody, request_body("task", "data")))
+@router.post("", **start_route(ExperimentBody, ExperimentRequest.both_bodies()))
 async def start_interpretation(request: Request, response: Response, registry: RegistryDep, key_id: KeyIdDep) -> Any:
     """Experiment with a soft prompt on rows, beside live traffic: what keeps its effect, which virtual tokens it needs.
 
@@ -56,12 +56,12 @@ async def start(request: Request, response: Response, registry: Registry, key_id
     """Handle POST; `task` is that of the path, if it has one."""
 
     async def make() -> ExperimentWork:
-        async with read_order(request, FILES, lambda body: parse_body(body, task)) as order:
+        async with read_order(request, ExperimentRequest.files, lambda body: parse_body(body, task)) as order:
             site = request.app.state.site
             resolved, soft_prompt = await find_soft_prompt(registry, order.fields.task, key_id or "")
             starts = await starts_of(request, registry, soft_prompt)
             files, folder = await site.executors.in_server.run(
-                lambda: keep_uploads(find_files(order, FILES, site.settings.data_dir))
+                lambda: keep_uploads(find_files(order, order.fields.files, site.settings.data_dir))
             )
             interpreter = request.app.state.interpretations.interpreter
             prompts = (soft_prompt, *starts)
@@ -80,11 +80,4 @@ def parse_body(body: Body, task: str | None) -> ExperimentRequest:
                 f"The path names {task} and the body {str(named)[:80]!r}.", remedy="Leave out `task`.", param="task"
             )
         fields["task"] = named
-    if not body.is_json and "measures" in fields:
-        fields["measures"] = [part.strip() for part in fields["measures"].split(",") if part.strip()]
-    request = ExperimentRequest.model_validate(fields, strict=body.is_json)
-    if request.data is None and "data" not in body.files:
-        raise InvalidRequest(
-            "There is no `data`.", remedy="Send the rows as a file of a form, or their name.", param="data"
-        )
-    return request
+    return ExperimentRequest.parse(body)

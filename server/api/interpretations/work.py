@@ -70,7 +70,7 @@ class ExperimentWork:
             measures=self.measures,
             version=self.version,
             bounds=EvaluationBounds(labels_at_once=labels_at_once(*self._limits)),
-            go_on=check_cancelled,
+            check_cancelled=check_cancelled,
         )
         self.experiments = planning.result()
         self.rows, self.total = len(data.rows), self.experiments.evaluation.num_questions

@@ -7,23 +7,23 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from server.api.auth import allow_task, authorise
 from server.api.bodies import Body, misfit, read_body
 from server.api.body_sizes import MAX_DATA_BYTES
 from server.api.files import copy_within, upload_not_stored
+from server.api.schemas import RequestBody, Text
 from server.data_dir import resolve_data
 from server.errors import InvalidRequest, PayloadTooLarge
 from server.keys.key import Scope
 
 MAX_FILE_NAME = 100
 """Number of characters of an uploaded file's name that errors and results show."""
-
 
 FILE = {"type": "string", "format": "binary"}
 """The OpenAPI schema of a file in a form."""
@@ -34,6 +34,54 @@ def both_bodies(schema: Mapping[str, Any], form: Mapping[str, Any], required: Se
     whole = {"type": "object", "required": required, "additionalProperties": False, "properties": form}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": whole}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+NAMED = "a name inside PRELUDE_DATA_DIR; in a form also the file itself."
+
+
+class DataRequest(RequestBody):
+    """The fields of a job about a task's answers to rows, as JSON or as a form."""
+
+    files: ClassVar[tuple[str, ...]] = ("data",)
+    """Fields that are a file of the form, or the name of a file in PRELUDE_DATA_DIR."""
+    lists: ClassVar[tuple[str, ...]] = ()
+    """Fields whose items a form separates by commas."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"task": "sms_spam", "data": "sms_spam/test.jsonl", "limit": 100}]}
+    )
+
+    task: Text = Field(description="The task, or task@version.", max_length=128)
+    data: Text | None = Field(None, description=f"The rows, JSONL: {NAMED}", max_length=1000)
+    limit: int | None = Field(None, description="Use only this many rows from the beginning.", ge=1)
+
+    @classmethod
+    def parse(cls, body: Body) -> Self:
+        """Parse a body; raises ValidationError, or InvalidRequest if there is no `data`."""
+        fields = body.value
+        for name in cls.lists:
+            if not body.is_json and name in fields:
+                fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
+        request = cls.model_validate(fields, strict=body.is_json)
+        if request.data is None and "data" not in body.files:
+            raise InvalidRequest(
+                "There is no `data`.", remedy="Send the rows as a file of a form, or their name.", param="data"
+            )
+        return request
+
+    @classmethod
+    def both_bodies(cls, required: Sequence[str] = ("task", "data")) -> dict[str, Any]:
+        """The OpenAPI description of both bodies; JSON may name the task elsewhere if a form may."""
+        schema = cls.model_json_schema()
+        if "task" not in required:
+            schema["required"] = []
+            schema["examples"] = [{"data": "sms_spam/test.jsonl", "limit": 100}]
+        own = {name: {"type": "string"} for name in cls.lists} | dict.fromkeys(cls.files, FILE)
+        form = {
+            name: {**own[name], "description": field["description"]} if name in own else field
+            for name, field in schema["properties"].items()
+        }
+        return both_bodies(schema, form, required)
 
 
 class _Fields(Protocol):

@@ -13,10 +13,7 @@ def resolve_data(name: str, data_dir: Path | None) -> Path:
     """The path of a data file that a request names.
 
     The name is not trusted: `..`, absolute paths and links cannot leave the folder, and a refusal does not reveal files
-    outside.
-
-    Raises:
-        InvalidRequest: no folder is set, the name leads out of it, or it contains no such file.
+    outside. Raises InvalidRequest if no folder is set, the name leads out of it, or it contains no such file.
     """
     shown = repr(name[:200])
     if data_dir is None:

@@ -52,7 +52,7 @@ class Executor:
         future: Future[T] = Future()
         with self._lock:
             if self._is_full:
-                self._forget_cancelled()
+                self._waiting = deque(item for item in self._waiting if not item[0].cancelled())
                 if self._is_full:
                     raise Overloaded(f"{self._most_waiting} {self._work} wait already; no more may wait.")
             self._waiting.append((future, call))
@@ -66,11 +66,7 @@ class Executor:
         """Whether no more work is accepted; work that a starting thread will take does not count as waiting."""
         return self._num_running + len(self._waiting) >= self.most_threads + self._most_waiting
 
-    def _forget_cancelled(self) -> None:
-        self._waiting = deque(item for item in self._waiting if not item[0].cancelled())
-
     def _run(self) -> None:
-        """Run work until none is waiting."""
         while True:
             with self._lock:
                 if not self._waiting:

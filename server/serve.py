@@ -197,8 +197,7 @@ def open_keys(settings: Settings) -> ApiKeys | None:
 def check_exposure(settings: Settings, address: str) -> None:
     """Refuse to be reachable from a network without keys, unless the settings allow it.
 
-    Raises:
-        ConfigurationError: other users could reach the server, directly or through web pages in a local browser.
+    Raises ConfigurationError if other users could reach the server, directly or through web pages in a local browser.
     """
     if settings.api_keys_file is None and not settings.allow_anonymous and "*" in settings.origins:
         raise ConfigurationError(

@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.train": COMMAND
     | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.options", "cli.train_options"},
     "cli.task_source": BOTTOM | {"soft_prompts", "registry"},
-    "cli.scores": {"cli.errors", "evaluation"},
+    "cli.scores": {"cli.tables", "evaluation"},
     "cli.evaluate_options": set(),
     "cli.evaluate": COMMAND
     | {
@@ -108,7 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli.card_section": BOTTOM | {"soft_prompts", "engine", "evaluation", "interpret"},
     "cli.inspect_options": set(),
-    "cli.inspection_tables": {"cli.errors", "interpret"},
+    "cli.inspection_tables": {"cli.tables", "interpret"},
     "cli.inspection": COMMAND
     | {
         "contracts",

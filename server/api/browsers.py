@@ -108,7 +108,8 @@ class OwnPagesOnly:
                 "keys (PRELUDE_API_KEYS_FILE), name its own (PRELUDE_ALLOWED_HOSTS), or let everybody in "
                 "(PRELUDE_ALLOW_ANONYMOUS=1).",
             )
-        if scope["method"] not in READING and _is_from_another_site(headers) and not self._is_let_in(headers):
+        is_let_in = not self._origins.isdisjoint({"*", headers.get("origin", "").lower()})
+        if scope["method"] not in READING and _is_from_another_site(headers) and not is_let_in:
             return Forbidden(
                 "Without API keys this server takes no changes or texts from other sites' pages.",
                 remedy="Send it from a program or from the server's own pages; name the page's origin in "
@@ -118,9 +119,6 @@ class OwnPagesOnly:
 
     def _is_ours(self, host: str) -> bool:
         return self._hosts is None or is_this_machine(host) or _name_of(host) in self._hosts
-
-    def _is_let_in(self, headers: Headers) -> bool:
-        return "*" in self._origins or headers.get("origin", "").lower() in self._origins
 
 
 def is_loopback(address: str) -> bool:

@@ -28,7 +28,6 @@ def _of_app(name: str) -> Any:
 
 
 async def _key_id(request: Request) -> str | None:
-    """The id of the request's key, if it has one."""
     key_id: str | None = getattr(request.state, "key_id", None)
     return key_id
 

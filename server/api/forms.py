@@ -66,8 +66,6 @@ async def read_form(request: Request) -> FormData:
 
 
 class _Parts:
-    """What a parser finds in a form."""
-
     def __init__(self) -> None:
         self.items: list[tuple[str, str | UploadFile]] = []
         self.has_ended = False

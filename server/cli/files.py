@@ -57,8 +57,7 @@ class Upload:
 def find_upload(source: str) -> Upload:
     """Find the files to send; a local path takes precedence over a hub repository of the same name.
 
-    Raises:
-        InvalidSoftPrompt: nothing has that name, or it contains no soft prompt.
+    Raises InvalidSoftPrompt if nothing has that name, or it contains no soft prompt.
     """
     with _readings(source):
         found = _find_locally(source)

@@ -92,6 +92,5 @@ def _file(given: Path | None) -> Path:
 
 
 def _what(key: ApiKey) -> str:
-    """What a key may do, in words."""
     limit = f" for {', '.join(key.tasks)}" if key.tasks else ""
     return f"{', '.join(key.scopes)}{limit}"

@@ -173,7 +173,6 @@ def if_match(expect: str | None) -> dict[str, str]:
 
 
 def _error_classes() -> dict[str, type[PreludeError]]:
-    """All classes of the error tree by code."""
     found: dict[str, type[PreludeError]] = {}
     queue: list[type[PreludeError]] = [PreludeError]
     while queue:

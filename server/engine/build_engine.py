@@ -113,8 +113,7 @@ def longest_prefix(settings: Settings, model: ModelSpec) -> int:
 def plan_memory(settings: Settings, model: ModelSpec, free: int, steps: Steps | None = None) -> MemoryPlan:
     """Plan the KV cache, and the budgets of prefixes and of copies of shared inputs, within `free` bytes.
 
-    Raises:
-        InsufficientMemory: see `plan`; the error names settings that would fit.
+    Raises InsufficientMemory as `plan`; the error names settings that would fit.
     """
     wanted = MemoryDemand(
         sequences=settings.max_sequences,

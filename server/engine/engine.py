@@ -72,10 +72,8 @@ class Engine:
     def add(self, request: GenerationRequest, soft_prompt: SoftPrompt | None, compiled: Compiled | None = None) -> None:
         """Accept a checked request. Exactly one of its Deltas, the last, has a finish_reason and `is_last`.
 
-        The engine releases `compiled`, the request's grammar; if it is None, the grammar is compiled here.
-
-        Raises:
-            InvalidRequest: its grammar cannot be used; nothing was accepted.
+        The engine releases `compiled`, the request's grammar; if it is None, the grammar is compiled here. Raises
+        InvalidRequest, with nothing accepted, if the grammar cannot be used.
         """
         walks: list[Walk | None] = [None] * request.n
         if (grammar := self.grammar_of(request)) is not None and not request.labels:
@@ -289,7 +287,6 @@ class Engine:
         return Delta(sequence.request_id, None, FinishReason.FAILED, sequence.usage, error)
 
     def _fail_waiting(self) -> list[Delta]:
-        """End the sequences whose prefix could not be copied."""
         return [
             self._fail(sequence, error)
             for prefix_hash, error in self.scheduler.arrivals.take_failed().items()

@@ -232,11 +232,8 @@ class EngineWorker:
         """Compute the prefixes that are not cached yet. Blocks, so never call it on the event loop's thread.
 
         Each prefix is computed by an ordinary request of one token, queued as a task of its own. The request caches the
-        prefix like any first request, and its token shows that the values after the prefix are finite too.
-
-        Raises:
-            InvalidSoftPrompt: the model's values for a soft prompt are not finite.
-            ServerDraining, RequestAborted, GenerationFailed: see `generate`.
+        prefix like any first request, and its token shows that the values after the prefix are finite too. Raises
+        InvalidSoftPrompt if they are not; else as `generate`.
         """
         assert self._loop is not None, "the worker runs before anything is published"
 

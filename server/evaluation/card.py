@@ -158,7 +158,6 @@ def _measured(report: Report) -> Iterable[str]:
 
 
 def _notes(report: Report) -> Iterable[str]:
-    """Explanations of the table's words."""
     if report.about.labels:
         yield (
             "- *accuracy* and *macro-F1*: the likeliest label, as `choices` scores them. *Generated*: what is written "

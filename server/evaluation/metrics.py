@@ -171,7 +171,6 @@ def _one_hot(indices: Sequence[int | None], num_labels: int) -> Floats:
 
 
 def _index(labels: Sequence[str], text: str, *, lenient: bool) -> int | None:
-    """Which label a text is."""
     return next((i for i, label in enumerate(labels) if is_same(text, label, lenient=lenient)), None)
 
 

@@ -249,7 +249,6 @@ def _few_shot(
 
 
 def _longest_target(data: EvaluationData, host: Host, check_cancelled: Callable[[], None]) -> int:
-    """Tokens of the longest target."""
     longest = 0
     for target in dict.fromkeys(row.target for row in data.rows):
         check_cancelled()

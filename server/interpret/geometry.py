@@ -45,8 +45,8 @@ def prefix_geometry(learned: KeyValues, start: KeyValues | None) -> Geometry:
     """Geometry of a KV prefix, keys and values apart; per layer `[kv_heads, n, head_dim]`."""
     layers, changes = [], []
     for index, pair in enumerate(learned):
-        before = (None, None) if start is None else start[index]
-        (key, value), (key_0, value_0) = map(_rows, pair), map(_rows_or_none, before)
+        key, value = map(_rows, pair)
+        key_0, value_0 = (None, None) if start is None else map(_rows, start[index])
         keys, values = _movement(key, key_0), _movement(value, value_0)
         layers.append(
             LayerGeometry(
@@ -80,10 +80,6 @@ def _movement(learned: torch.Tensor, start: torch.Tensor | None) -> tuple[list[f
 def _rows(states: torch.Tensor) -> torch.Tensor:
     """`[kv_heads, n, head_dim]` to `[n, kv_heads * head_dim]`."""
     return states.transpose(0, 1).flatten(1)
-
-
-def _rows_or_none(states: torch.Tensor | None) -> torch.Tensor | None:
-    return None if states is None else _rows(states)
 
 
 def _all_values(states: KeyValues) -> torch.Tensor:

@@ -134,15 +134,8 @@ def matrix(found: Similarity) -> Figure:
         for column in range(count):
             value = values[row][column]
             colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(
-                column,
-                row,
-                "–" if math.isnan(value) else f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=colour,
-            )
+            text = "–" if math.isnan(value) else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_title("Above: by change. Below: by function", fontsize="medium")
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure

@@ -43,8 +43,8 @@ def _labels(static: Interpretation, pictures: Collection[str]) -> Iterable[str]:
 def _experiments(causal: CausalInterpretation, pictures: Collection[str]) -> Iterable[str]:
     yield f"On {causal.rows:,} rows of `{causal.data}`: {causal.metric}, with 95 % intervals."
     if causal.sufficiency is not None:
-        head = ("soft prompt", causal.metric, "share of the gain that it keeps")
-        yield _table(head, ladder_rows(causal.sufficiency))
+        titles = ("soft prompt", causal.metric, "share of the gain that it keeps")
+        yield _table(titles, ladder_rows(causal.sufficiency))
         yield from _picture("sufficiency", pictures)
     if causal.necessity is not None:
         head = (f"virtual token, replaced by {causal.necessity.replaced_by}", "loss", "p", "effect")

@@ -19,7 +19,7 @@ def verdict(geometry: Geometry, nearest: Nearest | None, lens: Lens | None) -> s
 
 def _of_tokens(nearest: Nearest) -> str:
     count, kept, words = len(nearest.tokens), nearest.num_at_start or 0, nearest.num_word_like or 0
-    start = f"{_share(kept, count)} still nearest to the {_tokens(count)} started from"
+    start = f"{_share(kept, count)} still nearest to the {'token it' if count == 1 else 'tokens they'} started from"
     if words:
         near = f"{_share(words, count)} word-like and learned: what training added is near a word"
         return f"{near} (p = {written_p(nearest.p_change)}). {start}."
@@ -62,10 +62,6 @@ def _share(number: int, count: int) -> str:
     return f"{number or 'None'} of the {count} virtual tokens {'is' if number == 1 else 'are'}"
 
 
-def _tokens(count: int) -> str:
-    return "token it" if count == 1 else "tokens they"
-
-
 def causal_verdict(sufficiency: Sufficiency | None, necessity: Necessity | None) -> str:
     """What the experiments show, in words."""
     said = []
@@ -73,7 +69,8 @@ def causal_verdict(sufficiency: Sufficiency | None, necessity: Necessity | None)
         said.append(_of_ladder(sufficiency))
     if necessity is not None:
         count, needed, harmful = len(necessity.tokens), necessity.needed, necessity.harmful
-        said.append(f"{len(needed) or 'None'} of the {count} virtual tokens {_is(len(needed))} shown to be needed")
+        verb = "is" if len(needed) == 1 else "are"
+        said.append(f"{len(needed) or 'None'} of the {count} virtual tokens {verb} shown to be needed")
         said[-1] += f"; {len(harmful)} harm: {', '.join(map(str, harmful))}." if harmful else "; none is shown to harm."
     return " ".join(said)
 
@@ -90,7 +87,3 @@ def _of_ladder(found: Sufficiency) -> str:
     verb = "explain it" if found.words_explain else "do not explain it"
     kept, by_chance = (f"{one.value:.0%} ({one.low:.0%} to {one.high:.0%})" for one in (words, chance))
     return f"The words {verb}: the nearest tokens keep {kept} of the gain, random tokens {by_chance}."
-
-
-def _is(count: int) -> str:
-    return "is" if count == 1 else "are"

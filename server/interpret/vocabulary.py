@@ -6,7 +6,7 @@ model). All cosines here are taken after subtracting the mean embedding. Rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,7 +81,8 @@ class Vocabulary:
         k = min(k, len(self.token_ids) - (without is not None))
         best: torch.Tensor | None = None
         places = torch.empty(0)
-        for first, rows in self._pieces():
+        for first in range(0, len(self.token_ids), ROWS_AT_ONCE):
+            rows = self.centred(self.embed(self.token_ids[first : first + ROWS_AT_ONCE]))
             cosines = directions @ rows.T
             if without is not None:
                 own = torch.arange(first, first + len(rows), device=rows.device)[None] == without[:, None]
@@ -112,10 +113,6 @@ class Vocabulary:
             centred = self.embed(ids) - self.mean
             total += (centred.T @ centred).double()
         return total / len(self.token_ids)
-
-    def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        for first in range(0, len(self.token_ids), ROWS_AT_ONCE):
-            yield first, self.centred(self.embed(self.token_ids[first : first + ROWS_AT_ONCE]))
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

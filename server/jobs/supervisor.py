@@ -52,8 +52,6 @@ Start = Callable[[JobFolder, Settings], Child]
 
 
 class _Running(NamedTuple):
-    """A job whose process runs."""
-
     job: Job
     """As it was when its folder was last read."""
     child: Child

@@ -19,7 +19,7 @@ from typing import Protocol
 from server.contracts import ModelSpec
 from server.errors import UnknownTask
 from server.registry import commands as plans
-from server.registry.events import Change, Event, Publish, VersionContent
+from server.registry.events import Event, Publish, VersionContent
 from server.registry.host_cache import HostCache
 from server.registry.state import WHOLE_STORE, RegistryState, StoredVersion
 from server.registry.store import Store
@@ -185,7 +185,8 @@ class LiveMap:
             removed += gone
         changes = [event.change for event in events if isinstance(event, Event)]
         self.changes.update(change.kind for change in changes)
-        self._contents.check(content for change in changes for content in _published(change))
+        published = [item for change in changes if isinstance(change, Publish) for item in change.published]
+        self._contents.check(item.content for item in published)
         self._refresh(touched)
         contents = [version.content for version in removed]
         self._drop(contents)
@@ -253,7 +254,3 @@ def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     for name, problem in now.items():
         if before.get(name) != problem:
             log.error("%s: %s", "all tasks" if name == WHOLE_STORE else name, problem)
-
-
-def _published(change: Change) -> list[VersionContent]:
-    return [item.content for item in change.published] if isinstance(change, Publish) else []

@@ -120,9 +120,7 @@ class Registry(LiveMap):
     ) -> Task:
         """Let versions answer by weight: a canary.
 
-        Raises:
-            InvalidRequest: the weights are not shares of 100.
-            UnknownTask, PreconditionFailed, VersionUnavailable, StoreError.
+        Raises InvalidRequest if the weights are not shares of 100; else as `activate`.
         """
         wanted = tuple(version for version, weight in weights.items() if weight)
         return self._let_answer(name, wanted, lambda: plans.set_traffic(self._state, name, weights, expected), by)

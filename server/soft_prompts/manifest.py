@@ -164,9 +164,8 @@ class Manifest(_Part):
     def parse(cls, data: bytes | str) -> Manifest:
         """Read manifest.json.
 
-        Raises:
-            InvalidSoftPrompt: the file is not JSON, a field is invalid (the message names it), or the value could not
-                be serialised again (lone surrogate, nested too deeply).
+        Raises InvalidSoftPrompt if the file is not JSON, a field is invalid (the message names it), or the value could
+        not be serialised again (lone surrogate, nested too deeply).
         """
         try:
             manifest = cls.model_validate(parse_json_object(data, "manifest.json"))

@@ -161,9 +161,8 @@ def _parse_row(path: Path, number: int, line: bytes, *, need_targets: bool) -> R
 def encode_examples(data: DataFile, model: FrozenModel, manifest: Manifest, num_virtual_tokens: int) -> list[Example]:
     """Tokenise rows exactly as serving will: the templated input alone, then the target, then the end token.
 
-    Raises:
-        InvalidTrainingData: a row does not fit the context, or holds a token that the model has no embedding for; names
-            file and line.
+    The InvalidTrainingData for a row that does not fit the context, or holds a token that the model has no embedding
+    for, names file and line.
     """
     eos = () if model.text.end_token_id is None else (model.text.end_token_id,)
     examples = []

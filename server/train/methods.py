@@ -143,16 +143,12 @@ def build_prefix(config: TrainingConfig, initial: torch.Tensor | KeyValues, num_
     if not isinstance(initial, torch.Tensor):
         return PrefixTuning(initial)
     if config.method == "p_tuning":
-        return _seeded(PTuning, initial, config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return PTuning(initial)
     if config.method == "multitask_prompt_tuning":
         return MultitaskPromptTuning(initial, num_tasks)
     return PromptTuning(initial)
-
-
-def _seeded(method: type[PTuning], initial: torch.Tensor, seed: int) -> LearnedPrefix:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return method(initial)
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

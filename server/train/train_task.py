@@ -182,5 +182,4 @@ def _manifest(
 
 
 def _hashes(files: Sequence[DataFile]) -> str | list[str]:
-    """The sha256 of the data files."""
     return files[0].sha256 if len(files) == 1 else [data.sha256 for data in files]

@@ -53,7 +53,7 @@ def chat() -> FrozenModel:
 def answers(model: FrozenModel, soft_prompt: SoftPrompt, pairs: Any = TEXTS) -> list[str]:
     """What is generated for rows."""
     engine, evaluation = prepared(model, data_of(pairs), soft_prompt)
-    asked = [evaluation.ask(evaluation.systems[0], row)[0] for row in evaluation.rows]
+    asked = [evaluation.questions.ask(evaluation.systems[0], row)[0] for row in evaluation.rows]
     outcomes = run_engine(engine, [(one.request, one.soft_prompt) for one in asked])
     return [outcomes[one.request.request_id].text for one in asked]
 

@@ -114,7 +114,6 @@ class EvaluationWork:
         return data, None if shots is None else read_rows(shots.path, shots.name, check_cancelled)
 
     def _command(self) -> str:
-        """The shell command that repeats this evaluation, for the card."""
         request = self.request
         options = {
             "--data": self.data,

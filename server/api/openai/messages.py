@@ -27,7 +27,6 @@ SYSTEM_MESSAGE = "Prelude-System-Message"
 
 
 def _joined(content: Any) -> Any:
-    """Join a list of text parts with newlines."""
     if not isinstance(content, list):
         return content
     return "\n".join(_text_of(part) for part in content)
@@ -165,7 +164,6 @@ def _check_end(end: ChatEnd, messages: Sequence[Message], manifest: Manifest) ->
 
 
 def _turn(role: str, message: Message) -> dict[str, str]:
-    """A message as chat templates expect it."""
     turn = {"role": role, "content": message.content}
     return turn if message.name is None else {**turn, "name": message.name}
 

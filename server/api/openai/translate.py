@@ -183,7 +183,6 @@ async def _repeated(deltas: AsyncGenerator[Delta], choices: int) -> AsyncGenerat
 
 
 def _sampling_fields(worker: EngineWorker, body: CompletionBody | ChatBody) -> dict[str, Any]:
-    """The fields of SamplingParams that the request sets itself."""
     own = {
         "max_new_tokens": body.new_tokens,
         "min_new_tokens": body.min_tokens,

@@ -68,8 +68,7 @@ class Interpretations:
     ) -> Interpretation:
         """The interpretation of a soft prompt; requests for the same one share the work.
 
-        Raises:
-            Overloaded: too many wait, or the result takes long; it is kept for a later request.
+        Raises Overloaded if too many wait, or the result takes long; it is kept for a later request.
         """
         manifest = soft_prompt.manifest
         start, labels = declared_start(manifest), tuple(manifest.labels or ())

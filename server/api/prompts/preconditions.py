@@ -18,7 +18,6 @@ async def _expected(
     if_match: Annotated[str | None, Header(description='"*", or the ETag that the task must still have.')] = None,
     if_none_match: Annotated[str | None, Header(description='"*": the task must not exist yet.')] = None,
 ) -> Expected:
-    """The state that the client expects of the task."""
     for name in ("If-Match", "If-None-Match"):
         if len(request.headers.getlist(name)) > 1:
             raise InvalidRequest(f"The header {name} comes twice.", remedy="Send it once, with one ETag.")

@@ -64,8 +64,8 @@ def unpacked_upload(files: Sequence[UploadFile], max_bytes: int) -> Iterator[Unp
 def unpack_upload(files: Sequence[UploadFile], directory: Path, max_bytes: int) -> list[str]:
     """Write the files of a soft prompt into a directory; returns the names of ignored files.
 
-    Raises:
-        InvalidSoftPrompt, PayloadTooLarge: a file does not belong, the zip is unsafe, or the files exceed `max_bytes`.
+    Raises InvalidSoftPrompt or PayloadTooLarge if a file does not belong, the zip is unsafe, or the files exceed
+    `max_bytes`.
     """
     names = [_path(file.filename or "").name for file in files]
     if len(files) == 1 and names[0].lower().endswith(".zip"):

@@ -101,7 +101,6 @@ def _route(scope: Scope) -> str | None:
 
 
 def _line(scope: Scope, record: Record, route: str | None) -> dict[str, Any]:
-    """The fields of a request's log line."""
     usage = record.usage
     fields: dict[str, Any] = {
         "method": scope["method"],

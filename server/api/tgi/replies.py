@@ -104,7 +104,6 @@ class Writer:
         )
 
     def _fields(self, choice: Choice, prefill: list[InputTokenBody]) -> dict[str, Any]:
-        """The fields of SequenceDetails."""
         sampling = self.prepared.request.sampling
         fields = {
             "finish_reason": str(choice.finish_reason),

@@ -254,8 +254,7 @@ def unusable(grammar: Grammar, why: str) -> InvalidRequest:
 def limit_reached(frame: GrammarReply, too_slow: str) -> str:
     """Describe the limit that ended a process.
 
-    Raises:
-        GenerationFailed: no limit ended it; when memory runs out, the kernel kills grammars first (SIGKILL).
+    Raises GenerationFailed if none did; when memory runs out, the kernel kills grammars first (SIGKILL).
     """
     number = frame.payload[0]
     if number == signal.SIGPROF:

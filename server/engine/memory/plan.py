@@ -96,9 +96,8 @@ class MemoryPlan:
 def plan(wanted: MemoryDemand, free: int) -> MemoryPlan:
     """Share `free` bytes out.
 
-    Raises:
-        InsufficientMemory: the parts do not fit together, or the KV cache holds not even one sequence of the longest
-            context; says what would.
+    Raises InsufficientMemory, which says what would fit, if the parts do not fit together, or the KV cache holds not
+    even one sequence of the longest context.
     """
     slab = wanted.slab
     requested = wanted.sequences * slab if wanted.kv is None else wanted.kv

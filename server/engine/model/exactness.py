@@ -62,10 +62,8 @@ class ModelInEngine(Protocol):
 def refuse_inexact(model: ModelInEngine) -> None:
     """Compare the engine's logits with those of the model's own forward over token ids.
 
-    For the comparison, sliding windows are made so narrow that they hide some of the few tokens.
-
-    Raises:
-        UnsupportedModel: the logits differ; the error names the cause.
+    For the comparison, sliding windows are made so narrow that they hide some of the few tokens. Raises
+    UnsupportedModel, which names the cause, if the logits differ.
     """
     config = model.module.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -110,10 +108,8 @@ def _engine_logits(model: ModelInEngine, ids: torch.Tensor, *, narrow: bool) -> 
 
     They are computed in two steps: the beginning of each sequence, then the next chunk of one beside the last token of
     the other. In each step the tokens of both sequences are shuffled, because outside attention nothing in a model may
-    depend on a token's neighbours or on its position in the flat row.
-
-    Raises:
-        UnsupportedModel: the model writes to its input embeddings.
+    depend on a token's neighbours or on its position in the flat row. Raises UnsupportedModel if the model writes to
+    its input embeddings.
     """
     tokens = len(ids)
     kv_cache = KVCache(replace(model.spec, max_model_len=tokens), num_slabs=2)

@@ -187,10 +187,8 @@ def kinds_with_states(text_config: PretrainedConfig) -> set[str]:
 def prepare_layers(module: PreTrainedModel) -> Layers:
     """Replace a model's recurrent layers, if it has any; the weights do not change.
 
-    Layers with attention are renumbered, so that the KV cache has no space for recurrent layers.
-
-    Raises:
-        UnsupportedModel: no layer has attention, or a convolution has no state.
+    Layers with attention are renumbered, so that the KV cache has no space for recurrent layers. Raises
+    UnsupportedModel if no layer has attention, or a convolution has no state.
     """
     config = module.config.get_text_config()
     kind = RECURRENT_LAYERS.get(config.model_type)

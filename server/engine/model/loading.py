@@ -56,12 +56,10 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 
 
 def load(location: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer from a directory, or by a hub id.
+    """Load the model and the tokenizer from a directory, or by a hub id; code in the directory is never run.
 
-    Code in the model's directory is never run.
-
-    Raises:
-        ConfigurationError: files are missing, broken or inconsistent, or (UnsupportedModel) the model cannot be served.
+    Raises ConfigurationError for files that are missing, broken or inconsistent, and UnsupportedModel for a model that
+    cannot be served.
     """
     directory = Path(location)
     weights: dict[str, Stored] = {}
@@ -139,8 +137,7 @@ def refuse_missing(location: str, info: Mapping[str, Any]) -> None:
 def check_files(directory: Path) -> dict[str, Stored]:
     """Return the weights in safetensors files, by name, of a directory whose files are all there and readable.
 
-    Raises:
-        ConfigurationError: a file is missing, truncated or unreadable; names the first one.
+    The ConfigurationError names the first file that is missing, truncated or unreadable.
     """
     with as_sentence(f"{directory} cannot be read", "Let the server's user read the directory and its files."):
         names = {path.name for path in directory.iterdir()}

@@ -34,10 +34,8 @@ class Judged:
 def encode_labels(model: ModelText, labels: Sequence[str], *, continue_text: bool = False) -> tuple[LabelIds, ...]:
     """Token ids of labels, tokenised separately from the input, as training tokenises targets.
 
-    With `continue_text`, labels are tokenised as continuations of the input, as for the frozen model alone.
-
-    Raises:
-        InvalidRequest: two labels have the same token ids.
+    With `continue_text`, labels are tokenised as continuations of the input, as for the frozen model alone. Raises
+    InvalidRequest for two labels with the same token ids.
     """
     encode = model.encode_after_text if continue_text else partial(model.encode, add_special_tokens=False)
     ids = [tuple(encode(label)) for label in labels]

@@ -59,10 +59,8 @@ class InputEncoder:
     def encode(self, text: str | TemplatedText, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, without control tokens from users' texts; a plain `str` may contain special tokens.
 
-        `add_special_tokens` is False for a text that contains its special tokens, such as a rendered chat.
-
-        Raises:
-            InvalidRequest: a user's text cannot be distinguished from a special token.
+        `add_special_tokens` is False for a text that contains its special tokens, such as a rendered chat. Raises
+        InvalidRequest if a user's text cannot be distinguished from a special token.
         """
         raw = text if isinstance(text, str) else text.text
         if isinstance(text, str) or not text.user_spans or not self._contents:

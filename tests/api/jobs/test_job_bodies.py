@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import UploadFile
 
-from server.api.evaluations.schemas import FILES, EvaluationRequest
+from server.api.evaluations.schemas import EvaluationRequest
 from server.api.jobs import job_bodies
 from server.api.jobs.job_bodies import GivenFile, Order, find_files, keep_uploads
 from server.errors import InvalidRequest, PayloadTooLarge, StoreError, StoreFull
@@ -33,15 +33,15 @@ def upload(content: bytes = b"{}\n", name: str | None = "rows.jsonl") -> UploadF
 )
 def test_an_upload_is_called_by_its_name_without_folders(sent: str | None, shown: str) -> None:
     order = Order(EvaluationRequest(task="mood"), {"data": upload(name=sent)})
-    assert find_files(order, FILES, None)["data"].name == shown
+    assert find_files(order, EvaluationRequest.files, None)["data"].name == shown
 
 
 def test_a_file_is_named_or_uploaded_and_not_both(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"{}\n")
     named = EvaluationRequest(task="mood", data="rows.jsonl")
-    assert find_files(Order(named, {}), FILES, tmp_path)["data"].path == tmp_path / "rows.jsonl"
+    assert find_files(Order(named, {}), EvaluationRequest.files, tmp_path)["data"].path == tmp_path / "rows.jsonl"
     with pytest.raises(InvalidRequest, match="both uploaded and named"):
-        find_files(Order(named, {"data": upload()}), FILES, tmp_path)
+        find_files(Order(named, {"data": upload()}), EvaluationRequest.files, tmp_path)
 
 
 def test_uploads_are_kept_until_the_job_lets_them_go(tmp_path: Path) -> None:

@@ -61,12 +61,18 @@ class Call:
     """A request for an answer, and the parts of the server that answer it."""
 
     request: Request
-    worker: WorkerDep
-    registry: RegistryDep
-    key_id: KeyIdDep
+    worker: EngineWorker
+    registry: Registry
+    key_id: str | None
 
 
-CallDep = Annotated[Call, Depends()]
+async def _call(request: Request) -> Call:
+    """All parts in one dependency: FastAPI would make a class on another thread, and each dependency takes time."""
+    state = request.app.state
+    return Call(request, state.worker, state.registry, getattr(request.state, "key_id", None))
+
+
+CallDep = Annotated[Call, Depends(_call)]
 
 # The pattern only tells OpenAPI: FastAPI would refuse what does not match in words of its own.
 TaskName = Annotated[

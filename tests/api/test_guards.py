@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from inspect import isclass, iscoroutinefunction, isroutine
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from server.api import ops
-from server.api.app import create_app
+from server.api.app import api_routes, create_app
 from server.api.auth import GuardedRoute, Publishes, may_see
 from server.api.error_format import ErrorFormats
 from server.api.errors import install_error_handlers
@@ -72,3 +76,20 @@ async def test_a_handler_that_nobody_guards_fails_closed(tmp_path: Path) -> None
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert_error(await client.get("/forgotten"), 500, "internal_error")
         assert_error(await client.get("/declared"), 401, "unauthorized")
+
+
+def test_no_dependency_runs_on_another_thread() -> None:
+    def calls(dependant: Dependant) -> Iterator[Any]:
+        yield dependant.call
+        for part in dependant.dependencies:
+            yield from calls(part)
+
+    routes = [route for route in api_routes() if isinstance(route, APIRoute)]
+    found = [(route.path, call) for route in routes for call in calls(route.dependant)]
+    assert len(found) > len(routes)
+    slow = [
+        (path, call)
+        for path, call in found
+        if not iscoroutinefunction(call if isroutine(call) or isclass(call) else type(call).__call__)
+    ]
+    assert slow == []

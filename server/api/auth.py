@@ -139,6 +139,11 @@ def _needed(scope: ASGIScope) -> _Needed:
     return needed
 
 
+def has_key(scope: ASGIScope) -> bool:
+    """Whether a request came with a key, which may be revoked."""
+    return scope.get("state", {}).get("key") is not None
+
+
 def why_no_longer(scope: ASGIScope) -> str | None:
     """Why the key of a request that was allowed no longer allows it, as a sentence; None if it does."""
     key: ApiKey | None = scope.get("state", {}).get("key")

@@ -193,6 +193,8 @@ async def encode_text(
 
 def refuse_too_long(worker: EngineWorker, text: str) -> None:
     """Refuse (InputTooLong) a text that can never fit, before it is tokenised."""
+    if 4 * len(text) <= worker.model.max_model_len:  # a character has at most four bytes, and each token at least one
+        return
     least = worker.text.length_bound.least_tokens(text)
     if least > worker.model.max_model_len:
         raise InputTooLong(

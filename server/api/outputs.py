@@ -83,6 +83,8 @@ async def collect_all(requests: Sequence[AsyncIterator[Delta]], num_choices: int
 
     If one fails, or the waiting task is cancelled, the others are aborted: nobody would read them.
     """
+    if len(requests) == 1:  # the usual case needs no further task
+        return [await collect(requests[0], num_choices)]
     async with running(*(collect(deltas, num_choices) for deltas in requests)) as collecting:
         answers: list[list[Choice]] = await asyncio.gather(*collecting)
         return answers

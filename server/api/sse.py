@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.auth import why_no_longer
+from server.api.auth import has_key, why_no_longer
 from server.api.deadline import seconds_left
 from server.api.schemas import Responses, error_body
 from server.errors import PreludeError, RequestAborted, Unauthorized
@@ -144,14 +144,15 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         RequestAborted: the client has disconnected.
         Unauthorized: the request's key was revoked, or lost what the request needs.
     """
-    async with running(work, _disconnected(request.receive), _revoked(request.scope)) as (task, gone, revoked):
-        await asyncio.wait({task, gone, revoked}, return_when=asyncio.FIRST_COMPLETED)
+    watching: list[Awaitable[PreludeError]] = [_disconnected(request.receive)]
+    if has_key(request.scope):
+        watching.append(_revoked(request.scope))
+    async with running(work, *watching) as (task, *watches):
+        await asyncio.wait({task, *watches}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             result: T = task.result()
             return result
-        if revoked.done():
-            raise revoked.result()
-        raise RequestAborted("The client went away.")
+        raise next(watch.result() for watch in watches if watch.done())
 
 
 async def _revoked(scope: Scope) -> Unauthorized:
@@ -162,6 +163,8 @@ async def _revoked(scope: Scope) -> Unauthorized:
         await asyncio.sleep(KEY_SECONDS)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> RequestAborted:
+    """Wait until the client has disconnected, then return the error."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    return RequestAborted("The client went away.")

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from server.contracts import Scored
 from server.engine.text.model_text import ModelText
@@ -37,8 +36,7 @@ def encode_labels(model: ModelText, labels: Sequence[str], *, continue_text: boo
     With `continue_text`, labels are tokenised as continuations of the input, as for the frozen model alone. Raises
     InvalidRequest for two labels with the same token ids.
     """
-    encode = model.encode_after_text if continue_text else partial(model.encode, add_special_tokens=False)
-    ids = [tuple(encode(label)) for label in labels]
+    ids = [model.encode_label(label, continue_text) for label in labels]
     ordered = sorted(zip(ids, labels, strict=True))
     for (one, text), (other, twin) in itertools.pairwise(ordered):
         if one == other:

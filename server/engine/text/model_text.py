@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,9 @@ from server.engine.text.special_tokens import InputEncoder
 from server.engine.text.token_texts import TokenTexts
 from server.errors import UnknownToken, UnsupportedModel
 from server.settings import SpecialTokensInInput
+
+KNOWN_LABELS, SHORT_LABEL = 4096, 64
+"""Number of labels whose token ids are kept, and the most characters of each."""
 
 
 class ModelText:
@@ -45,6 +49,7 @@ class ModelText:
         self._tokenizer = tokenizer
         self._num_embeddings = spec.vocab_size
         self._exceeds_embeddings = max(tokenizer.get_vocab().values()) >= spec.vocab_size
+        self._encode_short_label = lru_cache(KNOWN_LABELS)(self._encode_label)
         self._encoder = (
             InputEncoder(self.backend, unknown_id=tokenizer.unk_token_id) if special_tokens_in_input == "text" else None
         )
@@ -93,6 +98,17 @@ class ModelText:
         """The tokens of a text as (id, start, stop), with offsets in characters."""
         [encoding] = self.backend.encode_batch([text])
         return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def encode_label(self, label: str, continue_text: bool) -> tuple[int, ...]:
+        """Token ids of a label; those of short labels are kept, because most requests of a task have the same labels.
+
+        With `continue_text`, the label continues the input; otherwise it is tokenised as training tokenises targets.
+        """
+        encode = self._encode_short_label if len(label) <= SHORT_LABEL else self._encode_label
+        return encode(label, continue_text)
+
+    def _encode_label(self, label: str, continue_text: bool) -> tuple[int, ...]:
+        return tuple(self.encode_after_text(label) if continue_text else self.encode(label, add_special_tokens=False))
 
     def encode_after_text(self, text: str) -> list[int]:
         """Token ids of a text that continues another text."""

@@ -94,9 +94,27 @@ def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
         httpx.get(f"{client.base_url}/health")
 
 
-def test_serve_ends_with_0_although_the_drain_time_is_up(tmp_path: Path) -> None:
-    with prelude_serve(tmp_path, PRELUDE_DRAIN_SECONDS="0.5") as process:
-        stream = Stream(process.client, max_new_tokens=1500)
+STEERED_ENGINE = """
+import time
+from pathlib import Path
+from server.engine.model.frozen import FrozenModel
+forward = FrozenModel.forward
+def steered(self, *args):
+    if Path({place!r}, "poisoned").exists():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    if Path({place!r}, "slow").exists():
+        time.sleep(0.1)
+    return forward(self, *args)
+FrozenModel.forward = steered
+"""
+"""An engine that slows down or breaks when a file of this name is there."""
+
+
+def test_serve_ends_with_0_although_the_drain_time_is_up(tmp_path: Path, served_tiny: dict[str, str]) -> None:
+    program = STEERED_ENGINE.format(place=str(tmp_path))
+    with prelude_serve(tmp_path, program, PRELUDE_DRAIN_SECONDS="0.5", **served_tiny) as process:
+        (tmp_path / "slow").touch()
+        stream = Stream(process.client, max_new_tokens=100)
         stream.start()
         assert stream.has_begun.wait(30)
         process.popen.send_signal(signal.SIGTERM)
@@ -105,7 +123,7 @@ def test_serve_ends_with_0_although_the_drain_time_is_up(tmp_path: Path) -> None
         assert 0.5 <= time.monotonic() - started < 10
         stream.join(10)
         assert stream.events[-1]["code"] == "request_aborted"
-        assert len(stream.events) < 1500
+        assert len(stream.events) < 100
     assert "Traceback" not in process.log.read_text()
 
 
@@ -122,16 +140,17 @@ LocalObjects.create = lambda self, *args: hang() if Path({flag!r}).exists() else
 
 
 def test_sigterm_ends_the_process_within_the_drain_although_the_store_hangs(
-    tmp_path: Path, smollm2: FrozenModel
+    tmp_path: Path, tiny32: FrozenModel, served_tiny: dict[str, str]
 ) -> None:
     flag = tmp_path / "hang"
     uploads = []
     for seed in range(6):
         folder = tmp_path / f"upload-{seed}"
-        save_soft_prompt(folder, random_soft_prompt(smollm2.spec, seed=seed), smollm2.spec)
+        save_soft_prompt(folder, random_soft_prompt(tiny32.spec, seed=seed), tiny32.spec)
         uploads.append([("files", (path.name, path.read_bytes())) for path in folder.iterdir()])
     program = HANGING_STORE.format(flag=str(flag))
-    with prelude_serve(tmp_path, program, PRELUDE_DRAIN_SECONDS="1") as process, ThreadPoolExecutor(6) as pool:
+    serving = prelude_serve(tmp_path, program, PRELUDE_DRAIN_SECONDS="1", **served_tiny)
+    with serving as process, ThreadPoolExecutor(6) as pool:
         flag.touch()
         hung = [pool.submit(process.client.put, f"/prompts/new-{i}", files=files) for i, files in enumerate(uploads)]
         end = time.monotonic() + 60
@@ -146,25 +165,15 @@ def test_sigterm_ends_the_process_within_the_drain_although_the_store_hangs(
     assert re.search(r"left behind: .*changes", process.log.read_text())
 
 
-POISONED_ENGINE = """
-from pathlib import Path
-from server.engine.model.frozen import FrozenModel
-forward = FrozenModel.forward
-def poisoned(self, *args):
-    if Path({flag!r}).exists():
-        raise RuntimeError("CUDA error: device-side assert triggered")
-    return forward(self, *args)
-FrozenModel.forward = poisoned
-"""
-
-
-def test_an_engine_that_has_failed_for_good_ends_the_process_so_that_it_is_started_again(tmp_path: Path) -> None:
-    flag = tmp_path / "poisoned"
-    with prelude_serve(tmp_path, POISONED_ENGINE.format(flag=str(flag))) as process:
-        stream = Stream(process.client, max_new_tokens=1500)
+def test_an_engine_that_has_failed_for_good_ends_the_process_so_that_it_is_started_again(
+    tmp_path: Path, served_tiny: dict[str, str]
+) -> None:
+    with prelude_serve(tmp_path, STEERED_ENGINE.format(place=str(tmp_path)), **served_tiny) as process:
+        (tmp_path / "slow").touch()
+        stream = Stream(process.client, max_new_tokens=100)
         stream.start()
         assert stream.has_begun.wait(30)
-        flag.touch()
+        (tmp_path / "poisoned").touch()
         assert process.ended_with(30) == ENGINE_FAILED, process.log.read_text()
         stream.join(10)
         assert stream.events[-1]["code"] == "generation_failed"
@@ -253,10 +262,11 @@ def test_the_command_refuses_with_both_ways_out_and_status_2(tmp_path: Path) -> 
     assert "PRELUDE_ALLOW_ANONYMOUS=1" in told
 
 
-def test_the_command_serves_with_keys(tmp_path: Path) -> None:
+def test_the_command_serves_with_keys(tmp_path: Path, served_tiny: dict[str, str]) -> None:
     path = tmp_path / "keys.json"
     text = add_key(path, "ci", [Scope.GENERATE], None)[1]
-    with prelude_serve(tmp_path, PRELUDE_API_KEYS_FILE=str(path), PRELUDE_LOG_LEVEL="debug") as process:
+    settings = served_tiny | {"PRELUDE_API_KEYS_FILE": str(path), "PRELUDE_LOG_LEVEL": "debug"}
+    with prelude_serve(tmp_path, **settings) as process:
         body = {"inputs": "my-very-own-words", "parameters": {"max_new_tokens": 1}}
         assert process.client.post("/generate", json=body).status_code == 401
         allowed = process.client.post("/generate", json=body, headers={"Authorization": f"Bearer {text}"})
@@ -269,8 +279,10 @@ def test_the_command_serves_with_keys(tmp_path: Path) -> None:
     assert "my-very-own-words" not in log
 
 
-def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(tmp_path: Path) -> None:
-    with prelude_serve(tmp_path, PRELUDE_LOG_FORMAT="json") as process:
+def test_the_command_logs_json_that_tells_where_it_is_ready_and_what_it_served(
+    tmp_path: Path, served_tiny: dict[str, str]
+) -> None:
+    with prelude_serve(tmp_path, PRELUDE_LOG_FORMAT="json", **served_tiny) as process:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
         assert process.client.post("/generate", json=body, headers={"X-Request-Id": "one"}).status_code == 200
         process.popen.send_signal(signal.SIGTERM)

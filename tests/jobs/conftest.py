@@ -7,14 +7,8 @@ import pytest
 from server.engine.model.frozen import FrozenModel
 from server.settings import Settings
 from server.soft_prompts.formats import save_soft_prompt
-from tests.jobs.support import Yard, make_yard, save_tiny_model
+from tests.jobs.support import Yard, make_yard
 from tests.support import random_soft_prompt
-
-
-@pytest.fixture(scope="session")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a child loads it."""
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture

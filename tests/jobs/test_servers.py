@@ -34,14 +34,13 @@ def job_of(client: httpx.Client) -> dict[str, Any]:
 
 @pytest.mark.soak
 def test_a_server_that_is_killed_finds_its_job_again_and_publishes_what_it_learned(
-    soak: Soak, model_directory: Path, tmp_path: Path
+    soak: Soak, served_tiny: dict[str, str], tmp_path: Path
 ) -> None:
     soak.only_in_full()  # test_runner.py kills each of the two, on its own
-    settings = {"PRELUDE_MODEL": str(model_directory), "PRELUDE_MAX_MODEL_LEN": "128", "OMP_NUM_THREADS": "1"}
     jobs = JobsFolder(tmp_path / "prompts" / ".jobs")
     kills = 5
     for number in range(kills + 1):
-        with prelude_serve(tmp_path, **settings) as process:
+        with prelude_serve(tmp_path, **served_tiny) as process:
             if number == 0:
                 spec = {"task": "mood", "config": CONFIG, "activate": True}
                 files = {"data": ("rows.jsonl", lines(ROWS)), "validation": ("held.jsonl", lines(MOODS))}
@@ -70,12 +69,11 @@ def test_a_server_that_is_killed_finds_its_job_again_and_publishes_what_it_learn
 
 
 def test_a_jobs_process_has_the_lowest_priority_and_maps_the_file_of_the_weights(
-    model_directory: Path, tmp_path: Path
+    model_directory: Path, served_tiny: dict[str, str], tmp_path: Path
 ) -> None:
     if not hasattr(os, "SCHED_IDLE"):
         pytest.skip("this system has no class for idle work")
-    settings = {"PRELUDE_MODEL": str(model_directory), "PRELUDE_MAX_MODEL_LEN": "128", "OMP_NUM_THREADS": "1"}
-    with prelude_serve(tmp_path, **settings) as process:
+    with prelude_serve(tmp_path, **served_tiny) as process:
         spec = {"task": "mood", "config": LEARNS | {"steps": 1_000_000, "evaluations": 1}}
         reply = process.client.post(
             "/training/jobs", data={"spec": json.dumps(spec)}, files={"data": ("rows.jsonl", lines(ROWS))}

@@ -221,10 +221,10 @@ class Publisher(threading.Thread):
 
 
 @pytest.mark.soak
-def test_what_a_killed_server_acknowledged_is_there(soak: Soak, tmp_path: Path) -> None:
+def test_what_a_killed_server_acknowledged_is_there(soak: Soak, tmp_path: Path, served_tiny: dict[str, str]) -> None:
     known: dict[int, str] = {}
     for i in soak.rounds(short=1, full=6, desc="kills of a server"):
-        with prelude_serve(tmp_path) as process:
+        with prelude_serve(tmp_path, **served_tiny) as process:
             known = assert_all_are_there(process.client, known)
             publisher = Publisher(str(process.client.base_url), seed=1000 * i)
             publisher.start()
@@ -233,7 +233,7 @@ def test_what_a_killed_server_acknowledged_is_there(soak: Soak, tmp_path: Path) 
             process.popen.kill()
             publisher.join(60)
             known |= publisher.acknowledged
-    with prelude_serve(tmp_path) as process:
+    with prelude_serve(tmp_path, **served_tiny) as process:
         known = assert_all_are_there(process.client, known)
         for version in known:
             assert process.client.get(f"/prompts/t/versions/{version}/download").status_code == 200
@@ -254,10 +254,10 @@ def assert_all_are_there(client: httpx.Client, acknowledged: dict[int, str]) -> 
 
 
 def upload(seed: int) -> list[tuple[str, tuple[str, bytes]]]:
-    """A PROMPT_TUNING soft prompt for the embedded model, as a form."""
+    """A PROMPT_TUNING soft prompt for the tiny model, as a form."""
     from safetensors.torch import save
 
-    tensor = torch.randn(4, 576, generator=torch.Generator().manual_seed(seed)) / 10
+    tensor = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) / 10
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
     return [
         ("files", ("adapter_config.json", json.dumps(config).encode())),

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
-from server.engine.attention.interface import ATTENTION_NAME
 from server.registry.objects import open_objects
 from tests.api.live import as_form, wait_until
 from tests.peft_files import peft_directory
 from tests.processes import prelude_serve
-from tests.support import byte_tokenizer, tiny_module
 
 SYNC_SECONDS = 0.2
 SOON = 3.0
@@ -61,14 +58,6 @@ def soft_prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [peft_directory(tmp_path_factory.mktemp("peft") / "task", seed=seed) for seed in range(10)]
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_module(dtype=torch.float32, attention=ATTENTION_NAME).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(params=["file", "s3"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
@@ -78,15 +67,9 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def servers(store_url: str, tmp_path: Path, model_directory: Path) -> Iterator[tuple[Server, Server]]:
+def servers(store_url: str, tmp_path: Path, served_tiny: dict[str, str]) -> Iterator[tuple[Server, Server]]:
     """Two processes, started at the same time as in a deployment."""
-    settings = {
-        "PRELUDE_STORE": store_url,
-        "PRELUDE_SYNC_SECONDS": str(SYNC_SECONDS),
-        "PRELUDE_MODEL": str(model_directory),
-        "PRELUDE_MAX_MODEL_LEN": "128",
-        "OMP_NUM_THREADS": "1",
-    }
+    settings = served_tiny | {"PRELUDE_STORE": store_url, "PRELUDE_SYNC_SECONDS": str(SYNC_SECONDS)}
     places = [tmp_path / name for name in ("one", "two")]
     for place in places:
         place.mkdir()

@@ -119,6 +119,13 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{task['task']}.yaml").write_text(json.dumps(task), encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def _describes_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result of the harness describes the machine, by commands that take a second of CPU time."""
+    assert evaluator.simple_evaluate
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval") / "tasks"
@@ -134,12 +141,12 @@ def harness(chats: LiveServer, tiny: FrozenModel, tasks: Path, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def real(smollm2: FrozenModel, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+def real(served_smollm2: FrozenModel, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     """With the embedded model, of whose tokens a word may be one, or several."""
     folder = tmp_path_factory.mktemp("real")
-    smollm2.tokenizer.save_pretrained(folder / "tokenizer")
-    with live_server(folder, model=smollm2) as live:
-        yield Harness(live, smollm2, tasks, folder / "tokenizer")
+    served_smollm2.tokenizer.save_pretrained(folder / "tokenizer")
+    with live_server(folder, model=served_smollm2) as live:
+        yield Harness(live, served_smollm2, tasks, folder / "tokenizer")
 
 
 def check_choices(harness: Harness, results: dict[str, Any], soft_prompt: SoftPrompt | None) -> None:

@@ -1,7 +1,5 @@
 """Background threads beside the app: the inbox watcher, the store watcher, the supervisor of training jobs."""
 
-from __future__ import annotations
-
 import threading
 from abc import ABC, abstractmethod
 

@@ -1,7 +1,5 @@
 """Resolves data files that a request names, only inside PRELUDE_DATA_DIR."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 
 from server.errors import InvalidRequest

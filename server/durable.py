@@ -1,7 +1,5 @@
 """Durable writes: files are complete or absent, even after a loss of power."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -5,8 +5,6 @@ Each class carries what any front end needs: `status` (HTTP), `code` (stable, on
 that text-generation-inference clients know) and `remedy` (what to do about it). An instance may give a closer remedy.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Self
 
 

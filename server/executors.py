@@ -5,8 +5,6 @@ requests. Each pool limits its threads and its waiting work. Threads are daemons
 offer: before the process ends, Python waits for threads that are not daemons, even if they hang.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import threading

@@ -1,7 +1,5 @@
 """Makes foreign text in the log, such as a folder's name, unable to start an entry of its own."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Work that ends with its caller: long work on a thread, which stops between pieces, and tasks that run at once."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

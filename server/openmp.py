@@ -15,8 +15,6 @@ serve one larger request. Expandable segments grow and shrink by pages, so free 
 size.
 """
 
-from __future__ import annotations
-
 import os
 
 SPIN_COUNT = "3000"

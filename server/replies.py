@@ -3,8 +3,6 @@
 Optional fields are left out of a reply instead of being null.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 

@@ -1,7 +1,5 @@
 """`prelude serve`: load, publish the inbox, listen; on SIGTERM finish running requests, then end with 0."""
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import contextlib

@@ -1,7 +1,5 @@
 """Shared parts of readers of JSON: handling of null fields, and pydantic's errors as one sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

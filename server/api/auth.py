@@ -5,8 +5,6 @@
 A server without keys lets everybody do everything; it then listens on loopback only, see serve.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ number of its values and names, the length of a name. This limits how long valid
 report.
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 import re

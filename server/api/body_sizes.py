@@ -4,8 +4,6 @@ Here it is the size alone, of one body and of all bodies together; `bodies.py` a
 of.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

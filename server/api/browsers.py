@@ -10,8 +10,6 @@ Pages from the origins in `PRELUDE_CORS_ORIGINS` may do what the server's own pa
 to show the page the reply.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from typing import Any

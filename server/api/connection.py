@@ -5,8 +5,6 @@ limit for the rest of a request, takes the trailer of a chunked body for headers
 shuts down its sending side after its request, and sends chunks to clients of HTTP/1.0, which do not know them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import select
 from typing import Any

@@ -4,8 +4,6 @@ The engine's worker ends a request in time by itself. This module covers the tim
 store, waiting for a tokeniser thread, and a client that does not read its stream.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

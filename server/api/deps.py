@@ -1,7 +1,5 @@
 """Dependencies of endpoints, as `Annotated` aliases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """How front ends write errors down. Each front end owns its `ErrorFormat`; `app.py` puts them into one table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

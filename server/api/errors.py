@@ -3,8 +3,6 @@
 The request's path decides which front end's error format applies (`error_format.py`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Copies of uploaded files within a limit, and the error if there is no space for them."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import IO

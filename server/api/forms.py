@@ -4,8 +4,6 @@ Starlette's own reader parses on the event loop, hops to a thread for each piece
 treats a truncated body as complete, so a soft prompt could go live without its manifest.
 """
 
-from __future__ import annotations
-
 import re
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, cast

@@ -1,7 +1,5 @@
 """Routes for operators: health, readiness, information and metrics."""
 
-from __future__ import annotations
-
 from fastapi import APIRouter, Request, Response
 
 from server import __version__

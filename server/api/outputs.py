@@ -1,7 +1,5 @@
 """Runs requests in the engine, one or several at the same time, and collects their deltas into choices."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing

@@ -1,7 +1,5 @@
 """/docs: Swagger UI over /openapi.json. All its files come from this server, so it works offline."""
 
-from __future__ import annotations
-
 import importlib.resources
 
 from starlette.exceptions import HTTPException

@@ -4,8 +4,6 @@ The page is for browsers alone: a client that does not ask for HTML gets what it
 /playground carry a hash of the content, so browsers keep these files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Replies to input that cannot be parsed as a request, and the limits that they quote."""
 
-from __future__ import annotations
-
 import json
 
 from server.api.schemas import error_body

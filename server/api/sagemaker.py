@@ -3,8 +3,6 @@
 The other half of its contract, GET /ping, is one of the probes in `ops.py`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response

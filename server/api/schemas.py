@@ -4,8 +4,6 @@ A field that is null counts as left out, whether it is known or not: clients sen
 for those that nobody has set.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

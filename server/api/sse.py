@@ -1,7 +1,5 @@
 """Server-sent events, and detection of clients that disconnect, even while they wait for the first event."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

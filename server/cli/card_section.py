@@ -1,7 +1,5 @@
 """The interpretation in the card of `prelude eval --card`: static measures, experiments on some rows, pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The differences between two soft prompts: manifests, configs, and tensors by virtual token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Messages quote servers and files, which must not be able to control the terminal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

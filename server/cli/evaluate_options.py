@@ -1,7 +1,5 @@
 """Options of `prelude eval`: each option's type, help and place in --help. The command is in evaluate.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The user's soft prompt files: finds them in a directory, a zip or on the hub, and writes directories."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`prelude keys`: creates, lists and revokes API keys in the file that a server reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Modules log through the standard library. structlog renders these entries and th
 variables of the request that they belong to.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from io import StringIO

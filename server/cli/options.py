@@ -1,7 +1,5 @@
 """Creates commands' options from a class; those of `prelude serve` from the settings, so that the two cannot differ."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable

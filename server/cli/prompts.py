@@ -1,7 +1,5 @@
 """`prelude prompts`: the soft prompts of a running server, from the shell."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

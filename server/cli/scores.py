@@ -1,7 +1,5 @@
 """Prints the result of `prelude eval`: one line for each system, with intervals, and the differences."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 

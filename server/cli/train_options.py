@@ -1,7 +1,5 @@
 """Options of `prelude train`: each option's type, help and place in --help. The command is in train.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -8,8 +8,6 @@ A refusal is raised as the server's own class of `server.errors`, with the serve
 engine is imported, so commands start fast.
 """
 
-from __future__ import annotations
-
 from server.client.client import PreludeClient, Pushed
 from server.client.client import TaskVersions as VersionList
 from server.client.connection import OnSent, ServerUnreachable

@@ -1,7 +1,5 @@
 """Connections to a server: sends requests with key and timeout, and raises failures as PreludeError."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 The unit is the choice, because each choice takes a slot: a request with eight choices counts as much as eight requests.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

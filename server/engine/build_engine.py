@@ -1,7 +1,5 @@
 """Builds an engine from the settings, and plans its memory before it is allocated."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Refuses requests that could never run, before they are accepted."""
 
-from __future__ import annotations
-
 from server.contracts import GenerationRequest
 from server.engine.model.frozen import FrozenModel
 from server.errors import EmptyInput, InputTooLong

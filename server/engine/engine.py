@@ -1,7 +1,5 @@
 """The engine: one synchronous `step()`, schedule -> run -> commit. It is independent of threads and HTTP."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace

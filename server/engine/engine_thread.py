@@ -5,8 +5,6 @@ tries a step of its own. If that fails too, for example because the error has de
 failed permanently.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading

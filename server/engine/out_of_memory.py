@@ -4,8 +4,6 @@ A step's memory grows with its tokens, and a decode adds only one. Decodes there
 tokens is halved. If memory still does not suffice, the sequence with the largest prefill fails.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -1,7 +1,5 @@
 """Runs one batch through the model: its layout, the forward, the logits, and sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

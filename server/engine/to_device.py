@@ -5,8 +5,6 @@ queued like other work; torch keeps that memory until the copy is done. On the w
 copy returns all results of a step.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ The engine's thread is also the only one in which torch uses several cores: with
 OpenMP's helpers would sleep between operations, and a step would take a third longer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -4,8 +4,6 @@ Rows wait in a queue of their own, so live tasks still get their turns. Only a f
 evaluation uses up little of the limits beyond which requests are refused (`engine/admission_control.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence

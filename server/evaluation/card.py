@@ -3,8 +3,6 @@
 In a README.md the card stands between two marks. What people write around them stays when it is written again.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Beside `test.jsonl` may lie `test.references.jsonl`, whose line n is `{"referenc
 and `meta.json`, whose `instruction` says in words what the task is. Both files are used automatically.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

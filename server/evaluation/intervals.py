@@ -5,8 +5,6 @@ one matrix product. The same draws serve every figure, so of two systems on the 
 resampled too: this is the paired bootstrap, in which variation that both systems share cancels out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

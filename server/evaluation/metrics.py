@@ -5,8 +5,6 @@ generated text (what a client gets that sends no `choices`). Other tasks are mea
 perplexity.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every row is asked by ordinary requests: one that generates, and some that score
 classification, or the target where text is written.
 """
 
-from __future__ import annotations
-
 import math
 import string
 import uuid

@@ -1,7 +1,5 @@
 """The report of an evaluation: figures with intervals, differences on the same rows, and a verdict in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

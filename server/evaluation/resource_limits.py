@@ -1,7 +1,5 @@
 """Limits of an evaluation beside live traffic: its memory, its time, its share of the engine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

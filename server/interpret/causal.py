@@ -4,8 +4,6 @@
 own, `evaluation/beside_traffic.py` beside live traffic), and `conclude` makes the interpretation of the answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 

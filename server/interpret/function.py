@@ -4,8 +4,6 @@ What a soft prompt does predicts transfer between tasks; where it lies does not 
 halves of the probes says how exactly a shift is measured.
 """
 
-from __future__ import annotations
-
 import torch
 
 from server.engine.attention.interface import Layout, PackedRows, SharedStart

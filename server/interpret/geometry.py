@@ -1,7 +1,5 @@
 """Sizes and movement of virtual tokens: norms, cosines to the start, effective rank."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

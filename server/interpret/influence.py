@@ -5,8 +5,6 @@ keys stay, so attention is the same. Attention itself is no measure: first token
 al. 2024).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ what was learned. Tested is the change, without its part along the start: only a
 random directions are is called word-like.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

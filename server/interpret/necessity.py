@@ -1,7 +1,5 @@
 """Necessity: leave one virtual token out. Some may harm (XPrompt, Ma et al. 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

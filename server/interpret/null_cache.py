@@ -4,8 +4,6 @@ A file is complete or absent. The folder keeps the newest `MOST_FILES` files. A 
 absent, and a folder that cannot be written to only costs time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable

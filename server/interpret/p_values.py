@@ -1,7 +1,5 @@
 """P-values, the false discovery rate, and spreads of nulls."""
 
-from __future__ import annotations
-
 import torch
 
 from server.interpret.results import Spread

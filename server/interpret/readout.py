@@ -4,8 +4,6 @@ Every linear part is called as a function and not read as a matrix, so that pack
 need no cases of their own. The gain of a norm is measured on a vector that the norm leaves as it is.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Keys and values of a soft prompt of either kind, as the model's attention layers see them."""
 
-from __future__ import annotations
-
 import torch
 
 from server.engine.attention.interface import PackedRows

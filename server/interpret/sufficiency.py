@@ -1,7 +1,5 @@
 """Sufficiency: how much of its effect a changed soft prompt keeps (Khashabi et al. 2022 on the discretisation gap)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

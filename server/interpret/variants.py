@@ -5,8 +5,6 @@ change, fewer bits. For a KV prefix: random tokens, learned keys with the start'
 to the start. Attention does not depend on the order of keys and values, so they are not shuffled.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

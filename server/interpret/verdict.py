@@ -1,7 +1,5 @@
 """The verdict: one or two sentences, made only from the tests."""
 
-from __future__ import annotations
-
 from server.interpret.results import LEVEL, Geometry, Lens, Nearest, Necessity, Sufficiency
 from server.interpret.variants import NEAREST, RANDOM
 

@@ -4,8 +4,6 @@ The axes are the two main components of the vocabulary. They show little of a sp
 map says which share of the variance it shows. It is a picture and no test.
 """
 
-from __future__ import annotations
-
 import torch
 
 from server.interpret.null_cache import NullCache

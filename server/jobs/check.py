@@ -1,7 +1,5 @@
 """Checks a job before it is queued, because a job that fails after an hour in the queue wastes that hour."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ its own. The server allocates all its memory at start (`build.take_all`), so a j
 the job starts.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

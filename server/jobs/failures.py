@@ -1,7 +1,5 @@
 """Why a job failed whose process is over."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 

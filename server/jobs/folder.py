@@ -19,8 +19,6 @@ look, add and cancel; only the one that holds the lock runs, so servers that sha
 between them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """A server's jobs: adding, listing, cancelling, from any thread. `supervisor.py` runs them."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Starts a job's process, and ends it, even one that a killed server has left behind."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

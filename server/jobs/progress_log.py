@@ -8,8 +8,6 @@ Each step is recorded once: steps that a restarted process repeats from its chec
 recorded again. An incomplete last line is being written, or was when the process was killed; readers ignore it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

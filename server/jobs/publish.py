@@ -1,7 +1,5 @@
 """Publishes a job's result as a version of its task, on the same path as an upload."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A cache of all jobs' states: a status file is read again only after it has been replaced."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -7,8 +7,6 @@ lock runs jobs.
 A broken job does not stop the others: if a job's folder cannot be read or written, this server treats the job as ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,8 +4,6 @@
 "2026-11-24T09:00:00Z"}]}`; a key without `tasks` may use all tasks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@ from its hash, so one plain SHA-256 is sufficient. It takes a request a microsec
 second.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import hmac

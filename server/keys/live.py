@@ -1,7 +1,5 @@
 """The keys of a running server, which follows changes of the file: a revoked key stops working without a restart."""
 
-from __future__ import annotations
-
 import contextvars
 import logging
 import stat

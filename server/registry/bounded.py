@@ -1,7 +1,5 @@
 """Time limits for waiting on the store; after them, a request gets 503 with the reason."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError

@@ -6,8 +6,6 @@ winner. A write that is sent again after a lost reply finds its own object and a
 know compares the content.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta

@@ -5,8 +5,6 @@ The class alone says little (a missing bucket, wrong credentials and a refused c
 listing), so the cause is looked for in the text. Nothing of the text is repeated where the cause is known.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

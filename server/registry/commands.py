@@ -4,8 +4,6 @@ If another server's event wins the number, the plan is made again, so its checks
 precedes the event. None means that nothing needs to change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Least recently used out first, within a budget. A soft prompt that is not here i
 however many requests ask for it meanwhile; nobody else waits.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -7,8 +7,6 @@ changed, or removed and put back. When a directory is removed, its tasks are ret
 The store, which lies in the inbox by default, is not watched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

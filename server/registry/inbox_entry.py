@@ -4,8 +4,6 @@ An entry is `Unseen` until it is looked at. Then it is `Settling` as long as som
 once it was published or refused. Whenever it is gone it is `Missing`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from server.registry.inbox_watcher import Signature

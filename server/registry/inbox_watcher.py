@@ -4,8 +4,6 @@ The file system is asked to tell of changes, without being relied on: network fi
 run out of watches, and what happens while a watch is set up is not told either.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -5,8 +5,6 @@ over, so a reader sees a task before or after a change and never in between, and
 immutable value. `registry.py` creates and receives the events.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter

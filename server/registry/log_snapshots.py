@@ -7,8 +7,6 @@ that uses it. Two snapshots stay at any time, and all events after the older one
 anything.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -3,8 +3,6 @@
 The summary is made once, when the event is applied, and not by requests.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import weakref

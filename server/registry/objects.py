@@ -6,8 +6,6 @@ processes, other machines. What it has answered True for survives a loss of powe
 objects mean and which belong together, is built on these five operations.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

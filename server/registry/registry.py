@@ -4,8 +4,6 @@ A change is: validate everything -> warm -> blob -> event -> one assignment; it 
 visible before it is acknowledged. A change never reaches a request in flight.
 """
 
-from __future__ import annotations
-
 import datetime
 import logging
 import secrets

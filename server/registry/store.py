@@ -8,8 +8,6 @@ A blob is whole and durable before an event names it, and an event is whole and 
 change. A blob that no event names is garbage: its publisher lost, or was killed between the two.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

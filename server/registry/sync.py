@@ -1,7 +1,5 @@
 """Several servers on one store: each looks for changes of the others every PRELUDE_SYNC_SECONDS."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What lists show of the registry's state: immutable snapshots, replaced by the next change."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

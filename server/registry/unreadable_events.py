@@ -4,8 +4,6 @@ One of them must not keep a server from starting, nor change anything for the ta
 parts are kept (its tasks, and the versions that it publishes), so that no version number is used twice.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import dataclass

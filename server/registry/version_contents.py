@@ -1,7 +1,5 @@
 """Contents of versions as this server can serve them: read from the store, and checked for its frozen model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 
 from server.contracts import ModelSpec

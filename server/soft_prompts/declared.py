@@ -4,8 +4,6 @@ A key that contradicts the tensor or the model causes a refusal. Keys about trai
 reported to the publisher in a note.
 """
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Iterable
 from typing import Any

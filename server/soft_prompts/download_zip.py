@@ -1,7 +1,5 @@
 """Packs a soft prompt into a zip. Uploads accept it, and `PeftModel.from_pretrained` loads the unpacked files."""
 
-from __future__ import annotations
-
 import io
 import tempfile
 import zipfile

@@ -4,8 +4,6 @@ All checks use the config and the safetensors header, before any tensor is alloc
 `load_soft_prompts` returns a list, because a multitask directory contains one soft prompt for each task.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Limits of a manifest. Only a publish checks them; a manifest that is already in a store is read as it is."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

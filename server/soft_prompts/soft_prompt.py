@@ -5,8 +5,6 @@ the manifest fields that change answers, and is the key of a version's content. 
 never become stale.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 

@@ -12,8 +12,6 @@ lists instead of entries.
     data         the tensors, one after the other without a gap
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

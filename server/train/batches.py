@@ -3,8 +3,6 @@
 A resumed run therefore reads the same rows, and a checkpoint need not store the order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A run's state in a folder, from which it resumes: one safetensors file, replaced whole; nothing is unpickled."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ The defaults should work without tuning: a short search finds the learning rate,
 score no longer improves, and the initial values follow Lester et al. 2021.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal

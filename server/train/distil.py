@@ -5,8 +5,6 @@ are read once by the teacher, the frozen model itself, and a soft prompt learns 
 targets. The common beginning of the teacher's texts is computed once and kept as keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

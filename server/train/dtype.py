@@ -5,8 +5,6 @@ CPU supports it. Training multiplies whole batches, and some CPUs that know bflo
 float32: an Intel Xeon without AMX at 0.54 of the speed (benchmarks/RESULTS.md).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

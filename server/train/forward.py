@@ -4,8 +4,6 @@ Rows travel as one flat row through the same modules and the same attention func
 outside the attention and no mask. What is trained is therefore what is served.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ best. The vocabulary is sampled from its most common tokens, which are the first
 soft prompt as the start is SPoT (Vu et al. 2022). Prefix tuning starts at the keys and values of such tokens.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

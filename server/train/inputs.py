@@ -1,7 +1,5 @@
 """The files and rows of a run. Free of torch, so that faults are reported at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ and methods than between tasks. Peaks are compared by their validation loss; a p
 discarded.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

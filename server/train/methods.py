@@ -4,8 +4,6 @@ A method holds parameters in float32. It implements either `virtual_tokens`, whi
 `key_values`, which returns a KV prefix. `saved` is what PEFT would save.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

@@ -3,8 +3,6 @@
 A lesson is what stays together in a batch: one row with its target, or one row with all labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

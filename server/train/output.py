@@ -1,7 +1,5 @@
 """The files that a run writes: a PEFT directory, and the course of the run as figures and as a picture."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

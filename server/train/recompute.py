@@ -1,7 +1,5 @@
 """Activation checkpointing: the backward pass recomputes activations that would not fit (Chen et al. 2016)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The history of a run: each step, each evaluation, and its end."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One training run, from data files to a trained soft prompt in memory, for `prelude train` and training jobs."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

@@ -4,8 +4,6 @@ A run can be stopped at any step and resumes from its checkpoint with the same n
 depends on its number alone (`batches.py`), and everything else that changes is in the checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The work of an evaluation job: a thread reads, checks and tokenises the files, then the engine answers the rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath

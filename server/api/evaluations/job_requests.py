@@ -1,7 +1,5 @@
 """Turns a request body into an evaluation that is ready to be prepared."""
 
-from __future__ import annotations
-
 from server.api.evaluations.evaluation_work import EvaluationWork
 from server.api.evaluations.schemas import EvaluationRequest
 from server.api.generation import find_soft_prompt

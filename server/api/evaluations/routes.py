@@ -1,7 +1,5 @@
 """Evaluation jobs, and the routes that only they have."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import Request, Response

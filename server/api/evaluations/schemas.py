@@ -1,7 +1,5 @@
 """Bodies and replies under /evaluations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, Field

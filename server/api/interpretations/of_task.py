@@ -1,7 +1,5 @@
 """The route that starts experiments under the path of their task."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter, Request, Response

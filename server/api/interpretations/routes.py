@@ -1,7 +1,5 @@
 """ExperimentJobs with a soft prompt as a kind of job, and the routes that start one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import Request, Response

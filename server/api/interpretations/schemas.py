@@ -1,7 +1,5 @@
 """Bodies and replies under /interpretations."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import BaseModel, Field

@@ -1,7 +1,5 @@
 """The work of the job: a thread plans the variants and reads the rows, then the engine answers them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Follows jobs: one asyncio task polls a job on behalf of all its followers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

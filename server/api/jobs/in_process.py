@@ -1,7 +1,5 @@
 """Jobs that run in the server, beside live traffic, and exist only in memory. One job runs at a time; others wait."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy

@@ -1,7 +1,5 @@
 """Reads the request for a job: its fields, and its files, which are uploaded or in PRELUDE_DATA_DIR."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A kind is a subclass of `Jobs`, a POST route in the same module, and a line in `
 server subclass `InServerJobs` instead and define their `Work` (`in_process.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

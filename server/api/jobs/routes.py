@@ -1,7 +1,5 @@
 """The routes that all kinds of jobs have: list, show, follow, cancel, delete. Each kind adds its own POST."""
 
-from __future__ import annotations
-
 import functools
 from typing import Annotated, Any
 

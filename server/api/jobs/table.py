@@ -1,7 +1,5 @@
 """All kinds of jobs."""
 
-from __future__ import annotations
-
 from server.api.evaluations.routes import Evaluations
 from server.api.interpretations.routes import ExperimentJobs
 from server.api.jobs.job_kind import Jobs

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions: a conversation, in the model's chat template or the task's own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

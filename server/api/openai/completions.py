@@ -1,7 +1,5 @@
 """POST /v1/completions: continues texts or token ids without any template."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

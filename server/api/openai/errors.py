@@ -4,8 +4,6 @@ Statuses are the ones that OpenAI's client libraries map to exception classes. O
 where Prelude's other routes use 422. A few codes are OpenAI's, because programs look for them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, Field

@@ -1,7 +1,5 @@
 """Types of fields that several of OpenAI's bodies share."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Annotated, Any, Literal

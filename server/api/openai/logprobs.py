@@ -4,8 +4,6 @@ Every generated token is reported, including the token that ended the text, so t
 text of a token that is only a part of a character is U+FFFD; a chat's `bytes` are exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A message may have unknown fields: clients append replies of other servers and l
 fields of such replies request nothing. Content other than text is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """GET /v1/models: the frozen model and every live task."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from fastapi import APIRouter, Request

@@ -1,7 +1,5 @@
 """The parts that completion and chat replies share, and the models that describe both in /openapi.json."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 

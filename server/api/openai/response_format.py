@@ -1,7 +1,5 @@
 """`response_format`: a format that the answer to a chat must match."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator

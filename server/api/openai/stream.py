@@ -1,7 +1,5 @@
 """The chunks of a stream: a common head, a choice's new text, and at the end the token counts if requested."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any

@@ -1,7 +1,5 @@
 """Translates OpenAI bodies into engine requests: the version that answers, and the sampling parameters."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import secrets

@@ -1,7 +1,5 @@
 """Runs changes of tasks on their own threads and within a time limit."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass

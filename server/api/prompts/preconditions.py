@@ -1,7 +1,5 @@
 """`If-Match` and `If-None-Match`, with a task's ETag: the number of its last event."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated
 

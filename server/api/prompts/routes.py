@@ -1,7 +1,5 @@
 """Soft prompts over HTTP: list, show, publish, delete. Their versions are in `versions.py`."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 

@@ -7,8 +7,6 @@ of that size, entries that share bytes are counted each time they are extracted,
 initialised with zeros compresses 1000:1.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

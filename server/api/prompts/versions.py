@@ -1,7 +1,5 @@
 """A task's versions over HTTP: list, activate, roll back, divide traffic, download, delete."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Annotated, Any

@@ -3,8 +3,6 @@
 A separate thread reads them while the engine runs, so the values of one scrape are not a consistent snapshot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric

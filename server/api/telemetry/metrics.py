@@ -4,8 +4,6 @@ Each app has its own Prometheus registry. An observation takes about a microseco
 involved. The time between tokens has no task label: all tasks in a batch share its steps, so it is the same for all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest

@@ -1,7 +1,5 @@
 """Observes a request while the engine answers it; replies do not pass through this module."""
 
-from __future__ import annotations
-
 import time
 
 from fastapi import Request

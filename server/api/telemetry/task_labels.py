@@ -5,8 +5,6 @@ their own value; all other tasks share one. A deleted task frees its value. With
 values, and so do the most recent former versions, because versions are usually compared with their predecessors.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 

@@ -1,7 +1,5 @@
 """The heat map of an answer: how much each virtual token's value made each output token likely."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence

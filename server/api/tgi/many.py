@@ -1,7 +1,5 @@
 """POST /generate_many: one text, answered by several tasks and versions at the same time, as one stream of events."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing

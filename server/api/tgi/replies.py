@@ -1,7 +1,5 @@
 """Renders choices as text-generation-inference's replies and events."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any

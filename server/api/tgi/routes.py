@@ -1,7 +1,5 @@
 """The native routes, as text-generation-inference defines them, with the task in the query."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Turns a request body into a queued training job."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training jobs: threads read and write the job folders, and a separate process trains."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Bodies of training jobs."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 from typing import Any
 

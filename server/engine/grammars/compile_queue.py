@@ -5,8 +5,6 @@ that needs longer frees its slot for the next one. It continues to compile as on
 if there are already that many, it waits for its turn and starts again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -5,8 +5,6 @@ accepts them, and Lark, whose first rule may be written `?start`. Rules are rena
 first rule is `start`, names must not be numbers, and the converter does not distinguish `itemList` from `item-list`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Limits of a grammar. Each limit appears in the error of a client that exceeds it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 MiB = 2**20

@@ -5,8 +5,6 @@ text, it computes which tokens may come next. The kernel ends a fork that exceed
 stack. When the server ends, its sockets close, so this process and all forks end too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -1,7 +1,5 @@
 """The server's side of the processes that run llguidance: starts them, receives replies, ends them."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Messages between a server and a grammar's process, as bytes on a socket."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from enum import IntEnum

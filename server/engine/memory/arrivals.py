@@ -5,8 +5,6 @@ copied beside each step, and one prefix at a time. Sequences that need the prefi
 wait for a prefix that another sequence is computing. On CUDA the pieces go through pinned memory on their own stream.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

@@ -5,8 +5,6 @@ computed for all tokens, and as many rows as the sampler handles at once are sam
 on. Its rows all write to one slot, which nobody reads afterwards.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

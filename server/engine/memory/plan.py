@@ -5,8 +5,6 @@ shared inputs, the largest step and the captured graphs. Where the largest step 
 leaves it half of what is free.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

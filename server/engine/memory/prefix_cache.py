@@ -4,8 +4,6 @@ A prefix (`kv_cache.Computed`) is what the engine makes of any soft prompt. It i
 that starts, so dropping one here touches nobody who is running.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 

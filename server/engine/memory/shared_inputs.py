@@ -4,8 +4,6 @@ A request reserves the bytes of its copy before it starts, so all copies togethe
 may exceed the budget, if no other copy exists.
 """
 
-from __future__ import annotations
-
 
 class SharedInputs:
     """Bytes of copies, by request."""

@@ -9,8 +9,6 @@ lengths shares the memory, and neighbouring slots of one length are read as a ba
     slots     | 256 | 256 |     |     | …    |    512     |            | …  |   free
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What a step computes becomes the state only when the step has succeeded, because
 A row is zeroed when a sequence begins, so nothing of its last owner, NaN included, reaches the next one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

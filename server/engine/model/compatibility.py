@@ -3,8 +3,6 @@
 Other models are refused with the reason; the server must never silently give wrong answers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -3,8 +3,6 @@
 The defaults in `server/settings.py` are for CPUs. A value that the user has set is never changed.
 """
 
-from __future__ import annotations
-
 import torch
 from transformers import PretrainedConfig
 

@@ -1,7 +1,5 @@
 """Chooses the device and the dtype; if a GPU cannot be used, reports the reason from torch and its driver."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

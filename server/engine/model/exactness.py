@@ -4,8 +4,6 @@ A config does not show everything: a model may ignore positions, look ahead, or 
 Therefore a few tokens are computed both ways when the model is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol

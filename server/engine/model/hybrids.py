@@ -8,8 +8,6 @@ it.
 Another family needs a module like `ShortConvolution` for its layers, and an entry in `RECURRENT_LAYERS`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple

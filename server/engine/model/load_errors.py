@@ -1,7 +1,5 @@
 """Turns errors of the libraries that read a model into one sentence with a remedy."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The files are checked before transformers reads them: transformers initialises m
 settings that it cannot read, and asks on the terminal whether to run code from the model's directory.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

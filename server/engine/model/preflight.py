@@ -3,8 +3,6 @@
 When memory runs out, Linux kills the process silently, and CUDA fails only after minutes of loading.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass

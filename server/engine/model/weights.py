@@ -5,8 +5,6 @@ fingerprint and on which soft prompts are trained. The copy in the cache directo
 thirteen.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

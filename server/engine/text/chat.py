@@ -4,8 +4,6 @@ A chat template is a program that may do anything with a message, so it runs twi
 replaced by a secret name. Text around the names is the template's own; the names mark the positions of the messages.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ label would always win. In this case the end token, which `prelude train` puts a
 labels.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Turns token ids into text one at a time, without partial characters or parts of stop strings."""
 
-from __future__ import annotations
-
 import codecs
 import logging
 from collections import deque

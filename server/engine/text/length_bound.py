@@ -4,8 +4,6 @@ Tokenising a text takes a hundred bytes of memory for each token, and blocks all
 fit the context is therefore refused or truncated before it is tokenised.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """Converts texts to token ids and back, for one model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 

@@ -4,8 +4,6 @@ A tokenizer turns the string of a special token into its id wherever it occurs, 
 end the turn and begin a system message. A template's own text may contain such tokens; users' texts in it may not.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -4,8 +4,6 @@
 token may be a third of a character, so only its bytes are exact; its text is for people.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property

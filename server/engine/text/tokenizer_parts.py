@@ -1,7 +1,5 @@
 """The parts of a tokenizer, which the tokenizers library exposes only in serialised form."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -85,8 +85,7 @@ class Settings(BaseSettings):
         "PRELUDE_PROMPTS_DIR/.jobs.",
     )
     data_dir: Path | None = Field(
-        None,
-        description="A folder of data files that requests may name instead of uploading them. Default: none.",
+        None, description="A folder of data files that requests may name instead of uploading them. Default: none."
     )
     sync_seconds: float = Field(
         2.0, gt=0, description="How often to look for changes of other servers on the same store, in seconds."

@@ -313,14 +313,14 @@ def misfit(exc: ValidationError) -> RequestValidationError:
     For a field with a union type, pydantic reports one error for each member, and puts its own name for the member into
     the location; these names are removed.
     """
-    told: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    problems: dict[tuple[int | str, ...], dict[str, Any]] = {}
     for problem in exc.errors(include_url=False):
         place = _place(problem["loc"], is_unknown=problem["type"] in UNKNOWN)
-        other = told.get(place)
+        other = problems.get(place)
         message = problem["msg"] if other is None else f"{other['msg']}, or: {problem['msg']}"
-        told[place] = {**problem, "loc": ("body", *place), "msg": message}
-    above = {place[:length] for place in told for length in range(len(place))}
-    return RequestValidationError([problem for place, problem in told.items() if place not in above])
+        problems[place] = {**problem, "loc": ("body", *place), "msg": message}
+    above = {place[:length] for place in problems for length in range(len(place))}
+    return RequestValidationError([problem for place, problem in problems.items() if place not in above])
 
 
 def _place(location: tuple[int | str, ...], *, is_unknown: bool) -> tuple[int | str, ...]:

@@ -107,9 +107,9 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        asked = f"{scope['method']} {scope['path']}"
-        is_form = self._is_form(asked, headers)
-        limit, remedy = self._limit(asked, is_form)
+        target = f"{scope['method']} {scope['path']}"
+        is_form = self._is_form(target, headers)
+        limit, remedy = self._limit(target, is_form)
         length = headers.get("content-length", "0")
         declared = int(length[:20]) if length.isdecimal() else 0
         received = declared if declared > limit else 0
@@ -149,28 +149,28 @@ class BodyLimit:
             )
         self._held += more
 
-    def _is_form(self, asked: str, headers: Headers) -> bool:
+    def _is_form(self, target: str, headers: Headers) -> bool:
         """Whether a body is read as a form, with its files on disk; elsewhere one called a form is kept whole."""
         kind = parse_options_header(headers.get("content-type"))[0]
-        return kind == b"multipart/form-data" and bool(_UPLOAD.fullmatch(asked) or self._is_job(asked))
+        return kind == b"multipart/form-data" and bool(_UPLOAD.fullmatch(target) or self._is_job(target))
 
-    def _is_job(self, asked: str) -> bool:
-        return bool(_EXPERIMENT.fullmatch(asked)) or asked.rstrip("/") in [f"POST {path}" for path in self._job_paths]
+    def _is_job(self, target: str) -> bool:
+        return bool(_EXPERIMENT.fullmatch(target)) or target.rstrip("/") in [f"POST {path}" for path in self._job_paths]
 
-    def _limit(self, asked: str, is_form: bool) -> tuple[int, str]:
+    def _limit(self, target: str, is_form: bool) -> tuple[int, str]:
         """The size limit of a request's body, and the remedy that the error names."""
-        if _UPLOAD.fullmatch(asked):
+        if _UPLOAD.fullmatch(target):
             most = self._max_upload_bytes + MULTIPART_OVERHEAD
             return most, "Send a smaller soft prompt, or raise PRELUDE_MAX_UPLOAD_BYTES."
         if is_form:
             return MAX_DATA_BYTES, "Send a sample of the rows; training reads no more than its steps take."
-        return json_limit(asked, self._job_paths), "Send the text in several requests."
+        return json_limit(target, self._job_paths), "Send the text in several requests."
 
 
-def json_limit(asked: str, job_paths: Sequence[str]) -> int:
+def json_limit(target: str, job_paths: Sequence[str]) -> int:
     """The largest JSON body that a route accepts, by method and path."""
-    path = asked.partition(" ")[2] + "/"
-    is_job = path.startswith(tuple(f"{one}/" for one in job_paths)) or _EXPERIMENT.fullmatch(asked)
+    path = target.partition(" ")[2] + "/"
+    is_job = path.startswith(tuple(f"{one}/" for one in job_paths)) or _EXPERIMENT.fullmatch(target)
     return MAX_ORDER_BYTES if is_job else MAX_JSON_BYTES
 
 

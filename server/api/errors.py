@@ -58,7 +58,8 @@ def install_error_handlers(app: FastAPI, formats: ErrorFormats) -> None:
             ],
             len(items),
         )
-        return _reply(request, InvalidRequest(f"{problems}.", param=_param(locations[0])))
+        param = str(locations[0][1])[:80] if len(locations[0]) > 1 else None  # none if it is about the body itself
+        return _reply(request, InvalidRequest(f"{problems}.", param=param))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -100,11 +101,6 @@ def _methods(request: Request) -> list[str]:
 def _without_kind(location: Location, union_fields: Sequence[str]) -> Location:
     """The location of a problem, without pydantic's name for the kind as which it read a field of several."""
     return (*location[:2], *location[3:]) if len(location) > 2 and location[1] in union_fields else location
-
-
-def _param(location: Location) -> str | None:
-    """The field that a validation problem is about; None if it is the body itself."""
-    return str(location[1])[:80] if len(location) > 1 else None
 
 
 def _problem(item: Mapping[str, Any], location: Location, known: Sequence[str]) -> str:

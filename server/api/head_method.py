@@ -21,8 +21,8 @@ class HeadAsGet:
                 # The reply ends here, even if it is a stream: its handler receives a disconnect.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        asked = {**scope, "method": "GET"}  # a copy: uvicorn sends the reply by the method in its own scope
+        as_get = {**scope, "method": "GET"}  # a copy: uvicorn sends the reply by the method in its own scope
         try:
-            await self._app(asked, receive, send_head)
+            await self._app(as_get, receive, send_head)
         finally:
-            scope.update({**asked, "method": "HEAD"})  # the route that was found, for the log
+            scope.update({**as_get, "method": "HEAD"})  # the route that was found, for the log

@@ -96,13 +96,13 @@ async def _answer_all(rows: Sequence[Row], answer: Callable[[Row], Awaitable[Ans
     return [answers[index] for index in range(len(rows))]
 
 
-async def _finish(worker: EngineWorker, asked: RowRequest) -> None:
+async def _finish(worker: EngineWorker, asking: RowRequest) -> None:
     """Run one request to its end; while the server is overloaded, wait and send it again."""
     while True:
         try:
-            async with aclosing(worker.generate(asked.request, asked.soft_prompt)) as deltas:
+            async with aclosing(worker.generate(asking.request, asking.soft_prompt)) as deltas:
                 async for delta in deltas:
-                    asked.take(delta)
+                    asking.take(delta)
             return
         except Overloaded:  # nothing was started
             await asyncio.sleep(AGAIN_SECONDS)

@@ -56,9 +56,9 @@ def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnR
 
     def submit(row: Row) -> None:
         pairs[row.line] = evaluation.questions.ask(system, row)
-        for asked in pairs[row.line]:
-            running[asked.request.request_id] = asked
-            engine.add(asked.request, asked.soft_prompt)
+        for asking in pairs[row.line]:
+            running[asking.request.request_id] = asking
+            engine.add(asking.request, asking.soft_prompt)
 
     while True:
         while len(pairs) < ROWS_AT_ONCE and (row := next(waiting, None)) is not None:
@@ -66,14 +66,14 @@ def _answers(engine: Engine, evaluation: Evaluation, system: System, on_row: OnR
         if not engine.has_work:
             return
         for delta in engine.step():
-            asked = running[delta.request_id]
+            asking = running[delta.request_id]
             try:
-                if not asked.take(delta):
+                if not asking.take(delta):
                     continue
             except GenerationFailed as exc:
                 raise GenerationFailed(f"{evaluation.questions.data.name}: {exc.message}") from exc
             del running[delta.request_id]
-            line = asked.row.line
+            line = asking.row.line
             if not any(one.request.request_id in running for one in pairs[line]):
                 yield line, evaluation.questions.answer(*pairs.pop(line))
                 on_row(system.name)

@@ -24,8 +24,4 @@ def failure_of(folder: JobFolder, code: int | None) -> Failure:
 
 def broken(message: str) -> Failure:
     """The failure of a job that reported no reason itself."""
-    return Failure(
-        message,
-        PreludeError.code,
-        "Its log (`prelude jobs log`, GET /training/jobs/{job}/log) tells more.",
-    )
+    return Failure(message, PreludeError.code, "Its log (`prelude jobs log`, GET /training/jobs/{job}/log) tells more.")

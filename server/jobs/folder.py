@@ -119,12 +119,7 @@ class JobsFolder:
         for copy in copies:
             if copy.exists():
                 sync(copy)
-        said = {
-            "spec": _SPEC.dump_python(spec, mode="json"),
-            "names": asdict(names),
-            "by": by,
-            "created_at": now(),
-        }
+        said = {"spec": _SPEC.dump_python(spec, mode="json"), "names": asdict(names), "by": by, "created_at": now()}
         write_json(draft.path / "spec.json", said)
         draft.write_status(Status())
         target = self.root / new_job_id()

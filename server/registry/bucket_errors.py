@@ -43,11 +43,7 @@ _CAUSES = (
         "no usable credentials were found",
         "Set {credentials}, or run on a machine with a role for the bucket.",
     ),
-    Cause(
-        r"Account must be specified",
-        "no storage account is named",
-        "Set {credentials}.",
-    ),
+    Cause(r"Account must be specified", "no storage account is named", "Set {credentials}."),
     Cause(
         r"PermanentRedirect|AuthorizationHeaderMalformed|incorrectly configured region|status code: 301\b",
         "the bucket is in another region",

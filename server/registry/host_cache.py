@@ -42,11 +42,8 @@ class HostCache:
         `is_wanted` says whether a version with this digest exists: a content whose version was deleted during the load
         is not cached.
         """
-        self.budget_bytes = budget_bytes
-        self.num_bytes = 0
-        self.hits = 0
-        self.loads = 0
-        self.failures = 0
+        self.budget_bytes, self.num_bytes = budget_bytes, 0
+        self.hits = self.loads = self.failures = 0
         self.on_load: Callable[[float], None] = lambda seconds: None
         self._load = load
         self._is_wanted = is_wanted

@@ -133,12 +133,9 @@ class LocalObjects:
             return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))
 
     def get(self, key: str) -> bytes | None:
-        path = self._path(key)
-        with _refusals(f"read {key}"):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
+        with _refusals(f"read {key}"), contextlib.suppress(FileNotFoundError):
+            return self._path(key).read_bytes()
+        return None
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -159,12 +156,9 @@ class LocalObjects:
             path.unlink(missing_ok=True)
 
     def age(self, key: str) -> float | None:
-        path = self._path(key)
-        with _refusals(f"read {key}"):
-            try:
-                return max(0.0, time.time() - path.stat().st_mtime)
-            except FileNotFoundError:
-                return None
+        with _refusals(f"read {key}"), contextlib.suppress(FileNotFoundError):
+            return max(0.0, time.time() - self._path(key).stat().st_mtime)
+        return None
 
     def release(self, reserve: str) -> None:
         with contextlib.suppress(OSError):

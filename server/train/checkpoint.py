@@ -32,25 +32,19 @@ class TrainingCheckpoint:
 def save_checkpoint(folder: Path, checkpoint: TrainingCheckpoint) -> None:
     """Write it to a temporary file, then rename that over the last one; if killed in between, the last one stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.optimizer["state"]
+    state = {
+        f"{index}/{name}": value
+        for index, values in checkpoint.optimizer["state"].items()
+        for name, value in values.items()
+    }
     tensors = {f"parameters/{name}": tensor for name, tensor in checkpoint.parameters.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in checkpoint.best.items()}
-    tensors |= {
-        f"optimizer/{index}/{name}": value.detach().cpu()
-        for index, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    numbers = {
-        f"{index}/{name}": value
-        for index, values in state.items()
-        for name, value in values.items()
-        if not isinstance(value, torch.Tensor)
-    }
+    arrays = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors |= {f"optimizer/{name}": value.detach().cpu() for name, value in arrays.items()}
     record = {
         "step": checkpoint.step,
         "groups": checkpoint.optimizer["param_groups"],
-        "numbers": numbers,
+        "numbers": {name: value for name, value in state.items() if name not in arrays},
         "history": [asdict(measured) for measured in checkpoint.history],
     }
     temporary = folder / f".{FILE}"

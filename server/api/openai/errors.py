@@ -77,11 +77,6 @@ def no_model(name: str, why: InvalidTaskName | UnknownTask) -> UnknownTask:
     return UnknownTask(f"The model `{name[:80]}` does not exist.", remedy=f"{hint}{MODELS}")
 
 
-def openai_fields(path: str) -> list[str]:
-    """The fields that a body sent to this path may have; empty if the path takes no OpenAI body."""
-    return _FIELDS.get(path, [])
-
-
 def openai_status(error: PreludeError, status: int | None = None) -> int:
     """The HTTP status of an error; `status` overrides the error's own."""
     status = status or error.status
@@ -106,5 +101,5 @@ def openai_error(error: PreludeError) -> dict[str, Any]:
 
 
 OPENAI_ERRORS = ErrorFormat(
-    PREFIX, body=openai_error, status=openai_status, fields=openai_fields, union_fields=("prompt",)
+    PREFIX, body=openai_error, status=openai_status, fields=lambda path: _FIELDS.get(path, ()), union_fields=("prompt",)
 )

@@ -306,8 +306,4 @@ _FIELDS = [*GenerateBody.model_fields, *(f"parameters.{name}" for name in Genera
 _FIELDS_OF_MANY = [*GenerateManyBody.model_fields, *(name for name in _FIELDS if "." in name)]
 
 
-def _fields(path: str) -> list[str]:
-    return _FIELDS_OF_MANY if path == MANY else _FIELDS
-
-
-TGI_ERRORS = ErrorFormat(fields=_fields, union_fields=("inputs",))
+TGI_ERRORS = ErrorFormat(fields=lambda path: _FIELDS_OF_MANY if path == MANY else _FIELDS, union_fields=("inputs",))

@@ -90,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.train_options": {"soft_prompts", "train"},
     "cli.train": COMMAND
     | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.options", "cli.train_options"},
-    "cli.task_source": BOTTOM | {"soft_prompts", "registry"},
+    "cli.task_source": BOTTOM | {"soft_prompts", "registry", "cli.references", "cli.remote"},
     "cli.scores": {"cli.tables", "evaluation"},
     "cli.evaluate_options": set(),
     "cli.evaluate": COMMAND
@@ -124,6 +124,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli.tables",
         "cli.task_source",
     },
+    "cli.prune_options": set(),
+    "cli.prune": COMMAND
+    | {"soft_prompts", "engine", "registry", "evaluation", "interpret", "cli.options", "cli.prune_options"}
+    | {"cli.inspection_tables", "cli.remote", "cli.tables", "cli.task_source"},
     "cli.main": COMMAND
     | {
         "serve",
@@ -135,6 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli.train",
         "cli.evaluate",
         "cli.inspection",
+        "cli.prune",
     },
 }
 """What each part of `server` may import beside itself; a new part has to be given its place here."""

@@ -32,7 +32,11 @@ class InspectOptions:
     limit: Annotated[int, typer.Option(min=1, help="Use only this many rows from the beginning.")] = 200
     top: Annotated[int, typer.Option(min=1, max=50, help="Number of neighbours, and of tokens of the lens.")] = 5
     url: Annotated[
-        str | None, typer.Option(help="Download the soft prompt from this server, which must serve the same model.")
+        str | None,
+        typer.Option(
+            help="A server to ask. With --data or --compare, soft prompts are downloaded and interpreted here, with "
+            "the same model."
+        ),
     ] = None
     key: Annotated[
         str | None, typer.Option("--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key, with --url.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,38 +36,63 @@ def inspect(options: InspectOptions) -> None:
     configure_logging("warning")
     with errors_as_sentences():
         measures = _checked(options)
-        from server.cli.inspection_tables import print_causal, print_similarity, print_static
-        from server.cli.tables import console
-        from server.engine.build_engine import load_engine
-        from server.interpret.null_cache import NullCache
-        from server.interpret.static import Interpreter
-
-        settings, out = Settings.load(), console()
-        engine = load_engine(settings)
-        interpreter = Interpreter(engine.model, NullCache(settings.cache_dir / "interpretation"))
-        found = [(name, *_find(settings, engine.model.spec, options, name)) for name in options.tasks]
-        named = [(name, soft_prompt) for name, soft_prompt, _ in found]
-        document: dict[str, Any] = {}
-        if options.compare:
-            with _bar(len(named), "task") as on_task:
-                similarity = interpreter.compare(named, on_task)
-            print_similarity(similarity, out)
-            document["similarity"] = similarity.model_dump(mode="json")
-            _draw(options.svg, similarity=similarity)
-        else:
-            [(name, soft_prompt, others)] = found
-            static = interpreter.interpret(name, soft_prompt, others, top=options.top)
-            print_static(static, out)
-            document["static"] = static.model_dump(mode="json")
-            causal = None
-            if options.data is not None:
-                causal = _experiment(engine, interpreter, options, measures, found[0])
-                print_causal(causal, out)
-                document["causal"] = causal.model_dump(mode="json")
-            _draw(options.svg, static=static, causal=causal)
+        document = _there(options) if _is_there(options) else _here(options, measures)
         if options.json_file is not None:
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             _write(options.json_file, text)
+
+
+def _is_there(options: InspectOptions) -> bool:
+    """Whether the server itself answers: what needs no data, it computes once and keeps."""
+    return options.url is not None and options.data is None and not options.compare
+
+
+def _there(options: InspectOptions) -> dict[str, Any]:
+    """Print what a server says of its soft prompt; the model is not loaded."""
+    from server.cli.inspection_tables import print_static
+    from server.cli.remote import DEFAULT_URL, connected
+    from server.cli.tables import console
+    from server.interpret.results import Interpretation
+    from server.soft_prompts.names import split_version
+
+    task, number = split_version(options.tasks[0])
+    with connected(options.url or DEFAULT_URL, options.key) as client:
+        found = client.interpretation(task, number, options.top)
+    static = Interpretation.model_validate(found)
+    print_static(static, console())
+    _draw(options.svg, static=static)
+    return {"static": static.model_dump(mode="json")}
+
+
+def _here(options: InspectOptions, measures: list[str]) -> dict[str, Any]:
+    """Interpret with a model of one's own, and print it."""
+    from server.cli.inspection_tables import print_causal, print_similarity, print_static
+    from server.cli.tables import console
+    from server.engine.build_engine import load_engine
+    from server.interpret.null_cache import NullCache
+    from server.interpret.static import Interpreter
+
+    settings, out = Settings.load(), console()
+    engine = load_engine(settings)
+    interpreter = Interpreter(engine.model, NullCache(settings.cache_dir / "interpretation"))
+    found = [(name, *_find(settings, engine.model.spec, options, name)) for name in options.tasks]
+    named = [(name, soft_prompt) for name, soft_prompt, _ in found]
+    if options.compare:
+        with _bar(len(named), "task") as on_task:
+            similarity = interpreter.compare(named, on_task)
+        print_similarity(similarity, out)
+        _draw(options.svg, similarity=similarity)
+        return {"similarity": similarity.model_dump(mode="json")}
+    [(name, soft_prompt, others)] = found
+    static, causal = interpreter.interpret(name, soft_prompt, others, top=options.top), None
+    print_static(static, out)
+    document: dict[str, Any] = {"static": static.model_dump(mode="json")}
+    if options.data is not None:
+        causal = _experiment(engine, interpreter, options, measures, found[0])
+        print_causal(causal, out)
+        document["causal"] = causal.model_dump(mode="json")
+    _draw(options.svg, static=static, causal=causal)
+    return document
 
 
 def _checked(options: InspectOptions) -> list[str]:
@@ -94,7 +118,7 @@ def _find(
     from server.soft_prompts.start import declared_start
 
     if options.url is not None:
-        soft_prompt = _pulled(settings, model, options, name)
+        _, soft_prompt = task_source.pulled(settings, model, name, options.url, options.key)
     elif (Path(name) / CONFIG_FILE).is_file():
         soft_prompt = load_soft_prompts(Path(name), model, settings.max_virtual_tokens)[0]
     else:
@@ -105,20 +129,6 @@ def _find(
         for directory in sorted(settings.prompts_dir.glob(f"*/{CONFIG_FILE}")):
             others += load_soft_prompts(directory.parent, model, settings.max_virtual_tokens)
     return soft_prompt, others
-
-
-def _pulled(settings: Settings, model: ModelSpec, options: InspectOptions, name: str) -> SoftPrompt:
-    from server.cli.references import download, only_live
-    from server.cli.remote import DEFAULT_URL, connected
-    from server.soft_prompts.formats import load_soft_prompts
-    from server.soft_prompts.names import split_version
-
-    task, number = split_version(name)
-    with tempfile.TemporaryDirectory(prefix="prelude-inspect-") as folder:
-        with connected(options.url or DEFAULT_URL, options.key) as client:
-            version = only_live(client.versions(task)) if number is None else number
-            download(client, task, version, Path(folder))
-        return load_soft_prompts(Path(folder), model, settings.max_virtual_tokens)[0]
 
 
 def _experiment(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 
 from server.cli.tables import columns, plain
+from server.interpret.pruning import Pruning, pruning_verdict
 from server.interpret.results import (
     CausalInterpretation,
     Geometry,
@@ -16,7 +17,7 @@ from server.interpret.results import (
     Neighbour,
     Similarity,
 )
-from server.interpret.section import NONE, label_rows, ladder_rows, removal_rows
+from server.interpret.section import NONE, label_rows, ladder_rows, removal_rows, written_interval
 from server.interpret.verdict import written_p
 
 
@@ -46,6 +47,28 @@ def print_causal(found: CausalInterpretation, out: Console) -> None:
     if found.necessity is not None:
         titles = (f"replaced by {found.necessity.replaced_by}", "loss", "p, adjusted", "effect")
         _print(titles, removal_rows(found.necessity), out)
+
+
+def print_pruning(name: str, found: Pruning, data: str, out: Console) -> None:
+    """Print which virtual tokens remain, and what the others were worth."""
+    out.print(plain(pruning_verdict(found), "bold"))
+    rows = f"{found.choosing_rows:,} rows chose, {found.judging_rows:,} other rows judged; {data}"
+    out.print(plain(f"{name}: {len(found.kept)} of {found.num_virtual_tokens} virtual tokens remain; {rows}", "dim"))
+    tried = {step.token: step for step in found.steps}
+    cells = [
+        (
+            str(one.token),
+            written_interval(one.loss),
+            one.effect,
+            f"{tried[one.token].loss:.3f}" if one.token in tried else NONE,
+            "removed" if one.token in found.removed else "",
+        )
+        for one in found.alone.tokens
+    ]
+    _print(("virtual token", "loss without it alone", "effect", "with all removed so far", ""), cells, out)
+    if found.whole is not None and found.shortened is not None and found.loss is not None:
+        judged = [("whole", found.whole), ("shortened", found.shortened), ("loss", found.loss)]
+        _print(("on the judging rows", "quality"), [(kind, written_interval(of)) for kind, of in judged], out)
 
 
 def print_similarity(found: Similarity, out: Console) -> None:

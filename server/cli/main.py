@@ -21,6 +21,7 @@ from server.cli.evaluate import evaluate
 from server.cli.inspection import inspect
 from server.cli.logs import configure_logging
 from server.cli.options import with_settings_options
+from server.cli.prune import prune
 from server.cli.train import train
 from server.openmp import bound_primitives, expand_segments, share_cores
 from server.settings import Settings
@@ -84,6 +85,7 @@ app.command()(with_settings_options(serve))
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(prune)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

@@ -1,4 +1,4 @@
-"""Finds the soft prompts of `prelude eval`: in the inbox, as a server would serve them, or in the store."""
+"""Finds soft prompts for commands: in the inbox, as a server would serve them, in the store, or on a server."""
 
 from __future__ import annotations
 
@@ -60,6 +60,19 @@ def find(
     if version is not None:
         return Found(f"{task}@{version}", version, stored[version], named)
     return Found(task, None, _of_inbox(settings, model, task, directory), named)
+
+
+def pulled(settings: Settings, model: ModelSpec, reference: str, url: str, key: str | None) -> Named:
+    """A version of a running server, the only live one unless the reference names another, as `task@version`."""
+    from server.cli.references import download, only_live
+    from server.cli.remote import connected
+
+    task, number = split_version(reference)
+    with tempfile.TemporaryDirectory(prefix="prelude-pulled-") as folder:
+        with connected(url, key) as client:
+            version = only_live(client.versions(task)) if number is None else number
+            download(client, task, version, Path(folder))
+        return f"{task}@{version}", load_soft_prompts(Path(folder), model, settings.max_virtual_tokens)[0]
 
 
 def _stored(settings: Settings, model: ModelSpec, task: str, versions: Sequence[int]) -> dict[int, SoftPrompt]:

@@ -25,6 +25,7 @@ _JOB_ID = re.compile(r"[0-9a-z-]{1,80}")
 
 _PROMPT_PAGE = TypeAdapter(PromptList)
 _JOB = TypeAdapter(JobBody)
+_OBJECT = TypeAdapter(dict[str, Any])
 _JOB_LIST = TypeAdapter(JobList)
 
 
@@ -112,6 +113,11 @@ class PreludeClient(Connection):
         with self.request("GET", f"{_path(task)}/versions/{version}/download") as response, archive.open("xb") as file:
             for chunk in response.iter_bytes():
                 file.write(chunk)
+
+    def interpretation(self, task: str, version: int | None = None, top: int | None = None) -> dict[str, Any]:
+        """What a soft prompt means, without data: the reply of `GET /prompts/{task}/interpretation`."""
+        params = {name: value for name, value in (("version", version), ("top", top)) if value is not None}
+        return self.json("GET", f"{_path(task)}/interpretation", _OBJECT, params=params)
 
     def train(
         self, spec: Mapping[str, Any], data: Path, validation: Path | None = None, *, on_sent: OnSent | None = None

@@ -16,7 +16,7 @@ from server.train.rows import Row
 ROWS_AT_ONCE = 256
 """Number of rows in the engine at a time: more than can run at once, so that the engine always has work."""
 
-OnRow = Callable[[str], None]
+OnRow = Callable[[str], object]
 """Called with the system's name whenever it has answered a row."""
 
 

@@ -69,14 +69,19 @@ def label_rows(lens: Lens) -> list[Row]:
 
 def ladder_rows(found: Sufficiency) -> list[Row]:
     """The soft prompt, the frozen model and all variants as rows: name, quality, ratio."""
-    ends = [(name, _interval(quality), NONE) for name, quality in (("learned", found.learned), ("none", found.none))]
-    steps = [(one.name, _interval(one.quality), _interval(one.ratio) if one.ratio else NONE) for one in found.steps]
+    ends = [
+        (name, written_interval(quality), NONE) for name, quality in (("learned", found.learned), ("none", found.none))
+    ]
+    steps = [
+        (one.name, written_interval(one.quality), written_interval(one.ratio) if one.ratio else NONE)
+        for one in found.steps
+    ]
     return [*ends, *steps]
 
 
 def removal_rows(found: Necessity) -> list[Row]:
     """The virtual tokens as rows: number, loss without it, p, effect."""
-    return [(str(one.token), _interval(one.loss), written_p(one.p), one.effect) for one in found.tokens]
+    return [(str(one.token), written_interval(one.loss), written_p(one.p), one.effect) for one in found.tokens]
 
 
 def _picture(name: str, pictures: Collection[str]) -> Iterable[str]:
@@ -84,7 +89,8 @@ def _picture(name: str, pictures: Collection[str]) -> Iterable[str]:
         yield f"![{PICTURES[name]}]({name}.svg)"
 
 
-def _interval(of: Interval) -> str:
+def written_interval(of: Interval) -> str:
+    """A figure with its interval."""
     return f"{of.value:.3f} ({of.low:.3f} to {of.high:.3f})"
 
 

@@ -71,10 +71,10 @@ def share_start(one: TrainingStart | None, other: TrainingStart | None) -> bool:
     """Whether at least half of the virtual tokens of the shorter one began as tokens of the other."""
     if one is None or other is None:
         return False
-    if one.initial_token_ids and other.initial_token_ids:
-        common = set(one.initial_token_ids) & set(other.initial_token_ids)
-        return 2 * len(common) >= min(len(set(one.initial_token_ids)), len(set(other.initial_token_ids)))
-    return one == other
+    ids, others = set(one.remaining_token_ids), set(other.remaining_token_ids)
+    if ids and others:
+        return 2 * len(ids & others) >= min(len(ids), len(others))
+    return (one.prefix_hash, one.token_ids_sha256) == (other.prefix_hash, other.token_ids_sha256)
 
 
 def split_half(shifts: torch.Tensor) -> float:

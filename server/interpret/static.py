@@ -141,7 +141,7 @@ class Interpreter:
         return LabelTokens(
             answered,
             next((form for form in others if form), ()),
-            tuple(token for token in answered if token in set(start.initial_token_ids or ())),
+            tuple(token for token in answered if token in set(start.remaining_token_ids)),
             frozenset(self.model.text.tokens.special_ids),
         )
 
@@ -155,6 +155,10 @@ def start_in_words(start: TrainingStart | None, *, is_known: bool) -> str:
     """What a soft prompt began with."""
     if start is None:
         return "unknown: its manifest does not declare one"
+    if start.kept is not None and is_known:
+        whole = start.model_copy(update={"kept": None, "num_virtual_tokens": None})
+        remain = f"{len(start.kept)} of the {start.num_virtual_tokens} virtual tokens remain"
+        return f"{start_in_words(whole, is_known=True)}; {remain}"
     if start.prefix_hash is not None:
         return f"the soft prompt {start.prefix_hash[:12]}…{'' if is_known else ', which is not at hand'}"
     if not is_known:

@@ -18,6 +18,7 @@ from server.soft_prompts.manifest import Manifest
 START_FIELD = "start"
 MOST_IDS = 1000
 """Maximum number of token ids in a manifest, whose size is limited; a start of more tokens is not declared."""
+MOST_NAME = 200
 
 
 class TrainingStart(BaseModel):
@@ -35,12 +36,39 @@ class TrainingStart(BaseModel):
     """Hash of the ids of these tokens."""
     prefix_hash: str | None = None
     """The prefix hash of the soft prompt that training began with."""
+    nearest_task: str | None = Field(None, max_length=MOST_NAME)
+    """With a prefix hash: the task of this soft prompt, which training found to be the nearest by function."""
+    similarity: float | None = None
+    """With `nearest_task`: the cosine of what both do to the last hidden state."""
+    num_virtual_tokens: int | None = Field(None, ge=1)
+    """Number of virtual tokens that were trained, if some were removed later."""
+    kept: tuple[int, ...] | None = None
+    """Positions of those that remain, ascending."""
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:
         if sum(value is not None for value in (self.initial_token_ids, self.teacher_tokens, self.prefix_hash)) != 1:
             raise ValueError("a start names token ids, a teacher's tokens or a prefix hash, and only one of them")
+        kept, count = self.kept, self.num_virtual_tokens
+        if (kept is None) != (count is None):
+            raise ValueError("kept and num_virtual_tokens belong together")
+        if kept is not None and (
+            not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < (count or 0)
+        ):
+            raise ValueError("kept are ascending positions of the trained virtual tokens")
         return self
+
+    @property
+    def remaining_token_ids(self) -> tuple[int, ...]:
+        """The tokens that the remaining virtual tokens began as; empty if they did not begin as tokens."""
+        ids = self.initial_token_ids or ()
+        return ids if self.kept is None else tuple(ids[index] for index in self.kept if index < len(ids))
+
+    def after_removal(self, num_virtual_tokens: int, kept: Sequence[int]) -> TrainingStart:
+        """The start of these of the `num_virtual_tokens` virtual tokens."""
+        positions = self.kept or range(num_virtual_tokens)
+        count = self.num_virtual_tokens or num_virtual_tokens
+        return self.model_copy(update={"num_virtual_tokens": count, "kept": tuple(positions[one] for one in kept)})
 
     @property
     def fits_manifest(self) -> bool:

@@ -55,20 +55,28 @@ def start_values(model: FrozenModel, soft_prompt: SoftPrompt, others: Sequence[S
     Returns:
         None if the start is unknown: not declared, not for this model, or a soft prompt that is not among `others`.
     """
-    start = declared_start(soft_prompt.manifest)
-    if start is None:
+    start, count = declared_start(soft_prompt.manifest), soft_prompt.num_virtual_tokens
+    if start is None or (start.kept is not None and len(start.kept) != count):
         return None
+    whole = _trained_values(model, soft_prompt, start, others, start.num_virtual_tokens or count)
+    return whole if whole is None or start.kept is None else whole[list(start.kept)]
+
+
+def _trained_values(
+    model: FrozenModel, soft_prompt: SoftPrompt, start: TrainingStart, others: Sequence[SoftPrompt], count: int
+) -> torch.Tensor | None:
+    """The start of all `count` virtual tokens that were trained, `[count, width]`; None if it is unknown."""
     if start.prefix_hash is not None:
-        shape = soft_prompt.tensor.shape
+        shape = (count, *soft_prompt.tensor.shape[1:])
         found = (other.tensor for other in others if other.prefix_hash == start.prefix_hash)
         return next((tensor.detach().float().cpu() for tensor in found if tensor.shape == shape), None)
     values: torch.Tensor | KeyValues | None = None
     try:
         if start.teacher_tokens is not None:
-            values = _of_teacher(model, soft_prompt, start)
+            values = _of_teacher(model, soft_prompt, start, count)
         else:
             ids = start.initial_token_ids or ()
-            is_alike = len(ids) == soft_prompt.num_virtual_tokens and all(0 <= i < model.spec.vocab_size for i in ids)
+            is_alike = len(ids) == count and all(0 <= i < model.spec.vocab_size for i in ids)
             if is_alike:
                 values = _of_tokens(model, start, is_kv_prefix=soft_prompt.is_kv_prefix)
     except PreludeError:  # a declaration that does not fit this model
@@ -82,13 +90,15 @@ def _of_tokens(model: FrozenModel, start: TrainingStart, *, is_kv_prefix: bool) 
     return values_of_tokens(model, start.initial_token_ids or (), start.random_seed, is_kv_prefix=is_kv_prefix)
 
 
-def _of_teacher(model: FrozenModel, soft_prompt: SoftPrompt, start: TrainingStart) -> KeyValues | None:
+def _of_teacher(
+    model: FrozenModel, soft_prompt: SoftPrompt, start: TrainingStart, num_virtual_tokens: int
+) -> KeyValues | None:
     """Keys and values of the teacher's last tokens, if its text still gives the declared tokens."""
     training = soft_prompt.manifest.training or {}
     template, count = training.get("teacher_template"), start.teacher_tokens or 0
-    if not isinstance(template, str) or not soft_prompt.is_kv_prefix or count < soft_prompt.num_virtual_tokens:
+    if not isinstance(template, str) or not soft_prompt.is_kv_prefix or count < num_virtual_tokens:
         return None
     ids = Teacher(model, template, bool(training.get("teacher_chat"))).encode("-")[:count]
     if len(ids) > model.spec.max_model_len or hash_of_ids(ids) != start.token_ids_sha256:
         return None
-    return text_states(model, ids, soft_prompt.num_virtual_tokens)
+    return text_states(model, ids, num_virtual_tokens)

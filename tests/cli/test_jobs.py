@@ -68,7 +68,8 @@ def refused(result: Result) -> tuple[str, str]:
     return error.removeprefix("error: "), remedy.strip()
 
 
-def test_a_task_is_trained_on_the_server_followed_and_live(server: LiveServer) -> None:
+def test_a_task_is_trained_on_the_server_followed_and_live(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)  # a busy machine's look each second could miss all of the training
     template = ("--input-template", "{system}{input} =", "--system-message", "template")
     result = train("mood", LEARNS, "--url", server.url, "--activate-at-least", "0.9", *template)
     assert result.exit_code == 0, result.output

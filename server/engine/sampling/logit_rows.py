@@ -12,7 +12,7 @@ import torch
 from server.contracts import Scored
 from server.engine.attention.cached_rows import Span
 from server.engine.fast.operators import at_least_float32
-from server.engine.sampling.sampler import in_parts, report_ranks, report_tokens, rows_of
+from server.engine.sampling.sampler import in_parts, log_totals, report_ranks, report_tokens, rows_of
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download, upload
 
@@ -84,7 +84,7 @@ class LogitRows:
             of_row = np.repeat(np.arange(len(labelled)), lengths)
             row, token = upload([of_row, np.array([token for some in firsts for token in some])], logits.device)
             wanted = at_least_float32(rows_of(logits, [row for row, _ in labelled]))
-            logprobs = download.add(wanted[row, token] - wanted.logsumexp(dim=-1)[row])
+            logprobs = download.add(wanted[row, token] - log_totals(wanted)[row])
             yield _given([sequence for _, sequence in labelled], firsts, logprobs, download)
 
     def _score_targets(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:

@@ -220,7 +220,7 @@ def report_tokens(
         num_top: for each row, the number of most likely tokens to report too.
         download: transfers the results.
     """
-    total, own = download.add(logits.logsumexp(dim=-1)), download.add(logits.gather(1, tokens[:, None]))
+    total, own = download.add(log_totals(logits)), download.add(logits.gather(1, tokens[:, None]))
     most = max(num_top, default=0)
     if most:
         found = logits.topk(most, dim=-1)
@@ -240,6 +240,14 @@ def report_tokens(
         ]
 
     return reports
+
+
+def log_totals(logits: torch.Tensor) -> torch.Tensor:
+    """The logarithm `[rows]` of each row's sum of exponentials, the same whatever other rows there are.
+
+    torch divides the sum of a single row between its threads, so it adds up in another order than beside other rows.
+    """
+    return logits.expand(2, -1).logsumexp(dim=-1)[:1] if len(logits) == 1 else logits.logsumexp(dim=-1)
 
 
 def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

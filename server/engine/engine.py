@@ -154,7 +154,7 @@ class Engine:
         deltas: list[Delta] = []
         for sequence, span in batch:
             drawn: list[tuple[Sequence, NextToken]] = []
-            if sequence.needs_next_after(span) and not sequence.request.labels:
+            if sequence.needs_next_after(span):
                 drawn.append((sequence, next(remaining)))
                 if sequence.siblings:
                     drawn += [(sibling, next(remaining)) for sibling in sequence.siblings]
@@ -194,12 +194,16 @@ class Engine:
         return deltas
 
     def _begin_labels(self, first: Sequence) -> list[Delta]:
-        """End labels of one token, which the input's step has scored; longer labels continue as their own sequences."""
+        """End labels that the input's step has scored whole; other labels continue as their own sequences."""
         deltas, longer = [], []
-        for index, (label, scored) in enumerate(zip(first.request.labels, first.scored, strict=True)):
+        labels = first.request.labels
+        firsts, following = first.scored[: len(labels)], first.scored[len(labels) :]
+        for index, (label, scored) in enumerate(zip(labels, firsts, strict=True)):
             sequence = self._sequence(first.request, first.soft_prompt, index, label)
             sequence.scored, sequence.cached_tokens = [scored], first.cached_tokens
-            if len(label) > 1:
+            if label == first.following:
+                sequence.scored += following
+            if len(label) > 1 and label != first.following:
                 longer.append(sequence)
             else:
                 deltas.append(self._end(sequence, None, FinishReason.LENGTH))

@@ -144,24 +144,47 @@ def test_first_draws_of_many_choices_are_shared_out_to_steps(tiny: FrozenModel) 
 LABELS = [(7,), (7, 9), (200, 3, 5, 5), (9,)]
 
 
-def test_labels_are_scored_whole(tiny: FrozenModel, soft_prompt: SoftPrompt | None) -> None:
-    outcomes = run_engine(make_engine(tiny), [(request("r", INPUT, labels=LABELS), soft_prompt)])
-    for index, label in enumerate(LABELS):
-        expected = distributions(tiny, INPUT + label, soft_prompt)
+@pytest.mark.parametrize("max_batch_tokens", [8, 64])
+@pytest.mark.parametrize("inputs", [INPUT, INPUT[:1]])
+@pytest.mark.parametrize("labels", [LABELS, [(9,), (200, 3, 5, 5)], [(7, 9), (7,)]])
+def test_labels_are_scored_whole(
+    tiny: FrozenModel,
+    soft_prompt: SoftPrompt | None,
+    labels: list[tuple[int, ...]],
+    inputs: tuple[int, ...],
+    max_batch_tokens: int,
+) -> None:
+    engine = make_engine(tiny, max_batch_tokens=max_batch_tokens, max_sequences=4)
+    outcomes = run_engine(engine, [(request("r", inputs, labels=labels), soft_prompt)])
+    assert not engine.kv_cache.allocator.used
+    for index, label in enumerate(labels):
+        expected = distributions(tiny, inputs + label, soft_prompt)
         outcome = outcomes[f"r/{index}" if index else "r"]
         assert [scored.id for scored in outcome.scored] == list(label)
-        logprobs = [float(expected[len(INPUT) - 1 + k][token]) for k, token in enumerate(label)]
+        logprobs = [float(expected[len(inputs) - 1 + k][token]) for k, token in enumerate(label)]
         assert [scored.logprob for scored in outcome.scored] == pytest.approx(logprobs, abs=1e-9)
         assert (outcome.ends, outcome.token_ids) == (1, [])
     assert sum(outcome.lasts for outcome in outcomes.values()) == 1
 
 
-def test_labels_of_one_token_take_one_step_and_all_others_one_more(tiny: FrozenModel) -> None:
+def test_labels_take_one_step_and_another_only_if_several_have_more_than_one_token(tiny: FrozenModel) -> None:
     engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
-    for labels, steps in (([(1,), (2,)], 1), (LABELS, 2)):
+    for labels, steps in (([(1,), (2,)], 1), ([(1,), (2, 3, 4)], 1), ([(2, 3)], 1), (LABELS, 2)):
         before = engine.steps
         run_engine(engine, [(request("r", INPUT, labels=labels), None)])
         assert engine.steps - before == steps
+
+
+def test_a_label_that_follows_its_input_changes_nothing_for_other_sequences(tiny: FrozenModel) -> None:
+    asked = [
+        (request(str(i), INPUT[: 2 + i % 4], labels=[(7, 9 + i), (8,)] if i % 3 else [(7,), (8,)]), None)
+        for i in range(9)
+    ]
+    together = run_engine(make_engine(tiny, max_sequences=16, max_batch_tokens=128), asked)
+    for one in asked:
+        for name, outcome in run_engine(make_engine(tiny, max_sequences=16, max_batch_tokens=128), [one]).items():
+            expected = [scored.logprob for scored in together[name].scored]
+            assert [scored.logprob for scored in outcome.scored] == pytest.approx(expected, abs=1e-9)
 
 
 def test_labels_wait_for_slots_like_everybody(tiny: FrozenModel) -> None:

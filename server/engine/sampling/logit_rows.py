@@ -40,6 +40,10 @@ class LogitRows:
         num_last = 0  # spans whose last row is needed
         first = 0  # index of the span's first token in the flat row
         for sequence, span in batch:
+            if sequence.scores_labels_in(span):
+                num_last += span.end == sequence.num_input
+                rows.labelled.append((len(kept), sequence))
+                kept.append(first + sequence.num_input - 1 - span.start)
             if sequence.targets:
                 positions = sequence.scored_positions(span)
                 if positions:
@@ -56,9 +60,6 @@ class LogitRows:
         return rows
 
     def _draw(self, sequence: Sequence, row: int) -> None:
-        if sequence.request.labels:
-            self.labelled.append((row, sequence))
-            return
         self.next_rows.append(row)
         self.drawing.append(sequence)
         if sequence.siblings:
@@ -95,7 +96,7 @@ class LogitRows:
             for i in range(count)
         ]
         for of_labels in (True, False):
-            group = [row for row in rows if bool(row.sequence.label_ids) == of_labels]
+            group = [row for row in rows if bool(row.sequence.request.labels) == of_labels]
             for part in in_parts(len(group), logits):
                 yield _score(group[part], logits, download, with_ranks=not of_labels)
 

@@ -294,7 +294,7 @@ def most_running(max_sequences: int, max_batch_tokens: int) -> int:
 
 def _makes_copy(sequence: Sequence) -> bool:
     """Whether other choices of the request will start from a copy of this sequence's computed input."""
-    if sequence.shared is not None or sequence.label_ids:
+    if sequence.shared is not None or sequence.following:
         return False
     return bool(sequence.siblings) or max(map(len, sequence.request.labels), default=0) > 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ class Sequence:
     """A choice from admission to its end; most requests have one. Its reference keeps its soft prompt in memory.
 
     Its positions are, in this order: virtual tokens, given tokens, output tokens. The given tokens are the input and,
-    if a label is scored, all tokens of the label except the last one: that one is predicted, never fed to the model.
+    if a label is scored, all tokens of the label except the last one: that one is predicted, never fed to the model. If
+    only one label of a request has several tokens, they follow the input in the same step, so no label needs a second.
     """
 
     request: GenerationRequest
@@ -76,18 +78,20 @@ class Sequence:
         repeatable = self.request.input_ids if repetition != 1.0 else ()  # the other penalties count the output only
         self.seen = SeenTokens(repeatable, presence, self.sampling.frequency_penalty) if has_penalties else None
         """What its penalties read, if it has any."""
-        self.given_ids = self.request.input_ids + self.label_ids[:-1]
+        self.following = self.label_ids or only_long_label(self.request.labels)
+        """The label whose tokens follow the input."""
+        self.given_ids = self.request.input_ids + self.following[:-1]
         self.num_virtual_tokens = 0 if self.soft_prompt is None else self.soft_prompt.num_virtual_tokens
         self.num_input = self.num_virtual_tokens + len(self.request.input_ids)  # shared by the request's choices
         self._num_given = self.num_virtual_tokens + len(self.given_ids)
         self.num_known = self._num_given + len(self.output_ids)
         """Number of positions whose token is known, whether or not the model has processed them yet."""
-        self.needs_next_token = not self.label_ids and (bool(self.request.labels) or self.sampling.max_new_tokens > 0)
+        self.needs_next_token = not self.request.labels and self.sampling.max_new_tokens > 0
         """Whether generation continues after the given tokens."""
         self.targets: tuple[int, ...] = ()  # the given tokens to score
         self.first_target = self.num_virtual_tokens  # the position whose row says how likely the first of them was
-        if self.label_ids:
-            self.targets, self.first_target = self.label_ids[1:], self.num_input
+        if self.following:
+            self.targets, self.first_target = self.following[1:], self.num_input
         elif self.request.input_logprobs and self.index == 0 and not self.request.labels:
             self.scored = [Scored(self.request.input_ids[0], None)]
             self.targets = self.request.input_ids[1:]
@@ -140,8 +144,12 @@ class Sequence:
         return range(first, max(first, min(span.end, self.first_target + len(self.targets))))
 
     def needs_next_after(self, span: Span) -> bool:
-        """Whether the logits of this span's last position decide the next token, or score the first of each label."""
+        """Whether the logits of the span's last known position decide the next token."""
         return self.needs_next_token and span.end == self.num_known
+
+    def scores_labels_in(self, span: Span) -> bool:
+        """Whether this span holds the input's last position, whose logits score the first token of each label."""
+        return bool(self.request.labels) and not self.label_ids and span.start < self.num_input <= span.end
 
     def token_at(self, position: int) -> int:
         """Token id at a position after the virtual tokens."""
@@ -188,6 +196,12 @@ class Sequence:
         """Token ids `[biases]`, and what is added to their logits."""
         ids, biases = zip(*self.sampling.logit_bias, strict=True) if self.sampling.logit_bias else ((), ())
         return np.array(ids, dtype=np.int64), np.array(biases, dtype=np.float64)
+
+
+def only_long_label(labels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The label with several tokens, if there is exactly one; else empty."""
+    long = [label for label in labels if len(label) > 1]
+    return long[0] if len(long) == 1 else ()
 
 
 def _mass(share: float) -> float:

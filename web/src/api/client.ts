@@ -32,6 +32,7 @@ export interface Options {
   json?: unknown;
   form?: FormData;
   ifMatch?: string;
+  headers?: Record<string, string>;
   signal?: AbortSignal;
 }
 
@@ -100,7 +101,7 @@ async function errorOf(response: Response): Promise<ApiError> {
 
 /** Send a request and return its reply, whose body nobody has read. A request is never sent twice. */
 export async function send(method: string, path: string, options: Options = {}): Promise<Response> {
-  const headers = new Headers();
+  const headers = new Headers(options.headers);
   if (session.key) headers.set('Authorization', `Bearer ${session.key}`);
   if (options.ifMatch) headers.set('If-Match', options.ifMatch);
   if (options.json !== undefined) headers.set('Content-Type', 'application/json');

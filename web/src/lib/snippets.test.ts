@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { LANGUAGES, snippet } from './snippets';
+import { LANGUAGES, pathOf, screenSnippet, snippet, type ScreenRequest } from './snippets';
 
 const body = {
   inputs: `it's "quoted" $HOME \\ 'x'`,
@@ -21,5 +21,35 @@ describe('the request as code', () => {
   });
   it('writes Python literals', () => {
     expect(snippet('Python', 'http://h', body, 'm', false)).toContain('"details": True');
+  });
+});
+
+describe('the requests of a screen as code', () => {
+  const requests: ScreenRequest[] = [
+    { about: 'read it', method: 'GET', path: `${pathOf('prompts', 'a/b')}?version=1` },
+    { about: 'change it', method: 'PUT', path: '/prompts/mood/traffic', json: { 1: 90, 2: 10 } },
+    {
+      about: 'send a file',
+      method: 'POST',
+      path: '/i',
+      form: { limit: '5', task: "@it's" },
+      files: { data: 'r".jsonl' },
+    },
+  ];
+  it('are commands for a shell', () => {
+    const code = screenSnippet('curl', 'http://h', requests, false);
+    expect(code).toContain("curl -s 'http://h/prompts/a%2Fb?version=1'");
+    expect(code).toContain(`-X PUT 'http://h/prompts/mood/traffic'`);
+    expect(code).toContain(`-d '{"1":90,"2":10}'`);
+    // A value that begins with @ is no file.
+    expect(code).toContain(`--form-string 'task=@it'\\''s'`);
+    expect(code).toContain(`-F 'data=@"r\\".jsonl"'`);
+    expect(code).not.toContain('API_KEY');
+  });
+  it('are Python, with the key from the environment', () => {
+    const code = screenSnippet('Python', 'http://h', requests, true);
+    expect(code).toContain('client.put("/prompts/mood/traffic", json={"1": 90, "2": 10})');
+    expect(code).toContain('files={"data": open("r\\".jsonl", "rb")}');
+    expect(code).toContain('PRELUDE_API_KEY');
   });
 });

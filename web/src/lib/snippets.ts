@@ -4,6 +4,23 @@ import type { ManyBody } from './comparison.svelte';
 export const LANGUAGES = ['curl', 'Python', 'OpenAI client'] as const;
 export type Language = (typeof LANGUAGES)[number];
 
+/** A request that a screen sends, for View code. */
+export interface ScreenRequest {
+  /** What it does, as a comment. */
+  about: string;
+  method: 'GET' | 'POST' | 'PUT' | 'DELETE';
+  /** With its query, as `pathOf` makes it. */
+  path: string;
+  json?: unknown;
+  /** Fields of a form, and the names of its files by their fields. */
+  form?: Record<string, string>;
+  files?: Record<string, string>;
+}
+
+/** A path of plain parts, which are encoded. */
+export const pathOf = (...parts: (string | number)[]): string =>
+  parts.map((part) => `/${encodeURIComponent(part)}`).join('');
+
 const shell = (text: string): string => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /** JSON as a Python literal. */
@@ -88,4 +105,54 @@ ${tasks.length ? chats : ''}${isFrozen ? completion : ''}`;
 export function snippet(language: Language, base: string, body: ManyBody, model: string, withKey: boolean): string {
   if (language === 'curl') return curl(base, body, withKey);
   return language === 'Python' ? requests(base, body, withKey) : openai(base, body, model, withKey);
+}
+
+function curlOf(base: string, request: ScreenRequest, withKey: boolean): string {
+  const method =
+    request.method === 'GET' || (request.method === 'POST' && hasBody(request)) ? '' : ` -X ${request.method}`;
+  const fields = [
+    ...Object.entries(request.form ?? {}).map(([name, value]) => `--form-string ${shell(`${name}=${value}`)}`),
+    ...Object.entries(request.files ?? {}).map(
+      ([name, file]) => `-F ${shell(`${name}=@"${file.replaceAll('"', '\\"')}"`)}`,
+    ),
+  ];
+  if (withKey) fields.unshift('-H "Authorization: Bearer $PRELUDE_API_KEY"');
+  if (request.json !== undefined) {
+    fields.push("-H 'Content-Type: application/json'", `-d ${shell(JSON.stringify(request.json))}`);
+  }
+  return [`# ${request.about}\ncurl -s${method} ${shell(base + request.path)}`, ...fields].join(' \\\n  ');
+}
+
+const hasBody = ({ json, form, files }: ScreenRequest): boolean => json !== undefined || Boolean(form ?? files);
+
+function pythonOf(request: ScreenRequest): string {
+  const files = Object.entries(request.files ?? {}).map(
+    ([name, file]) => `${JSON.stringify(name)}: open(${JSON.stringify(file)}, "rb")`,
+  );
+  const given = [
+    JSON.stringify(request.path),
+    request.json === undefined ? '' : `json=${python(request.json, 4)}`,
+    request.form && Object.keys(request.form).length ? `data=${python(request.form, 4)}` : '',
+    files.length ? `files={${files.join(', ')}}` : '',
+  ].filter(Boolean);
+  const line = `reply = client.${request.method.toLowerCase()}(${given.join(', ')})`;
+  const call =
+    line.length < 100 ? line : `reply = client.${request.method.toLowerCase()}(\n    ${given.join(',\n    ')},\n)`;
+  return `# ${request.about}\n${call}\nreply.raise_for_status()\nprint(reply.text)`;
+}
+
+/** Requests of a screen as code, one after the other. */
+export function screenSnippet(
+  language: 'curl' | 'Python',
+  base: string,
+  requests: ScreenRequest[],
+  withKey: boolean,
+): string {
+  if (language === 'curl') return requests.map((request) => curlOf(base, request, withKey)).join('\n\n');
+  const key = withKey ? `, headers={"Authorization": f"Bearer {os.environ['PRELUDE_API_KEY']}"}` : '';
+  return `${withKey ? 'import os\n\n' : ''}import httpx
+
+client = httpx.Client(base_url=${JSON.stringify(base)}${key}, timeout=60)
+
+${requests.map(pythonOf).join('\n\n')}`;
 }

@@ -40,6 +40,7 @@ from server.contracts import GenerationRequest, SamplingParams  # noqa: E402
 from server.engine.build_engine import load_engine  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
 from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
+from server.engine.fast.tiled import TiledLinear, frozen_linear  # noqa: E402
 from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
@@ -81,9 +82,9 @@ class Products:
         self.num_bytes = sum(linear.out_features * linear.in_features for linear in linears) * self._dtype.itemsize
 
     @staticmethod
-    def _linear(shape: tuple[int, int], engine: Engine) -> FrozenLinear:
+    def _linear(shape: tuple[int, int], engine: Engine) -> FrozenLinear | TiledLinear:
         weight = torch.randn(shape, dtype=engine.model.dtype) * 0.02
-        return FrozenLinear(weight, pack=can_pack(weight))
+        return frozen_linear(weight, None, engine.model.kernels, pack=can_pack(weight))
 
     @torch.inference_mode()
     def seconds(self, rows: int, kept: int) -> float:

@@ -104,12 +104,30 @@ class CompiledAttention:
         assert tokens == work.rows, "as many as were laid out"
         out = query.new_empty(tokens, heads, dim)
         out[work.tokens :] = 0
-        turned, plain = self._scratch_for(work.blocks)
         query, key, value = (states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value))
+        constant = self.arguments(layer, rules, query, key, value, out)
+        arguments = constant._replace(units=work.attend.ctypes.data, **self.addresses(work))
+        loops = self._kernels.attention(heads // self._kv_heads, self._kv_heads, dim, self._states.dtype)
+        if len(work.spread):
+            spread = arguments._replace(units=work.spread.ctypes.data)
+            loops.spread(len(work.spread), work.threads, *spread)
+        loops.attend(len(work.attend), work.threads, *arguments)
+        return out
+
+    def arguments(
+        self,
+        layer: int,
+        rules: AttentionRules,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+    ) -> AttentionArguments:
+        """The arguments of both loops for a layer; those of a step's work are 0, see `addresses`."""
         keys, values = self._layers[layer]
-        arguments = AttentionArguments(
-            units=work.attend.ctypes.data,
-            spans=work.spans.ctypes.data,
+        return AttentionArguments(
+            units=0,
+            spans=0,
             query=query.data_ptr(),
             query_step=query.stride(1),
             query_head_step=query.stride(0),
@@ -121,19 +139,18 @@ class CompiledAttention:
             value_head_step=value.stride(0),
             keys=keys,
             values=values,
-            scratch_keys=turned,
-            scratch_values=plain,
+            scratch_keys=0,
+            scratch_values=0,
             scaling=float_bits(rules.scaling),
             window=EVERYTHING if rules.sliding_window is None else rules.sliding_window,
             out=out.data_ptr(),
             sinks=self._sinks_of(layer, rules),
         )
-        loops = self._kernels.attention(heads // self._kv_heads, self._kv_heads, dim, self._states.dtype)
-        if len(work.spread):
-            spread = arguments._replace(units=work.spread.ctypes.data)
-            loops.spread(len(work.spread), work.threads, *spread)
-        loops.attend(len(work.attend), work.threads, *arguments)
-        return out
+
+    def addresses(self, work: StepWork) -> dict[str, int]:
+        """The arguments that a step's work determines, except for the units."""
+        turned, plain = self._scratch_for(work.blocks)
+        return {"spans": work.spans.ctypes.data, "scratch_keys": turned, "scratch_values": plain}
 
     def _sinks_of(self, layer: int, rules: AttentionRules) -> int:
         """The address of a layer's sinks; 0 if it has none."""
@@ -160,15 +177,15 @@ class CompiledRows:
 
         Rows of `padding` follow them. They attend to nothing, and nothing is stored of them.
         """
-        self._attention = attention
-        self._work = attention.plan(spans, padding)
+        self.attention = attention
+        self.work = attention.plan(spans, padding)
         position_ids = TokenPositions.of(spans).position_ids
         self.position_ids = torch.from_numpy(np.concatenate((position_ids, np.zeros(padding, dtype=np.int64))))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: AttentionRules
     ) -> torch.Tensor:
-        return self._attention.attend(layer, query, key, value, self._work, rules)
+        return self.attention.attend(layer, query, key, value, self.work, rules)
 
 
 def _floats(count: int) -> torch.Tensor:

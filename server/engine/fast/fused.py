@@ -10,7 +10,8 @@ can be replaced (Llama, Mistral, Qwen 2 and 3, SmolLM, …); a trial, not the la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ from transformers.activations import SiLUActivation
 from server.engine.attention.interface import AttentionRules, Layout
 from server.engine.fast.linear import FrozenLinear
 from server.engine.fast.operators import Operators
+from server.engine.fast.tiled import TiledLinear, frozen_linear
+
+if TYPE_CHECKING:  # numba is imported only if it is used
+    from server.engine.kernels.library import Kernels
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -73,19 +78,20 @@ class FusedLayer(nn.Module):
         self.is_last = False  # whether it may return only the needed rows
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
-        self._index, self._rules, self._head_dim, self._operators = index, rules, head_dim, operators
-        self._heads = attention.q_proj.out_features // head_dim
-        self._kv_heads = attention.k_proj.out_features // head_dim
-        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack)
-        self.output_projection = _joined(attention.o_proj, pack=pack, adds=True)
-        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj, pack=pack)
-        self._down = _joined(mlp.down_proj, pack=pack, adds=True)
+        self.index, self.rules, self.head_dim, self._operators = index, rules, head_dim, operators
+        self.heads = attention.q_proj.out_features // head_dim
+        self.kv_heads = attention.k_proj.out_features // head_dim
         self._activation = mlp.act_fn
-        self._is_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
-        self._attention_norm = _Norm.of(layer.input_layernorm)
-        self._mlp_norm = _Norm.of(layer.post_attention_layernorm)
+        self.is_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
+        join = partial(_joined, kernels=operators.kernels if pack else None, pack=pack)
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output_projection = join(attention.o_proj, adds=True)
+        self.gate_up = join(mlp.gate_proj, mlp.up_proj, is_gated=self.is_silu)
+        self.down = join(mlp.down_proj, adds=True)
+        self.attention_norm = Norm.of(layer.input_layernorm)
+        self.mlp_norm = Norm.of(layer.post_attention_layernorm)
         has_head_norms = hasattr(attention, "q_norm")
-        self._head_norms = [_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)] if has_head_norms else []
+        self.head_norms = [Norm.of(attention.q_norm), Norm.of(attention.k_norm)] if has_head_norms else []
 
     def forward(
         self,
@@ -102,54 +108,64 @@ class FusedLayer(nn.Module):
         their keys and values.
         """
         x = hidden_states[0]
-        attended = self._attend(self._norm(x, self._attention_norm), position_embeddings, layout)
+        attended = self._attend(self._norm(x, self.attention_norm), position_embeddings, layout)
         if self.is_last and kept is not None and len(kept) < len(x):
             x, attended = x[kept], attended[kept]
         x = self.output_projection.added_to(x, attended)
-        gate_up = self._gate_up(self._norm(x, self._mlp_norm))
-        return self._down.added_to(x, self._gate(gate_up)).unsqueeze(0)
+        return self.down.added_to(x, self._gated(self._norm(x, self.mlp_norm))).unsqueeze(0)
+
+    def products(self) -> tuple[nn.Module, ...]:
+        """Its four matrix products."""
+        return self.qkv, self.output_projection, self.gate_up, self.down
 
     def _attend(
         self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], layout: Layout
     ) -> torch.Tensor:
-        tokens, heads, kv_heads, dim = x.shape[0], self._heads, self._kv_heads, self._head_dim
-        qkv = self._qkv(x).view(tokens, heads + 2 * kv_heads, dim)
-        if self._head_norms:
+        tokens, heads, kv_heads, dim = x.shape[0], self.heads, self.kv_heads, self.head_dim
+        qkv = self.qkv(x).view(tokens, heads + 2 * kv_heads, dim)
+        if self.head_norms:
             query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-            query, key = (self._norm(part, norm) for part, norm in zip((query, key), self._head_norms, strict=True))
+            query, key = (self._norm(part, norm) for part, norm in zip((query, key), self.head_norms, strict=True))
             qkv = torch.cat((query, key, value), dim=1)
         qkv = self._operators.rotate(qkv, *position_embeddings, heads + kv_heads)
         query, key, value = torch.split(qkv.transpose(0, 1), [heads, kv_heads, kv_heads])
-        return layout.attend(self._index, query, key, value, self._rules).reshape(tokens, heads * dim)
+        return layout.attend(self.index, query, key, value, self.rules).reshape(tokens, heads * dim)
 
-    def _norm(self, x: torch.Tensor, norm: _Norm) -> torch.Tensor:
+    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return self._operators.rms_norm(x, norm.weight, norm.epsilon)
 
-    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self._is_silu:
-            return self._operators.silu_gate(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.gate_up, TiledLinear) and self.is_silu:
+            return self.gate_up.gated(x)
+        if self.is_silu:
+            return self._operators.silu_gate(self.gate_up(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
         activated: torch.Tensor = self._activation(gate) * up
         return activated
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
+    """The parameters of an RMS norm."""
+
     weight: torch.Tensor
     epsilon: float
 
     @classmethod
-    def of(cls, norm: Any) -> _Norm:
+    def of(cls, norm: Any) -> Norm:
+        """The parameters of a module of transformers."""
         return cls(norm.weight.detach(), float(norm.variance_epsilon))
 
 
-def _joined(*linears: nn.Linear, pack: bool, adds: bool = False) -> FrozenLinear:
+def _joined(
+    *linears: nn.Linear, kernels: Kernels | None, pack: bool, adds: bool = False, is_gated: bool = False
+) -> FrozenLinear | TiledLinear:
     """One product that computes the results of several, side by side."""
     weights = [linear.weight for linear in linears]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # a copy would temporarily double the memory
     biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return FrozenLinear(weight, pack=pack, adds=adds)
-    zeros = [weight.new_zeros(linear.out_features) for linear in linears]
-    bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
-    return FrozenLinear(weight, bias, pack=pack, adds=adds)
+    bias = None
+    if any(bias is not None for bias in biases):
+        zeros = [weight.new_zeros(linear.out_features) for linear in linears]
+        bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
+    return frozen_linear(weight, bias, kernels, pack=pack, adds=adds, is_gated=is_gated)

@@ -29,6 +29,9 @@ class Operators:
     rotary_dtype: torch.dtype | None = None
     """The dtype of `cos` and `sin`; None means the model's own."""
 
+    kernels: Kernels | None = None
+    """The compiled loops, if they are used."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Root mean square norm (Zhang and Sennrich 2019) over the last dimension."""
         return F.rms_norm(x, weight.shape, weight, epsilon)
@@ -64,7 +67,7 @@ class CompiledOperators(Operators):
     rotary_dtype = torch.float32
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+        self.kernels: Kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         x = x.contiguous()
@@ -99,7 +102,7 @@ class CompiledOperators(Operators):
         return largest, where
 
     def _loops(self, x: torch.Tensor) -> SmallLoops:
-        return self._kernels.small(x.dtype)
+        return self.kernels.small(x.dtype)
 
 
 def operators_with(kernels: Kernels | None) -> Operators:

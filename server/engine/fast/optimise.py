@@ -30,9 +30,11 @@ from server.engine.attention.cached_rows import Span
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import PackedRows
 from server.engine.attention.recurrent import RecurrentRows, ServingRows
+from server.engine.fast.chained import ChainedLayers, can_chain
 from server.engine.fast.fused import FusedLayer, FusedRotary, has_known_parts
 from server.engine.fast.linear import FrozenLinear, can_pack
 from server.engine.fast.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
+from server.engine.fast.tiled import TiledLinear, frozen_linear
 from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 
@@ -96,6 +98,9 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
     operators.best(operators.silu_gate(operators.rms_norm(rows, rows[0], 1e-5)))
     turns = torch.ones(1, spec.head_dim)
     operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
+    if kernels.has_tiles and model.dtype == torch.bfloat16:
+        kernels.products()
+        kernels.chain()
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
     attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)
     if attention is not None:
@@ -117,7 +122,7 @@ def optimise(model: FrozenModel, parts: Collection[str], kernels: Kernels | None
     operators = operators_with(kernels)
     if "fused" in parts and _fuse(model, operators, pack="packed" in parts):
         done.append("fused layers")
-    if "packed" in parts and _pack(model.module):
+    if "packed" in parts and _pack(model.module, kernels):
         done.append("packed weights")
     log.info("optimised: %s", ", ".join(done) or "nothing")
 
@@ -143,17 +148,19 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         layers[index] = FusedLayer(layer, index, rules, model.spec.head_dim, operators, pack=packs)
     cast(FusedLayer, layers[-1]).is_last = model.keeps_early = True
     decoder.rotary_emb = FusedRotary(rotary, operators)
+    if operators.kernels is not None and can_chain(layers):
+        decoder.layers = nn.ModuleList([ChainedLayers([*layers], operators.kernels)])
     return True
 
 
-def _pack(module: nn.Module) -> bool:
+def _pack(module: nn.Module, kernels: Kernels | None) -> bool:
     """Pack every remaining linear layer; returns True if any weights of the model are packed."""
     packed = False
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            packed |= isinstance(child, FrozenLinear) and child.is_packed
+            packed |= isinstance(child, TiledLinear) or (isinstance(child, FrozenLinear) and child.is_packed)
             if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, FrozenLinear(child.weight, child.bias, pack=True))
+                setattr(parent, name, frozen_linear(child.weight, child.bias, kernels))
                 packed = True
     return packed
 

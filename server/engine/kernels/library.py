@@ -13,7 +13,11 @@ import numpy as np
 import torch
 
 from server.engine.kernels.attention import AttentionLoops, attention_loops
+from server.engine.kernels.chain import chain_loop
+from server.engine.kernels.products import ProductLoops, product_loops
 from server.engine.kernels.small import SmallLoops, small_loops
+from server.engine.kernels.threads import Loop
+from server.engine.kernels.tiles import HAS_TILES
 
 STORED: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.float32}
 """The numpy type with which compiled code reads each dtype."""
@@ -25,6 +29,19 @@ class Kernels:
 
     keep: bool
     """Whether to cache the machine code on disk."""
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether the processor has AMX."""
+        return HAS_TILES
+
+    def products(self) -> ProductLoops:
+        """The loops for products of bfloat16, if `has_tiles`."""
+        return product_loops(keep=self.keep)
+
+    def chain(self) -> Loop:
+        """The loop that runs loops one after another, if `has_tiles`."""
+        return chain_loop(keep=self.keep)
 
     def small(self, dtype: torch.dtype) -> SmallLoops:
         """The loops for norm, rotary embedding, gate and best token."""

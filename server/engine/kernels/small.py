@@ -16,7 +16,7 @@ from numba import carray
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
-from server.engine.kernels.units import ROWS
+from server.engine.kernels.units import EVERYTHING, ROWS
 from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 
 
@@ -34,12 +34,14 @@ class SmallLoops:
         silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
         best: logits `[rows, width]`; out: the largest number of each row in float32, NaN if the row contains one; out:
             its first index in int64; the width.
+        gather: the indices of `tokens` rows in int64, `x`, `out`, their width.
     """
 
     rms_norm: Loop
     rotate: Loop
     silu_gate: Loop
     best: Loop
+    gather: Loop
 
 
 @functools.cache
@@ -51,6 +53,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
         _rotation_loop(compiler, stored),
         _gate_loop(compiler, stored),
         _best_loop(compiler, stored),
+        _gather_loop(compiler, stored),
     )
 
 
@@ -169,3 +172,22 @@ def _best_loop(compiler: Compiler, stored: Any) -> Loop:
             highest[unit], where[unit] = best_of(logits[unit])
 
     return best
+
+
+def _gather_loop(compiler: Compiler, stored: Any) -> Loop:
+    @compiler.loop
+    def gather(arguments):
+        a = carray(arguments, 7)
+        rows, width = a[2], a[6]
+        indices, out = carray(pointer(a[3]), rows, np.int64), carray(pointer(a[5]), (rows, width), stored)
+        x = carray(pointer(a[4]), EVERYTHING, stored)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            for r in range(unit * ROWS, min(rows, (unit + 1) * ROWS)):
+                row = x[indices[r] * width :][:width]
+                for i in range(width):
+                    out[r, i] = row[i]
+
+    return gather

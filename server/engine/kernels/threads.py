@@ -19,11 +19,15 @@ Team = Callable[[int, int, int, int], None]
 
 
 class Loop:
-    """A compiled function of one argument: the address of int64 numbers, first a counter and the number of units."""
+    """A compiled function of one argument: the address of int64 numbers, first a counter and the number of units.
+
+    Attributes:
+        address: of the function.
+    """
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled  # keeps the machine code alive
-        self._address = compiled.address
+        self.address = compiled.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
         self._team = team()
 
@@ -38,7 +42,7 @@ class Loop:
         numbers = array("q", (0, units, *arguments))
         address = numbers.buffer_info()[0]
         if threads > 1 and units > 1 and self._team is not None:
-            self._team(self._address, address, min(threads, units), 0)
+            self._team(self.address, address, min(threads, units), 0)
         else:
             self._alone(address)
 

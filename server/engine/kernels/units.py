@@ -16,6 +16,9 @@ EVERYTHING = 1 << 40
 ROWS = 8
 """Number of tokens in a unit of work of the small loops."""
 
+COLUMNS, CHUNK = 32, 256
+"""Number of columns of weights, and of rows at most, in a unit of work of a product."""
+
 
 class SpanColumns(NamedTuple):
     """The columns of `spans`, which has a row for each sequence."""
@@ -49,6 +52,29 @@ class AttentionArguments(NamedTuple):
     window: int  # number of positions that a token sees, including itself
     out: int  # [tokens, heads, dim]
     sinks: int  # float32, of the query heads; 0 if there are none
+
+
+class ProductArguments(NamedTuple):
+    """Arguments of a product after the counter and the number of units. Arrays are passed as addresses."""
+
+    rows: int  # of `x`
+    depth: int  # columns of `x`, a multiple of 32
+    columns: int  # of the weights, a multiple of 32
+    x: int  # [rows, depth]
+    weight: int  # see `tile_weight`
+    bias: int  # [columns]; 0 if there is none
+    residual: int  # [rows, columns], may be `out`; 0 if there is none
+    out: int  # [rows, columns], or half the columns after a gate
+    ahead: int  # number of units between the one that is computed and the one whose weights are fetched
+
+
+class LinkColumns(NamedTuple):
+    """The columns of the table of links, which has a row for each loop to run; all are int64."""
+
+    function: int  # address of the compiled loop
+    arguments: int  # address of its arguments, the first of which is its counter
+    entered: int  # number of threads that have entered the loop; starts as 0
+    left: int  # number of threads that have left it; starts as 0
 
 
 @functools.cache

@@ -29,7 +29,7 @@ SUMS = 24 if get_host_cpu_features().get("avx512f") else 6
 
 _FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
-_FUSED = ("contract",)
+FUSED = ("contract",)
 
 
 def lanes(width: int) -> int:
@@ -37,8 +37,8 @@ def lanes(width: int) -> int:
     return math.gcd(width, WIDEST)
 
 
-class _Code:
-    """Code that the two loops share, for vectors of one length."""
+class VectorCode:
+    """Code that loops share, for vectors of one length."""
 
     def __init__(self, context: Any, builder: Any, width: int) -> None:
         self._context, self.builder = context, builder
@@ -64,6 +64,7 @@ class _Code:
         return self.builder.bitcast(upper, self._floats)
 
     def store(self, value: Any, row: Any, vector: int = 0) -> None:
+        """Store a vector of float32 in a row."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
         self.builder.store(value, self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
 
@@ -77,7 +78,8 @@ class _Code:
         return self.builder.shuffle_vector(x, y, self._indices(list(places)))
 
     def multiply_add(self, total: Any, x: Any, y: Any) -> Any:
-        return self.builder.fadd(total, self.builder.fmul(x, y, flags=_FUSED), flags=_FUSED)
+        """`total + x * y`."""
+        return self.builder.fadd(total, self.builder.fmul(x, y, flags=FUSED), flags=FUSED)
 
 
 @intrinsic
@@ -112,7 +114,7 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, a, a0, a_step, b, b0, b_step, c, c0, n = arguments
-        make = _Code(context, builder, num_columns)
+        make = VectorCode(context, builder, num_columns)
         for tile, vectors in _tiles(num_rows, make.per_row):
             a_rows = [make.pointer_to(signature.args[2], a, a0, _I64(r), a_step) for r in tile]
             c_rows = [make.pointer_to(signature.args[8], c, c0, _I64(r), _I64(num_columns)) for r in tile]
@@ -155,7 +157,7 @@ def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, q, q0, k, k0, k_step, out, out0, out_step = arguments
-        make = _Code(context, builder, num_columns)
+        make = VectorCode(context, builder, num_columns)
         q_rows = [make.pointer_to(signature.args[2], q, q0, _I64(r), _I64(num_columns)) for r in range(num_rows)]
         queries = [[make.load(row, v) for v in range(make.per_row)] for row in q_rows]
 
@@ -177,20 +179,20 @@ def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
     return types.none(rows, width, q, i64, k, i64, i64, out, i64, i64), code
 
 
-def _dot(make: _Code, xs: Sequence[Any], ys: Sequence[Any]) -> Any:
+def _dot(make: VectorCode, xs: Sequence[Any], ys: Sequence[Any]) -> Any:
     """A vector whose lanes add up to a dot product."""
-    total = make.builder.fmul(xs[0], ys[0], flags=_FUSED)
+    total = make.builder.fmul(xs[0], ys[0], flags=FUSED)
     for x, y in zip(xs[1:], ys[1:], strict=True):
         total = make.multiply_add(total, x, y)
     return total
 
 
-def _halve(make: _Code, x: Any, y: Any, positions: int) -> Any:
+def _halve(make: VectorCode, x: Any, y: Any, positions: int) -> Any:
     """Combine two vectors of partial sums into one, in which each position has half as many lanes."""
     parts = make.lanes // positions  # lanes per position in the result; x and y have twice as many
     first = [2 * parts * (lane // parts) + lane % parts for lane in range(make.lanes)]
     second = [pointer_to + parts for pointer_to in first]
-    return make.builder.fadd(make.pick(x, y, first), make.pick(x, y, second), flags=_FUSED)
+    return make.builder.fadd(make.pick(x, y, first), make.pick(x, y, second), flags=FUSED)
 
 
 @intrinsic(prefer_literal=True)
@@ -200,7 +202,7 @@ def largest(_: Any, at_once: Any, x: Any, x0: Any, n: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x, x0, n = arguments
-        make = _Code(context, builder, width)
+        make = VectorCode(context, builder, width)
         lowest = ir.Constant(_FLOAT, float("-inf"))
         found = cgutils.alloca_once_value(builder, make.spread(lowest))
         start = make.pointer_to(signature.args[1], x, x0, _I64(0), _I64(0))

@@ -1,0 +1,192 @@
+"""AMX: matrix products of bfloat16 in the processor's tile registers, and what is done to their results.
+
+A tile holds up to 16 rows of 64 bytes. One instruction multiplies a tile of 16 rows and 32 columns by a tile of
+weights, and adds the product to a tile of 16 rows and 16 columns in float32. It adds up in the same order whatever the
+number of rows, so a row's result does not depend on other rows.
+
+oneDNN remembers how it has configured each thread's tiles. Loops that use them therefore restore its configuration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from server.engine.kernels.vectors import FUSED, VectorCode
+
+HAS_TILES = bool(get_host_cpu_features().get("amx-bf16") and get_host_cpu_features().get("avx512bf16"))
+"""Whether the processor has tiles; the process must also have asked the kernel for them."""
+
+TILE_BYTES = 1024
+"""Of a tile of weights."""
+
+_I8, _I32, _I64, _FLOAT, _NOTHING = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
+_BYTES = _I8.as_pointer()
+_SUMS, _ROWS, _WEIGHTS = 0, 4, 6
+"""The first tile of sums (four), of rows (two) and of weights (two)."""
+
+_LOG2_E = 1.4426950408889634
+_EXPONENTIAL = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00961813, 0.00133336, 0.00015404)
+"""Taylor series of 2 ** f, as in `arithmetic.py`."""
+
+
+class _BFloat16(ir.Type):  # type: ignore[misc]
+    """LLVM's type, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> None:
+    function_type = ir.FunctionType(_NOTHING, [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
+
+
+@intrinsic
+def load_configuration(_: Any, address: Any) -> Any:
+    """Configure the thread's tiles as the 64 bytes at an address say, and clear them."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _call(builder, "ldtilecfg", builder.inttoptr(arguments[0], _BYTES))
+        return context.get_dummy_value()
+
+    return types.none(types.int64), code
+
+
+@intrinsic
+def store_configuration(_: Any, address: Any) -> Any:
+    """Write the configuration of the thread's tiles to 64 bytes at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _call(builder, "sttilecfg", builder.inttoptr(arguments[0], _BYTES))
+        return context.get_dummy_value()
+
+    return types.none(types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(_, high, x, x_step, weight, depth, sums, next_weight, num_fetched):
+    """Compute `sums` `[high * 16, 32]`, float32, of rows of `x` and 32 columns of weights; all are addresses.
+
+    Args:
+        high: number of tiles of rows, a constant of 1 or 2.
+        x: rows of bfloat16.
+        x_step: bytes from one row to the next.
+        weight: `depth` pairs of tiles.
+        depth: number of tiles in a row of `x`.
+        sums: where to write the result.
+        next_weight: weights to fetch into the cache meanwhile.
+        num_fetched: number of their lines of 64 bytes to fetch beside each pair of tiles.
+    """
+    num_high = high.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, x, x_step, weight, depth, sums, next_weight, num_fetched = arguments
+        tiles = [(row, column) for row in range(num_high) for column in range(2)]
+        for row, column in tiles:
+            _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
+        with cgutils.for_range(builder, depth, intp=_I64) as loop:
+            pair = builder.inttoptr(builder.add(weight, builder.mul(loop.index, _I64(2 * TILE_BYTES))), _BYTES)
+            for column in range(2):
+                at = builder.gep(pair, [_I64(TILE_BYTES * column)])
+                _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
+            with cgutils.for_range(builder, num_fetched, intp=_I64) as fetched:
+                line = builder.add(builder.mul(loop.index, num_fetched), fetched.index)
+                _fetch(builder, builder.inttoptr(builder.add(next_weight, builder.mul(line, _I64(64))), _BYTES))
+            for row in range(num_high):
+                start = builder.add(
+                    builder.add(x, builder.mul(loop.index, _I64(64))), builder.mul(x_step, _I64(16 * row))
+                )
+                _call(builder, "tileloadd64", _I8(_ROWS + row), builder.inttoptr(start, _BYTES), x_step)
+                for column in range(2):
+                    into = _I8(_SUMS + 2 * row + column)
+                    _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
+        for row, column in tiles:
+            at = builder.inttoptr(builder.add(sums, _I64(128 * 16 * row + 64 * column)), _BYTES)
+            _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), at, _I64(128))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(high, i64, i64, i64, i64, i64, i64, i64), code
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    function_type = ir.FunctionType(_NOTHING, [_BYTES, _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(fetch, [address, _I32(0), _I32(2), _I32(1)])
+
+
+@intrinsic(prefer_literal=True)
+def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
+    """Write `rows` rows of `sums` `[rows, 32]` as bfloat16; all are addresses, `out_step` is in numbers.
+
+    `kind` is a constant, the names of what to do to a row, separated by spaces: "bias" adds 32 numbers, "residual" adds
+    a row that lies as that of `out` does, and "gate" writes 16 numbers: silu of the first 16, times the last 16.
+    """
+    actions = kind.literal_value.split()
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, rows, sums, bias, residual, out, out_step = arguments
+        make = VectorCode(context, builder, 16)
+
+        def at(address: Any, kind: Any) -> Any:
+            return builder.inttoptr(address, kind.as_pointer())
+
+        stored = ir.IntType(16)
+        added = [make.load(at(bias, stored), v) for v in range(2)] if "bias" in actions else []
+        with cgutils.for_range(builder, rows, intp=_I64) as loop:
+            offset = builder.mul(loop.index, builder.mul(out_step, _I64(2)))
+            row = at(builder.add(sums, builder.mul(loop.index, _I64(128))), _FLOAT)
+            values = [make.load(row, v) for v in range(2)]
+            if added:
+                values = [builder.fadd(value, one) for value, one in zip(values, added, strict=True)]
+            if "residual" in actions:
+                other = at(builder.add(residual, offset), stored)
+                values = [builder.fadd(value, make.load(other, v)) for v, value in enumerate(values)]
+            if "gate" in actions:
+                gate, up = values
+                one = ir.Constant(gate.type, [1.0] * 16)
+                below = builder.fadd(one, _exponential(builder, builder.fneg(gate)))
+                values = [builder.fmul(builder.fdiv(gate, below), up)]
+            target = at(builder.add(out, offset), stored)
+            for v, value in enumerate(values):
+                narrow = builder.fptrunc(value, ir.VectorType(_BFloat16(), 16))
+                place = builder.gep(target, [_I64(16 * v)])
+                builder.store(narrow, builder.bitcast(place, narrow.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(kind, i64, i64, i64, i64, i64, i64), code
+
+
+def _exponential(builder: Any, x: Any) -> Any:
+    """e ** x of a vector; NaN stays NaN."""
+
+    def constant(number: float) -> Any:
+        return ir.Constant(x.type, [number] * x.type.count)
+
+    t = builder.fmul(x, constant(_LOG2_E))
+    for limit, beyond in ((-126.0, "<"), (128.0, ">")):
+        t = builder.select(builder.fcmp_ordered(beyond, t, constant(limit)), constant(limit), t)
+    round_down = ir.FunctionType(x.type, [x.type])
+    floor = cgutils.get_or_insert_function(builder.module, round_down, f"llvm.floor.v{x.type.count}f32")
+    whole = builder.call(floor, [builder.fadd(t, constant(0.5))])
+    f = builder.fsub(t, whole)
+    power = constant(_EXPONENTIAL[-1])
+    for factor in reversed(_EXPONENTIAL[:-1]):
+        power = builder.fadd(builder.fmul(power, f, flags=FUSED), constant(factor), flags=FUSED)
+    indices = ir.VectorType(_I32, x.type.count)
+    exponent = builder.add(builder.fptosi(whole, indices), ir.Constant(indices, [127] * x.type.count))
+    scale = builder.shl(exponent, ir.Constant(indices, [23] * x.type.count))
+    return builder.fmul(power, builder.bitcast(scale, x.type))

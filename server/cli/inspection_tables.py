@@ -120,7 +120,7 @@ def _print_lens(found: Lens, out: Console) -> None:
     cells = [(repr(token.text), f"{token.z:.1f}", written_p(token.p)) for token in found.tokens]
     _print((f"raised through {layers}", "z", "p"), cells or [("none", NONE, NONE)], out)
     if rows := label_rows(found):
-        _print(("label test", "mean z", "tokens of like frequency", "p"), rows, out)
+        _print(("label test", "mean z", "tokens of like frequency and shape", "p"), rows, out)
 
 
 def _print_geometry(found: Geometry, out: Console) -> None:

@@ -21,6 +21,8 @@ LABEL_DRAWS = 4999
 SEED = 0
 LIKE_FREQUENCY = (0.8, 1.25)
 """Token ids relative to a label's: in a BPE vocabulary, ids follow the order of merges and so frequency."""
+FEWEST_ALIKE = 50
+"""Controls of a label; with fewer of its shape, tokens of any shape are its controls."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def value_change_lens(
     fresh = tuple(token for token in labels.answered if token not in labels.in_start)
     tested = fresh or labels.answered
     never = labels.excluded | {*labels.answered, *labels.other_form}
-    sets = MatchedSets(ids, tested, never)
-    other = MatchedSets(ids, labels.other_form, never).test(z, texts) if labels.other_form else None
+    sets = MatchedSets(ids, tested, never, texts)
+    other = MatchedSets(ids, labels.other_form, never, texts).test(z, texts) if labels.other_form else None
     return found.model_copy(
         update={
             "labels": sets.test(z, texts),
@@ -107,22 +109,35 @@ def token_p_values(
 
 
 class MatchedSets:
-    """Random sets of tokens, each as frequent as the tokens that are tested."""
+    """Random sets of tokens, each as frequent as the tokens that are tested, and of their shape.
 
-    def __init__(self, token_ids: Sequence[int], tested: Sequence[int], excluded: frozenset[int]) -> None:
-        """Draw `LABEL_DRAWS` sets of positions in `token_ids`, which is in ascending order."""
+    What a task answers in is raised as a whole, such as words of small letters without a space before them. Against
+    tokens of any shape, the labels of other tasks seem to be raised too.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        tested: Sequence[int],
+        excluded: frozenset[int],
+        texts: Sequence[str] | None = None,
+    ) -> None:
+        """Draw `LABEL_DRAWS` sets of positions in `token_ids`, which ascend; without texts, tokens have any shape."""
         place = {token: position for position, token in enumerate(token_ids)}
         self._ids = [token for token in tested if token in place]
         self._tested = torch.tensor([place[token] for token in self._ids], dtype=torch.long)
         free = [position for position, token in enumerate(token_ids) if token not in excluded]
-        ids = torch.tensor([token_ids[position] for position in free])
-        positions = torch.tensor(free)
-        generator = torch.Generator().manual_seed(SEED)
+        shapes = [shape_of(text) for text in texts] if texts is not None else [""] * len(token_ids)
+        alike = {
+            shape: torch.tensor([position for position in free if shapes[position] == shape], dtype=torch.long)
+            for shape in {shapes[place[token]] for token in self._ids}
+        }
+        ids, generator = torch.tensor(token_ids), torch.Generator().manual_seed(SEED)
         drawn = []
         for token in self._ids:
-            low, high = (int(torch.searchsorted(ids, int(token * factor))) for factor in LIKE_FREQUENCY)
-            low, high = (low, high) if high > low else (0, len(ids))
-            drawn.append(positions[torch.randint(low, high, (LABEL_DRAWS,), generator=generator)])
+            same = alike[shapes[place[token]]]
+            found = _like(ids, token, same if len(same) >= FEWEST_ALIKE else torch.tensor(free))
+            drawn.append(found[torch.randint(len(found), (LABEL_DRAWS,), generator=generator)])
         self._drawn = torch.stack(drawn, dim=1)
 
     def null(self, z: torch.Tensor) -> torch.Tensor:
@@ -144,6 +159,26 @@ class MatchedSets:
         """The mean score through one layer, and the band of the random sets."""
         null = spread(self.null(z))
         return LensLayer(layer=index, z=float(z.cpu()[self._tested].mean()), low=null.low, high=null.high)
+
+
+def shape_of(text: str) -> str:
+    """The shape of a token: whether a space comes first, and which letters follow."""
+    word = text.removeprefix(" ")
+    letters = "mixed" if word.isalpha() else "other"
+    if word.isalpha():
+        kinds = {"small": word.islower(), "capitals": word.isupper(), "capitalised": word.istitle()}
+        letters = next((name for name, holds in kinds.items() if holds), letters)
+    return f"{'space, ' if word != text else ''}{letters}"
+
+
+def _like(ids: torch.Tensor, token: int, positions: torch.Tensor) -> torch.Tensor:
+    """Those positions whose tokens are about as frequent as a token: `FEWEST_ALIKE`, or all within `LIKE_FREQUENCY`."""
+    known = ids[positions]
+    factors = (LIKE_FREQUENCY[0], 1.0, LIKE_FREQUENCY[1])
+    low, middle, high = (int(torch.searchsorted(known, int(token * factor))) for factor in factors)
+    least = min(FEWEST_ALIKE, len(known))
+    begin = min(max(0, middle - least // 2), len(known) - least)
+    return positions[min(low, begin) : max(high, begin + least)]
 
 
 def _standardised(scores: torch.Tensor) -> torch.Tensor:

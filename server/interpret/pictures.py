@@ -58,11 +58,11 @@ def draw(
 
 
 def lens_curve(found: Lens) -> Figure:
-    """The labels' mean z through each layer, with the band of tokens of like frequency."""
+    """The labels' mean z through each layer, with the band of tokens of like frequency and shape."""
     figure, [axes] = canvas(6.4, 3.2)
     layers = [one.layer for one in found.curve]
     low, high = [one.low for one in found.curve], [one.high for one in found.curve]
-    axes.fill_between(layers, low, high, color=GREY, alpha=0.6, label="tokens of like frequency", linewidth=0)
+    axes.fill_between(layers, low, high, color=GREY, alpha=0.6, label="tokens of like frequency and shape", linewidth=0)
     axes.plot(layers, [one.z for one in found.curve], color=BLUE, marker="o", markersize=3, label="labels")
     axes.axvline(found.first_layer - 0.5, color=ORANGE, linestyle=":", label="the lens sums the layers from here")
     axes.set(xlabel="layer", ylabel="mean z over the vocabulary", title="Value-change lens: labels, layer by layer")

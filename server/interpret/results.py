@@ -148,7 +148,7 @@ class LabelScore(Result):
 
 
 class LabelTest(Result):
-    """Whether the lens raises the labels' first tokens more than tokens of like frequency."""
+    """Whether the lens raises the labels' first tokens more than tokens of like frequency and shape."""
 
     tokens: tuple[LabelScore, ...]
     z: float
@@ -163,7 +163,7 @@ class LensLayer(Result):
     layer: int
     z: float
     low: float
-    """5th percentile of token sets of like frequency."""
+    """5th percentile of token sets of like frequency and shape."""
     high: float
 
 
@@ -181,7 +181,7 @@ class Lens(Result):
     labels_in_start: int = 0
     """Number of the labels' first tokens that are among the initial tokens; they are tested only if all of them are."""
     control_form: LabelTest | None = None
-    """Negative control: the labels in a form that is not answered, after a space or capitalised."""
+    """The labels in a form that is not answered, after a space or capitalised; forms of a word share directions."""
     control_start: LabelTest | None = None
     """Negative control: the values of the start alone."""
     all_layers: LabelTest | None = None
@@ -221,6 +221,7 @@ class TaskPair(Result):
     change: float | None = None
     """Cosine of the mean value changes; None if a start is unknown."""
     p_change: float | None = None
+    """Among Gaussian changes; None if both soft prompts are input embeddings, of which that null says nothing."""
     raw: float
     """Cosine of the mean values themselves, which mostly says whether they began alike."""
     shares_start: bool = False

@@ -36,7 +36,7 @@ def card_section(static: Interpretation, causal: CausalInterpretation | None, pi
 
 def _labels(static: Interpretation, pictures: Collection[str]) -> Iterable[str]:
     if static.lens is not None and (rows := label_rows(static.lens)):
-        yield _table(("value-change lens", "mean z", "tokens of like frequency", "p"), rows)
+        yield _table(("value-change lens", "mean z", "tokens of like frequency and shape", "p"), rows)
         yield from _picture("lens", pictures)
 
 
@@ -57,7 +57,7 @@ def label_rows(lens: Lens) -> list[Row]:
     tests = {
         "labels": lens.labels,
         "labels, all layers": lens.all_layers,
-        "control: a form that is not answered": lens.control_form,
+        "labels in a form that is not answered": lens.control_form,
         "control: the start alone": lens.control_start,
     }
     return [

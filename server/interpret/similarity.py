@@ -18,6 +18,10 @@ from server.interpret.results import Similarity, TaskPair
 from server.soft_prompts.start import TrainingStart
 
 SEED = 0
+THROUGH_THE_MODEL = (
+    "Input embeddings change the values through the model, which makes even random changes from one start alike "
+    "(cosines about 0.7 in the embedded model). A pair of them has no p-value."
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class TaskValues:
         change: mean value changes of the same shape; None if the start is unknown.
         start: as declared.
         shifts: `[probes, hidden_size]`, shifts of the last hidden state; None if they were not measured.
+        is_kv_prefix: whether the values are its own; those of input embeddings are computed by the model.
     """
 
     name: str
@@ -37,6 +42,7 @@ class TaskValues:
     change: torch.Tensor | None = None
     start: TrainingStart | None = None
     shifts: torch.Tensor | None = None
+    is_kv_prefix: bool = True
 
 
 def similarity(tasks: Sequence[TaskValues]) -> Similarity:
@@ -45,6 +51,8 @@ def similarity(tasks: Sequence[TaskValues]) -> Similarity:
     reliability = tuple(split_half(task.shifts) for task in tasks if task.shifts is not None)
     unknown = [task.name for task in tasks if task.change is None]
     notes = (f"The start of {', '.join(unknown)} is unknown: no change can be compared.",) if unknown else ()
+    if any(pair.change is not None and pair.p_change is None for pair in pairs):
+        notes += (THROUGH_THE_MODEL,)
     return Similarity(tasks=tuple(task.name for task in tasks), pairs=pairs, reliability=reliability, notes=notes)
 
 
@@ -52,7 +60,8 @@ def _pair(one: TaskValues, other: TaskValues) -> TaskPair:
     change, p = None, None
     if one.change is not None and other.change is not None:
         change = _cosine(one.change, other.change)
-        p = float(p_values(torch.tensor([change]), _null(one.change, other.change)))
+        if one.is_kv_prefix or other.is_kv_prefix:
+            p = float(p_values(torch.tensor([change]), _null(one.change, other.change)))
     function = None
     if one.shifts is not None and other.shifts is not None:
         function = _cosine(one.shifts.mean(0), other.shifts.mean(0))

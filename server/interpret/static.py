@@ -108,7 +108,8 @@ class Interpreter:
         start = start_values(self.model, soft_prompt, others)
         values = mean_values(prompt_states(self.model, soft_prompt))
         change = None if start is None else values - mean_values(prompt_states(self.model, soft_prompt, start))
-        return TaskValues(task, values, change, declared_start(soft_prompt.manifest))
+        declared = declared_start(soft_prompt.manifest)
+        return TaskValues(task, values, change, declared, is_kv_prefix=soft_prompt.is_kv_prefix)
 
     def compare(
         self, soft_prompts: Sequence[tuple[str, SoftPrompt]], on_task: Callable[[], None] = lambda: None

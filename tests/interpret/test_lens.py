@@ -5,7 +5,7 @@ import torch
 
 from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
-from server.interpret.lens import LabelTokens, MatchedSets, value_change_lens
+from server.interpret.lens import LabelTokens, MatchedSets, shape_of, value_change_lens
 from server.interpret.readout import Readout, find_readout
 from server.interpret.static import Interpreter
 from server.interpret.vocabulary import Vocabulary
@@ -110,6 +110,30 @@ def test_random_changes_have_uniform_p_values_of_their_labels(tiny32: FrozenMode
     assert distance_from_uniform(torch.tensor(found, dtype=torch.float64)) < 1.63
 
 
+def test_labels_whose_whole_shape_is_raised_are_not_called_raised() -> None:
+    """A change towards all words of small letters says nothing of the labels among them."""
+    generator = torch.Generator().manual_seed(4)
+    texts = [("word", " word", "Word", "1,")[int(kind)] for kind in torch.randint(0, 4, (2000,), generator=generator)]
+    ids = list(range(2000))
+    small = torch.tensor([text == "word" for text in texts])
+    z = torch.randn(2000, generator=generator) / 4 + small.float()
+    labels = [index for index in range(900, 2000) if texts[index] == "word"][:5]
+    z[labels] = 1.0
+    assert MatchedSets(ids, labels, frozenset(labels)).test(z, texts).p < 0.05
+    assert MatchedSets(ids, labels, frozenset(labels), texts).test(z, texts).p > 0.2
+    few = [text if text != "word" or index in labels else "Word" for index, text in enumerate(texts)]
+    assert MatchedSets(ids, labels, frozenset(labels), few).test(z, texts).null.sd > 0, "too few alike: frequency alone"
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [(" ham", "space, small"), ("ham", "small"), ("Ham", "capitalised"), ("HAM", "capitals"), ("hAm", "mixed")],
+)
+def test_a_shape_is_the_space_before_a_word_and_its_letters(text: str, shape: str) -> None:
+    assert shape_of(text) == shape
+    assert shape_of(f"{text}1").endswith("other")
+
+
 def test_random_changes_raise_no_token(tiny32: FrozenModel) -> None:
     readout = readout_of(tiny32)
     variances = readout.variances()
@@ -142,6 +166,8 @@ def test_a_shared_start_does_not_make_two_tasks_similar(tiny32: FrozenModel) -> 
     assert pair.shares_start
     assert pair.change is not None
     assert abs(pair.change) < 0.6
+    assert pair.p_change is None, "the model makes even random changes alike"
+    assert any("no p-value" in note for note in found.notes)
     assert foreign.change is None
     assert "The start of foreign is unknown" in found.notes[0]
 

@@ -50,7 +50,9 @@ def similarity(tasks: Sequence[TaskValues]) -> Similarity:
     pairs = tuple(_pair(one, other) for one, other in itertools.combinations(tasks, 2))
     reliability = tuple(split_half(task.shifts) for task in tasks if task.shifts is not None)
     unknown = [task.name for task in tasks if task.change is None]
-    notes = (f"The start of {', '.join(unknown)} is unknown: no change can be compared.",) if unknown else ()
+    notes: tuple[str, ...] = (
+        (f"The start of {', '.join(unknown)} is unknown: no change can be compared.",) if unknown else ()
+    )
     if any(pair.change is not None and pair.p_change is None for pair in pairs):
         notes += (THROUGH_THE_MODEL,)
     return Similarity(tasks=tuple(task.name for task in tasks), pairs=pairs, reliability=reliability, notes=notes)

@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "durable": {"errors"},
     "train": BOTTOM | {"durable", "soft_prompts", "engine"},
     "data_dir": {"errors"},
-    "jobs": BOTTOM | {"durable", "keys", "log_lines", "openmp", "soft_prompts", "registry", "engine", "train"},
+    "jobs": BOTTOM
+    | {"durable", "keys", "log_lines", "openmp", "soft_prompts", "registry", "engine", "train", "interpret"},
     "evaluation": BOTTOM | {"durable", "soft_prompts", "engine", "train", "executors", "long_work"},
     "interpret": BOTTOM | {"durable", "soft_prompts", "engine", "train", "evaluation", "executors", "long_work"},
     "keys": {"errors", "durable", "validation"},
@@ -89,7 +90,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli.keys": COMMAND | {"keys", "cli.tables"},
     "cli.train_options": {"soft_prompts", "train"},
     "cli.train": COMMAND
-    | {"soft_prompts", "engine", "train", "cli.bars", "cli.files", "cli.jobs", "cli.options", "cli.train_options"},
+    | {
+        "soft_prompts",
+        "engine",
+        "train",
+        "interpret",
+        "cli.bars",
+        "cli.files",
+        "cli.jobs",
+        "cli.options",
+        "cli.train_options",
+    },
     "cli.task_source": BOTTOM | {"soft_prompts", "registry", "cli.references", "cli.remote"},
     "cli.scores": {"cli.tables", "evaluation"},
     "cli.evaluate_options": set(),

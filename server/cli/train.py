@@ -103,6 +103,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     # Torch takes seconds to load; a mistyped path is reported before.
     from server.cli.bars import Bars, in_words
     from server.engine.model.frozen import FrozenModel
+    from server.interpret.nearest_task import with_start
     from server.train.dtype import training_settings
     from server.train.output import check_writable, write_task
     from server.train.train_task import train_task
@@ -111,6 +112,7 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     checkpoints = settings.cache_dir.expanduser() / "training" / files.task
     drop_old(checkpoints)
     model = FrozenModel.load(training_settings(settings))
+    files, config = with_start(model, files, config, rows, published(settings.prompts_dir, directory), typer.echo)
     try:
         taught = sum(len(data.rows) for data in (*rows.training, *rows.validation))
         with Bars(files.task, config.steps, taught) as bars:
@@ -138,6 +140,12 @@ def learn(files: TaskFiles, config: TrainingConfig, directory: Path, settings: S
     score, step = trained.result.validation, trained.result.step
     what_was = "" if before is None else f"; what was there before had {before:.1%}"
     typer.echo(f"{directory}: {in_words(score.exact_match, score.loss)} (step {step}){what_was}")
+
+
+def published(prompts_dir: Path, but: Path) -> dict[str, Path]:
+    """The PEFT directories of the inbox by their names, without the one that is written."""
+    found = sorted(path.parent for path in prompts_dir.glob("*/adapter_config.json"))
+    return {directory.name: directory for directory in found if directory.resolve() != but.resolve()}
 
 
 def train_there(

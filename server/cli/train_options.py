@@ -56,9 +56,9 @@ class TrainOptions:
     init: Annotated[
         str,
         _start(
-            help="Initial values: labels, vocab (sampled), text, soft_prompt (another one), teacher (its own "
-            "keys and values), or random. auto is teacher for prefix tuning with a teacher, otherwise "
-            "labels if there are any, otherwise vocab."
+            help="Initial values: labels, vocab (sampled), text, soft_prompt (another one), nearest-task (the "
+            "published one that is nearest by function), teacher (its own keys and values), or random. auto is teacher "
+            "for prefix tuning with a teacher, otherwise labels if there are any, otherwise vocab."
         ),
     ] = "auto"
     init_text: Annotated[str | None, _start(help="The text for --init text.")] = None

@@ -5,6 +5,7 @@
         spec.json                    what was asked for, by whom; written once
         data.jsonl  validation.jsonl copies, so that later changes of the originals do not affect the run
         start/                       the soft prompt to initialise from, if any (also a copy)
+        candidates/TASK/             those to choose from, if training starts from the nearest task (copies)
         status.json                  replaced whole, by the server that runs jobs
         cancel                       exists if a client has cancelled the job
         publishing                   exists once the result is being published; the job can then not be cancelled
@@ -64,6 +65,7 @@ class JobFolder:
         self.path = path
         self.data, self.validation = path / "data.jsonl", path / "validation.jsonl"
         self.start, self.checkpoint, self.result = path / "start", path / "checkpoint", path / "result"
+        self.candidates = path / "candidates"
         self.order, self.failure = path / "order.json", path / "failure.json"
         self.record, self.log = path / "record.jsonl", path / "log.txt"
         self.cancel, self.publishing = path / "cancel", path / "publishing"
@@ -115,7 +117,14 @@ class JobsFolder:
 
     def add(self, draft: JobFolder, spec: JobSpec, names: DataNames, by: str | None) -> Job:
         """Make a draft a job, durably; raises OSError if it cannot be written."""
-        copies = [draft.data, draft.validation, draft.start, *draft.start.glob("*")]
+        copies = [
+            draft.data,
+            draft.validation,
+            draft.start,
+            *draft.start.glob("*"),
+            draft.candidates,
+            *draft.candidates.rglob("*"),
+        ]
         for copy in copies:
             if copy.exists():
                 sync(copy)

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from server.contracts import ModelSpec
@@ -55,12 +55,14 @@ class JobQueue:
         names: DataNames,
         by: str | None,
         start: SoftPrompt | None = None,
+        candidates: Mapping[str, SoftPrompt] | None = None,
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> Job:
         """Check a draft's data and queue it.
 
         Args:
             start: the soft prompt that `config.init_from` names, if any.
+            candidates: with `init=nearest-task`, the soft prompts to choose from, by task.
             check_cancelled: called between pieces of the work; if it raises, the work ends, and nothing is queued.
 
         Raises:
@@ -70,6 +72,8 @@ class JobQueue:
         if start is not None:
             check_start(spec.config, start)
             save_soft_prompt(draft.start, start, self._frame.model)
+        for task, candidate in (candidates or {}).items():
+            save_soft_prompt(draft.candidates / task, candidate, self._frame.model)
         with self._checking:
             check_cancelled()
             check_data(spec, draft, names, self._frame, check_cancelled)

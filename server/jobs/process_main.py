@@ -102,7 +102,9 @@ def run(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings) -> 
 
 def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, model: FrozenModel) -> Trained:
     """Run the trainer and record its progress."""
-    from server.train.inputs import TaskFiles
+    from server.interpret.nearest_task import with_start
+    from server.train.config import NEAREST_TASK
+    from server.train.inputs import TaskFiles, read_task
     from server.train.train_task import train_task
 
     watch = _Watch(recorder)
@@ -118,10 +120,15 @@ def train(folder: JobFolder, job: Job, recorder: Recorder, settings: Settings, m
         max_new_tokens=job.spec.max_new_tokens,
         start=folder.start if folder.start.exists() else None,
     )
+    config = job.spec.config
+    if config.init == NEAREST_TASK:
+        rows = read_task(files, config)
+        candidates = {path.name: path for path in sorted(folder.candidates.glob("*"))}
+        files, config = with_start(model, files, config, rows, candidates, log.info)
     return train_task(
         model,
         files,
-        job.spec.config,
+        config,
         watch.on_step,
         checkpoint=folder.checkpoint,
         on_tried=watch.on_tried,

@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from server.soft_prompts.manifest import INPUT_FIELD, SYSTEM_FIELD, SystemMessage
 
 Method = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning"]
-Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "teacher", "random"]
+Init = Literal["auto", "labels", "text", "vocab", "soft_prompt", "nearest-task", "teacher", "random"]
+NEAREST_TASK: Literal["nearest-task"] = "nearest-task"
 
 SHOWN = 200
 """Number of characters of a template that an error message quotes."""
@@ -41,7 +42,8 @@ class TrainingConfig:
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     init: Init = "auto"
     """Initial values. `auto` takes the teacher's keys and values for prefix tuning with a teacher; otherwise the
-    labels' tokens if there are labels; otherwise sampled vocabulary."""
+    labels' tokens if there are labels; otherwise sampled vocabulary. `nearest-task` takes the published soft prompt
+    that is nearest by function (`interpret/nearest_task.py`)."""
     init_text: str | None = None
     """The text for init text."""
     init_from: str | None = None
@@ -136,6 +138,9 @@ def _wrong_start(config: TrainingConfig) -> Contradiction | None:
     if config.init == "teacher" and (config.teacher_template is None or config.method != "prefix_tuning"):
         message = "Only prefix tuning begins with a teacher, whose text it needs."
         return Contradiction("config.init", message, "Give a teacher's text and method prefix_tuning, or another init.")
+    if config.init == NEAREST_TASK and config.method == "multitask_prompt_tuning":
+        message = "Several tasks have no one nearest task."
+        return Contradiction("config.init", message, "Train one task, or use another init.")
     if config.init == "random" and config.method == "prefix_tuning":
         message = "Random keys and values train badly, so prefix tuning does not begin with them."
         return Contradiction("config.init", message, "Use init vocab, labels or text.")

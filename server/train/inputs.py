@@ -11,6 +11,14 @@ from server.train.data import DataFile, check_rows, hold_out, labels_of, read_da
 
 
 @dataclass(frozen=True)
+class FoundStart:
+    """The published task that was found to be nearest by function."""
+
+    task: str
+    similarity: float
+
+
+@dataclass(frozen=True)
 class TaskFiles:
     """What a training run is given beside its hyperparameters."""
 
@@ -30,6 +38,9 @@ class TaskFiles:
     start: Path | None = None
     """The PEFT directory to start from, if it is not the path in `config.init_from` (in a job, it is the folder's
     copy)."""
+
+    found_start: FoundStart | None = None
+    """With `start`: the task that it was found as, for the manifest."""
 
     @property
     def input_manifest(self) -> Manifest:

@@ -11,7 +11,7 @@ from server.engine.model.frozen import FrozenModel
 from server.errors import PreludeError
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import TrainingStart, declared_start, hash_of_ids
-from server.train.config import TrainingConfig
+from server.train.config import NEAREST_TASK, TrainingConfig
 from server.train.data import DataFile
 from server.train.distil import Teacher, teacher_ids, text_states
 from server.train.initial import initial_token_ids, load_start, values_of_tokens
@@ -29,6 +29,7 @@ def begin(
     Raises:
         InvalidTrainingData: the configured start lacks its input, or does not fit.
     """
+    assert config.init != NEAREST_TASK, "the caller has looked for it, see interpret/nearest_task.py"
     if config.may_begin_as_teacher and (ids := teacher_ids(model, config, data)) is not None:
         start = TrainingStart(teacher_tokens=len(ids), token_ids_sha256=hash_of_ids(ids))
         return text_states(model, ids, config.num_virtual_tokens), start

@@ -64,6 +64,9 @@ def train_task(
     )
     labels = config.labels or rows.labels[0]
     initial, start = begin(model, config, rows.training[0], labels, files.start_of(config))
+    if files.found_start is not None:
+        found = {"nearest_task": files.found_start.task, "similarity": round(files.found_start.similarity, 4)}
+        start = start.model_copy(update=found)
     work = TrainingProblem(model, build_prefix(config, initial, len(rows.training)), objective, training, validation)
     folder = None if checkpoint is None else checkpoint / run_key(model, files, config, rows)
     if fresh and folder is not None:

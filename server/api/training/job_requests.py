@@ -1,25 +1,32 @@
 """Turns a request body into a queued training job."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fastapi import Request
 
-from server.api.auth import allow_task
+from server.api.auth import allow_task, may_see
 from server.api.bodies import ORDERS, Body, parse_json
 from server.api.body_sizes import MAX_DATA_BYTES
 from server.api.generation import find_soft_prompt
 from server.api.jobs.job_bodies import Order, find_files
 from server.api.training.schemas import JobRequest, parse_request
-from server.errors import InvalidRequest, InvalidTrainingData
+from server.errors import InvalidRequest, InvalidTrainingData, PreludeError
+from server.executors import Executors
 from server.jobs.job import DataNames, Job, JobSpec
 from server.jobs.job_queue import JobQueue
 from server.registry.registry import Registry
+from server.registry.task_views import Task
 from server.soft_prompts.names import split_version
-from server.soft_prompts.soft_prompt import SoftPrompt
+from server.soft_prompts.soft_prompt import EMBEDDING_TYPES, KV_TYPES, SoftPrompt
+from server.train.config import NEAREST_TASK, TrainingConfig
 
 FILES = ("data", "validation")
+MOST_CANDIDATES = 16
+MOST_CANDIDATE_BYTES = 64 * 2**20
+"""Of the copies that a job keeps of soft prompts that it may start from."""
 
 
 def parse_body(body: Body) -> JobRequest:
@@ -58,12 +65,51 @@ async def find_start(request: Request, spec: JobSpec, registry: Registry, key_id
     return StartVersion(f"{resolved.task}@{resolved.version}", soft_prompt)
 
 
+async def find_candidates(request: Request, spec: JobSpec, registry: Registry) -> dict[str, SoftPrompt]:
+    """With `init=nearest-task`: live soft prompts of the same kind and length that the request's key may see.
+
+    Only the newest `MOST_CANDIDATES` count, and of these the ones that fit `MOST_CANDIDATE_BYTES`.
+    """
+    config = spec.config
+    if config.init != NEAREST_TASK:
+        return {}
+    executors: Executors = request.app.state.executors
+    names = await executors.in_server.run(_fitting, registry.tasks, config, spec.task, partial(may_see, request))
+    found: dict[str, SoftPrompt] = {}
+    size = 0
+    for name in names:
+        try:
+            resolved, soft_prompt = await find_soft_prompt(registry, name, "")
+        except PreludeError:  # deleted or broken meanwhile
+            continue
+        size += soft_prompt.num_bytes
+        if size > MOST_CANDIDATE_BYTES:
+            break
+        found[f"{resolved.task}@{resolved.version}"] = soft_prompt
+    return found
+
+
+def _fitting(
+    tasks: Callable[[], Sequence[Task]], config: TrainingConfig, but: str, may: Callable[[str], bool]
+) -> list[str]:
+    """References of live versions that training can start from, newest first; for any thread."""
+    kinds = KV_TYPES if config.method == "prefix_tuning" else EMBEDDING_TYPES
+    fitting = [
+        (task.live.at, f"{task.name}@{task.live.number}")
+        for task in tasks()
+        if task.live is not None and task.name != but and may(task.name)
+        if task.live.content.peft_type in kinds and task.live.content.num_virtual_tokens == config.num_virtual_tokens
+    ]
+    return [name for _, name in sorted(fitting, reverse=True)[:MOST_CANDIDATES]]
+
+
 def submit(
     job_queue: JobQueue,
     order: Order[JobRequest],
     data_dir: Path | None,
     by: str | None,
     start: StartVersion | None = None,
+    candidates: Mapping[str, SoftPrompt] | None = None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Job:
     """Copy and check the data, and queue the job; `check_cancelled` is called between pieces and may raise to stop."""
@@ -82,4 +128,5 @@ def submit(
         if validation is not None:
             validation.copy(draft.validation, room)
         names = DataNames(data.name, None if validation is None else validation.name)
-        return job_queue.submit(draft, spec, names, by, None if start is None else start.soft_prompt, check_cancelled)
+        begins = None if start is None else start.soft_prompt
+        return job_queue.submit(draft, spec, names, by, begins, candidates, check_cancelled)

@@ -13,7 +13,7 @@ from server.api.jobs.job_kind import Jobs, Line, News, Site, job_router
 from server.api.jobs.routes import MISSING, JobId, start_route
 from server.api.schemas import Responses
 from server.api.sse import unless_disconnected
-from server.api.training.job_requests import FILES, find_start, parse_body, submit
+from server.api.training.job_requests import FILES, find_candidates, find_start, parse_body, submit
 from server.api.training.schemas import JOBS, job_body, request_body
 from server.errors import UnknownJob
 from server.jobs.job import Job
@@ -108,8 +108,9 @@ async def create_job(
     """Check the data and queue a training job. Its result becomes a version of its task."""
     async with read_order(request, FILES, parse_body) as order:
         start = await find_start(request, order.fields.spec, registry, key_id)
+        candidates = await find_candidates(request, order.fields.spec, registry)
         jobs: TrainingJobs = TrainingJobs.of(request)
-        work = partial(submit, job_queue, order, settings.data_dir, key_id, start)
+        work = partial(submit, job_queue, order, settings.data_dir, key_id, start, candidates)
         job = await unless_disconnected(request, jobs.checks.run(work))
     response.headers["Location"] = f"{JOBS}/{job.id}"
     return job_body(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,17 @@ def test_a_job_begins_with_the_version_that_its_start_stood_for(site: Site) -> N
     assert json.loads(went_on.read("manifest.json"))["training"]["init_from"] == "begin@1"
     before, after = (load(one.read("adapter_model.safetensors"))["prompt_embeddings"] for one in (begun, went_on))
     assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_a_job_looks_for_the_nearest_task_among_live_ones_that_its_key_may_see(site: Site) -> None:
+    short = {**LEARNS, "steps": 2}
+    first = site.ask(data="good.jsonl", task="team-a-near", config=short, activate=True).json()
+    assert site.events(first["id"])[-1][1]["job"]["state"] == "succeeded"
+    job = site.ask("team-a", data="good.jsonl", task="team-a-far", config={**short, "init": "nearest-task"}).json()
+    assert site.events(job["id"])[-1][1]["job"]["state"] == "succeeded"
+    log = site.request("GET", f"/{job['id']}/log").text
+    assert re.search(r"(Training begins with|Brief training moved towards) .*team-a-near@1 ", log), log
+    assert "begin@1" not in log, "a task of another team"
 
 
 def test_a_job_begins_with_nothing_that_is_not_there_for_its_key_or_of_another_kind(site: Site) -> None:

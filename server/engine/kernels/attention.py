@@ -24,7 +24,7 @@ from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
 from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, SpanColumns
-from server.engine.kernels.vectors import add_products, dot_products, fetch_add, lanes, largest, pointer
+from server.engine.kernels.vectors import add_products, dot_products, fetch, fetch_add, lanes, largest, pointer
 
 NUM_UNITS = 1
 """Index of the number of units in a loop's arguments; index 0 is the counter."""
@@ -168,11 +168,13 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
     heads, row, at_once = group * kv_heads, kv_heads * dim, lanes(dim)
 
     @compiler.inline
-    def score(queries, keys, start, count, first, last, scores):
+    def score(queries, keys, values, start, count, first, last, scores):
         """Compute `scores` `[kv_heads * group, width]` of `count` positions, for key heads `first` to `last`."""
         width, flat = scores.shape[1], scores.reshape(-1)
         whole = count - count % at_once
         for p in range(0, whole, at_once):
+            fetch(keys, (start + p + 2 * at_once) * row + first * dim, (start + p + 3 * at_once) * row + first * dim)
+            fetch(values, (start + p) * row + first * dim, (start + p + at_once) * row + first * dim)
             for head in range(first, last):
                 place, own = (start + p) * row + head * dim, head * group
                 dot_products(group, dim, queries, own * dim, keys, place, row, flat, own * width + p, width)
@@ -198,7 +200,7 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
             for d in range(dim):
                 queries[h, d] = widen(asked[d]) * scaling
         scores = np.empty((heads, width), np.float32)
-        score(queries.reshape(-1), keys, start, count, first, last, scores)
+        score(queries.reshape(-1), keys, values, start, count, first, last, scores)
         totals = np.empty(heads, np.float32)
         for h in range(first * group, last * group):
             own = scores[h]

@@ -94,6 +94,24 @@ def fetch_add(_: Any, array: Any) -> Any:
 
 
 @intrinsic
+def fetch(_: Any, array: Any, start: Any, end: Any) -> Any:
+    """Fetch the numbers from `start` to `end` of an array into the second-level cache, without waiting for them."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, start, end = arguments
+        data = context.make_array(signature.args[0])(context, builder, array).data
+        line = _I64(64 // (2 if data.type.pointee == _I16 else 4))
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        with cgutils.for_range_slice(builder, start, end, line, intp=_I64) as (index, _):
+            address = builder.bitcast(builder.gep(data, [index]), _BYTES)
+            builder.call(prefetch, [address, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64), code
+
+
+@intrinsic
 def pointer(_: Any, address: Any) -> Any:
     """An address as a pointer for `numba.carray`."""
 

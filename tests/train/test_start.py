@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.engine.model.frozen import FrozenModel
-from server.soft_prompts.formats import save_soft_prompt
+from server.soft_prompts.formats import load_soft_prompts, save_soft_prompt
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import TrainingStart, declared_start, hash_of_ids
@@ -101,6 +101,14 @@ def test_a_shipped_soft_prompt_declares_the_start_that_its_seed_gives(smollm2: F
     manifest = Manifest.parse((directory / "manifest.json").read_bytes())
     start, training = declared_start(manifest), manifest.training or {}
     assert start is not None
+    [soft_prompt] = load_soft_prompts(directory, smollm2.spec, 128)
+    with_start = [directory] if start.prefix_hash is None else SHIPPED
+    others = [one for path in with_start for one in load_soft_prompts(path, smollm2.spec, 128)]
+    values = start_values(smollm2, soft_prompt, others)
+    assert values is not None, "it cannot be computed, or no shipped task has it"
+    assert values.shape == soft_prompt.tensor.shape
+    if start.prefix_hash is not None:  # it began as another shipped task
+        return
     config = TrainingConfig(
         **{name: training[name] for name in TrainingConfig.__dataclass_fields__ if name in training}
     )

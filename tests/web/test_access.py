@@ -14,7 +14,7 @@ from tests.api.live import LiveServer, live_server
 from tests.web.watched import Watched, watching
 
 AXE = Path(__file__).parents[2] / "web/node_modules/axe-core/axe.min.js"
-PLACES = ("/compare?with=banking77&with=&text=Where+is+my+card", "/tasks", "/tasks/sms_spam")
+PLACES = ("/compare?with=banking77&with=&text=Where+is+my+card", "/tasks", "/tasks/sms_spam", "/upload", "/train")
 
 
 def violations(page: Page) -> list[str]:

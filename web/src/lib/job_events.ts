@@ -1,5 +1,5 @@
 /** A job's events while it is watched: `/training`, `/evaluations` and `/interpretations` have the same form. */
-import { send } from '../api/client';
+import { ApiError, send } from '../api/client';
 import { serverEvents } from '../api/sse';
 
 /** State, progress, or the end with the whole job; a training also reports its measurements. */
@@ -18,10 +18,10 @@ export const isOver = (state: string): boolean => !['preparing', 'waiting', 'que
  * Calls back with each event of a job until its end, or until `signal` aborts. While the page is hidden the connection
  * is closed; it resumes after the last event that was received.
  *
- * Throws an ApiError if the job is unknown or the connection fails.
+ * Throws an ApiError if the job is unknown or the connection fails. An event with `error` is the server's last word.
  */
 export async function followJob(
-  kind: '/training' | '/evaluations' | '/interpretations',
+  kind: '/training/jobs' | '/evaluations' | '/interpretations',
   id: string,
   take: (event: JobEvent) => void,
   signal: AbortSignal,
@@ -42,17 +42,25 @@ export async function followJob(
         last = number ?? last;
         const event = JSON.parse(data) as JobEvent;
         take(event);
-        if (event.event === 'end') return;
+        if (event.event === 'end' || event.error) return;
       }
-      if (!pause.signal.aborted) return;
+      if (!pause.signal.aborted) throw interrupted();
     } catch (error) {
-      if (!pause.signal.aborted) throw error;
+      if (!pause.signal.aborted) throw error instanceof ApiError ? error : interrupted();
     } finally {
       signal.removeEventListener('abort', stop);
       document.removeEventListener('visibilitychange', look);
     }
   }
 }
+
+const interrupted = (): ApiError =>
+  new ApiError(
+    'The connection ended before the job did.',
+    0,
+    'interrupted',
+    'The job is not affected. Watch it again.',
+  );
 
 /** Resolves once the page is visible, or at an abort. */
 function shown(signal: AbortSignal): Promise<void> {

@@ -34,6 +34,7 @@ describe('the requests of a screen as code', () => {
       path: '/i',
       form: { limit: '5', task: "@it's" },
       files: { data: 'r".jsonl' },
+      command: "prelude send 'x'",
     },
   ];
   it('are commands for a shell', () => {
@@ -46,10 +47,21 @@ describe('the requests of a screen as code', () => {
     expect(code).toContain(`-F 'data=@"r\\".jsonl"'`);
     expect(code).not.toContain('API_KEY');
   });
+  it('are commands of prelude, where there are such', () => {
+    const code = screenSnippet('Shell', 'http://h', requests, true);
+    expect(code).toContain("export PRELUDE_URL='http://h'");
+    expect(code).toContain("# send a file\nprelude send 'x'");
+    expect(code).not.toContain('read it');
+  });
+  it('send several files in one field', () => {
+    const put: ScreenRequest[] = [{ about: 'a', method: 'PUT', path: '/p', files: { files: ['a.json', 'b.json'] } }];
+    expect(screenSnippet('curl', 'http://h', put, false)).toContain(`-F 'files=@"a.json"' \\\n  -F 'files=@"b.json"'`);
+    expect(screenSnippet('Python', 'http://h', put, false)).toContain('("files", open("b.json", "rb"))');
+  });
   it('are Python, with the key from the environment', () => {
     const code = screenSnippet('Python', 'http://h', requests, true);
     expect(code).toContain('client.put("/prompts/mood/traffic", json={"1": 90, "2": 10})');
-    expect(code).toContain('files={"data": open("r\\".jsonl", "rb")}');
+    expect(code).toContain('files=[("data", open("r\\".jsonl", "rb"))]');
     expect(code).toContain('PRELUDE_API_KEY');
   });
 });

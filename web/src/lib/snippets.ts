@@ -1,7 +1,7 @@
 /** The request on screen as code. A key is never in it: the code reads $PRELUDE_API_KEY. */
 import type { ManyBody } from './comparison.svelte';
 
-export const LANGUAGES = ['curl', 'Python', 'OpenAI client'] as const;
+export const LANGUAGES = ['curl', 'Python', 'OpenAI client', 'Shell'] as const;
 export type Language = (typeof LANGUAGES)[number];
 
 /** A request that a screen sends, for View code. */
@@ -14,14 +14,16 @@ export interface ScreenRequest {
   json?: unknown;
   /** Fields of a form, and the names of its files by their fields. */
   form?: Record<string, string>;
-  files?: Record<string, string>;
+  files?: Record<string, string | string[]>;
+  /** The same from the shell, without the server's address. */
+  command?: string;
 }
 
 /** A path of plain parts, which are encoded. */
 export const pathOf = (...parts: (string | number)[]): string =>
   parts.map((part) => `/${encodeURIComponent(part)}`).join('');
 
-const shell = (text: string): string => `'${text.replaceAll("'", `'\\''`)}'`;
+export const shell = (text: string): string => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /** JSON as a Python literal. */
 function python(value: unknown, indent = 0): string {
@@ -112,9 +114,7 @@ function curlOf(base: string, request: ScreenRequest, withKey: boolean): string 
     request.method === 'GET' || (request.method === 'POST' && hasBody(request)) ? '' : ` -X ${request.method}`;
   const fields = [
     ...Object.entries(request.form ?? {}).map(([name, value]) => `--form-string ${shell(`${name}=${value}`)}`),
-    ...Object.entries(request.files ?? {}).map(
-      ([name, file]) => `-F ${shell(`${name}=@"${file.replaceAll('"', '\\"')}"`)}`,
-    ),
+    ...filesOf(request).map(([name, file]) => `-F ${shell(`${name}=@"${file.replaceAll('"', '\\"')}"`)}`),
   ];
   if (withKey) fields.unshift('-H "Authorization: Bearer $PRELUDE_API_KEY"');
   if (request.json !== undefined) {
@@ -123,17 +123,21 @@ function curlOf(base: string, request: ScreenRequest, withKey: boolean): string 
   return [`# ${request.about}\ncurl -s${method} ${shell(base + request.path)}`, ...fields].join(' \\\n  ');
 }
 
+/** The files of a form, by their fields; a field may have several. */
+const filesOf = ({ files }: ScreenRequest): [string, string][] =>
+  Object.entries(files ?? {}).flatMap(([name, of]) => [of].flat().map((file): [string, string] => [name, file]));
+
 const hasBody = ({ json, form, files }: ScreenRequest): boolean => json !== undefined || Boolean(form ?? files);
 
 function pythonOf(request: ScreenRequest): string {
-  const files = Object.entries(request.files ?? {}).map(
-    ([name, file]) => `${JSON.stringify(name)}: open(${JSON.stringify(file)}, "rb")`,
+  const files = filesOf(request).map(
+    ([name, file]) => `(${JSON.stringify(name)}, open(${JSON.stringify(file)}, "rb"))`,
   );
   const given = [
     JSON.stringify(request.path),
     request.json === undefined ? '' : `json=${python(request.json, 4)}`,
     request.form && Object.keys(request.form).length ? `data=${python(request.form, 4)}` : '',
-    files.length ? `files={${files.join(', ')}}` : '',
+    files.length ? `files=[${files.join(', ')}]` : '',
   ].filter(Boolean);
   const line = `reply = client.${request.method.toLowerCase()}(${given.join(', ')})`;
   const call =
@@ -143,11 +147,16 @@ function pythonOf(request: ScreenRequest): string {
 
 /** Requests of a screen as code, one after the other. */
 export function screenSnippet(
-  language: 'curl' | 'Python',
+  language: 'curl' | 'Python' | 'Shell',
   base: string,
   requests: ScreenRequest[],
   withKey: boolean,
 ): string {
+  if (language === 'Shell') {
+    const key = withKey ? '# the key is read from $PRELUDE_API_KEY\n' : '';
+    const commands = requests.flatMap(({ about, command }) => (command ? `# ${about}\n${command}` : []));
+    return `${key}export PRELUDE_URL=${shell(base)}\n\n${commands.join('\n\n')}`;
+  }
   if (language === 'curl') return requests.map((request) => curlOf(base, request, withKey)).join('\n\n');
   const key = withKey ? `, headers={"Authorization": f"Bearer {os.environ['PRELUDE_API_KEY']}"}` : '';
   return `${withKey ? 'import os\n\n' : ''}import httpx

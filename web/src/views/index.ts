@@ -10,4 +10,6 @@ export interface View {
 export const VIEWS: View[] = [
   { path: 'compare', title: 'Compare', load: () => import('./Compare.svelte') },
   { path: 'tasks', title: 'Tasks', load: () => import('./Tasks.svelte') },
+  { path: 'upload', title: 'Upload', load: () => import('./Upload.svelte') },
+  { path: 'train', title: 'Train', load: () => import('./Train.svelte') },
 ];

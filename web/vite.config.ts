@@ -40,9 +40,18 @@ export default defineConfig({
   server: {
     // `npm run dev` beside `prelude serve`: everything but the page's own files is the server's.
     proxy: Object.fromEntries(
-      ['/generate', '/prompts', '/training', '/evaluations', '/info', '/metrics', '/v1', '/ready', '/tokenize'].map(
-        (path) => [path, 'http://127.0.0.1:8000'],
-      ),
+      [
+        '/generate',
+        '/prompts',
+        '/training',
+        '/evaluations',
+        '/interpretations',
+        '/info',
+        '/metrics',
+        '/v1',
+        '/ready',
+        '/tokenize',
+      ].map((path) => [path, 'http://127.0.0.1:8000']),
     ),
   },
   test: { include: ['src/**/*.test.ts'] },

@@ -22,7 +22,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("playwright") else ["test_[
 """An environment that is older than these tests still runs all others."""
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("banking77", "e2e_nlg", "sms_spam")
+TASKS = ("banking77", "e2e_nlg", "emotion", "sms_spam")
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def browser() -> Iterator[Browser]:
 def site(
     browser: Browser, served_smollm2: FrozenModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
-    """A server with three of the shipped tasks, which tests do not change: they publish tasks of their own."""
+    """A server with four of the shipped tasks, which tests do not change: they publish tasks of their own."""
     folder = tmp_path_factory.mktemp("site")
     for task in TASKS:
         shutil.copytree(ROOT / "prompts" / task, folder / "prompts" / task)

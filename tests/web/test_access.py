@@ -14,7 +14,15 @@ from tests.api.live import LiveServer, live_server
 from tests.web.watched import Watched, watching
 
 AXE = Path(__file__).parents[2] / "web/node_modules/axe-core/axe.min.js"
-PLACES = ("/compare?with=banking77&with=&text=Where+is+my+card", "/tasks", "/tasks/sms_spam", "/upload", "/train")
+PLACES = (
+    "/compare?with=banking77&with=&text=Where+is+my+card",
+    "/tasks",
+    "/tasks/sms_spam",
+    "/tasks/emotion/interpretation",
+    "/upload",
+    "/train",
+    "/server",
+)
 
 
 def violations(page: Page) -> list[str]:
@@ -69,11 +77,12 @@ def test_a_key_is_asked_for_and_stays_in_this_tab(browser: Browser, tmp_path: Pa
         page.refusals.add(401)
         shown = page.open("/tasks")
         expect(shown.get_by_text("This server requires a key.")).to_be_visible()
-        for typed, refused in (("prelude_wrong", True), (key, False)):
-            shown.get_by_role("button", name="Enter a key").click()
+        for typed, button in (("prelude_wrong", "Enter a key"), (key, "Enter another key")):
+            shown.get_by_role("button", name=button).click()
             shown.get_by_label("Key, as").fill(typed)
             shown.get_by_role("button", name="Use this key").click()
-            expect(shown.get_by_text("This server requires a key.")).to_have_count(1 if refused else 0)
+            expect(shown.get_by_text("This server requires a key.")).to_have_count(0)
+            expect(shown.get_by_text("The server does not accept this key")).to_have_count(1 if typed != key else 0)
         expect(shown.get_by_text("No tasks yet")).to_be_visible()
         assert key not in shown.url
         assert (

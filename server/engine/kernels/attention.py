@@ -163,9 +163,9 @@ def _attend_loop(compiler: Compiler, group: int, kv_heads: int, dim: int, stored
     return attend
 
 
-def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
-    """The function that attends for one token."""
-    heads, row, at_once = group * kv_heads, kv_heads * dim, lanes(dim)
+def _scoring(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
+    """The function that computes a decoding token's scores."""
+    row, at_once = kv_heads * dim, lanes(dim)
 
     @compiler.inline
     def score(queries, keys, values, start, count, first, last, scores):
@@ -188,6 +188,14 @@ def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
                     rest[p * dim + d] = widen(key[d])
             own = head * group
             dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width)
+
+    return score
+
+
+def _decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
+    """The function that attends for one token."""
+    heads, row, at_once = group * kv_heads, kv_heads * dim, lanes(dim)
+    score = _scoring(compiler, group, kv_heads, dim)
 
     @compiler.inline
     def decode(query, head_step, keys, values, first, last, start, end, scaling, sinks_at, out):

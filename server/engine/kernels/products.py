@@ -23,10 +23,13 @@ from server.engine.kernels.tiles import (
     store_configuration,
 )
 from server.engine.kernels.units import CHUNK, COLUMNS, ProductArguments
-from server.engine.kernels.vectors import fetch_add
+from server.engine.kernels.vectors import fetch_add, pointer, stack_memory
 
 AT = ProductArguments(*range(2, 2 + len(ProductArguments._fields)))
 """Index of each argument."""
+
+SUMS = 32 * COLUMNS * 4
+"""Bytes of the sums of 32 rows in float32."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,8 @@ def _loop(compiler: Compiler, *, gated: bool) -> Loop:
         a = carray(arguments, 2 + len(AT))
         rows, depth, blocks = a[AT.rows], a[AT.depth], a[AT.columns] // COLUMNS
         few, step, tiles = max(1, min(rows, 16)), 2 * depth, depth // 32
-        saved, own = np.empty(64, np.uint8), np.zeros(64, np.uint8)
+        saved, own, sums = stack_memory(64), stack_memory(64), stack_memory(SUMS)
         configure(few, saved, own)
-        buffer = np.empty((32, COLUMNS), np.float32)
-        sums = buffer.ctypes.data
         while True:
             unit = fetch_add(a)
             if unit >= a[1]:
@@ -78,7 +79,7 @@ def _loop(compiler: Compiler, *, gated: bool) -> Loop:
                 following += tiles * TILE_BYTES
                 if row - start >= 64:
                     fetched = 0
-        load_configuration(saved.ctypes.data)
+        load_configuration(saved)
 
     return product
 
@@ -90,12 +91,14 @@ def _parts(compiler: Compiler, *, gated: bool) -> tuple[Any, Any]:
     @compiler.inline
     def configure(few, saved, own):
         """Save the configuration of this thread's tiles, and configure them for `few` rows of `x`."""
-        own[0] = 1
+        wanted = carray(pointer(own), 64, np.uint8)
+        wanted[:] = 0
+        wanted[0] = 1
         for tile in range(8):
-            own[16 + 2 * tile] = 64
-            own[48 + tile] = 16 if tile >= 6 else few
-        store_configuration(saved.ctypes.data)
-        load_configuration(own.ctypes.data)
+            wanted[16 + 2 * tile] = 64
+            wanted[48 + tile] = 16 if tile >= 6 else few
+        store_configuration(saved)
+        load_configuration(own)
 
     @compiler.inline
     def finish(a, rows, sums, row, column):

@@ -122,6 +122,22 @@ def pointer(_: Any, address: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def stack_memory(_: Any, size: Any) -> Any:
+    """The address of `size` bytes, a constant, that last until the calling loop returns; aligned to 64 bytes.
+
+    numba frees an array after its last use, even if its address is still in use.
+    """
+    num_bytes = size.literal_value
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+        memory.align = 64
+        return builder.ptrtoint(memory, _I64)
+
+    return types.int64(size), code
+
+
+@intrinsic(prefer_literal=True)
 def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
     """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` are contiguous.
 

@@ -92,14 +92,16 @@ class ChainedLayers(nn.Module):
 
 
 def can_chain(layers: Iterable[nn.Module]) -> bool:
-    """Whether layers can be run by `ChainedLayers`."""
-    return all(
-        isinstance(layer, FusedLayer)
-        and layer.is_silu
-        and not layer.head_norms
-        and all(isinstance(part, TiledLinear) for part in layer.products())
-        for layer in layers
-    )
+    """Whether layers can be run by `ChainedLayers`: all have the same sizes, so one memory serves them all."""
+    sizes = set()
+    for layer in layers:
+        if not isinstance(layer, FusedLayer) or not layer.is_silu or layer.head_norms:
+            return False
+        products = [part for part in layer.products() if isinstance(part, TiledLinear)]
+        if len(products) < len(layer.products()):
+            return False
+        sizes.add((layer.heads, layer.kv_heads, *((part.in_features, part.out_features) for part in products)))
+    return len(sizes) == 1
 
 
 class _Table:
@@ -151,12 +153,15 @@ class _Table:
         numbers[:, 0] = 0
         self.links[:, 2:] = 0
         # Residuals are added in place, so the last tile of rows must not overlap the one before.
-        for (links, products), rows in zip(self._by_rows, (bucket(len(x)), bucket(len(kept))), strict=True):
+        all_rows = bucket(len(x)), bucket(len(kept)) if len(kept) else 0
+        assert max(all_rows) <= self._rows, "no more than there is memory for"
+        for (links, products), rows in zip(self._by_rows, all_rows, strict=True):
             numbers[links, UNITS] = -(-rows // ROWS)
             numbers[links, FIRST] = rows
             numbers[products, UNITS] = numbers[products, _PRODUCT.columns] // COLUMNS * -(-rows // CHUNK)
         numbers[of["product"], _PRODUCT.ahead] = torch.get_num_threads()
         cos, sin = rotation
+        numbers[of["rotate"], FIRST] = len(x)  # as many as `cos` and `sin` have
         numbers[of["rotate"], FIRST + 2 : FIRST + 4] = cos.data_ptr(), sin.data_ptr()
         numbers[of["gather"], UNITS], numbers[of["gather"], FIRST] = -(-len(kept) // ROWS), len(kept)
         numbers[of["gather"], FIRST + 1] = kept.data_ptr()

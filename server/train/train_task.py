@@ -14,7 +14,7 @@ from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.manifest import BaseModelRef, GenerationDefaults, Manifest
 from server.soft_prompts.soft_prompt import check_size
 from server.soft_prompts.start import START_FIELD, TrainingStart
-from server.train.config import TrainingConfig
+from server.train.config import NEAREST_TASK, TrainingConfig
 from server.train.data import DataFile, encode_examples
 from server.train.distil import distilled_lessons
 from server.train.inputs import TaskFiles, TaskRows, read_task
@@ -166,6 +166,7 @@ def _manifest(
         licence=files.licence,
         training={
             **config.as_dict(),
+            **({} if files.found_start is None else {"init": NEAREST_TASK}),  # as was asked for; init_from names it
             "best_step": result.step,
             "data_sha256": _hashes(rows.training),
             "dtype": model.spec.dtype,

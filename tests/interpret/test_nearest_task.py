@@ -57,11 +57,13 @@ def test_a_task_that_does_the_same_is_found_among_others(
     assert "short" not in said
     assert "states" not in said
     assert (found.start, config.init, config.init_from) == (candidates["like@2"], "soft_prompt", "like@2")
-    trained = train_task(tiny32, found, config).soft_prompt
+    trained = train_task(tiny32, found, replace(config, steps=1)).soft_prompt
     start = declared_start(trained.manifest)
     assert start is not None
     assert (start.nearest_task, start.prefix_hash) == ("like@2", like.prefix_hash)
     assert start.similarity is not None
+    training = trained.manifest.training or {}
+    assert (training["init"], training["init_from"]) == ("nearest-task", "like@2")
     values = start_values(tiny32, trained, [like])
     assert values is not None
     assert (values == like.tensor).all()

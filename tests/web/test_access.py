@@ -21,6 +21,7 @@ PLACES = (
     "/tasks/emotion/interpretation",
     "/upload",
     "/train",
+    "/evaluate?task=sms_spam",
     "/server",
 )
 

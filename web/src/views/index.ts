@@ -12,5 +12,6 @@ export const VIEWS: View[] = [
   { path: 'tasks', title: 'Tasks', load: () => import('./Tasks.svelte') },
   { path: 'upload', title: 'Upload', load: () => import('./Upload.svelte') },
   { path: 'train', title: 'Train', load: () => import('./Train.svelte') },
+  { path: 'evaluate', title: 'Evaluate', load: () => import('./Evaluate.svelte') },
   { path: 'server', title: 'Server', load: () => import('./Server.svelte') },
 ];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,3 +103,11 @@ def test_only_bfloat16_in_whole_tiles_is_tiled(tiles: Kernels) -> None:
     assert not can_tile(WEIGHT[:48], tiles)
     assert not can_tile(WEIGHT[:, :48], tiles)
     assert isinstance(frozen_linear(WEIGHT, None, tiles), TiledLinear)
+
+
+def test_any_thread_may_use_tiles(tiles: Kernels) -> None:
+    """The kernel's permission is the process's, for threads that begin later too."""
+    linear, x = TiledLinear(WEIGHT, BIAS, tiles), numbers(40, IN)
+    expected = linear(x)
+    with ThreadPoolExecutor(3) as callers:
+        assert all(torch.equal(got, expected) for got in callers.map(linear, [x] * 60))

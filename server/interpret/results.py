@@ -263,7 +263,7 @@ class Sufficiency(Result):
     none: Interval
     steps: tuple[LadderStep, ...]
     words_explain: bool | None = None
-    """Whether R of the nearest tokens lies above R of random tokens; None for a KV prefix, or without R."""
+    """Whether R of the nearest tokens lies above 0 and above R of random tokens; None for a KV prefix, or without R."""
 
 
 class Removal(Result):

@@ -46,4 +46,4 @@ def _ratio(bootstrap: Bootstrap, learned: Statistic, none: Statistic, variant: S
 def _words_explain(steps: Sequence[LadderStep]) -> bool | None:
     ratios = {step.name: step.ratio for step in steps}
     words, chance = ratios.get(NEAREST), ratios.get(RANDOM)
-    return None if words is None or chance is None else words.low > chance.high
+    return None if words is None or chance is None else words.low > max(0.0, chance.high)

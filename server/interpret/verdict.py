@@ -4,6 +4,8 @@ from server.interpret.results import LEVEL, Geometry, Lens, Nearest, Necessity, 
 from server.interpret.variants import NEAREST, RANDOM
 
 UNKNOWN = "The start is unknown, so nothing can be said of what training added."
+NOT_YET = "Only rows show whether these words explain anything."
+"""Training can pull virtual tokens to any text while they solve the task (Khashabi et al. 2022)."""
 CAVEAT = "The lens sees direct paths only, and takes attention as even over the virtual tokens."
 
 
@@ -20,7 +22,7 @@ def _of_tokens(nearest: Nearest) -> str:
     start = f"{_share(kept, count)} still nearest to the {'token it' if count == 1 else 'tokens they'} started from"
     if words:
         near = f"{_share(words, count)} word-like and learned: what training added is near a word"
-        return f"{near} (p = {written_p(nearest.p_change)}). {start}."
+        return f"{near} (p = {written_p(nearest.p_change)}). {start}. {NOT_YET}"
     return f"{start}; what training added is near no word (p = {written_p(nearest.p_change)})."
 
 

@@ -4,7 +4,7 @@ Loads the model once for each set of optimisations (`PRELUDE_OPTIMISE`). In inte
 every sequence decodes at about 170 positions, and prefills of whole inputs. The same rounds measure two lower bounds
 for this machine and these weights:
 
-    products    only the packed matrix products of such a step
+    products    only the matrix products of such a step, run as the step runs them; logits included
     roofline    the bytes that such a step must read, all matrices once and the keys and values of its positions, at
                 the bandwidth with which all cores read, or copy, a gigabyte in the same run
 
@@ -19,6 +19,7 @@ Prints a table and, last, one line of JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -33,14 +34,18 @@ from server.openmp import share_cores
 
 share_cores()  # before torch
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from server.contracts import GenerationRequest, SamplingParams  # noqa: E402
 from server.engine.build_engine import load_engine  # noqa: E402
 from server.engine.engine import Engine  # noqa: E402
+from server.engine.fast.chained import ChainedLayers  # noqa: E402
 from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
+from server.engine.fast.row_buckets import bucket  # noqa: E402
 from server.engine.fast.tiled import TiledLinear, frozen_linear  # noqa: E402
+from server.engine.kernels.units import CHUNK, COLUMNS, LinkColumns, ProductArguments  # noqa: E402
 from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
@@ -53,6 +58,9 @@ POSITIONS = 170
 PREFILLS = (37, 101, 256)
 PREFILLS_PER_ROUND = 6
 
+
+Work = list[tuple[FrozenLinear | TiledLinear, int]]
+"""Products with their numbers of rows."""
 
 BUFFER_BYTES = 2**30
 """Far larger than a processor's cache."""
@@ -68,37 +76,75 @@ def bandwidth() -> float:
 
 
 class Products:
-    """Only the matrix products of a step: one for each linear layer, with layers that share an input combined."""
+    """Only the matrix products of a step, in random weights: as one chain where a step has one, else call by call."""
 
     def __init__(self, engine: Engine) -> None:
-        config = engine.model.module.config
+        config, self._kernels = engine.model.module.config, engine.model.kernels
         hidden, inner = config.hidden_size, config.intermediate_size
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        shapes = [(heads * engine.model.spec.head_dim, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
-        self._layers = [[self._linear(shape, engine) for shape in shapes] for _ in range(config.num_hidden_layers)]
+        attended = config.num_attention_heads * engine.model.spec.head_dim
+        qkv = attended + 2 * config.num_key_value_heads * engine.model.spec.head_dim
+        shapes = [(qkv, hidden), (hidden, attended), (2 * inner, hidden), (hidden, inner)]
+        layers = engine.model.module.get_decoder().layers
+        self._is_chained = isinstance(layers[0], ChainedLayers)
+        gates = [False, False, self._is_chained, False]
+        self._layers = [
+            [self._linear(shape, engine, is_gated) for shape, is_gated in zip(shapes, gates, strict=True)]
+            for _ in range(config.num_hidden_layers)
+        ]
         self._head = self._linear((config.vocab_size, hidden), engine)
         self._dtype = engine.model.dtype
         linears = [self._head, *itertools.chain.from_iterable(self._layers)]
         self.num_bytes = sum(linear.out_features * linear.in_features for linear in linears) * self._dtype.itemsize
 
     @staticmethod
-    def _linear(shape: tuple[int, int], engine: Engine) -> FrozenLinear | TiledLinear:
+    def _linear(shape: tuple[int, int], engine: Engine, is_gated: bool = False) -> FrozenLinear | TiledLinear:
         weight = torch.randn(shape, dtype=engine.model.dtype) * 0.02
-        return frozen_linear(weight, None, engine.model.kernels, pack=can_pack(weight))
+        return frozen_linear(weight, None, engine.model.kernels, pack=can_pack(weight), is_gated=is_gated)
 
     @torch.inference_mode()
     def seconds(self, rows: int, kept: int) -> float:
-        """Time of one pass over `rows` tokens, `kept` of which have logits."""
-        inputs = [
-            [torch.randn(rows, linear.in_features, dtype=self._dtype) for linear in layer] for layer in self._layers
-        ]
+        """Time of one pass over `rows` tokens, `kept` of which have logits; both padded as a step pads them."""
+        rows, kept = bucket(rows), bucket(kept)
+        # Each product with its rows: the last layer computes only what is kept, after its attention.
+        work = [(linear, rows) for layer in self._layers for linear in layer]
+        work[-3:] = [(linear, kept) for linear, _ in work[-3:]]
+        layer_inputs = [torch.randn(rows, linear.in_features, dtype=self._dtype) for linear in self._layers[0]]
+        inputs = layer_inputs * len(self._layers)
         last = torch.randn(kept, self._head.in_features, dtype=self._dtype)
+        run = self._chain(work, inputs) if self._is_chained else self._calls(work, inputs)
         began = time.perf_counter()
-        for layer, given in zip(self._layers, inputs, strict=True):
-            for linear, x in zip(layer, given, strict=True):
-                linear(x)
+        run()
         self._head(last)
         return time.perf_counter() - began
+
+    @staticmethod
+    def _calls(work: Work, inputs: list[torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for (linear, rows), x in zip(work, inputs, strict=True):
+                linear(x[:rows])
+
+        return run
+
+    def _chain(self, work: Work, inputs: list[torch.Tensor]) -> Callable[[], None]:
+        """The products in the loop that runs a step's layers; see `ChainedLayers`."""
+        assert self._kernels is not None, "a chain is compiled"
+        loops, threads = self._kernels.products(), torch.get_num_threads()
+        out = torch.empty(max(linear.out_features * rows for linear, rows in work), dtype=self._dtype)
+        table = np.zeros((len(work), 2 + len(ProductArguments._fields)), np.int64)
+        links = np.zeros((len(work), len(LinkColumns._fields)), np.int64)
+        for i, ((linear, rows), x) in enumerate(zip(work, inputs, strict=True)):
+            assert isinstance(linear, TiledLinear), "see `can_chain`"
+            units = linear.out_features // COLUMNS * -(-rows // CHUNK)
+            table[i] = 0, units, *linear.arguments(rows, x.data_ptr(), None, out.data_ptr(), threads)
+            links[i, :2] = (loops.gated if linear.is_gated else loops.plain).address, table[i].ctypes.data
+        chain = self._kernels.chain()
+        sched_yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        kept = out, table, links  # the table holds their addresses
+
+        def run() -> None:
+            chain(threads, threads, len(work), kept[-1].ctypes.data, sched_yield)
+
+        return run
 
 
 def request(name: str, tokens: int, new: int) -> GenerationRequest:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from peers import Call, Peer, Workload
 
-START_SECONDS = 300
+START_SECONDS = 600
 WARM_UP_SECONDS = 3.0
 """Minimum warm-up time; in addition, counting starts only after every client has had a reply."""
 

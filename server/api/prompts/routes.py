@@ -1,7 +1,7 @@
 """Soft prompts over HTTP: list, show, publish, delete. Their versions are in `versions.py`."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 
@@ -12,6 +12,7 @@ from server.api.prompts.preconditions import set_etag
 from server.api.prompts.uploads import unpacked_upload
 from server.api.schemas import Responses, responses
 from server.errors import InvalidRequest, InvalidSoftPrompt, UnknownTask
+from server.registry.events import VersionContent
 from server.registry.registry import Registry
 from server.registry.task_views import Task
 from server.replies import PromptDetail, PromptList, PromptSummary, PublishReply, TaskVersion, reply
@@ -77,7 +78,7 @@ async def get_prompt(
         PromptDetail,
         **_summary(task, found, registry.errors.get(task)),
         versions=sorted(found.versions),
-        manifest={"generation": {}, **json.loads(shown.content.manifest)},
+        manifest=_manifest(shown.content),
     )
 
 
@@ -126,7 +127,7 @@ async def put_prompt(
         tasks=[TaskVersion(task=item.task, version=item.version) for item in published.tasks],
         warnings=list(soft_prompts[0].notes) or None,
         ignored=ignored or None,
-        manifest=json.loads(first.content.manifest) if dry_run else None,
+        manifest=_manifest(first.content) if dry_run else None,
         prefix_hash=first.content.prefix_hash if dry_run else None,
     )
 
@@ -168,3 +169,8 @@ def _summary(name: str, task: Task | None, error: str | None) -> PromptSummary:
 def shares(task: Task) -> dict[str, int] | None:
     """The traffic share of each version in a canary; None if at most one version is live."""
     return {str(version): share for version, share in task.traffic} if len(task.traffic) > 1 else None
+
+
+def _manifest(content: VersionContent) -> dict[str, Any]:
+    """A version's manifest as replies show it."""
+    return {"generation": {}, **json.loads(content.manifest)}

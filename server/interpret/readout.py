@@ -90,8 +90,9 @@ def find_readout(model: FrozenModel, token_ids: torch.Tensor) -> Readout | str:
     found = _layers(model.module, spec.num_hidden_layers)
     if found is None or not isinstance(head, nn.Module):
         return f"The layers of {spec.name} were not recognised, so there is no lens."
-    parent, layers = found
-    norm = next((child for name in NORMS if isinstance(child := getattr(parent, name, None), nn.Module)), None)
+    parents, layers = found
+    norms = (getattr(parent, name, None) for parent in parents for name in NORMS)
+    norm = next((child for child in norms if isinstance(child, nn.Module)), None)
     projections = [part for layer in layers if (part := _projection(layer)) is not None]
     if norm is None or len(projections) != spec.num_kv_layers:
         return f"The output projections or the final norm of {spec.name} were not found, so there is no lens."
@@ -124,12 +125,15 @@ def gain_of(norm: nn.Module, size: int, model: FrozenModel) -> torch.Tensor:
     return gain
 
 
-def _layers(module: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The list of decoder layers, and the module that holds it."""
-    for parent in module.modules():
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return parent, child
+def _layers(module: nn.Module, count: int) -> tuple[list[nn.Module], nn.ModuleList] | None:
+    """The list of decoder layers, and the modules that hold it, innermost first.
+
+    The module that holds the list need not have the final norm: this server may run all layers as one (`fast/chained.py`).
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            path = name.split(".")[:-1]
+            return [module.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)], child
     return None
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
@@ -55,6 +56,16 @@ def test_an_optimised_model_has_the_same_lens() -> None:
     plain, fast = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
     optimise(fast, ("fused", "packed"), None)
     torch.testing.assert_close(readout_of(plain).variances(), readout_of(fast).variances(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_run_as_one_have_the_same_lens() -> None:
+    """As on processors with AMX, where the decoder has one part that holds all layers."""
+    plain, joined = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    decoder = joined.module.get_decoder()  # type: ignore[no-untyped-call]
+    holder = nn.Module()
+    holder.layers = decoder.layers
+    decoder.layers = nn.ModuleList([holder])
+    assert torch.equal(readout_of(plain).variances(), readout_of(joined).variances())
 
 
 def raising(model: FrozenModel, token: int, size: float) -> SoftPrompt:

@@ -128,7 +128,7 @@ def gain_of(norm: nn.Module, size: int, model: FrozenModel) -> torch.Tensor:
 def _layers(module: nn.Module, count: int) -> tuple[list[nn.Module], nn.ModuleList] | None:
     """The list of decoder layers, and the modules that hold it, innermost first.
 
-    The module that holds the list need not have the final norm: this server may run all layers as one (`fast/chained.py`).
+    The module that holds the list need not have the final norm: one call may run all layers (`fast/chained.py`).
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) == count:

@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import TypeAlias
@@ -25,6 +25,9 @@ MOST_CUTS = 4
 """Maximum number of times that a text is cut because the vocabulary itself produces a control token."""
 KNOWN_PARTS = 512
 """Number of template parts whose control tokens are cached."""
+
+_ADDED = '"added_tokens":'
+"""Before the list of added tokens in a tokenizer's JSON; in a string its quotes would be escaped."""
 
 _BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
@@ -45,7 +48,7 @@ class InputEncoder:
         self._backend, self._unknown_id = backend, unknown_id
         added = backend.get_added_tokens_decoder()
         self._contents = {token_id: token.content for token_id, token in added.items() if _is_control(token)}
-        self._plain = _reading_as_text(backend, self._contents.values())
+        self._plain = _reading_as_text(backend, {*self._contents.values()})
         self._names = names = {token_id: _secret() for token_id in self._contents}
         self._cut = _secret()
         named = [_named(name, like=added[token_id]) for token_id, name in names.items()]
@@ -161,11 +164,14 @@ def _named(name: str, like: AddedToken) -> AddedToken:
     return AddedToken(name, lstrip=like.lstrip, rstrip=like.rstrip, normalized=like.normalized, special=False)
 
 
-def _reading_as_text(backend: Tokenizer, contents: object) -> Tokenizer:
+def _reading_as_text(backend: Tokenizer, contents: Collection[str]) -> Tokenizer:
     """A copy of the tokenizer that does not recognise these tokens in a text."""
-    fields = json.loads(backend.to_str())
-    for token in fields["added_tokens"]:
-        token["special"] = token["content"] in contents  # type: ignore[operator]
-    copy = Tokenizer.from_str(json.dumps(fields))
+    text = backend.to_str()
+    # Only this list is parsed: with vocabulary and merges, Python would make a hundred thousand objects.
+    start = text.index(_ADDED) + len(_ADDED)
+    tokens, end = json.JSONDecoder().raw_decode(text, start)
+    for token in tokens:
+        token["special"] = token["content"] in contents
+    copy = Tokenizer.from_str(text[:start] + json.dumps(tokens) + text[end:])
     copy.encode_special_tokens = True
     return copy

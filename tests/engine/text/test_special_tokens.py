@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from server.contracts import TemplatedText
 from server.engine.model.frozen import FrozenModel
+from server.engine.text import special_tokens
 from server.engine.text.special_tokens import InputEncoder
 from server.errors import InvalidRequest
 from server.settings import SpecialTokensInInput
@@ -230,3 +231,15 @@ def test_the_copy_keeps_what_a_tokenizer_says(smollm2: FrozenModel) -> None:
     fields: dict[str, Any] = json.loads(smollm2.text.backend.to_str())
     assert all(token["special"] for token in fields["added_tokens"]), "the original is as it was"
     assert not smollm2.text.backend.encode_special_tokens
+
+
+def test_only_added_tokens_are_parsed_and_only_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabulary and merges are large; a token's own text may look like the list's name."""
+    backend = byte_level(added=['"added_tokens":[', "<call>"])
+    expected = json.loads(backend.to_str())
+    for token in expected["added_tokens"]:
+        token["special"] = token["content"] in MARKS
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", lambda _: pytest.fail("everything is parsed"))
+        copy = special_tokens._reading_as_text(backend, MARKS)
+    assert json.loads(copy.to_str()) == expected

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+import pytest
 import torch
+from torch import nn
 
+from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
 from server.interpret.nearest import nearest_tokens, neighbour_null
 from server.interpret.null_cache import MOST_FILES, NullCache
@@ -102,3 +106,24 @@ def test_untied_and_scaled_embeddings_are_those_that_the_model_reads() -> None:
     found = Interpreter(model).interpret("planted", planted(model, KNOWN, START))
     assert found.nearest is not None
     assert [token.change[0].token_id for token in found.nearest.tokens] == list(KNOWN)
+
+
+@pytest.mark.parametrize("is_optimised", [False, True])
+def test_tied_embeddings_are_read_at_the_input_and_written_at_the_output(is_optimised: bool) -> None:
+    """Optimised models hold the output embeddings in another layout, and the input embeddings must stay as they are."""
+    model = tiny_model(dtype=torch.float32)
+    read = cast(nn.Embedding, model.module.get_input_embeddings())
+    weight = read.weight.detach().clone()
+    model.module.get_output_embeddings().weight = read.weight  # type: ignore[no-untyped-call]
+    if is_optimised:
+        optimise(model, ("fused", "packed"), None)
+    interpreter = Interpreter(model)
+    found = interpreter.interpret("planted", planted(model, KNOWN, START))
+    assert found.nearest is not None
+    assert [token.change[0].token_id for token in found.nearest.tokens] == list(KNOWN)
+    readout = interpreter.readout
+    assert not isinstance(readout, str)
+    written = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    scores = (written * readout.gain) @ weight[:258].T
+    torch.testing.assert_close(readout.scores(written), scores - scores.mean(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    assert found.lens is not None

@@ -7,6 +7,7 @@ import json
 from playwright.sync_api import expect
 
 from tests.api.live import LiveServer
+from tests.support import random_soft_prompt
 from tests.web.test_tasks import publish
 from tests.web.watched import Watched
 
@@ -15,7 +16,9 @@ LABELS = ("ham", MARKUP)
 
 
 def test_two_versions_are_measured_and_their_difference_survives_a_reload(page: Watched, site: LiveServer) -> None:
-    publish(site, "ui-measured", "the first", "the second")
+    for seed in range(2):
+        manifest = {"generation": {"max_new_tokens": 3}}
+        site.publish("ui-measured", random_soft_prompt(site.model.spec, seed=seed, manifest=manifest))
     rows = [{"input": f"{MARKUP} {number}", "target": LABELS[number % 2]} for number in range(6)]
     shown = page.open("/evaluate?task=ui-measured%402")
     shown.locator("input[type=file]").first.set_input_files(
@@ -40,8 +43,8 @@ def test_two_versions_are_measured_and_their_difference_survives_a_reload(page: 
     figures = shown.get_by_role("region", name="Figures")
     for name in ("ui-measured@2", "ui-measured@1", "zero-shot"):
         expect(figures.get_by_role("rowheader", name=name, exact=True).first).to_be_visible()
-    [job] = site.client.get("/evaluations").json()["evaluations"]
-    result = site.client.get(f"/evaluations/{job['id']}").json()["result"]["contestants"]
+    job = shown.url.rpartition("/")[2]
+    result = site.client.get(f"/evaluations/{job}").json()["result"]["contestants"]
     for name in ("ui-measured@2", "ui-measured@1"):
         expect(figures).to_contain_text(f"{100 * result[name]['accuracy_choices']['value']:.1f}")
     low, high = result["ui-measured@1"]["difference"]["accuracy_choices"]["interval"]
@@ -55,7 +58,8 @@ def test_two_versions_are_measured_and_their_difference_survives_a_reload(page: 
     expect(shown.get_by_role("link", name="ui-measured@2")).to_be_visible()
     shown.get_by_role("link", name="ui-measured@2").click()
     shown.get_by_role("button", name="Delete the record").click()
-    expect(shown.get_by_text("None yet.")).to_be_visible()
+    expect(shown.get_by_role("heading", name="Evaluate")).to_be_visible()
+    expect(shown.get_by_role("link", name="ui-measured@2")).to_have_count(0)
     assert shown.locator("main img").count() == 0
 
 
@@ -72,3 +76,20 @@ def test_an_error_of_the_server_and_wrong_lines_are_shown(page: Watched, site: L
     expect(shown.get_by_role("alert")).to_contain_text("ui-absent")
     page.open("/evaluate/0123456789abcdef")
     expect(shown.get_by_role("alert")).to_contain_text("0123456789abcdef")
+
+
+def test_an_evaluation_is_cancelled_from_its_page(page: Watched, site: LiveServer) -> None:
+    publish(site, "ui-endless", "the first")
+    rows = "\n".join(json.dumps({"input": f"row {number}", "target": LABELS[number % 2]}) for number in range(4000))
+    shown = page.open("/evaluate?task=ui-endless&against=1")
+    expect(shown.get_by_label("Compared with")).to_contain_text("no other version")
+    shown.wait_for_function("!location.hash.includes('against')")
+    shown.locator("input[type=file]").first.set_input_files(
+        [{"name": "a.jsonl", "mimeType": "text/plain", "buffer": rows.encode()}]
+    )
+    shown.get_by_role("button", name="Evaluate", exact=True).click()
+    expect(shown.get_by_text("of 4,000 answers")).to_be_visible()
+    shown.get_by_role("button", name="Cancel").click()
+    expect(shown.get_by_role("status")).to_have_text("cancelled")
+    shown.get_by_role("button", name="Delete the record").click()
+    expect(shown.get_by_role("heading", name="Evaluate")).to_be_visible()

@@ -38,7 +38,7 @@ describe('a result', () => {
   });
   it('is said in one sentence for each comparison', () => {
     expect(sentences(result)).toEqual([
-      'No difference shown between a@2 and <b>: ROUGE-L +25.0 points, 95 % interval −10.0 to 60.0.',
+      'No difference shown between a@2 and <b>: ROUGE-L +25.0 points, 95\u202f% interval −10.0 to 60.0.',
     ]);
     const alone = { ...result, contestants: { 'a@2': result.contestants['a@2']! } };
     expect(sentences(alone)[0]).toContain('a@2: ROUGE-L 50.0');

@@ -1,5 +1,5 @@
 /** The result of an evaluation, as rows with a value, its interval and both in words. */
-import { count, percent } from './format';
+import { count, LEVEL, percent } from './format';
 import { minus, scaleOf, signed, type Scale } from './interpretation';
 import { nameOfMetric } from './metrics';
 
@@ -38,6 +38,8 @@ export interface Row {
 export interface Group {
   metric: string;
   scale: Scale;
+  /** Positions that every row marks: 0, and for shares also 100 %. */
+  marks: number[];
   rows: Row[];
 }
 
@@ -71,8 +73,8 @@ function row(metric: string, name: string, figure: Figure, isDifference: boolean
 function group(metric: string, rows: Row[], isDifference: boolean): Group[] {
   if (!rows.length) return [];
   const values = rows.flatMap(({ value, low, high }) => [value, low, high]);
-  const scale = !isDifference && isShare(metric) ? scaleOf([], [0, 1]) : scaleOf(values);
-  return [{ metric: nameOfMetric(metric), scale, rows }];
+  const marks = !isDifference && isShare(metric) ? [0, 1] : [0];
+  return [{ metric: nameOfMetric(metric), scale: scaleOf(values, marks), marks, rows }];
 }
 
 /** The metrics of a result, the one that decides the verdict first. */
@@ -121,11 +123,11 @@ export function sentences(result: Result): string[] {
         verdict === 'no difference shown'
           ? `No difference shown between ${subject} and ${name}`
           : `${subject} is ${verdict} than ${name}`;
-      return `${start}: ${compared.metric} ${written}, 95 % interval ${interval}.`;
+      return `${start}: ${compared.metric} ${written}, ${LEVEL} interval ${interval}.`;
     });
   }
   const only = main?.rows[0];
-  return only ? [`${subject}: ${main.metric} ${only.written}, 95 % interval ${only.interval}.`] : [];
+  return only ? [`${subject}: ${main.metric} ${only.written}, ${LEVEL} interval ${only.interval}.`] : [];
 }
 
 /** How often each label was right, the worst first. */

@@ -2,6 +2,9 @@
 const whole = new Intl.NumberFormat('en');
 const THIN = '\u202f';
 
+/** The level of every interval of the server. */
+export const LEVEL = `95${THIN}%`;
+
 export const count = (value: number): string => whole.format(value);
 
 export function percent(share: number, digits = 1): string {

@@ -40,8 +40,8 @@ LOOK_SHARE = 0.01
 """The largest share of one core's time that full scans may take; with very many entries, scans become less frequent."""
 
 FILES = (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE)
-COMPANIONS = ("README.md", "metrics.json", "loss.svg", "teacher.txt")
-"""Files for people that `prelude train`, or a user, puts beside the soft prompt's files."""
+COMPANIONS = ("README.md", "metrics.json", "teacher.txt")
+"""Files for people that `prelude train`, or a user, puts beside the soft prompt's files; so are all SVG pictures."""
 MOST_UNUSED = 10
 
 BUG_SECONDS = 30.0
@@ -168,7 +168,8 @@ class Inbox(Service):
     def _say_what_is_unused(self, path: Path, files: Files, notes: Sequence[str]) -> None:
         for note in notes:
             log.warning("%s: %s", path, note)
-        unused = [_shown(file[0]) for file in files.signature if file[0] not in (*FILES, *COMPANIONS)]
+        others = (file[0] for file in files.signature if file[0] not in (*FILES, *COMPANIONS))
+        unused = [_shown(name) for name in others if not name.endswith(".svg")]
         if unused:
             log.warning("%s: not used: %s", path, ", ".join(unused[:MOST_UNUSED]))
 

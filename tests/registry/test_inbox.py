@@ -35,7 +35,7 @@ def test_a_new_entry_is_published_after_it_was_warmed(home: Home) -> None:
 
 def test_what_an_entry_holds_and_nobody_uses_is_logged_once(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     home.drop("a", 1, lables="x")
-    for name in ("README.md", "tokenizer.json"):
+    for name in ("README.md", "lens.svg", "tokenizer.json"):
         (home.prompts / "a" / name).write_text("{}")
     server = home.server()
     server.scan()

@@ -233,7 +233,7 @@ def test_a_name_that_can_be_no_model_is_refused_without_asking_the_hub(name: str
 
 @pytest.mark.parametrize("name", ["/dev/null", "..", "README.md", "x" * 300, "~nobody-of-this-name/model", "a\0b"])
 def test_what_is_no_model_is_refused(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"config\.json|neither a directory|cannot be read|not a hub id"):
+    with pytest.raises(ConfigurationError, match=r"config\.json|neither a|cannot be read|not a hub id"):
         load(name)
 
 

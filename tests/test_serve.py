@@ -335,7 +335,7 @@ async def test_a_shutdown_that_is_signalled_within_a_request_is_not_logged_under
         async def drain(self, seconds: float) -> None:
             seen.append(get_contextvars())
 
-    server = DrainingServer(uvicorn.Config(lambda: None), cast(Any, Worker()), 1.0)
+    server = DrainingServer(uvicorn.Config(lambda: None, log_config=None), cast(Any, Worker()), 1.0)
     server._loop = asyncio.get_running_loop()
     with bound_contextvars(request_id="somebody's"):
         server.handle_exit(signal.SIGTERM, None)

@@ -43,6 +43,9 @@ def logged(form: Form = "json", level: int = logging.INFO) -> Iterator[Log]:
     handler.setFormatter(formatter(form))
     root.addHandler(handler)
     root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # another test's server may have configured them
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     try:
         yield log
     finally:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
+WAIT_MS = 20_000
+
 
 class Watched:
     """A page, and what went wrong on it."""
@@ -56,9 +58,12 @@ class Watched:
 @contextmanager
 def watching(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     """A new page in a context of its own, which must have had no problem at the end of the block."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=WAIT_MS)  # its own default, 5 s, is too short for an answer on a busy machine
     asyncio._set_running_loop(browser._loop)  # other tests of this process may run loops of their own in between
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(WAIT_MS)
     try:
         watched = Watched(context.new_page(), url)
         yield watched

@@ -1,4 +1,4 @@
-/** Finds the soft prompts among dropped files: folders with PEFT's files, loose files, and zips, which the server reads. */
+/** Finds the soft prompts among dropped files: folders with PEFT's files, loose files, and zips. */
 import type { Dropped } from './dropped';
 
 export interface SoftPromptFiles {

@@ -18,24 +18,28 @@ from tests import soak as soaking
 from tests.soak import Soak
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+
     from server.engine.model.frozen import FrozenModel
+    from tests.scheduling import SchedulingByNeed
 
 
 FIRST = tuple(
     f"tests/{name}"
     for name in (
-        "test_tutorial.py",
         "test_serve.py",
-        "test_readme.py",
+        "engine/test_isolation.py",
         "api/test_openapi.py",
+        "test_tutorial.py",
+        "test_readme.py",
+        "web/",
         "test_examples.py",
         "api/clients/",
         "cli/test_commands.py",
         "api/test_overload.py",
     )
 )
-"""What takes longest runs first, so that no process of tests works on alone at the end. One process runs most of them:
-they share clients' libraries and the process that servers are forked from, which others then need not have."""
+"""What takes longest runs first, so that no process of tests works on alone at the end."""
 
 MODULE = pytest.StashKey[Path]()
 """The file of the test that ran last."""
@@ -50,6 +54,17 @@ def pytest_configure(config: pytest.Config) -> None:
     soaking.configure(config)
     settings.register_profile("untimed", deadline=None)  # a busy machine makes no example wrong
     settings.load_profile("untimed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> SchedulingByNeed | None:
+    """Make of --dist=loadfile that of `make test`."""
+    if config.option.dist != "loadfile":
+        return None
+    from tests.scheduling import SchedulingByNeed
+
+    config.option.loadscopereorder = False
+    return SchedulingByNeed(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -158,6 +159,17 @@ def hand_over(rows: Sequence[Row], heads: Heads, how: str) -> tuple[torch.Tensor
     return turned[0], turned[1], turned[2]
 
 
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Torch computes on this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def attend(
     kernels: Kernels,
     heads: Heads,
@@ -185,12 +197,8 @@ def attend(
     positions = torch.from_numpy(TokenPositions.of(pool.spans).pool_positions)
     expected[LAYER, 0, AROUND:-AROUND].index_copy_(0, positions, key.transpose(0, 1))
     expected[LAYER, 1, AROUND:-AROUND].index_copy_(0, positions, value.transpose(0, 1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         out = CompiledRows(attention, pool.spans).attend(LAYER, query, key, value, rules)
-    finally:
-        torch.set_num_threads(before)
     assert out.shape == (sum(row.count for row in rows), heads.queries, heads.dim)
     assert out.dtype == heads.dtype
     assert torch.equal(bits(pool.memory), bits(expected)), "something else was written to the pool"

@@ -30,6 +30,10 @@ class Span:
     slot: Slot
     start: int
     count: int
+    prefix: int = 0
+    """Spans of one number other than 0 have the same bits at the start of their slots, see `Computed.number`."""
+    prefix_length: int = 0
+    """How many positions that is."""
 
     @property
     def end(self) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from server.engine.attention.cached_rows import Span, TokenPositions
 from server.engine.attention.interface import AttentionRules
-from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, float_bits
+from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES, AttentionArguments, SpanColumns, float_bits
 from server.engine.memory.kv_cache import KVCache
 
 if TYPE_CHECKING:  # numba is imported only if it is used
@@ -32,7 +32,7 @@ FEWEST_NUMBERS = 4
 class StepWork:
     """The units of work of a step, which are the same in every layer."""
 
-    spans: np.ndarray  # [spans, 5], see `SpanColumns`
+    spans: np.ndarray  # [spans, 7], see `SpanColumns`
     spread: np.ndarray  # [units, 3]: span, key head, block of positions
     attend: np.ndarray  # [units, 3]: span, key head, block of queries; -1 means all key heads, or a single token
     tokens: int  # of the flat row, without padding
@@ -66,8 +66,13 @@ class CompiledAttention:
         """Divide a step into units of work, largest first, so that all threads finish at about the same time."""
         rows, blocks, first_row = [], 0, 0
         chunks, decoding = [], []
+        owners: dict[int, Span] = {}  # number of a prefix -> the sequence from whose slot all read it
         for index, span in enumerate(spans):
-            rows.append((first_row, span.start, span.count, span.slot.start, blocks))
+            # Decoding sequences of one prefix all read it from the same slot, which then is in the processor's cache.
+            sharing = span.count == 1 and span.prefix and span.start >= span.prefix_length
+            owner = owners.setdefault(span.prefix, span) if sharing else span
+            shared = 0 if owner is span else span.prefix_length
+            rows.append((first_row, span.start, span.count, span.slot.start, blocks, owner.slot.start, shared))
             first_row += span.count
             if span.count == 1:
                 decoding.append(index)
@@ -83,7 +88,13 @@ class CompiledAttention:
         # Reading a sequence as one unit is fastest, but with fewer sequences than threads, some threads would be idle.
         attend += [(i, h, -1) for i in decoding for h in ((-1,) if len(spans) > threads else heads)]
         return StepWork(
-            _table(rows, 5), _table(spread, 3), _table(attend, 3), first_row, first_row + padding, blocks, threads
+            _table(rows, len(SpanColumns._fields)),
+            _table(spread, 3),
+            _table(attend, 3),
+            first_row,
+            first_row + padding,
+            blocks,
+            threads,
         )
 
     def attend(

@@ -6,7 +6,6 @@ faster when few rows are multiplied, as in decoding, and gives a row the same re
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,18 +21,12 @@ DEPTH = 32
 """Columns of `x` in a tile."""
 
 
-@functools.cache
-def may_use_tiles() -> bool:
-    """Ask the kernel for the processor's tiles; returns whether this process can use them."""
-    return bool(torch.cpu._init_amx())  # noqa: SLF001 - torch asks the kernel only here, or when oneDNN needs tiles
-
-
 def can_tile(weight: torch.Tensor, kernels: Kernels) -> bool:
     """Whether a product by these weights can be a `TiledLinear`."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
     out_features, in_features = weight.shape
-    return not (out_features % COLUMNS or in_features % DEPTH) and kernels.has_tiles and may_use_tiles()
+    return not (out_features % COLUMNS or in_features % DEPTH) and kernels.has_tiles
 
 
 class TiledLinear(nn.Module):

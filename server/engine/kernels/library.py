@@ -32,8 +32,8 @@ class Kernels:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether the processor has AMX."""
-        return HAS_TILES
+        """Whether the processor has AMX, and this process may use it."""
+        return HAS_TILES and _may_use_tiles()
 
     def products(self) -> ProductLoops:
         """The loops for products of bfloat16, if `has_tiles`."""
@@ -49,7 +49,13 @@ class Kernels:
 
     def attention(self, group: int, kv_heads: int, dim: int, dtype: torch.dtype) -> AttentionLoops:
         """The loops of attention; see `attention_loops`."""
-        return attention_loops(group, kv_heads, dim, STORED[dtype], keep=self.keep)
+        return attention_loops(group, kv_heads, dim, STORED[dtype], tiles=self.has_tiles, keep=self.keep)
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask the kernel for the processor's tiles; returns whether this process can use them."""
+    return bool(torch.cpu._init_amx())  # noqa: SLF001 - torch asks the kernel only here, or when oneDNN needs tiles
 
 
 @functools.cache

@@ -10,20 +10,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numba import carray
 
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
-from server.engine.kernels.tiles import (
-    TILE_BYTES,
-    finish_rows,
-    load_configuration,
-    multiply_tiles,
-    store_configuration,
-)
+from server.engine.kernels.tiles import TILE_BYTES, configuring, finish_rows, load_configuration, multiply_tiles
 from server.engine.kernels.units import CHUNK, COLUMNS, ProductArguments
-from server.engine.kernels.vectors import fetch_add, pointer, stack_memory
+from server.engine.kernels.vectors import fetch_add, stack_memory
 
 AT = ProductArguments(*range(2, 2 + len(ProductArguments._fields)))
 """Index of each argument."""
@@ -48,7 +41,7 @@ def product_loops(*, keep: bool) -> ProductLoops:
 
 
 def _loop(compiler: Compiler, *, gated: bool) -> Loop:
-    configure, finish = _parts(compiler, gated=gated)
+    configure, finish = configuring(compiler), _finishing(compiler, gated=gated)
 
     @compiler.loop
     def product(arguments):
@@ -68,12 +61,12 @@ def _loop(compiler: Compiler, *, gated: bool) -> Loop:
             following, fetched = weight + a[AT.ahead] * tiles * 2 * TILE_BYTES, 32 if end - row <= 32 else 16
             while row < end:
                 if end - row >= 32:
-                    multiply_tiles(2, a[AT.x] + row * step, step, weight, tiles, sums, following, fetched)
+                    multiply_tiles(2, 2, a[AT.x] + row * step, step, weight, tiles, sums, 128, following, fetched)
                     finish(a, 32, sums, row, block * COLUMNS)
                     row += 32
                 else:
                     row = max(0, min(row, rows - 16))  # tiles have equally many rows, so the last may overlap
-                    multiply_tiles(1, a[AT.x] + row * step, step, weight, tiles, sums, following, fetched)
+                    multiply_tiles(1, 2, a[AT.x] + row * step, step, weight, tiles, sums, 128, following, fetched)
                     finish(a, few, sums, row, block * COLUMNS)
                     row += few
                 following += tiles * TILE_BYTES
@@ -84,21 +77,9 @@ def _loop(compiler: Compiler, *, gated: bool) -> Loop:
     return product
 
 
-def _parts(compiler: Compiler, *, gated: bool) -> tuple[Any, Any]:
-    """The functions that configure a thread's tiles, and that write rows of sums to the result."""
+def _finishing(compiler: Compiler, *, gated: bool) -> Any:
+    """The function that writes rows of sums to the result."""
     width = COLUMNS // 2 if gated else COLUMNS  # numbers that a unit writes of each row
-
-    @compiler.inline
-    def configure(few, saved, own):
-        """Save the configuration of this thread's tiles, and configure them for `few` rows of `x`."""
-        wanted = carray(pointer(own), 64, np.uint8)
-        wanted[:] = 0
-        wanted[0] = 1
-        for tile in range(8):
-            wanted[16 + 2 * tile] = 64
-            wanted[48 + tile] = 16 if tile >= 6 else few
-        store_configuration(saved)
-        load_configuration(own)
 
     @compiler.inline
     def finish(a, rows, sums, row, column):
@@ -118,4 +99,4 @@ def _parts(compiler: Compiler, *, gated: bool) -> tuple[Any, Any]:
         else:
             finish_rows("", rows, sums, bias, residual, out, step)
 
-    return configure, finish
+    return finish

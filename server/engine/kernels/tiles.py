@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.engine.kernels.vectors import FUSED, VectorCode
+from server.engine.kernels.compiler import Compiler
+from server.engine.kernels.vectors import FUSED, VectorCode, pointer
 
 HAS_TILES = bool(get_host_cpu_features().get("amx-bf16") and get_host_cpu_features().get("avx512bf16"))
 """Whether the processor has tiles; the process must also have asked the kernel for them."""
@@ -76,30 +78,33 @@ def store_configuration(_: Any, address: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tiles(_, high, x, x_step, weight, depth, sums, next_weight, num_fetched):
-    """Compute `sums` `[high * 16, 32]`, float32, of rows of `x` and 32 columns of weights; all are addresses.
+def multiply_tiles(_, high, wide, x, x_step, weight, depth, sums, sums_step, next_weight, num_fetched):
+    """Compute `sums` `[high * 16, wide * 16]`, float32, of rows of `x` and columns of weights; all are addresses.
 
     Args:
         high: number of tiles of rows, a constant of 1 or 2.
+        wide: number of tiles of columns, a constant of 1 or 2.
         x: rows of bfloat16.
         x_step: bytes from one row to the next.
-        weight: `depth` pairs of tiles.
+        weight: `depth` times `wide` tiles.
         depth: number of tiles in a row of `x`.
         sums: where to write the result.
+        sums_step: bytes from one row of it to the next.
         next_weight: weights to fetch into the cache meanwhile.
-        num_fetched: number of their lines of 64 bytes to fetch beside each pair of tiles.
+        num_fetched: number of their lines of 64 bytes to fetch beside each step of depth.
     """
-    num_high = high.literal_value
+    num_high, num_wide = high.literal_value, wide.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, x, x_step, weight, depth, sums, next_weight, num_fetched = arguments
-        tiles = [(row, column) for row in range(num_high) for column in range(2)]
+        _, _, x, x_step, weight, depth, sums, sums_step, next_weight, num_fetched = arguments
+        tiles = [(row, column) for row in range(num_high) for column in range(num_wide)]
         for row, column in tiles:
             _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
         with cgutils.for_range(builder, depth, intp=_I64) as loop:
-            pair = builder.inttoptr(builder.add(weight, builder.mul(loop.index, _I64(2 * TILE_BYTES))), _BYTES)
-            for column in range(2):
-                at = builder.gep(pair, [_I64(TILE_BYTES * column)])
+            step = _I64(num_wide * TILE_BYTES)
+            across = builder.inttoptr(builder.add(weight, builder.mul(loop.index, step)), _BYTES)
+            for column in range(num_wide):
+                at = builder.gep(across, [_I64(TILE_BYTES * column)])
                 _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
             with cgutils.for_range(builder, num_fetched, intp=_I64) as fetched:
                 line = builder.add(builder.mul(loop.index, num_fetched), fetched.index)
@@ -109,16 +114,33 @@ def multiply_tiles(_, high, x, x_step, weight, depth, sums, next_weight, num_fet
                     builder.add(x, builder.mul(loop.index, _I64(64))), builder.mul(x_step, _I64(16 * row))
                 )
                 _call(builder, "tileloadd64", _I8(_ROWS + row), builder.inttoptr(start, _BYTES), x_step)
-                for column in range(2):
+                for column in range(num_wide):
                     into = _I8(_SUMS + 2 * row + column)
                     _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
         for row, column in tiles:
-            at = builder.inttoptr(builder.add(sums, _I64(128 * 16 * row + 64 * column)), _BYTES)
-            _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), at, _I64(128))
+            start = builder.add(builder.add(sums, _I64(64 * column)), builder.mul(sums_step, _I64(16 * row)))
+            _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), builder.inttoptr(start, _BYTES), sums_step)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(high, i64, i64, i64, i64, i64, i64, i64), code
+    return types.none(high, wide, i64, i64, i64, i64, i64, i64, i64, i64), code
+
+
+def configuring(compiler: Compiler) -> Any:
+    """The function that saves the configuration of the thread's tiles, and configures them for `few` rows of `x`."""
+
+    @compiler.inline
+    def configure(few, saved, own):
+        wanted = carray(pointer(own), 64, np.uint8)
+        wanted[:] = 0
+        wanted[0] = 1
+        for tile in range(8):
+            wanted[16 + 2 * tile] = 64
+            wanted[48 + tile] = 16 if tile >= 6 else few
+        store_configuration(saved)
+        load_configuration(own)
+
+    return configure
 
 
 def _fetch(builder: Any, address: Any) -> None:
@@ -157,11 +179,11 @@ def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
             if "gate" in actions:
                 gate, up = values
                 one = ir.Constant(gate.type, [1.0] * 16)
-                below = builder.fadd(one, _exponential(builder, builder.fneg(gate)))
+                below = builder.fadd(one, exponential(builder, builder.fneg(gate)))
                 values = [builder.fmul(builder.fdiv(gate, below), up)]
             target = at(builder.add(out, offset), stored)
             for v, value in enumerate(values):
-                narrow = builder.fptrunc(value, ir.VectorType(_BFloat16(), 16))
+                narrow = _narrow(builder, value)
                 place = builder.gep(target, [_I64(16 * v)])
                 builder.store(narrow, builder.bitcast(place, narrow.type.as_pointer()), align=2)
         return context.get_dummy_value()
@@ -170,7 +192,17 @@ def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
     return types.none(kind, i64, i64, i64, i64, i64, i64), code
 
 
-def _exponential(builder: Any, x: Any) -> Any:
+def _narrow(builder: Any, numbers: Any) -> Any:
+    return builder.fptrunc(numbers, ir.VectorType(_BFloat16(), 16))
+
+
+def to_bfloat16(builder: Any, numbers: Any) -> Any:
+    """Round a vector of 16 float32; returns 16 integers, whose lower halves are the bits."""
+    bits = builder.bitcast(_narrow(builder, numbers), ir.VectorType(ir.IntType(16), 16))
+    return builder.zext(bits, ir.VectorType(_I32, 16))
+
+
+def exponential(builder: Any, x: Any) -> Any:
     """e ** x of a vector; NaN stays NaN."""
 
     def constant(number: float) -> Any:

@@ -28,13 +28,15 @@ class SpanColumns(NamedTuple):
     tokens: int  # number of tokens to compute
     slot: int  # start of the sequence's slot in the cache
     scratch: int  # index of its first scratch block
+    prefix_slot: int  # start of a slot that begins with the same bits, so that many sequences read them from one place
+    prefix: int  # number of positions to read there
 
 
 class AttentionArguments(NamedTuple):
     """Arguments of the attention loops after the counter and the number of units. Arrays are passed as addresses."""
 
     units: int  # [units, 3]: span, key head, block
-    spans: int  # [spans, 5], see `SpanColumns`
+    spans: int  # [spans, 7], see `SpanColumns`
     query: int  # [heads, tokens, dim]
     query_step: int  # numbers from one token to the next
     query_head_step: int  # numbers from one head to the next

@@ -20,6 +20,7 @@ class Computed(NamedTuple):
 
     states: torch.Tensor  # [layers, 2, n, kv_heads, head_dim]
     recurrent: torch.Tensor | None = None  # [state_width], the state after them, in models that have one
+    number: int = 0  # given by the prefix cache: copies of one number have the same bits; 0 if it never was there
 
     @property
     def num_bytes(self) -> int:

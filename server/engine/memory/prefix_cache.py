@@ -58,15 +58,19 @@ class PrefixCache:
             self.drop(next(iter(self._prefixes)))
             self.evicted += 1
 
-    def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> None:
-        """Keep a prefix, within the budget; if a sequence waits for it, the first `get` counts as a miss."""
+    def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> int:
+        """Keep a prefix, within the budget; if a sequence waits for it, the first `get` counts as a miss.
+
+        Returns its number: a prefix that is computed once more may differ in its last bits, and gets another one.
+        """
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self.make_room(prefix.num_bytes)
-        self._prefixes[prefix_hash] = prefix
-        self.num_bytes += prefix.num_bytes
         self.computed += 1
+        self._prefixes[prefix_hash] = prefix._replace(number=self.computed)
+        self.num_bytes += prefix.num_bytes
         if is_awaited:
             self._awaited.add(prefix_hash)
+        return self.computed
 
     def drop(self, prefix_hash: str) -> None:
         """Forget a prefix, if it is here."""

@@ -104,7 +104,7 @@ class Scheduler:
         self._admit()
         shares = self._steps.share(self.running)
         shares.sort(key=_order)
-        return [(sequence, Span(_slot(sequence), sequence.num_computed, count)) for sequence, count in shares]
+        return [(sequence, _span(sequence, count)) for sequence, count in shares]
 
     def finish(self, sequence: Sequence, *, scrub: bool = False) -> None:
         """Take a running sequence out and its slot back; one that ended without ever needing a slot has none.
@@ -164,7 +164,7 @@ class Scheduler:
         prefix = self._kv_cache.view(_slot(sequence), sequence.num_virtual_tokens)
         if is_finite := check():
             self._prefixes.make_room(prefix.num_bytes)
-            self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
+            sequence.prefix = self._prefixes.put(soft_prompt.prefix_hash, prefix.copy())
         return is_finite
 
     def while_device_works(self, batch: list[tuple[Sequence, Span]], download: Download) -> None:
@@ -261,6 +261,7 @@ class Scheduler:
             self._release_copy(sequence)
         elif soft_prompt is not None and (prefix := self._prefixes.get(soft_prompt.prefix_hash)) is not None:
             self._kv_cache.copy_in(_slot(sequence), prefix)
+            sequence.prefix = prefix.number
             sequence.num_computed = sequence.cached_tokens = sequence.num_virtual_tokens
         elif soft_prompt is not None:
             self._computing[soft_prompt.prefix_hash] = sequence
@@ -290,6 +291,10 @@ class Scheduler:
 def most_running(max_sequences: int, max_batch_tokens: int) -> int:
     """Maximum number of running sequences, reserved slots included."""
     return max_sequences + min(-(-max_sequences // RESERVED_SHARE), max_batch_tokens - max_sequences)
+
+
+def _span(sequence: Sequence, count: int) -> Span:
+    return Span(_slot(sequence), sequence.num_computed, count, sequence.prefix, sequence.num_virtual_tokens)
 
 
 def _makes_copy(sequence: Sequence) -> bool:

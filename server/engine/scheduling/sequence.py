@@ -56,6 +56,8 @@ class Sequence:
     accepted_at: float = field(default_factory=time.monotonic)
     queued_seconds: float = 0.0
     """Seconds from acceptance (`accepted_at`) to admission."""
+    prefix: int = 0
+    """The number of the cached prefix at the start of its slot; 0 if no other sequence has the same."""
     prefix_seconds: float = 0.0
     """Seconds from admission until it has computed its soft prompt's prefix, if it computes one."""
     output_ids: list[int] = field(default_factory=list)

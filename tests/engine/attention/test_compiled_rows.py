@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import random
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.attention.cached_rows import Span
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
+from server.engine.kernels.attention import COLUMN
 from server.engine.kernels.library import Kernels
 from server.engine.kernels.units import BLOCK
+from server.engine.memory.slots import Slot
 from tests.engine.attention.heads import ALL_HEADS
-from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, same
+from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, on_threads, same
 
 FEW_HEADS = ALL_HEADS[:3]
 WINDOWS = [None, 1, 2, 63, 64, 65, 1000]
@@ -104,6 +108,42 @@ def test_neighbours_change_no_bit_of_a_row(
     assert same(other, [together[i] for i in order])
     for row, got in zip(rows, together, strict=True):
         assert same(attend(kernels, heads, [row], rules, seed=seed + 2, threads=3 - threads), [got])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    heads=st.sampled_from(FEW_HEADS),
+    shared=st.integers(1, 140),
+    ends=st.lists(st.integers(0, 70), min_size=2, max_size=5),
+    window=st.sampled_from([None, 2, 64]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_a_shared_prefix_is_read_from_one_slot_and_changes_no_bit(
+    heads: Heads, shared: int, ends: list[int], window: int | None, threads: int, kernels: Kernels
+) -> None:
+    rows, rules = rows_of(heads, [(shared + end, 1) for end in ends]), AttentionRules(0.3, window)
+    for row in rows[1:]:
+        row.keys[:shared], row.values[:shared] = rows[0].keys[:shared], rows[0].values[:shared]
+    expected = attend(kernels, heads, rows, rules)
+    pool = Pool(rows, heads)
+    for span in pool.spans[1:]:  # whole vectors of the prefix are read nowhere but in the first row's slot
+        pool.kv_cache.states[LAYER, :, span.slot.start : span.slot.start + max(0, shared - 16)] = NAN
+    spans = [replace(span, prefix=1, prefix_length=shared) for span in pool.spans]
+    query, key, value = hand_over(rows, heads, "plain")
+    with on_threads(threads):
+        out = CompiledRows(CompiledAttention(pool.kv_cache, kernels), spans).attend(LAYER, query, key, value, rules)
+    assert same(list(out.split(1)), expected)
+
+
+def test_prefixes_of_other_numbers_and_of_chunks_are_read_from_their_own_slots(kernels: Kernels) -> None:
+    heads = ALL_HEADS[1]
+    attention = CompiledAttention(Pool([Row.random(heads, 0, 1)], heads).kv_cache, kernels)
+    slots = [Slot(256, 256 * i) for i in range(6)]
+    given = [(1, 120, 1), (2, 120, 1), (0, 120, 1), (0, 120, 1), (1, 120, 4), (1, 99, 1)]  # number, start, count
+    spans = [Span(slot, start, count, number, 100) for slot, (number, start, count) in zip(slots, given, strict=True)]
+    work = attention.plan([*spans, Span(Slot(256, 2000), 130, 1, 2, 100)])
+    read = [(int(row[COLUMN.prefix_slot]), int(row[COLUMN.prefix])) for row in work.spans]
+    assert read == [*((slot.start, 0) for slot in slots), (256, 100)]
 
 
 @settings(deadline=None, max_examples=40)

@@ -58,6 +58,27 @@ def test_the_same_numbers_under_two_names_are_one_prefix(tiny: FrozenModel) -> N
     assert engine.prefixes.computed == 1
 
 
+def test_sequences_share_a_prefix_only_if_their_slots_hold_copies_of_one_computation(tiny: FrozenModel) -> None:
+    engine = make_engine(tiny, max_sequences=16, max_batch_tokens=64)
+    soft_prompt = random_soft_prompt(tiny.spec, 20)
+
+    def numbers() -> list[tuple[int, int]]:
+        return [(span.prefix, span.prefix_length) for _, span in engine.scheduler.schedule() if span.count == 1]
+
+    for name in ("computes", "copies"):
+        engine.add(request(name, [1], "task", max_new_tokens=30), soft_prompt)
+    engine.add(request("plain", [1, 2], max_new_tokens=30), None)
+    for _ in range(3):
+        engine.step()
+    assert sorted(numbers()) == [(0, 0), (1, 20), (1, 20)]
+    engine.prefixes.drop(soft_prompt.prefix_hash)
+    engine.add(request("computes again", [1], "task", max_new_tokens=30), soft_prompt)
+    for _ in range(3):
+        engine.step()
+    assert sorted(numbers()) == [(0, 0), (1, 20), (1, 20), (2, 20)]
+    run(engine)
+
+
 def test_whoever_waits_for_a_prefix_holds_up_no_other_task(tiny: FrozenModel) -> None:
     engine = make_engine(tiny, max_batch_tokens=16)
     soft_prompt = random_soft_prompt(tiny.spec, 60)  # four steps of prefill

@@ -18,6 +18,7 @@ from server.evaluation.resource_limits import EvaluationBounds
 from server.evaluation.systems import ZERO_SHOT, Host, RequestedBaselines
 from server.interpret.necessity import necessity
 from server.interpret.results import CausalInterpretation, Necessity, Sufficiency
+from server.interpret.states import check_numbers
 from server.interpret.static import Interpreter
 from server.interpret.sufficiency import sufficiency
 from server.interpret.variants import Variant, changed, ladder, removals
@@ -70,6 +71,7 @@ def plan(
     """
     name, soft_prompt = subject
     model, start = interpreter.model, start_values(interpreter.model, soft_prompt, others)
+    check_numbers([soft_prompt.tensor] if start is None else [soft_prompt.tensor, start])
     steps = ladder(model, interpreter.vocabulary, soft_prompt, start) if SUFFICIENCY in measures else []
     how, without = removals(soft_prompt, start, model) if NECESSITY in measures else ("", [])
     evaluation = prepare(

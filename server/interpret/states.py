@@ -1,11 +1,17 @@
 """Keys and values of a soft prompt of either kind, as the model's attention layers see them."""
 
+from collections.abc import Iterable
+
 import torch
 
 from server.engine.attention.interface import PackedRows
 from server.engine.model.frozen import FrozenModel
+from server.errors import InvalidRequest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.methods import KeyValues
+
+LARGEST = 1e12
+"""Numbers of larger size have lengths and products that float32 cannot hold, so tests on them would be meaningless."""
 
 
 @torch.no_grad()
@@ -27,6 +33,16 @@ def prompt_states(model: FrozenModel, soft_prompt: SoftPrompt, tensor: torch.Ten
     embedded = tensor.to(model.device, model.dtype)
     model.forward(embedded, positions, PackedRows([count], collected=collected), positions[-1:])
     return tuple((_wide(key), _wide(value)) for _, (key, value) in sorted(collected.items()))
+
+
+def check_numbers(tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse (InvalidRequest) numbers that measures cannot compute with; trained ones are smaller by far."""
+    if not all(bool((tensor.abs() <= LARGEST).all()) for tensor in tensors):
+        raise InvalidRequest(
+            f"The soft prompt cannot be interpreted: its numbers, or the keys and values that the model makes of them, "
+            f"exceed {LARGEST:g} or are not finite.",
+            remedy="Train it again with a lower learning rate. Trained virtual tokens have lengths below a thousand.",
+        )
 
 
 def mean_values(states: KeyValues) -> torch.Tensor:

@@ -17,12 +17,13 @@ from server.interpret.null_cache import NullCache
 from server.interpret.readout import Readout, find_readout
 from server.interpret.results import Interpretation, Lens, Similarity
 from server.interpret.similarity import TaskValues, similarity
-from server.interpret.states import mean_values, prompt_states
+from server.interpret.states import check_numbers, mean_values, prompt_states
 from server.interpret.verdict import CAVEAT, UNKNOWN, verdict
 from server.interpret.vocabulary import Vocabulary
 from server.interpret.vocabulary_map import vocabulary_map
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import TrainingStart, declared_start
+from server.train.methods import KeyValues
 from server.train.start import start_values
 
 TOP = 5
@@ -61,11 +62,13 @@ class Interpreter:
 
         Args:
             others: soft prompts that it may have started from.
+
+        Raises:
+            InvalidRequest: see `check_numbers`.
         """
         start = start_values(self.model, soft_prompt, others)
         geometry, nearest, places, notes = None, None, None, []
-        states = prompt_states(self.model, soft_prompt)
-        before = None if start is None else prompt_states(self.model, soft_prompt, start)
+        states, before = self._states(soft_prompt, start)
         if soft_prompt.is_kv_prefix:
             geometry = prefix_geometry(states, before)
             notes.append("Nearest tokens are not defined for keys and values.")
@@ -105,9 +108,9 @@ class Interpreter:
     @torch.no_grad()
     def values_of(self, task: str, soft_prompt: SoftPrompt, others: Sequence[SoftPrompt] = ()) -> TaskValues:
         """What `similarity` compares of a soft prompt, without its function."""
-        start = start_values(self.model, soft_prompt, others)
-        values = mean_values(prompt_states(self.model, soft_prompt))
-        change = None if start is None else values - mean_values(prompt_states(self.model, soft_prompt, start))
+        states, before = self._states(soft_prompt, start_values(self.model, soft_prompt, others))
+        values = mean_values(states)
+        change = None if before is None else values - mean_values(before)
         declared = declared_start(soft_prompt.manifest)
         return TaskValues(task, values, change, declared, is_kv_prefix=soft_prompt.is_kv_prefix)
 
@@ -122,6 +125,14 @@ class Interpreter:
             found.append(replace(values, shifts=shifts(self.model, soft_prompt)))
             on_task()
         return similarity(found)
+
+    def _states(self, soft_prompt: SoftPrompt, start: torch.Tensor | None) -> tuple[KeyValues, KeyValues | None]:
+        """Keys and values of the soft prompt, and of its start if that is known."""
+        check_numbers([soft_prompt.tensor] if start is None else [soft_prompt.tensor, start])
+        states = prompt_states(self.model, soft_prompt)
+        before = None if start is None else prompt_states(self.model, soft_prompt, start)
+        check_numbers(part for layer in (*states, *(before or ())) for part in layer)
+        return states, before
 
     def _lens(
         self, readout: Readout, soft_prompt: SoftPrompt, change: torch.Tensor, start: torch.Tensor, top: int

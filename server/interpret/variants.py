@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.model.frozen import FrozenModel
+from server.interpret.p_values import unit
 from server.interpret.vocabulary import Vocabulary
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.config import TrainingConfig
@@ -98,7 +99,7 @@ def _of_embeddings(
     yield NEAREST, vocabulary.embed(vocabulary.token_ids[near]).float().cpu()
     if start is not None:
         yield START, start
-    yield "direction only", learned / learned.norm(dim=1, keepdim=True) * float(vocabulary.norms.median())
+    yield "direction only", unit(learned) * float(vocabulary.norms.median())
     order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(SEED))
     yield "shuffled", learned[order]
 

@@ -20,6 +20,8 @@ def verdict(geometry: Geometry, nearest: Nearest | None, lens: Lens | None) -> s
 def _of_tokens(nearest: Nearest) -> str:
     count, kept, words = len(nearest.tokens), nearest.num_at_start or 0, nearest.num_word_like or 0
     start = f"{_share(kept, count)} still nearest to the {'token it' if count == 1 else 'tokens they'} started from"
+    if count == 1 and not kept:
+        start = "The virtual token is no longer nearest to the token it started from"
     if words:
         near = f"{_share(words, count)} word-like and learned: what training added is near a word"
         return f"{near} (p = {written_p(nearest.p_change)}). {start}. {NOT_YET}"

@@ -28,7 +28,7 @@ class TrainingStart(BaseModel):
 
     initial_token_ids: tuple[int, ...] | None = None
     """The token that each virtual token began as."""
-    random_seed: int | None = None
+    random_seed: int | None = Field(None, ge=0, lt=2**63)
     """With token ids: the numbers were drawn with this seed, on the scale of those tokens' embeddings."""
     teacher_tokens: int | None = Field(None, ge=1)
     """Number of tokens of the teacher's text before a row's input; the keys and values of the last ones were taken."""

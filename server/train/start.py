@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from server.engine.model.frozen import FrozenModel
 from server.errors import PreludeError
@@ -80,7 +81,7 @@ def _trained_values(
             is_alike = len(ids) == count and all(0 <= i < model.spec.vocab_size for i in ids)
             if is_alike:
                 values = _of_tokens(model, start, is_kv_prefix=soft_prompt.is_kv_prefix)
-    except PreludeError:  # a declaration that does not fit this model
+    except (PreludeError, ValidationError):  # a declaration that does not fit this model, or a template without a place
         return None
     if values is None or isinstance(values, torch.Tensor):
         return values
@@ -97,9 +98,10 @@ def _of_teacher(
     """Keys and values of the teacher's last tokens, if its text still gives the declared tokens."""
     training = soft_prompt.manifest.training or {}
     template, count = training.get("teacher_template"), start.teacher_tokens or 0
-    if not isinstance(template, str) or not soft_prompt.is_kv_prefix or count < num_virtual_tokens:
+    if not isinstance(template, str) or not soft_prompt.is_kv_prefix:
         return None
     ids = Teacher(model, template, bool(training.get("teacher_chat"))).encode("-")[:count]
-    if len(ids) > model.spec.max_model_len or hash_of_ids(ids) != start.token_ids_sha256:
+    is_long_enough = num_virtual_tokens <= len(ids) <= model.spec.max_model_len
+    if not is_long_enough or hash_of_ids(ids) != start.token_ids_sha256:
         return None
     return text_states(model, ids, num_virtual_tokens)

@@ -23,7 +23,8 @@ from server.interpret.necessity import necessity
 from server.interpret.results import CausalInterpretation
 from server.interpret.static import Interpreter
 from server.interpret.sufficiency import sufficiency
-from server.interpret.variants import NEAREST, RANDOM, changed, quantised
+from server.interpret.variants import NEAREST, RANDOM, changed, ladder, quantised
+from server.interpret.vocabulary import Vocabulary
 from server.soft_prompts.manifest import Manifest
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.train.forward import target_logits
@@ -222,3 +223,10 @@ def test_a_variant_generates_no_text_and_keeps_the_template(tiny32: FrozenModel)
     assert found.manifest.input_template == "Q {input}"
     assert found.digest != given.digest
     assert PromptTuning(found.tensor).virtual_tokens(0).shape == given.tensor.shape
+
+
+def test_the_variants_of_an_empty_soft_prompt_are_finite(tiny32: FrozenModel) -> None:
+    """A variant that is not finite is refused by the engine, and the whole job would fail."""
+    empty = replace(one := untrained(tiny32, START, 0), tensor=torch.zeros_like(one.tensor))
+    steps = ladder(tiny32, Vocabulary.of(tiny32), empty, embeddings(tiny32, START))
+    assert all(bool(step.soft_prompt.tensor.isfinite().all()) for step in steps)

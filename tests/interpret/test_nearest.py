@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -9,12 +11,14 @@ from torch import nn
 
 from server.engine.fast.optimise import optimise
 from server.engine.model.frozen import FrozenModel
+from server.errors import InvalidRequest
 from server.interpret.nearest import nearest_tokens, neighbour_null
 from server.interpret.null_cache import MOST_FILES, NullCache
+from server.interpret.results import Interpretation
 from server.interpret.static import Interpreter
 from server.interpret.vocabulary import Vocabulary
 from tests.interpret.support import distance_from_uniform, embeddings, planted, untrained
-from tests.support import random_soft_prompt, tiny_model
+from tests.support import random_kv_prompt, random_soft_prompt, tiny_model
 
 KNOWN, START = (65, 90, 110, 200), (3, 40, 41, 250)
 
@@ -55,6 +59,28 @@ def test_a_soft_prompt_trained_elsewhere_gets_neighbours_but_no_verdict(tiny32: 
     assert found.nearest is not None
     assert all(token.learned and not token.change and token.p_change is None for token in found.nearest.tokens)
     assert found.lens is None
+
+
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_numbers_whose_lengths_float32_cannot_hold_get_no_verdict(tiny32: FrozenModel, size: float) -> None:
+    """Their cosines are 0 or NaN, and a NaN has the smallest p-value."""
+    interpreter, huge = Interpreter(tiny32), planted(tiny32, KNOWN, START)
+    huge.tensor[0] *= size / huge.tensor[0].abs().max()
+    for soft_prompt in (
+        huge,
+        replace(random_kv_prompt(tiny32.spec, 2), tensor=torch.full((2, tiny32.spec.kv_width), size)),
+    ):
+        with pytest.raises(InvalidRequest, match="cannot be interpreted"):
+            interpreter.interpret("huge", soft_prompt)
+        with pytest.raises(InvalidRequest, match="cannot be interpreted"):
+            interpreter.compare([("huge", soft_prompt)])
+
+
+@pytest.mark.parametrize("make", [torch.zeros_like, torch.ones_like], ids=["zero", "equal"])
+def test_degenerate_virtual_tokens_have_finite_figures(tiny32: FrozenModel, make: Callable[..., torch.Tensor]) -> None:
+    found = Interpreter(tiny32).interpret("odd", replace(one := planted(tiny32, [65], [3]), tensor=make(one.tensor)))
+    assert Interpretation.model_validate_json(found.model_dump_json()) == found
+    assert found.verdict.startswith("The virtual token is no longer nearest to the token it started from")
 
 
 def test_rows_without_a_token_are_no_neighbours(tiny32: FrozenModel) -> None:

@@ -19,7 +19,7 @@ from server.train.distil import Teacher
 from server.train.inputs import TaskFiles
 from server.train.start import declared_tokens, start_values
 from server.train.train_task import train_task
-from tests.support import random_soft_prompt
+from tests.support import random_kv_prompt, random_soft_prompt
 from tests.train.rows import LEARNS
 
 ROOT = Path(__file__).parents[2]
@@ -79,11 +79,29 @@ def changed(soft_prompt: SoftPrompt, start: object) -> SoftPrompt:
         {"teacher_tokens": 10, "token_ids_sha256": "0"},
         {},
         {"of_a_newer_prelude": 1},
+        {"initial_token_ids": [1, 2, 3, 4, 5], "random_seed": 2**70},
+        {"initial_token_ids": [-1] * 5},
     ],
 )
 def test_a_start_that_is_not_declared_or_does_not_fit_is_unknown(tiny32: FrozenModel, start: object) -> None:
     soft_prompt = random_soft_prompt(tiny32.spec, 5)
     assert start_values(tiny32, changed(soft_prompt, start)) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("no place", {}), ("{input}" * 2, {}), ("abcdefgh {input}", {"num_virtual_tokens": 10**9, "kept": [0, 1, 2]})],
+    ids=["no place for the input", "two places", "more virtual tokens than the text has tokens"],
+)
+def test_a_teacher_that_cannot_have_been_the_start_is_unknown(
+    tiny32: FrozenModel, template: str, said: dict[str, object]
+) -> None:
+    """`num_virtual_tokens` is a claim of whoever uploads the manifest, and no reason to reserve memory."""
+    ids = tiny32.text.encode("abcdefgh ")
+    start = {"teacher_tokens": 10**9, "token_ids_sha256": hash_of_ids([*ids, *tiny32.text.encode("-")]), **said}
+    training = {"start": start, "teacher_template": template}
+    soft_prompt = replace(random_kv_prompt(tiny32.spec, 3), manifest=Manifest(training=training))
+    assert start_values(tiny32, soft_prompt) is None
 
 
 def test_the_start_is_no_part_of_a_versions_identity(tiny32: FrozenModel) -> None:

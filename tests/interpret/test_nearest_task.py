@@ -52,7 +52,8 @@ def test_a_task_that_does_the_same_is_found_among_others(
     for name, soft_prompt in prompts.items():
         save_soft_prompt(candidates[name], soft_prompt, tiny32.spec)
     found, config, [said] = begun(tiny32, files, candidates)
-    assert said.startswith("Training begins with like@2: after 40 steps from the usual start")
+    assert said.startswith("After 40 steps the validation loss is ")
+    assert said.endswith(": training begins with like@2.")
     assert "random" in said
     assert "short" not in said
     assert "states" not in said
@@ -67,6 +68,19 @@ def test_a_task_that_does_the_same_is_found_among_others(
     values = start_values(tiny32, trained, [like])
     assert values is not None
     assert (values == like.tensor).all()
+
+
+def test_the_nearest_task_is_not_taken_where_brief_training_from_it_ends_worse(
+    tiny32: FrozenModel, files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest_task, "BRIEF_STEPS", LONG.steps)
+    like = train_task(tiny32, files, LONG).soft_prompt
+    far = replace(like, tensor=like.tensor * 40)  # in the same direction, but too long to be moved by training
+    save_soft_prompt(tmp_path / "far", far, tiny32.spec)
+    monkeypatch.setattr(nearest_task, "_moved_towards", lambda *_: True)
+    found, config, [said] = begun(tiny32, files, {"far": tmp_path / "far"})
+    assert said.endswith(" from the usual start: training begins as usual.")
+    assert (found, config.init, config.init_from) == (files, "auto", CONFIG.init_from)
 
 
 def test_where_nothing_fits_or_is_near_training_begins_as_usual_and_says_so(

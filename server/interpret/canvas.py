@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2166ac", "#d95f02", "#bbbbbb"
+"""Blue and orange differ for all kinds of colour blindness; shapes and places repeat what colours say."""
+WRITTEN_ORANGE = "#a84300"
+"""Orange for text, with a contrast of 6 to white."""
 
 
 def canvas(width: float, height: float, *, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -28,6 +31,13 @@ def canvas(width: float, height: float, *, columns: int = 1) -> tuple[Figure, li
         ) from exc
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def legend_below(figure: Figure) -> None:
+    """Explain the marks of a figure below its axes, where no mark lies."""
+    [axes] = figure.axes
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
 
 
 def signed() -> Colormap:

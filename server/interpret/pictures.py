@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.interpret.canvas import BLUE, GREY, ORANGE, canvas, signed
+from server.interpret.canvas import BLUE, GREY, ORANGE, canvas, legend_below, signed
 from server.interpret.pictures_of_tokens import movement_map, token_table
 from server.interpret.results import (
     CausalInterpretation,
@@ -20,6 +20,16 @@ from server.interpret.results import (
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
+
+
+EFFECTS = {
+    "needed": {"color": BLUE, "marker": "o"},
+    "harmful": {"color": ORANGE, "marker": "^"},
+    "none shown": {"color": "0.5", "marker": "o", "markerfacecolor": "white"},
+}
+"""How a removal is drawn, by its effect."""
+DARK = 0.85
+"""Cosines above it have a blue on which only white is readable."""
 
 
 def draw(
@@ -59,14 +69,15 @@ def draw(
 
 def lens_curve(found: Lens) -> Figure:
     """The labels' mean z through each layer, with the band of tokens of like frequency and shape."""
-    figure, [axes] = canvas(6.4, 3.2)
+    figure, [axes] = canvas(6.4, 3.6)
     layers = [one.layer for one in found.curve]
     low, high = [one.low for one in found.curve], [one.high for one in found.curve]
     axes.fill_between(layers, low, high, color=GREY, alpha=0.6, label="tokens of like frequency and shape", linewidth=0)
     axes.plot(layers, [one.z for one in found.curve], color=BLUE, marker="o", markersize=3, label="labels")
     axes.axvline(found.first_layer - 0.5, color=ORANGE, linestyle=":", label="the lens sums the layers from here")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer", ylabel="mean z over the vocabulary", title="Value-change lens: labels, layer by layer")
-    axes.legend(frameon=False, fontsize="small")
+    legend_below(figure)
     return figure
 
 
@@ -91,26 +102,35 @@ def ladder(found: Sufficiency) -> Figure:
         axes.plot([of.low, of.high], [row, row], color=colour, linewidth=2)
         axes.plot([of.value], [row], color=colour, marker="o")
     ends = (0.0, 1.0) if has_ratio else (found.none.value, found.learned.value)
-    for end, name in zip(ends, ("none", "learned"), strict=True):
+    for end in ends:
         axes.axvline(end, color=GREY, linestyle="--", zorder=0)
-        axes.annotate(name, (end, len(steps) - 0.4), ha="center", fontsize="small", color="0.4")
+    above = axes.secondary_xaxis("top")  # outside of the frame, where nothing crosses the names
+    above.set_xticks(ends, ["none", "learned"], fontsize="small")
+    above.tick_params(length=0)
     axes.set_yticks(range(len(steps)), [step.name for step in steps])
-    axes.set_ylim(-0.6, len(steps) + 0.1)
+    axes.set_ylim(-0.6, len(steps) - 0.4)
+    axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel="R, share of the gain that is kept" if has_ratio else "quality")
     return figure
 
 
 def removals(found: Necessity) -> Figure:
-    """The loss by each removal with its interval; filled where it is shown."""
-    figure, [axes] = canvas(6.4, 3.2)
-    for one in found.tokens:
-        colour = ORANGE if one.effect == "harmful" else BLUE if one.effect == "needed" else "0.6"
-        axes.plot([one.token] * 2, [one.loss.low, one.loss.high], color=colour, linewidth=2)
-        axes.plot([one.token], [one.loss.value], color=colour, marker="o", markersize=4)
+    """The loss by each removal with its interval; marks say in colour and shape what is shown."""
+    figure, [axes] = canvas(6.4, 3.6)
+    for effect, style in EFFECTS.items():
+        some = [one for one in found.tokens if one.effect == effect]
+        if not some:
+            continue
+        places = [one.token for one in some]
+        axes.vlines(
+            places, [one.loss.low for one in some], [one.loss.high for one in some], style["color"], linewidth=2
+        )
+        axes.plot(places, [one.loss.value for one in some], linestyle="", markersize=5, label=effect, **style)
     axes.axhline(0, color=GREY, zorder=0)
     axes.set(xlabel="virtual token", ylabel="loss of quality", title=f"Leave one out (replaced by {found.replaced_by})")
     axes.set_xticks(range(0, len(found.tokens), max(1, len(found.tokens) // 10)))
     axes.margins(x=0.03)
+    legend_below(figure)
     return figure
 
 
@@ -133,8 +153,8 @@ def matrix(found: Similarity) -> Figure:
     for row in range(count):
         for column in range(count):
             value = values[row][column]
-            colour = "white" if abs(value) > 0.6 else "black"
-            text = "–" if math.isnan(value) else f"{value:.2f}"
+            colour = "white" if value > DARK else "black"
+            text = "–" if math.isnan(value) else f"{value:z.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_title("Above: by change. Below: by function", fontsize="medium")
     figure.colorbar(image, ax=axes, shrink=0.8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from server.interpret.canvas import BLUE, GREY, ORANGE, canvas
+from server.interpret.canvas import BLUE, GREY, ORANGE, WRITTEN_ORANGE, canvas
 from server.interpret.results import Nearest, NearestOfToken, Neighbour, VocabularyMap
 
 if TYPE_CHECKING:  # matplotlib is an extra
@@ -32,18 +32,20 @@ def token_table(found: Nearest) -> Figure:
         part.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="centred cosine")
         part.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         part.spines[["top", "right", "left"]].set_visible(False)
-        part.axvline(found.random_cosine.top, color="0.35", linestyle=":", linewidth=1, zorder=0)
         column = titles.index(title)
         for row, token in enumerate(rows):
             _bar(part, row, _column(token, column), colour)
+            part.plot([found.random_cosine.top] * 2, [row + 0.2, row + 0.5], color="0.2", linewidth=1.2)
             if column == 0 and token.is_nearest_to_start:
-                part.annotate("= start", (0.99, row), ha="right", va="center", fontsize=7, color=ORANGE)
+                part.annotate("= start", (0.99, row), ha="right", va="center", fontsize=7, color=WRITTEN_ORANGE)
             if column == 2 and token.is_word_like:
                 part.annotate("word-like", (0.99, row), ha="right", va="center", fontsize=7, color=BLUE)
         part.set_yticks(range(len(rows)), map(str, range(len(rows))) if column == 0 else [""] * len(rows), fontsize=8)
         part.tick_params(axis="y", length=0)
     axes[0].set_ylabel("virtual token")
-    figure.supxlabel("dotted: only 1 % of random directions lie closer to a token", fontsize="small", color="0.35")
+    figure.supxlabel(
+        "upright marks: only 1 % of random directions lie closer to a token", fontsize="small", color="0.35"
+    )
     return figure
 
 
@@ -55,7 +57,7 @@ def movement_map(found: VocabularyMap) -> Figure:
         arrow = {"arrowstyle": "-|>", "color": BLUE, "alpha": 0.5, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", end, begin, arrowprops=arrow)
     if found.start:
-        axes.scatter(*zip(*found.start, strict=True), s=22, color=ORANGE, zorder=3, label="start")
+        axes.scatter(*zip(*found.start, strict=True), s=22, color=ORANGE, marker="s", zorder=3, label="start")
     axes.scatter(*zip(*found.learned, strict=True), s=22, color=BLUE, zorder=3, label="learned")
     first, second = found.variance
     axes.set(xlabel=f"component 1 ({first:.1%} of the variance)", ylabel=f"component 2 ({second:.1%})")
@@ -88,6 +90,6 @@ def _column(token: NearestOfToken, column: int) -> Sequence[Neighbour]:
 def _bar(axes: Any, row: int, neighbours: Sequence[Neighbour], colour: str) -> None:
     if not neighbours:
         return
-    axes.barh(row, max(0.0, neighbours[0].cosine), height=0.82, color=colour, alpha=0.3, linewidth=0)
+    axes.barh(row + 0.35, max(0.0, neighbours[0].cosine), height=0.16, color=colour, linewidth=0)
     names = [written(one.text) for one in neighbours[:SHOWN]]
-    axes.text(0.012, row, "   ".join(names), va="center", fontsize=8, parse_math=False, clip_on=True)
+    axes.text(0.005, row, "   ".join(names), va="center", fontsize=8, parse_math=False, clip_on=True)

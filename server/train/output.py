@@ -101,7 +101,11 @@ def draw_course(path: Path, trained: Trained) -> None:
     losses.set_ylim(bottom=0)
     right = losses.twinx()
     right.plot(
-        steps, [measured.score.exact_match for measured in history], color="C2", marker=marker, label="exact match"
+        steps,
+        [measured.score.exact_match for measured in history],
+        color="C1",
+        marker="s" if marker else "",
+        label="exact match",
     )
     right.set(ylabel="exact match on validation rows", ylim=(-0.02, 1.02))
     right.yaxis.set_major_formatter(PercentFormatter(1))

@@ -1,8 +1,9 @@
 """Nearest tokens of virtual tokens, of their starts, and of what training added (Lester et al. 2021, section 7).
 
 Every real token's neighbourhood is a tight cluster, and a learned virtual token often still lies nearest to the token
-that it began as (Khashabi et al. 2022; Bailey et al. 2023). Neighbours of the learned value therefore say nothing about
-what was learned. Tested is the change, without its part along the start: only a change that is nearer to a token than
+that it began as (labels that persist in Lester et al.; our own in docs/interpretation.md). Neighbours of the learned
+value therefore say nothing about what was learned, and may belong to a text that says something else (Khashabi et al.
+2022). Tested is the change, without its part along the start: only a change that is nearer to a token than
 random directions are is called word-like.
 """
 

@@ -40,6 +40,10 @@ export const signed = (value: number, digits = 2): string => {
 
 export const minus = (value: number, digits = 2): string => value.toFixed(digits).replace('-', '−');
 
+/** A sentence of the server as a typographer sets it: minus signs, and no line break within `p = 0.2`. */
+export const typeset = (text: string): string =>
+  text.replace(/(^|[\s(])-(?=\d)/g, '$1−').replace(/ (?==)|(?<==) /g, '\u00a0');
+
 /** A scale from values to percent of a width, wide enough for all of them and for `always`. */
 export interface Scale {
   low: number;

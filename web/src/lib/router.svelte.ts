@@ -1,3 +1,5 @@
+import { untrack } from 'svelte';
+
 /** The address after #: a view, its name and its state, such as `#/tasks/sms_spam?from=1`. The key is never in it. */
 export interface Place {
   view: string;
@@ -27,18 +29,28 @@ export function hashOf(view: string, rest: string[] = [], query: URLSearchParams
 class Router {
   place = $state.raw(placeOf(location.hash));
 
+  #known = location.hash;
+
   constructor() {
-    window.addEventListener('hashchange', () => (this.place = placeOf(location.hash)));
+    window.addEventListener('hashchange', () => {
+      this.#known = location.hash;
+      this.place = placeOf(location.hash);
+    });
   }
 
   go(view: string, ...rest: string[]): void {
     location.hash = hashOf(view, rest);
   }
 
-  /** Write a view's state into the address without a new entry of the history. */
+  /**
+   * Write a view's state into the address without a new entry of the history. Where somebody has just gone elsewhere,
+   * which the browser reports a moment later, that stays.
+   */
   remember(query: URLSearchParams): void {
-    const { view, rest } = this.place;
+    if (location.hash !== this.#known) return;
+    const { view, rest } = untrack(() => this.place);
     history.replaceState(null, '', hashOf(view, rest, query));
+    this.#known = location.hash;
   }
 }
 

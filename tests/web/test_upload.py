@@ -25,7 +25,7 @@ def test_a_zip_is_checked_staged_given_traffic_and_rolled_back(page: Watched, si
     report = shown.get_by_role("region", name="What a publish would change")
     expect(report).to_contain_text("This becomes v2 of ui-upload. v1 is live now.")
     expect(report).to_contain_text("<img src=x onerror=alert(1)>")
-    expect(report).to_contain_text("not those of any version")
+    expect(report).to_contain_text("no version of the task has them")
     assert site.client.get("/prompts/ui-upload").json()["versions"] == [1]
     shown.get_by_role("button", name="Stage v2").click()
     expect(shown.get_by_role("heading", name="ui-upload@2 is staged")).to_be_visible()

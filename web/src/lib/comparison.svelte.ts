@@ -37,7 +37,7 @@ export class Column {
   details = $state.raw<Partial<Schemas['DetailsBody']> | null>(null);
   /** Milliseconds from the request to the first token, and to the last one so far. */
   first = $state<number | null>(null);
-  last = $state<number | null>(null);
+  #last = 0;
   count = $state(0);
   /** Tokens before which the answer was branched: these were given, not generated. */
   given = 0;
@@ -67,11 +67,16 @@ export class Column {
     return this.state !== 'waiting' && this.state !== 'running';
   }
 
-  /** Tokens a second after the first one; null until that can be known. */
-  get rate(): number | null {
+  /** Tokens a second after the first one; null until that can be known. Measured anew four times a second. */
+  rate = $state<number | null>(null);
+  #measured = 0;
+
+  #measure(): void {
     const generated = this.count - this.given;
-    if (this.first === null || this.last === null || generated < 2) return null;
-    return (1000 * (generated - 1)) / Math.max(1, this.last - this.first);
+    if (this.first === null || generated < 2) return;
+    if (this.#ended === null && this.#last < this.#measured + 250) return;
+    this.#measured = this.#last;
+    this.rate = (1000 * (generated - 1)) / Math.max(1, this.#last - this.first);
   }
 
   take(event: ManyEvent, at: number): void {
@@ -86,7 +91,7 @@ export class Column {
       return;
     }
     this.first ??= at;
-    this.last = at;
+    this.#last = at;
     if (event.event === 'choices') {
       this.choices = event.choices ?? [];
       this.details = event.details ?? null;
@@ -105,13 +110,15 @@ export class Column {
     if (this.#arrived.length) {
       if (this.state === 'waiting') this.state = 'running';
       this.#flushTokens();
+      this.#measure();
     }
     if (this.#ended) this.state = this.#ended;
   }
 
   end(state: State): void {
+    this.#ended ??= state;
     this.flush();
-    if (!this.isOver) this.state = state;
+    this.#measure();
   }
 
   #flushTokens(): void {
@@ -127,9 +134,14 @@ export class Column {
   }
 }
 
-/** Calls back at the next frame, or soon where the tab is hidden and there are no frames. */
-function soon(work: () => void): void {
+/** Milliseconds between two drawings at least: twenty a second are smooth to read, and leave the processor alone. */
+const BETWEEN = 48;
+
+/** Calls back at a frame that is `BETWEEN` after `before`, or soon where the tab is hidden and there are no frames. */
+function soon(before: number, work: () => void): void {
+  const left = before + BETWEEN - performance.now();
   if (document.hidden) setTimeout(work, 250);
+  else if (left > 8) setTimeout(() => soon(before, work), left);
   else requestAnimationFrame(work);
 }
 
@@ -199,8 +211,10 @@ export class Comparison {
 
 async function read(response: Response, columns: Column[], started: number): Promise<void> {
   let isWaiting = false;
+  let drawn = 0;
   const flush = () => {
     isWaiting = false;
+    drawn = performance.now();
     for (const column of columns) column.flush();
   };
   for await (const { data } of serverEvents(response.body!)) {
@@ -208,7 +222,7 @@ async function read(response: Response, columns: Column[], started: number): Pro
     columns[event.target]?.take(event, performance.now() - started);
     if (!isWaiting) {
       isWaiting = true;
-      soon(flush);
+      soon(drawn, flush);
     }
   }
 }

@@ -36,7 +36,13 @@ export function time(iso: string): string {
   return Number.isNaN(found.getTime()) ? iso : moment.format(found);
 }
 
-/** A token's text where it stands alone: spaces and line ends can be seen. */
+/** Whether nothing of a text can be seen: spaces, line ends, and characters that only control others. */
+export const isBlank = (text: string): boolean => /^[\s\p{C}\p{M}]*$/u.test(text);
+
+/** A token's text where it stands alone: what has no ink, or would change the direction of writing, can be seen. */
 export function visible(text: string): string {
-  return text.replace(/ /g, '·').replace(/\n/g, '↵').replace(/\t/g, '⇥') || '∅';
+  const marked = text.replace(/ /g, '·').replace(/\n/g, '↵').replace(/\t/g, '⇥');
+  return marked.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (one) => `U+${hex(one)}`) || '∅';
 }
+
+const hex = (one: string): string => one.codePointAt(0)!.toString(16).toUpperCase().padStart(4, '0');

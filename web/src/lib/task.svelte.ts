@@ -34,6 +34,10 @@ export class TaskState {
       this.versions = versions.body.versions;
       this.next = versions.body.next ?? null;
     } catch (error) {
+      if (error instanceof ApiError && error.status === 404) {
+        this.detail = null; // it was deleted: nothing of it is left to act on
+        this.versions = [];
+      }
       this.#report(error);
     }
   }
@@ -105,6 +109,7 @@ export class TaskState {
       const found = error instanceof ApiError ? error : null;
       if (found?.status === 412) {
         await this.load(); // show what there is now; the person decides again
+        if (!this.detail) return;
         this.error = new ApiError(
           `Somebody else changed ${this.name} in the meantime, so nothing was done.`,
           found.status,
@@ -112,7 +117,8 @@ export class TaskState {
           'The page shows the task as it is now: look, and do it again if you still want it.',
           found.requestId,
         );
-      } else this.#report(error);
+      } else if (found?.status === 404) await this.load();
+      else this.#report(error);
     } finally {
       this.isBusy = false;
     }

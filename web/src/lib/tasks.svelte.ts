@@ -30,7 +30,10 @@ class Tasks {
       this.#details.get(name) ??
       api.get('/prompts/{task}', { path: { task: name } }).then(
         ({ body }) => body,
-        () => null,
+        () => {
+          this.#details.delete(name); // it may be there the next time, as may the server
+          return null;
+        },
       );
     this.#details.set(name, found);
     return found;

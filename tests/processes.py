@@ -85,9 +85,7 @@ def start_forked(code: str, arguments: list[str], environment: dict[str, str], l
 
 
 @contextmanager
-def prelude_serve(
-    directory: Path, program: str = "", /, port: int | None = None, **settings: str
-) -> Iterator[Process]:
+def prelude_serve(directory: Path, program: str = "", /, port: int | None = None, **settings: str) -> Iterator[Process]:
     """Start the command and wait until it is ready.
 
     Args:

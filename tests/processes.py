@@ -85,18 +85,17 @@ def start_forked(code: str, arguments: list[str], environment: dict[str, str], l
 
 
 @contextmanager
-def prelude_serve(directory: Path, program: str = "", /, port: int | None = None, **settings: str) -> Iterator[Process]:
+def prelude_serve(directory: Path, program: str = "", /, **settings: str) -> Iterator[Process]:
     """Start the command and wait until it is ready.
 
     Args:
         directory: for its log, its store and its inbox.
         program: code that runs before the command, in the same process.
-        port: where it listens; by default a free port.
-        settings: environment variables.
+        settings: environment variables; PRELUDE_PORT instead of a free port.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
+        port = int(settings.get("PRELUDE_PORT", free.getsockname()[1]))
     log = directory / "log.txt"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")},

@@ -1,4 +1,4 @@
-"""A server process that is killed in the middle of an answer: the page keeps what arrived, and works after a restart."""
+"""A server process that is killed in mid-answer: the page keeps what arrived, and works once it is back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_an_answer_of_a_killed_server_is_kept_and_asked_again_once_it_is_back(
             assert 4 <= kept < 100
             shown.get_by_role("button", name="Try again").click()
             expect(shown.get_by_role("alert").first).to_contain_text("The server cannot be reached.")
-            with prelude_serve(tmp_path, port=port, **served_tiny):
+            with prelude_serve(tmp_path, PRELUDE_PORT=str(port), **served_tiny):
                 shown.get_by_role("button", name="Try again").first.click()
                 expect(column.locator("dl")).to_contain_text(re.compile("length|end token"))
                 assert column.locator(".token").count() > 0

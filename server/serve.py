@@ -1,5 +1,7 @@
 """`prelude serve`: load, publish the inbox, listen; on SIGTERM finish running requests, then end with 0."""
 
+from __future__ import annotations
+
 import asyncio
 import concurrent.futures
 import contextlib
@@ -11,12 +13,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
+from fastapi import FastAPI
 from tqdm import tqdm
 
 from server.api.app import create_app
@@ -40,6 +44,9 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.sync import Syncer
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.api.telemetry.spans import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -67,21 +74,7 @@ def serve(settings: Settings) -> None:
     # First, so that a port in use is reported before the model is loaded.
     with bind(settings.host, settings.port) as listener:
         check_exposure(settings, listener.getsockname()[0])
-        store = Store(open_objects(settings.store_url))
-        with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
-            engine = starter.submit(start_engine, settings).result()
-            settings = as_served(settings, engine.model.spec)
-            registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
-            inbox = Inbox(settings.prompts_dir, registry)
-            starter.submit(publish_inbox, inbox, registry).result()
-        worker = EngineWorker(engine, limits(settings))
-        job_queue = JobQueue(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
-        services: list[Service] = [
-            inbox,
-            Syncer(registry, settings.sync_seconds),
-            JobRunner(settings, registry, job_queue),
-        ]
-        app = create_app(settings, worker, registry, services, keys, job_queue, tracing)
+        app, worker, registry = assemble(settings, keys, tracing)
         keep_for_good()
         config = uvicorn.Config(
             app,
@@ -101,6 +94,30 @@ def serve(settings: Settings) -> None:
         leave_hanging_threads(set(threading.enumerate()) - before, server.status)
         if server.status:  # destructors of data on a lost device raise in C++, which would abort with another status
             end_process(server.status)
+
+
+def assemble(
+    settings: Settings, keys: ApiKeys | None, tracing: Tracing | None, start: Callable[[Settings], Engine] | None = None
+) -> tuple[FastAPI, EngineWorker, Registry]:
+    """The app, its worker and its registry, with the inbox published; nothing listens yet.
+
+    `start` loads the engine, `start_engine` by default. Raises ConfigurationError or StoreError.
+    """
+    store = Store(open_objects(settings.store_url))
+    with ThreadPoolExecutor(1) as starter:  # its OpenMP helpers end with it; see engine/worker.py
+        engine = starter.submit(start or start_engine, settings).result()
+        settings = as_served(settings, engine.model.spec)
+        registry = Registry(store, engine.model.spec, settings.max_virtual_tokens, settings.host_memory)
+        inbox = Inbox(settings.prompts_dir, registry)
+        starter.submit(publish_inbox, inbox, registry).result()
+    worker = EngineWorker(engine, limits(settings))
+    job_queue = JobQueue(settings, registry.model, worker.text.encode, worker.text.length_bound.can_fit)
+    services: list[Service] = [
+        inbox,
+        Syncer(registry, settings.sync_seconds),
+        JobRunner(settings, registry, job_queue),
+    ]
+    return create_app(settings, worker, registry, services, keys, job_queue, tracing), worker, registry
 
 
 def leave_hanging_threads(threads: Collection[threading.Thread], status: int = 0) -> None:

@@ -45,6 +45,8 @@ class Registry(LiveMap):
 
     def __init__(self, store: Store, model: ModelSpec, max_virtual_tokens: int, host_memory: int = HOST_MEMORY) -> None:
         super().__init__(store, model, max_virtual_tokens, host_memory)
+        self.on_change: Callable[[int], None] = lambda event: None
+        """Called with the number of an event that this server has just added, on any thread."""
         self._changing = BoundedLock()
         self._syncing = BoundedLock()  # if several threads sync, one reads and warms; requests need no lock
 
@@ -195,6 +197,11 @@ class Registry(LiveMap):
                     if state.last_event > self._state.last_event:
                         self._replace(state)
 
+    @property
+    def last_event(self) -> int:
+        """Number of the last event of the store that this server has taken over."""
+        return self._state.last_event
+
     def compact(self) -> None:
         """Write a snapshot now and then, and remove the events that old ones replace; raises StoreError."""
         self._store.compact(self._copy_state, self._state.last_event)
@@ -302,6 +309,7 @@ class Registry(LiveMap):
                         f"The store refuses event {event.number} and does not show which event has its number."
                     )
                 self._apply(won)
+        self.on_change(event.number)
         self._remove(removed)  # without the lock: an object store takes its time for each
         return event, live
 

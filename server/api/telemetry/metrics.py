@@ -4,11 +4,12 @@ Each app has its own Prometheus registry. An observation takes about a microseco
 involved. The time between tokens has no task label: all tasks in a batch share its steps, so it is the same for all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from server.api.telemetry.gauges import Gauges
 from server.api.telemetry.record import TOKENS, RequestOutcome
@@ -30,7 +31,7 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 """Methods with their own label value; a client may send any word as its method."""
 
 
-class Metrics:
+class Metrics(Collector):
     """All values of /metrics; `loads` may be observed on any thread."""
 
     def __init__(
@@ -38,6 +39,8 @@ class Metrics:
     ) -> None:
         """Create the metrics, all zero; at most `most_tasks` tasks have a label value of their own."""
         self.registry = CollectorRegistry()
+        self.gather: Callable[[], Awaitable[Collector]] | None = None
+        """Collects what a scrape shows, if that is more than this server's own metrics."""
         self._labels = TaskLabels(most_tasks, tasks.answering, self._forget)
         self._requests = self._counter("requests", "Requests for an answer, by how they ended.", "version", "outcome")
         texts = {
@@ -92,7 +95,7 @@ class Metrics:
     async def scrape(self, threads: Executor) -> bytes:
         """All metrics as text, rendered on another thread, because there may be thousands of lines."""
         self._labels.forget_deleted()
-        return await threads.run(generate_latest, self)
+        return await threads.run(generate_latest, self if self.gather is None else await self.gather())
 
     def collect(self) -> Iterator[Metric]:
         """The metrics without the `_created` samples, which would double the number of lines of counters."""

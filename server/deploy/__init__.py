@@ -1,0 +1,1 @@
+"""Prelude as an application of other serving systems."""

@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
+    "deploy": BELOW_CLI | {"openmp"},
     "cli": {"cli.main"},
     "cli.__main__": {"cli"},
     "cli.errors": BOTTOM,
@@ -276,7 +277,8 @@ def test_only_the_edge_knows_of_http(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_only_the_edge_knows_who_looks_at_the_server_from_outside(module: str) -> None:
     seen_by = {
-        "prometheus_client": ("server.api.telemetry.",),
+        "prometheus_client": ("server.api.telemetry.", "server.deploy."),
+        "ray": ("server.deploy.",),
         "structlog": ("server.api.telemetry.", "server.cli.logs"),
     }
     for name in {name.split(".")[0] for name in imports_of(FILES[module].read_text(), module)} & set(seen_by):
@@ -288,6 +290,9 @@ def test_no_module_is_named_after_one_of_the_standard_library(module: str) -> No
     assert not set(module.split(".")[1:]) - {"__init__"} & sys.stdlib_module_names
 
 
+READ_THE_ENVIRONMENT = ("server.settings", "server.openmp", "server.deploy.ray_environment")
+
+
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_the_environment_is_read_in_one_place(module: str) -> None:
-    assert reads_environment(FILES[module].read_text()) == (module in ("server.settings", "server.openmp"))
+    assert reads_environment(FILES[module].read_text()) == (module in READ_THE_ENVIRONMENT)

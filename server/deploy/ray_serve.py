@@ -55,8 +55,6 @@ class Options(BaseModel):
     gpus: float = Field(0.0, ge=0)
     upscale_seconds: float = Field(30.0, ge=0)
     downscale_seconds: float = Field(600.0, ge=0)
-    by_task: bool = True
-    """Send the requests of a task to one replica as long as it has room; otherwise to the less loaded of two."""
 
 
 class Replica:
@@ -190,7 +188,7 @@ def application(options: Options, replica: type = Replica) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds + STOP_SECONDS,
         health_check_period_s=5,
-        request_router_config=router if options.by_task else RequestRouterConfig(),
+        request_router_config=router,
     )
     return deployment.bind()
 

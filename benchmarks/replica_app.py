@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import MethodType
 
@@ -42,6 +43,10 @@ class MeasuredReplica(Replica):
     async def taken(self) -> dict[int, float]:
         """When each event was taken over, by this machine's clock."""
         return self._taken
+
+    async def pid(self) -> int:
+        """This replica's process."""
+        return os.getpid()
 
     async def hits_and_misses(self) -> tuple[int, int]:
         """Prefix hits and misses so far."""

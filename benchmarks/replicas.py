@@ -18,9 +18,12 @@ import asyncio
 import json
 import os
 import random
+import signal
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,51 @@ def swaps(folder: Path, handle: Any) -> list[float]:
     ]
 
 
+async def streams_of_a_killed_replica(handle: Any, count: int) -> dict[str, int]:
+    """How streams end, in number, when one of the replicas is killed in their middle."""
+    ends: Counter[str] = Counter()
+    async with httpx.AsyncClient(base_url=URL, timeout=60, trust_env=False) as client:
+
+        async def follow(task: int) -> None:
+            body = {"inputs": "hello", "parameters": {"max_new_tokens": 80, "ignore_eos_token": True}}
+            last = ""
+            try:
+                async with client.stream("POST", "/generate_stream", params={"task": f"t{task}"}, json=body) as reply:
+                    async for line in reply.aiter_lines():
+                        last = line or last
+            except httpx.TransportError:
+                ends["cut off"] += 1
+            else:
+                event = json.loads(last.removeprefix("data:"))
+                ends[event.get("code", "whole" if event.get("generated_text") is not None else "unfinished")] += 1
+
+        running = [asyncio.create_task(follow(task)) for task in range(1, 4 * count + 1)]
+        victim = (await handle.broadcast("pid").results_async(timeout_s=30))[0]
+        await asyncio.sleep(0.3)
+        os.kill(victim, signal.SIGKILL)
+        await asyncio.gather(*running)
+    return dict(ends)
+
+
+async def requests_during_a_restart(restart: Callable[[], object]) -> dict[str, int]:
+    """Statuses of requests, in number, while all replicas are replaced."""
+    statuses: Counter[str] = Counter()
+    restarting = asyncio.create_task(asyncio.to_thread(restart))
+    async with httpx.AsyncClient(base_url=URL, timeout=60, trust_env=False) as client:
+
+        async def ask(seed: int) -> None:
+            dice = random.Random(seed)
+            while not restarting.done():
+                body = {"inputs": "hello", "parameters": {"max_new_tokens": 1}}
+                reply = await client.post("/generate", params={"task": f"t{dice.randint(1, TASKS)}"}, json=body)
+                statuses[str(reply.status_code)] += 1
+                await asyncio.sleep(0.1)
+
+        await asyncio.gather(*map(ask, range(4)))
+    await restarting
+    return dict(statuses)
+
+
 def _taken(handle: Any) -> list[dict[int, float]]:
     found: list[dict[int, float]] = handle.broadcast("taken").results(timeout_s=30)
     return found
@@ -118,6 +166,14 @@ def measure(count: int, by_task: bool, options: argparse.Namespace, folder: Path
     many = asyncio.run(load(8 * count, options.seconds, by_task))
     after = handle.broadcast("hits_and_misses").results(timeout_s=30)
     hits, misses = (sum(row[i] for row in after) - sum(row[i] for row in before) for i in (0, 1))
+    restarted = application(arguments.model_copy(update={"downscale_seconds": 601.0, "cpus": 0.02}), MeasuredReplica)
+    statuses, ends = {}, {}
+    if by_task and count > 1:
+        ends = asyncio.run(streams_of_a_killed_replica(handle, count))
+        time.sleep(10)
+        statuses = asyncio.run(
+            requests_during_a_restart(lambda: serve.run(restarted, name="prelude", route_prefix="/"))
+        )
     serve.delete("prelude")
     return {
         "replicas": count,
@@ -130,6 +186,8 @@ def measure(count: int, by_task: bool, options: argparse.Namespace, folder: Path
         "swap_p50_ms": 1000 * statistics.median(seen),
         "swap_max_ms": 1000 * max(seen),
         "swaps": len(seen),
+        "killed": ends,
+        "restarted": statuses,
     }
 
 

@@ -65,7 +65,8 @@ class TaskRouting:
 
 def _task_in_target(scope: Scope) -> str | None:
     """The task that path or query name; without the version, because all versions of a task share a replica."""
-    named = parse_qs(scope["query_string"].decode("latin-1")).get("task")
+    query: str = scope["query_string"].decode("latin-1")
+    named = parse_qs(query).get("task")
     if named:
         return named[0].partition("@")[0]
     path: str = scope["path"]
@@ -84,7 +85,7 @@ def _task_in_body(messages: list[Message]) -> str | None:
     if not isinstance(body, dict):
         return None
     parameters = body.get("parameters")
-    task = body.get("model") or (parameters.get("adapter_id") if isinstance(parameters, dict) else None)
+    task: object = body.get("model") or (parameters.get("adapter_id") if isinstance(parameters, dict) else None)
     return task.partition("@")[0] if isinstance(task, str) and task else None
 
 

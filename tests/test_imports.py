@@ -157,7 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """What each part of `server` may import beside itself; a new part has to be given its place here."""
 IN_MODULES = ("cli",)
 """Packages that are no one part: each of their modules is."""
-WEB = ("api", "serve", "cli", "client")
+WEB = ("api", "deploy", "serve", "cli", "client")
 """The parts that speak HTTP."""
 
 

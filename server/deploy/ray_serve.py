@@ -60,7 +60,7 @@ class Options(BaseModel):
 class Replica:
     """One server. Ray makes it, asks after its health, and ends it."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc] # Ray awaits it
         """Load the model and open the store; raises what `prelude serve` raises at its start."""
         settings = Settings.load()
         keys, tracing = open_keys(settings), open_tracing(settings)

@@ -8,6 +8,7 @@ from xdist.workermanage import WorkerController
 NEEDS = {
     "servers": (  # a process from which servers are forked: eight seconds of a core; and a browser, beside a server
         "test_serve.py",
+        "test_tutorial.py",
         "test_examples.py",
         "web/",
         "jobs/",

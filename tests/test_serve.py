@@ -62,13 +62,14 @@ class Stream(threading.Thread):
 
 
 def test_serve_publishes_the_inbox_answers_and_on_sigterm_finishes_what_runs(
-    tmp_path: Path, smollm2: FrozenModel
+    tmp_path: Path, served_smollm2: FrozenModel
 ) -> None:
-    save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
+    spec = served_smollm2.spec
+    save_soft_prompt(tmp_path / "prompts" / "shipped", random_soft_prompt(spec, seed=1), spec)
     with prelude_serve(tmp_path) as process:
         client = process.client
         assert [prompt["task"] for prompt in client.get("/prompts").json()["prompts"]] == ["shipped"]
-        assert client.get("/info").json()["fingerprint"] == smollm2.spec.fingerprint
+        assert client.get("/info").json()["fingerprint"] == spec.fingerprint
         body = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}
         alone = client.post("/generate", json=body)
         assert "Paris" in alone.json()["generated_text"]

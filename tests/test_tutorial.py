@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.test_readme import prelude, wait_until_ready
+from tests.processes import COMMAND, prelude_serve, start_forked
+from tests.test_readme import prelude
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
@@ -30,9 +29,8 @@ def bash(commands: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout without the soft prompts that ship, in which the first three blocks were run."""
+    """A checkout without the soft prompts that ship."""
     folder = tmp_path_factory.mktemp("tutorial")
-    (folder / ".venv").symlink_to(sys.prefix)
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
@@ -42,8 +40,14 @@ def test_its_blocks_do_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPat
     assert all(json.loads(line).keys() == {"input", "target"} for line in bash(LOOK, folder).splitlines())
 
     assert "--steps 120 --evaluations 6" in TRAIN
-    short = TRAIN.replace("--steps 120 --evaluations 6", "--steps 2 --evaluations 1 --lr 0.02")
-    assert "prompts/tickets: validation exact match" in bash(short, folder)
+    program, *arguments = shlex.split(
+        TRAIN.replace("--steps 120 --evaluations 6", "--steps 2 --evaluations 1 --lr 0.02")
+    )
+    assert program == ".venv/bin/prelude"
+    log = folder / "train.log"
+    there = f"import os\nos.chdir({str(folder)!r})\n"
+    assert start_forked(there + COMMAND, arguments, dict(os.environ), log).wait(200) == 0, log.read_text()
+    assert "prompts/tickets: validation exact match" in log.read_text()
     assert (folder / "prompts/tickets/adapter_model.safetensors").stat().st_size // 1000 == 46
     assert (folder / "prompts/tickets/loss.svg").exists()
 
@@ -51,23 +55,9 @@ def test_its_blocks_do_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPat
     assert re.search(r"4-shot", measured)
     assert re.search(r"zero-shot", measured)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with (folder / "serve.log").open("w") as log:
-        server = subprocess.Popen(
-            ["bash", "-c", f"exec {SERVE}"],
-            cwd=folder,
-            env=os.environ | {"PRELUDE_PORT": str(port)},
-            stdout=log,
-            stderr=log,
-            process_group=0,
-        )
-    try:
-        wait_until_ready(port, server)
-        answer = json.loads(bash(ASK.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), folder))
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        assert server.wait(60) in (0, -signal.SIGTERM, 143)
+    assert shlex.split(SERVE) == [".venv/bin/prelude", "serve"]
+    with prelude_serve(folder, there) as process:
+        assert "http://127.0.0.1:8000/" in ASK
+        answer = json.loads(bash(ASK.replace("http://127.0.0.1:8000", str(process.client.base_url)), folder))
     assert {choice["text"] for choice in answer["choices"]} == {"billing", "technical", "shipping"}
     assert answer["generated_text"] == max(answer["choices"], key=lambda choice: float(choice["probability"]))["text"]

@@ -34,7 +34,7 @@ from server.jobs.folder import JobFolder
 from server.jobs.job_queue import JobQueue
 from server.jobs.launcher import Child, write_order
 from server.jobs.process_main import main
-from server.jobs.supervisor import JobRunner
+from server.jobs.supervisor import JobRunner, Start
 from server.registry.inbox import Inbox
 from server.registry.objects import open_objects
 from server.registry.registry import Registry
@@ -159,11 +159,11 @@ class LiveServer:
 
 def start_eagerly(folder: JobFolder, settings: Settings) -> Child:
     """A job's process as eager as the tests: beside other work, one that steps back might never come to an end."""
-    return fork(_train, (folder, settings), folder.log)
+    return fork(be_process, (folder, settings), folder.log)
 
 
-def _train(folder: JobFolder, settings: Settings) -> None:
-    """Be a job's process."""
+def be_process(folder: JobFolder, settings: Settings) -> None:
+    """Be a job's process, as eager as the tests."""
     write_order(folder, settings, os.getppid(), steps_back=False)
     sys.exit(main(folder.path))
 
@@ -175,6 +175,7 @@ def live_server(
     max_sequences: int = 8,
     model: FrozenModel | None = None,
     tracing: Tracing | None = None,
+    start: Start = start_eagerly,
     **options: Any,
 ) -> Iterator[LiveServer]:
     """Run a server in a thread until the block ends; it must then be idle and stop by itself."""
@@ -193,7 +194,7 @@ def live_server(
     services: list[Service] = [
         Inbox(settings.prompts_dir, registry),
         Syncer(registry, settings.sync_seconds),
-        JobRunner(settings, registry, job_queue, start_eagerly),
+        JobRunner(settings, registry, job_queue, start),
     ]
     app = create_app(settings, worker, registry, services, open_keys(settings), job_queue, tracing)
     options = {"http": bounded_protocol(), "log_config": None, "lifespan": "on", "ws": "none"}

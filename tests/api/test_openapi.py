@@ -19,7 +19,7 @@ from server.keys.key import Scope
 from tests.api.live import LiveServer, as_form, live_server
 from tests.api.openai.support import TEMPLATE
 from tests.soak import Soak
-from tests.support import random_soft_prompt, tiny_model
+from tests.support import EOS, random_soft_prompt, tiny_model
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 MAX_MODEL_LEN = 64
@@ -52,6 +52,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Documented]
     _, key = add_key(path, "schemathesis", [Scope.ADMIN], None)
     model = tiny_model(max_model_len=MAX_MODEL_LEN)
     model.tokenizer.chat_template = TEMPLATE
+    model.eos_token_ids = frozenset({EOS, *range(0, 256, 4)})  # most answers have a few tokens, and not all the context
     with live_server(directory, model=model, api_keys_file=path) as live:
         server = Documented(live, key)
         for seed, task in enumerate(("sms_spam", "sms_spam", "spare", "doomed-1", "doomed-2", "doomed-2")):

@@ -13,10 +13,12 @@ import httpx
 import pytest
 
 from server.api import sse
+from server.api.jobs import followers
 from server.keys import live as live_keys
 from server.keys.file import add_key, revoke_key
 from server.keys.key import Scope
 from tests.api.live import LiveServer, live_server, parse_events, wait_until
+from tests.jobs.support import SECONDS
 
 BODY: dict[str, Any] = {"inputs": "hello", "parameters": {"max_new_tokens": 150, "ignore_eos_token": True}}
 CHAT = {"model": "mood", "prompt": "hello", "max_tokens": 150, "stream": True, "ignore_eos": True}
@@ -78,7 +80,9 @@ def test_an_answer_that_is_awaited_whole_is_refused(site: tuple[LiveServer, Path
     assert answer_after_revocation(site, "/generate?task=mood", BODY).status_code == 401
 
 
-def test_a_follower_of_a_job_is_told(site: tuple[LiveServer, Path], tmp_path: Path) -> None:
+def test_a_follower_of_a_job_is_told(site: tuple[LiveServer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its look would also see the end of the job, which needs the key too.
+    monkeypatch.setattr(followers, "LOOK_SECONDS", 60.0)
     live, keys_file = site
     key, text = add_key(keys_file, "trainer", [Scope.PUBLISH], ["mood"])
     headers = {"Authorization": f"Bearer {text}"}
@@ -97,7 +101,7 @@ def test_a_follower_of_a_job_is_told(site: tuple[LiveServer, Path], tmp_path: Pa
             received += piece
     assert time.monotonic() - began < 30
     assert parse_events(received)[-1]["code"] == "unauthorized", "it ends with the key, not with the job's own end"
-    wait_until(lambda: live.client.get(f"/training/jobs/{job_id}").json()["state"] == "failed", 20)
+    wait_until(lambda: live.client.get(f"/training/jobs/{job_id}").json()["state"] == "failed", SECONDS)
 
 
 def test_a_key_that_loses_the_task_loses_the_stream(site: tuple[LiveServer, Path]) -> None:

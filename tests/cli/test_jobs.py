@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from typer.testing import CliRunner, Result
 from server.cli import app, jobs
 from server.client import Job, PreludeClient, ServerUnreachable
 from server.errors import PreludeError, UnknownJob
-from tests.api.live import LiveServer, live_server
+from server.jobs.folder import JobFolder
+from server.jobs.launcher import Child
+from server.jobs.progress_log import Recorder
+from server.settings import Settings
+from tests.api.live import LiveServer, be_process, live_server
 from tests.jobs.support import LEARNS, SLOW, save_tiny_model
+from tests.processes import fork
 from tests.strangers import answering, reply
 from tests.train.rows import MOODS, write_rows
 
@@ -33,12 +39,35 @@ FAILED = JOB | {"state": "failed", "error": {"error": "It\x1b[2J broke.", "code"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file is there, jobs wait in the middle of their training."""
+    return tmp_path_factory.mktemp("gate") / "closed"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("server")
+
+    def start(job: JobFolder, settings: Settings) -> Child:
+        return fork(train_up_to, (gate, job, settings), job.log)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRELUDE_MODEL", str(save_tiny_model(folder / "tiny")))
-        with live_server(folder, max_model_len=128, dtype="float32") as live:
+        with live_server(folder, max_model_len=128, dtype="float32", start=start) as live:
             yield live
+
+
+def train_up_to(gate: Path, job: JobFolder, settings: Settings) -> None:
+    """Be a job's process, which waits after its tenth step for a gate to open."""
+    record = Recorder.step
+
+    def record_and_wait(self: Recorder, step: int, *what: Any) -> None:
+        record(self, step, *what)
+        while step == 10 and gate.exists():
+            time.sleep(0.01)
+
+    Recorder.step = record_and_wait  # type: ignore[method-assign]
+    be_process(job, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +97,19 @@ def refused(result: Result) -> tuple[str, str]:
     return error.removeprefix("error: "), remedy.strip()
 
 
-def test_a_task_is_trained_on_the_server_followed_and_live(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)  # a busy machine's look each second could miss all of the training
+def test_a_task_is_trained_on_the_server_followed_and_live(
+    server: LiveServer, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = jobs.look
+
+    def look_on(client: PreludeClient, job: Job, write: Callable[[str], None]) -> Job:
+        if job["step"] >= 10:  # it was shown, and the rest may be over before the next look
+            gate.unlink(missing_ok=True)
+        return look(client, job, write)
+
+    gate.touch()
+    monkeypatch.setattr(jobs, "look", look_on)
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.1)
     template = ("--input-template", "{system}{input} =", "--system-message", "template")
     result = train("mood", LEARNS, "--url", server.url, "--activate-at-least", "0.9", *template)
     assert result.exit_code == 0, result.output

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
 from server.contracts import FinishReason, GenerationRequest
 from server.engine.model.frozen import FrozenModel
 from server.soft_prompts.formats import load_soft_prompts
 from server.soft_prompts.soft_prompt import SoftPrompt
+from tests.soak import Soak
 from tests.support import (
     EOS,
     HYBRIDS,
@@ -28,9 +29,6 @@ from tests.support import (
     run_engine,
     tiny_model,
 )
-
-unchanged = cache(tiny_model)
-"""A tiny model of an architecture, made once for all examples."""
 
 Work = list[tuple[GenerationRequest, SoftPrompt | None]]
 
@@ -110,15 +108,25 @@ def test_sixty_four_requests_over_three_shipped_tasks_answer_as_one_at_a_time(
     assert len({text for text, _ in together.values()}) > 6
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("architecture", ["llama", *HYBRIDS])
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 3), st.data())
-def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(
-    architecture: str, seed: int, max_sequences: int, arrive_every: int, data: st.DataObject
+def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(architecture: str, soak: Soak) -> None:
+    """test_engine_life.py watches such lives at each step; here are architectures that it leaves out."""
+    model = tiny_model(architecture)
+    aborts = st.dictionaries(st.integers(1, 30), st.sampled_from([str(i) for i in range(10)]), max_size=5)
+
+    @with_seed(soak.random.randrange(2**32))
+    @settings(max_examples=soak.count(25, 500), database=None)
+    @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 3), aborts)
+    def live(seed: int, max_sequences: int, arrive_every: int, abort: dict[int, str]) -> None:
+        all_end_exactly_once(model, mixed_work(model, 10, seed), max_sequences, arrive_every, abort)
+
+    live()
+
+
+def all_end_exactly_once(
+    model: FrozenModel, work: Work, max_sequences: int, arrive_every: int, abort: dict[int, str]
 ) -> None:
-    model = unchanged(architecture)
-    work = mixed_work(model, 10, seed)
-    abort = data.draw(st.dictionaries(st.integers(1, 30), st.sampled_from([str(i) for i in range(10)]), max_size=5))
     engine = make_engine(model, max_sequences=max_sequences, num_slabs=2)
     outcomes = run_engine(engine, work, arrive_every=arrive_every, abort=abort)
     assert len(outcomes) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -79,18 +80,24 @@ def test_a_jobs_process_has_the_lowest_priority_and_maps_the_file_of_the_weights
             "/training/jobs", data={"spec": json.dumps(spec)}, files={"data": ("rows.jsonl", lines(ROWS))}
         )
         assert reply.status_code == 202, reply.text
-        wait_until(lambda: job_of(process.client)["step"] > 0, SECONDS)
-        [job] = JobsFolder(tmp_path / "prompts" / ".jobs").jobs()
+        jobs = JobsFolder(tmp_path / "prompts" / ".jobs")
+        wait_until(lambda: jobs.jobs()[0].status.pid is not None, SECONDS)
+        [job] = jobs.jobs()
         assert job.status.pid is not None
-        assert os.sched_getscheduler(job.status.pid) == os.SCHED_IDLE
+        wait_until(lambda: os.sched_getscheduler(job.status.pid or 0) == os.SCHED_IDLE, SECONDS)
         assert os.getsid(job.status.pid) == os.getsid(process.popen.pid), "in another, its class would mean nothing"
         child = psutil.Process(job.status.pid)
         assert child.nice() == 19
+        # Beside other tests, an idle process might never come to its first step.
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(job.status.pid, os.SCHED_OTHER, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, job.status.pid, 0)
+        wait_until(lambda: job_of(process.client)["step"] > 0, SECONDS)
         weights = str(model_directory / "model.safetensors")
         [mapped] = [area for area in child.memory_maps(grouped=True) if area.path == weights]
         assert mapped.private_dirty == 0
         process.popen.terminate()
         assert process.ended_with(30) == 0
         assert not psutil.pid_exists(job.status.pid)
-        [job] = JobsFolder(tmp_path / "prompts" / ".jobs").jobs()
+        [job] = jobs.jobs()
         assert job.status.state == "queued"

@@ -29,10 +29,16 @@ def _no_temporary_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(folder.iterdir()) == []
 
 
-@pytest.fixture(autouse=True)
-def _nothing_changes(server: LiveServer, good: Files, _no_temporary_file_stays: None) -> Iterator[None]:
-    """Whatever a test uploads: the tasks, the answers and the store are the same before and after."""
+@pytest.fixture(scope="module")
+def states(server: LiveServer, good: Files) -> list[object]:
+    """The last state of the server that a test left, and so that of the next test."""
     server.put(LIVE, good)
-    before = state_of(server)
+    return [state_of(server)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_changes(server: LiveServer, states: list[object], _no_temporary_file_stays: None) -> Iterator[None]:
+    """Whatever a test uploads: the tasks, the answers and the store are the same before and after."""
     yield
-    assert state_of(server) == before
+    before, states[0] = states[0], state_of(server)
+    assert states[0] == before

@@ -66,7 +66,7 @@ def train_up_to(gate: Path, job: JobFolder, settings: Settings) -> None:
         while step == 10 and gate.exists():
             time.sleep(0.01)
 
-    Recorder.step = record_and_wait  # type: ignore[method-assign]
+    Recorder.step = record_and_wait  # type: ignore[assignment, method-assign]
     be_process(job, settings)
 
 

@@ -6,6 +6,7 @@ import torch
 from server.engine.attention.cached_rows import Span
 from server.engine.attention.compiled_rows import POSITIONS_FOR_THREADS, CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
+from server.engine.kernels.attention import COLUMN
 from server.engine.kernels.library import Kernels
 from server.engine.kernels.units import BLOCK, QUERIES
 from server.engine.memory.slots import Slot
@@ -69,3 +70,14 @@ def test_each_unit_of_a_step_is_planned_once(threads: int, kernels: Kernels, mon
     prefill = [(1, h, q) for h in range(heads.kv_heads) for q in range(queries)]
     assert sorted(map(tuple, work.attend)) == decoding + prefill
     assert (work.blocks, work.tokens) == (blocks, 71)
+
+
+def test_prefixes_of_other_numbers_and_of_chunks_are_read_from_their_own_slots(kernels: Kernels) -> None:
+    heads = ALL_HEADS[1]
+    attention = CompiledAttention(Pool([Row.random(heads, 0, 1)], heads).kv_cache, kernels)
+    slots = [Slot(256, 256 * i) for i in range(6)]
+    given = [(1, 120, 1), (2, 120, 1), (0, 120, 1), (0, 120, 1), (1, 120, 4), (1, 99, 1)]  # number, start, count
+    spans = [Span(slot, start, count, number, 100) for slot, (number, start, count) in zip(slots, given, strict=True)]
+    work = attention.plan([*spans, Span(Slot(256, 2000), 130, 1, 2, 100)])
+    read = [(int(row[COLUMN.prefix_slot]), int(row[COLUMN.prefix])) for row in work.spans]
+    assert read == [*((slot.start, 0) for slot in slots), (256, 100)]

@@ -16,13 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention.cached_rows import Span
 from server.engine.attention.compiled_rows import CompiledAttention, CompiledRows
 from server.engine.attention.interface import AttentionRules
-from server.engine.kernels.attention import COLUMN
 from server.engine.kernels.library import Kernels
 from server.engine.kernels.units import BLOCK
-from server.engine.memory.slots import Slot
 from tests.engine.attention.heads import ALL_HEADS
 from tests.engine.pool import INF, LAYER, NAN, Heads, Pool, Row, assert_attention, attend, hand_over, on_threads, same
 
@@ -133,17 +130,6 @@ def test_a_shared_prefix_is_read_from_one_slot_and_changes_no_bit(
     with on_threads(threads):
         out = CompiledRows(CompiledAttention(pool.kv_cache, kernels), spans).attend(LAYER, query, key, value, rules)
     assert same([row[None] for row in out], expected)
-
-
-def test_prefixes_of_other_numbers_and_of_chunks_are_read_from_their_own_slots(kernels: Kernels) -> None:
-    heads = ALL_HEADS[1]
-    attention = CompiledAttention(Pool([Row.random(heads, 0, 1)], heads).kv_cache, kernels)
-    slots = [Slot(256, 256 * i) for i in range(6)]
-    given = [(1, 120, 1), (2, 120, 1), (0, 120, 1), (0, 120, 1), (1, 120, 4), (1, 99, 1)]  # number, start, count
-    spans = [Span(slot, start, count, number, 100) for slot, (number, start, count) in zip(slots, given, strict=True)]
-    work = attention.plan([*spans, Span(Slot(256, 2000), 130, 1, 2, 100)])
-    read = [(int(row[COLUMN.prefix_slot]), int(row[COLUMN.prefix])) for row in work.spans]
-    assert read == [*((slot.start, 0) for slot in slots), (256, 100)]
 
 
 @settings(deadline=None, max_examples=40)

@@ -7,6 +7,7 @@ immutable value. `registry.py` creates and receives the events.
 
 import logging
 import threading
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from server.registry.events import Event, Publish, VersionContent
 from server.registry.host_cache import HostCache
 from server.registry.state import WHOLE_STORE, RegistryState, StoredVersion
 from server.registry.store import Store
+from server.registry.task_map import TaskMap
 from server.registry.task_views import Resolved, Task
 from server.registry.unreadable_events import Entry
 from server.registry.version_contents import Contents
@@ -80,7 +82,7 @@ class LiveMap:
         _log_new({}, self._state.problems)
         self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced)
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
-        self._tasks: dict[str, Task] = {}
+        self._tasks = TaskMap()
         self._refresh(self._state.tasks)
         contents = [version.content for task in self._state.tasks.values() for version in task.versions.values()]
         self._contents.check_all(contents, self._state.deleted)
@@ -133,7 +135,17 @@ class LiveMap:
 
     def tasks(self) -> list[Task]:
         """All tasks that have versions, by name."""
-        return [task for _, task in sorted(self._tasks.items())]
+        tasks = self._tasks
+        return [tasks[name] for name in tasks.names]
+
+    def names_after(self, name: str | None) -> Iterator[str]:
+        """Names of all tasks that have versions, in order, from the first after `name`; as they are now."""
+        names = self._tasks.names
+        return (names[at] for at in range(0 if name is None else bisect_right(names, name), len(names)))
+
+    def find(self, name: str) -> Task | None:
+        """A task that has versions, or None."""
+        return self._tasks.get(name)
 
     @property
     def num_tasks(self) -> int:
@@ -212,13 +224,14 @@ class LiveMap:
 
     def _refresh(self, names: Collection[str]) -> None:
         """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
-        tasks = dict(self._tasks)
-        for name in names:
-            state = self._state.tasks.get(name)
-            tasks.pop(name, None)
-            if state is not None and state.versions:
-                tasks[name] = Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
-        self._tasks = tasks
+        self._tasks = self._tasks.replaced((name, self._view(name)) for name in names)
+
+    def _view(self, name: str) -> Task | None:
+        """What lists show of a task; None if it has no versions."""
+        state = self._state.tasks.get(name)
+        if state is None or not state.versions:
+            return None
+        return Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
 
     @contextmanager
     def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:

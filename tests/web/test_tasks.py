@@ -27,7 +27,7 @@ def test_a_canary_is_divided_by_a_slider_and_rolled_back(page: Watched, site: Li
     slider = shown.get_by_role("slider")
     slider.fill("10")
     shown.get_by_role("button", name="Apply").click()
-    expect(shown.locator("p[role=status]")).to_have_text("The traffic is divided.")
+    expect(shown.locator("p[role=status]")).to_contain_text("v2 90 %")
     assert site.client.get("/prompts/ui-canary").json()["traffic"] == {"1": 10, "2": 90}
     shown.get_by_role("button", name="Roll back").click()
     expect(shown.locator("p[role=status]")).to_contain_text("live again")

@@ -32,7 +32,7 @@ def test_a_zip_is_checked_staged_given_traffic_and_rolled_back(page: Watched, si
     shown.get_by_role("link", name="Give it traffic").click()
     shown.get_by_role("slider").fill("10")
     shown.get_by_role("button", name="Apply").click()
-    expect(shown.locator("p[role=status]")).to_have_text("The traffic is divided.")
+    expect(shown.locator("p[role=status]")).to_contain_text("v2 10 %")
     assert site.client.get("/prompts/ui-upload").json()["traffic"] == {"1": 90, "2": 10}
     shown.get_by_role("button", name="Roll back").click()
     expect(shown.locator("p[role=status]")).to_contain_text("live again")

@@ -1,7 +1,8 @@
-/** One run of Compare: a text, its targets, and what they answer, from one stream of POST /generate_many. */
+/** One run of Compare: a text, its targets, and what they answer, from one stream of POST /generate_many for each set of
+ *  labels, because a task is asked for its own labels. */
 import { ApiError, send, type Body, type Schemas } from '../api/client';
 import { serverEvents } from '../api/sse';
-import { nameOf } from './tasks.svelte';
+import { nameOf } from './targets';
 import type { Candidate, Token } from './tokens';
 
 export type State = 'waiting' | 'running' | 'done' | 'failed' | 'stopped' | 'interrupted';
@@ -37,6 +38,7 @@ export class Column {
   details = $state.raw<Partial<Schemas['DetailsBody']> | null>(null);
   /** Milliseconds from the request to the first token, and to the last one so far. */
   first = $state<number | null>(null);
+  requestId = $state<string | null>(null);
   #last = 0;
   count = $state(0);
   /** Tokens before which the answer was branched: these were given, not generated. */
@@ -46,6 +48,8 @@ export class Column {
 
   constructor(
     readonly target: string,
+    /** The request that this column is an answer of. */
+    readonly asked: ManyBody,
     given: Token[] = [],
     /** The answer that this one branches from. */
     readonly origin: Column | null = null,
@@ -148,31 +152,35 @@ function soon(before: number, work: () => void): void {
 export class Comparison {
   columns = $state.raw<Column[]>([]);
   error = $state.raw<ApiError | null>(null);
-  requestId = $state<string | null>(null);
-  body = $state.raw<ManyBody | null>(null);
   #running = $state.raw<AbortController[]>([]);
 
   get isRunning(): boolean {
     return this.#running.length > 0;
   }
 
-  /** Send a text to targets; what runs already is stopped. Resolves at the end. */
-  run(body: ManyBody): Promise<void> {
+  /** Send a text to targets, each request to the columns at its `places`; what runs already is stopped. */
+  async run(requests: { body: ManyBody; places: number[] }[]): Promise<void> {
     this.stop();
-    this.columns = body.targets.map(({ task }) => new Column(task ?? ''));
-    this.body = body;
-    return this.#stream(body, this.columns);
+    this.error = null;
+    const columns: Column[] = [];
+    const streams = requests.map(({ body, places }) => {
+      const own = body.targets.map(({ task }) => new Column(task ?? '', body));
+      places.forEach((place, at) => (columns[place] = own[at]!));
+      return () => this.#stream(body, own);
+    });
+    this.columns = columns;
+    await Promise.all(streams.map((stream) => stream()));
   }
 
   /** Continue the answer of one column from one of the alternatives to a token. */
   branch(column: Column, index: number, alternative: Candidate): Promise<void> {
-    if (!this.body) return Promise.resolve();
     const given = [...column.tokens.slice(0, index), { ...alternative, top: column.tokens[index]?.top ?? [] }];
-    const branch = new Column(column.target, given, column);
+    const branch = new Column(column.target, column.asked, given, column);
     this.columns = this.columns.map((one) => (one === column ? branch : one));
     const task = column.version === null ? column.target : `${nameOf(column.target)}@${column.version}`;
     const target = task ? { task } : {};
-    return this.#stream({ ...this.body, targets: [target], answer_ids: given.map(({ id }) => id) }, [branch]);
+    this.error = null;
+    return this.#stream({ ...column.asked, targets: [target], answer_ids: given.map(({ id }) => id) }, [branch]);
   }
 
   /** Show the answer that a branch left. */
@@ -189,13 +197,11 @@ export class Comparison {
   async #stream(body: ManyBody, columns: Column[]): Promise<void> {
     const abort = new AbortController();
     this.#running = [...this.#running, abort];
-    this.error = null;
-    this.requestId = null;
     const started = performance.now();
     let state: State = 'interrupted';
     try {
       const response = await send('post', '/generate_many', { json: body, signal: abort.signal });
-      this.requestId = response.headers.get('x-request-id');
+      for (const column of columns) column.requestId = response.headers.get('x-request-id');
       await read(response, columns, started);
     } catch (error) {
       if (abort.signal.aborted) state = 'stopped';

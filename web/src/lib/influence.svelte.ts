@@ -1,7 +1,7 @@
 /** What drove an answer: Δ log p of each of its tokens when a virtual token's value is zeroed. */
 import { api, ApiError, type Body, type Schemas } from '../api/client';
 import type { Column, ManyBody } from './comparison.svelte';
-import { nameOf } from './tasks.svelte';
+import { nameOf } from './targets';
 
 export type GenerateBody = Body<'/generate'>;
 

@@ -58,11 +58,18 @@ export class TaskState {
   }
 
   rollBack(): Promise<void> {
-    return this.#change('What was live before is live again', 'post', '/rollback');
+    return this.#change(() => `Rolled back: ${this.#standing()}`, 'post', '/rollback');
   }
 
   divide(shares: Record<string, number>): Promise<void> {
-    return this.#change('The traffic is divided', 'put', '/traffic', shares);
+    return this.#change(() => `The traffic is divided: ${this.#standing()}`, 'put', '/traffic', shares);
+  }
+
+  /** What is live, in words. */
+  #standing(): string {
+    const shares = Object.entries(this.traffic).sort(([, a], [, b]) => b - a);
+    if (shares.length === 1) return `v${shares[0]![0]} is live again`;
+    return shares.map(([version, part]) => `v${version} ${part} %`).join(', ') || 'no version is live';
   }
 
   removeVersion(version: number): Promise<void> {
@@ -93,18 +100,24 @@ export class TaskState {
   }
 
   /** Send a change with the ETag of what is on screen, so that it fails if somebody else was first. */
-  async #change(said: string, method: string, path: string, json?: unknown, reload = true): Promise<void> {
+  async #change(
+    said: string | (() => string),
+    method: string,
+    path: string,
+    json?: unknown,
+    reload = true,
+  ): Promise<void> {
     if (this.isBusy) return;
     this.isBusy = true;
     this.said = '';
     this.error = null;
     try {
       await send(method, `/prompts/{task}${path}`, { path: { task: this.name }, json, ifMatch: this.#etag });
-      this.said = `${said}.`;
       if (reload) {
         await this.load();
         void tasks.load(true);
       }
+      this.said = `${typeof said === 'string' ? said : said()}.`;
     } catch (error) {
       const found = error instanceof ApiError ? error : null;
       if (found?.status === 412) {

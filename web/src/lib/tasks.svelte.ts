@@ -62,7 +62,3 @@ class Tasks {
 }
 
 export const tasks = new Tasks();
-
-/** The name of a target: the text before @. */
-export const nameOf = (target: string): string => target.split('@')[0] ?? '';
-export const versionOf = (target: string): number | null => Number(target.split('@')[1]) || null;

@@ -133,13 +133,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli.options",
         "cli.references",
         "cli.remote",
-        "cli.tables",
+        "cli.results_file",
         "cli.task_source",
     },
+    "cli.results_file": {"errors", "cli.tables"},
     "cli.prune_options": set(),
     "cli.prune": COMMAND
     | {"soft_prompts", "engine", "registry", "evaluation", "interpret", "cli.options", "cli.prune_options"}
-    | {"cli.inspection_tables", "cli.remote", "cli.tables", "cli.task_source"},
+    | {"cli.inspection_tables", "cli.remote", "cli.results_file", "cli.task_source"},
     "cli.main": COMMAND
     | {
         "serve",

@@ -49,6 +49,8 @@ def evaluate(options: EvaluateOptions) -> None:
         shots = read_rows(_shots_path(data, options.shots_data)) if wanted.shots else None
         directory = options.soft_prompt or settings.prompts_dir / options.task
         _check_directory(options, directory)
+        if options.soft_prompt is None and options.compare is None:
+            task_source.check_reference(settings, options.task)
         engine = load_engine(settings)
         found = task_source.find(
             settings, engine.model.spec, options.task, options.soft_prompt, options.compare, wanted.versions

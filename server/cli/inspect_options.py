@@ -27,9 +27,17 @@ class InspectOptions:
         typer.Option(help='Rows for experiments: JSONL, each line {"input": "…", "target": "…"}. They take minutes.'),
     ] = None
     measures: Annotated[
-        str, typer.Option(help="Experiments to run with --data, separated by commas: sufficiency, necessity.")
-    ] = "sufficiency,necessity"
-    limit: Annotated[int, typer.Option(min=1, help="Use only this many rows from the beginning.")] = 200
+        str | None,
+        typer.Option(
+            show_default="both",
+            help="Experiments to run with --data: sufficiency (what keeps the effect), necessity (which virtual tokens "
+            "are needed), or both, separated by a comma.",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="200", help="With --data: use at most this many rows, from the beginning."),
+    ] = None
     top: Annotated[int, typer.Option(min=1, max=50, help="Number of neighbours, and of tokens of the lens.")] = 5
     url: Annotated[
         str | None,
@@ -41,5 +49,10 @@ class InspectOptions:
     key: Annotated[
         str | None, typer.Option("--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key, with --url.")
     ] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")] = None
-    svg: Annotated[Path | None, typer.Option(help="Write pictures to this folder as SVG.")] = None
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the results to this file as JSON, replacing it. With -, JSON goes to standard output."
+        ),
+    ] = None
+    svg: Annotated[Path | None, typer.Option(help="Write pictures to this folder as SVG; it is created.")] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +11,21 @@ from server.cli.errors import errors_as_sentences
 from server.cli.inspect_options import InspectOptions
 from server.cli.logs import configure_logging
 from server.cli.options import with_options_of
-from server.errors import ConfigurationError, InvalidRequest
+from server.cli.results_file import check_results_file, check_results_folder, console_beside, not_written, write_results
+from server.errors import InvalidRequest, InvalidSoftPrompt
 from server.settings import Settings
 
 if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
     from server.contracts import ModelSpec
     from server.engine.engine import Engine
+    from server.evaluation.data import EvaluationData
     from server.interpret.results import CausalInterpretation
     from server.interpret.static import Interpreter
     from server.soft_prompts.soft_prompt import SoftPrompt
 
 MEASURES = ("sufficiency", "necessity")
+MOST_ROWS = 200
+"""Rows of an experiment without --limit."""
 
 
 @with_options_of(InspectOptions)
@@ -36,10 +39,10 @@ def inspect(options: InspectOptions) -> None:
     configure_logging("warning")
     with errors_as_sentences():
         measures = _checked(options)
+        check_results_file(options.json_file)
+        check_results_folder(options.svg)
         document = _there(options) if _is_there(options) else _here(options, measures)
-        if options.json_file is not None:
-            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            _write(options.json_file, text)
+        write_results(options.json_file, document)
 
 
 def _is_there(options: InspectOptions) -> bool:
@@ -51,7 +54,6 @@ def _there(options: InspectOptions) -> dict[str, Any]:
     """Print what a server says of its soft prompt; the model is not loaded."""
     from server.cli.inspection_tables import print_static
     from server.cli.remote import DEFAULT_URL, connected
-    from server.cli.tables import console
     from server.interpret.results import Interpretation
     from server.soft_prompts.names import split_version
 
@@ -59,7 +61,7 @@ def _there(options: InspectOptions) -> dict[str, Any]:
     with connected(options.url or DEFAULT_URL, options.key) as client:
         found = client.interpretation(task, number, options.top)
     static = Interpretation.model_validate(found)
-    print_static(static, console())
+    print_static(static, console_beside(options.json_file))
     _draw(options.svg, static=static)
     return {"static": static.model_dump(mode="json")}
 
@@ -67,12 +69,15 @@ def _there(options: InspectOptions) -> dict[str, Any]:
 def _here(options: InspectOptions, measures: list[str]) -> dict[str, Any]:
     """Interpret with a model of one's own, and print it."""
     from server.cli.inspection_tables import print_causal, print_similarity, print_static
-    from server.cli.tables import console
     from server.engine.build_engine import load_engine
+    from server.evaluation.data import read_evaluation_data
     from server.interpret.null_cache import NullCache
     from server.interpret.static import Interpreter
 
-    settings, out = Settings.load(), console()
+    settings, out = Settings.load(), console_beside(options.json_file)
+    for name in options.tasks:
+        _check_reference(settings, options, name)
+    data = None if options.data is None else read_evaluation_data(options.data, limit=options.limit or MOST_ROWS)
     engine = load_engine(settings)
     interpreter = Interpreter(engine.model, NullCache(settings.cache_dir / "interpretation"))
     found = [(name, *_find(settings, engine.model.spec, options, name)) for name in options.tasks]
@@ -87,8 +92,8 @@ def _here(options: InspectOptions, measures: list[str]) -> dict[str, Any]:
     static, causal = interpreter.interpret(name, soft_prompt, others, top=options.top), None
     print_static(static, out)
     document: dict[str, Any] = {"static": static.model_dump(mode="json")}
-    if options.data is not None:
-        causal = _experiment(engine, interpreter, options, measures, found[0])
+    if data is not None:
+        causal = _experiment(engine, interpreter, data, measures, found[0])
         print_causal(causal, out)
         document["causal"] = causal.model_dump(mode="json")
     _draw(options.svg, static=static, causal=causal)
@@ -101,11 +106,46 @@ def _checked(options: InspectOptions) -> list[str]:
         raise InvalidRequest(
             "--compare takes at least two tasks, and without it one is inspected.", remedy="Add tasks, or leave it out."
         )
-    measures = [name.strip() for name in options.measures.split(",") if name.strip()]
+    given = {"--data": options.data, "--measures": options.measures, "--limit": options.limit}
+    unused = [option for option, value in given.items() if value is not None]
+    if options.compare and unused:
+        raise InvalidRequest(
+            f"{unused[0]} is for experiments with one soft prompt, and --compare makes none.",
+            remedy=f"Leave out {unused[0]}, or inspect each task by itself.",
+        )
+    if options.data is None and unused:
+        raise InvalidRequest(
+            f"{unused[0]} is for experiments, and experiments need rows.",
+            remedy=f"Give rows with --data, or leave out {unused[0]}.",
+        )
+    if options.measures is None:
+        return list(MEASURES)
+    measures = list(dict.fromkeys(name.strip() for name in options.measures.split(",") if name.strip()))
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures:
-        raise InvalidRequest(f"There is no measure {', '.join(unknown)!r}.", remedy=f"Name some of {MEASURES}.")
+        said = f"There is no measure {', '.join(unknown)!r}." if unknown else "--measures names no measure."
+        raise InvalidRequest(said, remedy=f"Name {' or '.join(MEASURES)}, or both with a comma between them.")
     return measures
+
+
+def _check_reference(settings: Settings, options: InspectOptions, name: str) -> None:
+    """Refuse a name that cannot be found, before the model is loaded."""
+    from server.cli import task_source
+    from server.soft_prompts.declared import CONFIG_FILE
+
+    if options.url is not None:
+        return
+    path = Path(name)
+    if (path / CONFIG_FILE).is_file():
+        return
+    if "/" in name or (path.is_dir() and not (settings.prompts_dir / name).is_dir()):
+        raise InvalidSoftPrompt(
+            f"{path} is no soft prompt: it has no {CONFIG_FILE}."
+            if path.is_dir()
+            else f"There is no directory {path}.",
+            remedy="Name a directory that PEFT's save_pretrained wrote, or a task.",
+        )
+    task_source.check_reference(settings, name)
 
 
 def _find(
@@ -134,17 +174,14 @@ def _find(
 def _experiment(
     engine: Engine,
     interpreter: Interpreter,
-    options: InspectOptions,
+    data: EvaluationData,
     measures: list[str],
     subject: tuple[str, SoftPrompt, list[SoftPrompt]],
 ) -> CausalInterpretation:
-    from server.evaluation.data import read_evaluation_data
     from server.evaluation.standalone import OwnEngine, ask_all
     from server.interpret.causal import conclude, plan
 
-    assert options.data is not None, "experiments need rows"
     name, soft_prompt, others = subject
-    data = read_evaluation_data(options.data, limit=options.limit)
     experiments = plan(interpreter, OwnEngine(engine), data, (name, soft_prompt), others=others, measures=measures)
     with _bar(experiments.evaluation.num_questions, "row") as on_row:
         answers, _ = ask_all(engine, experiments.evaluation, lambda _: on_row())
@@ -157,23 +194,9 @@ def _draw(folder: Path | None, **results: Any) -> None:
     from server.interpret.pictures import draw
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         draw(folder, **results)
     except OSError as exc:
-        raise _not_written(folder, "--svg", exc) from exc
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise _not_written(path, "--json", exc) from exc
-
-
-def _not_written(path: Path, option: str, exc: OSError) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} cannot be written: {exc.strerror or exc}.", remedy=f"Name another path with {option}."
-    )
+        raise not_written(folder, "--svg", exc) from exc
 
 
 @contextmanager

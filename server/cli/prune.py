@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ from server.cli.errors import errors_as_sentences, printable
 from server.cli.logs import configure_logging
 from server.cli.options import with_options_of
 from server.cli.prune_options import PruneOptions
-from server.errors import ConfigurationError
+from server.cli.results_file import STDOUT, check_results_file, console_beside, write_results
 from server.settings import Settings
 
 if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # the command itself loads torch, so that --help is fast
     from server.engine.engine import Engine
     from server.evaluation.data import EvaluationData
     from server.evaluation.intervals import Statistic
-    from server.interpret.pruning import Ask, Pruning
+    from server.interpret.pruning import Ask
     from server.soft_prompts.soft_prompt import SoftPrompt
 
 REPEATS = 7
@@ -65,13 +64,15 @@ def prune(options: PruneOptions) -> None:
 
         from server.cli import task_source
         from server.cli.inspection_tables import print_pruning
-        from server.cli.tables import console
         from server.engine.build_engine import load_engine
         from server.evaluation.data import read_evaluation_data
         from server.interpret.pruning import halves, most_questions, shortened
         from server.interpret.pruning import prune as choose
 
         settings = Settings.load()
+        check_results_file(options.json_file)
+        if options.url is None:
+            task_source.check_reference(settings, options.task)
         data = read_evaluation_data(options.data, limit=options.limit)
         halves(data)  # too few rows are refused before the model is loaded
         engine = load_engine(settings)
@@ -85,15 +86,15 @@ def prune(options: PruneOptions) -> None:
             pruning = choose(soft_prompt, data, _asker(engine, lambda _: bar.update()), options.tolerance)
         result = shortened(soft_prompt, pruning, name, data) if pruning.loss is not None else None
         saved = None if result is None else _saved(engine, soft_prompt, result, data)
-        out = console()
+        out = console_beside(options.json_file)
         print_pruning(name, pruning, data.name, out)
         if saved is not None:
             out.print(saved.sentence, highlight=False)
         version = None
         if result is not None and pruning.is_shown and not options.dry_run:
             version = _publish(settings, model, options, name.partition("@")[0], result)
-        if options.json_file is not None:
-            _write(options.json_file, pruning, saved, version)
+        document = pruning.model_dump(mode="json")
+        write_results(options.json_file, {**document, "saved": saved and vars(saved), "version": version})
 
 
 def _asker(engine: Engine, on_row: Callable[[str], object]) -> Ask:
@@ -155,20 +156,9 @@ def _publish(settings: Settings, model: ModelSpec, options: PruneOptions, task: 
         registry = Registry(Store(open_objects(settings.store_url)), model, settings.max_virtual_tokens)
         published = registry.publish(task, [result], "api", activate=False)
         version, where, option = published.tasks[0].version, settings.store_url, ""
-    typer.echo(printable(f"{task}@{version} is staged at {where}. To compare it again: prelude eval {task}@{version}"))
-    typer.echo(printable(f"To make it live on a running server: prelude prompts activate {task}@{version}{option}"))
+    for line in (
+        f"{task}@{version} is staged at {where}. To compare it again: prelude eval {task}@{version}",
+        f"To make it live on a running server: prelude prompts activate {task}@{version}{option}",
+    ):
+        typer.echo(printable(line), err=options.json_file == STDOUT)
     return version
-
-
-def _write(path: Path, pruning: Pruning, saved: Saved | None, version: int | None) -> None:
-    document = {
-        **pruning.model_dump(mode="json"),
-        "saved": None if saved is None else vars(saved),
-        "version": version,
-    }
-    try:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{path} cannot be written: {exc.strerror or exc}.", remedy="Name another path with --json."
-        ) from exc

@@ -43,4 +43,9 @@ class PruneOptions:
     key: Annotated[
         str | None, typer.Option("--key", envvar="PRELUDE_API_KEY", show_default=False, help="API key, with --url.")
     ] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")] = None
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the results to this file as JSON, replacing it. With -, JSON goes to standard output."
+        ),
+    ] = None

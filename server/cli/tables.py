@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -35,11 +35,12 @@ _STATE_COLORS = {"running": "yellow", "succeeded": "green", "failed": "red"}
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
-def console() -> Console:
-    """The console for stdout, as wide as the terminal; without a terminal, nothing is truncated or coloured."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(width=UNLIMITED, force_terminal=False, color_system=None, highlight=False)
+def console(stream: TextIO | None = None) -> Console:
+    """The console for stdout, or a stream, as wide as the terminal; elsewhere nothing is truncated or coloured."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        return Console(file=stream, highlight=False)
+    return Console(file=stream, width=UNLIMITED, force_terminal=False, color_system=None, highlight=False)
 
 
 def print_json(document: Any) -> None:

@@ -16,10 +16,13 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 from server.soft_prompts.formats import load_soft_prompts
-from server.soft_prompts.names import names_of, split_version
+from server.soft_prompts.names import names_of, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
+
+MOST_NAMED = 20
+"""Tasks of the inbox that an error lists."""
 
 Named = tuple[str, SoftPrompt]
 
@@ -62,6 +65,31 @@ def find(
     return Found(task, None, _of_inbox(settings, model, task, directory), named)
 
 
+def check_reference(settings: Settings, reference: str) -> None:
+    """Refuse (InvalidTaskName, UnknownTask) a reference that `find` cannot find, before a model is loaded."""
+    task, version = split_version(reference)
+    if version is not None:
+        _check_store(settings)
+        return
+    try:
+        entries = sorted(path.name for path in settings.prompts_dir.iterdir() if not path.name.startswith("."))
+    except OSError:
+        entries = []
+    # The rows of a multitask soft prompt `many` are many-0, many-1, ….
+    if not {task, task.rpartition("-")[0]} & set(entries):
+        raise _unknown(settings, unknown_task(task, entries), entries)
+
+
+def _unknown(settings: Settings, error: UnknownTask, tasks: Sequence[str]) -> UnknownTask:
+    """The error with a remedy that says what the inbox holds."""
+    holds = ", ".join(tasks[:MOST_NAMED]) or "nothing"
+    more = f" and {len(tasks) - MOST_NAMED:,} more" if len(tasks) > MOST_NAMED else ""
+    return UnknownTask(
+        error.message,
+        remedy=f"The inbox {settings.prompts_dir} holds {holds}{more}; PRELUDE_PROMPTS_DIR names another inbox.",
+    )
+
+
 def pulled(settings: Settings, model: ModelSpec, reference: str, url: str, key: str | None) -> Named:
     """A version of a running server, the only live one unless the reference names another, as `task@version`."""
     from server.cli.references import download, only_live
@@ -79,15 +107,20 @@ def _stored(settings: Settings, model: ModelSpec, task: str, versions: Sequence[
     """Read versions of a task from the store, without writing to it."""
     if not versions:
         return {}
+    _check_store(settings)
+    registry = Registry(Store(open_objects(settings.store_url)), model, settings.max_virtual_tokens)
+    return {number: registry.fetch(registry.resolve(f"{task}@{number}")).result() for number in versions}
+
+
+def _check_store(settings: Settings) -> None:
+    """Refuse a folder that does not exist as a store; opening it would create it."""
     scheme, _, path = settings.store_url.partition(":")
-    # Otherwise opening the store would create it.
     if scheme == "file" and not Path(path.removeprefix("//")).expanduser().is_dir():
         raise UnknownTask(
             f"There is no store at {settings.store_url}, so there are no versions.",
-            remedy="Let PRELUDE_STORE name the server's store.",
+            remedy="A server that ran here has made one; PRELUDE_STORE names it. Without @ and a number, the soft "
+            "prompt of the inbox is used.",
         )
-    registry = Registry(Store(open_objects(settings.store_url)), model, settings.max_virtual_tokens)
-    return {number: registry.fetch(registry.resolve(f"{task}@{number}")).result() for number in versions}
 
 
 def _of_inbox(settings: Settings, model: ModelSpec, task: str, directory: Path | None) -> SoftPrompt:
@@ -118,7 +151,4 @@ def _of_inbox(settings: Settings, model: ModelSpec, task: str, directory: Path |
                 raise InvalidSoftPrompt(
                     f"{settings.prompts_dir / task} cannot be served.", remedy=registry.errors[task]
                 ) from exc
-            tasks = ", ".join(live.name for live in registry.tasks()[:20]) or "nothing"
-            raise UnknownTask(
-                exc.message, remedy=f"{settings.prompts_dir} holds {tasks}; or name a directory with --soft-prompt."
-            ) from exc
+            raise _unknown(settings, exc, [live.name for live in registry.tasks()]) from exc

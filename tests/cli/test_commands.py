@@ -192,7 +192,7 @@ def test_an_unknown_task_is_refused_with_those_that_there_are(workplace: Path) -
     assert train("--steps", "1").exit_code == 0
     message = refused(prelude("eval", "moods", "--data", "test.jsonl"))
     assert "There is no task 'moods'. Did you mean mood?" in message
-    assert "prompts holds mood; or name a directory with --soft-prompt." in message
+    assert "The inbox prompts holds mood; PRELUDE_PROMPTS_DIR names another inbox." in message
 
 
 def test_a_task_that_cannot_be_served_is_refused_with_the_reason(workplace: Path) -> None:

@@ -31,6 +31,7 @@ from server.interpret.static import Interpreter
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.interpret.support import begun_at, planted, token_states
 from tests.support import random_kv_prompt, random_soft_prompt
+from tests.train.rows import MOODS, write_rows
 
 START = (3, 40, 41, 250)
 ONE = Interval(value=0.5, low=0.4, high=0.6)
@@ -129,12 +130,52 @@ def test_the_map_shows_starts_and_values_and_how_much_it_leaves_out(tiny32: Froz
     [
         (["a", "b"], "--compare takes at least two tasks"),
         (["a", "--compare"], "--compare takes at least two tasks"),
-        (["a", "--measures", "beauty"], "There is no measure 'beauty'"),
+        (["a", "--data", "x", "--measures", "beauty"], "There is no measure 'beauty'. Name sufficiency or necessity"),
+        (["a", "--data", "x", "--measures", ","], "--measures names no measure. Name sufficiency or necessity"),
+        (["a", "--measures", "necessity"], "--measures is for experiments, and experiments need rows. Give rows with"),
+        (["a", "--limit", "3"], "--limit is for experiments, and experiments need rows. Give rows with --data"),
+        (["a", "b", "--compare", "--data", "x"], "--data is for experiments with one soft prompt"),
     ],
 )
 def test_contradictions_are_refused_before_the_model_is_loaded(words: list[str], reason: str) -> None:
     result = CliRunner().invoke(app, ["inspect", *words])
     assert result.exit_code == 2
+    assert reason in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["inspect", "moods"], "There is no task 'moods'. Did you mean mood? The inbox prompts holds mood;"),
+        (["inspect", "mood", "moods", "--compare"], "There is no task 'moods'"),
+        (["inspect", "mood@1"], "There is no store at file:prompts/.store"),
+        (["inspect", "plain"], "plain is no soft prompt: it has no adapter_config.json. Name a directory"),
+        (["inspect", "./absent"], "There is no directory absent. Name a directory that PEFT"),
+        (["inspect", "mood", "--data", "absent.jsonl"], "absent.jsonl cannot be read"),
+        (["inspect", "mood", "--json", "plain"], "plain is a directory, and --json names a file. Write --json plain/"),
+        (["inspect", "mood", "--json", "file/x.json"], "file cannot be written: File exists. Name another path"),
+        (["inspect", "mood", "--svg", "file"], "file cannot be written: File exists. Name another path with --svg"),
+        (["prune", "moods", "--data", "rows.jsonl"], "There is no task 'moods'. Did you mean mood?"),
+        (["prune", "mood@1", "--data", "rows.jsonl"], "There is no store at file:prompts/.store"),
+        (["prune", "mood", "--data", "rows.jsonl", "--json", "plain"], "plain is a directory, and --json names a file"),
+        (["eval", "moods", "--data", "rows.jsonl"], "There is no task 'moods'. Did you mean mood?"),
+        (["eval", "mood@1", "--data", "rows.jsonl"], "There is no store at file:prompts/.store"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_refused_before_the_model_is_loaded(
+    words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(settings: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("server.engine.build_engine.load_engine", load)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("prompts/mood", "plain"):
+        Path(folder).mkdir(parents=True)
+    Path("file").touch()
+    write_rows(Path("rows.jsonl"), MOODS * 6)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result
     assert reason in " ".join(result.output.split())
 
 

@@ -57,6 +57,11 @@ def test_what_needs_no_data_is_asked_of_the_server_without_loading_a_model(
     assert " ".join(result.stdout.split()).startswith(" ".join(expected.verdict.split()))
     assert list((workplace / "pictures").glob("*.svg"))
     assert not engines
+    piped = run("inspect", "asked", "--url", server.url, "--top", "2", "--json", "-")
+    assert json.loads(piped.stdout)["static"]["verdict"] == expected.verdict
+    assert expected.verdict in piped.stderr
+    assert run("inspect", "asked", "--url", server.url, "--json", "new/folder/found.json").exit_code == 0
+    assert (workplace / "new" / "folder" / "found.json").is_file()
     refused = run("inspect", "asked@9", "--url", server.url)
     assert refused.exit_code == 2
     assert "asked" in refused.stderr

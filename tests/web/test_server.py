@@ -30,7 +30,7 @@ def test_figures_are_read_only_while_the_page_is_visible(page: Watched, site: Li
     shown.evaluate(HIDE, True)
     shown.wait_for_timeout(200)
     before = len(polls)
-    shown.wait_for_timeout(2500)
+    shown.wait_for_timeout(5500)
     assert len(polls) == before
     shown.evaluate(HIDE, False)
     shown.wait_for_timeout(1000)
@@ -38,7 +38,7 @@ def test_figures_are_read_only_while_the_page_is_visible(page: Watched, site: Li
     shown.get_by_role("link", name="Tasks").click()
     shown.wait_for_timeout(200)
     before = len(polls)
-    shown.wait_for_timeout(2500)
+    shown.wait_for_timeout(5500)
     assert len(polls) == before
 
 

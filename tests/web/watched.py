@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 
 
 class Watched:

@@ -34,5 +34,5 @@ def finished(server: LiveServer, reply: httpx.Response, headers: Any = None) -> 
         found: dict[str, Any] = server.client.get(path, headers=headers).json()
         return found
 
-    wait_until(lambda: "ended_at" in shown(), 30)
+    wait_until(lambda: "ended_at" in shown(), 120)
     return shown()

@@ -90,14 +90,15 @@ def _task_in_body(messages: list[Message]) -> str | None:
 
 
 async def _read(receive: Receive) -> list[Message]:
-    """The messages of the body, up to MOST_BODY bytes."""
-    messages, size = [await receive()], 0
-    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
-        size += len(messages[-1].get("body", b""))
-        if size > MOST_BODY:
-            break
-        messages.append(await receive())
-    return messages
+    """The body as one message, up to MOST_BODY bytes and a chunk, and the message that interrupted it, if any."""
+    body, more = bytearray(), True
+    while more and len(body) <= MOST_BODY:
+        message = await receive()
+        if message["type"] != "http.request":
+            return [{"type": "http.request", "body": bytes(body), "more_body": True}, message]
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return [{"type": "http.request", "body": bytes(body), "more_body": more}]
 
 
 class WholeStreams:

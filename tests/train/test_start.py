@@ -96,7 +96,7 @@ def test_a_start_that_is_not_declared_or_does_not_fit_is_unknown(tiny32: FrozenM
 def test_a_teacher_that_cannot_have_been_the_start_is_unknown(
     tiny32: FrozenModel, template: str, said: dict[str, object]
 ) -> None:
-    """`num_virtual_tokens` is a claim of whoever uploads the manifest, and no reason to reserve memory."""
+    """An uploaded manifest may declare any `num_virtual_tokens`; no memory is reserved for it."""
     ids = tiny32.text.encode("abcdefgh ")
     start = {"teacher_tokens": 10**9, "token_ids_sha256": hash_of_ids([*ids, *tiny32.text.encode("-")]), **said}
     training = {"start": start, "teacher_template": template}

@@ -31,9 +31,9 @@ class Span:
     start: int
     count: int
     prefix: int = 0
-    """Spans of one number other than 0 have the same bits at the start of their slots, see `Computed.number`."""
+    """`Computed.number` of the prefix in the slot: slots with the same number begin with the same bits. 0: none."""
     prefix_length: int = 0
-    """How many positions that is."""
+    """Number of positions of that prefix."""
 
     @property
     def end(self) -> int:

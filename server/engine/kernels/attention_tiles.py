@@ -1,7 +1,7 @@
 """Parts of the loops of attention for chunks of bfloat16 on processors with AMX.
 
-Rows of tiles are positions, and columns are rows of queries: 16 heads of tokens. Scores are products of the stored
-numbers, summed in float32. Weights are the sum of two numbers of bfloat16, which keeps 16 of their 24 bits.
+Rows of tiles are positions. Columns are query rows, one for each token and head. Scores are products of the stored
+numbers, summed in float32. A weight is stored as the sum of two numbers of bfloat16, which keeps 16 of its 24 bits.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class PrefixCache:
     def put(self, prefix_hash: str, prefix: Computed, *, is_awaited: bool = False) -> int:
         """Keep a prefix, within the budget; if a sequence waits for it, the first `get` counts as a miss.
 
-        Returns its number: a prefix that is computed once more may differ in its last bits, and gets another one.
+        Returns the prefix's number. A prefix that is computed again gets a new one, because its last bits may differ.
         """
         assert prefix_hash not in self._prefixes, "a prefix is computed once"
         self.make_room(prefix.num_bytes)

@@ -38,9 +38,10 @@ run: $(SERVING) $(PAGE) ## start the server on 127.0.0.1:8000; ARGS are options 
 
 # Three processes, each with one thread: tests wait a third of their time, so that three keep two cores busy;
 # tests/scheduling.py says which of them runs a file. OMP_NUM_THREADS: servers of tests have one thread too.
-# GOMP_SPINCOUNT: see server/openmp.py. Rewritten assertions are kept even where PYTHONDONTWRITEBYTECODE is set: to
-# rewrite them takes each process six seconds.
-TEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest --numprocesses=3 --dist=loadfile
+# GOMP_SPINCOUNT, GLIBC_TUNABLES: see server/openmp.py and server/huge_pages.py. Rewritten assertions are kept even
+# where PYTHONDONTWRITEBYTECODE is set: to rewrite them takes each process six seconds.
+FOR_TORCH = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+TEST = env -u PYTHONDONTWRITEBYTECODE $(FOR_TORCH) $(VENV)/bin/python -m pytest --numprocesses=3 --dist=loadfile
 
 test: $(DEVELOPMENT) $(PAGE) ## run the tests; ARGS are options of pytest
 	$(TEST) $(ARGS)

@@ -18,8 +18,11 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
+from server.huge_pages import restart_with_huge_pages
 from server.openmp import share_cores
 
+if __name__ == "__main__":
+    restart_with_huge_pages()
 share_cores()  # before torch
 
 import torch  # noqa: E402

@@ -40,8 +40,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from server.huge_pages import restart_with_huge_pages
 from server.openmp import share_cores
 
+if __name__ == "__main__":
+    restart_with_huge_pages()
 share_cores()  # before torch
 
 import httpx  # noqa: E402

@@ -132,7 +132,7 @@ class Prelude(Peer):
     def command(self, port: int, folder: Path, workload: Workload) -> list[str]:
         """See `Peer`."""
         options = ["--port", str(port), "--prompts-dir", str(folder), "--max-sequences", "64"]
-        return [sys.executable, "-m", "server.cli", "serve", *options]
+        return [sys.executable, "-m", "server", "serve", *options]
 
     async def prepare(self, client: httpx.AsyncClient, workload: Workload) -> None:
         """See `Peer`."""

@@ -30,8 +30,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from server.huge_pages import restart_with_huge_pages
 from server.openmp import share_cores
 
+if __name__ == "__main__":
+    restart_with_huge_pages()
 share_cores()  # before torch
 
 import numpy as np  # noqa: E402

@@ -214,7 +214,7 @@ def prelude_serve(folder: Path) -> Iterator[str]:
     """Context manager: start a server; yields its address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PRELUDE_")}
     environment |= {name: os.environ[name] for name in KEPT if name in os.environ}
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--prompts-dir", str(folder / "prompts")]
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--prompts-dir", str(folder / "prompts")]
     log = folder / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stderr=output)

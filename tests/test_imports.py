@@ -39,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "settings": {"errors", "validation"},
     "openmp": set(),
+    "huge_pages": set(),
+    "__main__": {"cli", "huge_pages"},
     "executors": {"errors"},
     "log_lines": set(),
     "validation": set(),
@@ -73,9 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "client": BOTTOM | {"soft_prompts"},
     "serve": BELOW_CLI,
-    "deploy": BELOW_CLI | {"openmp"},
+    "deploy": BELOW_CLI | {"openmp", "huge_pages"},
     "cli": {"cli.main"},
-    "cli.__main__": {"cli"},
     "cli.errors": BOTTOM,
     "cli.logs": {"log_lines"},
     "cli.options": BOTTOM,
@@ -305,4 +306,9 @@ def test_no_module_is_named_after_one_of_the_standard_library() -> None:
 
 def test_the_environment_is_read_in_one_place() -> None:
     reading = {module for module, path in FILES.items() if reads_environment(path.read_text())}
-    assert reading == {"server.settings", "server.openmp", "server.deploy.ray_environment"}
+    assert reading == {
+        "server.settings",
+        "server.openmp",
+        "server.huge_pages",
+        "server.deploy.ray_environment",
+    }

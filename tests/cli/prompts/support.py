@@ -54,7 +54,7 @@ def on_terminal(arguments: str, typed: str = "", columns: int = 80) -> tuple[int
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "prompts", *shlex.split(arguments)],
+        [sys.executable, "-m", "server", "prompts", *shlex.split(arguments)],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,

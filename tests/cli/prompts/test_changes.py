@@ -111,7 +111,7 @@ def test_what_changed_while_the_user_was_asked_is_not_deleted(server: LiveServer
     server.publish_random("asked-late", seed=0)
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "prompts", "delete", "asked-late"],
+        [sys.executable, "-m", "server", "prompts", "delete", "asked-late"],
         stdin=terminal,
         stdout=terminal,
         stderr=subprocess.PIPE,

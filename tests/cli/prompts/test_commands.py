@@ -82,7 +82,7 @@ def test_a_stranger_cannot_steer_the_terminal() -> None:
 def test_characters_that_the_terminal_does_not_have_are_replaced(server: LiveServer) -> None:
     server.publish_random("plain", manifest={"description": "Größe"})
     run = subprocess.run(
-        [sys.executable, "-m", "server.cli", "prompts", "list"],
+        [sys.executable, "-m", "server", "prompts", "list"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
@@ -142,7 +142,7 @@ def test_a_key_is_not_shown_by_an_error() -> None:
 
 def test_listing_answers_at_once_because_it_loads_neither_torch_nor_the_server() -> None:
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "server.cli", "prompts", "list"],
+        [sys.executable, "-X", "importtime", "-m", "server", "prompts", "list"],
         check=True,
         capture_output=True,
         text=True,
@@ -157,7 +157,7 @@ def test_a_pipe_that_is_closed_early_is_no_traceback(server: LiveServer) -> None
     for number in range(12):
         server.publish_random(f"piped-{number}", manifest={"description": "x" * 1000})
     run = subprocess.run(
-        ["bash", "-c", f"{shlex.quote(sys.executable)} -m server.cli prompts list | head -c 1"],
+        ["bash", "-c", f"{shlex.quote(sys.executable)} -m server prompts list | head -c 1"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -173,7 +173,7 @@ def push_from(hub: FakeHub, cache: Path, *arguments: str) -> subprocess.Complete
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT)}
     environment = {name: value for name, value in environment.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     return subprocess.run(
-        [sys.executable, "-m", "server.cli", "prompts", "push", *arguments],
+        [sys.executable, "-m", "server", "prompts", "push", *arguments],
         env=environment,
         capture_output=True,
         text=True,

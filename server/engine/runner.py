@@ -29,6 +29,8 @@ class Runner:
         self.compiled = CompiledAttention.over(kv_cache, model.attention_rules, model.kernels)
         self._pads = self.compiled is not None and kv_cache.recurrent is None  # to numbers of rows that products know
         self.varlen = varlen_attention(model.spec, model.attention_rules)
+        self.on_launch: Callable[[], None] = lambda: None
+        """Called when a step is about to run, and needs Python no more."""
         self.graphs: DecodeGraphs | None = None  # replay steps with decodes only, once they are captured
 
     @torch.inference_mode()
@@ -39,6 +41,7 @@ class Runner:
         """
         rows = LogitRows.of(batch)
         if self.graphs is not None and self.graphs.takes(len(batch)) and rows.only_decodes:
+            self.on_launch()
             logits = self.graphs.run(
                 [sequence.token_at(span.start) for sequence, span in batch],
                 [span.start for _, span in batch],
@@ -47,7 +50,7 @@ class Runner:
         else:
             logits = self.forward(batch, rows.kept)
         download = Download()
-        give_scores = rows.score(logits, download)
+        give_scores = rows.score(logits, download, self._operators)
         choices: Callable[[], list[NextToken]] = list
         if rows.drawing:
             eos = self._model.eos_token_ids
@@ -83,6 +86,7 @@ class Runner:
         embeddings = self._model.embed(token_ids)
         for first, rows in virtual:
             embeddings[first : first + len(rows)] = send(rows, self._model.device, self._model.dtype)
+        self.on_launch()
         return self._model.forward(embeddings, layout.position_ids, layout, kept)
 
     def _lay_out(self, spans: list[Span], padding: int) -> ServingRows:

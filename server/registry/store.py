@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
 from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent
-from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, TASKS_PER_EVENT, Snapshots
+from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.state import RegistryState
 from server.registry.unreadable_events import Entry, read_event
@@ -124,23 +124,23 @@ class Store:
             self._check_reach(number)
         return found
 
-    def compact(self, state: Callable[[], RegistryState], last_event: int, num_tasks: int = 0) -> None:
+    def compact(self, state: Callable[[], RegistryState], last_event: int) -> None:
         """Write a snapshot if it is time to, and remove what old ones make superfluous.
 
         Args:
             state: function that copies the state at `last_event` or later.
             last_event: the last event that was taken.
-            num_tasks: how many tasks a snapshot would hold; large ones are written less often.
 
         Raises:
             StoreError: the store refuses.
         """
-        distance = max(SNAPSHOT_EVENTS, num_tasks // TASKS_PER_EVENT)
-        if last_event - self._snapshot_at >= distance:
+        if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
             self._snapshot_at = max(self.snapshots.numbers(), default=0)
-            if last_event - self._snapshot_at >= distance:
+            if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
                 now = state()
-                self._snapshot_at = now.last_event - distance + RETRY_EVENTS  # a full store is not asked for ever
+                self._snapshot_at = (
+                    now.last_event - SNAPSHOT_EVENTS + RETRY_EVENTS
+                )  # a full store is not asked for ever
                 if now.is_whole:  # else after an update, which knows more kinds of events
                     self.snapshots.write(now)
                     self._snapshot_at = now.last_event
@@ -177,13 +177,8 @@ class Store:
             raise StoreError(str(exc), remedy="Send the request again.") from exc
         data = event.to_json()
         key = _event_key(event.number)
-        # A write that is sent again after a lost reply finds itself, or a bucket that has no space left since then.
-        try:
-            return self._create_event(event, key, data) or self._objects.get(key) == data
-        except StoreFull:
-            if self._objects.get(key) != data:
-                raise
-            return True
+        # A write that is sent again after a lost reply finds itself.
+        return self._create_event(event, key, data) or self._objects.get(key) == data
 
     def _create_event(self, event: Event, key: str, data: bytes) -> bool:
         objects = self._objects

@@ -174,8 +174,8 @@ class _Table:
             numbers[of[kind], _ATTENTION.scratch_values] = step["scratch_values"]
 
     def result(self, rows: int) -> torch.Tensor:
-        """The rows that were kept."""
-        return self._memory["kept_x"][:rows].clone()
+        """The rows that were kept, in memory that the next step overwrites."""
+        return self._memory["kept_x"][:rows]
 
     def _attend(self, layer: FusedLayer, attention: CompiledAttention, loops: AttentionLoops) -> list[_Link]:
         qkv = self._memory["qkv"].view(self._rows, -1, layer.head_dim).transpose(0, 1)

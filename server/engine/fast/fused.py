@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # numba is imported only if it is used
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
+"""transformers' kinds of rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
+
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -58,13 +61,54 @@ class FusedRotary(nn.Module):
     def __init__(self, rotary: nn.Module, operators: Operators) -> None:
         super().__init__()
         self.rotary = rotary
-        self._dtype = operators.rotary_dtype
+        self._dtype, self._operators = operators.rotary_dtype, operators
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def tabulate(self, num_positions: int, dtype: torch.dtype) -> None:
+        """Compute `cos` and `sin` of the first positions now, for a model of this dtype, if they will not change.
+
+        All positions must then be below `num_positions`.
+        """
+        if getattr(self.rotary, "rope_type", None) in FIXED_ANGLES:
+            self._tables = self._of(torch.zeros(1, dtype=dtype), torch.arange(num_positions)[None])
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`cos` and `sin` `[tokens, head_dim]`; the first half of `sin` is negated, as the rotation needs it."""
+        if self._tables is None:
+            return self._of(x, position_ids)
+        cos, sin = self._tables
+        return self._operators.rows(cos, position_ids[0]), self._operators.rows(sin, position_ids[0])
+
+    def _of(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = (table[0].to(self._dtype or x.dtype) for table in self.rotary(x, position_ids=position_ids))
         first, second = sin.chunk(2, dim=-1)
         return cos.contiguous(), torch.cat((-first, second), dim=-1)
+
+
+class FusedEmbedding(nn.Module):
+    """The input embeddings, a drop-in replacement for torch's module."""
+
+    def __init__(self, embedding: nn.Embedding, operators: Operators) -> None:
+        """Share the weights of `embedding`."""
+        super().__init__()
+        self.weight, self._operators = embedding.weight, operators
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows `[…, hidden_size]` of token ids in any shape."""
+        found = self._operators.rows(self.weight, token_ids.reshape(-1))
+        return found.view(*token_ids.shape, -1)
+
+
+class FusedNorm(nn.Module):
+    """The norm after the last layer, a drop-in replacement for transformers'."""
+
+    def __init__(self, norm: nn.Module, operators: Operators) -> None:
+        super().__init__()
+        self._norm, self._operators = Norm.of(norm), operators
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[1, tokens, hidden_size]`, each row divided by its root mean square and weighted."""
+        return self._operators.rms_norm(x, self._norm.weight, self._norm.epsilon)
 
 
 class FusedLayer(nn.Module):

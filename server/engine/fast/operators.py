@@ -16,11 +16,12 @@ from server.engine.kernels.units import ROWS, float_bits
 if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
     from server.engine.kernels.small import SmallLoops
+    from server.engine.kernels.threads import Loop
 
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 
-NUMBERS_FOR_THREADS = 16384
-"""With fewer numbers, one thread finishes before a second one has started."""
+NUMBERS_FOR_THREADS = 65536
+"""With fewer numbers, one thread finishes in microseconds, before a second one has started."""
 
 
 class Operators:
@@ -55,10 +56,22 @@ class Operators:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def rows(self, table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows `[n, width]` of a table `[rows, width]`, at indices `[n]`; raises IndexError for one beyond it."""
+        return table[indices]
+
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest number of each row `[rows, width]` and its first index; NaN if the row contains one."""
         largest, where = at_least_float32(logits).max(dim=-1)
         return largest, where
+
+    def log_totals(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logarithm `[rows]` of each row's sum of exponentials, the same whatever other rows there are.
+
+        torch divides the sum of a single row between its threads, so it adds up in another order than beside others.
+        """
+        logits = at_least_float32(logits)
+        return logits.expand(2, -1).logsumexp(dim=-1)[:1] if len(logits) == 1 else logits.logsumexp(dim=-1)
 
 
 class CompiledOperators(Operators):
@@ -74,20 +87,29 @@ class CompiledOperators(Operators):
         out, width = torch.empty_like(x), x.shape[-1]
         tokens = x.numel() // width
         addresses = (_address(x, x.dtype), _address(weight, x.dtype), _address(out, x.dtype))
-        self._loops(x).rms_norm(*_share(tokens, width), tokens, *addresses, width, float_bits(epsilon))
+        _run(self._loops(x).rms_norm, tokens, width, *addresses, width, float_bits(epsilon))
         return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
         tokens, heads, dim = x.shape
         addresses = (_address(x, x.dtype), _address(cos, torch.float32), _address(sin, torch.float32))
-        self._loops(x).rotate(*_share(tokens, num_rotated * dim), tokens, *addresses, heads, num_rotated, dim)
+        _run(self._loops(x).rotate, tokens, num_rotated * dim, *addresses, heads, num_rotated, dim)
         return x
 
     def silu_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(tokens, width)
         addresses = (_address(gate_up, gate_up.dtype), _address(out, gate_up.dtype))
-        self._loops(gate_up).silu_gate(*_share(tokens, width), tokens, *addresses, width)
+        _run(self._loops(gate_up).silu_gate, tokens, width, *addresses, width)
+        return out
+
+    def rows(self, table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        found = indices.numpy()
+        if len(found) and not 0 <= found.min() <= found.max() < len(table):
+            raise IndexError(f"index out of range: {found.min()} to {found.max()} in a table of {len(table)} rows")
+        out = table.new_empty(len(indices), table.shape[1])
+        addresses = (_address(indices, torch.long), _address(table, table.dtype), _address(out, table.dtype))
+        _run(self._loops(table).gather, len(indices), table.shape[1], *addresses, table.shape[1])
         return out
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +122,17 @@ class CompiledOperators(Operators):
         addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(where, torch.long))
         self._loops(logits).best(rows, torch.get_num_threads(), *addresses, width)
         return largest, where
+
+    def log_totals(self, logits: torch.Tensor) -> torch.Tensor:
+        if logits.dtype not in COMPILED_DTYPES:
+            return super().log_totals(logits)
+        logits = logits.contiguous()
+        rows, width = logits.shape
+        largest = torch.empty(rows, dtype=torch.float32, device="cpu")
+        totals = torch.empty(rows, dtype=torch.float64, device="cpu")
+        addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(totals, torch.float64))
+        self._loops(logits).totals(rows, torch.get_num_threads(), *addresses, width)
+        return totals.log_().add_(largest).float()
 
     def _loops(self, x: torch.Tensor) -> SmallLoops:
         return self.kernels.small(x.dtype)
@@ -117,10 +150,13 @@ def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-def _share(tokens: int, width: int) -> tuple[int, int]:
-    """The number of units of work of a loop over rows, and of threads to use."""
-    threads = torch.get_num_threads() if tokens * width > NUMBERS_FOR_THREADS else 1
-    return -(-tokens // ROWS), threads
+def _run(loop: Loop, tokens: int, width: int, *arguments: int) -> None:
+    """Run a loop over rows, in each of which it reads `width` numbers."""
+    units = -(-tokens // ROWS)
+    if tokens * width > NUMBERS_FOR_THREADS:
+        loop(units, torch.get_num_threads(), tokens, *arguments)
+    else:
+        loop.briefly(units, tokens, *arguments)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from server.engine.attention.compiled_rows import CompiledAttention, CompiledRow
 from server.engine.attention.interface import PackedRows
 from server.engine.attention.recurrent import RecurrentRows, ServingRows
 from server.engine.fast.chained import ChainedLayers, can_chain
-from server.engine.fast.fused import FusedLayer, FusedRotary, has_known_parts
+from server.engine.fast.fused import FusedEmbedding, FusedLayer, FusedNorm, FusedRotary, has_known_parts
 from server.engine.fast.linear import FrozenLinear, can_pack
 from server.engine.fast.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
 from server.engine.fast.tiled import TiledLinear, frozen_linear
@@ -48,6 +48,10 @@ PROBE_ROWS = (3, 5)
 
 LARGEST_DIFFERENCE = 1e-4
 """Largest relative error (root mean square) in what a layer adds to its input: more than float32 rounding explains."""
+
+
+LARGEST_TABLES = 2**26
+"""Largest size in bytes of the tables of rotary embeddings; angles of longer contexts are computed in each step."""
 
 
 def load_kernels(model: FrozenModel, parts: Collection[str], cache_dir: Path | None) -> Kernels | None:
@@ -139,6 +143,7 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
     if probe.rotated_dim != model.spec.head_dim:
         return False
 
+    norm_type = type(layers[0].input_layernorm)
     # All layers are compared before any is replaced, so at most one extra layer is in memory at a time.
     if not all(probe.agree(index, layer) for index, layer in enumerate(layers)):
         log.info("the layers of %s do not compute what the Llama family's do; they stay as they are", model.spec.name)
@@ -148,9 +153,22 @@ def _fuse(model: FrozenModel, operators: Operators, *, pack: bool) -> bool:
         layers[index] = FusedLayer(layer, index, rules, model.spec.head_dim, operators, pack=packs)
     cast(FusedLayer, layers[-1]).is_last = model.keeps_early = True
     decoder.rotary_emb = FusedRotary(rotary, operators)
+    if operators.kernels is not None:
+        _tabulate(model, decoder, operators)
+    if type(getattr(decoder, "norm", None)) is norm_type:  # the layers' norms have been compared with ours
+        decoder.norm = FusedNorm(decoder.norm, operators)
     if operators.kernels is not None and can_chain(layers):
         decoder.layers = nn.ModuleList([ChainedLayers([*layers], operators.kernels)])
     return True
+
+
+def _tabulate(model: FrozenModel, decoder: nn.Module, operators: Operators) -> None:
+    """Let compiled code read embeddings, and angles of rotary embeddings, from tables."""
+    num_positions = model.spec.max_model_len
+    if 8 * num_positions * model.spec.head_dim <= LARGEST_TABLES:  # cosine and sine in float32
+        cast(FusedRotary, decoder.rotary_emb).tabulate(num_positions, model.dtype)
+    if type(embedding := getattr(decoder, "embed_tokens", None)) is nn.Embedding:
+        decoder.embed_tokens = FusedEmbedding(embedding, operators)
 
 
 def _pack(module: nn.Module, kernels: Kernels | None) -> bool:

@@ -1,4 +1,4 @@
-"""The small operations between a layer's matrix products, compiled: norm, rotary embedding, gate; and the best token.
+"""The small operations between a layer's matrix products, compiled: norm, rotary embedding, gate; and rows of logits.
 
 The innermost loops run over adjacent numbers, so that they compile to vector instructions. They compute in float32,
 whatever the stored dtype.
@@ -19,13 +19,16 @@ from server.engine.kernels.threads import Loop
 from server.engine.kernels.units import EVERYTHING, ROWS
 from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 
+PART = 512
+"""Numbers that are added up in float32."""
+
 
 @dataclass(frozen=True)
 class SmallLoops:
     """Loops over tokens; a unit of work is `ROWS` tokens, or one row of logits.
 
-    After the counter and the number of units, all loops except `best` take the number of tokens, then addresses and
-    numbers:
+    After the counter and the number of units, all loops take addresses and numbers. Loops over tokens take the number
+    of tokens first.
 
     Attributes:
         rms_norm: `x`, `weight`, `out`, their width, the bits of epsilon as float32.
@@ -34,6 +37,8 @@ class SmallLoops:
         silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
         best: logits `[rows, width]`; out: the largest number of each row in float32, NaN if the row contains one; out:
             its first index in int64; the width.
+        totals: logits `[rows, width]`; out: the largest number of each row in float32; out: the sum of
+            `exp(number - largest)` in float64, NaN if the row contains one; the width.
         gather: the indices of `tokens` rows in int64, `x`, `out`, their width.
     """
 
@@ -41,6 +46,7 @@ class SmallLoops:
     rotate: Loop
     silu_gate: Loop
     best: Loop
+    totals: Loop
     gather: Loop
 
 
@@ -53,6 +59,7 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
         _rotation_loop(compiler, stored),
         _gate_loop(compiler, stored),
         _best_loop(compiler, stored),
+        _totals_loop(compiler, stored),
         _gather_loop(compiler, stored),
     )
 
@@ -141,14 +148,26 @@ def _gate_loop(compiler: Compiler, stored: Any) -> Loop:
     return silu_gate
 
 
-def _best_loop(compiler: Compiler, stored: Any) -> Loop:
+def _highest_of(compiler: Compiler) -> Any:
     @compiler.inline
-    def best_of(row):
-        """The largest number of a row, and its first index."""
+    def highest_of(row):
+        """The largest number of a row, ignoring NaN."""
         whole = len(row) - len(row) % WIDEST
         highest = largest(WIDEST, row, 0, whole)
         for i in range(whole, len(row)):
             highest = max(highest, widen(row[i]))
+        return highest
+
+    return highest_of
+
+
+def _best_loop(compiler: Compiler, stored: Any) -> Loop:
+    highest_of = _highest_of(compiler)
+
+    @compiler.inline
+    def best_of(row):
+        """The largest number of a row, and its first index."""
+        highest = highest_of(row)
         wrong = np.int32(0)
         for i in range(len(row)):
             number = widen(row[i])
@@ -172,6 +191,35 @@ def _best_loop(compiler: Compiler, stored: Any) -> Loop:
             highest[unit], where[unit] = best_of(logits[unit])
 
     return best
+
+
+def _totals_loop(compiler: Compiler, stored: Any) -> Loop:
+    highest_of = _highest_of(compiler)
+
+    @compiler.inline
+    def total_of(row, highest):
+        """The sum of `exp(number - highest)`, in parts, so that float32 loses nothing in a long row."""
+        total = np.float64(0)
+        for first in range(0, len(row), PART):
+            part = np.float32(0)
+            for i in range(first, min(len(row), first + PART)):
+                part += exp(widen(row[i]) - highest)
+            total += part
+        return total
+
+    @compiler.loop
+    def totals(arguments):
+        a = carray(arguments, 6)
+        logits = carray(pointer(a[2]), (a[1], a[5]), stored)
+        highest, total = carray(pointer(a[3]), a[1], np.float32), carray(pointer(a[4]), a[1], np.float64)
+        while True:
+            unit = fetch_add(a)
+            if unit >= a[1]:
+                break
+            highest[unit] = highest_of(logits[unit])
+            total[unit] = total_of(logits[unit], highest[unit])
+
+    return totals
 
 
 def _gather_loop(compiler: Compiler, stored: Any) -> Loop:

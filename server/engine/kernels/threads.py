@@ -29,10 +29,11 @@ class Loop:
         self._compiled = compiled  # keeps the machine code alive
         self.address = compiled.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+        self._locked = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
         self._team = team()
 
     def __call__(self, units: int, threads: int, *arguments: int) -> None:
-        """Run the loop.
+        """Run the loop; meanwhile other threads may run Python.
 
         Args:
             units: number of units of work.
@@ -45,6 +46,14 @@ class Loop:
             self._team(self.address, address, min(threads, units), 0)
         else:
             self._alone(address)
+
+    def briefly(self, units: int, *arguments: int) -> None:
+        """Run the loop on this thread, without releasing Python's lock; for work of some microseconds.
+
+        An event loop that takes the lock may keep it for milliseconds.
+        """
+        numbers = array("q", (0, units, *arguments))
+        self._locked(numbers.buffer_info()[0])
 
 
 @functools.cache

@@ -14,6 +14,9 @@ from server.engine.fast.operators import at_least_float32
 from server.engine.memory.slots import SHORTEST_SLOT, Slot, SlotAllocator
 from server.engine.memory.state_pool import StatePool, bytes_per_state
 
+MOST_LOCKED = 2**23
+"""Largest copy in bytes for which other threads wait."""
+
 
 class Computed(NamedTuple):
     """A copy of the keys and values (and recurrent state) of a sequence's first positions."""
@@ -106,7 +109,7 @@ class KVCache:
 
     def copy_in(self, slot: Slot, prefix: Computed) -> None:
         """Put what is computed of a sequence's first positions at the start of its slot."""
-        self.states[:, :, slot.start : slot.start + prefix.states.shape[2]] = prefix.states
+        copy_blocks(self.states[:, :, slot.start : slot.start + prefix.states.shape[2]], prefix.states)
         if self.recurrent is not None:
             assert prefix.recurrent is not None, "keys and values alone do not say what the state after them is"
             self.recurrent.of(slot).copy_(prefix.recurrent)
@@ -127,6 +130,19 @@ class KVCache:
     def scrub(self, slot: Slot) -> None:
         """Zero a slot that may hold NaN or infinity: a masked position has weight 0, but 0 * NaN is NaN."""
         self.states[:, :, slot.start : slot.start + slot.length] = 0
+
+
+def copy_blocks(to: torch.Tensor, origin: torch.Tensor) -> None:
+    """Copy `[layers, 2, n, kv_heads, head_dim]` to a part of the pool of the same shape.
+
+    A few megabytes on a CPU are copied without releasing Python's lock, which other threads may keep for milliseconds.
+    """
+    if to.device.type != "cpu" or origin.nbytes > MOST_LOCKED or not origin.is_contiguous():
+        to.copy_(origin)
+        return
+    blocks = (part.view(torch.uint8).flatten(0, 1).flatten(1).numpy() for part in (to, origin))
+    for target, block in zip(*blocks, strict=True):
+        memoryview(target)[:] = memoryview(block)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 
 from server.contracts import Scored
 from server.engine.attention.cached_rows import Span
-from server.engine.fast.operators import at_least_float32
-from server.engine.sampling.sampler import in_parts, log_totals, report_ranks, report_tokens, rows_of
+from server.engine.fast.operators import Operators, at_least_float32
+from server.engine.sampling.sampler import in_parts, report_ranks, report_tokens, rows_of
 from server.engine.scheduling.sequence import Sequence
 from server.engine.to_device import Download, upload
 
@@ -66,9 +66,9 @@ class LogitRows:
             self.next_rows += [row] * len(sequence.siblings)
             self.drawing += sequence.siblings
 
-    def score(self, logits: torch.Tensor, download: Download) -> Callable[[], None]:
+    def score(self, logits: torch.Tensor, download: Download, operators: Operators) -> Callable[[], None]:
         """Score given tokens and labels' first tokens; the returned function hands the sequences their scores."""
-        parts = [*self._score_labels(logits, download), *self._score_targets(logits, download)]
+        parts = [*self._score_labels(logits, download, operators), *self._score_targets(logits, download, operators)]
 
         def give() -> None:
             for part in parts:
@@ -76,7 +76,9 @@ class LogitRows:
 
         return give
 
-    def _score_labels(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
+    def _score_labels(
+        self, logits: torch.Tensor, download: Download, operators: Operators
+    ) -> Iterator[Callable[[], None]]:
         """Score the first tokens of labels; one sum over a row serves all its labels."""
         for part in in_parts(len(self.labelled), logits):
             labelled = self.labelled[part]
@@ -84,11 +86,13 @@ class LogitRows:
             lengths = list(map(len, firsts))
             of_row = np.repeat(np.arange(len(labelled)), lengths)
             row, token = upload([of_row, np.array([token for some in firsts for token in some])], logits.device)
-            wanted = at_least_float32(rows_of(logits, [row for row, _ in labelled]))
-            logprobs = download.add(wanted[row, token] - log_totals(wanted)[row])
+            wanted = rows_of(logits, [row for row, _ in labelled])
+            logprobs = download.add(at_least_float32(wanted[row, token]) - operators.log_totals(wanted)[row])
             yield _given([sequence for _, sequence in labelled], firsts, logprobs, download)
 
-    def _score_targets(self, logits: torch.Tensor, download: Download) -> Iterator[Callable[[], None]]:
+    def _score_targets(
+        self, logits: torch.Tensor, download: Download, operators: Operators
+    ) -> Iterator[Callable[[], None]]:
         """Score given tokens: labels' tokens, then inputs' tokens with ranks and the likeliest tokens."""
         rows = [
             _Target(sequence, first + i, sequence.targets[target + i])
@@ -98,7 +102,7 @@ class LogitRows:
         for of_labels in (True, False):
             group = [row for row in rows if bool(row.sequence.request.labels) == of_labels]
             for part in in_parts(len(group), logits):
-                yield _score(group[part], logits, download, with_ranks=not of_labels)
+                yield _score(group[part], logits, download, operators, with_ranks=not of_labels)
 
 
 class _Target(NamedTuple):
@@ -109,11 +113,13 @@ class _Target(NamedTuple):
     token_id: int
 
 
-def _score(targets: list[_Target], logits: torch.Tensor, download: Download, *, with_ranks: bool) -> Callable[[], None]:
-    rows = at_least_float32(rows_of(logits, [target.row for target in targets]))
+def _score(
+    targets: list[_Target], logits: torch.Tensor, download: Download, operators: Operators, *, with_ranks: bool
+) -> Callable[[], None]:
+    rows = rows_of(logits, [target.row for target in targets])
     [ids] = upload([np.array([target.token_id for target in targets])], logits.device)
     top = [max(one.request.input_top_logprobs, one.sampling.top_logprobs) for one, *_ in targets]
-    reports = report_tokens(rows, ids, top, download)
+    reports = report_tokens(rows, ids, top, download, operators)
     ranks = download.add(report_ranks(rows, ids)) if with_ranks else None
 
     def give() -> None:

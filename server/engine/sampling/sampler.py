@@ -55,9 +55,10 @@ def begin_choosing(
         sequences: the sequences that draw.
         eos_token_ids: tokens that end a generation.
         download: transfers the results.
-        operators: finds the best token; torch's operators if None.
+        operators: for rows of logits; torch's operators if None.
         drawn_from: the row of logits that each sequence draws from; by default its own.
     """
+    operators = operators or Operators()
     rows = range(len(sequences)) if drawn_from is None else drawn_from
     plain, ruled = _sorted_out(sequences)
     parts: list[tuple[Rows[int], Callable[[], list[NextToken]]]] = []
@@ -68,7 +69,7 @@ def begin_choosing(
         parts.append((plain[part], _choose_best(mine, download, operators)))
     for part in in_parts(len(ruled), logits):
         mine, whose = rows_of(logits, _some(rows, ruled[part])), _some(sequences, ruled[part])
-        parts.append((ruled[part], _choose_by_rules(mine, whose, eos_token_ids, download)))
+        parts.append((ruled[part], _choose_by_rules(mine, whose, eos_token_ids, download, operators)))
     if len(parts) == 1:
         return parts[0][1]
 
@@ -127,10 +128,8 @@ def in_parts(count: int, logits: torch.Tensor) -> Iterator[slice]:
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
-def _choose_best(
-    logits: torch.Tensor, download: Download, operators: Operators | None
-) -> Callable[[], list[NextToken]]:
-    best, chosen = (operators or Operators()).best(logits)
+def _choose_best(logits: torch.Tensor, download: Download, operators: Operators) -> Callable[[], list[NextToken]]:
+    best, chosen = operators.best(logits)
     tokens = _tokens(best, chosen, download)
     return lambda: list(map(NextToken, tokens(), itertools.repeat(None)))
 
@@ -149,23 +148,27 @@ def _tokens(best: torch.Tensor, chosen: torch.Tensor, download: Download) -> Cal
 
 
 def _choose_by_rules(
-    logits: torch.Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], download: Download
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    eos_token_ids: frozenset[int],
+    download: Download,
+    operators: Operators,
 ) -> Callable[[], list[NextToken]]:
-    adjusted = at_least_float32(logits).contiguous()
+    adjusted = logits
     if changes := Changes.of(sequences, logits.shape[1], eos_token_ids):
+        adjusted = at_least_float32(logits).contiguous()
         if adjusted.data_ptr() == logits.data_ptr():
             adjusted = adjusted.clone()
         changes.apply(adjusted)
-    # max() treats NaN as the largest value, so one pass finds both the best token and unusable rows.
-    best, chosen = adjusted.max(dim=-1)
+    best, chosen = operators.best(adjusted)
     drawn = [i for i, sequence in enumerate(sequences) if not sequence.is_greedy]
     if len(drawn) == len(sequences):
-        chosen = _draw(adjusted, sequences)
+        chosen = _draw(at_least_float32(adjusted), sequences)
     elif drawn:
         [index] = upload([np.array(drawn)], logits.device)
-        chosen.index_copy_(0, index, _draw(adjusted[index], [sequences[i] for i in drawn]))
+        chosen.index_copy_(0, index, _draw(at_least_float32(adjusted[index]), [sequences[i] for i in drawn]))
     tokens = _tokens(best, chosen, download)
-    reports = _report(logits, chosen, sequences, download)
+    reports = _report(logits, chosen, sequences, download, operators)
     if reports is None:
         return lambda: list(map(NextToken, tokens(), itertools.repeat(None)))
 
@@ -190,7 +193,7 @@ Report = tuple[float | None, tuple[Candidate, ...]]
 
 
 def _report(
-    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], download: Download, operators: Operators
 ) -> Callable[[], list[Report]] | None:
     """Log-probabilities of choices under the model's own distribution, for rows that request them; None if none do."""
     wanted = [i for i, sequence in enumerate(sequences) if sequence.sampling.logprobs]
@@ -200,7 +203,7 @@ def _report(
         [index] = upload([np.array(wanted)], logits.device)
         logits, chosen = logits[index], chosen[index]
     top = [sequences[i].sampling.top_logprobs for i in wanted]
-    found = report_tokens(at_least_float32(logits), chosen, top, download)
+    found = report_tokens(logits, chosen, top, download, operators)
 
     def reports() -> list[Report]:
         reported = dict(zip(wanted, found(), strict=True))
@@ -210,20 +213,22 @@ def _report(
 
 
 def report_tokens(
-    logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int], download: Download
+    logits: torch.Tensor, tokens: torch.Tensor, num_top: Rows[int], download: Download, operators: Operators
 ) -> Callable[[], list[tuple[float, tuple[Candidate, ...]]]]:
     """Start computing log-probabilities under the model's own distribution; the returned function reads them.
 
     Args:
-        logits: `[rows, vocab_size]`, at least float32.
+        logits: `[rows, vocab_size]` in any dtype.
         tokens: `[rows]`, one token id of each row.
         num_top: for each row, the number of most likely tokens to report too.
         download: transfers the results.
+        operators: adds up rows of logits.
     """
-    total, own = download.add(log_totals(logits)), download.add(logits.gather(1, tokens[:, None]))
+    total = download.add(operators.log_totals(logits))
+    own = download.add(at_least_float32(logits.gather(1, tokens[:, None])))
     most = max(num_top, default=0)
     if most:
-        found = logits.topk(most, dim=-1)
+        found = at_least_float32(logits).topk(most, dim=-1)
         best, ids = download.add(found.values), download.add(found.indices)
 
     def reports() -> list[tuple[float, tuple[Candidate, ...]]]:
@@ -240,14 +245,6 @@ def report_tokens(
         ]
 
     return reports
-
-
-def log_totals(logits: torch.Tensor) -> torch.Tensor:
-    """The logarithm `[rows]` of each row's sum of exponentials, the same whatever other rows there are.
-
-    torch divides the sum of a single row between its threads, so it adds up in another order than beside other rows.
-    """
-    return logits.expand(2, -1).logsumexp(dim=-1)[:1] if len(logits) == 1 else logits.logsumexp(dim=-1)
 
 
 def report_ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

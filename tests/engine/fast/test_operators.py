@@ -229,3 +229,57 @@ def test_a_row_of_logits_with_one_that_is_not_a_number_has_no_best(
     assert compiled.best(logits)[0].isnan().tolist() == [False, True, False]
     logits[1, where] = INF
     assert compiled.best(logits)[0].isinf().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("width", [1, 15, 512, 513, 49_152])
+@pytest.mark.parametrize("scale", [0.01, 3.0, 80.0])
+def test_the_logarithm_of_a_sum_of_exponentials_is_exact(
+    scale: float, width: int, dtype: torch.dtype, compiled: CompiledOperators
+) -> None:
+    """Also in a long row, where sums in float32 lose digits."""
+    logits = numbers(3, width, dtype=dtype) * scale
+    exact = logits.double().logsumexp(dim=-1)
+    torch.testing.assert_close(compiled.log_totals(logits).double(), exact, rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_sum_with_a_number_that_is_not_finite_is_noticed(
+    bad: float, dtype: torch.dtype, compiled: CompiledOperators
+) -> None:
+    logits = numbers(3, 37, dtype=dtype)
+    logits[1, 36] = bad
+    assert compiled.log_totals(logits).isfinite().tolist() == [True, False, True]
+
+
+def test_tokens_that_are_ruled_out_add_nothing_to_a_sum(dtype: torch.dtype, compiled: CompiledOperators) -> None:
+    logits = numbers(2, 40, dtype=dtype)
+    ruled_out = torch.cat((logits, torch.full((2, 25), -INF, dtype=dtype)), dim=-1)
+    assert torch.equal(compiled.log_totals(ruled_out), compiled.log_totals(logits))
+
+
+@pytest.mark.parametrize("are_compiled", [False, True])
+def test_a_log_probability_has_the_same_bits_alone_and_beside_other_rows(
+    are_compiled: bool, compiled: CompiledOperators
+) -> None:
+    operators = compiled if are_compiled else Operators()
+    logits = numbers(100, 49_152, dtype=torch.float32) * 3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = operators.log_totals(logits)
+        alone = torch.cat([operators.log_totals(logits[row : row + 1]) for row in range(len(logits))])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("indices", [[], [3], [4, 0, 4, 1] * 40])
+def test_rows_are_copied_from_a_table(indices: list[int], dtype: torch.dtype, compiled: CompiledOperators) -> None:
+    table = numbers(5, 600, dtype=dtype)
+    assert torch.equal(compiled.rows(table, torch.tensor(indices, dtype=torch.long)), table[indices])
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+def test_a_row_beyond_a_table_is_never_read(wrong: int, compiled: CompiledOperators) -> None:
+    with pytest.raises(IndexError, match="5 rows"):
+        compiled.rows(numbers(5, 8, dtype=torch.float32), torch.tensor([0, wrong]))

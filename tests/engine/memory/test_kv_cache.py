@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.engine.memory import kv_cache
 from server.engine.memory.kv_cache import Computed, KVCache
 from server.engine.memory.slots import Slot, SlotAllocator
 from server.engine.model.frozen import FrozenModel
@@ -78,7 +79,11 @@ def test_integrity_sees_a_leak() -> None:
         allocator.check_integrity([])
 
 
-def test_a_prefix_copied_in_is_copied_out_and_touches_nothing_else(tiny: FrozenModel) -> None:
+@pytest.mark.parametrize("most_locked", [0, kv_cache.MOST_LOCKED], ids=["by torch", "by Python"])
+def test_a_prefix_copied_in_is_copied_out_and_touches_nothing_else(
+    most_locked: int, tiny: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "MOST_LOCKED", most_locked)
     cache = KVCache(tiny.spec, num_slabs=2, shortest_slot=32)
     first, second = cache.allocator.allocate(20), cache.allocator.allocate(20)
     assert first is not None

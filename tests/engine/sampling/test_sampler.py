@@ -18,7 +18,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from server.engine.sampling.sampler import NUMBERS_AT_ONCE, log_totals
+from server.engine.sampling.sampler import NUMBERS_AT_ONCE
 from server.engine.scheduling.sequence import Sequence
 from server.engine.text.detokenizer import Detokenizer
 from server.engine.text.token_texts import TokenTexts
@@ -307,15 +307,3 @@ def test_the_most_likely_tokens_are_told_under_the_models_own_distribution() -> 
         assert choice.logprob == pytest.approx(float(row[choice.token_id]), abs=1e-5)
         assert [candidate.id for candidate in choice.top] == row.topk(count or 1).indices.tolist()[:count]
         assert [c.logprob for c in choice.top] == pytest.approx(row.topk(count or 1).values.tolist()[:count], abs=1e-5)
-
-
-def test_a_log_probability_has_the_same_bits_alone_and_beside_other_rows() -> None:
-    logits = torch.randn(100, 49_152, generator=torch.Generator().manual_seed(0)) * 3
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = log_totals(logits)
-        alone = torch.cat([log_totals(logits[row : row + 1]) for row in range(len(logits))])
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(together, alone)

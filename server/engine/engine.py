@@ -133,6 +133,7 @@ class Engine:
             return failed
         batch = self.scheduler.schedule()
         if not batch:
+            self.runner.on_launch()  # nothing is, and what follows may wait
             self.scheduler.arrivals.advance(is_idle=True)
             return self._take_accepted(is_idle=True)
         self.steps += 1

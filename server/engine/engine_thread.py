@@ -75,6 +75,9 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self.clock = RunningClock()
         self._turn_began: float | None = None  # None while the thread waits for work
+        self._held: list[Delta] = []
+        """The deltas of the last step, until the next one is launched."""
+        engine.runner.on_launch = self._release
         self._num_threads = torch.get_num_threads()
         self._began = threading.Event()
 
@@ -138,24 +141,38 @@ class EngineThread(threading.Thread):
             self._turns()
         except BaseException:  # any exception would end the thread silently
             log.exception("the engine has stopped; the server must be restarted")
+            self._release()
             self._on_failure()
         finally:
             self._turn_began = None
             self._on_end()
 
     def _turns(self) -> None:
-        """Alternate between commands and steps, until `end` is called."""
+        """Alternate between commands and steps, until `end` is called.
+
+        A step's deltas are delivered when the next step is launched. Sooner, the event loop would keep Python's lock
+        while this thread needs it to prepare that step, and a core would wait.
+        """
         while True:
             self._turn_began = None
             commands = self._take_commands()
             self._turn_began = self.clock.now()
             for command in commands:
+                self._release()
                 if command is None:
                     return
-                self._guarded(command)
-            self._guarded(self._engine.step)
+                self._deliver(self._guarded(command))
+            deltas = self._guarded(self._engine.step)
+            self._release()
+            self._held = deltas
             if not self._engine.has_work:
+                self._release()
                 self._engine.check_integrity()
+
+    def _release(self) -> None:
+        """Deliver what is held."""
+        held, self._held = self._held, []
+        self._deliver(held)
 
     def _take_commands(self) -> list[Command | None]:
         """All queued commands; waits for one if the engine has no work."""
@@ -178,13 +195,14 @@ class EngineThread(threading.Thread):
         self._engine.check_integrity()  # raises, which ends all requests, if more than this request is affected
         return []
 
-    def _guarded(self, work: Command) -> None:
+    def _guarded(self, work: Command) -> list[Delta]:
         """Run work; if it raises, all requests in flight end with an error and the engine continues empty."""
         try:
-            deltas = work()
+            return work()
         except BaseException as exc:
             refuse_to_catch(exc)
             log.exception("an engine step failed; all requests in flight end with an error")
+            self._release()
             deltas = self._engine.fail_all(
                 "The engine failed while it worked on this request; nothing else is affected."
             )
@@ -192,8 +210,7 @@ class EngineThread(threading.Thread):
                 self._try_out()
             finally:
                 self._deliver(deltas)
-        else:
-            self._deliver(deltas)
+        return []
 
     def _try_out(self) -> None:
         """Check that the engine can run a step; raises the error of the last attempt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -109,7 +110,7 @@ class KVCache:
 
     def copy_in(self, slot: Slot, prefix: Computed) -> None:
         """Put what is computed of a sequence's first positions at the start of its slot."""
-        copy_blocks(self.states[:, :, slot.start : slot.start + prefix.states.shape[2]], prefix.states)
+        copy_to(self.states, slot.start, prefix.states)
         if self.recurrent is not None:
             assert prefix.recurrent is not None, "keys and values alone do not say what the state after them is"
             self.recurrent.of(slot).copy_(prefix.recurrent)
@@ -132,17 +133,29 @@ class KVCache:
         self.states[:, :, slot.start : slot.start + slot.length] = 0
 
 
-def copy_blocks(to: torch.Tensor, origin: torch.Tensor) -> None:
-    """Copy `[layers, 2, n, kv_heads, head_dim]` to a part of the pool of the same shape.
+def copy_to(pool: torch.Tensor, start: int, states: torch.Tensor) -> None:
+    """Copy `[layers, 2, n, kv_heads, head_dim]` to positions from `start` on of a pool `[layers, 2, positions, …]`.
 
     A few megabytes on a CPU are copied without releasing Python's lock, which other threads may keep for milliseconds.
+    Even a view of a tensor would release it.
     """
-    if to.device.type != "cpu" or origin.nbytes > MOST_LOCKED or not origin.is_contiguous():
-        to.copy_(origin)
+    layers, both, n = states.shape[:3]
+    if pool.device.type != "cpu" or states.nbytes > MOST_LOCKED or not states.is_contiguous():
+        pool[:, :, start : start + n] = states
         return
-    blocks = (part.view(torch.uint8).flatten(0, 1).flatten(1).numpy() for part in (to, origin))
-    for target, block in zip(*blocks, strict=True):
-        memoryview(target)[:] = memoryview(block)
+    assert pool.dtype == states.dtype, "bytes are copied"
+    blocks = layers * both
+    block, pool_block = states.nbytes // blocks, pool.nbytes // blocks
+    offset = start * (block // n) if n else 0
+    origin, target = _memory_of(states), _memory_of(pool)
+    for i in range(blocks):
+        at = i * pool_block + offset
+        target[at : at + block] = origin[i * block : (i + 1) * block]
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must outlive them."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -59,9 +59,24 @@ export class ApiError extends Error {
 export interface Answer<T> {
   body: T;
   etag: string | null;
+  status: number;
+}
+
+/** An error that a stream of events carries: the server's last word on it, or on one of its targets. */
+export function eventError(event: object): ApiError {
+  const {
+    error = '',
+    status = 0,
+    code = '',
+    remedy = '',
+    retry_after = null,
+  } = event as Partial<Record<'error' | 'code' | 'remedy', string>> & { status?: number; retry_after?: number };
+  if (code === 'unauthorized') session.needsKey = true;
+  return new ApiError(error, status, code, remedy, null, retry_after);
 }
 
 const NO_CONNECTION = 'Check that the server runs, and send the request again.';
+const LOOK_FIRST = 'Look whether the request was done before you send it again.';
 
 function address(path: string, options: Options): string {
   const filled = path.replace(/\{(\w+)\}/g, (_, name: string) => encodeURIComponent(String(options.path?.[name])));
@@ -125,19 +140,23 @@ export async function send(method: string, path: string, options: Options = {}):
   throw error;
 }
 
-async function call<T>(method: Method, path: string, options: Options): Promise<Answer<T>> {
+/** A JSON reply, of the type that the caller names; `api` knows the types of most. */
+export async function call<T>(method: string, path: string, options: Options): Promise<Answer<T>> {
   const response = await send(method, path, options);
-  const text = await response.text();
-  return { body: (text ? JSON.parse(text) : undefined) as T, etag: response.headers.get('etag') };
+  try {
+    const text = await response.text();
+    const body = (text ? JSON.parse(text) : undefined) as T;
+    return { body, etag: response.headers.get('etag'), status: response.status };
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    const id = response.headers.get('x-request-id');
+    throw new ApiError('The connection ended before the reply did.', 0, 'interrupted', LOOK_FIRST, id);
+  }
 }
 
-export const api = {
-  get: <P extends PathsWith<'get'>>(path: P, options: Typed<Operation<P, 'get'>>) =>
-    call<Reply<Operation<P, 'get'>>>('get', path as string, options as Options),
-  post: <P extends PathsWith<'post'>>(path: P, options: Typed<Operation<P, 'post'>>) =>
-    call<Reply<Operation<P, 'post'>>>('post', path as string, options as Options),
-  put: <P extends PathsWith<'put'>>(path: P, options: Typed<Operation<P, 'put'>>) =>
-    call<Reply<Operation<P, 'put'>>>('put', path as string, options as Options),
-  delete: <P extends PathsWith<'delete'>>(path: P, options: Typed<Operation<P, 'delete'>>) =>
-    call<Reply<Operation<P, 'delete'>>>('delete', path as string, options as Options),
-};
+const typed =
+  <M extends Method>(method: M) =>
+  <P extends PathsWith<M>>(path: P, options: Typed<Operation<P, M>>) =>
+    call<Reply<Operation<P, M>>>(method, path as string, options as Options);
+
+export const api = { get: typed('get'), post: typed('post'), put: typed('put'), delete: typed('delete') };

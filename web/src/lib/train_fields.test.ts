@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { commandOf, specOf } from './train_fields';
+import { commandOf, forFewRows, specOf, typed } from './train_fields';
 
 const shell = (text: string) => `'${text}'`;
 
@@ -47,5 +47,22 @@ describe('a training job', () => {
     expect(commandOf('mood', values, 'bound', 0.5, 'rows.jsonl', null, shell)).toBe(
       "prelude train 'mood' --data 'rows.jsonl' --num-virtual-tokens '8' --lr '0.1' --activate-at-least 0.5",
     );
+  });
+});
+
+describe('few rows', () => {
+  it('are read often enough in a short run, at a fixed learning rate of the method', () => {
+    expect(forFewRows(20, '')).toEqual({
+      'config.steps': '40',
+      'config.batch_size': '8',
+      'config.learning_rate': '0.02',
+    });
+    expect(forFewRows(60, 'prefix_tuning')).toMatchObject({ 'config.steps': '120', 'config.learning_rate': '0.008' });
+    expect(forFewRows(0, '')).toEqual({});
+    expect(forFewRows(100, '')).toEqual({});
+  });
+  it('leave what a person has typed, and nothing that is blank', () => {
+    const all = { ...forFewRows(20, ''), ...typed({ 'config.steps': '5', 'config.learning_rate': ' ' }) };
+    expect(specOf('mood', all, 'stage', 0).config).toEqual({ steps: 5, batch_size: 8, learning_rate: 0.02 });
   });
 });

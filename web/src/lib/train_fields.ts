@@ -121,6 +121,25 @@ export type Values = Record<string, string>;
 /** Stage the result, make it live, or make it live if it is right on this share of the validation rows. */
 export type Activate = 'stage' | 'live' | 'bound';
 
+/** With fewer rows than this a search for the learning rate costs about as much as the training itself. */
+const FEW_ROWS = 100;
+/** The middle one of the learning rates that the search would try. */
+const LEARNING_RATES: Record<string, string> = { prompt_tuning: '0.02', p_tuning: '0.001', prefix_tuning: '0.008' };
+
+/** What the page sets for few rows, unless a person sets something else: each row is read 16 times or more. */
+export function forFewRows(rows: number, method: string): Values {
+  if (!rows || rows >= FEW_ROWS) return {};
+  return {
+    'config.steps': String(Math.max(40, 2 * rows)),
+    'config.batch_size': '8',
+    'config.learning_rate': LEARNING_RATES[method || 'prompt_tuning']!,
+  };
+}
+
+/** What a person has set. */
+export const typed = (values: Values): Values =>
+  Object.fromEntries(Object.entries(values).filter(([, value]) => value.trim()));
+
 const ALL: Field[] = [...MAIN, ...MORE, ...Object.values(STARTS), ...TEACHER];
 const unescaped = (text: string): string => text.replaceAll('\\n', '\n').replaceAll('\\t', '\t');
 

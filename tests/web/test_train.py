@@ -45,6 +45,9 @@ def test_five_steps_are_trained_from_dropped_rows_and_watched(page: Watched, sit
     shown.get_by_role("group", name="Rows to learn from").dispatch_event("drop", {"dataTransfer": transfer})
     expect(shown.get_by_text("· 20 rows")).to_be_visible()
     expect(shown.get_by_text("2 labels: ham 10 · spam 10")).to_be_visible()
+    expect(shown.get_by_text("Chosen for 20 rows: 40 steps")).to_be_visible()
+    for name, standard in {"steps": "40", "batch_size": "8", "learning_rate": "0.02"}.items():
+        expect(shown.locator(f'input[name="config.{name}"]')).to_have_attribute("placeholder", standard)
     shown.get_by_label("Name", exact=True).fill("ui-trained")
     for name, value in {"steps": 5, "num_virtual_tokens": 2, "batch_size": 2, "learning_rate": 0.05}.items():
         shown.locator(f'input[name="config.{name}"]').fill(str(value))
@@ -54,9 +57,15 @@ def test_five_steps_are_trained_from_dropped_rows_and_watched(page: Watched, sit
     expect(shown.get_by_role("slider", name="Step of the curve")).to_have_attribute("aria-valuenow", "5")
     assert len((shown.locator("polyline.training").get_attribute("points") or "").split()) >= 2
     assert shown.locator("circle").count() >= 1
-    expect(shown.get_by_role("link", name="Try it")).to_have_attribute(
-        "href", "#/compare?with=ui-trained%401&with=ui-trained&with="
-    )
+    expect(shown.get_by_role("link", name="Try it")).to_have_attribute("href", "#/compare?with=ui-trained%401&with=")
     assert site.client.get("/prompts/ui-trained").json()["versions"] == [1]
+    config = site.client.get(f"/training/jobs/{shown.url.rpartition('/')[2]}").json()["spec"]["config"]
+    assert (config["steps"], config["learning_rate"]) == (5, 0.05), "what a person types counts"
+    shown.get_by_role("link", name="What it learned").click()
+    expect(shown.locator(".verdict").first).to_be_visible()
+    shown.get_by_role("link", name="Versions").click()
+    shown.get_by_role("link", name="Interpretation").click()  # no version is live: the newest is shown
+    expect(shown.locator(".verdict").first).to_be_visible()
+    expect(shown.get_by_role("alert")).to_have_count(0)
     page.open("/train")
     expect(shown.get_by_role("link", name="ui-trained")).to_be_visible()

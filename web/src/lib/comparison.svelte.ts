@@ -1,6 +1,6 @@
 /** One run of Compare: a text, its targets, and what they answer, from one stream of POST /generate_many for each set of
  *  labels, because a task is asked for its own labels. */
-import { ApiError, send, type Body, type Schemas } from '../api/client';
+import { ApiError, eventError, send, type Body, type Schemas } from '../api/client';
 import { serverEvents } from '../api/sse';
 import { nameOf } from './targets';
 import type { Candidate, Token } from './tokens';
@@ -12,8 +12,9 @@ export type ManyBody = Body<'/generate_many'>;
 const PIECE = 48;
 
 interface ManyEvent {
-  target: number;
-  event: 'start' | 'token' | 'choices' | 'error';
+  /** None in the last word of the server on the whole stream, an error. */
+  target?: number;
+  event?: 'start' | 'token' | 'choices' | 'error';
   task?: string;
   version?: number;
   token?: Candidate;
@@ -21,11 +22,6 @@ interface ManyEvent {
   generated_text?: string | null;
   details?: Partial<Schemas['DetailsBody']> | null;
   choices?: Schemas['ChoiceBody'][];
-  error?: string;
-  status?: number;
-  code?: string;
-  remedy?: string;
-  retry_after?: number;
 }
 
 /** What one target answers. */
@@ -89,8 +85,7 @@ export class Column {
       return;
     }
     if (event.event === 'error') {
-      const { error = '', status = 500, code = '', remedy = '', retry_after = null } = event;
-      this.error = new ApiError(error, status, code, remedy, null, retry_after);
+      this.error = eventError(event);
       this.#ended = 'failed';
       return;
     }
@@ -225,6 +220,7 @@ async function read(response: Response, columns: Column[], started: number): Pro
   };
   for await (const { data } of serverEvents(response.body!)) {
     const event = JSON.parse(data) as ManyEvent;
+    if (event.target === undefined) throw eventError(event);
     columns[event.target]?.take(event, performance.now() - started);
     if (!isWaiting) {
       isWaiting = true;

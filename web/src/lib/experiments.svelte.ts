@@ -1,106 +1,81 @@
-/** Experiments with one task: past ones, the one that is open, its progress and its result. */
-import { api, ApiError, send, type Schemas } from '../api/client';
-import { followJob, isOver } from './job_events';
+/** Experiments with one task: past ones, and the one that is open, which is watched. */
+import { api, type ApiError, type Schemas } from '../api/client';
+import { isOver } from './job_events';
+import { WatchedJob } from './watched_job.svelte';
+import { Work } from './work.svelte';
 
 export type Experiment = Schemas['ExperimentBody'];
 
-export class Experiments {
-  all = $state.raw<Experiment[]>([]);
-  /** The open one, with its result once it is done. */
-  open = $state.raw<Experiment | null>(null);
-  error = $state.raw<ApiError | null>(null);
-  isStarting = $state(false);
-  #watching = new AbortController();
+export class Experiments extends Work {
+  #listed = $state.raw<Experiment[]>([]);
+  #watched = $state.raw<WatchedJob<Experiment> | null>(null);
 
-  constructor(readonly task: string) {}
+  constructor(readonly task: string) {
+    super();
+  }
+
+  /** The open one, with its result once it is done. */
+  get open(): Experiment | null {
+    return this.#watched?.job ?? null;
+  }
+
+  get all(): Experiment[] {
+    const { open } = this;
+    if (!open) return this.#listed;
+    return [...this.#listed.filter(({ id }) => id !== open.id), open].sort((a, b) =>
+      b.created_at.localeCompare(a.created_at),
+    );
+  }
 
   get isRunning(): boolean {
     return this.open !== null && !isOver(this.open.state);
   }
 
+  /** What went wrong with watching the open one. */
+  get lost(): ApiError | null {
+    return this.#watched?.error ?? null;
+  }
+
   /** Load past experiments and open the newest that is done or still runs. */
   async load(version: number | null): Promise<void> {
+    this.error = null;
     try {
       const { body } = await api.get('/interpretations', {});
-      this.all = body.interpretations.filter(({ task }) => task === this.task);
-      const fitting = this.all.filter((one) => version === null || one.version === version);
+      this.#listed = body.interpretations.filter(({ task }) => task === this.task);
+      const fitting = this.#listed.filter((one) => version === null || one.version === version);
       const found = fitting.find(({ state }) => state === 'done' || !isOver(state));
-      if (found) await this.show(found.id);
+      if (found) this.show(found.id);
     } catch (error) {
-      this.#report(error);
+      this.report(error);
     }
   }
 
   /** Open one: its result, or its progress until its end. */
-  async show(id: string): Promise<void> {
-    this.leave();
-    const watching = this.#watching;
-    try {
-      const { body } = await api.get('/interpretations/{job}', { path: { job: id } });
-      if (watching.signal.aborted) return;
-      this.#take(body);
-      if (!isOver(body.state)) await this.#follow(id, watching.signal);
-    } catch (error) {
-      if (!watching.signal.aborted) this.#report(error);
-    }
+  show(id: string): void {
+    this.#watched?.leave();
+    this.#listed = this.all;
+    this.#watched = new WatchedJob<Experiment>('/interpretations', id);
+    void this.again();
+  }
+
+  async again(): Promise<void> {
+    await this.#watched?.watch();
   }
 
   async start(form: FormData): Promise<void> {
-    if (this.isStarting) return;
-    this.isStarting = true;
-    this.error = null;
-    try {
-      const reply = await send('post', '/prompts/{task}/interpretation', { path: { task: this.task }, form });
-      const job = (await reply.json()) as Experiment;
-      this.#take(job);
-      void this.show(job.id);
-    } catch (error) {
-      this.#report(error);
-    } finally {
-      this.isStarting = false;
-    }
+    await this.do(async () => {
+      const path = { task: this.task };
+      this.show((await api.post('/prompts/{task}/interpretation', { path, form })).body.id);
+    });
   }
 
   async cancel(): Promise<void> {
-    if (!this.open) return;
-    try {
-      const { body } = await api.post('/interpretations/{job}/cancel', { path: { job: this.open.id } });
-      this.#take(body);
-    } catch (error) {
-      this.#report(error);
-    }
+    await this.#watched?.cancel();
   }
 
   /** Stop watching; the job itself continues. */
-  leave(): void {
-    this.#watching.abort();
-    this.#watching = new AbortController();
-  }
-
-  async #follow(id: string, signal: AbortSignal): Promise<void> {
-    await followJob(
-      '/interpretations',
-      id,
-      ({ event, state, done, total, job }) => {
-        if (signal.aborted || !this.open) return;
-        if (event === 'state' && state) this.#take({ ...this.open, state });
-        if (event === 'progress') this.#take({ ...this.open, progress: { done: done ?? 0, total: total ?? 0 } });
-        if (event === 'end') this.#take(job as Experiment);
-      },
-      signal,
-    );
-  }
-
-  #take(job: Experiment): void {
-    this.open = job;
-    const isKnown = this.all.some(({ id }) => id === job.id);
-    this.all = isKnown ? this.all.map((one) => (one.id === job.id ? job : one)) : [job, ...this.all];
-  }
-
-  #report(error: unknown): void {
-    this.error =
-      error instanceof ApiError
-        ? error
-        : new ApiError('The connection ended before the experiments did.', 0, 'interrupted', 'Open them again below.');
+  override leave(): void {
+    this.#watched?.leave();
+    super.leave();
   }
 }

@@ -12,6 +12,8 @@ export interface JobEvent {
   [field: string]: unknown;
 }
 
+export type JobKind = '/training/jobs' | '/evaluations' | '/interpretations';
+
 export const isOver = (state: string): boolean => !['preparing', 'waiting', 'queued', 'running'].includes(state);
 
 /**
@@ -21,7 +23,7 @@ export const isOver = (state: string): boolean => !['preparing', 'waiting', 'que
  * Throws an ApiError if the job is unknown or the connection fails. An event with `error` is the server's last word.
  */
 export async function followJob(
-  kind: '/training/jobs' | '/evaluations' | '/interpretations',
+  kind: JobKind,
   id: string,
   take: (event: JobEvent) => void,
   signal: AbortSignal,

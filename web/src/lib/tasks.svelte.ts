@@ -1,5 +1,6 @@
 /** The server's tasks, which several views share: loaded once per key, page by page, and again when asked. */
 import { api, ApiError, type Schemas } from '../api/client';
+import { hashOf } from './router.svelte';
 import { session } from './session.svelte';
 
 export type Task = Schemas['PromptSummary'];
@@ -62,3 +63,9 @@ class Tasks {
 }
 
 export const tasks = new Tasks();
+
+/** The address of Compare with a task, where a version of it is live, some of its versions, and the frozen model. */
+export function comparedAt(name: string, versions: number[], isLive: boolean): string {
+  const targets = [...(isLive ? [name] : []), ...versions.map((version) => `${name}@${version}`), ''];
+  return hashOf('compare', [], new URLSearchParams(targets.map((one) => ['with', one])));
+}

@@ -1,5 +1,5 @@
 /** One upload: a dry run, whose report a person reads, then the publish that the report describes. */
-import { api, ApiError, send, type Schemas } from '../api/client';
+import { api, ApiError, type Answer, type Schemas } from '../api/client';
 import { tasks, type TaskDetail } from './tasks.svelte';
 
 export type PublishReply = Schemas['PublishReply'];
@@ -52,8 +52,8 @@ export class Upload {
     this.error = null;
     await this.#work('publishing', async (signal) => {
       try {
-        const response = await put(report.task, report.files, { activate }, signal, expected(report));
-        this.done = { reply: (await response.json()) as PublishReply, created: response.status === 201 };
+        const { body, status } = await put(report.task, report.files, { activate }, signal, expected(report));
+        this.done = { reply: body, created: status === 201 };
         this.report = null;
         void tasks.load(true);
       } catch (error) {
@@ -91,10 +91,10 @@ function put(
   query: Record<string, boolean>,
   signal: AbortSignal,
   headers: Record<string, string> = {},
-): Promise<Response> {
+): Promise<Answer<PublishReply>> {
   const form = new FormData();
   for (const file of files) form.append('files', file, file.name);
-  return send('put', '/prompts/{task}', { path: { task }, query, form, signal, headers });
+  return api.put('/prompts/{task}', { path: { task }, query, form, signal, headers });
 }
 
 /** The task must be as the report found it. Several tasks have no state in common. */
@@ -105,8 +105,7 @@ function expected({ reply, etag, before }: Report): Record<string, string> {
 }
 
 async function reportOf(task: string, files: File[], signal: AbortSignal): Promise<Report> {
-  const response = await put(task, files, { dry_run: true }, signal);
-  const reply = (await response.json()) as PublishReply;
+  const { body: reply, etag } = await put(task, files, { dry_run: true }, signal);
   await tasks.load(true);
   const exists = tasks.all.some((one) => one.task === reply.task);
   const path = { task: reply.task };
@@ -123,6 +122,6 @@ async function reportOf(task: string, files: File[], signal: AbortSignal): Promi
     reply,
     before: detail?.body ?? null,
     sameVectors: same?.version ?? null,
-    etag: response.headers.get('etag'),
+    etag,
   };
 }

@@ -2,18 +2,23 @@
 # Reduces a virtual environment to what a server loads, and compiles the modules that every start imports:
 #   deploy/slim.sh /opt/prelude
 #
-# It removes torch's C++ headers and test programs, tests of other packages, type stubs and static libraries, and the
+# It removes torch's C++ headers and test programs, tests of other packages, type stubs, static libraries, sources in C
+# and Cython with their headers, modular_*.py of transformers, from which its own modeling_*.py are generated, and the
 # symbols of shared libraries, which only a debugger reads. Libraries in *.libs/ keep theirs: `strip` breaks files that
-# patchelf has rewritten. So do the libraries of CUDA, which nobody has run stripped.
+# patchelf has rewritten. The libraries of CUDA are left as they are, because nobody has run them stripped, and so is
+# triton, which compiles C for the machine it runs on.
 set -eu
 
 site=$(echo "$1"/lib/python3*/site-packages)
 
 rm -rf "$site"/torch/include "$site"/torch/share/cmake "$site"/torch/test \
-  "$site"/torch/bin/protoc* "$site"/torch/bin/test_* "$site"/torch/bin/*Test
+  "$site"/torch/bin/protoc* "$site"/torch/bin/test_* "$site"/torch/bin/*Test "$site"/torch/lib/*_test.so \
+  "$site"/transformers/models/*/modular_*.py
 find "$site" -type d \( -name tests -o -path '*/nltk/test' \) -prune -exec rm -rf {} +
-find "$site" -type f \( -name '*.pyi' -o -name '*.a' \) -delete
-find "$site" -type f -name '*.so*' -size +200k -not -path '*.libs/*' -not -path '*/nvidia/*' -not -name '*cuda*' \
+find "$site" -type f -not -path '*/triton/*' -not -path '*/nvidia/*' \( -name '*.pyi' -o -name '*.a' -o -name '*.c' \
+  -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' \) -delete
+find "$site" -type f -name '*.so*' -size +200k -not -path '*.libs/*' -not -path '*/nvidia/*' \
+  -not -path '*/triton/*' -not -name '*cuda*' \
   -exec strip --strip-unneeded {} +
 
 # An import writes the compiled files; it also proves that nothing needed is gone.

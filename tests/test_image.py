@@ -67,10 +67,12 @@ def test_the_image_takes_only_packages_whose_hashes_are_known(lock: ModuleType) 
 
 def test_every_service_has_a_limit_on_its_memory_and_on_its_processes() -> None:
     services = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]
-    assert set(services) == {"prelude", "prelude-gpu"}
+    assert {"prelude", "prelude-gpu", "replica-1", "replica-2", "prometheus", "grafana", "s3"} <= set(services)
     for service in services.values():
-        assert re.fullmatch(r"\$\{MEMORY_LIMIT:-\d+g\}", service["mem_limit"])
+        assert re.fullmatch(r"\$\{MEMORY_LIMIT:-\d+g\}|\dg", service["mem_limit"])
         assert 512 <= service["pids_limit"] <= 4096
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
 
 
 def test_the_script_that_writes_the_hashes_explains_itself() -> None:

@@ -8,7 +8,7 @@
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test coverage soak bench bench-gpu lint format page
+.PHONY: help setup setup-dev run test coverage test-image soak bench bench-gpu lint format page
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -48,6 +48,9 @@ test: $(DEVELOPMENT) $(PAGE) ## run the tests; ARGS are options of pytest
 
 coverage: $(DEVELOPMENT) $(PAGE) ## run the tests and report which lines and branches they reach; a quarter slower
 	$(TEST) --cov=server --cov-branch --cov-report=term $(ARGS)
+
+test-image: $(DEVELOPMENT) ## build the container image and run it, with docker or podman; ARGS are options of pytest
+	$(VENV)/bin/python -m pytest -s tests/image --timeout=3600 $(ARGS)
 
 soak: $(DEVELOPMENT) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)

@@ -29,7 +29,9 @@ def test_a_server_is_installed_without_the_tools_of_development(target: str, tmp
     assert not any("dev" in line for line in installs)
 
 
-@pytest.mark.parametrize("target", ["test", "lint", "coverage", "soak", "bench", "bench-gpu", "setup-dev"])
+@pytest.mark.parametrize(
+    "target", ["test", "lint", "coverage", "test-image", "soak", "bench", "bench-gpu", "setup-dev"]
+)
 def test_the_tools_of_development_are_added_where_they_are_used(target: str, tmp_path: Path) -> None:
     run = commands(target, tmp_path)
     added = [number for number, line in enumerate(run) if ',dev]"' in line]

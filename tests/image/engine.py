@@ -21,7 +21,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "prelude-server:cpu"
-START_SECONDS = 300
+START_SECONDS = 900
 """A first start converts the model and compiles kernels."""
 DRAIN_SECONDS = 120
 """After a SIGTERM; on a busy machine a long stream needs more than the default."""

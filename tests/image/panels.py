@@ -69,7 +69,7 @@ def _query(prometheus: str, target: dict[str, Any], start: float, end: float) ->
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     fields = urllib.parse.urlencode({"query": expression, "start": start, "end": end, "step": 5})
-    with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{fields}", timeout=30) as reply:
+    with urllib.request.urlopen(f"{prometheus}/api/v1/query_range?{fields}", timeout=600) as reply:
         result = json.load(reply)["data"]["result"]
     series = []
     for one in result:

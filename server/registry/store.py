@@ -177,8 +177,13 @@ class Store:
             raise StoreError(str(exc), remedy="Send the request again.") from exc
         data = event.to_json()
         key = _event_key(event.number)
-        # A write that is sent again after a lost reply finds itself.
-        return self._create_event(event, key, data) or self._objects.get(key) == data
+        # A write that is sent again after a lost reply finds itself, or a bucket that has no space left since then.
+        try:
+            return self._create_event(event, key, data) or self._objects.get(key) == data
+        except StoreFull:
+            if self._objects.get(key) != data:
+                raise
+            return True
 
     def _create_event(self, event: Event, key: str, data: bytes) -> bool:
         objects = self._objects

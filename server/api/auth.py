@@ -5,7 +5,8 @@
 A server without keys lets everybody do everything; it then listens on loopback only, see serve.py.
 """
 
-from collections.abc import Callable, Coroutine, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -27,6 +28,9 @@ from server.keys.key import ApiKey, Scope
 from server.keys.live import ApiKeys
 
 ERRORS = responses(401, 403)
+
+LOOKED_AT_ONCE = 1000
+"""Names that a list looks at before other requests have a turn; a key may be for few of a million tasks."""
 
 # Declared only for the OpenAPI document. If FastAPI enforced it, the check would come after the body, with FastAPI's
 # own error message.
@@ -158,6 +162,15 @@ def may_see(request: Request, task: str | None) -> bool:
     if task is None:
         return key is None or key.tasks is None
     return key is None or key.is_for(task)
+
+
+async def visible(request: Request, names: Iterable[str]) -> AsyncIterator[str]:
+    """Those of the names that lists may show to this key; other requests have a turn now and then."""
+    for looked, name in enumerate(names, 1):
+        if may_see(request, name):
+            yield name
+        if not looked % LOOKED_AT_ONCE:
+            await asyncio.sleep(0)
 
 
 @contextmanager

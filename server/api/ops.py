@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from server import __version__
 from server.api.auth import ERRORS as AUTH_ERRORS
-from server.api.auth import Reads, Scrapes, may_see
+from server.api.auth import Reads, Scrapes, may_see, visible
 from server.api.deps import ExecutorsDep, MetricsDep, RegistryDep, SettingsDep, WorkerDep
 from server.api.schemas import Health, Info, Live, PrefixInfo, Ready, responses
 from server.api.telemetry.metrics import CONTENT_TYPE
@@ -84,7 +84,9 @@ async def metrics(request: Request, metrics: MetricsDep, executors: ExecutorsDep
 @router.get("/info", responses=AUTH_ERRORS, dependencies=[Reads])
 async def info(request: Request, worker: WorkerDep, registry: RegistryDep, settings: SettingsDep) -> Info:
     """The frozen model and the server's limits. The number of tasks includes only those that the key may see."""
-    model, prefixes = worker.model, worker.prefixes
+    model, prefixes, tasks = worker.model, worker.prefixes, registry.num_tasks
+    if not may_see(request, None):
+        tasks = sum([1 async for _ in visible(request, registry.names_after(None))])
     return Info(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -96,7 +98,7 @@ async def info(request: Request, worker: WorkerDep, registry: RegistryDep, setti
         dtype=model.dtype,
         device=model.device,
         version=__version__,
-        tasks=sum(may_see(request, task.name) for task in registry.tasks()),
+        tasks=tasks,
         in_flight=worker.num_in_flight,
         prefixes=PrefixInfo(hits=prefixes.hits, misses=prefixes.misses, budget_bytes=prefixes.budget_bytes),
         model_id=model.name,

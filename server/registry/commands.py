@@ -23,7 +23,7 @@ from server.registry.events import (
     alone,
 )
 from server.registry.state import RegistryState, TaskState
-from server.soft_prompts.names import check_task_name, unknown_task
+from server.soft_prompts.names import MANY, check_task_name, unknown_task
 
 Expected = int | Literal["any", "none"] | None
 """The precondition that a client sets for a task: the number of its last event, that it exists, that it does not exist,
@@ -136,7 +136,8 @@ def existing(state: RegistryState, name: str, expected: Expected = None) -> Task
     check_task_name(name)
     task = state.tasks.get(name)
     if task is None or not task.versions:
-        raise unknown_task(name, (known for known, other in list(state.tasks.items()) if other.versions))
+        some = list(state.tasks.items()) if len(state.tasks) <= MANY else ()
+        raise unknown_task(name, (known for known, other in some if other.versions))
     check_expected(state, name, expected)
     return task
 

@@ -26,7 +26,7 @@ from server.registry.task_map import TaskMap
 from server.registry.task_views import Resolved, Task
 from server.registry.unreadable_events import Entry
 from server.registry.version_contents import Contents
-from server.soft_prompts.names import check_task_name, split_version, unknown_task
+from server.soft_prompts.names import check_task_name, nearby, split_version, unknown_task
 from server.soft_prompts.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class LiveMap:
         name, version = split_version(reference)
         task = self._tasks.get(name)
         if task is None:
-            raise unknown_task(name, self._live_names())
+            raise self._unknown(name)
         number = task.pick(key) if version is None else version
         if number is None:
             staged = ", ".join(f"{name}@{n}" for n in sorted(task.versions)[-5:])
@@ -129,8 +129,8 @@ class LiveMap:
         """One task that has versions, live or not; raises InvalidTaskName or UnknownTask."""
         task = self._tasks.get(check_task_name(name))
         if task is None:
-            error = unknown_task(name, self._live_names())
-            raise UnknownTask(error.message, remedy=self.errors.get(name, error.remedy))
+            error = self._unknown(name)
+            raise UnknownTask(error.message, remedy=self.error_of(name) or error.remedy)
         return task
 
     def tasks(self) -> list[Task]:
@@ -172,6 +172,13 @@ class LiveMap:
             if (why := self._contents.why_broken(version.content)) is not None
         }
         return {**self._state.problems, **found, **self.inbox_errors}
+
+    def error_of(self, name: str) -> str | None:
+        """Why a task, an entry of the inbox, or a version of the task is not served; None if nothing is wrong."""
+        task = self._tasks.get(name)
+        versions = task.versions.values() if task is not None and self._contents.broken else ()
+        found = [why for why in map(self.why_broken, versions) if why is not None]
+        return self.inbox_errors.get(name) or (found[-1] if found else None) or self._state.problems.get(name)
 
     def why_broken(self, version: StoredVersion) -> str | None:
         """Why a version is not served; None if nothing is known against it."""
@@ -257,8 +264,10 @@ class LiveMap:
             if name not in self._state.tasks or number not in dict(self._state.tasks[name].traffic)
         ]
 
-    def _live_names(self) -> Iterator[str]:
-        return (name for name, task in self._tasks.items() if task.traffic)
+    def _unknown(self, name: str) -> UnknownTask:
+        tasks = self._tasks
+        near = ((other, tasks.get(other)) for other in nearby(name, tasks.names))
+        return unknown_task(name, (other for other, task in near if task is not None and task.traffic))
 
 
 def _log_new(before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 SNAPSHOT_EVENTS = 1000
-"""Number of events between two snapshots."""
+"""Number of events between two snapshots, at least."""
+TASKS_PER_EVENT = 100
+"""A snapshot of more tasks is written once per this share of them: writing costs time for each task."""
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Events are removed once a snapshot that replaces them has this age. Every server syncs far more often."""
 MOST_REMOVED = 2000

@@ -204,7 +204,7 @@ class Registry(LiveMap):
 
     def compact(self) -> None:
         """Write a snapshot now and then, and remove the events that old ones replace; raises StoreError."""
-        self._store.compact(self._copy_state, self._state.last_event)
+        self._store.compact(self._copy_state, self._state.last_event, len(self._state.tasks))
 
     # Within.
 

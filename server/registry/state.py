@@ -156,9 +156,9 @@ class RegistryState:
             self.deleted.update(version.content.blob for version in removed)
 
     def copy(self) -> RegistryState:
-        """A copy, which later events do not change."""
+        """A copy, which later events do not change: they change copies of the tasks that they are about."""
         state = RegistryState()
-        state.tasks = {name: _copy(task) for name, task in self.tasks.items()}
+        state.tasks = dict(self.tasks)
         state.last_event, state.first_version, state.is_whole = self.last_event, self.first_version, self.is_whole
         return state
 
@@ -182,9 +182,9 @@ class RegistryState:
             self.first_version += 1
         # The unreadable event may have published a version of any of these tasks, so one version number is skipped for
         # each.
-        for name in self.tasks if entry.tasks is None else entry.tasks:
-            task = self.tasks.setdefault(name, TaskState())
-            task.last_version += 1
+        for name in list(self.tasks) if entry.tasks is None else entry.tasks:
+            self.tasks.setdefault(name, TaskState())
+            self._own(name).last_version += 1
         return set(entry.tasks or ()), []
 
     def apply(self, event: Event) -> tuple[set[str], list[StoredVersion]]:
@@ -215,7 +215,7 @@ class RegistryState:
         state = RegistryState()
         changes = [event.change for event in events if isinstance(event, Event)]
         for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
-            state.tasks[name] = _copy(self.tasks[name])
+            state.tasks[name] = self.tasks[name]
         for event in events:
             state.take(event)
         return state
@@ -231,10 +231,10 @@ class RegistryState:
                 self._publish(item, event, change.activate)
             return []
         if isinstance(change, Retire):
-            for task in [self.tasks[name] for name in change.tasks]:
+            for task in [self._own(name) for name in change.tasks]:
                 task.release_inbox(event.by)
             return []
-        task = self.tasks[change.task]
+        task = self._own(change.task)
         removed: list[StoredVersion] = []
         match change:
             case Activate():
@@ -252,8 +252,14 @@ class RegistryState:
                 task.history.clear()
         return removed
 
+    def _own(self, name: str) -> TaskState:
+        """A task that may be changed: a new copy, because copies of this state share the one before."""
+        task = self.tasks[name] = _copy(self.tasks[name])
+        return task
+
     def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
-        task = self.tasks.setdefault(item.task, TaskState())
+        self.tasks.setdefault(item.task, TaskState())
+        task = self._own(item.task)
         item.content.about  # noqa: B018 - read now, so that no list has to
         if event.source == "inbox":
             task.note_inbox(event.by, item.content.identity)

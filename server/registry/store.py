@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 
 from server.errors import InvalidSoftPrompt, StoreError, StoreFull
 from server.registry.events import Delete, DeleteVersion, Event, Publish, VersionContent
-from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, Snapshots
+from server.registry.log_snapshots import MOST_REMOVED, SNAPSHOT_EVENTS, TASKS_PER_EVENT, Snapshots
 from server.registry.objects import FOR_CHANGES, FOR_DELETES, Objects, Reserved
 from server.registry.state import RegistryState
 from server.registry.unreadable_events import Entry, read_event
@@ -124,23 +124,23 @@ class Store:
             self._check_reach(number)
         return found
 
-    def compact(self, state: Callable[[], RegistryState], last_event: int) -> None:
+    def compact(self, state: Callable[[], RegistryState], last_event: int, num_tasks: int = 0) -> None:
         """Write a snapshot if it is time to, and remove what old ones make superfluous.
 
         Args:
             state: function that copies the state at `last_event` or later.
             last_event: the last event that was taken.
+            num_tasks: how many tasks a snapshot would hold; large ones are written less often.
 
         Raises:
             StoreError: the store refuses.
         """
-        if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
+        distance = max(SNAPSHOT_EVENTS, num_tasks // TASKS_PER_EVENT)
+        if last_event - self._snapshot_at >= distance:
             self._snapshot_at = max(self.snapshots.numbers(), default=0)
-            if last_event - self._snapshot_at >= SNAPSHOT_EVENTS:
+            if last_event - self._snapshot_at >= distance:
                 now = state()
-                self._snapshot_at = (
-                    now.last_event - SNAPSHOT_EVENTS + RETRY_EVENTS
-                )  # a full store is not asked for ever
+                self._snapshot_at = now.last_event - distance + RETRY_EVENTS  # a full store is not asked for ever
                 if now.is_whole:  # else after an update, which knows more kinds of events
                     self.snapshots.write(now)
                     self._snapshot_at = now.last_event

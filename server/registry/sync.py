@@ -1,6 +1,7 @@
 """Several servers on one store: each looks for changes of the others every PRELUDE_SYNC_SECONDS."""
 
 import logging
+import threading
 from collections.abc import Callable
 
 from server.background_service import Service
@@ -19,6 +20,7 @@ class Syncer(Service):
         super().__init__("sync", STOP_SECONDS)
         self._registry = registry
         self._seconds = seconds
+        self._compacting: threading.Thread | None = None
         self._failures: dict[str, type[Exception]] = {}  # problem -> kind of error that is already logged
 
     def _run(self) -> None:
@@ -28,7 +30,14 @@ class Syncer(Service):
             if self._succeeds(self._registry.sync, unseen):
                 if had_failed:
                     log.info("changes of other servers are seen again")
-                self._succeeds(self._registry.compact, "the event log is not shortened")  # harmless: it stays longer
+                self._compact()
+
+    def _compact(self) -> None:
+        """Shorten the log on a thread of its own: a snapshot of many tasks takes longer than a change may be unseen."""
+        if self._compacting is None or not self._compacting.is_alive():
+            arguments = self._registry.compact, "the event log is not shortened"  # harmless: it stays longer
+            self._compacting = threading.Thread(target=self._succeeds, args=arguments, name="compact", daemon=True)
+            self._compacting.start()
 
     def _succeeds(self, work: Callable[[], None], problem: str) -> bool:
         """Whether the work succeeded; logs a failure unless the last one was of the same kind."""

@@ -17,6 +17,8 @@ TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 REACH = 50
 """Number of names before and after a misspelt name, in sorted order, to compare it with."""
+MANY = 10_000
+"""With more tasks than this, only names that begin like a misspelt name are suggested: no request sorts all names."""
 
 
 def check_task_name(name: str) -> str:
@@ -50,6 +52,14 @@ def unknown_task(name: str, known: Iterable[str]) -> UnknownTask:
     error = UnknownTask(f"There is no task {name!r}.{hint}")
     error.near = tuple(near)
     return error
+
+
+def nearby(name: str, ordered: Sequence[str]) -> Sequence[str]:
+    """Those of the sorted names that may be similar: all of up to MANY names, else those next to this one."""
+    if len(ordered) <= MANY:
+        return ordered
+    at = bisect.bisect(ordered, name)
+    return ordered[max(0, at - REACH) : at + REACH]
 
 
 def _worth_comparing(name: str, known: list[str]) -> list[str]:

@@ -25,8 +25,8 @@ REFUSALS = {"unknown_task", "nothing_to_roll_back_to", "version_in_use"}
 NO_EFFECT = {429, 507}
 """Statuses that promise that nothing has changed."""
 
-DEADLINE = 120.0
-"""Seconds after which a request hangs: a change may wait 90 s for the store."""
+DEADLINE = 700.0
+"""Seconds after which a request hangs. A change may wait 90 s for the store; a machine may be suspended for minutes."""
 
 CALLS_OF_A_TASK = 70
 TASKS = 4
@@ -74,6 +74,7 @@ class History:
     calls: dict[str, list[Seen]] = field(default_factory=dict)
     hangs: list[str] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
+    longest: float = 0.0
     newest: dict[str, int] = field(default_factory=dict)
     numbers: itertools.count[int] = field(default_factory=itertools.count)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -181,6 +182,7 @@ class Client:
             self._history.hangs.append(f"{text} on {node.url}")
         except httpx.TransportError:
             outcome = "cut off"
+        self._history.longest = max(self._history.longest, time.monotonic() - began)
         kind = "read" if change is None else "change"
         self._history.outcomes[f"{kind} {outcome}"] += 1
         if answer is not None and answer[0] == "published":

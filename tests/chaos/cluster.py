@@ -15,7 +15,9 @@ import httpx
 from tests.chaos.faulty_store import Fault, FaultyStore
 from tests.processes import COMMAND, Server, start_forked
 
-START_SECONDS = 120.0
+START_SECONDS = 700.0
+
+TICK_SECONDS, LATE_SECONDS = 0.2, 1.0
 
 MOVABLE_CLOCK = """
 import datetime, pathlib, signal, time
@@ -39,7 +41,7 @@ class Node:
 
     Attributes:
         store: its way to the store.
-        troubles: times between which it may not have seen the store; the last one may be open (its end is infinite).
+        troubles: times between which it may not have seen the store; the end of one that lasts is infinite.
         faults: by kind, how often each has happened.
     """
 
@@ -89,6 +91,7 @@ class Node:
         assert self._process is not None
         self.faults[kind] += 1
         began = time.monotonic()
+        trouble = len(self.troubles)
         self.troubles.append((began, float("inf")))
         if kind == "kill":
             self.kill()
@@ -108,7 +111,7 @@ class Node:
             self.store.fault = kind
             time.sleep(seconds)
             self.store.fault = None
-        self.troubles[-1] = (began, time.monotonic())
+        self.troubles[trouble] = (began, time.monotonic())
 
     def sees_since(self, at: float, bound: float) -> float:
         """How old an answer may be that it gives at some time: `bound` seconds, and longer if it was in trouble."""
@@ -123,6 +126,18 @@ class Node:
             return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
+
+
+def watch_the_machine(nodes: list[Node], until: float) -> None:
+    """Note as a trouble of all nodes when this process did not run, as on a machine that is overloaded or suspended."""
+    before = time.monotonic()
+    while before < until:
+        time.sleep(TICK_SECONDS)
+        now = time.monotonic()
+        if now - before > LATE_SECONDS:
+            for node in nodes:
+                node.troubles.append((before, now))
+        before = now
 
 
 def in_threads(work: list[threading.Thread]) -> None:

@@ -18,7 +18,7 @@ from server.registry.events import Delete, Event, Publish, tasks_of
 from server.registry.objects import open_objects
 from server.registry.store import Store
 from tests.chaos.clients import DEADLINE, Client, Files, History
-from tests.chaos.cluster import STORE_FAULTS, Node, in_threads
+from tests.chaos.cluster import STORE_FAULTS, Node, in_threads, watch_the_machine
 from tests.chaos.faulty_store import FaultyStore
 from tests.chaos.linearisable import linearise
 from tests.chaos.task_model import Answer, Task
@@ -77,7 +77,13 @@ def test_every_acknowledged_change_survives_all_that_can_happen(
         linearise([seen.as_call(BOUND) for seen in calls], Task())
     if soak.full:
         faults = sum((node.faults for node in nodes), Counter[str]())
-        figures = {"changes": changes, "calls": dict(history.outcomes), "faults": dict(faults), "lost": 0}
+        figures = {
+            "changes": changes,
+            "calls": dict(history.outcomes),
+            "faults": dict(faults),
+            "lost": 0,
+            "longest_s": history.longest,
+        }
         soak.screen.write(f"{json.dumps({'servers': count, 'seconds': seconds, **figures})}\n")
 
 
@@ -105,6 +111,7 @@ def _storm(nodes: list[Node], history: History, contents: dict[str, Files], seco
 
     in_threads(
         [threading.Thread(target=client.run, args=(end,)) for client in clients]
+        + [threading.Thread(target=watch_the_machine, args=(nodes, end))]
         + [threading.Thread(target=harm, args=pair) for pair in zip(nodes, seeds[2 * len(nodes) :], strict=True)]
     )
     assert not history.hangs, history.hangs

@@ -153,6 +153,22 @@ def test_a_store_that_lost_both_does_not_open(shelf: Shelf) -> None:
         shelf.open()
 
 
+def test_a_copy_of_the_state_shares_every_task_that_does_not_change(shelf: Shelf) -> None:
+    registry = shelf.open()
+    for name in ("a", "b", "c", "d"):
+        for seed in (1, 2):
+            put(registry, name, content(seed))
+    before = encode(registry._state)
+    copy = registry._copy_state()
+    assert all(copy.tasks[name] is task for name, task in registry._state.tasks.items()), "else it takes long for many"
+    put(registry, "a", content(3))
+    registry.set_traffic("b", {1: 50, 2: 50})
+    registry.roll_back("c")
+    registry.delete_version("c", 2)
+    registry.delete("d")
+    assert encode(copy) == before
+
+
 def test_compacting_may_end_at_any_moment(shelf: Shelf) -> None:
     registry = changed(shelf, 4 * EVERY + 4)
     before = dict(shelf.objects.objects)

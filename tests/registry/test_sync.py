@@ -104,6 +104,23 @@ def test_a_store_that_fails_for_a_while_is_asked_again_and_logged_once(
     assert "seen again" in caplog.messages[1]
 
 
+def test_a_snapshot_that_takes_long_delays_no_change(
+    pair: Pair, soft_prompt: SoftPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_written, is_waiting = threading.Event(), threading.Event()
+
+    def write() -> None:
+        is_waiting.set()
+        assert is_written.wait(PATIENCE)
+
+    monkeypatch.setattr(pair.reader, "compact", write)
+    with pair.syncing():
+        assert is_waiting.wait(PATIENCE)
+        pair.writer.publish("a", [soft_prompt], "api")
+        wait_until(lambda: pair.served("a") is not None, PATIENCE)
+        is_written.set()
+
+
 def test_a_bug_does_not_end_the_thread_nor_flood_the_log(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from server.errors import InvalidTaskName
-from server.soft_prompts.names import check_task_name, split_version, unknown_task
+from server.soft_prompts.names import MANY, check_task_name, nearby, split_version, unknown_task
 
 BAD = ["", "A", "-a", ".a", "_a", "a" * 65, "a b", "a/b", "../a", "a\n", "ä", "a@1", "a\0", "٣", "a" * 10_000]
 
@@ -53,6 +53,17 @@ def test_ten_thousand_names_are_not_all_compared(monkeypatch: pytest.MonkeyPatch
     for misspelt in ("customer-00012-sentimnt", "custmer-00012-sentiment", "kustomer-00012-sentiment"):
         assert "customer-00012-sentiment" in unknown_task(misspelt, names).message, misspelt
     assert max(compared) < 300, "it is the event loop that would wait"
+
+
+def test_among_many_names_only_the_neighbours_of_a_misspelt_one_are_compared() -> None:
+    few = [f"task-{number:07}" for number in range(MANY)]
+    assert nearby("task-00000012", few) == few
+    many = [*few, "zebra"]
+    near = nearby("task-00001234", many)
+    assert len(near) <= 100
+    assert "task-0000123" in near
+    assert "task-0000123?" in unknown_task("task-00001234", near).message
+    assert "zebra" in nearby("zebraa", many)
 
 
 def test_an_unknown_task_names_near_ones_and_only_those() -> None:

@@ -1,11 +1,11 @@
 """GET /v1/models: the frozen model and every live task."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
-from server.api.auth import GuardedRoute, Reads, allow_task, may_see
+from server.api.auth import GuardedRoute, Reads, allow_task, may_see, visible
 from server.api.deps import RegistryDep, WorkerDep
 from server.api.openai.errors import MISSING, REFUSALS, no_model
 from server.api.openai.translate import task_of
@@ -16,6 +16,10 @@ from server.registry.events import seconds_of
 router = APIRouter(
     prefix="/v1/models", tags=["openai"], responses=REFUSALS, route_class=GuardedRoute, dependencies=[Reads]
 )
+
+
+PAGE = 1000
+"""Maximum number of tasks on a page."""
 
 
 class ModelCard(BaseModel):
@@ -35,17 +39,28 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: bool = Field(description="Whether there are more tasks: ask again with the last `id` as `after`.")
 
 
 @router.get("")
-async def list_models(request: Request, worker: WorkerDep, registry: RegistryDep) -> ModelList:
-    """The frozen model and every live task, as far as the key may use them."""
-    cards = [_frozen(request, worker)] if may_see(request, None) else []
-    for task in registry.tasks():
-        live = task.live
-        if live is not None and may_see(request, task.name):
-            cards.append(_card(worker, task.name, f"{task.name}@{live.number}", live.at))
-    return ModelList(data=cards)
+async def list_models(
+    request: Request,
+    worker: WorkerDep,
+    registry: RegistryDep,
+    limit: Annotated[int, Query(ge=1, le=PAGE, description="Tasks of a page.")] = PAGE,
+    after: Annotated[str | None, Query(description="Start after this task, without the frozen model.")] = None,
+) -> ModelList:
+    """The frozen model and the live tasks by name, as far as the key may use them; a page of them."""
+    cards = [_frozen(request, worker)] if after is None and may_see(request, None) else []
+    most = len(cards) + limit
+    async for name in visible(request, registry.names_after(after)):
+        task = registry.find(name)
+        live = None if task is None else task.live
+        if live is not None and len(cards) == most:
+            return ModelList(data=cards, has_more=True)
+        if live is not None:
+            cards.append(_card(worker, name, f"{name}@{live.number}", live.at))
+    return ModelList(data=cards, has_more=False)
 
 
 @router.get("/{model:path}", responses=MISSING)

@@ -1,13 +1,12 @@
 """Soft prompts over HTTP: list, show, publish, delete. Their versions are in `versions.py`."""
 
-import asyncio
 import json
 from heapq import merge
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 
-from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, may_see
+from server.api.auth import GuardedRoute, Publishes, Reads, allow_task, visible
 from server.api.deps import RegistryDep, SettingsDep, TaskName
 from server.api.prompts.change_threads import PUBLISH_SECONDS, ChangeDep, in_time
 from server.api.prompts.preconditions import set_etag
@@ -42,9 +41,6 @@ PUBLISH_ERRORS: Responses = {
     ),
 }
 
-LOOKED_AT_ONCE = 1000
-"""Names that a list looks at before other requests have a turn; a key may be for few of a million tasks."""
-
 router = APIRouter(prefix="/prompts", tags=["soft prompts"], route_class=GuardedRoute)
 
 
@@ -59,13 +55,11 @@ async def list_prompts(
     errors = registry.errors
     broken = sorted(name for name in errors if after is None or name > after)
     names: list[str] = []
-    for looked, name in enumerate(merge(registry.names_after(after), broken), 1):
-        if (not names or name != names[-1]) and may_see(request, name):
+    async for name in visible(request, merge(registry.names_after(after), broken)):
+        if not names or name != names[-1]:
             names.append(name)
         if len(names) > limit:
             break
-        if not looked % LOOKED_AT_ONCE:
-            await asyncio.sleep(0)
     found = [(name, registry.find(name)) for name in names[:limit]]
     page = [_summary(name, task, errors.get(name)) for name, task in found if task is not None or name in errors]
     return reply(PromptList, prompts=page, next=names[limit - 1] if len(names) > limit else None)
@@ -89,7 +83,7 @@ async def get_prompt(
         raise UnknownTask(f"The task {task} has no version {version}.")
     return reply(
         PromptDetail,
-        **_summary(task, found, registry.errors.get(task)),
+        **_summary(task, found, registry.error_of(task)),
         versions=sorted(found.versions),
         manifest=_manifest(shown.content),
     )

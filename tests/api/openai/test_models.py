@@ -32,6 +32,22 @@ def test_the_list_follows_every_change(own_server: LiveServer) -> None:
     assert list(cards(own_server)) == [FROZEN]
 
 
+def test_a_long_list_comes_in_pages(own_server: LiveServer) -> None:
+    for name in ("a", "b", "c"):
+        own_server.publish_random(name, 1)
+    pages = [
+        own_server.client.get(f"/v1/models?{query}").json()
+        for query in ("limit=2", "limit=1&after=b", "limit=3", "after=c")
+    ]
+    assert [[card["id"] for card in page["data"]] for page in pages] == [
+        [FROZEN, "a", "b"],
+        ["c"],
+        [FROZEN, "a", "b", "c"],
+        [],
+    ]
+    assert [page["has_more"] for page in pages] == [True, False, False, False]
+
+
 def test_a_card_says_what_stands_behind_a_name(own_server: LiveServer) -> None:
     own_server.publish_random("mood", 1)
     listed = cards(own_server)

@@ -6,15 +6,17 @@ closes the connection; this middleware ends the stream with an error event inste
 imports neither torch nor the app.
 """
 
+import asyncio
 import json
 import re
+import time
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import PreludeError, RequestAborted
+from server.errors import InvalidRequest, PreludeError, RequestAborted
 
 SESSION_HEADER = b"x-session-id"
 """The header by which Ray's router chooses a replica; clients may set it themselves."""
@@ -22,9 +24,13 @@ SESSION_HEADER = b"x-session-id"
 MOST_BODY = 2**20
 """Bytes of a body in which the task is looked for; a larger body goes to any replica."""
 
+BODY_SECONDS, BODY_RATE = 20.0, 2**14
+"""How long a body may take to arrive until its task is known, and bytes per second that extend this time."""
+
 JOBS = "\njobs"
 """What requests for jobs are routed by: no task has this name, and evaluations live in the replica that runs them."""
 
+SLOW = InvalidRequest("The request took too long to arrive.", remedy="Send it without pauses.")
 LOST = RequestAborted("The replica that worked on this request has ended.")
 
 _OF_JOBS = re.compile(r"/(training|evaluations|interpretations)(/|$)|/prompts/[^/]+/interpretation$")
@@ -49,7 +55,11 @@ class TaskRouting:
             return
         task, messages = _task_in_target(scope), list[Message]()
         if task is None and scope["method"] == "POST" and _is_json(scope):
-            messages = await _read(receive)
+            try:
+                messages = await _read(receive)
+            except TimeoutError:
+                await _refuse_slow(scope, send)
+                return
             task = _task_in_body(messages)
         if task is not None:
             header = (SESSION_HEADER, task.encode("utf-8", "replace")[:256])
@@ -90,15 +100,26 @@ def _task_in_body(messages: list[Message]) -> str | None:
 
 
 async def _read(receive: Receive) -> list[Message]:
-    """The body as one message, up to MOST_BODY bytes and a chunk, and the message that interrupted it, if any."""
-    body, more = bytearray(), True
+    """The body as one message, up to MOST_BODY bytes and a chunk, and the message that interrupted it, if any.
+
+    Raises TimeoutError if it arrives too slowly.
+    """
+    body, more, began = bytearray(), True, time.monotonic()
     while more and len(body) <= MOST_BODY:
-        message = await receive()
+        left = began + BODY_SECONDS + len(body) / BODY_RATE - time.monotonic()
+        message = await asyncio.wait_for(receive(), left)
         if message["type"] != "http.request":
             return [{"type": "http.request", "body": bytes(body), "more_body": True}, message]
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return [{"type": "http.request", "body": bytes(body), "more_body": more}]
+
+
+async def _refuse_slow(scope: Scope, send: Send) -> None:
+    """Answer 408, and close the connection, on which the rest of the body may follow."""
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 408, "headers": headers})
+    await send({"type": "http.response.body", "body": render(scope["path"], SLOW), "more_body": False})
 
 
 class WholeStreams:
@@ -157,7 +178,8 @@ def render(path: str, error: PreludeError) -> bytes:
     """An error in the format of the path's front end; a test compares it with what the app renders."""
     body: dict[str, Any]
     if path == "/v1" or path.startswith("/v1/"):
-        body = {"error": {"message": str(error), "type": "server_error", "param": None, "code": error.code}}
+        kind = "server_error" if error.status >= 500 else "invalid_request_error"
+        body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
     else:
         body = {"error": error.message, "error_type": error.family, "code": error.code, "remedy": error.remedy}
     return json.dumps(body).encode()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.app import FORMATS
-from server.deploy.ray_proxy import JOBS, LOST, MOST_BODY, SESSION_HEADER, TaskRouting, WholeStreams, render
+from server.deploy import ray_proxy
+from server.deploy.ray_proxy import JOBS, LOST, MOST_BODY, SESSION_HEADER, SLOW, TaskRouting, WholeStreams, render
 from server.deploy.replica_metrics import Gathered
 
 JSON = (b"content-type", b"application/json")
@@ -77,6 +79,26 @@ async def test_a_request_is_routed_by_its_task_and_arrives_whole(
     assert (app.session, app.body) == (session, body)
 
 
+@pytest.mark.parametrize("pause", [0.01, 60.0])
+async def test_a_body_that_arrives_too_slowly_is_refused(pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_proxy, "BODY_SECONDS", 0.2)
+    app, sent = Routed(), list[Message]()
+
+    async def receive() -> Message:
+        await asyncio.sleep(pause)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": [JSON]}
+    async with asyncio.timeout(30):
+        await TaskRouting(app)(scope, receive, send)
+    start, body = sent
+    assert (start["status"], json.loads(body["body"])["code"], app.body) == (408, "invalid_request", b"")
+    assert (b"connection", b"close") in start["headers"]
+
+
 def replies(*messages: Message) -> ASGIApp:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         for message in messages:
@@ -99,6 +121,11 @@ async def test_a_stream_that_breaks_ends_with_one_error_event(path: str) -> None
     assert last["body"].startswith(b"data: ")
     assert json.loads(last["body"][6:]) == FORMATS.of(path).body(LOST)
     assert render(path, LOST) == last["body"][6:].strip()
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_refusal_of_the_proxy_looks_like_one_of_the_app(path: str) -> None:
+    assert json.loads(render(path, SLOW)) == FORMATS.of(path).body(SLOW)
 
 
 async def test_only_what_breaks_is_ended() -> None:

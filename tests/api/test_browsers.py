@@ -186,7 +186,7 @@ def test_every_reply_tells_browsers_to_keep_to_its_type_and_out_of_frames(
         assert headers.get_list("content-security-policy") == [headers["content-security-policy"]]
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert headers["content-security-policy"].startswith("default-src 'none'; ")
-    monkeypatch.setattr(type(server.registry), "tasks", failing)
+    monkeypatch.setattr(type(server.registry), "names_after", failing)
     response = server.client.get("/v1/models")
     assert (response.status_code, response.headers["x-content-type-options"]) == (500, "nosniff")
 

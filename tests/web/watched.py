@@ -67,7 +67,7 @@ def watching(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     try:
         watched = Watched(context.new_page(), url)
         yield watched
-        assert not watched.problems
+        assert not watched.problems, watched.problems
     finally:
         context.close()
         asyncio._set_running_loop(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -56,12 +57,15 @@ def test_a_change_of_the_code_is_built_within_half_a_minute(engine: Engine, tmp_
         shutil.copy2(ROOT / name, tmp_path / name)
     with (tmp_path / "server/serve.py").open("a") as file:
         file.write("\n# changed\n")
+    cores = len(os.sched_getaffinity(0))
+    share = cores / max(cores, os.getloadavg()[0])  # of the machine, while other programs run
     start = time.monotonic()
-    print(engine.build(tmp_path, TAG="prelude-server:changed"))
+    said = engine.build(tmp_path, TAG="prelude-server:changed")
     seconds = time.monotonic() - start
     engine("rmi", "prelude-server:changed")
-    print(f"rebuilt in {seconds:.1f} s")
-    assert seconds <= REBUILD_SECONDS
+    print(f"rebuilt in {seconds:.1f} s with {share:.0%} of the machine")
+    assert "Collecting" not in said, said  # no package but Prelude is installed again
+    assert seconds * share <= REBUILD_SECONDS
 
 
 def test_the_limits_of_memory_and_processes_hold(engine: Engine) -> None:

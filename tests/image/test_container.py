@@ -80,6 +80,9 @@ def test_the_server_runs_as_nobody_on_a_root_that_it_cannot_change(server: Runni
     status = dict(line.split(":\t") for line in server.execute("cat", "/proc/1/status").splitlines())
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"] == "1"
+    mounts = [line.split() for line in server.execute("cat", "/proc/mounts").splitlines()]
+    (options,) = [options for _, path, _, options, *_ in mounts if path == "/"]
+    assert "ro" in options.split(",")
     for path in ("/", "/opt/prelude", "/usr/share", "/etc"):
         server.execute("touch", f"{path}/file", ok=(1,))
     for path in ("/tmp", "/var/lib/prelude", "/var/cache/prelude"):

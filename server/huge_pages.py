@@ -1,10 +1,10 @@
 """Lets Linux back this process's memory with pages of 2 MiB instead of 4 KiB.
 
 A step on a CPU reads all weights. Memory of 4 KiB pages needs 512 times as many address translations, and on a virtual
-machine each of them is a walk through two page tables. There, steps took 1.4 to 2 times as long as with huge pages, and
-their time varied from hour to hour (`benchmarks/RESULTS.md`). Many distributions give huge pages only to memory that a
-program asks them for. glibc's malloc, from which torch, numpy and oneDNN take theirs, asks if one of its tunables says
-so, and reads its tunables only when a process starts.
+machine each of them is a walk through two page tables. There, steps took 1.6 to 2.1 times as long as with huge pages,
+and their time varied from hour to hour (`benchmarks/RESULTS.md`). Many distributions give huge pages only to memory
+that a program asks them for. glibc's malloc, from which torch, numpy and oneDNN take theirs, asks if one of its
+tunables says so, and reads its tunables only when a process starts.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Runner:
         self._pads = self.compiled is not None and kv_cache.recurrent is None  # to numbers of rows that products know
         self.varlen = varlen_attention(model.spec, model.attention_rules)
         self.on_launch: Callable[[], None] = lambda: None
-        """Called when a step is about to run, and needs Python no more."""
+        """Called when the inputs of a step are ready, right before the model runs."""
         self.graphs: DecodeGraphs | None = None  # replay steps with decodes only, once they are captured
 
     @torch.inference_mode()

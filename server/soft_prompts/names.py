@@ -18,7 +18,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 REACH = 50
 """Number of names before and after a misspelt name, in sorted order, to compare it with."""
 MANY = 10_000
-"""With more tasks than this, only names that begin like a misspelt name are suggested: no request sorts all names."""
+"""With more tasks than this, a misspelt name is compared with few others or none: no request sorts all names."""
 
 
 def check_task_name(name: str) -> str:

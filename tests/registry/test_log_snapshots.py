@@ -258,6 +258,26 @@ def test_a_store_that_refuses_a_snapshot_is_not_asked_at_every_event(shelf: Shel
     assert len(shelf.objects.list("snapshots")) == 1
 
 
+@pytest.mark.parametrize(("tasks_per_event", "written"), [(100, 3), (1, 1)])
+def test_snapshots_of_many_tasks_are_rarer(
+    tasks_per_event: int, written: int, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "TASKS_PER_EVENT", tasks_per_event)
+    asked: list[str] = []
+
+    def notes(action: str, key: str) -> bool:
+        if action == "create" and key.startswith("snapshots/"):
+            asked.append(key)
+        return False
+
+    shelf.objects.fails = notes
+    registry = shelf.open()
+    for number in range(3 * EVERY):
+        put(registry, f"task-{number}", content(number))
+        registry.compact()
+    assert len(asked) == written
+
+
 def test_a_snapshot_of_a_newer_prelude_is_passed_over(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = changed(shelf, 2 * EVERY + 1)
     monkeypatch.setattr(snapshots_module, "FORMAT", 2)

@@ -115,23 +115,12 @@ class CompiledOperators(Operators):
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if logits.dtype not in COMPILED_DTYPES:
             return super().best(logits)
-        logits = logits.contiguous()
-        rows, width = logits.shape
-        largest = torch.empty(rows, dtype=torch.float32, device="cpu")
-        where = torch.empty(rows, dtype=torch.long, device="cpu")
-        addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(where, torch.long))
-        self._loops(logits).best(rows, torch.get_num_threads(), *addresses, width)
-        return largest, where
+        return _of_rows(self._loops(logits).best, logits, torch.long)
 
     def log_totals(self, logits: torch.Tensor) -> torch.Tensor:
         if logits.dtype not in COMPILED_DTYPES:
             return super().log_totals(logits)
-        logits = logits.contiguous()
-        rows, width = logits.shape
-        largest = torch.empty(rows, dtype=torch.float32, device="cpu")
-        totals = torch.empty(rows, dtype=torch.float64, device="cpu")
-        addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(totals, torch.float64))
-        self._loops(logits).totals(rows, torch.get_num_threads(), *addresses, width)
+        largest, totals = _of_rows(self._loops(logits).totals, logits, torch.float64)
         return totals.log_().add_(largest).float()
 
     def _loops(self, x: torch.Tensor) -> SmallLoops:
@@ -148,6 +137,17 @@ def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     assert tensor.dtype == dtype, f"{dtype} is read, {tensor.dtype} is stored"
     assert tensor.is_contiguous(), "read without gaps"
     return tensor.data_ptr()
+
+
+def _of_rows(loop: Loop, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a loop finds of each row of logits: the largest number, and another one of this dtype."""
+    logits = logits.contiguous()
+    rows, width = logits.shape
+    largest = torch.empty(rows, dtype=torch.float32, device="cpu")
+    other = torch.empty(rows, dtype=dtype, device="cpu")
+    addresses = (_address(logits, logits.dtype), _address(largest, torch.float32), _address(other, dtype))
+    loop(rows, torch.get_num_threads(), *addresses, width)
+    return largest, other
 
 
 def _run(loop: Loop, tokens: int, width: int, *arguments: int) -> None:

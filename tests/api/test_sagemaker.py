@@ -29,7 +29,8 @@ def test_a_body_is_answered_as_on_the_route_of_its_kind(chatty: LiveServer) -> N
     for route, task, body in bodies:
         replies = [chatty.client.post(path, json=body) for path in (route, INVOCATIONS)]
         assert [reply.status_code for reply in replies] == [200, 200], replies[1].text
-        there, here = (reply.json() for reply in replies)
+        # The model computes in float64, where a text's last bits depend on the texts that share its steps.
+        there, here = (reply.json(parse_float=lambda digits: round(float(digits), 9)) for reply in replies)
         if isinstance(there, dict):
             assert here.pop("id") != there.pop("id")
             assert abs(here.pop("created") - there.pop("created")) < 60

@@ -2,15 +2,15 @@
 # explains its options; docs/operations.md, "The image", says how to run the result.
 #
 #   deploy/build_image.sh
-#   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --init --read-only --tmpfs /tmp --cap-drop all \
-#     prelude-server:cpu
+#   docker run --rm -p 127.0.0.1:8000:8000 -e PRELUDE_ALLOW_ANONYMOUS=1 --init --read-only --tmpfs /tmp:size=1500m \
+#     --cap-drop all prelude-server:cpu
 #
 # Inside a container the server listens on every address, so it refuses to start without PRELUDE_ALLOW_ANONYMOUS or API
 # keys. Keep keys in a volume:
 #   docker run --rm -v prelude-keys:/etc/prelude prelude-server:cpu \
 #     keys create --file /etc/prelude/keys.json --name me --scope admin
 #   docker run --rm -p 8000:8000 -v prelude-keys:/etc/prelude -e PRELUDE_API_KEYS_FILE=/etc/prelude/keys.json \
-#     --init --read-only --tmpfs /tmp --cap-drop all prelude-server:cpu
+#     --init --read-only --tmpfs /tmp:size=1500m --cap-drop all prelude-server:cpu
 #
 # Named volumes for /var/lib/prelude (store, training jobs) and /var/cache/prelude (converted model, compiled kernels)
 # survive a restart.
@@ -19,7 +19,7 @@
 # --secret id=pipconf,src=pip.conf. The build also works without them.
 
 # A tag can move; docs/operations.md says how to pin the base image by its digest.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 
 # The tools of the build: pip, setuptools and Node.js. None of them reaches the image.
@@ -113,7 +113,7 @@ ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="Prelude" \
       org.opencontainers.image.description="One frozen LLM in memory, any number of tasks, each a soft prompt." \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.base.name="docker.io/library/${BASE_IMAGE}"
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
 
 # A fixed uid, which the owner of a mounted folder can give access to. The home directory is the cache: a volume, so it
 # is writable on a read-only root as well, and libraries that write to ~ succeed.
@@ -130,14 +130,16 @@ COPY LICENSE NOTICE /usr/share/doc/prelude/
 COPY --chown=10001:10001 prompts /prompts
 COPY --from=code /installed /
 
-# The store is outside the inbox, unlike the default, because a mounted inbox may be read-only.
+# The store is outside the inbox, unlike the default, because a mounted inbox may be read-only. /tmp is usually memory,
+# so uploads in progress may take less of it than by default.
 ENV PATH=/opt/prelude/bin:$PATH \
     HF_HOME=/var/cache/prelude/huggingface \
     PRELUDE_HOST=0.0.0.0 \
     PRELUDE_PROMPTS_DIR=/prompts \
     PRELUDE_STORE=file:/var/lib/prelude \
     PRELUDE_JOBS_DIR=/var/lib/prelude/jobs \
-    PRELUDE_CACHE_DIR=/var/cache/prelude
+    PRELUDE_CACHE_DIR=/var/cache/prelude \
+    PRELUDE_FORM_DISK=768MiB
 
 USER 10001:10001
 WORKDIR /var/lib/prelude

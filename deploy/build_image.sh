@@ -13,9 +13,9 @@ Build the container image of Prelude with docker or podman.
 Variables, all optional:
   ENGINE           docker or podman; default: the first of them that is installed
   TAG              the image's name instead of prelude-server:cpu or prelude-server:gpu
-  BASE_IMAGE       the base image; default: python:3.11-slim-bookworm. Pin it by its digest:
+  BASE_IMAGE       the base image; default: docker.io/library/python:3.11-slim-bookworm. Pin it by its digest:
                      docker buildx imagetools inspect python:3.11-slim-bookworm     shows it
-                     BASE_IMAGE=python:3.11-slim-bookworm@sha256:... deploy/build_image.sh
+                     BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:... deploy/build_image.sh
   TORCH_INDEX_URL  the index of torch's CPU builds; default: https://download.pytorch.org/whl/cpu. Empty: none
   TORCH_SHA256     the SHA-256 of torch's wheel, as that index states it; pip then refuses another file
   PIP_CONF, NPMRC, CA_BUNDLE
@@ -65,6 +65,10 @@ for secret in pipconf=PIP_CONF npmrc=NPMRC ca=CA_BUNDLE; do
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+options+=(--label "org.opencontainers.image.version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)")
+if revision=$(git describe --always --exclude '*' --abbrev=40 --dirty 2> /dev/null); then
+  options+=(--label "org.opencontainers.image.revision=$revision")
+fi
 started=$SECONDS
 DOCKER_BUILDKIT=1 "$engine" build "${options[@]}" "$@" .
 bytes=$("$engine" image inspect --format '{{.Size}}' "$tag")

@@ -65,11 +65,17 @@ def test_the_image_takes_only_packages_whose_hashes_are_known(lock: ModuleType) 
     assert all(f"!{name}" in ignored and (ROOT / name).exists() for name in copied)
 
 
-def test_every_service_has_a_limit_on_its_memory_and_on_its_processes() -> None:
+def test_every_service_has_limits_and_no_rights_and_says_whether_it_is_well() -> None:
     services = YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]
     assert {"prelude", "prelude-gpu", "replica-1", "replica-2", "prometheus", "grafana", "s3"} <= set(services)
-    for service in services.values():
+    for name, service in services.items():
         assert re.fullmatch(r"\$\{MEMORY_LIMIT:-\d+g\}|\dg", service["mem_limit"])
+        assert service["memswap_limit"] == service["mem_limit"]
+        (mount,) = service["tmpfs"]
+        assert re.fullmatch(r"/tmp:size=\d+m", mount)
+        assert service["logging"]["options"]["max-size"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "healthcheck" in service or name == "bucket", "what ends has no health"
         assert 512 <= service["pids_limit"] <= 4096
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]

@@ -34,5 +34,5 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Running]:
     """A server with two keys, restricted as docs/operations.md recommends."""
-    with Running.start(engine) as running:
+    with Running.start(engine, "--init") as running:
         yield running

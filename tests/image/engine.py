@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,16 @@ START_SECONDS = 900
 DRAIN_SECONDS = 120
 """After a SIGTERM; on a busy machine a long stream needs more than the default."""
 HARDENED = (
-    *("--init", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all"),
-    *("--security-opt", "no-new-privileges", "--memory", "3g", "--pids-limit", "512"),
+    *("--read-only", "--tmpfs", "/tmp:size=256m", "--cap-drop", "all", "--security-opt", "no-new-privileges"),
+    *("--memory", "3g", "--memory-swap", "3g", "--pids-limit", "512"),
 )
+
+
+def soft_prompt(name: str) -> list[tuple[str, tuple[str, bytes]]]:
+    """The files of an upload, from a folder of the repository."""
+    folder = ROOT / name
+    names = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
+    return [("files", (name, (folder / name).read_bytes())) for name in names]
 
 
 @dataclass
@@ -84,6 +91,18 @@ class Engine:
         )
         return done.stdout
 
+    def service(self, name: str) -> str:
+        """The id of the container that compose has started for a service."""
+        (found,) = self("ps", "--quiet", "--filter", f"label=com.docker.compose.service={name}").split()
+        return found
+
+    def is_healthy(self, name: str) -> bool:
+        """Whether its health check passes. Podman runs the check now, because it leaves the schedule to systemd."""
+        if not self.is_podman:
+            return bool(self.inspect(name)["State"]["Health"]["Status"] == "healthy")
+        command = [self.command, "healthcheck", "run", name]
+        return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
     def inspect(self, name: str) -> Any:
         return json.loads(self("inspect", name))[0]
 
@@ -100,10 +119,14 @@ class Running:
 
     @classmethod
     @contextmanager
-    def start(cls, engine: Engine) -> Iterator[Running]:
-        """With keys and volumes of its own, until it is ready; all is removed in the end."""
+    def start(cls, engine: Engine, *options: str, command: Sequence[str] = (), cache: str = "") -> Iterator[Running]:
+        """With keys and volumes of its own, until it is ready; all is removed in the end.
+
+        `options` are the engine's, `command` replaces the image's, and `cache` is the volume of another container.
+        """
         name = f"prelude-test-{uuid.uuid4().hex[:8]}"
-        volumes = [f"{name}-{kind}" for kind in ("keys", "store", "cache")]
+        own = [f"{name}-{kind}" for kind in ("keys", "store", "cache")]
+        volumes = [*own[:2], cache or own[2]]
         paths = ("/etc/prelude", "/var/lib/prelude", "/var/cache/prelude")
         mounts = [part for pair in zip(volumes, paths, strict=True) for part in ("--volume", ":".join(pair))]
         keys = ("--env", "PRELUDE_API_KEYS_FILE=/etc/prelude/keys.json", *mounts)
@@ -114,7 +137,8 @@ class Running:
             ]
             admin, reader = (next(word for word in text.split() if word.startswith("prelude_")) for text in made)
             drain = ("--env", f"PRELUDE_DRAIN_SECONDS={DRAIN_SECONDS}")
-            engine("run", "--detach", "--name", name, *HARDENED, "--publish", "127.0.0.1::8000", *drain, *keys, IMAGE)
+            publish = ("--publish", "127.0.0.1::8000")
+            engine("run", "--detach", "--name", name, *HARDENED, *publish, *drain, *keys, *options, IMAGE, *command)
             with httpx.Client(timeout=120) as client:
                 running = cls(engine, name, admin, reader, client)
                 running.wait_until_ready()
@@ -123,7 +147,7 @@ class Running:
             with contextlib.suppress(subprocess.CalledProcessError):
                 print(engine.logs(name))
             engine("rm", "--force", "--volumes", name, ok=(0, 1))
-            engine("volume", "rm", "--force", *volumes, ok=(0, 1))
+            engine("volume", "rm", "--force", *own, ok=(0, 1))
 
     def wait_until_ready(self) -> float:
         """Seconds that it took."""

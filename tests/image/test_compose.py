@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,12 +19,13 @@ import httpx
 import pytest
 
 from tests.image.drawing import draw
-from tests.image.engine import ROOT, START_SECONDS, Engine
+from tests.image.engine import ROOT, START_SECONDS, Engine, soft_prompt
 from tests.image.panels import answers
 
 PROMETHEUS = "http://127.0.0.1:9090"
 SENTIMENT = "examples/sentiment"
 CLIENTS = 4
+HEALTH_SECONDS = 60
 SYNC_SECONDS = 15
 """Replicas look for each other's changes every two seconds; a busy machine is slower."""
 
@@ -75,12 +77,6 @@ def is_ready(port: int) -> bool:
     return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
 
 
-def soft_prompt(name: str) -> list[tuple[str, tuple[str, bytes]]]:
-    folder = ROOT / name
-    names = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
-    return [("files", (name, (folder / name).read_bytes())) for name in names]
-
-
 def load(seconds: float) -> None:
     """Requests of all kinds that the dashboard shows, from several clients; publishing and errors among them."""
     end = time.monotonic() + seconds
@@ -105,10 +101,43 @@ def _client(number: int, end: float) -> None:
             time.sleep(0.5)
 
 
-def test_the_server_and_what_observes_it_come_up_and_no_panel_is_empty(compose: list[str]) -> None:
+def all_are_restricted_and_healthy(engine: Engine, *services: str) -> None:
+    for service in services:
+        container = engine.service(service)
+        eventually(lambda: engine.is_healthy(container), HEALTH_SECONDS)  # noqa: B023
+        host = engine.inspect(container)["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["PidsLimit"] == 2048
+        assert host["Memory"] == host["MemorySwap"] > 0
+        (options,) = [line.split()[3] for line in mounts(engine, container) if line.split()[1] == "/tmp"]
+        assert "size=" in options
+        status = engine("exec", container, "cat", "/proc/1/status")
+        assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+
+
+def mounts(engine: Engine, container: str) -> list[str]:
+    return engine("exec", container, "cat", "/proc/mounts").splitlines()
+
+
+def test_the_server_alone_comes_up_and_keeps_its_tasks_over_a_restart(compose: list[str], engine: Engine) -> None:
+    with up(compose, None) as run:
+        eventually(lambda: is_ready(8000), START_SECONDS)
+        all_are_restricted_and_healthy(engine, "prelude")
+        body = {"inputs": "a gripping, beautifully acted film that stays with you"}
+        httpx.put("http://127.0.0.1:8000/prompts/new", files=soft_prompt(SENTIMENT), timeout=60).raise_for_status()
+        run("restart", "prelude")
+        eventually(lambda: is_ready(8000), START_SECONDS)
+        reply = httpx.post("http://127.0.0.1:8000/generate?task=new", json=body, timeout=60)
+        assert reply.json()["generated_text"] == "positive"
+        assert httpx.get("http://127.0.0.1:8000/prompts/sms_spam").status_code == 200, "of the inbox, prompts/"
+
+
+def test_the_server_and_what_observes_it_come_up_and_no_panel_is_empty(compose: list[str], engine: Engine) -> None:
     seconds = float(os.environ.get("LOAD_SECONDS", "80"))
     with up(compose, "observability") as run:
         eventually(lambda: is_ready(8000), START_SECONDS)
+        all_are_restricted_and_healthy(engine, "prelude", "prometheus", "grafana")
         began = time.monotonic()
         load(seconds)
         run("restart", "prelude")  # then it reads soft prompts from the store
@@ -133,10 +162,11 @@ def test_the_server_and_what_observes_it_come_up_and_no_panel_is_empty(compose: 
             assert all(reply.json().values()), reply.text
 
 
-def test_two_replicas_on_one_bucket_serve_what_one_of_them_was_given(compose: list[str]) -> None:
+def test_two_replicas_on_one_bucket_serve_what_one_of_them_was_given(compose: list[str], engine: Engine) -> None:
     with up(compose, "store", "replica-1", "replica-2"):
         for port in (8001, 8002):
             eventually(lambda: is_ready(port), START_SECONDS)  # noqa: B023
+        all_are_restricted_and_healthy(engine, "s3", "replica-1", "replica-2")
         httpx.put("http://127.0.0.1:8001/prompts/new", files=soft_prompt(SENTIMENT), timeout=60).raise_for_status()
         body = {"inputs": "a gripping, beautifully acted film that stays with you"}
 

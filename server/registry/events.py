@@ -39,7 +39,7 @@ def _as_text(value: Any) -> ManifestText:
     return ManifestText(compact_json(value))
 
 
-JsonText = Annotated[str, PlainValidator(_as_text)]
+JsonText = Annotated[ManifestText, PlainValidator(_as_text)]
 """A JSON object in an event's file, its text in memory."""
 
 
@@ -83,7 +83,7 @@ class VersionContent(_Strict):
     @property
     def about(self) -> ManifestSummary:
         """What is known of its manifest."""
-        return self._text.about
+        return self.manifest.about
 
     @property
     def identity(self) -> str:
@@ -95,11 +95,7 @@ class VersionContent(_Strict):
 
     def parse_manifest(self) -> Manifest:
         """The manifest as an object; raises InvalidSoftPrompt if a newer Prelude wrote it."""
-        return self._text.manifest
-
-    @property
-    def _text(self) -> ManifestText:
-        return self.manifest if isinstance(self.manifest, ManifestText) else ManifestText(self.manifest)
+        return self.manifest.manifest
 
 
 def content_of(soft_prompt: SoftPrompt, blob: str) -> VersionContent:
@@ -277,9 +273,9 @@ def _publish_fields(change: Publish) -> dict[str, Any]:
     contents = [item["content"] for item in fields["published"]]
     manifests = [content.pop("manifest") for content in contents]
     if len(contents) > 1 and len(set(manifests)) == 1:
-        return {**fields, "manifest": json.loads(manifests[0])}
+        return {**fields, "manifest": json.loads(manifests[0].text)}
     for content, manifest in zip(contents, manifests, strict=True):
-        content["manifest"] = json.loads(manifest)
+        content["manifest"] = json.loads(manifest.text)
     return fields
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Protocol
 
 from server.contracts import ModelSpec
@@ -80,13 +79,18 @@ class LiveMap:
         self._held: Counter[str] = Counter()  # prefix hashes of publishes under way
         self._state = store.load()
         _log_new({}, self._state.problems)
-        self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced)
+        self._broken: dict[str, str] = {}  # task -> why a version of it is not served
+        self._noting = threading.Lock()
+        self._contents = Contents(store, model, max_virtual_tokens, self.is_referenced, self._note_content)
         self.host = HostCache(host_memory, self._contents.load, lambda digest: digest in self._state.digests)
         self._tasks = TaskMap()
         self._refresh(self._state.tasks)
+        self._tasks.names  # noqa: B018 - sorts them, so that no list has to
         contents = [version.content for task in self._state.tasks.values() for version in task.versions.values()]
         self._contents.check_all(contents, self._state.deleted)
         self._state.deleted.clear()
+        if self._contents.broken:
+            self._note_broken(self._state.tasks)
 
     def connect(self, engine: PrefixHolder) -> None:
         """From now on warm what is published, and drop what is deleted; start-up itself warms nothing."""
@@ -106,7 +110,7 @@ class LiveMap:
             UnknownTask: it is not live, or has no such version; names the nearest ones.
         """
         name, version = split_version(reference)
-        task = self._tasks.get(name)
+        task = self.find(name)
         if task is None:
             raise self._unknown(name)
         number = task.pick(key) if version is None else version
@@ -127,7 +131,7 @@ class LiveMap:
 
     def task(self, name: str) -> Task:
         """One task that has versions, live or not; raises InvalidTaskName or UnknownTask."""
-        task = self._tasks.get(check_task_name(name))
+        task = self.find(check_task_name(name))
         if task is None:
             error = self._unknown(name)
             raise UnknownTask(error.message, remedy=self.error_of(name) or error.remedy)
@@ -136,7 +140,7 @@ class LiveMap:
     def tasks(self) -> list[Task]:
         """All tasks that have versions, by name."""
         tasks = self._tasks
-        return [tasks[name] for name in tasks.names]
+        return [Task.of(name, tasks[name]) for name in tasks.names]
 
     def names_after(self, name: str | None) -> Iterator[str]:
         """Names of all tasks that have versions, in order, from the first after `name`; as they are now."""
@@ -145,7 +149,8 @@ class LiveMap:
 
     def find(self, name: str) -> Task | None:
         """A task that has versions, or None."""
-        return self._tasks.get(name)
+        state = self._tasks.get(name)
+        return None if state is None else Task.of(name, state)
 
     @property
     def num_tasks(self) -> int:
@@ -162,23 +167,29 @@ class LiveMap:
         # The order of these two checks matters: a publish releases its hold only after its version is in the state.
         return prefix_hash in self._held or prefix_hash in self._state.prefixes
 
+    def tasks_with(self, prefix_hash: str) -> list[str]:
+        """Names of the tasks that have a version with these numbers."""
+        return self._state.prefixes.tasks(prefix_hash)
+
     @property
     def errors(self) -> dict[str, str]:
         """Task or inbox entry -> why it, or a version of it, is not served."""
-        found = {
-            task.name: why
-            for task in (self._tasks.values() if self._contents.broken else ())
-            for version in task.versions.values()
-            if (why := self._contents.why_broken(version.content)) is not None
-        }
-        return {**self._state.problems, **found, **self.inbox_errors}
+        return {**self._state.problems, **self._broken, **self.inbox_errors}
+
+    @property
+    def num_errors(self) -> int:
+        """Tasks and inbox entries with something that is not served."""
+        others = self._state.problems.keys() | self.inbox_errors.keys()
+        return len(self._broken) + sum(name not in self._broken for name in others)
+
+    def entries_after(self, name: str | None) -> list[str]:
+        """Names with an error that are no tasks, such as broken entries of the inbox, in order, after `name`."""
+        others = self._state.problems.keys() | self.inbox_errors.keys()
+        return sorted(other for other in others if other not in self._tasks and (name is None or other > name))
 
     def error_of(self, name: str) -> str | None:
         """Why a task, an entry of the inbox, or a version of the task is not served; None if nothing is wrong."""
-        task = self._tasks.get(name)
-        versions = task.versions.values() if task is not None and self._contents.broken else ()
-        found = [why for why in map(self.why_broken, versions) if why is not None]
-        return self.inbox_errors.get(name) or (found[-1] if found else None) or self._state.problems.get(name)
+        return self.inbox_errors.get(name) or self._broken.get(name) or self._state.problems.get(name)
 
     def why_broken(self, version: StoredVersion) -> str | None:
         """Why a version is not served; None if nothing is known against it."""
@@ -231,14 +242,26 @@ class LiveMap:
 
     def _refresh(self, names: Collection[str]) -> None:
         """Bring the live map of these tasks in line with the state, by one assignment for all of them."""
-        self._tasks = self._tasks.replaced((name, self._view(name)) for name in names)
+        states = ((name, self._state.tasks.get(name)) for name in names)
+        self._tasks = self._tasks.replaced((name, task if task and task.versions else None) for name, task in states)
+        if self._contents.broken or self._broken:
+            self._note_broken(names)
 
-    def _view(self, name: str) -> Task | None:
-        """What lists show of a task; None if it has no versions."""
-        state = self._state.tasks.get(name)
-        if state is None or not state.versions:
-            return None
-        return Task(name, state.traffic, MappingProxyType(dict(state.versions)), state.last_event)
+    def _note_content(self, content: VersionContent) -> None:
+        """Take note that a content turned out to be broken, or to be no longer; on any thread."""
+        self._note_broken(self._state.digests.tasks(content.digest))
+
+    def _note_broken(self, names: Iterable[str]) -> None:
+        """Find out which of these tasks have a version that is not served."""
+        with self._noting:
+            for name in names:
+                task = self._tasks.get(name)
+                found = [self.why_broken(version) for version in task.versions.values()] if task is not None else []
+                why = next((why for why in reversed(found) if why is not None), None)
+                if why is not None:
+                    self._broken[name] = why
+                else:
+                    self._broken.pop(name, None)
 
     @contextmanager
     def _hold(self, prefix_hashes: Iterable[str]) -> Iterator[None]:

@@ -3,26 +3,33 @@
     snapshots/000000001000.json.gz   the state at event 1000, create-if-absent, never rewritten
 
 Format: JSON lines. A header comes first, then manifests and tasks; each manifest is written once, before the first task
-that uses it. Two snapshots stay at any time, and all events after the older one, so no single damaged object loses
-anything.
+that uses it, beside its summary, so that a start parses none. Two snapshots stay at any time, and all events after the
+older one, so no single damaged object loses anything.
 """
 
+import contextlib
+import gc
 import gzip
+import hashlib
 import io
 import json
 import logging
 import re
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from server.errors import StoreError
 from server.registry.events import VersionContent
-from server.registry.manifest_text import ManifestText, compact_json
+from server.registry.manifest_text import SUMMARIES, ManifestSummary, ManifestText, compact_json
 from server.registry.objects import Objects
 from server.registry.state import RegistryState, StoredVersion, TaskState
+from server.soft_prompts.manifest import BaseModelRef
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +75,21 @@ class Snapshots:
 
     def read(self, number: int) -> RegistryState:
         """The state at an event; raises StoreError if it is damaged or gone, or a newer Prelude wrote it."""
+        return self._read(number, decode, lambda state: state.last_event)
+
+    def check(self, number: int) -> None:
+        """Raise StoreError as `read` does, without the memory of a second state."""
+        self._read(number, check, int)
+
+    def _read(self, number: int, read: Callable[[bytes], T], number_of: Callable[[T], int]) -> T:
         data = self._objects.get(_key(number))
         try:
-            state = decode(b"" if data is None else data)
+            found = read(b"" if data is None else data)
         except UNREADABLE as exc:
             raise StoreError(f"The store's snapshot {number} cannot be read: {exc}.") from exc
-        if state.last_event != number:
-            raise StoreError(f"The store's snapshot {number} says that it is of event {state.last_event}.")
-        return state
+        if number_of(found) != number:
+            raise StoreError(f"The store's snapshot {number} says that it is of event {number_of(found)}.")
+        return found
 
     def write(self, state: RegistryState) -> None:
         """Keep a state, which another server may have kept already; raises StoreError if the store refuses."""
@@ -98,7 +112,7 @@ class Snapshots:
     def _is_readable(self, number: int) -> bool:
         if number not in self._checked:
             try:
-                self.read(number)
+                self.check(number)
             except StoreError as exc:
                 log.error("%s", exc)
                 return False
@@ -109,61 +123,138 @@ class Snapshots:
 def encode(state: RegistryState) -> bytes:
     """A snapshot's file; a manifest that several versions have is written once."""
     buffer = io.BytesIO()
-    manifests: dict[str, int] = {}
+    manifests: dict[bytes, int] = {}
     with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as file:
 
         def write(**fields: Any) -> None:
             file.write(compact_json(fields).encode() + b"\n")
 
-        head = {"last_event": state.last_event, "first_version": state.first_version}
+        head = {"last_event": state.last_event, "first_version": state.first_version, "summaries": SUMMARIES}
         write(format=FORMAT, **head, tasks=len(state.tasks))
         for name, task in state.tasks.items():
+            versions = []
             for version in task.versions.values():
-                text = version.content.manifest
-                if text not in manifests:
-                    manifests[text] = len(manifests)
-                    write(manifest=text)
-            own = {field: getattr(task, field) for field in _OF_TASK}
-            write(task=name, **own, versions=[_version_fields(item, manifests) for item in task.versions.values()])
+                text = version.content.manifest.text
+                key = hashlib.blake2b(text.encode(), digest_size=20).digest()  # the texts would take much memory
+                if key not in manifests:
+                    manifests[key] = len(manifests)
+                    write(manifest=text, **_summary_fields(version.content.about))
+                versions.append(_version_fields(version, manifests[key]))
+            write(task=name, **{field: getattr(task, field) for field in _OF_TASK}, versions=versions)
     return buffer.getvalue()
 
 
 def decode(data: bytes) -> RegistryState:
     """The state in a snapshot's file; raises one of UNREADABLE."""
     state = RegistryState()
-    manifests: list[ManifestText] = []
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        head = json.loads(file.readline())
-        if head["format"] != FORMAT:
-            raise ValueError(f"its format is {str(head['format'])[:20]}, and this server knows {FORMAT}")
-        for line in file:
-            fields = json.loads(line)
-            if "manifest" in fields:
-                manifests.append(ManifestText(fields["manifest"]))
-                continue
-            task, own = fields["task"], {field: fields[field] for field in _OF_TASK}
-            versions = [_version(task, item, manifests) for item in fields["versions"]]
-            own["versions"] = {version.number: version for version in versions}
-            state.tasks[task] = _TASK.validate_python(own)
-    if len(state.tasks) != head["tasks"]:
-        raise ValueError(f"it has {len(state.tasks)} tasks and should have {head['tasks']}")
+    with _no_collections(), gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        head = _read_head(file)
+        for name, task in _read_tasks(file, head, _manifest):
+            state.tasks[name] = task
+            for version in task.versions.values():
+                state.count(version)
+    _check_count(len(state.tasks), head)
     state.last_event, state.first_version = int(head["last_event"]), int(head["first_version"])
-    state.count()
     return state
 
 
-def _version_fields(version: StoredVersion, manifests: dict[str, int]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Context manager: garbage collections would scan millions of new objects, none of which is garbage, repeatedly."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def check(data: bytes) -> int:
+    """Read a snapshot's file and keep nothing; returns the number of its event, or raises one of UNREADABLE."""
+    nothing = ManifestText("{}")
+
+    def read_manifest(fields: dict[str, Any], shared: dict[Any, Any]) -> ManifestText:
+        _manifest(fields, shared)
+        return nothing
+
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        head = _read_head(file)
+        found = sum(1 for _ in _read_tasks(file, head, read_manifest))
+    _check_count(found, head)
+    return int(head["last_event"])
+
+
+def _check_count(found: int, head: dict[str, Any]) -> None:
+    if found != head["tasks"]:
+        raise ValueError(f"it has {found} tasks and should have {head['tasks']}")
+
+
+def _read_head(file: gzip.GzipFile) -> dict[str, Any]:
+    head: dict[str, Any] = json.loads(file.readline())
+    if head["format"] != FORMAT:
+        raise ValueError(f"its format is {str(head['format'])[:20]}, and this server knows {FORMAT}")
+    return head
+
+
+def _read_tasks(
+    file: gzip.GzipFile, head: dict[str, Any], read_manifest: Callable[[dict[str, Any], dict[Any, Any]], ManifestText]
+) -> Iterator[tuple[str, TaskState]]:
+    """The tasks of a snapshot, one after the other; equal values of different tasks are one object."""
+    manifests: list[ManifestText] = []
+    shared: dict[Any, Any] = {}
+    for line in file:
+        fields = json.loads(line)
+        if "manifest" in fields:
+            if head.get("summaries") != SUMMARIES:
+                fields.pop("identity", None)
+            manifests.append(read_manifest(fields, shared))
+            continue
+        name, own = fields["task"], {field: fields[field] for field in _OF_TASK}
+        versions = [_version(name, item, manifests, shared) for item in fields["versions"]]
+        own["versions"] = {version.number: version for version in versions}
+        task = _TASK.validate_python(own)
+        # No task's state is changed, only copies of it.
+        task.history = shared.setdefault(("history", *task.history), task.history)
+        task.inbox = shared.setdefault(("inbox", *task.inbox.items()), task.inbox)
+        yield name, task
+
+
+def _manifest(fields: dict[str, Any], shared: dict[Any, Any]) -> ManifestText:
+    """A manifest, with its summary if it is known: else that is made again, which takes minutes for a million."""
+    text = fields["manifest"]
+    if not isinstance(text, str):
+        raise TypeError("a manifest is no text")
+    if "identity" not in fields:
+        return ManifestText(text)
+    base = None if fields["base_model"] is None else tuple(fields["base_model"])
+    if base is not None and base not in shared:
+        shared[base] = BaseModelRef(name=base[0], fingerprint=base[1])
+    return ManifestText(
+        text, ManifestSummary(fields["identity"], None, fields["description"], shared[base] if base else None)
+    )
+
+
+def _version_fields(version: StoredVersion, manifest: int) -> dict[str, Any]:
     content = {field: getattr(version.content, field) for field in _OF_CONTENT}
-    content["manifest"] = manifests[version.content.manifest]
+    content["manifest"] = manifest
     return {field: getattr(version, field) for field in _OF_VERSION} | content
 
 
-def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText]) -> StoredVersion:
+def _version(task: str, fields: dict[str, Any], manifests: list[ManifestText], shared: dict[Any, Any]) -> StoredVersion:
     own = {field: fields.pop(field) for field in _OF_VERSION}
+    own["by"], fields["peft_type"] = (shared.setdefault(text, text) for text in (own["by"], fields["peft_type"]))
     content = {**fields, "manifest": manifests[fields["manifest"]]}
-    version = _VERSION.validate_python({"task": task, "content": content, **own})
-    version.content.about  # noqa: B018 - read now, so that no list has to
-    return version
+    return _VERSION.validate_python({"task": task, "content": content, **own})
+
+
+def _summary_fields(about: ManifestSummary) -> dict[str, Any]:
+    """What a snapshot tells of a manifest's summary: nothing if this server could not read the manifest."""
+    if about.problem is not None:
+        return {}
+    base = about.base_model
+    known = None if base is None else (base.name, base.fingerprint)
+    return {"identity": about.identity, "description": about.description, "base_model": known}
 
 
 def _key(number: int) -> str:

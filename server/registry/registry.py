@@ -19,7 +19,7 @@ from server.registry.bounded import BoundedLock, result_of
 from server.registry.commands import Expected, PublishPlan
 from server.registry.events import Change, Event, Publish, Retire, Source, VersionContent, content_of, contents_of
 from server.registry.live_map import HOST_MEMORY, LiveMap
-from server.registry.state import RegistryState
+from server.registry.state import RegistryState, TaskState
 from server.registry.store import Behind, Store
 from server.registry.task_views import Published, Task
 from server.registry.unreadable_events import Entry
@@ -106,7 +106,7 @@ class Registry(LiveMap):
         for soft_prompt in soft_prompts:
             self.host.put(soft_prompt)
         created, is_live = len(unused) < len(contents), activate or contents[0] in unused
-        return Published(created=created, live=is_live, tasks=planned.versions, etag=live[names[0]].etag)
+        return Published(created=created, live=is_live, tasks=planned.versions, etag=live[names[0]].last_event)
 
     def activate(self, name: str, version: int, *, by: str | None = None, expected: Expected = None) -> Task:
         """Let one version answer, alone; ends a canary.
@@ -273,11 +273,11 @@ class Registry(LiveMap):
             ahead = [] if change is None else [Event(self._state.last_event + 1, "", "api", by, change)]
             going_live = self._going_live(ahead)
         self._engine.warm([result_of(self.host.fetch(content)) for content in going_live])
-        return self._change(plan, "api", by)[1][name]
+        return Task.of(name, self._change(plan, "api", by)[1][name])
 
     def _change_with(
         self, contents: Sequence[VersionContent], plan: Callable[[], Change | None], source: Source, by: str | None
-    ) -> Mapping[str, Task]:
+    ) -> Mapping[str, TaskState]:
         """Make a change that needs new blobs and return the new live map; without an event the blobs are removed."""
         try:
             return self._change(plan, source, by)[1]
@@ -287,7 +287,7 @@ class Registry(LiveMap):
 
     def _change(
         self, plan: Callable[[], Change | None], source: Source, by: str | None
-    ) -> tuple[Event | None, Mapping[str, Task]]:
+    ) -> tuple[Event | None, Mapping[str, TaskState]]:
         """Append the planned event. If another server has taken its number, apply its events and plan again.
 
         Returns the event, or None if there was nothing to change, and the live map as it left it.

@@ -7,7 +7,6 @@ number, and the contents that inboxes have published under its name.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +27,8 @@ from server.registry.events import (
     alone,
     tasks_of,
 )
+from server.registry.holders import Holders
+from server.registry.manifest_text import ManifestPacker
 from server.registry.unreadable_events import Entry, Unreadable, UnreadableText
 
 WHOLE_STORE = ".store"
@@ -46,7 +47,7 @@ class StoredVersion:
     by: str | None
 
 
-@dataclass
+@dataclass(slots=True)
 class TaskState:
     """The state of one task.
 
@@ -129,10 +130,11 @@ class RegistryState:
     Attributes:
         tasks: by name.
         last_event: number of the last event that was applied.
-        digests: digest -> number of versions that have it.
-        prefixes: prefix hash -> number of versions that have it.
+        digests: tasks by the digests of their versions.
+        prefixes: tasks by the prefix hashes of their versions.
         first_version: number of a new task's first version.
         is_whole: whether all events could be read; only then may it become a snapshot.
+        packer: compresses the versions' manifests.
         deleted: blobs of versions that the events of the start deleted.
         problems: task -> why its last change has no effect here; WHOLE_STORE if the task is unknown.
     """
@@ -141,8 +143,9 @@ class RegistryState:
         """Fold events in the order of their numbers."""
         self.tasks: dict[str, TaskState] = {}
         self.last_event = 0
-        self.digests: Counter[str] = Counter()
-        self.prefixes: Counter[str] = Counter()
+        self.digests = Holders()
+        self.prefixes = Holders()
+        self.packer = ManifestPacker()
         self.problems: dict[str, str] = {}
         self.first_version = 1
         self.is_whole = True
@@ -162,11 +165,11 @@ class RegistryState:
         state.last_event, state.first_version, state.is_whole = self.last_event, self.first_version, self.is_whole
         return state
 
-    def count(self) -> None:
-        """Count the digests and prefixes of all versions again."""
-        contents = [version.content for task in self.tasks.values() for version in task.versions.values()]
-        self.digests = Counter(content.digest for content in contents)
-        self.prefixes = Counter(content.prefix_hash for content in contents)
+    def count(self, version: StoredVersion) -> None:
+        """Take note of a new version."""
+        self.packer.pack(version.content.manifest)
+        self.digests.add(version.content.digest, version.task)
+        self.prefixes.add(version.content.prefix_hash, version.task)
 
     def take(self, entry: Entry) -> tuple[set[str], list[StoredVersion]]:
         """Like `apply`; of an event that cannot be read, or contradicts the state, only the problem is recorded."""
@@ -206,16 +209,19 @@ class RegistryState:
         for name in touched:
             self.tasks[name].last_event = event.number
         for version in removed:
-            _decrement(self.digests, version.content.digest)
-            _decrement(self.prefixes, version.content.prefix_hash)
+            self.digests.remove(version.content.digest, version.task)
+            self.prefixes.remove(version.content.prefix_hash, version.task)
         return touched, removed
 
     def ahead(self, events: Sequence[Entry]) -> RegistryState:
         """The tasks of these events, as they will be after the events; this state does not change."""
         state = RegistryState()
+        state.packer = self.packer
         changes = [event.change for event in events if isinstance(event, Event)]
         for name in {name for change in changes for name in tasks_of(change)} & self.tasks.keys():
             state.tasks[name] = self.tasks[name]
+            for version in state.tasks[name].versions.values():
+                state.count(version)
         for event in events:
             state.take(event)
         return state
@@ -260,19 +266,16 @@ class RegistryState:
     def _publish(self, item: NewVersion, event: Event, activate: bool) -> None:
         self.tasks.setdefault(item.task, TaskState())
         task = self._own(item.task)
-        item.content.about  # noqa: B018 - read now, so that no list has to
         if event.source == "inbox":
             task.note_inbox(event.by, item.content.identity)
         if item.version in task.versions:
             return
         if isinstance(item.content.manifest, UnreadableText):
             self.is_whole = False
-        task.versions[item.version] = StoredVersion(
-            item.task, item.version, item.content, event.at, event.source, event.by
-        )
+        version = StoredVersion(item.task, item.version, item.content, event.at, event.source, event.by)
+        task.versions[item.version] = version
         task.last_version = max(task.last_version, item.version)
-        self.digests[item.content.digest] += 1
-        self.prefixes[item.content.prefix_hash] += 1
+        self.count(version)
         if activate:
             task.let_answer(alone(item.version))
 
@@ -283,9 +286,3 @@ def _copy(task: TaskState) -> TaskState:
 
 def _path(inbox: str | None) -> str:
     return (inbox or "").partition(":")[2]
-
-
-def _decrement(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

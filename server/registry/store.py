@@ -245,13 +245,17 @@ class Store:
         Blobs of `deleted` versions are garbage at once, which a server that was killed left. Other garbage may belong
         to a publish that is under way, and is collected after a day. Raises StoreError if the store cannot be listed.
         """
-        present = {name.removesuffix(".safetensors") for name in self._objects.list("blobs")}
-        for blob in present.difference(named):
+        wanted, missing = frozenset(named), set(named)
+        for name in self._objects.list("blobs"):
+            blob = name.removesuffix(".safetensors")
+            if blob in wanted:
+                missing.discard(blob)
+                continue
             with contextlib.suppress(StoreError):  # a store that may only be read keeps its garbage
                 age = self._objects.age(_blob_key(blob))
                 if blob in deleted or (age is not None and age > ABANDONED_SECONDS):
                     self._objects.delete(_blob_key(blob))
-        return set(named) - present
+        return missing
 
     def _read_event(self, number: int) -> Entry:
         data = self._objects.get(_event_key(number))

@@ -1,7 +1,7 @@
 """An immutable map from names to tasks whose changed copy costs the same for ten tasks and for a million.
 
 Names are spread over parts by their hash. A copy with changes shares all parts but those that the changes touch. Names
-in order, which lists need, are sorted when they are first asked for; copies with few other names reuse them.
+in order, which lists need, are sorted when they are first asked for; copies reuse them, and insert what has come since.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from server.registry.task_views import Task
+    from server.registry.state import TaskState
 
 PARTS = 1024
 MOST_MOVED = 64
-"""Names that came or went since names were sorted; with more, they are sorted again."""
+"""Names that came or went since names were sorted; with more, the change brings them in order, and no list has to."""
+MOST_INSERTED = 256
+"""Names that are inserted one by one, each of which moves half of the others."""
 
 
-class TaskMap(Mapping[str, "Task"]):
+class TaskMap(Mapping[str, "TaskState"]):
     """Tasks by name; iteration has no order, `names` is sorted."""
 
     __slots__ = ("_length", "_order", "_parts")
 
     def __init__(
         self,
-        parts: tuple[dict[str, Task], ...] = ({},) * PARTS,
+        parts: tuple[dict[str, TaskState], ...] = ({},) * PARTS,
         order: tuple[Sequence[str], frozenset[str]] | None = None,
     ) -> None:
         """Use these parts, which nobody changes any more.
@@ -36,7 +38,7 @@ class TaskMap(Mapping[str, "Task"]):
         self._length = sum(map(len, parts))
         self._order = order
 
-    def replaced(self, changes: Iterable[tuple[str, Task | None]]) -> TaskMap:
+    def replaced(self, changes: Iterable[tuple[str, TaskState | None]]) -> TaskMap:
         """A copy in which these names have these tasks, or none."""
         order = self._order  # read once: another thread may sort the names meanwhile
         parts, copied = list(self._parts), set[int]()
@@ -52,9 +54,12 @@ class TaskMap(Mapping[str, "Task"]):
                 parts[number].pop(name, None)
             else:
                 parts[number][name] = task
-        if order is None or len(moved) > MOST_MOVED:
+        if order is None:
             return TaskMap(tuple(parts))
-        return TaskMap(tuple(parts), (order[0], frozenset(moved)))
+        changed = TaskMap(tuple(parts), (order[0], frozenset(moved)))
+        if len(moved) > MOST_MOVED:
+            changed.names  # noqa: B018 - puts them in order
+        return changed
 
     @property
     def names(self) -> Sequence[str]:
@@ -64,6 +69,10 @@ class TaskMap(Mapping[str, "Task"]):
             names = sorted(self)
         elif not order[1]:
             return order[0]
+        elif len(order[1]) > MOST_INSERTED:
+            names = [name for name in order[0] if name not in order[1]]
+            names += sorted(name for name in order[1] if name in self)
+            names.sort()  # two sorted runs, which it merges
         else:
             names = list(order[0])
             for name in order[1]:
@@ -76,7 +85,7 @@ class TaskMap(Mapping[str, "Task"]):
         self._order = names, frozenset()
         return names
 
-    def __getitem__(self, name: str) -> Task:
+    def __getitem__(self, name: str) -> TaskState:
         return self._parts[hash(name) % PARTS][name]
 
     def __iter__(self) -> Iterator[str]:

@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from server.registry.events import NewVersion, Traffic, VersionContent
-from server.registry.state import StoredVersion
+from server.registry.state import StoredVersion, TaskState
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Task:
     traffic: Traffic
     versions: Mapping[int, StoredVersion]
     etag: int
+
+    @classmethod
+    def of(cls, name: str, state: TaskState) -> "Task":
+        """A task in this state, which later events do not change: they change copies of it."""
+        return cls(name, state.traffic, MappingProxyType(state.versions), state.last_event)
 
     @property
     def live(self) -> StoredVersion | None:

@@ -39,12 +39,10 @@ Entry = Event | Unreadable
 class UnreadableText(ManifestText):
     """Stands for the manifest of a version that cannot be read."""
 
-    problem: str
+    __slots__ = ()
 
-    @property
-    def about(self) -> ManifestSummary:
-        """Only why it cannot be read."""
-        return ManifestSummary(identity="unreadable", problem=self.problem)
+    def __init__(self, problem: str) -> None:
+        super().__init__("{}", ManifestSummary(identity="unreadable", problem=problem))
 
 
 def read_event(number: int, data: bytes, name: str) -> Entry:
@@ -99,8 +97,7 @@ def _version(item: Any, number: int, problem: str) -> NewVersion | None:
         name: _word(content.get(name)) if isinstance(content, dict) else ""
         for name in ("digest", "prefix_hash", "peft_type", "blob")
     }
-    manifest = UnreadableText("{}")
-    manifest.problem = problem
+    manifest = UnreadableText(problem)
     unknown = f"unreadable-{number}-{item['task']}-{item['version']}"
     digest, blob = text["digest"] or unknown, text["blob"] if BLOB_NAME.fullmatch(text["blob"]) else unknown
     return NewVersion(

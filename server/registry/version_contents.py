@@ -27,14 +27,23 @@ class Contents:
     """
 
     def __init__(
-        self, store: Store, model: ModelSpec, max_virtual_tokens: int, is_wanted: Callable[[str], bool]
+        self,
+        store: Store,
+        model: ModelSpec,
+        max_virtual_tokens: int,
+        is_wanted: Callable[[str], bool],
+        on_change: Callable[[VersionContent], None],
     ) -> None:
-        """Nothing is read yet; `is_wanted` says whether a version has these numbers, or is about to.
+        """Nothing is read yet.
 
-        A content that was deleted while it was read is not broken.
+        Args:
+            is_wanted: says whether a version has these numbers, or is about to: a content that was deleted while it
+                was read is not broken.
+            on_change: called on any thread after a content turned out to be broken, or to be no longer.
         """
         self.broken: dict[str, str] = {}
         self._is_wanted = is_wanted
+        self._on_change = on_change
         self._store = store
         self._model = model
         self._max_virtual_tokens = max_virtual_tokens
@@ -47,10 +56,11 @@ class Contents:
             check_finite(soft_prompt.tensor, self._model.dtype)
         except PreludeError as exc:
             self.broken[_key(content)] = str(exc)
+            self._on_change(content)
             if not self._is_wanted(content.prefix_hash):  # after the line above: a delete forgets it last
                 self.forget(content)
             raise _unavailable(exc) from exc
-        self.broken.pop(_key(content), None)
+        self.forget(content)
         return soft_prompt
 
     def require_fit(self, content: VersionContent) -> None:
@@ -74,11 +84,23 @@ class Contents:
 
     def check(self, contents: Iterable[VersionContent]) -> None:
         """Find out what cannot be served by what events say; nothing is read from the store."""
+        known: dict[tuple[object, ...], str | None] = {}  # contents are alike
         for content in contents:
-            try:
-                self.check_fit(content)
-            except PreludeError as exc:
-                self.broken[_key(content)] = str(exc)
+            about = content.about
+            base = None if about.base_model is None else (about.base_model.name, about.base_model.fingerprint)
+            facts = (about.problem, content.peft_type, content.shape, base)
+            if facts not in known:
+                known[facts] = self._why_unfit(content)
+            why = known[facts]
+            if why is not None:
+                self.broken[_key(content)] = why
+
+    def _why_unfit(self, content: VersionContent) -> str | None:
+        try:
+            self.check_fit(content)
+        except PreludeError as exc:
+            return str(exc)
+        return None
 
     def is_broken(self, content: VersionContent) -> bool:
         """Whether it could not be served when that was last tried."""
@@ -89,8 +111,9 @@ class Contents:
         return self.broken.get(_key(content))
 
     def forget(self, content: VersionContent) -> None:
-        """No version has it any more."""
-        self.broken.pop(_key(content), None)
+        """Nothing is known against it, or no version has it any more."""
+        if self.broken and self.broken.pop(_key(content), None) is not None:
+            self._on_change(content)
 
     def check_fit(self, content: VersionContent) -> None:
         """Refuse a content that this server cannot serve whatever the store answers.

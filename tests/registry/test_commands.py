@@ -31,12 +31,15 @@ from server.registry.events import (
     Traffic,
     VersionContent,
 )
+from server.registry.manifest_text import ManifestText
 from server.registry.state import RegistryState
 from server.registry.task_views import Task
 
 
 def content(digest: str) -> VersionContent:
-    return VersionContent(digest, f"prefix of {digest}", "PROMPT_TUNING", (2, 4), 32, f"blob of {digest}", "{}")
+    return VersionContent(
+        digest, f"prefix of {digest}", "PROMPT_TUNING", (2, 4), 32, f"blob of {digest}", ManifestText("{}")
+    )
 
 
 def fold(*changes: Change | tuple[Change, Source]) -> RegistryState:
@@ -79,7 +82,7 @@ def test_a_content_that_answers_only_some_is_a_new_version() -> None:
 
 
 def test_what_stays_is_the_version_with_its_own_blob() -> None:
-    again = VersionContent("y", "prefix of y", "PROMPT_TUNING", (2, 4), 32, "another blob", "{}")
+    again = VersionContent("y", "prefix of y", "PROMPT_TUNING", (2, 4), 32, "another blob", ManifestText("{}"))
     kept = plans.publish(STATE, [("a", again), ("b", content("w"))], "api", True, None, lambda known: False)
     assert [item.content.blob for item in kept.versions] == ["blob of y", "blob of w"]
 

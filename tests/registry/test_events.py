@@ -24,12 +24,13 @@ from server.registry.events import (
     Source,
     VersionContent,
 )
+from server.registry.manifest_text import ManifestText
 from server.registry.state import RegistryState, TaskState
 
 
 def content(digest: str, **manifest: Any) -> VersionContent:
     return VersionContent(
-        digest, f"prefix of {digest}", "PROMPT_TUNING", (5, 8), 160, f"{digest}-1", json.dumps(manifest)
+        digest, f"prefix of {digest}", "PROMPT_TUNING", (5, 8), 160, f"{digest}-1", ManifestText(json.dumps(manifest))
     )
 
 
@@ -80,7 +81,7 @@ def _normal(change: Change) -> Change:
     parsed = Event.parse(Event(1, "", "api", None, change).to_json(), "1.json").change
     assert isinstance(parsed, Publish)
     for before, after in zip(change.published, parsed.published, strict=True):
-        assert json.loads(before.content.manifest) == json.loads(after.content.manifest)
+        assert json.loads(before.content.manifest.text) == json.loads(after.content.manifest.text)
     return parsed
 
 
@@ -146,7 +147,7 @@ def test_a_deleted_task_leaves_only_its_last_number_and_what_the_inbox_published
     assert (left.traffic, left.versions, left.history) == ((), {}, [])
     assert left.inbox_identity(None) == content("x").identity
     assert state.next_version("a") == 3
-    assert (state.digests, state.prefixes) == ({}, {})
+    assert (state.digests._tasks, state.prefixes._tasks) == ({}, {})
 
 
 def test_what_came_from_the_inbox_retires_with_its_directory_and_keeps_its_versions() -> None:
@@ -215,8 +216,8 @@ def test_looking_ahead_changes_nothing_about_what_inboxes_hold() -> None:
 
 def test_a_digest_is_counted_as_long_as_a_version_has_it() -> None:
     state = fold(publish(1, "x"), publish(1, "x", "b"), Delete("a"))
-    assert state.digests == {"x": 1}
-    assert state.prefixes == {"prefix of x": 1}
+    assert state.digests._tasks == {"x": "b"}
+    assert state.prefixes._tasks == {"prefix of x": "b"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from server.errors import PreconditionFailed, StoreError, StoreFull, UnknownTask, VersionUnavailable
 from server.registry.registry import Registry
+from server.registry.state import RegistryState
 from tests.registry.fakes import NotingEngine
 from tests.registry.shelf import Shelf, content, identity, put, serving, snapshot
 
@@ -55,9 +56,13 @@ def named_blobs(registry: Registry) -> set[str]:
 def is_tidy(registry: Registry) -> bool:
     """Whether the registry counts just what there is, and nothing is in memory without need."""
     contents = [version.content for task in registry.tasks() for version in task.versions.values()]
+    counted = RegistryState()
+    for task in registry.tasks():
+        for version in task.versions.values():
+            counted.count(version)
     return (
-        sorted(registry._state.digests.elements()) == sorted(content.digest for content in contents)
-        and sorted(registry._state.prefixes.elements()) == sorted(content.prefix_hash for content in contents)
+        registry._state.digests._tasks == counted.digests._tasks
+        and registry._state.prefixes._tasks == counted.prefixes._tasks
         and not registry._held
         and set(registry.host._kept) <= {content.digest for content in contents}
         and not registry.host._loading

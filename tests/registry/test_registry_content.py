@@ -13,6 +13,7 @@ from server.errors import (
 from server.registry.host_cache import size_of
 from server.registry.registry import Registry
 from server.registry.store import Store
+from server.registry.task_map import TaskMap
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.registry.shelf import SPEC, Shelf, content, put, serving
 
@@ -113,3 +114,44 @@ def test_a_store_with_a_hole_does_not_open(shelf: Shelf) -> None:
     shelf.objects.delete("events/000000000001.json")
     with pytest.raises(StoreError, match="event 1 is missing"):
         shelf.open()
+
+
+def test_what_is_broken_is_known_without_a_walk_over_all_tasks(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(4):
+        put(shelf.open(), f"task-{seed}", content(seed))
+    shelf.damage(content(1))
+    registry = shelf.open()
+    registry.report("entry", "is no soft prompt")
+    monkeypatch.setattr(TaskMap, "__iter__", lambda _: pytest.fail("a walk over all tasks"))
+    monkeypatch.setattr(TaskMap, "names", property(lambda _: pytest.fail("a walk over all tasks")))
+    assert (list(registry.errors), registry.num_errors, registry.entries_after(None)) == (["entry"], 1, ["entry"])
+    with pytest.raises(VersionUnavailable):
+        serving(registry, "task-1")
+    assert list(registry.errors) == ["task-1", "entry"]
+    assert (registry.num_errors, registry.entries_after(None), registry.entries_after("entry")) == (2, ["entry"], [])
+    assert registry.error_of("task-1") == registry.errors["task-1"]
+    assert put(registry, "task-1", content(1)) == (2, True)
+    assert list(registry.errors) == ["task-1", "entry"], "of its first version"
+    registry.delete_version("task-1", 1)
+    assert list(registry.errors) == ["entry"]
+    registry.report("task-2", "is no soft prompt")
+    assert (registry.num_errors, registry.entries_after(None)) == (2, ["entry"])
+
+
+def test_a_content_that_can_be_read_again_is_broken_no_more(shelf: Shelf) -> None:
+    put(shelf.open(), "a", content(1))
+    put(shelf.open(), "b", content(1))
+    before = dict(shelf.objects.objects)
+    shelf.damage(content(1))
+    registry = shelf.open()
+    for task in ("a", "b"):
+        with pytest.raises(VersionUnavailable):
+            serving(registry, task)
+    assert sorted(registry.errors) == ["a", "b"]
+    shelf.objects.objects = before
+    registry.host.drop(content(1).digest)
+    serving(registry, "a")
+    assert list(registry.errors) == ["b"], "whose blob is another one"
+    registry.host.drop(content(1).digest)
+    serving(registry, "b")
+    assert registry.errors == {}

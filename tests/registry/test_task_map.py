@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.registry.task_map import MOST_MOVED, TaskMap
+from server.registry.task_map import MOST_INSERTED, MOST_MOVED, TaskMap
 
 
 def test_a_task_map_is_a_dictionary_that_never_changes() -> None:
@@ -43,3 +43,15 @@ def test_a_few_new_names_do_not_have_all_names_sorted_again(monkeypatch: pytest.
         tasks = tasks.replaced([(f"t0500-{number:03}", None if number % 5 == 0 else number)])  # type: ignore[list-item]
     names = list(tasks.names)
     assert all(a < b for a, b in pairwise(names))
+
+
+@pytest.mark.parametrize("new", [MOST_MOVED + 1, MOST_INSERTED + 1])
+def test_a_list_after_many_changes_finds_the_names_in_order(new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = TaskMap().replaced((f"t{number:04}", number) for number in range(2000))  # type: ignore[misc]
+    assert len(tasks.names) == 2000
+    names = [f"t0500-{number:03}" for number in range(new)]
+    tasks = tasks.replaced([("t0100", None), *((name, 1) for name in names)])  # type: ignore[list-item]
+    assert tasks._order is not None
+    assert not tasks._order[1], "the change has put them in order"
+    assert list(tasks.names) == sorted(tasks)
+    assert len(tasks.names) == 1999 + new

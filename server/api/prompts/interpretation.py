@@ -22,7 +22,6 @@ from server.interpret.null_cache import NullCache
 from server.interpret.results import Interpretation
 from server.interpret.static import TOP, Interpreter
 from server.registry.registry import Registry
-from server.registry.task_views import Task
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import declared_start
@@ -98,23 +97,21 @@ class Interpretations:
 async def starts_of(request: Request, registry: Registry, soft_prompt: SoftPrompt) -> list[SoftPrompt]:
     """The soft prompt that this one started from, if it did and a task that the request's key may see still has it."""
     start = declared_start(soft_prompt.manifest)
-    # The set of all prefixes answers most requests; a registry may hold a million versions.
     if start is None or start.prefix_hash is None or not registry.is_referenced(start.prefix_hash):
         return []
     executors: Executors = request.app.state.executors
     may = partial(may_see, request)
-    reference = await executors.in_server.run(_version_with, registry.tasks, start.prefix_hash, may)
+    reference = await executors.in_server.run(_version_with, registry, start.prefix_hash, may)
     return [] if reference is None else [(await find_soft_prompt(registry, reference, ""))[1]]
 
 
-def _version_with(tasks: Callable[[], Sequence[Task]], prefix_hash: str, may: Callable[[str], bool]) -> str | None:
+def _version_with(registry: Registry, prefix_hash: str, may: Callable[[str], bool]) -> str | None:
     """`task@version` of the first version of these numbers among the tasks that one may see; for any thread."""
-    for task in tasks():
-        if not may(task.name):
-            continue
-        for number, version in task.versions.items():
+    for name in sorted(filter(may, registry.tasks_with(prefix_hash))):
+        task = registry.find(name)
+        for number, version in task.versions.items() if task is not None else ():
             if version.content.prefix_hash == prefix_hash:
-                return f"{task.name}@{number}"
+                return f"{name}@{number}"
     return None
 
 

@@ -52,16 +52,14 @@ async def list_prompts(
     after: Annotated[str | None, Query(description="Start after this task: `next` of the previous page.")] = None,
 ) -> PromptList:
     """All tasks by name, including entries of the inbox that are broken."""
-    errors = registry.errors
-    broken = sorted(name for name in errors if after is None or name > after)
     names: list[str] = []
-    async for name in visible(request, merge(registry.names_after(after), broken)):
+    async for name in visible(request, merge(registry.names_after(after), registry.entries_after(after))):
         if not names or name != names[-1]:
             names.append(name)
         if len(names) > limit:
             break
-    found = [(name, registry.find(name)) for name in names[:limit]]
-    page = [_summary(name, task, errors.get(name)) for name, task in found if task is not None or name in errors]
+    found = [(name, registry.find(name), registry.error_of(name)) for name in names[:limit]]
+    page = [_summary(name, task, error) for name, task, error in found if task is not None or error is not None]
     return reply(PromptList, prompts=page, next=names[limit - 1] if len(names) > limit else None)
 
 
@@ -180,4 +178,4 @@ def shares(task: Task) -> dict[str, int] | None:
 
 def _manifest(content: VersionContent) -> dict[str, Any]:
     """A version's manifest as replies show it."""
-    return {"generation": {}, **json.loads(content.manifest)}
+    return {"generation": {}, **json.loads(content.manifest.text)}

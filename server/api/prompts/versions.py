@@ -1,6 +1,5 @@
 """A task's versions over HTTP: list, activate, roll back, divide traffic, download, delete."""
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -149,7 +148,6 @@ def _versions(
 
 def _version(registry: Registry, version: StoredVersion, task: Task) -> VersionBody:
     content = version.content
-    about = content.about
     return reply(
         VersionBody,
         version=version.number,
@@ -162,8 +160,8 @@ def _version(registry: Registry, version: StoredVersion, task: Task) -> VersionB
         created_at=version.at,
         source=version.source,
         by=version.by,
-        description=about.description,
-        metrics=None if about.metrics is None else json.loads(about.metrics),
+        description=content.about.description,
+        metrics=content.manifest.metrics,
         error=registry.why_broken(version) or _wrong_time(version.at),
     )
 

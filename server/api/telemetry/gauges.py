@@ -73,7 +73,7 @@ class Gauges(Collector):
     def _tasks(self) -> Iterator[Metric]:
         registry = self._registry
         yield _gauge("tasks", "Tasks that have versions.", registry.num_tasks)
-        yield _gauge("tasks_broken", "Tasks, or entries of the inbox, with something not served.", len(registry.errors))
+        yield _gauge("tasks_broken", "Tasks, or entries of the inbox, with something not served.", registry.num_errors)
         changes = CounterMetricFamily(
             "prelude_changes", "Changes of tasks since the start, other servers' included.", labels=["kind"]
         )

@@ -17,7 +17,6 @@ from server.interpret.results import Interpretation
 from server.interpret.static import Interpreter
 from server.keys.file import add_key
 from server.keys.key import Scope
-from server.registry.task_views import Task
 from server.settings import Settings
 from tests.api.live import LiveServer, as_form, assert_error, live_server
 from tests.support import make_engine, random_soft_prompt, tiny_model
@@ -54,27 +53,28 @@ def test_a_start_that_is_not_declared_gives_no_verdict(server: LiveServer) -> No
     assert found["lens"] is None
 
 
-def test_the_soft_prompt_that_training_began_with_is_looked_for_off_the_event_loop(
+def test_the_soft_prompt_that_training_began_with_is_looked_up_off_the_event_loop(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = server.publish_random("begun-from", seed=3)
     start = {"training": {"start": {"prefix_hash": first.prefix_hash}}}
     server.publish_random("begun", seed=4, manifest=start)
     server.publish_random("begun-lost", seed=5, manifest={"training": {"start": {"prefix_hash": "0" * 64}}})
-    walks: list[str] = []
-    true = server.registry.tasks
+    looks: list[str] = []
+    true = server.registry.tasks_with
 
-    def tasks() -> list[Task]:
-        walks.append(threading.current_thread().name)
-        return true()
+    def tasks_with(prefix_hash: str) -> list[str]:
+        looks.append(threading.current_thread().name)
+        return true(prefix_hash)
 
-    monkeypatch.setattr(server.registry, "tasks", tasks)
+    monkeypatch.setattr(server.registry, "tasks_with", tasks_with)
+    monkeypatch.setattr(server.registry, "tasks", lambda: pytest.fail("a walk over all tasks"))
     found = server.client.get("/prompts/begun/interpretation").json()
     assert found["start_is_known"]
     assert found["start"].startswith(f"the soft prompt {first.prefix_hash[:12]}")
-    assert walks == ["in-server-jobs"]
+    assert looks == ["in-server-jobs"]
     assert not server.client.get("/prompts/begun-lost/interpretation").json()["start_is_known"]
-    assert len(walks) == 1, "what no version has is not looked for"
+    assert len(looks) == 1, "what no version has is not looked for"
 
 
 def test_what_cannot_be_interpreted_is_refused_with_a_reason(server: LiveServer) -> None:

@@ -72,6 +72,28 @@ def test_a_version_is_downloaded_and_a_task_deleted_by_typing_its_name(page: Wat
     assert site.client.get("/prompts/ui-doomed").status_code == 404
 
 
+def test_a_version_is_deleted_only_once_it_is_confirmed(page: Watched, site: LiveServer) -> None:
+    publish(site, "ui-pruned", "the first", "the second")
+    shown = page.open("/tasks/ui-pruned")
+    shown.get_by_role("button", name="Delete… v1").click()
+    shown.get_by_role("dialog").get_by_role("button", name="Keep it").click()
+    expect(shown.get_by_role("dialog")).to_have_count(0)
+    assert site.client.get("/prompts/ui-pruned").json()["versions"] == [1, 2]
+    shown.get_by_role("button", name="Delete… v1").click()
+    shown.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+    expect(shown.locator("p[role=status]")).to_contain_text("v1 is deleted")
+    assert site.client.get("/prompts/ui-pruned").json()["versions"] == [2]
+
+
+def test_the_lines_of_a_list_that_differ_are_marked(page: Watched, site: LiveServer) -> None:
+    for labels in (["ham", "spam"], ["ham", "spam", "unsure"]):
+        site.publish("ui-marked", random_soft_prompt(site.model.spec, manifest={"labels": labels}))
+    shown = page.open("/tasks/ui-marked")
+    for version in (1, 2):
+        shown.get_by_label(f"Select v{version} for a difference").check()
+    expect(shown.locator("mark")).to_have_text(['"unsure"'])
+
+
 def test_hostile_texts_stay_texts(page: Watched, site: LiveServer) -> None:
     manifest = {"description": HOSTILE, "labels": [HOSTILE, "<script>alert(2)</script>"], "<b>": {"<i>": HOSTILE}}
     site.publish("ui-hostile", random_soft_prompt(site.model.spec, manifest=manifest))

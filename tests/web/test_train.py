@@ -36,6 +36,21 @@ def test_bad_lines_are_named_and_defaults_are_the_servers(page: Watched) -> None
             assert box.get_attribute("placeholder") == ("" if standard is None else str(standard)), field.name
 
 
+def test_rows_are_pasted_after_a_click(page: Watched) -> None:
+    shown = page.open("/train")
+    shown.get_by_text("Drop or paste JSONL").click()
+    shown.evaluate(
+        """text => {
+          const data = new DataTransfer();
+          data.setData('text/plain', text);
+          const pasted = new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true });
+          document.activeElement.dispatchEvent(pasted);
+        }""",
+        rows().decode(),
+    )
+    expect(shown.get_by_text("· 20 rows")).to_be_visible()
+
+
 def test_five_steps_are_trained_from_dropped_rows_and_watched(page: Watched, site: LiveServer) -> None:
     shown = page.open("/train")
     transfer = shown.evaluate_handle(

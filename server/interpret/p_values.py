@@ -34,10 +34,11 @@ def adjusted(p: torch.Tensor) -> torch.Tensor:
 
 
 def spread(null: torch.Tensor) -> Spread:
-    """Mean, standard deviation and percentiles of a null `[draws]`."""
+    """Mean, standard deviation and percentiles of a null `[draws]`; one draw alone deviates by 0."""
     values = null.double()
     low, high, top = torch.quantile(values, values.new_tensor([0.05, 0.95, 0.99])).tolist()
-    return Spread(mean=float(values.mean()), sd=float(values.std()), low=low, high=high, top=top)
+    sd = float(values.std()) if len(values) > 1 else 0.0
+    return Spread(mean=float(values.mean()), sd=sd, low=low, high=high, top=top)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

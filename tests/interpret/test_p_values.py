@@ -25,3 +25,9 @@ def test_the_tail_of_the_normal_distribution() -> None:
 def test_a_spread_holds_percentiles() -> None:
     found = spread(torch.arange(101.0))
     assert (found.mean, found.low, found.high, found.top) == pytest.approx((50, 5, 95, 99))
+
+
+def test_a_single_draw_has_a_spread_of_zero() -> None:
+    """As the effects of one virtual token have, of a soft prompt that has no other."""
+    found = spread(torch.tensor([0.25]))
+    assert (found.mean, found.sd, found.low, found.high) == (0.25, 0.0, 0.25, 0.25)

@@ -28,18 +28,24 @@ FIRST = tuple(
     f"tests/{name}"
     for name in (
         "test_serve.py",
-        "engine/test_isolation.py",
+        "engine/attention/test_compiled_rows.py",
         "api/test_openapi.py",
+        "engine/test_isolation.py",
         "test_tutorial.py",
+        "engine/test_parity_with_peft.py",
+        "api/test_overload.py",
         "test_readme.py",
         "web/",
         "test_examples.py",
         "api/clients/",
         "cli/test_commands.py",
-        "api/test_overload.py",
     )
 )
-"""What takes longest runs first, so that no process of tests works on alone at the end."""
+"""What takes longest runs first, so that no process of tests works on alone at the end.
+
+On a machine that is new to Prelude, the first test converts the embedded model and compiles the loops for it, which
+takes 40 seconds of a core. All others that need them come later and find them; else each process would do the same.
+"""
 
 MODULE = pytest.StashKey[Path]()
 """The file of the test that ran last."""

@@ -12,6 +12,7 @@ NEEDS = {
         "test_examples.py",
         "web/",
         "jobs/",
+        "chaos/",
         "api/training/",
         "api/jobs/",
         "api/test_revoked.py",

@@ -110,9 +110,10 @@ def _publish(server: LiveServer, key: str) -> None:
 
 @pytest.mark.soak
 def test_a_hostile_client_neither_slows_nor_ends_a_server_nor_leaves_anything_in_its_memory(
-    soak: Soak, tmp_path: Path, smollm2: FrozenModel
+    soak: Soak, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     soak.only_in_full()
+    smollm2: FrozenModel = request.getfixturevalue("smollm2")  # not loaded to be skipped
     ordinary, key = _keys(tmp_path / "keys.json")
     save_soft_prompt(tmp_path / "prompts" / TASK, random_soft_prompt(smollm2.spec, seed=1), smollm2.spec)
     settings = {"PRELUDE_API_KEYS_FILE": str(tmp_path / "keys.json"), "PRELUDE_MAX_SEQUENCES": "64"}

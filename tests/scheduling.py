@@ -50,15 +50,13 @@ class SchedulingByNeed(LoadScopeScheduling):  # type: ignore[misc]  # xdist has 
         super()._assign_work_unit(node)
 
     def _best_for(self, node: WorkerController) -> str:
-        """The first file whose need this process has; else one whose need none has; else one without; else any."""
+        """The first file whose need this process has; else one whose need none has, or without; else any."""
         needs_of = {other: set(map(need_of, files)) - {None} for other, files in self.assigned_work.items()}
         taken = set().union(*needs_of.values())
 
         def rank(file: str) -> int:
             need = need_of(file)
-            if need is None:
-                return 2
-            return 0 if need in needs_of[node] else 1 if need not in taken else 3
+            return 0 if need in needs_of[node] else 2 if need in taken else 1
 
         best: str = min(self.workqueue, key=rank)
         return best

@@ -106,6 +106,9 @@ def _checked(options: InspectOptions) -> list[str]:
         raise InvalidRequest(
             "--compare takes at least two tasks, and without it one is inspected.", remedy="Add tasks, or leave it out."
         )
+    twice = next((task for task in options.tasks if options.tasks.count(task) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"{twice!r} is named twice.", remedy="Name each soft prompt once.")
     given = {"--data": options.data, "--measures": options.measures, "--limit": options.limit}
     unused = [option for option, value in given.items() if value is not None]
     if options.compare and unused:

@@ -130,6 +130,7 @@ def test_the_map_shows_starts_and_values_and_how_much_it_leaves_out(tiny32: Froz
     [
         (["a", "b"], "--compare takes at least two tasks"),
         (["a", "--compare"], "--compare takes at least two tasks"),
+        (["a", "b", "a", "--compare"], "'a' is named twice. Name each soft prompt once."),
         (["a", "--data", "x", "--measures", "beauty"], "There is no measure 'beauty'. Name sufficiency or necessity"),
         (["a", "--data", "x", "--measures", ","], "--measures names no measure. Name sufficiency or necessity"),
         (["a", "--measures", "necessity"], "--measures is for experiments, and experiments need rows. Give rows with"),

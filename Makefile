@@ -8,7 +8,7 @@
 #                     https://download.pytorch.org/whl/cpu has the small build that a machine without a GPU needs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test coverage test-image soak bench bench-gpu lint format page
+.PHONY: help setup setup-dev run test coverage test-image test-ray soak bench bench-gpu lint format page
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX_URL ?=
@@ -51,6 +51,10 @@ coverage: $(DEVELOPMENT) $(PAGE) ## run the tests and report which lines and bra
 
 test-image: $(DEVELOPMENT) ## build the container image and run it, with docker or podman; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest -s tests/image --timeout=3600 $(ARGS)
+
+test-ray: $(DEVELOPMENT) ## start replicas under Ray Serve, in a network of their own; ARGS are options of pytest
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[ray]'
+	unshare --map-root-user --net sh -c 'ip link set lo up; exec $(VENV)/bin/python -m pytest -s tests/deploy $(ARGS)'
 
 soak: $(DEVELOPMENT) ## storms, kills and fuzzing in full, up to an hour; ARGS are options of pytest
 	$(VENV)/bin/python -m pytest --soak -m soak $(ARGS)

@@ -22,7 +22,7 @@ def test_figures_are_read_only_while_the_page_is_visible(page: Watched, site: Li
     polls: list[str] = []
     page.page.on("request", lambda request: polls.append(request.url) if "/metrics" in request.url else None)
     shown = page.open("/server")
-    expect(shown.locator("canvas")).to_have_count(4)
+    expect(shown.locator("figure path[d^=M]")).to_have_count(4)
     site.text("Win a prize now!", "sms_spam", max_new_tokens=2)
     now = shown.get_by_label("Now")
     expect(now).to_contain_text(re.compile(r"first token, p95\s*[\d.]+\u202f(ms|s)"))

@@ -185,6 +185,7 @@ def test_training_and_evaluating_work_as_shown(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRELUDE_MODEL", str(save_tiny_model(tmp_path / "tiny")))
     monkeypatch.setenv("PRELUDE_MAX_MODEL_LEN", "128")
+    monkeypatch.setenv("PRELUDE_DTYPE", "float32")  # other tests have its loops compiled
     for name, each in (("train", 8), ("validation", 4), ("test", 2)):
         rows = [{"input": f"{word} one", "target": word} for word in ("good", "bad") for _ in range(each)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

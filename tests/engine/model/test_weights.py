@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -50,6 +53,31 @@ def test_a_conversion_from_scratch_gives_the_same_model_in_float32(
     assert model.text.encode("in 1999") == smollm2.text.encode("in 1999")
     with safe_open(Path(converted.location) / "model.safetensors", framework="pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_a_conversion_parses_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To parse it, and to name its tensors, takes transformers as long as all else; afterwards gguf is as it was."""
+    path, originals = tmp_path / "model.gguf", (gguf.GGUFReader, gguf.get_tensor_name_map)
+    parsed: list[Path] = []
+    writer = gguf.GGUFWriter(path, "llama")
+    for add in ("vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "head_count"):
+        getattr(writer, f"add_{add}")(8)
+    writer.add_tensor("output_norm.weight", np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    build = gguf.GGUFReader._build_fields
+
+    def parse(*args: Any) -> int:
+        parsed.append(path)
+        return build(*args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", parse)
+    with pytest.raises(ConfigurationError, match=r"lack \d+ tensors"):
+        resolve_checkpoint(str(path), None, tmp_path / "cache")
+    assert parsed == [path]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == originals
 
 
 def test_without_its_wheel_the_embedded_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

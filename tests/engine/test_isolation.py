@@ -116,7 +116,7 @@ def test_whoever_comes_goes_or_is_aborted_everybody_ends_exactly_once(architectu
     aborts = st.dictionaries(st.integers(1, 30), st.sampled_from([str(i) for i in range(10)]), max_size=5)
 
     @with_seed(soak.random.randrange(2**32))
-    @settings(max_examples=soak.count(25, 500), database=None)
+    @settings(max_examples=soak.count(12, 500), database=None)
     @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 3), aborts)
     def live(seed: int, max_sequences: int, arrive_every: int, abort: dict[int, str]) -> None:
         all_end_exactly_once(model, mixed_work(model, 10, seed), max_sequences, arrive_every, abort)

@@ -25,7 +25,7 @@ from tests.image.panels import answers
 PROMETHEUS = "http://127.0.0.1:9090"
 SENTIMENT = "examples/sentiment"
 CLIENTS = 4
-HEALTH_SECONDS = 60
+HEALTH_SECONDS = 180
 SYNC_SECONDS = 15
 """Replicas look for each other's changes every two seconds; a busy machine is slower."""
 
@@ -108,7 +108,8 @@ def all_are_restricted_and_healthy(engine: Engine, *services: str) -> None:
         host = engine.inspect(container)["HostConfig"]
         assert host["ReadonlyRootfs"]
         assert host["PidsLimit"] == 2048
-        assert host["Memory"] == host["MemorySwap"] > 0
+        assert host["Memory"] > 0
+        assert host["Memory"] == host["MemorySwap"] or engine.is_podman, "podman-compose does not know memswap_limit"
         (options,) = [line.split()[3] for line in mounts(engine, container) if line.split()[1] == "/tmp"]
         assert "size=" in options
         status = engine("exec", container, "cat", "/proc/1/status")

@@ -155,7 +155,7 @@ async def with_and_without(
             if is_open:
                 page = await context.new_page()
                 await page.goto(f"{url}/#/server")
-                await page.locator("figure path").first.wait_for()
+                await page.locator("figure path").first.wait_for(state="attached")
             found[is_open] = await throughput(url, peer, workload, options.seconds)
             await context.close()
         ratios.append(found[True] / found[False])

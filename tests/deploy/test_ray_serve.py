@@ -163,6 +163,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 cluster.publish(f"t{number}", number)
             yield cluster
         finally:
+            cluster.client.close()
             ray.shutdown()
 
 

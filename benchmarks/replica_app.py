@@ -12,11 +12,11 @@ from server.engine.sampling.logit_rows import Batch
 from server.engine.sampling.sampler import NextToken
 from server.settings import Settings
 
-STEP_SECONDS = 0.01
-
 
 class MeasuredReplica(Replica):
     """Notes when it has taken over an event, and what its prefix cache found."""
+
+    step_seconds = 0.01
 
     def start_engine(self, settings: Settings) -> Engine:
         """An engine that sleeps in each step, as if a device worked."""
@@ -24,7 +24,7 @@ class MeasuredReplica(Replica):
         run = engine.run
 
         def slow(engine: Engine, batch: Batch) -> list[NextToken]:
-            time.sleep(STEP_SECONDS)
+            time.sleep(self.step_seconds)
             return run(batch)
 
         engine.run = MethodType(slow, engine)  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import server
 ROOT = Path(server.__file__).parent
 FILES = {".".join(["server", *path.relative_to(ROOT).with_suffix("").parts]): path for path in ROOT.rglob("*.py")}
 
-BOTTOM = {"contracts", "errors", "replies", "background_service", "settings", "validation"}
+BOTTOM = {"contracts", "errors", "garbage", "replies", "background_service", "settings", "validation"}
 BELOW_CLI = BOTTOM | {
     "soft_prompts",
     "registry",
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "huge_pages": set(),
     "__main__": {"cli", "huge_pages"},
     "executors": {"errors"},
+    "garbage": set(),
     "log_lines": set(),
     "validation": set(),
     "background_service": set(),

@@ -7,8 +7,6 @@ that uses it, beside its summary, so that a start parses none. Two snapshots sta
 older one, so no single damaged object loses anything.
 """
 
-import contextlib
-import gc
 import gzip
 import hashlib
 import io
@@ -23,6 +21,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from server.errors import StoreError
+from server.garbage import collection_paused
 from server.registry.events import VersionContent
 from server.registry.manifest_text import SUMMARIES, ManifestSummary, ManifestText, compact_json
 from server.registry.objects import Objects
@@ -147,7 +146,7 @@ def encode(state: RegistryState) -> bytes:
 def decode(data: bytes) -> RegistryState:
     """The state in a snapshot's file; raises one of UNREADABLE."""
     state = RegistryState()
-    with _no_collections(), gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+    with collection_paused(), gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         head = _read_head(file)
         for name, task in _read_tasks(file, head, _manifest):
             state.tasks[name] = task
@@ -156,18 +155,6 @@ def decode(data: bytes) -> RegistryState:
     _check_count(len(state.tasks), head)
     state.last_event, state.first_version = int(head["last_event"]), int(head["first_version"])
     return state
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Context manager: garbage collections would scan millions of new objects, none of which is garbage, repeatedly."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def check(data: bytes) -> int:

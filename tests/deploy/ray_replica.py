@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import time
-from types import MethodType
-
-from server.deploy.ray_serve import Replica
-from server.engine.engine import Engine
-from server.engine.sampling.logit_rows import Batch
-from server.engine.sampling.sampler import NextToken
-from server.settings import Settings
-
-STEP_SECONDS = 0.03
+from benchmarks.replica_app import MeasuredReplica
 
 
-class TestedReplica(Replica):
+class TestedReplica(MeasuredReplica):
     """See the module."""
 
     __test__ = False  # no class of tests
+    step_seconds = 0.03
     _is_deaf = False
-
-    def start_engine(self, settings: Settings) -> Engine:
-        """An engine that sleeps in each step, as if a device worked: the cores do not decide."""
-        engine = super().start_engine(settings)
-        run = engine.run
-
-        def slow(engine: Engine, batch: Batch) -> list[NextToken]:
-            time.sleep(STEP_SECONDS)
-            return run(batch)
-
-        engine.run = MethodType(slow, engine)  # type: ignore[method-assign]
-        return engine
 
     async def follow(self, event: int) -> None:
         """See Replica."""
@@ -51,7 +30,3 @@ class TestedReplica(Replica):
         """Sequences that have a slot or wait for one."""
         scheduler = self._worker.scheduler
         return len(scheduler.running) + len(scheduler.waiting)
-
-    async def pid(self) -> int:
-        """This replica's process."""
-        return os.getpid()

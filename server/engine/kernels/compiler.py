@@ -9,9 +9,7 @@ Names must be unique in memory too: numba's own names contain a counter, which s
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -21,6 +19,7 @@ from numba.core.ccallback import CFunc
 
 from server.engine.kernels.arithmetic import REORDERED
 from server.engine.kernels.threads import Loop
+from server.garbage import collection_paused
 
 _OPTIONS = {"fastmath": REORDERED, "error_model": "numpy"}
 _SIGNATURE = (types.CPointer(types.int64),), types.void
@@ -41,25 +40,13 @@ class Compiler:
     def loop(self, function: Callable[..., Any]) -> Loop:
         """Compile a loop, or load it from numba's cache."""
         compiled = (_Kept if self._keep else CFunc)(self._named(function), _SIGNATURE, {}, _OPTIONS)
-        with _collection_paused():
+        with collection_paused():  # collections would take a quarter of the compiler's time
             compiled.compile()
         return Loop(compiled)
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
         function.__qualname__ = f"{function.__name__}_{self._shape}"
         return function
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Collect no garbage: collections of what the compiler builds take a quarter of its time, and free nothing yet."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Kept(CFunc):

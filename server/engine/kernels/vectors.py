@@ -130,7 +130,8 @@ def stack_memory(_: Any, size: Any) -> Any:
     num_bytes = size.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+        with builder.goto_entry_block():  # numba's `alloca_once` would write a zero to every byte, one by one
+            memory = builder.alloca(ir.ArrayType(ir.IntType(8), num_bytes))
         memory.align = 64
         return builder.ptrtoint(memory, _I64)
 

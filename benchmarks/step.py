@@ -48,7 +48,7 @@ from server.engine.fast.chained import ChainedLayers  # noqa: E402
 from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
 from server.engine.fast.row_buckets import bucket  # noqa: E402
 from server.engine.fast.tiled import TiledLinear, frozen_linear  # noqa: E402
-from server.engine.kernels.units import CHUNK, COLUMNS, LinkColumns, ProductArguments  # noqa: E402
+from server.engine.kernels.units import CHUNK, COLUMNS, SHARES, LinkColumns, ProductArguments  # noqa: E402
 from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
@@ -131,20 +131,24 @@ class Products:
     def _chain(self, work: Work, inputs: list[torch.Tensor]) -> Callable[[], None]:
         """The products in the loop that runs a step's layers; see `ChainedLayers`."""
         assert self._kernels is not None, "a chain is compiled"
-        loops, threads = self._kernels.products(), torch.get_num_threads()
-        out = torch.empty(max(linear.out_features * rows for linear, rows in work), dtype=self._dtype)
-        table = np.zeros((len(work), 2 + len(ProductArguments._fields)), np.int64)
+        threads = torch.get_num_threads()
+        most = max(rows for _, rows in work)
+        outs = {linear.out_features: torch.empty(linear.out_features * most, dtype=self._dtype) for linear, _ in work}
+        table = np.zeros((len(work), 2 + len(ProductArguments._fields) + SHARES), np.int64)
         links = np.zeros((len(work), len(LinkColumns._fields)), np.int64)
         for i, ((linear, rows), x) in enumerate(zip(work, inputs, strict=True)):
             assert isinstance(linear, TiledLinear), "see `can_chain`"
             units = linear.out_features // COLUMNS * -(-rows // CHUNK)
-            table[i] = 0, units, *linear.arguments(rows, x.data_ptr(), None, out.data_ptr(), threads)
-            links[i, :2] = (loops.gated if linear.is_gated else loops.plain).address, table[i].ctypes.data
+            arguments = linear.arguments(rows, x.data_ptr(), None, outs[linear.out_features].data_ptr())
+            arguments = arguments._replace(shares=min(threads, SHARES))
+            table[i, :-SHARES] = 0, units, *arguments
+            links[i, :2] = linear.loop(adds=False).address, table[i].ctypes.data
         chain = self._kernels.chain()
         sched_yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-        kept = out, table, links  # the table holds their addresses
+        kept = outs, table, links  # the table holds their addresses
 
         def run() -> None:
+            table[:, -SHARES:] = 0
             chain(threads, threads, len(work), kept[-1].ctypes.data, sched_yield)
 
         return run

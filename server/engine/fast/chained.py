@@ -25,6 +25,7 @@ from server.engine.kernels.units import (
     CHUNK,
     COLUMNS,
     ROWS,
+    SHARES,
     AttentionArguments,
     LinkColumns,
     ProductArguments,
@@ -40,8 +41,10 @@ UNITS, FIRST = 1, 2
 """Index of the number of units among a loop's arguments, and of the first argument after it."""
 _ATTENTION = AttentionArguments(*range(FIRST, FIRST + len(AttentionArguments._fields)))
 _PRODUCT = ProductArguments(*range(FIRST, FIRST + len(ProductArguments._fields)))
-WIDTH = FIRST + len(_ATTENTION)
-"""Of the table: attention has the most arguments."""
+COUNTERS = slice(FIRST + len(_PRODUCT), FIRST + len(_PRODUCT) + SHARES)
+"""Of the shares of a product."""
+WIDTH = max(FIRST + len(_ATTENTION), COUNTERS.stop)
+"""Of the table."""
 
 
 class _Link(NamedTuple):
@@ -116,7 +119,7 @@ class _Table:
         widths |= {"inner": first.down.in_features, "kept_x": hidden, "kept_attended": attended}
         self._memory = {name: torch.empty(rows, width, dtype=torch.bfloat16) for name, width in widths.items()}
         self._at = {name: tensor.data_ptr() for name, tensor in self._memory.items()}
-        self._small, self._products = kernels.small(torch.bfloat16), kernels.products()
+        self._small = kernels.small(torch.bfloat16)
         loops = kernels.attention(first.heads // first.kv_heads, first.kv_heads, first.head_dim, torch.bfloat16)
         links = []
         for layer in layers[:-1]:
@@ -159,7 +162,8 @@ class _Table:
             numbers[links, UNITS] = -(-rows // ROWS)
             numbers[links, FIRST] = rows
             numbers[products, UNITS] = numbers[products, _PRODUCT.columns] // COLUMNS * -(-rows // CHUNK)
-        numbers[of["product"], _PRODUCT.ahead] = torch.get_num_threads()
+        numbers[of["product"], _PRODUCT.shares] = min(torch.get_num_threads(), SHARES)
+        numbers[of["product"], COUNTERS] = 0
         cos, sin = rotation
         numbers[of["rotate"], FIRST] = len(x)  # as many as `cos` and `sin` have
         numbers[of["rotate"], FIRST + 2 : FIRST + 4] = cos.data_ptr(), sin.data_ptr()
@@ -204,9 +208,8 @@ class _Table:
 
     def _product(self, linear: nn.Module, x: str, out: str, *, adds: bool = False) -> _Link:
         assert isinstance(linear, TiledLinear), "see can_chain"
-        loop = self._products.gated if linear.is_gated else self._products.plain
         residual = self._memory[out] if adds else None
-        return _Link("product", loop, linear.arguments(0, self._at[x], residual, self._at[out]))
+        return _Link("product", linear.loop(adds=adds), linear.arguments(0, self._at[x], residual, self._at[out]))
 
     def _gather(self, name: str, width: int) -> _Link:
         return _Link("gather", self._small.gather, (0, 0, self._at[name], self._at[f"kept_{name}"], width))

@@ -103,7 +103,6 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
     turns = torch.ones(1, spec.head_dim)
     operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
     if kernels.has_tiles and model.dtype == torch.bfloat16:
-        kernels.products()
         kernels.chain()
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
     attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from server.engine.fast.linear import FrozenLinear
-from server.engine.kernels.units import CHUNK, COLUMNS, ProductArguments
+from server.engine.kernels.units import BIAS, CHUNK, COLUMNS, GATE, RESIDUAL, SHARES, ProductArguments
 
 if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
+    from server.engine.kernels.threads import Loop
 
 DEPTH = 32
 """Columns of `x` in a tile."""
@@ -42,7 +43,7 @@ class TiledLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.is_gated = is_gated
-        self._loops = kernels.products()
+        self._kernels, self._thread = kernels, kernels.thread_number
         if is_gated:
             weight = _interleaved(weight)
             bias = None if bias is None else _interleaved(bias)
@@ -62,21 +63,26 @@ class TiledLinear(nn.Module):
         """`silu(gate) * up` of both halves of the product, rounded once; `[…, out_features / 2]`."""
         return self._multiply(x, None, self.out_features // 2)
 
-    def arguments(self, rows: int, x: int, residual: torch.Tensor | None, out: int, ahead: int = 1) -> ProductArguments:
-        """The arguments of the loop; `x` and `out` are addresses."""
+    def loop(self, *, adds: bool) -> Loop:
+        """The loop of its products, with a residual or without."""
+        return self._kernels.product(BIAS * (self.bias is not None) + RESIDUAL * adds + GATE * self.is_gated)
+
+    def arguments(self, rows: int, x: int, residual: torch.Tensor | None, out: int) -> ProductArguments:
+        """The arguments of the loop, for one thread; `x` and `out` are addresses."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         added = 0 if residual is None else residual.data_ptr()
         sizes = rows, self.in_features, self.out_features
-        return ProductArguments(*sizes, x, self.weight.data_ptr(), bias, added, out, ahead)
+        return ProductArguments(*sizes, x, self.weight.data_ptr(), bias, added, out, 1, self._thread)
 
     def _multiply(self, x: torch.Tensor, residual: torch.Tensor | None, width: int) -> torch.Tensor:
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "as the weights are"  # noqa: PT018
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], width)
         rows = x.numel() // self.in_features
-        loop = self._loops.gated if self.is_gated else self._loops.plain
+        loop = self.loop(adds=residual is not None)
         units, threads = self.out_features // COLUMNS * -(-rows // CHUNK), torch.get_num_threads()
-        loop(units, threads, *self.arguments(rows, x.data_ptr(), residual, out.data_ptr(), threads))
+        arguments = self.arguments(rows, x.data_ptr(), residual, out.data_ptr())._replace(shares=min(threads, SHARES))
+        loop(units, threads, *arguments, *[0] * SHARES)
         return out
 
 

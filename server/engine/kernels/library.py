@@ -14,9 +14,9 @@ import torch
 
 from server.engine.kernels.attention import AttentionLoops, attention_loops
 from server.engine.kernels.chain import chain_loop
-from server.engine.kernels.products import ProductLoops, product_loops
+from server.engine.kernels.products import product_loop
 from server.engine.kernels.small import SmallLoops, small_loops
-from server.engine.kernels.threads import Loop
+from server.engine.kernels.threads import Loop, thread_number
 from server.engine.kernels.tiles import HAS_TILES
 
 STORED: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.float32}
@@ -35,9 +35,14 @@ class Kernels:
         """Whether the processor has AMX, and this process may use it."""
         return HAS_TILES and _may_use_tiles()
 
-    def products(self) -> ProductLoops:
-        """The loops for products of bfloat16, if `has_tiles`."""
-        return product_loops(keep=self.keep)
+    @property
+    def thread_number(self) -> int:
+        """The address of a function; see `threads.thread_number`."""
+        return thread_number()
+
+    def product(self, kind: int) -> Loop:
+        """The loop for products of bfloat16 of a kind, if `has_tiles`; see `product_loop`."""
+        return product_loop(kind, keep=self.keep)
 
     def chain(self) -> Loop:
         """The loop that runs loops one after another, if `has_tiles`."""

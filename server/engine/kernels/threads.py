@@ -59,13 +59,26 @@ class Loop:
 @functools.cache
 def team() -> Team | None:
     """GNU OpenMP's function `GOMP_parallel`, which runs a function on several threads; None if there is none."""
+    function = _openmp("GOMP_parallel")
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    found: Team = function
+    return found
+
+
+@functools.cache
+def thread_number() -> int:
+    """The address of OpenMP's function that returns the calling thread's number in its team; 0 if there is none."""
+    return 0 if team() is None else ctypes.cast(_openmp("omp_get_thread_num"), ctypes.c_void_p).value or 0
+
+
+def _openmp(name: str) -> Any:
     own = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
     for library in (*map(str, own), None):  # None searches the libraries that the process has loaded
         try:
-            found = ctypes.CDLL(library).GOMP_parallel
+            return getattr(ctypes.CDLL(library), name)
         except (OSError, AttributeError):
             continue
-        found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        found.restype = None
-        return found
     return None

@@ -9,7 +9,8 @@ oneDNN remembers how it has configured each thread's tiles. Loops that use them 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -19,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from server.engine.kernels.compiler import Compiler
+from server.engine.kernels.units import BIAS, GATE, RESIDUAL
 from server.engine.kernels.vectors import FUSED, VectorCode, pointer
 
 HAS_TILES = bool(get_host_cpu_features().get("amx-bf16") and get_host_cpu_features().get("avx512bf16"))
@@ -77,6 +79,19 @@ def store_configuration(_: Any, address: Any) -> Any:
     return types.none(types.int64), code
 
 
+class _Factors(NamedTuple):
+    """What `_multiply` reads, and where it writes; see `multiply_tiles`."""
+
+    x: Any
+    x_step: Any
+    weight: Any
+    depth: Any
+    sums: Any
+    sums_step: Any
+    next_weight: Any
+    num_fetched: Any
+
+
 @intrinsic(prefer_literal=True)
 def multiply_tiles(_, high, wide, x, x_step, weight, depth, sums, sums_step, next_weight, num_fetched):
     """Compute `sums` `[high * 16, wide * 16]`, float32, of rows of `x` and columns of weights; all are addresses.
@@ -93,37 +108,73 @@ def multiply_tiles(_, high, wide, x, x_step, weight, depth, sums, sums_step, nex
         next_weight: weights to fetch into the cache meanwhile.
         num_fetched: number of their lines of 64 bytes to fetch beside each step of depth.
     """
-    num_high, num_wide = high.literal_value, wide.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, x, x_step, weight, depth, sums, sums_step, next_weight, num_fetched = arguments
-        tiles = [(row, column) for row in range(num_high) for column in range(num_wide)]
-        for row, column in tiles:
-            _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
-        with cgutils.for_range(builder, depth, intp=_I64) as loop:
-            step = _I64(num_wide * TILE_BYTES)
-            across = builder.inttoptr(builder.add(weight, builder.mul(loop.index, step)), _BYTES)
-            for column in range(num_wide):
-                at = builder.gep(across, [_I64(TILE_BYTES * column)])
-                _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
-            with cgutils.for_range(builder, num_fetched, intp=_I64) as fetched:
-                line = builder.add(builder.mul(loop.index, num_fetched), fetched.index)
-                _fetch(builder, builder.inttoptr(builder.add(next_weight, builder.mul(line, _I64(64))), _BYTES))
-            for row in range(num_high):
-                start = builder.add(
-                    builder.add(x, builder.mul(loop.index, _I64(64))), builder.mul(x_step, _I64(16 * row))
-                )
-                _call(builder, "tileloadd64", _I8(_ROWS + row), builder.inttoptr(start, _BYTES), x_step)
-                for column in range(num_wide):
-                    into = _I8(_SUMS + 2 * row + column)
-                    _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
-        for row, column in tiles:
-            start = builder.add(builder.add(sums, _I64(64 * column)), builder.mul(sums_step, _I64(16 * row)))
-            _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), builder.inttoptr(start, _BYTES), sums_step)
+        _multiply(builder, high.literal_value, wide.literal_value, _Factors(*arguments[2:]))
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.none(high, wide, i64, i64, i64, i64, i64, i64, i64, i64), code
+
+
+@intrinsic(prefer_literal=True)
+def multiply_and_finish(
+    _, high, kind, x, x_step, weight, depth, sums, next_weight, num_fetched, rows, done, bias, residual, out, out_step
+):
+    """`multiply_tiles` of 32 columns, and beside it `finish_rows` of the sums before these, `done`.
+
+    The processor multiplies tiles and computes with vectors at the same time if it finds both among the next few
+    hundred instructions.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_step, weight, depth, sums, next_weight, num_fetched, rows, *finished = arguments[2:]
+        finish = _finishing(context, builder, kind.literal_value, *finished)
+        at_once = builder.sdiv(builder.add(rows, builder.sub(depth, _I64(1))), depth)
+
+        def finish_some(step: Any) -> None:
+            start = builder.mul(step, at_once)
+            stop = builder.add(start, at_once)
+            stop = builder.select(builder.icmp_signed("<", stop, rows), stop, rows)
+            with cgutils.for_range_slice(builder, start, stop, _I64(1), intp=_I64) as (row, _):
+                finish(row)
+
+        factors = _Factors(x, x_step, weight, depth, sums, _I64(128), next_weight, num_fetched)
+        _multiply(builder, high.literal_value, 2, factors, beside=finish_some)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(high, kind, *[i64] * 13), code
+
+
+def _multiply(
+    builder: Any, high: int, wide: int, given: _Factors, beside: Callable[[Any], None] = lambda step: None
+) -> None:
+    """Multiply `high` by `wide` tiles; `beside` adds code to each step of depth."""
+    tiles = [(row, column) for row in range(high) for column in range(wide)]
+    for row, column in tiles:
+        _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
+    with cgutils.for_range(builder, given.depth, intp=_I64) as loop:
+        step = _I64(wide * TILE_BYTES)
+        across = builder.inttoptr(builder.add(given.weight, builder.mul(loop.index, step)), _BYTES)
+        for column in range(wide):
+            at = builder.gep(across, [_I64(TILE_BYTES * column)])
+            _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
+        with cgutils.for_range(builder, given.num_fetched, intp=_I64) as fetched:
+            line = builder.add(builder.mul(loop.index, given.num_fetched), fetched.index)
+            _fetch(builder, builder.inttoptr(builder.add(given.next_weight, builder.mul(line, _I64(64))), _BYTES))
+        for row in range(high):
+            start = builder.add(given.x, builder.mul(loop.index, _I64(64)))
+            start = builder.add(start, builder.mul(given.x_step, _I64(16 * row)))
+            _call(builder, "tileloaddt164", _I8(_ROWS + row), builder.inttoptr(start, _BYTES), given.x_step)
+            for column in range(wide):
+                into = _I8(_SUMS + 2 * row + column)
+                _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
+        beside(loop.index)
+    for row, column in tiles:
+        start = builder.add(given.sums, _I64(64 * column))
+        start = builder.inttoptr(builder.add(start, builder.mul(given.sums_step, _I64(16 * row))), _BYTES)
+        _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), start, given.sums_step)
 
 
 def configuring(compiler: Compiler) -> Any:
@@ -153,43 +204,52 @@ def _fetch(builder: Any, address: Any) -> None:
 def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
     """Write `rows` rows of `sums` `[rows, 32]` as bfloat16; all are addresses, `out_step` is in numbers.
 
-    `kind` is a constant, the names of what to do to a row, separated by spaces: "bias" adds 32 numbers, "residual" adds
-    a row that lies as that of `out` does, and "gate" writes 16 numbers: silu of the first 16, times the last 16.
+    `kind` is a constant, the sum of what to do to a row: `BIAS` adds 32 numbers, `RESIDUAL` adds a row that lies as
+    that of `out` does, and `GATE` writes 16 numbers: silu of the first 16, times the last 16.
     """
-    actions = kind.literal_value.split()
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, rows, sums, bias, residual, out, out_step = arguments
-        make = VectorCode(context, builder, 16)
-
-        def at(address: Any, kind: Any) -> Any:
-            return builder.inttoptr(address, kind.as_pointer())
-
-        stored = ir.IntType(16)
-        added = [make.load(at(bias, stored), v) for v in range(2)] if "bias" in actions else []
-        with cgutils.for_range(builder, rows, intp=_I64) as loop:
-            offset = builder.mul(loop.index, builder.mul(out_step, _I64(2)))
-            row = at(builder.add(sums, builder.mul(loop.index, _I64(128))), _FLOAT)
-            values = [make.load(row, v) for v in range(2)]
-            if added:
-                values = [builder.fadd(value, one) for value, one in zip(values, added, strict=True)]
-            if "residual" in actions:
-                other = at(builder.add(residual, offset), stored)
-                values = [builder.fadd(value, make.load(other, v)) for v, value in enumerate(values)]
-            if "gate" in actions:
-                gate, up = values
-                one = ir.Constant(gate.type, [1.0] * 16)
-                below = builder.fadd(one, exponential(builder, builder.fneg(gate)))
-                values = [builder.fmul(builder.fdiv(gate, below), up)]
-            target = at(builder.add(out, offset), stored)
-            for v, value in enumerate(values):
-                narrow = _narrow(builder, value)
-                place = builder.gep(target, [_I64(16 * v)])
-                builder.store(narrow, builder.bitcast(place, narrow.type.as_pointer()), align=2)
+        finish = _finishing(context, builder, kind.literal_value, *arguments[2:])
+        with cgutils.for_range(builder, arguments[1], intp=_I64) as loop:
+            finish(loop.index)
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.none(kind, i64, i64, i64, i64, i64, i64), code
+
+
+def _finishing(
+    context: Any, builder: Any, kind: int, sums: Any, bias: Any, residual: Any, out: Any, out_step: Any
+) -> Callable[[Any], None]:
+    """The function that adds code to finish a row; see `finish_rows`."""
+    make, stored = VectorCode(context, builder, 16), ir.IntType(16)
+
+    def at(address: Any, kind: Any) -> Any:
+        return builder.inttoptr(address, kind.as_pointer())
+
+    added = [make.load(at(bias, stored), v) for v in range(2)] if kind & BIAS else []
+
+    def finish(row: Any) -> None:
+        offset = builder.mul(row, builder.mul(out_step, _I64(2)))
+        start = at(builder.add(sums, builder.mul(row, _I64(128))), _FLOAT)
+        values = [make.load(start, v) for v in range(2)]
+        if added:
+            values = [builder.fadd(value, one) for value, one in zip(values, added, strict=True)]
+        if kind & RESIDUAL:
+            other = at(builder.add(residual, offset), stored)
+            values = [builder.fadd(value, make.load(other, v)) for v, value in enumerate(values)]
+        if kind & GATE:
+            gate, up = values
+            one = ir.Constant(gate.type, [1.0] * 16)
+            below = builder.fadd(one, exponential(builder, builder.fneg(gate)))
+            values = [builder.fmul(builder.fdiv(gate, below), up)]
+        target = at(builder.add(out, offset), stored)
+        for v, value in enumerate(values):
+            narrow = _narrow(builder, value)
+            place = builder.gep(target, [_I64(16 * v)])
+            builder.store(narrow, builder.bitcast(place, narrow.type.as_pointer()), align=2)
+
+    return finish
 
 
 def _narrow(builder: Any, numbers: Any) -> Any:

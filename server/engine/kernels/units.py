@@ -19,6 +19,12 @@ ROWS = 8
 COLUMNS, CHUNK = 32, 256
 """Number of columns of weights, and of rows at most, in a unit of work of a product."""
 
+SHARES = 8
+"""Number of shares at most into which the units of a product are divided (`shares.py`)."""
+
+BIAS, RESIDUAL, GATE = 1, 2, 4
+"""What is done to the results of a product; the sum of some is its kind (`tiles.finish_rows`)."""
+
 
 class SpanColumns(NamedTuple):
     """The columns of `spans`, which has a row for each sequence."""
@@ -57,7 +63,10 @@ class AttentionArguments(NamedTuple):
 
 
 class ProductArguments(NamedTuple):
-    """Arguments of a product after the counter and the number of units. Arrays are passed as addresses."""
+    """Arguments of a product after the counter and the number of units. Arrays are passed as addresses.
+
+    `SHARES` counters follow, which start as 0.
+    """
 
     rows: int  # of `x`
     depth: int  # columns of `x`, a multiple of 32
@@ -67,7 +76,8 @@ class ProductArguments(NamedTuple):
     bias: int  # [columns]; 0 if there is none
     residual: int  # [rows, columns], may be `out`; 0 if there is none
     out: int  # [rows, columns], or half the columns after a gate
-    ahead: int  # number of units between the one that is computed and the one whose weights are fetched
+    shares: int  # number of threads' shares of the units, at most `SHARES`
+    thread: int  # address of OpenMP's `omp_get_thread_num`; 0 if there is none
 
 
 class LinkColumns(NamedTuple):

@@ -113,11 +113,13 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nulls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of the nulls of this run, instead of the one in the user's cache."""
+    """The folder of the nulls of this run, of all its processes, instead of the one in the user's cache."""
     from server.interpret.null_cache import NullCache
     from server.settings import Settings
 
-    folder, users = tmp_path_factory.mktemp("nulls"), Settings.load().cache_dir / "interpretation"
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "nulls"
+    users = Settings.load().cache_dir / "interpretation"
     true = NullCache.__init__
 
     def initialise(self: NullCache, directory: Path | None = None) -> None:

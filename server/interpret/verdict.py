@@ -42,11 +42,11 @@ def _of_prefix(geometry: Geometry) -> str:
 def _of_lens(lens: Lens) -> str:
     if lens.labels is not None:
         verb = "raises" if lens.labels.p <= LEVEL else "does not raise"
-        return f"Through the model it {verb} the labels (p = {written_p(lens.labels.p)})."
+        return f"Seen through the model, what training added {verb} the labels (p = {written_p(lens.labels.p)})."
     if lens.tokens:
         names = ", ".join(f"“{token.text}”" for token in lens.tokens)
-        return f"Through the model it raises {names}."
-    return "Through the model it raises no single token more than random changes do."
+        return f"Seen through the model, what training added raises {names}."
+    return "Seen through the model, what training added raises no single token more than random changes do."
 
 
 def written_p(p: float | None) -> str:

@@ -45,7 +45,7 @@ EXAMPLE = {
     "start_is_known": True,
     "start": "the embeddings, or the keys and values, of vocabulary tokens",
     "verdict": "All 20 virtual tokens are still nearest to the tokens they started from; what training added is near "
-    "no word (p = 0.23). Through the model it raises the labels (p = 0.002).",
+    "no word (p = 0.23). Seen through the model, what training added raises the labels (p = 0.002).",
     "notes": ["The lens sees direct paths only, and takes attention as even over the virtual tokens."],
 }
 

@@ -124,7 +124,8 @@ def multiply_and_finish(
     """`multiply_tiles` of 32 columns, and beside it `finish_rows` of the sums before these, `done`.
 
     The processor multiplies tiles and computes with vectors at the same time if it finds both among the next few
-    hundred instructions.
+    hundred instructions. Rows of `x` are loaded with the hint that they are not needed again soon, because the weights
+    are.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -140,7 +141,7 @@ def multiply_and_finish(
                 finish(row)
 
         factors = _Factors(x, x_step, weight, depth, sums, _I64(128), next_weight, num_fetched)
-        _multiply(builder, high.literal_value, 2, factors, beside=finish_some)
+        _multiply(builder, high.literal_value, 2, factors, "tileloaddt164", finish_some)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -148,7 +149,12 @@ def multiply_and_finish(
 
 
 def _multiply(
-    builder: Any, high: int, wide: int, given: _Factors, beside: Callable[[Any], None] = lambda step: None
+    builder: Any,
+    high: int,
+    wide: int,
+    given: _Factors,
+    load_rows: str = "tileloadd64",
+    beside: Callable[[Any], None] = lambda step: None,
 ) -> None:
     """Multiply `high` by `wide` tiles; `beside` adds code to each step of depth."""
     tiles = [(row, column) for row in range(high) for column in range(wide)]
@@ -166,7 +172,7 @@ def _multiply(
         for row in range(high):
             start = builder.add(given.x, builder.mul(loop.index, _I64(64)))
             start = builder.add(start, builder.mul(given.x_step, _I64(16 * row)))
-            _call(builder, "tileloaddt164", _I8(_ROWS + row), builder.inttoptr(start, _BYTES), given.x_step)
+            _call(builder, load_rows, _I8(_ROWS + row), builder.inttoptr(start, _BYTES), given.x_step)
             for column in range(wide):
                 into = _I8(_SUMS + 2 * row + column)
                 _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))

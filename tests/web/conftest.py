@@ -28,9 +28,9 @@ TASKS = ("banking77", "e2e_nlg", "emotion", "sms_spam")
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium; Playwright brings none."""
-    path = shutil.which("chromium")
+    path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if path is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+        pytest.skip("needs Chromium: apt-get install chromium-headless-shell")
     if not (ROOT / "server/web/dist/index.html").exists():
         pytest.skip("needs the page: make page")
     from playwright.sync_api import sync_playwright

@@ -12,7 +12,7 @@ bfloat16 as uint16, and are widened when loaded. The functions allocate nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -44,9 +44,9 @@ class VectorCode:
         self._context, self.builder = context, builder
         self.lanes = lanes(width)
         self.per_row = width // self.lanes
-        self._floats = ir.VectorType(_FLOAT, self.lanes)
+        self.floats = ir.VectorType(_FLOAT, self.lanes)
         self._indices = ir.VectorType(_I32, self.lanes)
-        self._anything = ir.Constant(self._floats, ir.Undefined)
+        self._anything = ir.Constant(self.floats, ir.Undefined)
 
     def pointer_to(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
         """The address of a row of an array."""
@@ -57,16 +57,16 @@ class VectorCode:
         """Load a vector of a row, as float32."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
         if pointer.type.pointee == _FLOAT:
-            return self.builder.load(self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
+            return self.builder.load(self.builder.bitcast(pointer, self.floats.as_pointer()), align=4)
         halves = ir.VectorType(_I16, self.lanes)
         stored = self.builder.load(self.builder.bitcast(pointer, halves.as_pointer()), align=2)
         upper = self.builder.shl(self.builder.zext(stored, self._indices), self._indices([16] * self.lanes))
-        return self.builder.bitcast(upper, self._floats)
+        return self.builder.bitcast(upper, self.floats)
 
     def store(self, value: Any, row: Any, vector: int = 0) -> None:
         """Store a vector of float32 in a row."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
-        self.builder.store(value, self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
+        self.builder.store(value, self.builder.bitcast(pointer, self.floats.as_pointer()), align=4)
 
     def spread(self, number: Any) -> Any:
         """A vector with the number in every lane."""
@@ -150,13 +150,17 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, a, a0, a_step, b, b0, b_step, c, c0, n = arguments
         make = VectorCode(context, builder, num_columns)
-        for tile, vectors in _tiles(num_rows, make.per_row):
-            a_rows = [make.pointer_to(signature.args[2], a, a0, _I64(r), a_step) for r in tile]
-            c_rows = [make.pointer_to(signature.args[8], c, c0, _I64(r), _I64(num_columns)) for r in tile]
+
+        def add_tile(first: Any, high: int, vectors: range) -> None:
+            """Add the products of `high` rows, from the first on."""
+            tile = [builder.add(first, _I64(r)) for r in range(high)]
+            a_rows = [make.pointer_to(signature.args[2], a, a0, row, a_step) for row in tile]
+            c_rows = [make.pointer_to(signature.args[8], c, c0, row, _I64(num_columns)) for row in tile]
             sums = {}
             for r, row in enumerate(c_rows):
                 for v in vectors:
-                    sums[r, v] = cgutils.alloca_once_value(builder, make.load(row, v))
+                    sums[r, v] = cgutils.alloca_once(builder, make.floats)
+                    builder.store(make.load(row, v), sums[r, v])
             with cgutils.for_range(builder, n, intp=_I64) as loop:
                 b_row = make.pointer_to(signature.args[5], b, b0, loop.index, b_step)
                 factors = {v: make.load(b_row, v) for v in vectors}
@@ -167,19 +171,20 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
                         builder.store(total, sums[r, v])
             for (r, v), total in sums.items():
                 make.store(builder.load(total), c_rows[r], v)
+
+        wide = min(make.per_row, SUMS)
+        high = SUMS // wide
+        for v in range(0, make.per_row, wide):
+            vectors = range(v, min(make.per_row, v + wide))
+            whole = num_rows // high * high
+            with cgutils.for_range_slice(builder, _I64(0), _I64(whole), _I64(high), intp=_I64) as (first, _):
+                add_tile(first, high, vectors)
+            if whole < num_rows:
+                add_tile(_I64(whole), num_rows - whole, vectors)
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.none(rows, width, a, i64, i64, b, i64, i64, c, i64, i64), code
-
-
-def _tiles(rows: int, vectors: int) -> Iterator[tuple[range, range]]:
-    """Divide a matrix of rows and vectors into tiles of at most `SUMS` vectors."""
-    wide = min(vectors, SUMS)
-    high = SUMS // wide
-    for v in range(0, vectors, wide):
-        for r in range(0, rows, high):
-            yield range(r, min(rows, r + high)), range(v, min(vectors, v + wide))
 
 
 @intrinsic(prefer_literal=True)

@@ -94,8 +94,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def tell(interpreter: Interpreter, soft_prompts: Mapping[str, SoftPrompt], svg: Path | None = None) -> None:
-    """Print the story; `soft_prompts` has at least `NAIVE`. Pictures go to `svg`."""
+def tell(
+    interpreter: Interpreter, soft_prompts: Mapping[str, SoftPrompt], svg: Path | None = None
+) -> dict[str, Interpretation]:
+    """Print the story; `soft_prompts` has at least `NAIVE`. Pictures go to `svg`. Returns what was found by task."""
     others = list(soft_prompts.values())
     results = {task: interpreter.interpret(task, one, others) for task, one in soft_prompts.items()}
     nearest = results[NAIVE].nearest
@@ -113,6 +115,7 @@ def tell(interpreter: Interpreter, soft_prompts: Mapping[str, SoftPrompt], svg: 
                     name = path.name if path.stem == "similarity" else f"{task}_{path.name}"
                     path.replace(svg / f"interpretation_{name}")
         print(f"\nPictures: {svg}/interpretation_*.svg")
+    return results
 
 
 def main() -> None:

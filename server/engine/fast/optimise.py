@@ -35,6 +35,7 @@ from server.engine.fast.fused import FusedEmbedding, FusedLayer, FusedNorm, Fuse
 from server.engine.fast.linear import FrozenLinear, can_pack
 from server.engine.fast.operators import COMPILED_DTYPES, CompiledOperators, Operators, operators_with
 from server.engine.fast.tiled import TiledLinear, frozen_linear
+from server.engine.kernels.units import BIAS, GATE, RESIDUAL
 from server.engine.memory.kv_cache import KVCache
 from server.engine.model.frozen import FrozenModel
 
@@ -103,6 +104,10 @@ def _try_out(kernels: Kernels, model: FrozenModel) -> None:
     turns = torch.ones(1, spec.head_dim)
     operators.rotate(rows.view(1, 2, spec.head_dim), turns, turns, 2)
     if kernels.has_tiles and model.dtype == torch.bfloat16:
+        has_bias = any(name.endswith(".bias") for name, _ in model.module.named_parameters())
+        for kind in (0, RESIDUAL, GATE):
+            for bias in (0, BIAS) if has_bias else (0,):
+                kernels.product(kind + bias)
         kernels.chain()
     kv_cache = KVCache(dataclasses.replace(spec, max_model_len=16), num_slabs=1)
     attention = CompiledAttention.over(kv_cache, model.attention_rules, kernels)

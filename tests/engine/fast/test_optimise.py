@@ -14,9 +14,10 @@ from torch import nn
 from server.contracts import FinishReason
 from server.engine.attention.compiled_rows import CompiledAttention
 from server.engine.fast.linear import FrozenLinear
-from server.engine.fast.optimise import load_kernels, optimise
+from server.engine.fast.optimise import _try_out, load_kernels, optimise
 from server.engine.kernels import library
 from server.engine.kernels.library import Kernels
+from server.engine.kernels.threads import Loop
 from server.engine.model.frozen import _fingerprint
 from server.soft_prompts.soft_prompt import SoftPrompt
 from tests.engine.optimised import (
@@ -212,6 +213,29 @@ def test_kept_kernels_that_cannot_be_read_are_compiled_anew(
         index.write_bytes(index.read_bytes()[:-20])
     assert "they are compiled again" in start()
     assert not any(map(Path.exists, indices)), "the next start would find them again"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_every_product_of_a_step_is_tried_at_start(
+    architecture: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept one that cannot be read would else end the server at its first step."""
+    if not kernels.has_tiles:
+        pytest.skip("this processor has no AMX")
+    kinds: set[int] = set()
+    product = Kernels.product
+
+    def noted(self: Kernels, kind: int) -> Loop:
+        kinds.add(kind)
+        return product(self, kind)
+
+    monkeypatch.setattr(Kernels, "product", noted)
+    _try_out(kernels, rough(architecture, torch.bfloat16))
+    tried = set(kinds)
+    kinds.clear()
+    answers(engine_for(optimised(architecture, ALL, kernels, dtype=torch.bfloat16), kernels))
+    assert kinds, "the step has products by AMX"
+    assert kinds <= tried
 
 
 def test_kernels_are_kept_nowhere_rather_than_beside_the_code(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,6 @@ def test_whatever_happens_all_end_once_in_fair_order_with_the_answer_they_get_al
     for _ in soak.rounds(short=1, full=100, desc="lives of an engine, by the forty"):
         run_state_machine_as_test(
             seed(soak.random.randrange(2**32))(lives),
-            settings=settings(max_examples=soak.count(8, 40), stateful_step_count=30, deadline=None, database=None),
+            settings=settings(max_examples=soak.count(12, 40), stateful_step_count=30, deadline=None, database=None),
         )
     world.grammars.close()

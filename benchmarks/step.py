@@ -140,7 +140,6 @@ class Products:
             assert isinstance(linear, TiledLinear), "see `can_chain`"
             units = linear.out_features // COLUMNS * -(-rows // CHUNK)
             arguments = linear.arguments(rows, x.data_ptr(), None, outs[linear.out_features].data_ptr())
-            arguments = arguments._replace(shares=min(threads, SHARES))
             table[i, :-SHARES] = 0, units, *arguments
             links[i, :2] = linear.loop(adds=False).address, table[i].ctypes.data
         chain = self._kernels.chain()

@@ -68,11 +68,12 @@ class TiledLinear(nn.Module):
         return self._kernels.product(BIAS * (self.bias is not None) + RESIDUAL * adds + GATE * self.is_gated)
 
     def arguments(self, rows: int, x: int, residual: torch.Tensor | None, out: int) -> ProductArguments:
-        """The arguments of the loop, for one thread; `x` and `out` are addresses."""
+        """The arguments of the loop, except for its counters; `x` and `out` are addresses."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         added = 0 if residual is None else residual.data_ptr()
         sizes = rows, self.in_features, self.out_features
-        return ProductArguments(*sizes, x, self.weight.data_ptr(), bias, added, out, 1, self._thread)
+        shares = min(torch.get_num_threads(), SHARES)
+        return ProductArguments(*sizes, x, self.weight.data_ptr(), bias, added, out, shares, self._thread)
 
     def _multiply(self, x: torch.Tensor, residual: torch.Tensor | None, width: int) -> torch.Tensor:
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "as the weights are"  # noqa: PT018
@@ -81,8 +82,7 @@ class TiledLinear(nn.Module):
         rows = x.numel() // self.in_features
         loop = self.loop(adds=residual is not None)
         units, threads = self.out_features // COLUMNS * -(-rows // CHUNK), torch.get_num_threads()
-        arguments = self.arguments(rows, x.data_ptr(), residual, out.data_ptr())._replace(shares=min(threads, SHARES))
-        loop(units, threads, *arguments, *[0] * SHARES)
+        loop(units, threads, *self.arguments(rows, x.data_ptr(), residual, out.data_ptr()), *[0] * SHARES)
         return out
 
 

@@ -40,9 +40,9 @@ def taking(compiler: Compiler) -> Any:
 
     @compiler.inline
     def take(counters, units, shares, own, finished):
-        """Take a unit from a thread's own share, or from the next one if `finished` shares are.
+        """Take a unit from a thread's own share, or from a later one after `finished` shares have no unit left.
 
-        Returns the unit, -1 if none is left, and how many shares are finished, for the next call.
+        Returns the unit, or -1 if no share has one, and the new number of finished shares.
         """
         while finished < shares:
             share = (own + finished) % shares

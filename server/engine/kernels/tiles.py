@@ -124,8 +124,7 @@ def multiply_and_finish(
     """`multiply_tiles` of 32 columns, and beside it `finish_rows` of the sums before these, `done`.
 
     The processor multiplies tiles and computes with vectors at the same time if it finds both among the next few
-    hundred instructions. Rows of `x` are loaded with the hint that they are not needed again soon, because the weights
-    are.
+    hundred instructions. The next rows need the weights again, but not these rows of `x`: a hint tells the cache so.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -44,9 +44,9 @@ class VectorCode:
         self._context, self.builder = context, builder
         self.lanes = lanes(width)
         self.per_row = width // self.lanes
-        self.floats = ir.VectorType(_FLOAT, self.lanes)
+        self._floats = ir.VectorType(_FLOAT, self.lanes)
         self._indices = ir.VectorType(_I32, self.lanes)
-        self._anything = ir.Constant(self.floats, ir.Undefined)
+        self._anything = ir.Constant(self._floats, ir.Undefined)
 
     def pointer_to(self, array_type: Any, array: Any, offset: Any, row: Any, step: Any) -> Any:
         """The address of a row of an array."""
@@ -57,16 +57,16 @@ class VectorCode:
         """Load a vector of a row, as float32."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
         if pointer.type.pointee == _FLOAT:
-            return self.builder.load(self.builder.bitcast(pointer, self.floats.as_pointer()), align=4)
+            return self.builder.load(self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
         halves = ir.VectorType(_I16, self.lanes)
         stored = self.builder.load(self.builder.bitcast(pointer, halves.as_pointer()), align=2)
         upper = self.builder.shl(self.builder.zext(stored, self._indices), self._indices([16] * self.lanes))
-        return self.builder.bitcast(upper, self.floats)
+        return self.builder.bitcast(upper, self._floats)
 
     def store(self, value: Any, row: Any, vector: int = 0) -> None:
         """Store a vector of float32 in a row."""
         pointer = self.builder.gep(row, [_I64(vector * self.lanes)])
-        self.builder.store(value, self.builder.bitcast(pointer, self.floats.as_pointer()), align=4)
+        self.builder.store(value, self.builder.bitcast(pointer, self._floats.as_pointer()), align=4)
 
     def spread(self, number: Any) -> Any:
         """A vector with the number in every lane."""
@@ -159,8 +159,7 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
             sums = {}
             for r, row in enumerate(c_rows):
                 for v in vectors:
-                    sums[r, v] = cgutils.alloca_once(builder, make.floats)
-                    builder.store(make.load(row, v), sums[r, v])
+                    sums[r, v] = cgutils.alloca_once_value(builder, make.load(row, v))
             with cgutils.for_range(builder, n, intp=_I64) as loop:
                 b_row = make.pointer_to(signature.args[5], b, b0, loop.index, b_step)
                 factors = {v: make.load(b_row, v) for v in vectors}

@@ -12,16 +12,22 @@ import numpy as np
 from numba import carray
 
 from server.engine.kernels.arithmetic import exp
-from server.engine.kernels.columns import LANES, add_columns, turn_columns, weigh_columns
+from server.engine.kernels.columns import (
+    LANES,
+    add_columns,
+    mask_columns,
+    turn_columns,
+    turn_rows,
+    turn_values,
+    weigh_columns,
+)
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.tiles import multiply_tiles
-from server.engine.kernels.units import BLOCK, QUERIES
+from server.engine.kernels.units import BLOCK
 from server.engine.kernels.vectors import pointer, stack_memory
 
 DEPTH = 32
 """Numbers of a row of a tile of `x`."""
-BEYOND = 1 << 20
-"""A position that no block has."""
 
 
 def can_attend_by_tiles(dim: int, stored: Any) -> bool:
@@ -37,62 +43,60 @@ def spreading(compiler: Compiler, kv_heads: int, dim: int) -> Any:
     def spread_block(keys, values, start, filled, keys_at, values_at):
         """Copy a block's keys `[BLOCK, dim]` and values `[dim, BLOCK]`; zeros after the filled positions."""
         plain = carray(pointer(keys_at), (BLOCK, dim), np.uint16)
-        turned = carray(pointer(values_at), (dim, BLOCK), np.uint16)
-        for i in range(BLOCK):
-            if i < filled:
-                key, value = keys[(start + i) * row :][:dim], values[(start + i) * row :][:dim]
-                for d in range(dim):
-                    plain[i, d] = key[d]
-                for d in range(dim):
-                    turned[d, i] = value[d]
-            else:
-                for d in range(dim):
-                    plain[i, d] = np.uint16(0)
-                    turned[d, i] = np.uint16(0)
+        for i in range(filled):
+            key = keys[(start + i) * row :][:dim]
+            for d in range(dim):
+                plain[i, d] = key[d]
+        plain[filled:] = 0
+        turn_values(values[start * row :].ctypes.data, row * 2, filled, values_at, dim)
 
     return spread_block
 
 
 def chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
     """The function that attends for a block of queries."""
-    row, depth = kv_heads * dim, dim // DEPTH
-    queries_bytes, sums_bytes, staged_bytes = QUERIES * group * dim * 2, dim * LANES * 4, LANES * dim * 2
+    row, staged_bytes, sums_bytes = kv_heads * dim, LANES * dim * 2, dim * LANES * 4
     attend_columns = _attending(compiler, dim)
 
     @compiler.inline
     def attend_chunk(query, step, head_step, tokens, position, window, scaling, sinks_at, keys_at, values_at, out):
         """Attend for a block of a chunk's tokens, the first at `position`, over the blocks that they see."""
-        queries_at, staged_at = stack_memory(queries_bytes), stack_memory(staged_bytes)
+        queries_at, staged_at = stack_memory(staged_bytes), stack_memory(staged_bytes)
         sums_at, highest_at, totals_at = stack_memory(sums_bytes), stack_memory(64), stack_memory(64)
-        queries = carray(pointer(queries_at), (group, depth * DEPTH // 2, LANES), np.uint32)  # of pairs of numbers
-        queries[:] = 0
-        for t in range(tokens):
-            for g in range(group):
-                asked, r = query[t * step + g * head_step :][:dim], t * group + g
-                pairs = queries[r // LANES, :, r % LANES]
-                for i in range(dim // 2):
-                    pairs[i] = np.uint32(asked[2 * i]) | np.uint32(asked[2 * i + 1]) << np.uint32(16)
+        own_at, before_at = stack_memory(64), stack_memory(64)
+        own, before = carray(pointer(own_at), LANES, np.int32), carray(pointer(before_at), LANES, np.int32)
         sums = carray(pointer(sums_at), (dim, LANES), np.float32)
         highest = carray(pointer(highest_at), LANES, np.float32)
         totals = carray(pointer(totals_at), LANES, np.float32)
         staged = carray(pointer(staged_at), (LANES, dim), np.uint16)
-        first_block = max(0, position - window + 1) // BLOCK
-        for column in range((tokens * group + LANES - 1) // LANES):
+        first_block, last_block = max(0, position - window + 1) // BLOCK, (position + tokens - 1) // BLOCK
+        for r in range(0, tokens * group, LANES):
+            lanes = min(LANES, tokens * group - r)
+            for lane in range(lanes):
+                asked = query[(r + lane) // group * step + (r + lane) % group * head_step :][:dim]
+                for d in range(dim):
+                    staged[lane, d] = asked[d]
+            staged[lanes:] = 0
+            turn_rows(staged_at, queries_at, dim // 2)
             sums[:] = 0
             highest[:] = -np.inf
             totals[:] = 0
-            r = column * LANES
-            for block in range(first_block, (position + tokens - 1) // BLOCK + 1):
+            first, last = position + r // group, position + (r + lanes - 1) // group  # of the lanes' positions
+            for block in range(first_block, last_block + 1):
                 place = block * BLOCK
-                sees = position - place, window, tokens
+                masks = first - place < BLOCK - 1 or last - place >= window
+                if masks:
+                    for lane in range(LANES):
+                        own[lane] = min(position + (r + lane) // group - place, BLOCK)
+                        before[lane] = max(position + (r + lane) // group - place - window, -1)
                 at = keys_at + place * dim * 4, values_at + place * dim * 4
-                attend_columns(queries_at + r * dim * 2, r, group, *sees, scaling, *at, sums_at, highest_at, totals_at)
+                attend_columns(queries_at, masks, own_at, before_at, scaling, *at, sums_at, highest_at, totals_at)
             if sinks_at != 0:
                 sinks = carray(pointer(sinks_at), group, np.float32)
                 for lane in range(LANES):
                     totals[lane] += exp(sinks[(r + lane) % group] - highest[lane])
             turn_columns(sums_at, totals_at, staged_at, dim)
-            for lane in range(min(LANES, tokens * group - r)):
+            for lane in range(lanes):
                 answer = out[(r + lane) // group * group * row + (r + lane) % group * dim :][:dim]
                 for d in range(dim):
                     answer[d] = staged[lane, d]
@@ -102,36 +106,22 @@ def chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
 
 def _attending(compiler: Compiler, dim: int) -> Any:
     """The function that attends for 16 rows of queries over one block."""
-    depth, added_bytes, weights_bytes, scores_bytes = (
-        dim // DEPTH,
-        dim * LANES * 4,
-        BLOCK * LANES * 2,
-        BLOCK * LANES * 4,
-    )
+    score_bytes, added_bytes = BLOCK * LANES * 4, dim * LANES * 4
+    tall, high = BLOCK // LANES, 4 if dim % 64 == 0 else 2  # number of tiles that are multiplied at a time
 
     @compiler.inline
-    def attend(
-        queries_at, r, group, position, window, tokens, scaling, keys_at, values_at, sums_at, highest_at, totals_at
-    ):
-        """Update sums `[dim, 16]`, maxima and totals; row `r` is the first, and `position` that of the first token."""
-        scores_at, scales_at = stack_memory(scores_bytes), stack_memory(64)
-        own_at, before_at = stack_memory(64), stack_memory(64)
-        upper_at, lower_at = stack_memory(weights_bytes), stack_memory(weights_bytes)
-        more_at, less_at = stack_memory(added_bytes), stack_memory(added_bytes)
-        own, before = carray(pointer(own_at), LANES, np.int32), carray(pointer(before_at), LANES, np.int32)
-        for lane in range(LANES):
-            token = (r + lane) // group
-            last = position + token if token < tokens else -1
-            own[lane] = min(last, BEYOND)
-            before[lane] = max(last - window, -1)
-        for p in range(0, BLOCK, 32):
-            at, into = keys_at + p * dim * 2, scores_at + p * LANES * 4
-            multiply_tiles(2, 1, at, dim * 2, queries_at, depth, into, LANES * 4, 0, 0)
-        weigh_columns(scores_at, own_at, before_at, scaling, highest_at, totals_at, scales_at, upper_at, lower_at)
-        for d in range(0, dim, 32):
-            at, into = values_at + d * BLOCK * 2, d * LANES * 4
-            multiply_tiles(2, 1, at, BLOCK * 2, upper_at, BLOCK // DEPTH, more_at + into, LANES * 4, 0, 0)
-            multiply_tiles(2, 1, at, BLOCK * 2, lower_at, BLOCK // DEPTH, less_at + into, LANES * 4, 0, 0)
-        add_columns(sums_at, scales_at, more_at, less_at, dim)
+    def attend(queries_at, masks, own_at, before_at, scaling, keys_at, values_at, sums_at, highest_at, totals_at):
+        """Update sums `[dim, 16]`, maxima and totals."""
+        scores_at, weights_at = stack_memory(score_bytes), stack_memory(score_bytes)
+        scales_at, added_at = stack_memory(64), stack_memory(added_bytes)
+        multiply_tiles(tall, 1, keys_at, dim * 2, queries_at, dim // DEPTH, scores_at)
+        if masks:
+            mask_columns(scores_at, scaling, own_at, before_at)
+            scaling = np.float32(1)
+        weigh_columns(scores_at, scaling, highest_at, totals_at, scales_at, weights_at)
+        for d in range(0, dim, high * LANES):
+            at, into = values_at + d * BLOCK * 2, added_at + d * LANES * 4
+            multiply_tiles(high, 2, at, BLOCK * 2, weights_at, BLOCK // DEPTH, into)
+        add_columns(sums_at, scales_at, added_at, dim)
 
     return attend

@@ -6,7 +6,6 @@ arguments are addresses, except where stated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.engine.kernels.tiles import exponential, to_bfloat16
+from server.engine.kernels.tiles import EXPONENTIAL, LOG2_E, to_bfloat16
 from server.engine.kernels.units import BLOCK
 from server.engine.kernels.vectors import FUSED
 
@@ -24,7 +23,9 @@ _CHAINS = 4
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
 _LINE = 64  # bytes of a vector
+_SIXTEEN, _UPPER, _HALF = (ir.Constant(_INTEGERS, [number] * LANES) for number in (16, 0xFFFF0000, 0x8000))
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
@@ -33,7 +34,7 @@ def _at(builder: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
 
 
 def _load(builder: Any, address: Any, offset: Any = 0, kind: Any = _FLOATS) -> Any:
-    return builder.load(_at(builder, address, kind, offset), align=4)
+    return builder.load(_at(builder, address, kind, offset), align=2)
 
 
 def _store(builder: Any, value: Any, address: Any, offset: Any = 0) -> None:
@@ -51,66 +52,76 @@ def _larger(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", y, x), y, x)
 
 
-def _visible(builder: Any, own: Any, before: Any) -> Callable[[Any], Any]:
-    """The function that says which lanes see a position of the block: those after `before`, up to `own`."""
-
-    def visible(position: Any) -> Any:
-        here = _spread(builder, builder.trunc(position, _I32))
-        return builder.and_(builder.icmp_signed("<=", here, own), builder.icmp_signed(">", here, before))
-
-    return visible
-
-
 @intrinsic
-def weigh_columns(_, scores, own, before, scaling, highest, totals, scales, upper, lower):
-    """Turn a block's scores `[BLOCK, 16]` into weights, zero for positions that are not visible.
+def mask_columns(_, scores, scaling, own, before):
+    """Multiply a block's scores by `scaling`; minus infinity where a lane does not see a position of the block.
 
     Args:
-        scores: the block's scores, before scaling; overwritten.
+        scores: `[BLOCK, 16]`.
+        scaling: a float32, not an address.
         own: int32 `[16]`, the last position of the block that each lane sees.
         before: int32 `[16]`, the position before the first that it sees.
-        scaling: a float32, not an address.
-        highest: `[16]`, the running maximum, which is updated.
-        totals: `[16]`, the running sum of weights, which is updated.
-        scales: `[16]`, receives the factor for the sums of earlier blocks.
-        upper: receives the weights as tiles of weights, `[BLOCK / 2, 16, 2]` numbers of bfloat16.
-        lower: receives what `upper` lacks, in the same layout.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scores, own, before, scaling, highest, totals, scales, upper, lower = arguments
-        visible = _visible(builder, _load(builder, own, kind=_INTEGERS), _load(builder, before, kind=_INTEGERS))
-        factor, nothing = _spread(builder, scaling), ir.Constant(_FLOATS, [0.0] * LANES)
+        scores, scaling, own, before = arguments
+        factor = _spread(builder, scaling)
+        last, first = _load(builder, own, kind=_INTEGERS), _load(builder, before, kind=_INTEGERS)
         lowest = ir.Constant(_FLOATS, [float("-inf")] * LANES)
+        with cgutils.for_range(builder, _I64(BLOCK), intp=_I64) as loop:
+            here = _spread(builder, builder.trunc(loop.index, _I32))
+            seen = builder.and_(builder.icmp_signed("<=", here, last), builder.icmp_signed(">", here, first))
+            offset = builder.mul(loop.index, _I64(_LINE))
+            score = builder.fmul(_load(builder, scores, offset), factor)
+            _store(builder, builder.select(seen, score, lowest), scores, offset)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(i64, types.float32, i64, i64), code
+
+
+@intrinsic
+def weigh_columns(_, scores, scaling, highest, totals, scales, weights):
+    """Turn a block's scores `[BLOCK, 16]` into weights.
+
+    Args:
+        scores: the block's scores, before scaling.
+        scaling: a float32, not an address.
+        highest: `[16]`, the running maximum of scaled scores, which is updated.
+        totals: `[16]`, the running sum of weights, which is updated.
+        scales: `[16]`, receives the factor for the sums of earlier blocks.
+        weights: receives the weights as tiles of weights: `[2, BLOCK / 2, 16, 2]` numbers of bfloat16, first their
+            upper halves and then the rest.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scores, scaling, highest, totals, scales, weights = arguments
         earlier = _load(builder, highest)
-        found = [cgutils.alloca_once_value(builder, lowest) for _ in range(_CHAINS)]
-        with cgutils.for_range_slice(builder, _I64(0), _I64(BLOCK), _I64(_CHAINS), intp=_I64) as (start, _):
-            for chain, best in enumerate(found):
-                position = builder.add(start, _I64(chain))
-                offset = builder.mul(position, _I64(_LINE))
-                score = builder.fmul(_load(builder, scores, offset), factor)
-                score = builder.select(visible(position), score, lowest)
-                _store(builder, score, scores, offset)
-                builder.store(_larger(builder, builder.load(best), score), best)
-        largest = earlier
-        for best in found:
-            largest = _larger(builder, largest, builder.load(best))
-        one = ir.Constant(_FLOATS, [1.0] * LANES)
+        factor = _spread(builder, scaling)
+        largest = _highest(builder, scores, factor, earlier)
         grown = builder.fcmp_ordered(">", largest, earlier)
-        scale = builder.select(grown, exponential(builder, builder.fsub(earlier, largest)), one)
+        lowest, nothing, one = (ir.Constant(_FLOATS, [number] * LANES) for number in (float("-inf"), 0.0, 1.0))
+        # A lane that has seen no position yet has no maximum to subtract.
+        subtracted = builder.select(builder.fcmp_ordered("==", largest, lowest), nothing, largest)
+        to_powers = ir.Constant(_FLOATS, [LOG2_E] * LANES)
+        subtracted = builder.fmul(subtracted, to_powers)
+
+        def weigh(score: Any) -> Any:
+            return _power(builder, builder.fsub(builder.fmul(score, to_powers, flags=FUSED), subtracted, flags=FUSED))
+
         added = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
         with cgutils.for_range(builder, _I64(BLOCK // 2), intp=_I64) as loop:
             pairs = []
             for half, total in enumerate(added):
                 position = builder.add(builder.mul(loop.index, _I64(2)), _I64(half))
                 score = _load(builder, scores, builder.mul(position, _I64(_LINE)))
-                weight = exponential(builder, builder.fsub(score, largest))
-                weight = builder.select(visible(position), weight, nothing)
+                weight = weigh(builder.fmul(score, factor))
                 builder.store(builder.fadd(builder.load(total), weight), total)
                 pairs.append(_halves(builder, weight))
-            for target, (first, second) in zip((upper, lower), zip(*pairs, strict=True), strict=True):
-                pair = builder.or_(first, builder.shl(second, ir.Constant(_INTEGERS, [16] * LANES)))
-                _store(builder, pair, target, builder.mul(loop.index, _I64(_LINE)))
+            for start, (first, second) in zip((0, BLOCK // 2 * _LINE), zip(*pairs, strict=True), strict=True):
+                pair = builder.or_(builder.lshr(first, _SIXTEEN), builder.and_(second, _UPPER))
+                _store(builder, pair, weights, builder.add(builder.mul(loop.index, _I64(_LINE)), _I64(start)))
+        scale = builder.select(grown, weigh(earlier), one)
         total = builder.fmul(_load(builder, totals), scale)
         for part in added:
             total = builder.fadd(total, builder.load(part))
@@ -119,28 +130,116 @@ def weigh_columns(_, scores, own, before, scaling, highest, totals, scales, uppe
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(i64, i64, i64, types.float32, i64, i64, i64, i64, i64), code
+    return types.none(i64, types.float32, i64, i64, i64, i64), code
+
+
+def _highest(builder: Any, scores: Any, scaling: Any, earlier: Any) -> Any:
+    """The larger of `earlier` and the highest scaled score of each lane; NaN is ignored."""
+    found = [cgutils.alloca_once_value(builder, earlier) for _ in range(_CHAINS)]
+    with cgutils.for_range_slice(builder, _I64(0), _I64(BLOCK), _I64(_CHAINS), intp=_I64) as (start, _):
+        for chain, best in enumerate(found):
+            score = _load(builder, scores, builder.mul(builder.add(start, _I64(chain)), _I64(_LINE)))
+            builder.store(_larger(builder, builder.load(best), builder.fmul(score, scaling)), best)
+    largest = earlier
+    for best in found:
+        largest = _larger(builder, largest, builder.load(best))
+    return largest
+
+
+def _power(builder: Any, t: Any) -> Any:
+    """2 ** t of numbers up to 1, accurate to 18 bits, more than weights keep; below 2 ** -125 zero; NaN stays NaN.
+
+    An instruction that computes a smaller number takes some hundred cycles.
+    """
+    seen = builder.fcmp_unordered(">=", t, ir.Constant(_FLOATS, [-125.0] * LANES))
+    whole = builder.call(_vector_function(builder, "llvm.rint.v16f32", 1), [t])
+    f = builder.fsub(t, whole)
+    power = ir.Constant(_FLOATS, [EXPONENTIAL[5]] * LANES)
+    for number in reversed(EXPONENTIAL[:5]):
+        power = builder.fadd(builder.fmul(power, f, flags=FUSED), ir.Constant(_FLOATS, [number] * LANES), flags=FUSED)
+    lanes = builder.bitcast(seen, ir.IntType(LANES))
+    scale = _vector_function(builder, "llvm.x86.avx512.mask.scalef.ps.512", 3, lanes.type, _I32)
+    nothing = ir.Constant(_FLOATS, [0.0] * LANES)
+    return builder.call(scale, [power, whole, nothing, lanes, _I32(4)])  # 4: round as configured
+
+
+def _vector_function(builder: Any, name: str, vectors: int, *more: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [*[_FLOATS] * vectors, *more])
+    return cgutils.get_or_insert_function(builder.module, kind, name)
 
 
 def _halves(builder: Any, weight: Any) -> tuple[Any, Any]:
-    """Two numbers of bfloat16 whose sum is nearly the weight, each as the lower half of an integer."""
-    upper = to_bfloat16(builder, weight)
-    back = builder.bitcast(builder.shl(upper, ir.Constant(_INTEGERS, [16] * LANES)), _FLOATS)
-    return upper, to_bfloat16(builder, builder.fsub(weight, back))
+    """Two numbers of bfloat16 whose sum is nearly the weight, each as the upper half of an integer."""
+    upper = builder.add(builder.bitcast(weight, _INTEGERS), _HALF)  # round to nearest; a NaN's rest is NaN again
+    rest = builder.fsub(weight, builder.bitcast(builder.and_(upper, _UPPER), _FLOATS))
+    return upper, builder.add(builder.bitcast(rest, _INTEGERS), _HALF)
 
 
 @intrinsic
-def add_columns(_, sums, scales, upper, lower, n):
-    """`sums` `[n, 16]` times `scales` `[16]`, plus `upper` and `lower`, which are shaped as `sums`; `n` is a number."""
+def add_columns(_, sums, scales, added, n):
+    """`sums` `[n, 16]` times `scales` `[16]`, plus `added`, which is shaped as `sums`; `n` is a number."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, scales, upper, lower, n = arguments
+        sums, scales, added, n = arguments
         scale = _load(builder, scales)
         with cgutils.for_range(builder, n, intp=_I64) as loop:
             offset = builder.mul(loop.index, _I64(_LINE))
-            added = builder.fadd(_load(builder, upper, offset), _load(builder, lower, offset))
             scaled = builder.fmul(_load(builder, sums, offset), scale, flags=FUSED)
-            _store(builder, builder.fadd(scaled, added, flags=FUSED), sums, offset)
+            _store(builder, builder.fadd(scaled, _load(builder, added, offset), flags=FUSED), sums, offset)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(i64, i64, i64, i64), code
+
+
+@intrinsic
+def turn_rows(_, rows, out, n):
+    """Write 16 rows of `n` pairs of bfloat16 to `out` `[n, 16]`, also of pairs; `n` is a multiple of 16."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, out, n = arguments
+        with cgutils.for_range_slice(builder, _I64(0), n, _I64(LANES), intp=_I64) as (start, _):
+            loaded = []
+            for i in range(LANES):
+                offset = builder.mul(builder.add(builder.mul(n, _I64(i)), start), _I64(4))
+                loaded.append(_load(builder, rows, offset, _INTEGERS))
+            for i, turned in enumerate(_transposed(builder, loaded)):
+                _store(builder, turned, out, builder.mul(builder.add(start, _I64(i)), _I64(_LINE)))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.none(i64, i64, i64), code
+
+
+@intrinsic
+def turn_values(_, values, row_bytes, filled, out, n):
+    """Write `filled` rows of `n` bfloat16 to `out` `[n, BLOCK]`, and zeros for further rows; `n` is a multiple of 16.
+
+    Rows start `row_bytes` apart; there is at least one.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, row_bytes, filled, out, n = arguments
+        nothing, last = ir.Constant(_INTEGERS, [0] * LANES), builder.sub(filled, _I64(1))
+
+        def load(position: Any, column: Any) -> Any:
+            """16 numbers of a row, as the lower halves of integers."""
+            there = builder.icmp_signed("<", position, filled)
+            offset = builder.mul(builder.select(there, position, last), row_bytes)
+            halves = _load(builder, values, builder.add(offset, builder.mul(column, _I64(2))), _HALVES)
+            return builder.select(there, builder.zext(halves, _INTEGERS), nothing)
+
+        with (
+            cgutils.for_range_slice(builder, _I64(0), _I64(BLOCK), _I64(2 * LANES), intp=_I64) as (start, _),
+            cgutils.for_range_slice(builder, _I64(0), n, _I64(LANES), intp=_I64) as (column, _),
+        ):
+            pairs = []
+            for i in range(0, 2 * LANES, 2):
+                first, second = (load(builder.add(start, _I64(i + half)), column) for half in range(2))
+                pairs.append(builder.or_(first, builder.shl(second, _SIXTEEN)))
+            for i, turned in enumerate(_transposed(builder, pairs)):
+                row = builder.mul(builder.add(column, _I64(i)), _I64(2 * BLOCK))
+                _store(builder, turned, out, builder.add(row, builder.mul(start, _I64(2))))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -161,7 +260,7 @@ def turn_columns(_, sums, totals, out, n):
                 offset = builder.mul(builder.add(start, _I64(i)), _I64(_LINE))
                 rows.append(builder.fmul(_load(builder, sums, offset), share))
             for lane, row in enumerate(_transposed(builder, rows)):
-                numbers = builder.trunc(to_bfloat16(builder, row), ir.VectorType(ir.IntType(16), LANES))
+                numbers = builder.trunc(to_bfloat16(builder, row), _HALVES)
                 offset = builder.add(builder.mul(row_bytes, _I64(lane)), builder.mul(start, _I64(2)))
                 builder.store(numbers, _at(builder, out, numbers.type, offset), align=2)
         return context.get_dummy_value()

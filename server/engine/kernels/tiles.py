@@ -10,7 +10,7 @@ oneDNN remembers how it has configured each thread's tiles. Loops that use them 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -34,8 +34,8 @@ _BYTES = _I8.as_pointer()
 _SUMS, _ROWS, _WEIGHTS = 0, 4, 6
 """The first tile of sums (four), of rows (two) and of weights (two)."""
 
-_LOG2_E = 1.4426950408889634
-_EXPONENTIAL = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00961813, 0.00133336, 0.00015404)
+LOG2_E = 1.4426950408889634
+EXPONENTIAL = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00961813, 0.00133336, 0.00015404)
 """Taylor series of 2 ** f, as in `arithmetic.py`."""
 
 
@@ -50,6 +50,10 @@ class _BFloat16(ir.Type):  # type: ignore[misc]
 
     def __hash__(self) -> int:
         return hash(_BFloat16)
+
+
+def _moved(builder: Any, address: Any, offset: Any) -> Any:
+    return builder.inttoptr(builder.add(address, offset), _BYTES)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:
@@ -79,107 +83,103 @@ def store_configuration(_: Any, address: Any) -> Any:
     return types.none(types.int64), code
 
 
-class _Factors(NamedTuple):
-    """What `_multiply` reads, and where it writes; see `multiply_tiles`."""
-
-    x: Any
-    x_step: Any
-    weight: Any
-    depth: Any
-    sums: Any
-    sums_step: Any
-    next_weight: Any
-    num_fetched: Any
-
-
 @intrinsic(prefer_literal=True)
-def multiply_tiles(_, high, wide, x, x_step, weight, depth, sums, sums_step, next_weight, num_fetched):
-    """Compute `sums` `[high * 16, wide * 16]`, float32, of rows of `x` and columns of weights; all are addresses.
+def multiply_tiles(_, high, terms, x, x_step, weights, depth, sums):
+    """Compute `sums` `[high * 16, 16]`, float32, of rows of `x` and 16 columns of weights; all are addresses.
 
     Args:
-        high: number of tiles of rows, a constant of 1 or 2.
-        wide: number of tiles of columns, a constant of 1 or 2.
+        high: number of tiles of rows, a constant of 1 to 4.
+        terms: a constant, the number of tiles whose sum is a tile of weights, 1 or 2.
         x: rows of bfloat16.
         x_step: bytes from one row to the next.
-        weight: `depth` times `wide` tiles.
+        weights: `[terms, depth]` tiles.
         depth: number of tiles in a row of `x`.
-        sums: where to write the result.
-        sums_step: bytes from one row of it to the next.
-        next_weight: weights to fetch into the cache meanwhile.
-        num_fetched: number of their lines of 64 bytes to fetch beside each step of depth.
+        sums: where the result is.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _multiply(builder, high.literal_value, wide.literal_value, _Factors(*arguments[2:]))
+        x, x_step, weights, depth, sums = arguments[2:]
+        sums = [_moved(builder, sums, _I64(TILE_BYTES * row)) for row in range(high.literal_value)]
+        parts = range(terms.literal_value)
+        for row in range(len(sums)):
+            _call(builder, "tilezero", _I8(_SUMS + row))
+        with cgutils.for_range(builder, depth, intp=_I64) as loop:
+            for part in parts:
+                tile = builder.add(loop.index, builder.mul(depth, _I64(part)))
+                at = _moved(builder, weights, builder.mul(tile, _I64(TILE_BYTES)))
+                _call(builder, "tileloadd64", _I8(_WEIGHTS + part), at, _I64(64))
+            start = builder.add(x, builder.mul(loop.index, _I64(64)))
+            for first in range(0, len(sums), 2):  # no product waits for the one before it
+                rows = range(first, min(first + 2, len(sums)))
+                for row in rows:
+                    at = _moved(builder, start, builder.mul(x_step, _I64(16 * row)))
+                    _call(builder, "tileloadd64", _I8(_ROWS + row - first), at, x_step)
+                for part in parts:
+                    for row in rows:
+                        _call(builder, "tdpbf16ps", _I8(_SUMS + row), _I8(_ROWS + row - first), _I8(_WEIGHTS + part))
+        for row, at in enumerate(sums):
+            _call(builder, "tilestored64", _I8(_SUMS + row), at, _I64(64))
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(high, wide, i64, i64, i64, i64, i64, i64, i64, i64), code
+    return types.none(high, terms, i64, i64, i64, i64, i64), code
 
 
 @intrinsic(prefer_literal=True)
 def multiply_and_finish(
     _, high, kind, x, x_step, weight, depth, sums, next_weight, num_fetched, rows, done, bias, residual, out, out_step
 ):
-    """`multiply_tiles` of 32 columns, and beside it `finish_rows` of the sums before these, `done`.
+    """Compute `sums` `[high * 16, 32]`, and beside it `finish_rows` of the sums before these, `done`.
 
     The processor multiplies tiles and computes with vectors at the same time if it finds both among the next few
     hundred instructions. The next rows need the weights again, but not these rows of `x`: a hint tells the cache so.
+
+    Args:
+        high: number of tiles of rows, a constant of 1 or 2.
+        kind: see `finish_rows`, as for the arguments from `rows` on.
+        x: rows of bfloat16.
+        x_step: bytes from one row to the next.
+        weight: `[depth, 2]` tiles.
+        depth: number of tiles in a row of `x`.
+        sums: where to write the sums.
+        next_weight: weights to fetch into the cache meanwhile.
+        num_fetched: number of their lines of 64 bytes to fetch beside each step of depth.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_step, weight, depth, sums, next_weight, num_fetched, rows, *finished = arguments[2:]
         finish = _finishing(context, builder, kind.literal_value, *finished)
         at_once = builder.sdiv(builder.add(rows, builder.sub(depth, _I64(1))), depth)
-
-        def finish_some(step: Any) -> None:
-            start = builder.mul(step, at_once)
+        tiles = [(row, column) for row in range(high.literal_value) for column in range(2)]
+        for row, column in tiles:
+            _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
+        with cgutils.for_range(builder, depth, intp=_I64) as loop:
+            across = builder.add(weight, builder.mul(loop.index, _I64(2 * TILE_BYTES)))
+            for column in range(2):
+                at = _moved(builder, across, _I64(TILE_BYTES * column))
+                _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
+            with cgutils.for_range(builder, num_fetched, intp=_I64) as fetched:
+                line = builder.add(builder.mul(loop.index, num_fetched), fetched.index)
+                _fetch(builder, _moved(builder, next_weight, builder.mul(line, _I64(64))))
+            along = builder.add(x, builder.mul(loop.index, _I64(64)))
+            for row, column in tiles:
+                if column == 0:
+                    at = _moved(builder, along, builder.mul(x_step, _I64(16 * row)))
+                    _call(builder, "tileloaddt164", _I8(_ROWS + row), at, x_step)
+                into = _I8(_SUMS + 2 * row + column)
+                _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
+            start = builder.mul(loop.index, at_once)
             stop = builder.add(start, at_once)
             stop = builder.select(builder.icmp_signed("<", stop, rows), stop, rows)
             with cgutils.for_range_slice(builder, start, stop, _I64(1), intp=_I64) as (row, _):
                 finish(row)
-
-        factors = _Factors(x, x_step, weight, depth, sums, _I64(128), next_weight, num_fetched)
-        _multiply(builder, high.literal_value, 2, factors, "tileloaddt164", finish_some)
+        for row, column in tiles:
+            at = _moved(builder, sums, _I64(2 * TILE_BYTES * row + 64 * column))
+            _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), at, _I64(128))
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.none(high, kind, *[i64] * 13), code
-
-
-def _multiply(
-    builder: Any,
-    high: int,
-    wide: int,
-    given: _Factors,
-    load_rows: str = "tileloadd64",
-    beside: Callable[[Any], None] = lambda step: None,
-) -> None:
-    """Multiply `high` by `wide` tiles; `beside` adds code to each step of depth."""
-    tiles = [(row, column) for row in range(high) for column in range(wide)]
-    for row, column in tiles:
-        _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
-    with cgutils.for_range(builder, given.depth, intp=_I64) as loop:
-        step = _I64(wide * TILE_BYTES)
-        across = builder.inttoptr(builder.add(given.weight, builder.mul(loop.index, step)), _BYTES)
-        for column in range(wide):
-            at = builder.gep(across, [_I64(TILE_BYTES * column)])
-            _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
-        with cgutils.for_range(builder, given.num_fetched, intp=_I64) as fetched:
-            line = builder.add(builder.mul(loop.index, given.num_fetched), fetched.index)
-            _fetch(builder, builder.inttoptr(builder.add(given.next_weight, builder.mul(line, _I64(64))), _BYTES))
-        for row in range(high):
-            start = builder.add(given.x, builder.mul(loop.index, _I64(64)))
-            start = builder.add(start, builder.mul(given.x_step, _I64(16 * row)))
-            _call(builder, load_rows, _I8(_ROWS + row), builder.inttoptr(start, _BYTES), given.x_step)
-            for column in range(wide):
-                into = _I8(_SUMS + 2 * row + column)
-                _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
-        beside(loop.index)
-    for row, column in tiles:
-        start = builder.add(given.sums, _I64(64 * column))
-        start = builder.inttoptr(builder.add(start, builder.mul(given.sums_step, _I64(16 * row))), _BYTES)
-        _call(builder, "tilestored64", _I8(_SUMS + 2 * row + column), start, given.sums_step)
 
 
 def configuring(compiler: Compiler) -> Any:
@@ -273,15 +273,15 @@ def exponential(builder: Any, x: Any) -> Any:
     def constant(number: float) -> Any:
         return ir.Constant(x.type, [number] * x.type.count)
 
-    t = builder.fmul(x, constant(_LOG2_E))
+    t = builder.fmul(x, constant(LOG2_E))
     for limit, beyond in ((-126.0, "<"), (128.0, ">")):
         t = builder.select(builder.fcmp_ordered(beyond, t, constant(limit)), constant(limit), t)
     round_down = ir.FunctionType(x.type, [x.type])
     floor = cgutils.get_or_insert_function(builder.module, round_down, f"llvm.floor.v{x.type.count}f32")
     whole = builder.call(floor, [builder.fadd(t, constant(0.5))])
     f = builder.fsub(t, whole)
-    power = constant(_EXPONENTIAL[-1])
-    for factor in reversed(_EXPONENTIAL[:-1]):
+    power = constant(EXPONENTIAL[-1])
+    for factor in reversed(EXPONENTIAL[:-1]):
         power = builder.fadd(builder.fmul(power, f, flags=FUSED), constant(factor), flags=FUSED)
     indices = ir.VectorType(_I32, x.type.count)
     exponent = builder.add(builder.fptosi(whole, indices), ir.Constant(indices, [127] * x.type.count))

@@ -48,7 +48,7 @@ from server.engine.fast.chained import ChainedLayers  # noqa: E402
 from server.engine.fast.linear import FrozenLinear, can_pack  # noqa: E402
 from server.engine.fast.row_buckets import bucket  # noqa: E402
 from server.engine.fast.tiled import TiledLinear, frozen_linear  # noqa: E402
-from server.engine.kernels.units import CHUNK, COLUMNS, SHARES, LinkColumns, ProductArguments  # noqa: E402
+from server.engine.kernels.units import CHUNK, COLUMNS, SHARES, TILE_ROWS, LinkColumns, ProductArguments  # noqa: E402
 from server.engine.memory.kv_cache import bytes_per_position  # noqa: E402
 from server.settings import Settings  # noqa: E402
 
@@ -111,7 +111,8 @@ class Products:
         # Each product with its rows: the last layer computes only what is kept, after its attention.
         work = [(linear, rows) for layer in self._layers for linear in layer]
         work[-3:] = [(linear, kept) for linear, _ in work[-3:]]
-        layer_inputs = [torch.randn(rows, linear.in_features, dtype=self._dtype) for linear in self._layers[0]]
+        whole_tiles = -(-rows // TILE_ROWS) * TILE_ROWS
+        layer_inputs = [torch.randn(whole_tiles, linear.in_features, dtype=self._dtype) for linear in self._layers[0]]
         inputs = layer_inputs * len(self._layers)
         last = torch.randn(kept, self._head.in_features, dtype=self._dtype)
         run = self._chain(work, inputs) if self._is_chained else self._calls(work, inputs)
@@ -132,14 +133,16 @@ class Products:
         """The products in the loop that runs a step's layers; see `ChainedLayers`."""
         assert self._kernels is not None, "a chain is compiled"
         threads = torch.get_num_threads()
-        most = max(rows for _, rows in work)
+        most = max(len(x) for x in inputs)
         outs = {linear.out_features: torch.empty(linear.out_features * most, dtype=self._dtype) for linear, _ in work}
         table = np.zeros((len(work), 2 + len(ProductArguments._fields) + SHARES), np.int64)
         links = np.zeros((len(work), len(LinkColumns._fields)), np.int64)
         for i, ((linear, rows), x) in enumerate(zip(work, inputs, strict=True)):
             assert isinstance(linear, TiledLinear), "see `can_chain`"
             units = linear.out_features // COLUMNS * -(-rows // CHUNK)
-            arguments = linear.arguments(rows, x.data_ptr(), None, outs[linear.out_features].data_ptr())
+            # Rows lie in tiles as in a step: all but those of attention.
+            tiles = {"x_in_tiles": i % 4 != 1, "out_in_tiles": linear.is_gated}
+            arguments = linear.arguments(rows, x.data_ptr(), None, outs[linear.out_features].data_ptr(), **tiles)
             table[i, :-SHARES] = 0, units, *arguments
             links[i, :2] = linear.loop(adds=False).address, table[i].ctypes.data
         chain = self._kernels.chain()

@@ -26,6 +26,7 @@ from server.engine.kernels.units import (
     COLUMNS,
     ROWS,
     SHARES,
+    TILE_ROWS,
     AttentionArguments,
     LinkColumns,
     ProductArguments,
@@ -45,6 +46,8 @@ COUNTERS = slice(FIRST + len(_PRODUCT), FIRST + len(_PRODUCT) + SHARES)
 """Of the shares of a product."""
 WIDTH = max(FIRST + len(_ATTENTION), COUNTERS.stop)
 """Of the table."""
+_IN_TILES = ("normed", "inner")
+"""Memory of rows that lie in tiles."""
 
 
 class _Link(NamedTuple):
@@ -117,7 +120,8 @@ class _Table:
         hidden, attended = first.output_projection.out_features, first.heads * first.head_dim
         widths = {"x": hidden, "normed": hidden, "qkv": first.qkv.out_features, "attended": attended}
         widths |= {"inner": first.down.in_features, "kept_x": hidden, "kept_attended": attended}
-        self._memory = {name: torch.empty(rows, width, dtype=torch.bfloat16) for name, width in widths.items()}
+        whole_tiles = -(-rows // TILE_ROWS) * TILE_ROWS
+        self._memory = {name: torch.empty(whole_tiles, width, dtype=torch.bfloat16) for name, width in widths.items()}
         self._at = {name: tensor.data_ptr() for name, tensor in self._memory.items()}
         self._small = kernels.small(torch.bfloat16)
         loops = kernels.attention(first.heads // first.kv_heads, first.kv_heads, first.head_dim, torch.bfloat16)
@@ -182,7 +186,7 @@ class _Table:
         return self._memory["kept_x"][:rows]
 
     def _attend(self, layer: FusedLayer, attention: CompiledAttention, loops: AttentionLoops) -> list[_Link]:
-        qkv = self._memory["qkv"].view(self._rows, -1, layer.head_dim).transpose(0, 1)
+        qkv = self._memory["qkv"].view(len(self._memory["qkv"]), -1, layer.head_dim).transpose(0, 1)
         query, key, value = torch.split(qkv, [layer.heads, layer.kv_heads, layer.kv_heads])
         arguments = attention.arguments(layer.index, layer.rules, query, key, value, self._memory["attended"])
         all_heads, turned = layer.heads + 2 * layer.kv_heads, layer.heads + layer.kv_heads
@@ -204,12 +208,15 @@ class _Table:
 
     def _norm(self, norm: Norm, x: str) -> _Link:
         width, addresses = len(norm.weight), (self._at[x], norm.weight.data_ptr(), self._at["normed"])
-        return _Link("norm", self._small.rms_norm, (0, *addresses, width, float_bits(norm.epsilon)))
+        in_tiles = "normed" in _IN_TILES
+        return _Link("norm", self._small.rms_norm, (0, *addresses, width, float_bits(norm.epsilon), in_tiles))
 
     def _product(self, linear: nn.Module, x: str, out: str, *, adds: bool = False) -> _Link:
         assert isinstance(linear, TiledLinear), "see can_chain"
         residual = self._memory[out] if adds else None
-        return _Link("product", linear.loop(adds=adds), linear.arguments(0, self._at[x], residual, self._at[out]))
+        tiles = {"x_in_tiles": x in _IN_TILES, "out_in_tiles": out in _IN_TILES}
+        arguments = linear.arguments(0, self._at[x], residual, self._at[out], **tiles)
+        return _Link("product", linear.loop(adds=adds), arguments)
 
     def _gather(self, name: str, width: int) -> _Link:
         return _Link("gather", self._small.gather, (0, 0, self._at[name], self._at[f"kept_{name}"], width))

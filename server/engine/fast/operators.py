@@ -87,7 +87,7 @@ class CompiledOperators(Operators):
         out, width = torch.empty_like(x), x.shape[-1]
         tokens = x.numel() // width
         addresses = (_address(x, x.dtype), _address(weight, x.dtype), _address(out, x.dtype))
-        _run(self._loops(x).rms_norm, tokens, width, *addresses, width, float_bits(epsilon))
+        _run(self._loops(x).rms_norm, tokens, width, *addresses, width, float_bits(epsilon), 0)
         return out
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:

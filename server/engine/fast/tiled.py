@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from server.engine.fast.linear import FrozenLinear
-from server.engine.kernels.units import BIAS, CHUNK, COLUMNS, GATE, RESIDUAL, SHARES, ProductArguments
+from server.engine.kernels.units import BIAS, CHUNK, COLUMNS, GATE, RESIDUAL, SHARES, TILE_COLUMNS, ProductArguments
 
 if TYPE_CHECKING:  # numba is imported only if it is used
     from server.engine.kernels.library import Kernels
     from server.engine.kernels.threads import Loop
-
-DEPTH = 32
-"""Columns of `x` in a tile."""
 
 
 def can_tile(weight: torch.Tensor, kernels: Kernels) -> bool:
@@ -27,7 +24,7 @@ def can_tile(weight: torch.Tensor, kernels: Kernels) -> bool:
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
     out_features, in_features = weight.shape
-    return not (out_features % COLUMNS or in_features % DEPTH) and kernels.has_tiles
+    return not (out_features % COLUMNS or in_features % TILE_COLUMNS) and kernels.has_tiles
 
 
 class TiledLinear(nn.Module):
@@ -67,13 +64,23 @@ class TiledLinear(nn.Module):
         """The loop of its products, with a residual or without."""
         return self._kernels.product(BIAS * (self.bias is not None) + RESIDUAL * adds + GATE * self.is_gated)
 
-    def arguments(self, rows: int, x: int, residual: torch.Tensor | None, out: int) -> ProductArguments:
-        """The arguments of the loop, except for its counters; `x` and `out` are addresses."""
+    def arguments(
+        self,
+        rows: int,
+        x: int,
+        residual: torch.Tensor | None,
+        out: int,
+        *,
+        x_in_tiles: bool = False,
+        out_in_tiles: bool = False,
+    ) -> ProductArguments:
+        """The arguments of the loop, except for its counters; see there. `x` and `out` are addresses."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         added = 0 if residual is None else residual.data_ptr()
         sizes = rows, self.in_features, self.out_features
         shares = min(torch.get_num_threads(), SHARES)
-        return ProductArguments(*sizes, x, self.weight.data_ptr(), bias, added, out, shares, self._thread)
+        addresses = x, self.weight.data_ptr(), bias, added, out
+        return ProductArguments(*sizes, *addresses, shares, self._thread, x_in_tiles, out_in_tiles)
 
     def _multiply(self, x: torch.Tensor, residual: torch.Tensor | None, width: int) -> torch.Tensor:
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "as the weights are"  # noqa: PT018
@@ -107,7 +114,7 @@ def tile_weight(weight: torch.Tensor) -> torch.Tensor:
     A tile has a row for each pair of inputs, and in it a pair of numbers for each of 16 outputs.
     """
     out_features, in_features = weight.shape
-    parts = weight.view(out_features // COLUMNS, 2, 16, in_features // DEPTH, 16, 2)
+    parts = weight.view(out_features // COLUMNS, 2, 16, in_features // TILE_COLUMNS, 16, 2)
     return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 

@@ -23,16 +23,13 @@ from server.engine.kernels.columns import (
 )
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.tiles import multiply_tiles
-from server.engine.kernels.units import BLOCK
+from server.engine.kernels.units import BLOCK, TILE_COLUMNS
 from server.engine.kernels.vectors import pointer, stack_memory
-
-DEPTH = 32
-"""Numbers of a row of a tile of `x`."""
 
 
 def can_attend_by_tiles(dim: int, stored: Any) -> bool:
     """Whether these parts support heads of a size."""
-    return np.dtype(stored) == np.uint16 and dim % DEPTH == 0
+    return np.dtype(stored) == np.uint16 and dim % TILE_COLUMNS == 0
 
 
 def spreading(compiler: Compiler, kv_heads: int, dim: int) -> Any:
@@ -114,14 +111,14 @@ def _attending(compiler: Compiler, dim: int) -> Any:
         """Update sums `[dim, 16]`, maxima and totals."""
         scores_at, weights_at = stack_memory(score_bytes), stack_memory(score_bytes)
         scales_at, added_at = stack_memory(64), stack_memory(added_bytes)
-        multiply_tiles(tall, 1, keys_at, dim * 2, queries_at, dim // DEPTH, scores_at)
+        multiply_tiles(tall, 1, keys_at, dim * 2, queries_at, dim // TILE_COLUMNS, scores_at)
         if masks:
             mask_columns(scores_at, scaling, own_at, before_at)
             scaling = np.float32(1)
         weigh_columns(scores_at, scaling, highest_at, totals_at, scales_at, weights_at)
         for d in range(0, dim, high * LANES):
             at, into = values_at + d * BLOCK * 2, added_at + d * LANES * 4
-            multiply_tiles(high, 2, at, BLOCK * 2, weights_at, BLOCK // DEPTH, into)
+            multiply_tiles(high, 2, at, BLOCK * 2, weights_at, BLOCK // TILE_COLUMNS, into)
         add_columns(sums_at, scales_at, added_at, dim)
 
     return attend

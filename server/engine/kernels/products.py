@@ -15,7 +15,7 @@ from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.shares import number_of_thread, taking
 from server.engine.kernels.threads import Loop
 from server.engine.kernels.tiles import TILE_BYTES, configuring, finish_rows, load_configuration, multiply_and_finish
-from server.engine.kernels.units import CHUNK, COLUMNS, GATE, SHARES, ProductArguments
+from server.engine.kernels.units import CHUNK, COLUMNS, GATE, SHARES, TILE_COLUMNS, TILE_ROWS, ProductArguments
 from server.engine.kernels.vectors import stack_memory
 
 AT = ProductArguments(*range(2, 2 + len(ProductArguments._fields)))
@@ -38,7 +38,9 @@ def product_loop(kind: int, *, keep: bool) -> Loop:
     def product(arguments):
         a = carray(arguments, COUNTERS + SHARES)
         rows, depth, blocks = a[AT.rows], a[AT.depth], a[AT.columns] // COLUMNS
-        few, step, tiles, wide = max(1, min(rows, 16)), 2 * depth, depth // 32, blocks * width
+        few, step, tiles, wide = max(1, min(rows, 16)), 2 * depth, depth // TILE_COLUMNS, blocks * width
+        x_step, across = (2 * TILE_COLUMNS, TILE_BYTES) if a[AT.x_in_tiles] else (step, 2 * TILE_COLUMNS)
+        out_step = TILE_COLUMNS if a[AT.out_in_tiles] else wide
         saved, own = stack_memory(64), stack_memory(64)
         sums, done = stack_memory(SUMS), stack_memory(SUMS)  # those of the rows before are finished beside others
         many, bias, place = 0, a[AT.bias], 0  # number of these rows, and where their bias and results are
@@ -52,27 +54,26 @@ def product_loop(kind: int, *, keep: bool) -> Loop:
             weight = a[AT.weight] + block * tiles * 2 * TILE_BYTES
             start, end = chunk * CHUNK, min(rows, (chunk + 1) * CHUNK)
             row, following = start, weight + tiles * 2 * TILE_BYTES
+            column = block * width
+            if a[AT.out_in_tiles]:
+                column = column // TILE_COLUMNS * TILE_ROWS * TILE_COLUMNS + column % TILE_COLUMNS
             fetched = 0 if chunk < chunks - 1 else 32 if end - row <= 32 else 16
             while row < end:
-                residual, out = a[AT.residual] + place, a[AT.out] + place
+                before = many, done, bias, a[AT.residual] + place, a[AT.out] + place, out_step, wide
                 if end - row >= 32:
                     x, now = a[AT.x] + row * step, 32
-                    multiply_and_finish(
-                        2, kind, x, step, weight, tiles, sums, following, fetched, many, done, bias, residual, out, wide
-                    )
+                    multiply_and_finish(2, kind, x, x_step, across, weight, tiles, sums, following, fetched, before)
                 else:
                     row, now = max(0, min(row, rows - 16)), few  # tiles have equally many rows: the last may overlap
                     x = a[AT.x] + row * step
-                    multiply_and_finish(
-                        1, kind, x, step, weight, tiles, sums, following, fetched, many, done, bias, residual, out, wide
-                    )
+                    multiply_and_finish(1, kind, x, x_step, across, weight, tiles, sums, following, fetched, before)
                 sums, done, many = done, sums, now
-                bias, place = a[AT.bias] + 2 * block * COLUMNS, 2 * (row * wide + block * width)
+                bias, place = a[AT.bias] + 2 * block * COLUMNS, 2 * (row * wide + column)
                 row += now
                 following += tiles * TILE_BYTES
                 if row - start >= 64:
                     fetched = 0
-        finish_rows(kind, many, done, bias, a[AT.residual] + place, a[AT.out] + place, wide)
+        finish_rows(kind, many, done, bias, a[AT.residual] + place, a[AT.out] + place, out_step, wide)
         load_configuration(saved)
 
     return product

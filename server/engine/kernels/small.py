@@ -16,7 +16,7 @@ from numba import carray
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.threads import Loop
-from server.engine.kernels.units import EVERYTHING, ROWS
+from server.engine.kernels.units import EVERYTHING, ROWS, TILE_COLUMNS, TILE_ROWS
 from server.engine.kernels.vectors import WIDEST, fetch_add, largest, pointer
 
 PART = 512
@@ -31,7 +31,7 @@ class SmallLoops:
     of tokens first.
 
     Attributes:
-        rms_norm: `x`, `weight`, `out`, their width, the bits of epsilon as float32.
+        rms_norm: `x`, `weight`, `out`, their width, the bits of epsilon as float32, whether `out` is in tiles.
         rotate: `x` `[tokens, all_heads, dim]`, rotated in place; `cos` and `sin` `[tokens, dim]` in float32, the first
             half of `sin` negated; number of all heads, number of rotated heads, `dim`.
         silu_gate: `gate_up` `[tokens, 2 * width]`, `out` `[tokens, width]`, the width.
@@ -66,8 +66,8 @@ def small_loops(stored: Any, *, keep: bool) -> SmallLoops:
 
 def _norm_loop(compiler: Compiler, stored: Any) -> Loop:
     @compiler.inline
-    def norm_row(x, weight, epsilon, out):
-        """RMS norm (Zhang and Sennrich 2019).
+    def norm_row(x, weight, epsilon, out, piece, step):
+        """RMS norm (Zhang and Sennrich 2019), written in pieces that begin `step` numbers apart.
 
         As in transformers, the normed number is rounded before it is weighted.
         """
@@ -77,22 +77,26 @@ def _norm_loop(compiler: Compiler, stored: Any) -> Loop:
             number = widen(x[i])
             total += number * number
         scale = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
-        for i in range(width):
-            normed = widen(narrow(widen(x[i]) * scale, out))
-            out[i] = narrow(normed * widen(weight[i]), out)
+        for start in range(0, width, piece):
+            numbers, factors, into = x[start:][:piece], weight[start:][:piece], out[start // piece * step :][:piece]
+            for i in range(piece):
+                normed = widen(narrow(widen(numbers[i]) * scale, into))
+                into[i] = narrow(normed * widen(factors[i]), into)
 
     @compiler.loop
     def rms_norm(arguments):
-        a = carray(arguments, 8)
-        tokens, width, epsilon = a[2], a[6], np.int32(a[7]).view(np.float32)
-        x, out = carray(pointer(a[3]), (tokens, width), stored), carray(pointer(a[5]), (tokens, width), stored)
+        a = carray(arguments, 9)
+        tokens, width, epsilon, in_tiles = a[2], a[6], np.int32(a[7]).view(np.float32), a[8]
+        x, out = carray(pointer(a[3]), (tokens, width), stored), carray(pointer(a[5]), EVERYTHING, stored)
+        piece, step = (TILE_COLUMNS, TILE_ROWS * TILE_COLUMNS) if in_tiles else (width, width)
         weight = carray(pointer(a[4]), width, stored)
         while True:
             unit = fetch_add(a)
             if unit >= a[1]:
                 break
             for t in range(unit * ROWS, min(tokens, (unit + 1) * ROWS)):
-                norm_row(x[t], weight, epsilon, out[t])
+                tile, row = (t // TILE_ROWS * TILE_ROWS, t % TILE_ROWS) if in_tiles else (t, 0)
+                norm_row(x[t], weight, epsilon, out[tile * width + row * TILE_COLUMNS :], piece, step)
 
     return rms_norm
 

@@ -126,45 +126,46 @@ def multiply_tiles(_, high, terms, x, x_step, weights, depth, sums):
 
 
 @intrinsic(prefer_literal=True)
-def multiply_and_finish(
-    _, high, kind, x, x_step, weight, depth, sums, next_weight, num_fetched, rows, done, bias, residual, out, out_step
-):
-    """Compute `sums` `[high * 16, 32]`, and beside it `finish_rows` of the sums before these, `done`.
+def multiply_and_finish(_, high, kind, x, x_step, across, weight, depth, sums, next_weight, num_fetched, before):
+    """Compute `sums` `[high * 16, 32]`, and beside it `finish_rows` of the sums `before` these.
 
     The processor multiplies tiles and computes with vectors at the same time if it finds both among the next few
     hundred instructions. The next rows need the weights again, but not these rows of `x`: a hint tells the cache so.
 
     Args:
         high: number of tiles of rows, a constant of 1 or 2.
-        kind: see `finish_rows`, as for the arguments from `rows` on.
+        kind: see `finish_rows`.
         x: rows of bfloat16.
-        x_step: bytes from one row to the next.
+        x_step: bytes from one row of a tile to the next.
+        across: bytes from one tile of a row to the next.
         weight: `[depth, 2]` tiles.
         depth: number of tiles in a row of `x`.
         sums: where to write the sums.
         next_weight: weights to fetch into the cache meanwhile.
         num_fetched: number of their lines of 64 bytes to fetch beside each step of depth.
+        before: the arguments of `finish_rows` after `kind`.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_step, weight, depth, sums, next_weight, num_fetched, rows, *finished = arguments[2:]
+        x, x_step, across, weight, depth, sums, next_weight, num_fetched, before_them = arguments[2:]
+        rows, *finished = cgutils.unpack_tuple(builder, before_them)
         finish = _finishing(context, builder, kind.literal_value, *finished)
         at_once = builder.sdiv(builder.add(rows, builder.sub(depth, _I64(1))), depth)
         tiles = [(row, column) for row in range(high.literal_value) for column in range(2)]
         for row, column in tiles:
             _call(builder, "tilezero", _I8(_SUMS + 2 * row + column))
         with cgutils.for_range(builder, depth, intp=_I64) as loop:
-            across = builder.add(weight, builder.mul(loop.index, _I64(2 * TILE_BYTES)))
+            weights = builder.add(weight, builder.mul(loop.index, _I64(2 * TILE_BYTES)))
             for column in range(2):
-                at = _moved(builder, across, _I64(TILE_BYTES * column))
+                at = _moved(builder, weights, _I64(TILE_BYTES * column))
                 _call(builder, "tileloadd64", _I8(_WEIGHTS + column), at, _I64(64))
             with cgutils.for_range(builder, num_fetched, intp=_I64) as fetched:
                 line = builder.add(builder.mul(loop.index, num_fetched), fetched.index)
                 _fetch(builder, _moved(builder, next_weight, builder.mul(line, _I64(64))))
-            along = builder.add(x, builder.mul(loop.index, _I64(64)))
+            along = builder.add(x, builder.mul(loop.index, across))
             for row, column in tiles:
                 if column == 0:
-                    at = _moved(builder, along, builder.mul(x_step, _I64(16 * row)))
+                    at = _moved(builder, along, builder.mul(depth, _I64(TILE_BYTES * row)))
                     _call(builder, "tileloaddt164", _I8(_ROWS + row), at, x_step)
                 into = _I8(_SUMS + 2 * row + column)
                 _call(builder, "tdpbf16ps", into, _I8(_ROWS + row), _I8(_WEIGHTS + column))
@@ -179,7 +180,7 @@ def multiply_and_finish(
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(high, kind, *[i64] * 13), code
+    return types.none(high, kind, *[i64] * 8, before), code
 
 
 def configuring(compiler: Compiler) -> Any:
@@ -206,8 +207,10 @@ def _fetch(builder: Any, address: Any) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
-    """Write `rows` rows of `sums` `[rows, 32]` as bfloat16; all are addresses, `out_step` is in numbers.
+def finish_rows(_, kind, rows, sums, bias, residual, out, out_step, wide):
+    """Write `rows` rows of `sums` `[rows, 32]` as bfloat16; all are addresses.
+
+    16 rows of `out` have `16 * wide` numbers; each of them starts `out_step` numbers after the one before.
 
     `kind` is a constant, the sum of what to do to a row: `BIAS` adds 32 numbers, `RESIDUAL` adds a row that lies as
     that of `out` does, and `GATE` writes 16 numbers: silu of the first 16, times the last 16.
@@ -220,11 +223,11 @@ def finish_rows(_, kind, rows, sums, bias, residual, out, out_step):
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(kind, i64, i64, i64, i64, i64, i64), code
+    return types.none(kind, i64, i64, i64, i64, i64, i64, i64), code
 
 
 def _finishing(
-    context: Any, builder: Any, kind: int, sums: Any, bias: Any, residual: Any, out: Any, out_step: Any
+    context: Any, builder: Any, kind: int, sums: Any, bias: Any, residual: Any, out: Any, out_step: Any, wide: Any
 ) -> Callable[[Any], None]:
     """The function that adds code to finish a row; see `finish_rows`."""
     make, stored = VectorCode(context, builder, 16), ir.IntType(16)
@@ -235,7 +238,10 @@ def _finishing(
     added = [make.load(at(bias, stored), v) for v in range(2)] if kind & BIAS else []
 
     def finish(row: Any) -> None:
-        offset = builder.mul(row, builder.mul(out_step, _I64(2)))
+        tile, inside = builder.lshr(row, _I64(4)), builder.and_(row, _I64(15))
+        offset = builder.add(
+            builder.mul(tile, builder.mul(wide, _I64(32))), builder.mul(inside, builder.shl(out_step, _I64(1)))
+        )
         start = at(builder.add(sums, builder.mul(row, _I64(128))), _FLOAT)
         values = [make.load(start, v) for v in range(2)]
         if added:

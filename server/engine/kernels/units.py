@@ -22,6 +22,9 @@ COLUMNS, CHUNK = 32, 256
 SHARES = 8
 """Number of shares at most into which the units of a product are divided (`shares.py`)."""
 
+TILE_ROWS, TILE_COLUMNS = 16, 32
+"""Of a tile of `x`. Rows can lie in tiles: `[rows / 16, columns / 32, 16, 32]`, which the processor reads faster."""
+
 BIAS, RESIDUAL, GATE = 1, 2, 4
 """What is done to the results of a product; the sum of some is its kind (`tiles.finish_rows`)."""
 
@@ -71,13 +74,15 @@ class ProductArguments(NamedTuple):
     rows: int  # of `x`
     depth: int  # columns of `x`, a multiple of 32
     columns: int  # of the weights, a multiple of 32
-    x: int  # [rows, depth]
+    x: int  # [rows, depth], in tiles if `x_in_tiles`
     weight: int  # see `tile_weight`
     bias: int  # [columns]; 0 if there is none
     residual: int  # [rows, columns], may be `out`; 0 if there is none
-    out: int  # [rows, columns], or half the columns after a gate
+    out: int  # [rows, columns], or half the columns after a gate, in tiles if `out_in_tiles`
     shares: int  # number of threads' shares of the units, at most `SHARES`
     thread: int  # address of OpenMP's `omp_get_thread_num`; 0 if there is none
+    x_in_tiles: int  # 1 or 0; if 1, there are fewer than 16 rows, or a multiple of 16
+    out_in_tiles: int  # 1 or 0, as for `x`; only after a gate
 
 
 class LinkColumns(NamedTuple):

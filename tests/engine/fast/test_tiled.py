@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from server.engine.fast.tiled import TiledLinear, can_tile, frozen_linear, tile_weight
 from server.engine.kernels.library import Kernels
+from server.engine.kernels.units import CHUNK, COLUMNS, SHARES
 
 ROWS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 250, 256, 257, 300]
 OUT, IN = 96, 160
@@ -47,6 +48,30 @@ def test_it_gives_the_product_for_any_number_of_rows(bias: torch.Tensor | None, 
         assert torch.equal(residual, numbers(rows, OUT, seed=3))
         gate, up = exact.chunk(2, dim=-1)
         assert_close(gated.gated(x), F.silu(gate) * up)
+
+
+def in_tiles(x: torch.Tensor) -> torch.Tensor:
+    """Rows in tiles, the last of which is filled up with NaN."""
+    rows, columns = x.shape
+    whole = torch.full((-(-rows // 16) * 16, columns), float("nan"), dtype=x.dtype)
+    whole[:rows] = x
+    return whole.view(-1, 16, columns // 32, 32).transpose(1, 2).contiguous().view(-1, columns)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 32, 48, 256, 272, 304])
+def test_rows_in_tiles_give_the_same_bits(rows: int, tiles: Kernels) -> None:
+    weight = numbers(192, IN, seed=1)  # a gate of 96 columns, which are three tiles
+    x, tiled = numbers(rows, IN), in_tiles(numbers(rows, IN))
+    linear, gated = TiledLinear(weight, None, tiles), TiledLinear(weight, None, tiles, is_gated=True)
+    expected, expected_gated = linear(x), gated.gated(x)
+    got, got_gated = torch.empty_like(expected), torch.full_like(in_tiles(expected_gated), float("nan"))
+    for layer, out, out_in_tiles in ((linear, got, False), (gated, got_gated, True)):
+        arguments = layer.arguments(
+            rows, tiled.data_ptr(), None, out.data_ptr(), x_in_tiles=True, out_in_tiles=out_in_tiles
+        )
+        layer.loop(adds=False)(192 // COLUMNS * -(-rows // CHUNK), 2, *arguments, *[0] * SHARES)
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(got_gated, in_tiles(expected_gated), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_row_has_the_same_bits_beside_any_others(tiles: Kernels) -> None:

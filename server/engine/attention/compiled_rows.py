@@ -156,6 +156,7 @@ class CompiledAttention:
             window=EVERYTHING if rules.sliding_window is None else rules.sliding_window,
             out=out.data_ptr(),
             sinks=self._sinks_of(layer, rules),
+            threads=torch.get_num_threads(),
         )
 
     def addresses(self, work: StepWork) -> dict[str, int]:

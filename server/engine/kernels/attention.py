@@ -132,6 +132,14 @@ def _attend_loop(
     attend_chunk = parts.chunks(compiler, group, kv_heads, dim)
     configure = configuring(compiler)
 
+    @compiler.inline
+    def own_positions(a, units, spans, unit, window):
+        """The first and last of the positions in its own slot that a unit reads for all heads of a decoding token."""
+        if unit >= a[NUM_UNITS] or units[unit, 1] >= 0:
+            return 0, 0
+        slot, position = spans[units[unit, 0], COLUMN.slot], spans[units[unit, 0], COLUMN.position]
+        return slot + max(spans[units[unit, 0], COLUMN.prefix], position + 1 - window), slot + position
+
     @compiler.loop
     def attend(arguments):
         a = carray(arguments, NUM_ARGUMENTS)
@@ -160,7 +168,9 @@ def _attend_loop(
                 skipped = max(0, position + 1 - window)
                 shared = max(0, spans[span, COLUMN.prefix] - skipped) // at_once * at_once
                 parts = spans[span, COLUMN.prefix_slot] + skipped, shared, slot + skipped + shared, end
-                decode(asked, query_head_step, keys, values, first, last, parts, scaling, sinks_at, answer)
+                # If units take equally long, threads take them in turn.
+                ahead = own_positions(a, units, spans, unit + a[AT.threads], window)
+                decode(asked, query_head_step, keys, values, first, last, parts, ahead, scaling, sinks_at, answer)
             else:
                 first = block * QUERIES
                 asked = query[(first_row + first) * query_step + head * group * query_head_step :]

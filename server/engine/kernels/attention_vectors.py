@@ -10,7 +10,7 @@ from numba import carray
 from server.engine.kernels.arithmetic import exp, narrow, widen
 from server.engine.kernels.compiler import Compiler
 from server.engine.kernels.units import BLOCK, EVERYTHING, QUERIES
-from server.engine.kernels.vectors import add_products, dot_products, fetch, lanes, largest, pointer
+from server.engine.kernels.vectors import add_products, dot_products, lanes, largest, pointer
 
 
 def _scoring(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
@@ -18,15 +18,18 @@ def _scoring(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
     row, at_once = kv_heads * dim, lanes(dim)
 
     @compiler.inline
-    def score(queries, keys, values, start, count, first, last, width, flat):
-        """Compute scores `[kv_heads * group, width]` of `count` positions, for key heads `first` to `last`."""
+    def score(queries, keys, start, count, first, last, width, flat, ahead, end):
+        """Compute scores `[kv_heads * group, width]` of `count` positions, for key heads `first` to `last`.
+
+        Fetches keys of the positions `ahead` to `end` meanwhile.
+        """
         whole = count - count % at_once
         for p in range(0, whole, at_once):
-            fetch(keys, (start + p + 2 * at_once) * row + first * dim, (start + p + 3 * at_once) * row + first * dim)
-            fetch(values, (start + p) * row + first * dim, (start + p + at_once) * row + first * dim)
+            fetched = ahead + p if ahead + p < end else start + p
             for head in range(first, last):
                 place, own = (start + p) * row + head * dim, head * group
-                dot_products(group, dim, queries, own * dim, keys, place, row, flat, own * width + p, width)
+                after = fetched * row + head * dim
+                dot_products(group, dim, queries, own * dim, keys, place, row, flat, own * width + p, width, after)
         if whole == count:
             return
         rest = np.zeros(at_once * dim, np.float32)
@@ -36,7 +39,7 @@ def _scoring(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
                 for d in range(dim):
                     rest[p * dim + d] = widen(key[d])
             own = head * group
-            dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width)
+            dot_products(group, dim, queries, own * dim, rest, 0, dim, flat, own * width + whole, width, None)
 
     return score
 
@@ -47,11 +50,12 @@ def decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
     score = _scoring(compiler, group, kv_heads, dim)
 
     @compiler.inline
-    def decode(query, head_step, keys, values, first, last, parts, scaling, sinks_at, out):
+    def decode(query, head_step, keys, values, first, last, parts, ahead, scaling, sinks_at, out):
         """Attend for one token, for the query heads of key heads `first` to `last`.
 
         `parts` are the first position in the shared prefix and how many are read there, and the first and last position
-        in the sequence's own slot.
+        in the sequence's own slot. `ahead` are the first and last of positions that the thread will probably read next,
+        which it fetches into its cache meanwhile.
         """
         shared_start, shared, start, end = parts
         count = shared + end - start
@@ -63,8 +67,9 @@ def decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
                 queries[h, d] = widen(asked[d]) * scaling
         scores = np.empty((heads, width), np.float32)
         flat = scores.reshape(-1)
-        score(queries.reshape(-1), keys, values, shared_start, shared, first, last, width, flat)
-        score(queries.reshape(-1), keys, values, start, count - shared, first, last, width, flat[shared:])
+        given, (fetched, fetched_end) = (queries.reshape(-1), keys), ahead
+        score(*given, shared_start, shared, first, last, width, flat, fetched, fetched_end)
+        score(*given, start, count - shared, first, last, width, flat[shared:], fetched + shared, fetched_end)
         totals = np.empty(heads, np.float32)
         for h in range(first * group, last * group):
             own = scores[h]
@@ -83,9 +88,11 @@ def decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
             base, p, stop = (shared_start, 0, shared) if part == 0 else (start - shared, shared, count)
             while p < stop:
                 some = min(BLOCK, stop - p)
+                next_place = fetched + p if fetched + p < fetched_end else base + p
                 for head in range(first, last):
-                    at, own = (base + p) * row + head * dim, head * group
-                    add_products(group, dim, flat, own * width + p, width, values, at, row, all_sums, own * dim, some)
+                    at, own, after = (base + p) * row + head * dim, head * group, next_place * row + head * dim
+                    weight = own * width + p
+                    add_products(group, dim, flat, weight, width, values, at, row, all_sums, own * dim, some, after)
                 p += some
         for h in range(first * group, last * group):
             share, answer = np.float32(1) / totals[h], out[h * dim :][:dim]
@@ -167,7 +174,9 @@ def chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
         for block in range(max(0, position - window + 1) // BLOCK, (position + tokens - 1) // BLOCK + 1):
             scores = np.zeros((rows, BLOCK), np.float32)
             place = block * BLOCK * dim
-            add_products(rows, BLOCK, queries.reshape(-1), 0, dim, turned, place, BLOCK, scores.reshape(-1), 0, dim)
+            add_products(
+                rows, BLOCK, queries.reshape(-1), 0, dim, turned, place, BLOCK, scores.reshape(-1), 0, dim, None
+            )
             for r in range(tokens * group):
                 own = position + r // group - block * BLOCK
                 first, last = min(max(own - window + 1, 0), BLOCK), min(own + 1, BLOCK)
@@ -175,7 +184,7 @@ def chunks(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
                     highest[r], totals[r] = weigh(scores[r], first, last, highest[r], totals[r], sums[r])
                 else:
                     scores[r] = np.float32(0)
-            add_products(rows, dim, scores.reshape(-1), 0, BLOCK, plain, place, dim, sums.reshape(-1), 0, BLOCK)
+            add_products(rows, dim, scores.reshape(-1), 0, BLOCK, plain, place, dim, sums.reshape(-1), 0, BLOCK, None)
         for t in range(tokens):
             for g in range(group):
                 r = t * group + g

@@ -63,6 +63,7 @@ class AttentionArguments(NamedTuple):
     window: int  # number of positions that a token sees, including itself
     out: int  # [tokens, heads, dim]
     sinks: int  # float32, of the query heads; 0 if there are none
+    threads: int  # number of threads at most
 
 
 class ProductArguments(NamedTuple):

@@ -12,7 +12,7 @@ bfloat16 as uint16, and are widened when loaded. The functions allocate nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -94,24 +94,6 @@ def fetch_add(_: Any, array: Any) -> Any:
 
 
 @intrinsic
-def fetch(_: Any, array: Any, start: Any, end: Any) -> Any:
-    """Fetch the numbers from `start` to `end` of an array into the second-level cache, without waiting for them."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, start, end = arguments
-        data = context.make_array(signature.args[0])(context, builder, array).data
-        line = _I64(64 // (2 if data.type.pointee == _I16 else 4))
-        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        with cgutils.for_range_slice(builder, start, end, line, intp=_I64) as (index, _):
-            address = builder.bitcast(builder.gep(data, [index]), _BYTES)
-            builder.call(prefetch, [address, _I32(0), _I32(2), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, types.int64), code
-
-
-@intrinsic
 def pointer(_: Any, address: Any) -> Any:
     """An address as a pointer for `numba.carray`."""
 
@@ -139,8 +121,11 @@ def stack_memory(_: Any, size: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
+def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n, ahead):
     """Matrix product: `c[r, :] += sum of a[r, i] * b[i, :]` for `i` below `n`; rows of `c` are contiguous.
+
+    Fetches as many rows of `b` from the offset `ahead` on, unless it is None: one beside each row that is read, because
+    the processor waits for many that it fetches at a time.
 
     `rows` and `width` are constants, which determine how many sums are in registers at a time. Each row is summed in
     the order of `i`, independent of the other rows.
@@ -148,8 +133,9 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
     num_rows, num_columns = rows.literal_value, width.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, a, a0, a_step, b, b0, b_step, c, c0, n = arguments
+        _, _, a, a0, a_step, b, b0, b_step, c, c0, n, offset = arguments
         make = VectorCode(context, builder, num_columns)
+        fetch_row = _fetching(make, signature.args[5], b, None if ahead == types.none else offset, b_step)
 
         def add_tile(first: Any, high: int, vectors: range) -> None:
             """Add the products of `high` rows, from the first on."""
@@ -162,6 +148,7 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
                     sums[r, v] = cgutils.alloca_once_value(builder, make.load(row, v))
             with cgutils.for_range(builder, n, intp=_I64) as loop:
                 b_row = make.pointer_to(signature.args[5], b, b0, loop.index, b_step)
+                fetch_row(loop.index)
                 factors = {v: make.load(b_row, v) for v in vectors}
                 for r, row in enumerate(a_rows):
                     number = make.spread(builder.load(builder.gep(row, [loop.index])))
@@ -183,20 +170,22 @@ def add_products(_, rows, width, a, a0, a_step, b, b0, b_step, c, c0, n):
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(rows, width, a, i64, i64, b, i64, i64, c, i64, i64), code
+    return types.none(rows, width, a, i64, i64, b, i64, i64, c, i64, i64, ahead), code
 
 
 @intrinsic(prefer_literal=True)
-def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
+def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step, ahead):
     """`out[r, p] = q[r, :] . k[p, :]` for one vector's length of positions `p`; rows of `q` are contiguous.
 
-    `rows` and `width` are constants. Rows of `k` are read once, in order.
+    `rows` and `width` are constants. Rows of `k` are read once, in order. Fetches as many from the offset `ahead` on,
+    unless it is None, as `add_products` does.
     """
     num_rows, num_columns = rows.literal_value, width.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, q, q0, k, k0, k_step, out, out0, out_step = arguments
+        _, _, q, q0, k, k0, k_step, out, out0, out_step, offset = arguments
         make = VectorCode(context, builder, num_columns)
+        fetch_row = _fetching(make, signature.args[4], k, None if ahead == types.none else offset, k_step)
         q_rows = [make.pointer_to(signature.args[2], q, q0, _I64(r), _I64(num_columns)) for r in range(num_rows)]
         queries = [[make.load(row, v) for v in range(make.per_row)] for row in q_rows]
 
@@ -204,6 +193,7 @@ def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
             """A vector for each row, in which neighbouring lanes contain the partial sums of one position."""
             if len(positions) == 1:
                 key = make.pointer_to(signature.args[4], k, k0, _I64(positions[0]), k_step)
+                fetch_row(_I64(positions[0]))
                 factors = [make.load(key, v) for v in range(make.per_row)]
                 return [_dot(make, query, factors) for query in queries]
             half = len(positions) // 2
@@ -215,7 +205,25 @@ def dot_products(_, rows, width, q, q0, k, k0, k_step, out, out0, out_step):
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.none(rows, width, q, i64, k, i64, i64, out, i64, i64), code
+    return types.none(rows, width, q, i64, k, i64, i64, out, i64, i64, ahead), code
+
+
+def _fetching(make: VectorCode, array_type: Any, array: Any, offset: Any, step: Any) -> Callable[[Any], None]:
+    """The function that adds code to fetch a row into the second-level cache, if there is an offset."""
+    builder = make.builder
+
+    def fetch_row(row: Any) -> None:
+        if offset is None:
+            return
+        start = make.pointer_to(array_type, array, offset, row, step)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        num_bytes = make.per_row * make.lanes * (2 if start.type.pointee == _I16 else 4)
+        for line in range(0, num_bytes, 64):
+            address = builder.gep(builder.bitcast(start, _BYTES), [_I64(line)])
+            builder.call(fetch, [address, _I32(0), _I32(2), _I32(1)])
+
+    return fetch_row
 
 
 def _dot(make: VectorCode, xs: Sequence[Any], ys: Sequence[Any]) -> Any:

@@ -48,11 +48,11 @@ def loops(request: pytest.FixtureRequest) -> Loops:
 
     @numba.njit(fastmath=REORDERED)
     def dot(q: Any, q0: Any, k: Any, k0: Any, k_step: Any, out: Any, out0: Any, out_step: Any) -> None:
-        dot_products(rows, width, q, q0, k, k0, k_step, out, out0, out_step)
+        dot_products(rows, width, q, q0, k, k0, k_step, out, out0, out_step, None)
 
     @numba.njit(fastmath=REORDERED)
     def add(a: Any, a0: Any, a_step: Any, b: Any, b0: Any, b_step: Any, c: Any, c0: Any, n: Any) -> None:
-        add_products(rows, width, a, a0, a_step, b, b0, b_step, c, c0, n)
+        add_products(rows, width, a, a0, a_step, b, b0, b_step, c, c0, n, None)
 
     return Loops(shape, dot, add)
 

@@ -4,7 +4,8 @@ Torch's attention needs a batch of equal lengths in neighbouring slots, reads up
 These loops handle each sequence separately, so its result cannot depend on other sequences. There are two kinds:
 
 - A *decoding* sequence has one token. Its keys and values are read once for all heads, from the cache in place. Those
-  of a soft prompt that several sequences use are read from one slot, so that most come from the processor's cache.
+  of a soft prompt that several sequences use are read from one slot, so that most come from the processor's cache. The
+  others are fetched while the sequence before is computed.
 - A *chunk* of a prefill has many tokens. Its positions are first copied into scratch memory (`spread`), in blocks of
   `BLOCK` and in the layout that matrix products need. Blocks of its queries then pass over them with a running maximum
   and sum, as in FlashAttention (Dao et al. 2022). AMX computes the products where it can (`attention_tiles.py`).
@@ -168,7 +169,7 @@ def _attend_loop(
                 skipped = max(0, position + 1 - window)
                 shared = max(0, spans[span, COLUMN.prefix] - skipped) // at_once * at_once
                 parts = spans[span, COLUMN.prefix_slot] + skipped, shared, slot + skipped + shared, end
-                # If units take equally long, threads take them in turn.
+                # If units take equally long, threads take them in turn, so this is the thread's next one.
                 ahead = own_positions(a, units, spans, unit + a[AT.threads], window)
                 decode(asked, query_head_step, keys, values, first, last, parts, ahead, scaling, sinks_at, answer)
             else:

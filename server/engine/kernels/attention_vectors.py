@@ -54,8 +54,8 @@ def decoding(compiler: Compiler, group: int, kv_heads: int, dim: int) -> Any:
         """Attend for one token, for the query heads of key heads `first` to `last`.
 
         `parts` are the first position in the shared prefix and how many are read there, and the first and last position
-        in the sequence's own slot. `ahead` are the first and last of positions that the thread will probably read next,
-        which it fetches into its cache meanwhile.
+        in the sequence's own slot. `ahead` are the first and last of the positions that the thread will probably read
+        next; it fetches them into its cache meanwhile.
         """
         shared_start, shared, start, end = parts
         count = shared + end - start

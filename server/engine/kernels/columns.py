@@ -25,7 +25,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 _LINE = 64  # bytes of a vector
-_SIXTEEN, _UPPER, _HALF = (ir.Constant(_INTEGERS, [number] * LANES) for number in (16, 0xFFFF0000, 0x8000))
+_SIXTEEN, _UPPER, _ROUNDING = (ir.Constant(_INTEGERS, [number] * LANES) for number in (16, 0xFFFF0000, 0x8000))
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
@@ -149,7 +149,7 @@ def _highest(builder: Any, scores: Any, scaling: Any, earlier: Any) -> Any:
 def _power(builder: Any, t: Any) -> Any:
     """2 ** t of numbers up to 1, accurate to 18 bits, more than weights keep; below 2 ** -125 zero; NaN stays NaN.
 
-    An instruction that computes a smaller number takes some hundred cycles.
+    An instruction whose result is too small to be a normal number takes some hundred cycles.
     """
     seen = builder.fcmp_unordered(">=", t, ir.Constant(_FLOATS, [-125.0] * LANES))
     whole = builder.call(_vector_function(builder, "llvm.rint.v16f32", 1), [t])
@@ -170,9 +170,9 @@ def _vector_function(builder: Any, name: str, vectors: int, *more: Any) -> Any:
 
 def _halves(builder: Any, weight: Any) -> tuple[Any, Any]:
     """Two numbers of bfloat16 whose sum is nearly the weight, each as the upper half of an integer."""
-    upper = builder.add(builder.bitcast(weight, _INTEGERS), _HALF)  # round to nearest; a NaN's rest is NaN again
+    upper = builder.add(builder.bitcast(weight, _INTEGERS), _ROUNDING)  # round to nearest; a NaN's rest is NaN again
     rest = builder.fsub(weight, builder.bitcast(builder.and_(upper, _UPPER), _FLOATS))
-    return upper, builder.add(builder.bitcast(rest, _INTEGERS), _HALF)
+    return upper, builder.add(builder.bitcast(rest, _INTEGERS), _ROUNDING)
 
 
 @intrinsic

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 LEVEL = 0.05
 """False discovery rate, and the level of a single test."""
+TOP, MOST_TOP = 5, 20
+"""Number of neighbours and of tokens of the lens: the default, and the most that a user may ask for."""
 
 
 class Result(BaseModel):

@@ -15,7 +15,7 @@ from server.interpret.lens import LabelTokens, value_change_lens
 from server.interpret.nearest import nearest_tokens, neighbour_null
 from server.interpret.null_cache import NullCache
 from server.interpret.readout import Readout, find_readout
-from server.interpret.results import Interpretation, Lens, Similarity
+from server.interpret.results import TOP, Interpretation, Lens, Similarity
 from server.interpret.similarity import TaskValues, similarity
 from server.interpret.states import check_numbers, mean_values, prompt_states
 from server.interpret.verdict import CAVEAT, UNKNOWN, verdict
@@ -25,8 +25,6 @@ from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import TrainingStart, declared_start
 from server.train.methods import KeyValues
 from server.train.start import start_values
-
-TOP = 5
 
 
 class Interpreter:

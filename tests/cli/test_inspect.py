@@ -17,6 +17,7 @@ from server.engine.model.frozen import FrozenModel
 from server.interpret.pictures import draw
 from server.interpret.pictures_of_tokens import written
 from server.interpret.results import (
+    MOST_TOP,
     CausalInterpretation,
     Interpretation,
     Interval,
@@ -136,6 +137,7 @@ def test_the_map_shows_starts_and_values_and_how_much_it_leaves_out(tiny32: Froz
         (["a", "--measures", "necessity"], "--measures is for experiments, and experiments need rows. Give rows with"),
         (["a", "--limit", "3"], "--limit is for experiments, and experiments need rows. Give rows with --data"),
         (["a", "b", "--compare", "--data", "x"], "--data is for experiments with one soft prompt"),
+        (["a", "--top", str(MOST_TOP + 1)], f"should be less than or equal to {MOST_TOP}"),  # as HTTP refuses it
     ],
 )
 def test_contradictions_are_refused_before_the_model_is_loaded(words: list[str], reason: str) -> None:

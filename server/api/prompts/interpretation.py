@@ -19,14 +19,13 @@ from server.engine.worker import EngineWorker
 from server.errors import Overloaded, UnknownTask
 from server.executors import Executors
 from server.interpret.null_cache import NullCache
-from server.interpret.results import Interpretation
-from server.interpret.static import TOP, Interpreter
+from server.interpret.results import MOST_TOP, TOP, Interpretation
+from server.interpret.static import Interpreter
 from server.registry.registry import Registry
 from server.settings import Settings
 from server.soft_prompts.soft_prompt import SoftPrompt
 from server.soft_prompts.start import declared_start
 
-MOST_TOP = 20
 MOST_KEPT = 64
 """Number of interpretations that stay in memory; each takes some ten kilobytes."""
 WAIT_SECONDS = 30.0

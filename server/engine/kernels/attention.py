@@ -123,6 +123,20 @@ def _spread_loop(compiler: Compiler, kv_heads: int, dim: int, given: Any, copy: 
     return spread
 
 
+def _locating(compiler: Compiler) -> Any:
+    """The function that says which positions a unit of a decoding token will read."""
+
+    @compiler.inline
+    def own_positions(a, units, spans, unit, window):
+        """The first and last of them in its own slot; 0 and 0 if there is no such unit for all heads."""
+        if unit >= a[NUM_UNITS] or units[unit, 1] >= 0:
+            return 0, 0
+        slot, position = spans[units[unit, 0], COLUMN.slot], spans[units[unit, 0], COLUMN.position]
+        return slot + max(spans[units[unit, 0], COLUMN.prefix], position + 1 - window), slot + position
+
+    return own_positions
+
+
 def _attend_loop(
     compiler: Compiler, group: int, kv_heads: int, dim: int, stored: Any, given: Any, copy: Any, *, tiles: bool
 ) -> Loop:
@@ -131,15 +145,7 @@ def _attend_loop(
     parts = attention_tiles if tiles else attention_vectors
     decode = attention_vectors.decoding(compiler, group, kv_heads, dim)
     attend_chunk = parts.chunks(compiler, group, kv_heads, dim)
-    configure = configuring(compiler)
-
-    @compiler.inline
-    def own_positions(a, units, spans, unit, window):
-        """The first and last of the positions in its own slot that a unit reads for all heads of a decoding token."""
-        if unit >= a[NUM_UNITS] or units[unit, 1] >= 0:
-            return 0, 0
-        slot, position = spans[units[unit, 0], COLUMN.slot], spans[units[unit, 0], COLUMN.position]
-        return slot + max(spans[units[unit, 0], COLUMN.prefix], position + 1 - window), slot + position
+    own_positions, configure = _locating(compiler), configuring(compiler)
 
     @compiler.loop
     def attend(arguments):

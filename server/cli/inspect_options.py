@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from server.interpret.results import MOST_TOP, TOP
-
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
@@ -40,9 +38,7 @@ class InspectOptions:
         int | None,
         typer.Option(min=1, show_default="200", help="With --data: use at most this many rows, from the beginning."),
     ] = None
-    top: Annotated[int, typer.Option(min=1, max=MOST_TOP, help="Number of neighbours, and of tokens of the lens.")] = (
-        TOP
-    )
+    top: Annotated[int, typer.Option(min=1, max=20, help="Number of neighbours, and of tokens of the lens.")] = 5
     url: Annotated[
         str | None,
         typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -75,7 +76,8 @@ def test_threads_have_the_numbers_of_openmp(take: Loop) -> None:
     if not thread_number():
         pytest.skip("no OpenMP")
     numbers: set[int] = set()
-    for _ in range(200):  # a thread may be late
+    latest = time.monotonic() + 30
+    while numbers != {0, 1} and time.monotonic() < latest:  # on a busy machine, a thread may be late many times
         numbers |= {number for _, number in taken(take, 1000, 2, 2, thread_number())[:-1]}
     assert numbers == {0, 1}
 

@@ -74,7 +74,7 @@ class TiledLinear(nn.Module):
         x_in_tiles: bool = False,
         out_in_tiles: bool = False,
     ) -> ProductArguments:
-        """The arguments of the loop, except for its counters; see there. `x` and `out` are addresses."""
+        """The arguments of the loop, except for its counters, as `ProductArguments` describes them."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         added = 0 if residual is None else residual.data_ptr()
         sizes = rows, self.in_features, self.out_features

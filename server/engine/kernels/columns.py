@@ -260,7 +260,7 @@ def turn_columns(_, sums, totals, out, n):
                 offset = builder.mul(builder.add(start, _I64(i)), _I64(_LINE))
                 rows.append(builder.fmul(_load(builder, sums, offset), share))
             for lane, row in enumerate(_transposed(builder, rows)):
-                numbers = builder.trunc(to_bfloat16(builder, row), _HALVES)
+                numbers = to_bfloat16(builder, row)
                 offset = builder.add(builder.mul(row_bytes, _I64(lane)), builder.mul(start, _I64(2)))
                 builder.store(numbers, _at(builder, out, numbers.type, offset), align=2)
         return context.get_dummy_value()

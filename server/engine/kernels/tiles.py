@@ -268,9 +268,8 @@ def _narrow(builder: Any, numbers: Any) -> Any:
 
 
 def to_bfloat16(builder: Any, numbers: Any) -> Any:
-    """Round a vector of 16 float32; returns 16 integers, whose lower halves are the bits."""
-    bits = builder.bitcast(_narrow(builder, numbers), ir.VectorType(ir.IntType(16), 16))
-    return builder.zext(bits, ir.VectorType(_I32, 16))
+    """Round a vector of 16 float32; returns the bits as 16 integers of 16 bits."""
+    return builder.bitcast(_narrow(builder, numbers), ir.VectorType(ir.IntType(16), 16))
 
 
 def exponential(builder: Any, x: Any) -> Any:
